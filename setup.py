@@ -1,0 +1,52 @@
+"""Build of the ``nl-kernels`` distribution: packages ``nl_kernels`` and ``nl_models``."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "src/nl_kernels/version.py").read_text()).group(1)
+
+setup(
+    name="nl-kernels",
+    version=VERSION,
+    description="Triton kernels and PyTorch layers for Nested Learning: delta-rule, deep and self-modifying "
+    "memories, continuum memory systems, and the Hope architecture",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"nl_kernels": ["py.typed", "ops/*/README.md"], "nl_models": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.8; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "transformers>=5.6,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "typer>=0.15",
+        "rich>=13",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "attn": ["flash-attn>=2.7"],
+        "eval": ["lm-eval>=0.4.9"],
+        "dev": [
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "ninja>=1.11",
+            "build>=1.2",
+        ],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: OS Independent",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,78 @@
+"""Argument checks shared by the ops: each error names the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: object, shape: Sequence[int], *, like: torch.Tensor | None = None) -> None:
+    """Check that ``value`` is a floating tensor of ``shape`` on the device of ``like``.
+
+    Raises:
+        TypeError: not a tensor, or not of a floating dtype in :data:`FLOAT_DTYPES`.
+        ValueError: another shape or device.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected one of {[str(d) for d in FLOAT_DTYPES]}, got {value.dtype}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {value.device}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Check that ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
+
+
+def check_positive_int(name: str, value: object) -> None:
+    """Check that ``value`` is an ``int`` of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_range(name: str, value: torch.Tensor, low: float, high: float, *, closed_high: bool = True) -> None:
+    """Check that every element is in [low, high] (or [low, high)); NaN never is.
+
+    Reads the values, so on an accelerator it waits for the device: callers run it on CPU tensors, or when
+    the user asks for it. Skipped for tensors without data (fake or functorch tensors).
+    """
+    if not _has_readable_data(value) or value.numel() == 0:
+        return
+    data = value.detach()
+    inside = (data >= low) & ((data <= high) if closed_high else (data < high))
+    if not bool(inside.all()):
+        bad = data[~inside].flatten()[0].item()
+        closing = "]" if closed_high else ")"
+        raise ValueError(f"{name}: expected values in [{low}, {high}{closing}, got {bad}")
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
+    """Check cumulative sequence lengths ``[0, …, tokens]``, strictly increasing, of an integer dtype."""
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise TypeError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens: expected shape [N + 1] with N >= 1, got {tuple(cu_seqlens.shape)}")
+    if not _has_readable_data(cu_seqlens):
+        return
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != tokens or any(b <= a for a, b in itertools.pairwise(values)):
+        raise ValueError(f"cu_seqlens: expected 0 < … < {tokens} strictly increasing from 0, got {values}")
+
+
+def _has_readable_data(value: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return False
+    return type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta

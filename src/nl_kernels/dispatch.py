@@ -1,0 +1,62 @@
+"""Which implementation serves a call: by what was asked for, else by the device of the tensors."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+
+import torch
+
+logger = logging.getLogger("nl_kernels")
+
+IMPLEMENTATIONS = ("triton", "eager", "reference")
+
+
+def choose_implementation(op: str, impl: str | None, device: torch.device, available: Sequence[str]) -> str:
+    """The implementation that serves ``op`` on ``device``.
+
+    Args:
+        op: the public name of the op, for messages.
+        impl: what the caller asked for; ``None`` picks Triton on CUDA where the op has it, else eager.
+            An explicit choice is never replaced by another one.
+        device: where the op's tensors live.
+        available: the implementations that the op has, of :data:`IMPLEMENTATIONS`.
+
+    Raises:
+        ValueError: ``impl`` is no implementation, or one that this op does not have.
+        RuntimeError: ``impl="triton"`` cannot run here; the message names the remedy.
+    """
+    if impl is None:
+        chosen = "triton" if device.type == "cuda" and "triton" in available else "eager"
+        _say_once(op, chosen, device.type)
+        return chosen
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {IMPLEMENTATIONS} or None, got {impl!r}")
+    if impl not in available:
+        raise ValueError(f"impl: {op} has no {impl!r} implementation; it has {tuple(available)}")
+    if impl == "triton":
+        _require_triton(op, device)
+    return impl
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run under its interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def _require_triton(op: str, device: torch.device) -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(f"impl='triton' for {op}: Triton is not installed; pip install triton")
+    if device.type != "cuda" and not interpreting():
+        raise RuntimeError(
+            f"impl='triton' for {op}: the tensors are on {device.type!r}; move them to a CUDA device, use "
+            "impl='eager', or set TRITON_INTERPRET=1 before importing triton to interpret the kernels"
+        )
+
+
+@functools.cache
+def _say_once(op: str, chosen: str, device_type: str) -> None:
+    logger.debug("%s on %s: using the %s implementation", op, device_type, chosen)

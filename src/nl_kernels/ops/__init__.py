@@ -1,0 +1,1 @@
+"""One folder for each op; every folder has the same file names."""

@@ -1,0 +1,1 @@
+"""What the Triton kernels share, free of any op's formulas."""

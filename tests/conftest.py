@@ -1,0 +1,29 @@
+"""Test selection: which rung of the ladder runs in this process."""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    # One thread: the tests share the machine, and oversubscription costs more than it gives at these sizes.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    reasons = {
+        "slow": None if config.getoption("--slow") else "takes minutes: run with --slow",
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "interpreter": None if interpreting else "needs TRITON_INTERPRET=1",
+        "aot": "cannot share a process with the Triton interpreter" if interpreting else None,
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,68 @@
+"""The map of the code base cannot rot: every op has the same files, tests mirror sources."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OPS = sorted(p for p in (ROOT / "src/nl_kernels/ops").iterdir() if p.is_dir() and p.name != "__pycache__")
+REQUIRED = {"__init__.py", "api.py", "reference.py", "eager.py", "README.md"}
+ALLOWED = REQUIRED | {
+    "triton_forward.py",
+    "triton_backward.py",
+    "triton_step.py",
+    "registration.py",
+    "launch.py",
+    "state.py",
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute names of all modules imported anywhere in a file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda p: p.name)
+def test_each_op_has_the_same_files(op):
+    names = {p.name for p in op.iterdir() if p.name != "__pycache__"}
+    assert names >= REQUIRED, f"missing in {op.name}: {sorted(REQUIRED - names)}"
+    assert names <= ALLOWED, f"unknown names in {op.name}: {sorted(names - ALLOWED)}"
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda p: p.name)
+def test_each_op_has_tests_and_a_benchmark(op):
+    tests = ROOT / "tests/nl_kernels/ops" / op.name
+    assert (tests / "test_reference.py").is_file()
+    assert (tests / "test_eager.py").is_file()
+    assert (ROOT / "benchmarks" / f"bench_{op.name}.py").is_file()
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda p: p.name)
+def test_the_public_function_has_the_name_of_its_folder(op):
+    public = ast.parse((op / "api.py").read_text())
+    functions = {node.name for node in public.body if isinstance(node, ast.FunctionDef)}
+    expected = {"self_modifying": "self_modifying_memory", "continuum": "continuum_memory"}
+    assert expected.get(op.name, op.name) in functions
+
+
+def test_implementations_never_import_each_other():
+    for op in OPS:
+        prefix = f"nl_kernels.ops.{op.name}."
+        for name in ("reference.py", "eager.py"):
+            others = {"reference", "eager", "triton_forward", "triton_backward", "triton_step"} - {name[:-3]}
+            assert not imported_modules(op / name) & {prefix + other for other in others}, (op.name, name)
+
+
+def test_kernels_do_not_know_the_models_and_references_do_not_know_triton():
+    for path in (ROOT / "src/nl_kernels").rglob("*.py"):
+        modules = imported_modules(path)
+        assert not any(m.split(".")[0] == "nl_models" for m in modules), path
+        if path.name in ("reference.py", "eager.py"):
+            assert not any(m.split(".")[0] == "triton" for m in modules), path
