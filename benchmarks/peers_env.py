@@ -1,0 +1,55 @@
+"""Run the benchmarks beside the peers: ``python -m benchmarks.peers_env [options of benchmarks.run]``.
+
+The peers pin versions (of datasets, huggingface-hub) that transformers 5 cannot live with, so they get an
+environment of their own, ``.venv-peers``, made once. Ours is added to it without its dependencies: the ops
+need torch only. All providers are then timed in one process there.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = ROOT / ".venv-peers"
+TORCH = "torch==2.13.0"
+PACKAGES = (
+    "numpy",
+    "typer>=0.15",
+    "rich>=13",
+    "titans-pytorch==0.5.5",
+    "nested-learning==0.2.0",
+)
+
+
+def make(folder: Path = ENVIRONMENT) -> Path:
+    """Create the environment unless it is complete; returns its Python."""
+    python = folder / "bin" / "python"
+    stamp = folder / ".installed"
+    wanted = "\n".join((TORCH, *PACKAGES))
+    if stamp.exists() and stamp.read_text() == wanted and python.exists():
+        return python
+    print(f"making {folder} (once; torch and the peers, a few hundred megabytes)", flush=True)
+    venv.create(folder, with_pip=True, clear=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    # torch first and alone: a resolver that may choose takes a build for CUDA.
+    subprocess.run([*pip, TORCH], check=True)
+    subprocess.run([*pip, TORCH, *PACKAGES], check=True)
+    subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], check=True)
+    stamp.write_text(wanted)
+    return python
+
+
+def main() -> int:
+    """Make the environment and hand all arguments on to ``benchmarks.run`` in it."""
+    python = make()
+    command = [str(python), "-m", "benchmarks.run", *sys.argv[1:]]
+    # From the root, where the package ``benchmarks`` lies.
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
