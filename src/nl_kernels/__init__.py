@@ -1,5 +1,6 @@
 """Kernels of Nested Learning: functions on tensors, with no modules and no state of their own."""
 
+from nl_kernels.ops.continuum import ContinuumLevel, ContinuumLevelState, ContinuumState, continuum_memory
 from nl_kernels.version import __version__
 
-__all__ = ["__version__"]
+__all__ = ["ContinuumLevel", "ContinuumLevelState", "ContinuumState", "__version__", "continuum_memory"]

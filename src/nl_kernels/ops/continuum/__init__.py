@@ -1,0 +1,6 @@
+"""Continuum memory: a chain of MLP blocks whose weights learn within the context, each at its own period."""
+
+from nl_kernels.ops.continuum.api import continuum_memory
+from nl_kernels.ops.continuum.state import ContinuumLevel, ContinuumLevelState, ContinuumState
+
+__all__ = ["ContinuumLevel", "ContinuumLevelState", "ContinuumState", "continuum_memory"]

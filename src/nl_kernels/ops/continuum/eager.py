@@ -1,0 +1,283 @@
+"""Level by level, chunk by chunk, batched over sequences; backward by autograd through the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nl_kernels.ops.continuum.state import ContinuumLevel, ContinuumLevelState, ContinuumState, state_dtype
+
+
+class _Weights(NamedTuple):
+    """Shared by all sequences ([H, D], …) until the first step, of each one ([B, H, D], …) from then on."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    gate: torch.Tensor | None
+
+
+class _Grid(NamedTuple):
+    """The tokens of a call, behind those that came with the state, by their place since a chunk's start.
+
+    Slot s of every sequence belongs to chunk s // C, so that all sequences step together.
+    """
+
+    inputs: torch.Tensor  # [B, L, D], fp32: n(x) of all tokens
+    rates: torch.Tensor  # [B, L], 0 in empty slots
+    reads: torch.Tensor  # [B, L - first, D]: n(x) as it is read
+    first: int  # the first slot that is read
+    lengths: torch.Tensor | None  # [B]: how many slots are taken; None: all of every sequence
+
+
+def continuum_memory_eager(
+    x: torch.Tensor,
+    levels: Sequence[ContinuumLevel],
+    *,
+    mask: torch.Tensor | None,
+    initial_state: ContinuumState | None,
+    output_final_state: bool,
+    norm_eps: float,
+    checkpoint_every: int | None,
+) -> tuple[torch.Tensor, ContinuumState | None]:
+    """See :func:`nl_kernels.continuum_memory`."""
+    if mask is not None and bool(mask.all()):
+        mask = None
+    state = []
+    for index, level in enumerate(levels):
+        inner = F.rms_norm(x, x.shape[-1:], level.norm.to(x.dtype), norm_eps)
+        initial = _Weights(level.up, level.down, level.gate)
+        if not level.steps:
+            x, after = x + _mlp(inner, initial), None
+        else:
+            run = _SteppingLevel(level, norm_eps, checkpoint_every, output_final_state)
+            y, after = run(inner, initial, None if initial_state is None else initial_state[index], mask)
+            x = x + y
+        state.append(after)
+    if mask is not None:
+        x = x.masked_fill(~mask[..., None], 0.0)
+    return x, tuple(state) if output_final_state else None
+
+
+def _mlp(inner: torch.Tensor, weights: _Weights) -> torch.Tensor:
+    up = _product(inner, weights.up)
+    hidden = F.gelu(up) if weights.gate is None else F.silu(_product(inner, weights.gate)) * up
+    return _product(hidden, weights.down)
+
+
+def _product(inner: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.to(inner.dtype)
+    return F.linear(inner, weight) if weight.ndim == 2 else inner @ weight.mT
+
+
+@dataclass(frozen=True)
+class _SteppingLevel:
+    level: ContinuumLevel
+    norm_eps: float
+    checkpoint_every: int | None
+    keep_state: bool
+
+    def __call__(
+        self,
+        inner: torch.Tensor,
+        weights: _Weights,
+        before: ContinuumLevelState | None,
+        mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ContinuumLevelState | None]:
+        """The MLP's outputs [B, T, D] (at padding: anything) and the state after them."""
+        rates = torch.as_tensor(self.level.rate, dtype=state_dtype(inner.dtype), device=inner.device)
+        rates = rates.expand(inner.shape[:2])
+        if before is not None:
+            weights = _Weights(before.up, before.down, before.gate)
+        slots = _ragged_slots(inner, before, mask)
+        grid = (
+            _aligned_grid(inner, rates, before)
+            if slots is None
+            else _ragged_grid(inner, rates, before, mask, slots)
+        )
+        if grid.inputs.shape[1] <= self.level.chunk_size:
+            # no step between the tokens: they are read where they lie
+            y = _mlp(inner, weights)
+            if self.keep_state and grid.inputs.shape[1] == self.level.chunk_size:
+                weights = self.stepped(weights, grid, 0)
+        else:
+            y, weights = self.walk(weights, grid)
+            if slots is not None:
+                index = (slots - grid.first).clamp(0, y.shape[1] - 1)
+                y = y.gather(1, index[..., None].expand(-1, -1, y.shape[2]))
+        return y, self.state_after(weights, grid) if self.keep_state else None
+
+    def walk(self, weights: _Weights, grid: _Grid) -> tuple[torch.Tensor, _Weights]:
+        """Outputs for the slots from ``grid.first`` on, and the last weights."""
+        length, size = grid.inputs.shape[1], self.level.chunk_size
+        # the step after the last token changes only the state
+        steps = length // size if self.keep_state else (length - 1) // size
+        every = self.checkpoint_every or steps + 1
+        outputs = []
+        for begin in range(0, steps + 1, every):
+            chunks = range(begin, min(begin + every, steps + 1))
+            if self.checkpoint_every is not None and torch.is_grad_enabled():
+                pieces, weights = checkpoint(
+                    self.chunks, grid, chunks, steps, *weights, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                pieces, weights = self.chunks(grid, chunks, steps, *weights)
+            outputs += pieces
+        return torch.cat(outputs, dim=1), weights
+
+    def chunks(
+        self, grid: _Grid, chunks: range, steps: int, *weights: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], _Weights]:
+        """Reads the slots of each chunk, and steps after it if it is one of the first ``steps``."""
+        weights, outputs, size = _Weights(*weights), [], self.level.chunk_size
+        for chunk in chunks:
+            start, stop = chunk * size - grid.first, (chunk + 1) * size - grid.first
+            reads = grid.reads[:, max(start, 0) : max(stop, 0)]
+            if reads.shape[1]:
+                outputs.append(_mlp(reads, weights))
+            if chunk < steps:
+                weights = self.stepped(weights, grid, chunk)
+        return outputs, weights
+
+    def stepped(self, weights: _Weights, grid: _Grid, chunk: int) -> _Weights:
+        """The weights after a chunk: of those sequences that fill it; the others keep theirs."""
+        stop = (chunk + 1) * self.level.chunk_size
+        slots = slice(stop - self.level.chunk_size, stop)
+        weights = _Weights(*(None if w is None else w.to(grid.inputs.dtype) for w in weights))
+        # reduced precision is for the reads: steps accumulate
+        with torch.autocast(grid.inputs.device.type, enabled=False):
+            new = self.step(weights, grid.inputs[:, slots], grid.rates[:, slots])
+        if grid.lengths is None:
+            return new
+        full = (grid.lengths >= stop)[:, None, None]
+        return _Weights(*(None if n is None else torch.where(full, n, w) for n, w in zip(new, weights)))
+
+    def step(self, weights: _Weights, inputs: torch.Tensor, rates: torch.Tensor) -> _Weights:
+        """One step on a chunk: ``inputs`` [B, C, D], ``rates`` [B, C]."""
+        key, value = self.level.key.to(inputs.dtype), self.level.value.to(inputs.dtype)
+        keys = F.rms_norm(F.linear(inputs, key), inputs.shape[-1:], None, self.norm_eps)
+        up = _product(keys, weights.up)
+        if weights.gate is None:
+            hidden = F.gelu(up)
+        else:
+            gate = _product(keys, weights.gate)
+            opening = torch.sigmoid(gate)
+            opened = gate * opening
+            hidden = opened * up
+        output = _product(hidden, weights.down)
+        error = self.bounded(output - F.linear(inputs, value))
+        back = error @ weights.down
+
+        writes = self.writes(keys, rates)
+        if weights.gate is None:
+            new_gate, signal = None, torch.ops.aten.gelu_backward(back, up)
+        else:
+            signal = back * opened
+            gate_signal = self.bounded(back * up * (opening + opened * (1 - opening)))
+            new_gate = self.written(weights.gate, gate, gate_signal, writes)
+        return _Weights(
+            up=self.written(weights.up, up, self.bounded(signal), writes),
+            down=self.written(weights.down, output, error, self.writes(hidden, rates)),
+            gate=new_gate,
+        )
+
+    def bounded(self, signal: torch.Tensor) -> torch.Tensor:
+        """``signal`` with rows scaled down to a root mean square of at most the bound."""
+        bound = self.level.error_bound
+        if bound is None:
+            return signal
+        mean_square = signal.square().mean(-1, keepdim=True)
+        return signal * (bound * mean_square.clamp_min(bound**2).rsqrt())
+
+    def writes(self, inputs: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+        """The rows R [B, C, in] along which a layer with these inputs is written.
+
+        With D = diag(rates): D X for sgd, and D X (I + Xᵀ D X)^{-1} = (I + D X Xᵀ)^{-1} D X for dgd, by the
+        smaller of the two systems. No square root of the rates: its derivative at 0 is infinite.
+        """
+        rated = inputs * rates[..., None]
+        if self.level.rule == "sgd":
+            return rated
+        tokens, width = inputs.shape[-2:]
+        eye = torch.eye(min(tokens, width), dtype=inputs.dtype, device=inputs.device)
+        if tokens < width:
+            return torch.linalg.solve(eye + rated @ inputs.mT, rated)
+        return torch.linalg.solve(eye + inputs.mT @ rated, rated, left=False)
+
+    def written(
+        self, weight: torch.Tensor, output: torch.Tensor, signal: torch.Tensor, writes: torch.Tensor
+    ) -> torch.Tensor:
+        """W − Gᵀ R for sgd, W − (X Wᵀ + G)ᵀ R for dgd, whose erased part X Wᵀ is the layer's own output."""
+        return weight - (signal if self.level.rule == "sgd" else output + signal).mT @ writes
+
+    def state_after(self, weights: _Weights, grid: _Grid) -> ContinuumLevelState:
+        batch, length, width = grid.inputs.shape
+        size = self.level.chunk_size
+        if grid.lengths is None:
+            pending = length % size
+            position = torch.full((batch,), pending, device=grid.inputs.device)
+            # state outlives the call: no views of parameters or of the whole sequence
+            pending_inputs = grid.inputs[:, length - pending :].clone()
+            pending_rates = grid.rates[:, length - pending :].clone()
+        else:
+            position = grid.lengths % size
+            place = torch.arange(int(position.max()), device=position.device)
+            taken = place < position[:, None]
+            slots = ((grid.lengths - position)[:, None] + place).clamp_max(length - 1)
+            pending_inputs = grid.inputs.gather(1, slots[..., None].expand(-1, -1, width)) * taken[..., None]
+            pending_rates = grid.rates.gather(1, slots) * taken
+        fast = (
+            w if w is None or w.ndim == 3 else w.to(grid.inputs.dtype).expand(batch, -1, -1).clone()
+            for w in weights
+        )
+        return ContinuumLevelState(*fast, pending_inputs, pending_rates, position)
+
+
+def _aligned_grid(inner: torch.Tensor, rates: torch.Tensor, before: ContinuumLevelState | None) -> _Grid:
+    inputs = inner.to(rates.dtype)
+    first = 0 if before is None else int(before.position[0])
+    if first:
+        inputs = torch.cat((before.pending_inputs, inputs), dim=1)
+        rates = torch.cat((before.pending_rates, rates), dim=1)
+    return _Grid(inputs, rates, inner, first, None)
+
+
+def _ragged_slots(
+    inner: torch.Tensor, before: ContinuumLevelState | None, mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The slot of every token [B, T] (at padding: of the token before); None where all rows have the same."""
+    if mask is None and (before is None or bool((before.position == before.position[0]).all())):
+        return None
+    if mask is None:
+        slots = torch.arange(inner.shape[1], device=inner.device).expand(inner.shape[:2])
+    else:
+        slots = mask.cumsum(1) - 1
+    return slots if before is None else slots + before.position[:, None]
+
+
+def _ragged_grid(
+    inner: torch.Tensor,
+    rates: torch.Tensor,
+    before: ContinuumLevelState | None,
+    mask: torch.Tensor | None,
+    slots: torch.Tensor,
+) -> _Grid:
+    batch, _, width = inner.shape
+    lengths = slots[:, -1] + 1
+    length = int(lengths.max())
+    first = 0 if before is None else int(before.position.min())
+    # one more slot takes all padding and is cut off
+    index = slots if mask is None else slots.masked_fill(~mask, length)
+    inputs, grid_rates = rates.new_zeros(batch, length + 1, width), rates.new_zeros(batch, length + 1)
+    if before is not None:
+        longest = before.pending_rates.shape[1]
+        taken = torch.arange(longest, device=inner.device) < before.position[:, None]
+        inputs = torch.cat((before.pending_inputs * taken[..., None], inputs[:, longest:]), dim=1)
+        grid_rates = torch.cat((before.pending_rates * taken, grid_rates[:, longest:]), dim=1)
+    inputs = inputs.scatter(1, index[..., None].expand_as(inner), inner.to(rates.dtype))[:, :length]
+    grid_rates = grid_rates.scatter(1, index, rates)[:, :length]
+    return _Grid(inputs, grid_rates, inputs[:, first:].to(inner.dtype), first, lengths)

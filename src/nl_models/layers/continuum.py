@@ -1,0 +1,177 @@
+"""Continuum memory as a module: the slow parameters of every level, and the bounds that keep it stable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nl_kernels import ContinuumLevel, ContinuumState, continuum_memory
+from nl_kernels.checks import check_choice, check_positive_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelConfig:
+    """One level of a :class:`ContinuumMemory`.
+
+    Attributes:
+        hidden_size: width H of the MLP's hidden layer.
+        chunk_size: tokens between two steps of the fast weights; None: they never change, a plain MLP.
+        gated: SwiGLU with a gate matrix, as in Llama, instead of GELU.
+        rule: ``"sgd"`` or ``"dgd"``.
+        max_rate: the largest *relative* rate r. The level learns one r in (0, max_rate); keys have unit root
+            mean square, so a token's rate is ``η = r / D`` for dgd, which no rate makes unstable, and
+            ``η = r / (D · chunk_size)`` for sgd, so that the first layer's step on a whole chunk, even of one
+            repeated token, has a gain of at most r: keep it below 2. 0: the level never changes.
+        initial_rate: r at initialisation, less than ``max_rate``.
+        error_bound: see :class:`nl_kernels.ContinuumLevel`.
+    """
+
+    hidden_size: int
+    chunk_size: int | None = None
+    gated: bool = False
+    rule: str = "dgd"
+    max_rate: float = 1.0
+    initial_rate: float = 0.1
+    error_bound: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive_int("hidden_size", self.hidden_size)
+        if self.chunk_size is not None:
+            check_positive_int("chunk_size", self.chunk_size)
+        check_choice("rule", self.rule, ("sgd", "dgd"))
+        if not 0 <= self.max_rate < math.inf:
+            raise ValueError(f"max_rate: expected a finite number, at least 0, got {self.max_rate}")
+        if self.steps and not 0 < self.initial_rate < self.max_rate:
+            raise ValueError(f"initial_rate: expected between 0 and {self.max_rate}, got {self.initial_rate}")
+        if self.error_bound is not None and not self.error_bound > 0:
+            raise ValueError(f"error_bound: expected more than 0 or None, got {self.error_bound}")
+
+    @property
+    def steps(self) -> bool:
+        """Whether the fast weights ever change."""
+        return self.chunk_size is not None and self.max_rate > 0
+
+
+class ContinuumMemory(nn.Module):
+    """A chain of pre-norm residual MLP blocks, fast to slow, whose weights learn within each sequence.
+
+    Takes the place of a transformer block's MLP together with its norm and its residual connection. With
+    levels that never step it is exactly that: ``x + down(act(up(n(x))))``, bit for bit.
+
+    The parameters are the slow part: norms, projections, rates, and the *initial* fast weights, trained
+    through the steps. Fast weights are never parameters or buffers: they live in the state that
+    ``forward`` takes and returns.
+
+    Args:
+        hidden_size: width D of the stream.
+        levels: fast to slow; every chunk size a multiple of the one before, levels that never step last.
+        norm_eps: added to the mean square inside the norms.
+        checkpoint_every: see :func:`nl_kernels.continuum_memory`.
+        impl: see :func:`nl_kernels.continuum_memory`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        levels: Sequence[LevelConfig],
+        *,
+        norm_eps: float = 1e-6,
+        checkpoint_every: int | None = None,
+        impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive_int("hidden_size", hidden_size)
+        if not levels:
+            raise ValueError("levels: expected at least one, got none")
+        self.hidden_size = hidden_size
+        self.norm_eps = norm_eps
+        self.checkpoint_every = checkpoint_every
+        self.impl = impl
+        self.levels = nn.ModuleList(ContinuumBlock(hidden_size, config) for config in levels)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        state: ContinuumState | None = None,
+        mask: torch.Tensor | None = None,
+        output_state: bool = False,
+    ) -> tuple[torch.Tensor, ContinuumState | None]:
+        """Runs all levels on the tokens that follow those of ``state``.
+
+        Args:
+            x: [B, T, D].
+            state: from the call on the preceding tokens of the same sequences; None at their start.
+            mask: [B, T] bool, True for tokens; padding is not learned from, and its outputs are zero.
+            output_state: also return the state after the last token.
+
+        Returns:
+            y [B, T, D], and the state or None.
+        """
+        return continuum_memory(
+            x,
+            [level.definition() for level in self.levels],
+            mask=mask,
+            initial_state=state,
+            output_final_state=output_state,
+            norm_eps=self.norm_eps,
+            checkpoint_every=self.checkpoint_every,
+            impl=self.impl,
+        )
+
+
+class ContinuumBlock(nn.Module):
+    """The slow parameters of one level."""
+
+    def __init__(self, hidden_size: int, config: LevelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, hidden = hidden_size, config.hidden_size
+        self.norm = nn.Parameter(torch.empty(width))
+        self.up = nn.Parameter(torch.empty(hidden, width))
+        self.gate = nn.Parameter(torch.empty(hidden, width)) if config.gated else None
+        self.down = nn.Parameter(torch.empty(width, hidden))
+        self.key = nn.Parameter(torch.empty(width, width)) if config.steps else None
+        self.value = nn.Parameter(torch.empty(width, width)) if config.steps else None
+        self.rate_logit = nn.Parameter(torch.empty(())) if config.steps else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The MLP as ``nn.Linear`` starts it; keys are what the block reads, targets a random map of it."""
+        nn.init.ones_(self.norm)
+        for weight in (self.up, self.gate, self.down):
+            if weight is not None:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        if self.config.steps:
+            nn.init.eye_(self.key)
+            nn.init.kaiming_uniform_(self.value, a=math.sqrt(5))
+            share = self.config.initial_rate / self.config.max_rate
+            nn.init.constant_(self.rate_logit, math.log(share / (1 - share)))
+
+    def rate(self) -> torch.Tensor | float:
+        """η of every token: an fp32 scalar, or the number 0 for a level that never steps."""
+        config = self.config
+        if not config.steps:
+            return 0.0
+        scale = config.max_rate / self.up.shape[1]
+        if config.rule == "sgd":
+            scale /= config.chunk_size
+        return scale * torch.sigmoid(self.rate_logit.float())
+
+    def definition(self) -> ContinuumLevel:
+        """This level as :func:`nl_kernels.continuum_memory` takes it."""
+        return ContinuumLevel(
+            norm=self.norm,
+            up=self.up,
+            down=self.down,
+            gate=self.gate,
+            chunk_size=self.config.chunk_size if self.config.steps else None,
+            rate=self.rate(),
+            key=self.key,
+            value=self.value,
+            rule=self.config.rule,
+            error_bound=self.config.error_bound,
+        )
