@@ -1,0 +1,552 @@
+"""The delta memory in chunks, in plain PyTorch: the CPU path, and the baseline that kernels have to beat.
+
+Names. A tensor "in chunks" is ``[R, C, …]``: R runs over chunk steps, sequences and heads. A *read* is a row
+that is taken from the memory: the keys, whose recall is erased, and the queries; both are stacked
+(``[R, 2C, …]``), since they go through the same products. A *pseudo-value* is what a token finally adds to
+the state along its key: its write less what it erases. See the README beside this file for the derivation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+# exp(−1000) is 0 in fp32 and in fp64, so a clamped log decay still forgets everything, −inf included.
+_LOWEST_LOG = -1000.0
+
+
+def delta_memory_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    erase: torch.Tensor,
+    momentum: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    initial_momentum: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    scale: float,
+    read: str,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Outputs ``o`` and the states after the last token; shapes as in :func:`nl_kernels.delta_memory`."""
+    grid = _Grid.of(k, cu_seqlens, chunk_size)
+    local = _local_quantities(grid, q, k, v, log_decay, erase, scale=scale, read=read)
+    extra = _momentum_quantities(grid, local, momentum, initial_momentum)
+    states = _run_states(grid, local, extra, initial_state)
+    c = grid.chunk
+    o = torch.bmm(local.scores[:, c:], states.pseudo_values)
+    o.baddbmm_(local.decayed_reads[:, c:], states.starts.mT)
+    if extra is not None:
+        o += extra.reads[:, c:]
+    final_momentum = None if extra is None else grid.from_state_order(extra.final)
+    return grid.to_tokens(o, v.dtype), grid.from_state_order(states.final), final_momentum
+
+
+def delta_memory_backward(
+    do: torch.Tensor,
+    d_final_state: torch.Tensor | None,
+    d_final_momentum: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    erase: torch.Tensor,
+    momentum: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    initial_momentum: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    scale: float,
+    read: str,
+    chunk_size: int,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients ``(dq, dk, dv, dlog_decay, derase, dmomentum, dinitial_state, dinitial_momentum)``.
+
+    Every quantity of the forward pass is computed again from the inputs. ``dmomentum`` and
+    ``dinitial_momentum`` are None without momentum; ``dinitial_state`` is always given.
+    """
+    grid = _Grid.of(k, cu_seqlens, chunk_size)
+    local = _local_quantities(grid, q, k, v, log_decay, erase, scale=scale, read=read)
+    extra = _momentum_quantities(grid, local, momentum, initial_momentum)
+    states = _run_states(grid, local, extra, initial_state)
+    c = grid.chunk
+    k_chunks, n, reads = local.k, states.pseudo_values, local.reads
+
+    # d_reads holds the gradients of both kinds of reads: of the recalled values (−d_rhs) and of the outputs.
+    d_reads = k_chunks.new_empty(*reads.shape[:2], v.shape[-1])
+    d_reads[:, c:] = grid.to_chunks(do, k_chunks.dtype)
+    d_pseudo = torch.bmm(local.scores[:, c:].mT, d_reads[:, c:])
+    d_state = grid.to_state_order(d_final_state, local, v.shape[-1])
+    d_ends = _run_state_gradients(grid, local, d_state, d_pseudo, d_reads)
+    d_rhs = d_reads[:, :c].neg()
+
+    d_scores = torch.bmm(d_reads, n.mT).mul_(local.pair_decay)
+    d_decayed_reads = torch.bmm(d_reads, states.starts)
+    d_end_keys = torch.bmm(n, d_ends)
+    d_end_log = (d_end_keys * local.end_keys).sum((1, 2))
+    d_end_log += local.end_decay * (d_ends * states.starts).sum((1, 2))
+    d_x = d_decayed_reads.mul_(local.read_decay[..., None])
+    d_k = d_end_keys.mul_(local.end_pair_decay[..., None])
+    d_log_columns = -(n * d_rhs).sum(-1)
+    d_v, d_momentum, d_initial_momentum = d_rhs, None, None
+    if extra is not None:
+        d_momentum_state = grid.to_state_order(d_final_momentum, local, v.shape[-1])
+        d_momentum = _momentum_gradients(
+            grid,
+            local,
+            extra,
+            d_reads,
+            d_ends,
+            d_momentum_state,
+            d_v,
+            d_k,
+            d_x,
+            d_scores,
+            d_log_columns,
+            d_end_log,
+        )
+        d_momentum = grid.to_tokens(d_momentum, momentum.dtype)
+        d_initial_momentum = grid.from_state_order(d_momentum_state)
+    d_x.baddbmm_(d_scores, k_chunks)
+    d_k.baddbmm_(d_scores.mT, reads)
+    d_log_rows = (d_x * reads).sum(-1)
+    d_erase = (d_x[:, :c] * k_chunks).sum(-1)
+    d_k.addcmul_(d_x[:, :c], local.erase[..., None])
+    d_log = _log_decay_gradient(local, d_log_rows, d_log_columns, d_end_log, read)
+    state_dtype = d_state.dtype if initial_state is None else initial_state.dtype
+    return (
+        grid.to_tokens(d_x[:, c:] * scale, q.dtype),
+        grid.to_tokens(d_k, k.dtype),
+        grid.to_tokens(d_v, v.dtype),
+        grid.to_tokens(d_log, log_decay.dtype),
+        grid.to_tokens(d_erase, erase.dtype),
+        d_momentum,
+        grid.from_state_order(d_state).to(state_dtype),
+        d_initial_momentum if initial_momentum is None else d_initial_momentum.to(initial_momentum.dtype),
+    )
+
+
+def delta_memory_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    erase: torch.Tensor,
+    momentum: torch.Tensor | None,
+    state: torch.Tensor,
+    momentum_state: torch.Tensor | None,
+    *,
+    scale: float,
+    read: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """One token: q, k ``[B, H, Dk]``, v ``[B, H, Dv]``, rates ``[B, H]``, states ``[B, H, Dv, Dk]``.
+
+    Returns ``(o, state, momentum_state)``; the states are new tensors.
+    """
+    dtype = _compute_dtype(q)
+    q, k, writes = (x.to(dtype) for x in (q, k, v))
+    before = state.to(dtype)
+    erased = erase.to(dtype)[..., None] * (before @ k[..., None]).squeeze(-1)
+    after = log_decay.to(dtype).exp()[..., None, None] * before
+    if momentum is None:
+        after = after + (writes - erased)[..., None] * k[..., None, :]
+    else:
+        momentum_state = momentum.to(dtype)[..., None, None] * momentum_state.to(dtype)
+        momentum_state = momentum_state + writes[..., None] * k[..., None, :]
+        after = after - erased[..., None] * k[..., None, :] + momentum_state
+    source = after if read == "after" else before
+    o = scale * (source @ q[..., None]).squeeze(-1)
+    return o.to(v.dtype), after, momentum_state
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """How tokens lie in chunks: chunk step by chunk step, within a step the sequences that reach it.
+
+    Packed sequences are ordered by falling length, so that those still running are a prefix and every step is
+    one batched product, however ragged the lengths.
+    """
+
+    chunk: int
+    heads: int
+    batch: int
+    length: int
+    rows: list[int]  # of each step: (sequences that reach it) × heads
+    sequences: int
+    source: torch.Tensor | None = None  # [chunks · C]: token of each place, or `length` for padding
+    place: torch.Tensor | None = None  # [T]: place of each token
+    order: torch.Tensor | None = None  # [N]: sequences by falling length
+
+    @classmethod
+    def of(cls, k: torch.Tensor, cu_seqlens: torch.Tensor | None, chunk_size: int) -> _Grid:
+        batch, length, heads, _ = k.shape
+        if cu_seqlens is None:
+            chunk = min(chunk_size, length)
+            steps = -(-length // chunk)
+            return cls(chunk, heads, batch, length, [batch * heads] * steps, batch)
+        bounds = cu_seqlens.to("cpu", torch.int64)
+        lengths = bounds.diff()
+        chunk = min(chunk_size, int(lengths.max()))
+        chunks = -(-lengths // chunk)
+        order = torch.argsort(chunks, descending=True, stable=True)
+        chunks = chunks[order]
+        steps = torch.arange(int(chunks[0]))
+        alive = (chunks[None, :] > steps[:, None]).sum(1)
+        step = torch.repeat_interleave(steps, alive)
+        sequence = order[torch.arange(len(step)) - (alive.cumsum(0) - alive)[step]]
+        token = bounds[sequence, None] + step[:, None] * chunk + torch.arange(chunk)
+        source = torch.where(token < bounds[sequence + 1, None], token, length).flatten()
+        place = torch.empty(length + 1, dtype=torch.int64)
+        place[source] = torch.arange(len(source))
+        rows = (alive * heads).tolist()
+        tensors = (x.to(k.device) for x in (source, place[:length], order))
+        return cls(chunk, heads, batch, length, rows, len(lengths), *tensors)
+
+    @property
+    def padded(self) -> bool:
+        return sum(self.rows) * self.chunk != self.batch * self.length * self.heads
+
+    def to_chunks(self, x: torch.Tensor, dtype: torch.dtype, fill: float = 0.0) -> torch.Tensor:
+        """``[B, T, H, …]`` to ``[R, C, …]``, with ``fill`` where a chunk has no token."""
+        x = x.to(dtype)
+        if self.source is None:
+            missing = -self.length % self.chunk
+            if missing:
+                x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing), value=fill)
+            x = x.unflatten(1, (-1, self.chunk)).transpose(0, 1).flatten(0, 1)
+        else:
+            x = F.pad(x[0], (0, 0) * (x.ndim - 2) + (0, 1), value=fill).index_select(0, self.source)
+            x = x.unflatten(0, (-1, self.chunk))
+        return x.transpose(1, 2).flatten(0, 1).contiguous()
+
+    def to_tokens(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``[R, C, …]`` back to contiguous ``[B, T, H, …]`` of ``dtype``; padding is dropped."""
+        x = x.unflatten(0, (-1, self.heads)).transpose(1, 2)
+        if self.source is None:
+            x = x.unflatten(0, (-1, self.batch)).transpose(0, 1).flatten(1, 2)[:, : self.length]
+        else:
+            x = x.flatten(0, 1).index_select(0, self.place)[None]
+        return x.to(dtype).contiguous()
+
+    def to_state_order(self, state: torch.Tensor | None, local: _Local, value_width: int) -> torch.Tensor:
+        """A new ``[N · H, Dv, Dk]`` in the grid's order of sequences; zeros for None."""
+        shape = (self.sequences * self.heads, value_width, local.k.shape[-1])
+        if state is None:
+            return local.k.new_zeros(shape)
+        state = state if self.order is None else state[self.order]
+        return state.to(local.k.dtype, copy=True).reshape(shape).contiguous()
+
+    def from_state_order(self, state: torch.Tensor) -> torch.Tensor:
+        """``[N · H, Dv, Dk]`` back to ``[N, H, Dv, Dk]`` in the caller's order."""
+        state = state.unflatten(0, (-1, self.heads))
+        return state if self.order is None else torch.empty_like(state).index_copy_(0, self.order, state)
+
+
+class _Local(NamedTuple):
+    """What a chunk's tokens determine without its incoming state; reads are rows of keys, then queries."""
+
+    k: torch.Tensor  # [R, C, Dk]
+    v: torch.Tensor  # [R, C, Dv]
+    erase: torch.Tensor  # [R, C]
+    clamped: torch.Tensor  # [R, C] where log decay lies at or below the lowest one that matters
+    reads: torch.Tensor  # [R, 2C, Dk] β k, then scale · q
+    pair_decay: torch.Tensor  # [R, 2C, C] from a token's write to a read; 0 for writes the read does not see
+    read_decay: torch.Tensor  # [R, 2C] from the chunk's start to the read
+    decayed_reads: torch.Tensor  # [R, 2C, Dk] of the incoming state
+    products: torch.Tensor  # [R, 2C, C] reads · keys
+    scores: torch.Tensor  # [R, 2C, C] the same, decayed: A above, the output scores below
+    inverse: torch.Tensor  # [R, C, C] (I + A)^{-1}
+    end_pair_decay: torch.Tensor  # [R, C] from a token's write to the chunk's end
+    end_decay: torch.Tensor  # [R] over the whole chunk
+    end_keys: torch.Tensor  # [R, C, Dk] keys times end_pair_decay
+
+
+def _local_quantities(grid: _Grid, q, k, v, log_decay, erase, *, scale: float, read: str) -> _Local:
+    dtype = _compute_dtype(q)
+    q, k, v, erase = (grid.to_chunks(x, dtype) for x in (q, k, v, erase))
+    reads = torch.cat([k * erase[..., None], q * scale], dim=1)
+    # Cumulated in fp64: the difference of two long sums then still has fp32 accuracy.
+    steps = grid.to_chunks(log_decay, torch.float64)
+    clamped = steps <= _LOWEST_LOG
+    at_token = steps.clamp_min(_LOWEST_LOG).cumsum(-1)
+    before_token = F.pad(at_token[:, :-1], (1, 0))
+    at_read = torch.cat([before_token, at_token if read == "after" else before_token], dim=-1)
+    pair_decay = (at_read[:, :, None] - at_token[:, None, :]).to(dtype)
+    pair_decay.masked_fill_(_hidden_from_read(grid.chunk, read, k.device), -torch.inf).exp_()
+    read_decay = at_read.exp().to(dtype)
+    end_pair_decay = (at_token[:, -1:] - at_token).exp().to(dtype)
+    products = torch.bmm(reads, k.mT)
+    scores = products * pair_decay
+    return _Local(
+        k=k,
+        v=v,
+        erase=erase,
+        clamped=clamped,
+        reads=reads,
+        pair_decay=pair_decay,
+        read_decay=read_decay,
+        decayed_reads=reads * read_decay[..., None],
+        products=products,
+        scores=scores,
+        inverse=_inverse_of_unit_lower(scores[:, : grid.chunk]),
+        end_pair_decay=end_pair_decay,
+        end_decay=at_token[:, -1].exp().to(dtype),
+        end_keys=k * end_pair_decay[..., None],
+    )
+
+
+def _hidden_from_read(chunk: int, read: str, device: torch.device) -> torch.Tensor:
+    """Which writes (columns) a read (row) does not see.
+
+    Keys see the tokens before their own; queries also their own if ``read`` is "after".
+    """
+    ones = torch.ones(chunk, chunk, dtype=torch.bool, device=device)
+    return torch.cat([ones.triu(), ones.triu(1 if read == "after" else 0)])
+
+
+def _inverse_of_unit_lower(strictly_lower: torch.Tensor) -> torch.Tensor:
+    identity = torch.eye(strictly_lower.shape[-1], dtype=strictly_lower.dtype, device=strictly_lower.device)
+    return torch.linalg.solve_triangular(strictly_lower, identity, upper=False, unitriangular=True)
+
+
+class _States(NamedTuple):
+    starts: torch.Tensor  # [R, Dv, Dk] state at each chunk's start
+    pseudo_values: torch.Tensor  # [R, C, Dv]
+    final: torch.Tensor  # [N · H, Dv, Dk]
+
+
+def _run_states(grid: _Grid, local: _Local, extra: _Momentum | None, initial_state) -> _States:
+    """The recurrence over chunks: the only sequential part of the forward pass."""
+    c = grid.chunk
+    state = grid.to_state_order(initial_state, local, local.v.shape[-1])
+    starts = local.k.new_empty(local.k.shape[0], *state.shape[1:])
+    pseudo_values = torch.empty_like(local.v)
+    v = local.v if extra is None else local.v - extra.reads[:, :c]
+    per_step = zip(
+        *(
+            x.split(grid.rows)
+            for x in (
+                v,
+                local.decayed_reads[:, :c],
+                local.inverse,
+                local.end_keys,
+                local.end_decay[:, None, None],
+                starts,
+                pseudo_values,
+                v if extra is None else extra.injected,
+            )
+        )
+    )
+    for v_step, keys, inverse, end_keys, end_decay, start, pseudo, injected in per_step:
+        current = state[: start.shape[0]]
+        start.copy_(current)
+        rhs = torch.baddbmm(v_step, keys, start.mT, alpha=-1)
+        torch.bmm(inverse, rhs, out=pseudo)
+        current.mul_(end_decay).baddbmm_(pseudo.mT, end_keys)
+        if extra is not None:
+            current += injected
+    return _States(starts, pseudo_values, state)
+
+
+def _run_state_gradients(grid: _Grid, local: _Local, d_state, d_pseudo, d_reads) -> torch.Tensor:
+    """The recurrence backwards, in place.
+
+    Fills the key half of ``d_reads`` and turns ``d_state`` from the final into the initial state's gradient.
+
+    Returns:
+        the gradient of each chunk's last state, ``[R, Dv, Dk]``.
+    """
+    c = grid.chunk
+    d_ends = local.k.new_empty(local.k.shape[0], *d_state.shape[1:])
+    per_step = zip(
+        *(
+            x.split(grid.rows)
+            for x in (
+                d_pseudo,
+                local.inverse,
+                local.end_keys,
+                local.end_decay[:, None, None],
+                local.decayed_reads,
+                d_reads,
+                d_ends,
+            )
+        )
+    )
+    for d_pseudo_step, inverse, end_keys, end_decay, decayed_reads, d_reads_step, d_end in reversed(
+        list(per_step)
+    ):
+        current = d_state[: d_end.shape[0]]
+        d_end.copy_(current)
+        d_pseudo_step.baddbmm_(end_keys, d_end.mT)
+        torch.bmm(inverse.mT, d_pseudo_step, out=d_reads_step[:, :c]).neg_()
+        current.mul_(end_decay).baddbmm_(d_reads_step.mT, decayed_reads)
+    return d_ends
+
+
+def _log_decay_gradient(local: _Local, d_rows, d_columns, d_end, read: str) -> torch.Tensor:
+    """From gradients of the cumulated logs (at reads, writes and the end) to those of the steps."""
+    c = d_columns.shape[-1]
+    before, query = d_rows[:, :c].double(), d_rows[:, c:].double()
+    at = d_columns.double()
+    at[:, -1] += d_end
+    if read == "after":
+        at += query
+    else:
+        before = before + query
+    at[:, :-1] += before[:, 1:]
+    gradient = at.flip(-1).cumsum(-1).flip(-1)
+    return gradient.masked_fill_(local.clamped, 0.0).to(d_rows.dtype)
+
+
+class _Momentum(NamedTuple):
+    """What momentum adds to a chunk: everything but the token's own write, which the pseudo-value carries."""
+
+    pair: torch.Tensor  # [R, C, C] M: momentum from a token's write to a later or the same token
+    start: torch.Tensor  # [R, C] s: momentum from the chunk's start
+    real: (
+        torch.Tensor | None
+    )  # [R, C] 1 for tokens, 0 for padding, which must not add U to S; None: no padding
+    surplus: torch.Tensor  # [R, 2C, C] D: from a write to a read by way of later tokens' momentum
+    from_start: torch.Tensor  # [R, 2C] c: from U at the chunk's start to a read
+    scores: torch.Tensor  # [R, 2C, C] reads · keys times surplus
+    end_surplus: torch.Tensor  # [R, C] D at the chunk's end
+    end_from_start: torch.Tensor  # [R] c at the chunk's end
+    starts: torch.Tensor  # [R, Dv, Dk] U at each chunk's start
+    final: torch.Tensor  # [N · H, Dv, Dk]
+    reads: torch.Tensor  # [R, 2C, Dv] what momentum adds to each read
+    injected: torch.Tensor  # [R, Dv, Dk] what momentum adds to the chunk's last state
+
+
+def _momentum_quantities(grid: _Grid, local: _Local, momentum, initial_momentum) -> _Momentum | None:
+    if momentum is None:
+        return None
+    c, dtype = grid.chunk, local.k.dtype
+    key_width = local.k.shape[-1]
+    logs = grid.to_chunks(momentum, torch.float64, fill=1.0).log().clamp_min(_LOWEST_LOG).cumsum(-1)
+    pair = (logs[:, :, None] - logs[:, None, :]).to(dtype)
+    pair.masked_fill_(torch.ones(c, c, dtype=torch.bool, device=pair.device).triu(1), -torch.inf).exp_()
+    start = logs.exp().to(dtype)
+    real = grid.to_chunks(torch.ones_like(momentum), dtype) if grid.padded else None
+    later, from_start = _reaching_state(pair, start, real)
+    surplus = torch.bmm(local.pair_decay, later)
+    from_start_at_read = torch.bmm(local.pair_decay, from_start[..., None]).squeeze(-1)
+    end_surplus = torch.bmm(local.end_pair_decay[:, None], later).squeeze(1)
+    end_from_start = (local.end_pair_decay * from_start).sum(-1)
+    # One product injects into the chunk's last S (left) and last U (right).
+    end_keys = torch.cat([local.k * end_surplus[..., None], local.k * pair[:, -1, :, None]], dim=-1)
+    injected = torch.bmm(local.v.mT, end_keys)
+    state = grid.to_state_order(initial_momentum, local, local.v.shape[-1])
+    starts = local.k.new_empty(local.k.shape[0], *state.shape[1:])
+    per_step = zip(
+        *(x.split(grid.rows) for x in (start[:, -1, None, None], injected[..., key_width:], starts))
+    )
+    for decay, added, saved in per_step:
+        current = state[: saved.shape[0]]
+        saved.copy_(current)
+        current.mul_(decay).add_(added)
+    scores = local.products * surplus
+    reads = torch.bmm(scores, local.v)
+    reads.baddbmm_(local.reads * from_start_at_read[..., None], starts.mT)
+    return _Momentum(
+        pair=pair,
+        start=start,
+        real=real,
+        surplus=surplus,
+        from_start=from_start_at_read,
+        scores=scores,
+        end_surplus=end_surplus,
+        end_from_start=end_from_start,
+        starts=starts,
+        final=state,
+        reads=reads,
+        injected=torch.addcmul(injected[..., :key_width], starts, end_from_start[:, None, None]),
+    )
+
+
+def _reaching_state(pair, start, real):
+    """What U_t adds to S_t besides the token's own write: M strictly below the diagonal, and s.
+
+    Rows of padding are zero: there U is kept, but adds nothing to S.
+    """
+    later = pair.tril(-1)
+    return (later, start) if real is None else (later * real[..., None], start * real)
+
+
+def _momentum_gradients(
+    grid: _Grid,
+    local: _Local,
+    extra: _Momentum,
+    d_reads: torch.Tensor,
+    d_ends: torch.Tensor,
+    d_momentum_state: torch.Tensor,
+    d_v: torch.Tensor,
+    d_k: torch.Tensor,
+    d_x: torch.Tensor,
+    d_scores: torch.Tensor,
+    d_log_columns: torch.Tensor,
+    d_end_log: torch.Tensor,
+) -> torch.Tensor:
+    """Add momentum's part to every ``d_…`` argument in place.
+
+    Returns:
+        the gradient of the momentum rates, ``[R, C]``.
+    """
+    key_width = local.k.shape[-1]
+    momentum_reads = local.reads * extra.from_start[..., None]
+    per_start = torch.baddbmm(d_ends * extra.end_from_start[:, None, None], d_reads.mT, momentum_reads)
+    d_momentum_ends = torch.empty_like(d_ends)
+    per_step = zip(
+        *(x.split(grid.rows) for x in (extra.start[:, -1, None, None], per_start, d_momentum_ends))
+    )
+    for decay, added, saved in reversed(list(per_step)):
+        current = d_momentum_state[: saved.shape[0]]
+        saved.copy_(current)
+        current.mul_(decay).add_(added)
+
+    # Through the products with the writes and with U.
+    d_pair_scores = torch.bmm(d_reads, local.v.mT)
+    d_surplus = d_pair_scores * local.products
+    d_scores.addcmul_(d_pair_scores, extra.surplus)
+    d_momentum_reads = torch.bmm(d_reads, extra.starts)
+    d_from_start = (d_momentum_reads * local.reads).sum(-1)
+    d_x.addcmul_(d_momentum_reads, extra.from_start[..., None])
+    end_pair = extra.pair[:, -1]
+    end_keys = torch.cat([local.k * extra.end_surplus[..., None], local.k * end_pair[..., None]], dim=-1)
+    d_both_ends = torch.cat([d_ends, d_momentum_ends], dim=-1)
+    d_v.baddbmm_(extra.scores.mT, d_reads).baddbmm_(end_keys, d_both_ends.mT)
+    d_end_keys = torch.bmm(local.v, d_both_ends)
+    d_end_keys, d_end_momentum_keys = d_end_keys[..., :key_width], d_end_keys[..., key_width:]
+    d_k.addcmul_(d_end_keys, extra.end_surplus[..., None]).addcmul_(d_end_momentum_keys, end_pair[..., None])
+    d_end_surplus = (d_end_keys * local.k).sum(-1)
+    d_end_from_start = (d_ends * extra.starts).sum((1, 2))
+
+    # Through the decays: D = B · later and c = B · start, at the reads and at the chunk's end.
+    later, from_start = _reaching_state(extra.pair, extra.start, extra.real)
+    d_end_log += (d_end_surplus * extra.end_surplus).sum(-1) + d_end_from_start * extra.end_from_start
+    d_later = torch.bmm(local.pair_decay.mT, d_surplus)
+    d_later.addcmul_(local.end_pair_decay[..., None], d_end_surplus[:, None, :])
+    d_start = torch.bmm(local.pair_decay.mT, d_from_start[..., None]).squeeze(-1)
+    d_start.addcmul_(local.end_pair_decay, d_end_from_start[:, None])
+    d_log_columns -= (d_later * later).sum(-1) + d_start * from_start
+
+    # Through M and s to the rates, without dividing by a rate, which may be zero.
+    if extra.real is not None:
+        d_later *= extra.real[..., None]
+        d_start *= extra.real
+    d_pair = d_later.tril_(-1)
+    d_pair[:, -1] += (d_end_momentum_keys * local.k).sum(-1)
+    d_start[:, -1] += (d_momentum_ends * extra.starts).sum((1, 2))
+    pair_before = F.pad(extra.pair[:, :-1], (0, 0, 1, 0))
+    start_before = F.pad(extra.start[:, :-1], (1, 0), value=1.0)
+    through_pairs = (torch.bmm(extra.pair.mT, d_pair) * pair_before).sum(-1)
+    through_start = torch.bmm(extra.pair.mT, d_start[..., None]).squeeze(-1) * start_before
+    return through_pairs + through_start
