@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,6 +33,16 @@ class _Grid(NamedTuple):
     reads: torch.Tensor  # [B, L - first, D]: n(x) as it is read
     first: int  # the first slot that is read
     lengths: torch.Tensor | None  # [B]: how many slots are taken; None: all of every sequence
+
+
+class _Chunk(NamedTuple):
+    """The slots of one chunk; what is learned from them is None where no step follows."""
+
+    reads: torch.Tensor  # [B, ≤ C, D]
+    keys: torch.Tensor | None  # [B, C, D]
+    targets: torch.Tensor | None  # [B, C, D]
+    rates: torch.Tensor | None  # [B, C]
+    stop: int  # the slot after its last
 
 
 def continuum_memory_eager(
@@ -99,67 +110,84 @@ class _SteppingLevel:
             if slots is None
             else _ragged_grid(inner, rates, before, mask, slots)
         )
-        if grid.inputs.shape[1] <= self.level.chunk_size:
+        length, size = grid.inputs.shape[1], self.level.chunk_size
+        # the step after the last token changes only the state
+        steps = (length if self.keep_state else length - 1) // size
+        chunks = self.split(grid, steps)
+        if length <= size:
             # no step between the tokens: they are read where they lie
             y = _mlp(inner, weights)
-            if self.keep_state and grid.inputs.shape[1] == self.level.chunk_size:
-                weights = self.stepped(weights, grid, 0)
+            if steps:
+                weights = self.stepped(weights, chunks[0], grid.lengths)
         else:
-            y, weights = self.walk(weights, grid)
+            y, weights = self.walk(weights, chunks, grid.lengths)
             if slots is not None:
                 index = (slots - grid.first).clamp(0, y.shape[1] - 1)
                 y = y.gather(1, index[..., None].expand(-1, -1, y.shape[2]))
         return y, self.state_after(weights, grid) if self.keep_state else None
 
-    def walk(self, weights: _Weights, grid: _Grid) -> tuple[torch.Tensor, _Weights]:
-        """Outputs for the slots from ``grid.first`` on, and the last weights."""
+    def split(self, grid: _Grid, steps: int) -> list[_Chunk]:
+        """The chunks of the grid, with keys and targets for the first ``steps``."""
         length, size = grid.inputs.shape[1], self.level.chunk_size
-        # the step after the last token changes only the state
-        steps = length // size if self.keep_state else (length - 1) // size
-        every = self.checkpoint_every or steps + 1
+        stops = [*range(size, length, size), length]
+        reads = grid.reads.split(
+            [stops[0] - grid.first, *(b - a for a, b in itertools.pairwise(stops))], dim=1
+        )
+        if not steps:
+            return [_Chunk(r, None, None, None, stop) for r, stop in zip(reads, stops)]
+        dtype = grid.inputs.dtype
+        inputs = grid.inputs[:, : steps * size]
+        with torch.autocast(inputs.device.type, enabled=False):
+            keys = F.linear(inputs, self.level.key.to(dtype))
+            keys = F.rms_norm(keys, keys.shape[-1:], None, self.norm_eps)
+            targets = F.linear(inputs, self.level.value.to(dtype))
+        # split, not slices: the gradient of a slice is as long as the sequence
+        learned = (part.split(size, dim=1) for part in (keys, targets, grid.rates[:, : steps * size]))
+        return [_Chunk(*parts, stop) for *parts, stop in itertools.zip_longest(reads, *learned, stops)]
+
+    def walk(
+        self, weights: _Weights, chunks: Sequence[_Chunk], lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, _Weights]:
+        """Outputs for all slots that are read, and the last weights."""
+        if self.checkpoint_every is None or not torch.is_grad_enabled():
+            outputs, weights = self.serve(chunks, lengths, *weights)
+            return torch.cat(outputs, dim=1), weights
         outputs = []
-        for begin in range(0, steps + 1, every):
-            chunks = range(begin, min(begin + every, steps + 1))
-            if self.checkpoint_every is not None and torch.is_grad_enabled():
-                pieces, weights = checkpoint(
-                    self.chunks, grid, chunks, steps, *weights, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                pieces, weights = self.chunks(grid, chunks, steps, *weights)
-            outputs += pieces
+        for begin in range(0, len(chunks), self.checkpoint_every):
+            group = chunks[begin : begin + self.checkpoint_every]
+            served, weights = checkpoint(
+                self.serve, group, lengths, *weights, use_reentrant=False, preserve_rng_state=False
+            )
+            outputs += served
         return torch.cat(outputs, dim=1), weights
 
-    def chunks(
-        self, grid: _Grid, chunks: range, steps: int, *weights: torch.Tensor | None
+    def serve(
+        self, chunks: Sequence[_Chunk], lengths: torch.Tensor | None, *weights: torch.Tensor | None
     ) -> tuple[list[torch.Tensor], _Weights]:
-        """Reads the slots of each chunk, and steps after it if it is one of the first ``steps``."""
-        weights, outputs, size = _Weights(*weights), [], self.level.chunk_size
+        """Reads each chunk, then steps."""
+        weights, outputs = _Weights(*weights), []
         for chunk in chunks:
-            start, stop = chunk * size - grid.first, (chunk + 1) * size - grid.first
-            reads = grid.reads[:, max(start, 0) : max(stop, 0)]
-            if reads.shape[1]:
-                outputs.append(_mlp(reads, weights))
-            if chunk < steps:
-                weights = self.stepped(weights, grid, chunk)
+            if chunk.reads.shape[1]:
+                outputs.append(_mlp(chunk.reads, weights))
+            if chunk.keys is not None:
+                weights = self.stepped(weights, chunk, lengths)
         return outputs, weights
 
-    def stepped(self, weights: _Weights, grid: _Grid, chunk: int) -> _Weights:
+    def stepped(self, weights: _Weights, chunk: _Chunk, lengths: torch.Tensor | None) -> _Weights:
         """The weights after a chunk: of those sequences that fill it; the others keep theirs."""
-        stop = (chunk + 1) * self.level.chunk_size
-        slots = slice(stop - self.level.chunk_size, stop)
-        weights = _Weights(*(None if w is None else w.to(grid.inputs.dtype) for w in weights))
+        weights = _Weights(*(None if w is None else w.to(chunk.keys.dtype) for w in weights))
         # reduced precision is for the reads: steps accumulate
-        with torch.autocast(grid.inputs.device.type, enabled=False):
-            new = self.step(weights, grid.inputs[:, slots], grid.rates[:, slots])
-        if grid.lengths is None:
+        with torch.autocast(chunk.keys.device.type, enabled=False):
+            new = self.step(weights, chunk.keys, chunk.targets, chunk.rates)
+        if lengths is None:
             return new
-        full = (grid.lengths >= stop)[:, None, None]
+        full = (lengths >= chunk.stop)[:, None, None]
         return _Weights(*(None if n is None else torch.where(full, n, w) for n, w in zip(new, weights)))
 
-    def step(self, weights: _Weights, inputs: torch.Tensor, rates: torch.Tensor) -> _Weights:
-        """One step on a chunk: ``inputs`` [B, C, D], ``rates`` [B, C]."""
-        key, value = self.level.key.to(inputs.dtype), self.level.value.to(inputs.dtype)
-        keys = F.rms_norm(F.linear(inputs, key), inputs.shape[-1:], None, self.norm_eps)
+    def step(
+        self, weights: _Weights, keys: torch.Tensor, targets: torch.Tensor, rates: torch.Tensor
+    ) -> _Weights:
+        """One step on a chunk: ``keys`` and ``targets`` [B, C, D], ``rates`` [B, C]."""
         up = _product(keys, weights.up)
         if weights.gate is None:
             hidden = F.gelu(up)
@@ -169,7 +197,7 @@ class _SteppingLevel:
             opened = gate * opening
             hidden = opened * up
         output = _product(hidden, weights.down)
-        error = self.bounded(output - F.linear(inputs, value))
+        error = self.bounded(output - targets)
         back = error @ weights.down
 
         writes = self.writes(keys, rates)
@@ -205,14 +233,15 @@ class _SteppingLevel:
         tokens, width = inputs.shape[-2:]
         eye = torch.eye(min(tokens, width), dtype=inputs.dtype, device=inputs.device)
         if tokens < width:
-            return torch.linalg.solve(eye + rated @ inputs.mT, rated)
-        return torch.linalg.solve(eye + inputs.mT @ rated, rated, left=False)
+            return torch.linalg.inv(eye + rated @ inputs.mT) @ rated
+        return rated @ torch.linalg.inv(eye + inputs.mT @ rated)
 
     def written(
         self, weight: torch.Tensor, output: torch.Tensor, signal: torch.Tensor, writes: torch.Tensor
     ) -> torch.Tensor:
         """W − Gᵀ R for sgd, W − (X Wᵀ + G)ᵀ R for dgd, whose erased part X Wᵀ is the layer's own output."""
-        return weight - (signal if self.level.rule == "sgd" else output + signal).mT @ writes
+        pulled = signal if self.level.rule == "sgd" else output + signal
+        return torch.baddbmm(weight, pulled.mT, writes, alpha=-1)
 
     def state_after(self, weights: _Weights, grid: _Grid) -> ContinuumLevelState:
         batch, length, width = grid.inputs.shape
