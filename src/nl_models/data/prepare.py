@@ -1,0 +1,116 @@
+"""From a corpus to a folder with a tokenizer and two token arrays, made once and memory mapped afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nl_models.data.corpus import Document, read_folder, read_standard_library, split_by_file
+from nl_models.data.tokenizer import TOKENIZERS, BytePairTokenizer, ByteTokenizer, load_tokenizer, train_bpe
+from nl_models.files import new_directory, remove_incomplete
+
+_MANIFEST = "manifest.json"
+_FORMAT = "nl-models-data-1"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What determines the token arrays.
+
+    Attributes:
+        corpus: folder of text files; ``None``: the running interpreter's standard library and topics.
+        tokenizer: ``"bytes"`` or ``"bpe"`` (trained on the training documents only).
+        vocab_size: ids of the BPE (ignored for bytes, which have 257).
+        validation_fraction: share of the files held out, in (0, 1).
+    """
+
+    corpus: str | None = None
+    tokenizer: str = "bpe"
+    vocab_size: int = 4096
+    validation_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.tokenizer not in TOKENIZERS:
+            raise ValueError(f"tokenizer: expected one of {TOKENIZERS}, got {self.tokenizer!r}")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokens ``[N]`` (uint16 or uint32, memory mapped) of both sides, the tokenizer, and their origin."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    tokenizer: ByteTokenizer | BytePairTokenizer
+    description: dict[str, object]
+
+
+def prepare_data(options: DataOptions, folder: str | Path) -> PreparedData:
+    """Load the arrays from ``folder``, or make them there first.
+
+    The folder appears whole or not at all. If it holds the arrays of *other* options it is left alone.
+
+    Raises:
+        CorpusError: missing, empty or too small corpus.
+        ValueError: ``folder`` holds something else, or data made with other options.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        _build(options, folder)
+    return _load(options, folder)
+
+
+def _build(options: DataOptions, folder: Path) -> None:
+    documents = read_standard_library() if options.corpus is None else read_folder(options.corpus)
+    split = split_by_file(documents, validation_fraction=options.validation_fraction)
+    if options.tokenizer == "bytes":
+        tokenizer: ByteTokenizer | BytePairTokenizer = ByteTokenizer()
+    else:
+        tokenizer = train_bpe((document.text for document in split.train), vocab_size=options.vocab_size)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_incomplete(folder.parent)
+    with new_directory(folder) as temporary:
+        tokenizer.save(temporary)
+        description: dict[str, object] = {"format": _FORMAT, "options": asdict(options)}
+        description["vocab_size"] = tokenizer.vocab_size
+        for side in ("train", "validation"):
+            files: Sequence[Document] = getattr(split, side)
+            tokens = _pack(files, tokenizer)
+            np.save(temporary / f"{side}.npy", tokens)
+            description[side] = {
+                "files": len(files),
+                "bytes": sum(len(document.text.encode()) for document in files),
+                "tokens": len(tokens),
+                "names": [document.name for document in files],
+            }
+        (temporary / _MANIFEST).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+
+
+def _pack(documents: Sequence[Document], tokenizer: ByteTokenizer | BytePairTokenizer) -> np.ndarray:
+    """All documents after one another, each ended by the separator."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    separator = np.array([tokenizer.separator_id], dtype=dtype)
+    pieces = []
+    for ids in tokenizer.encode_batch([document.text for document in documents]):
+        pieces += [np.array(ids, dtype=dtype), separator]
+    return np.concatenate(pieces)
+
+
+def _load(options: DataOptions, folder: Path) -> PreparedData:
+    try:
+        description = json.loads((folder / _MANIFEST).read_text())
+        if description["format"] != _FORMAT:
+            raise ValueError(f"unknown format {description['format']!r}")
+        made_with = description["options"]
+        arrays = {side: np.load(folder / f"{side}.npy", mmap_mode="r") for side in ("train", "validation")}
+        for side, array in arrays.items():
+            if array.shape != (description[side]["tokens"],):
+                raise ValueError(f"{side}.npy has shape {array.shape}")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: not a folder of prepared data ({error})") from error
+    if made_with != asdict(options):
+        raise ValueError(f"{folder}: was prepared with {made_with}, but {asdict(options)} is asked for")
+    return PreparedData(arrays["train"], arrays["validation"], load_tokenizer(folder), description)

@@ -1,0 +1,133 @@
+"""Text to token ids and back: raw bytes, or a byte-level BPE trained on the corpus. Both are lossless."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+TOKENIZERS = ("bytes", "bpe")
+SMALLEST_BPE = 257  # every byte and the separator
+_SEPARATOR = "<|document|>"
+_FILE = "tokenizer.json"
+_BYTES_FORMAT = "nl-models-bytes"
+
+
+class Tokenizer(Protocol):
+    """What training and generation need of a tokenizer."""
+
+    vocab_size: int
+    separator_id: int  # ends every document; encodes no text
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``, without a separator."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """:meth:`encode` of several texts."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``; separators vanish, incomplete UTF-8 becomes U+FFFD."""
+
+    def token_bytes(self) -> np.ndarray:
+        """``[vocab_size]`` int64: how many bytes of text each id stands for (the separator: 0)."""
+
+    def save(self, folder: Path) -> None:
+        """Write ``tokenizer.json`` into ``folder``; :func:`load_tokenizer` reads it."""
+
+
+class ByteTokenizer:
+    """Ids 0–255 are the bytes of the UTF-8 text, 256 is the separator."""
+
+    vocab_size = 257
+    separator_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(token for token in ids if token != self.separator_id).decode(errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        lengths = np.ones(self.vocab_size, dtype=np.int64)
+        lengths[self.separator_id] = 0
+        return lengths
+
+    def save(self, folder: Path) -> None:
+        Path(folder, _FILE).write_text(json.dumps({"format": _BYTES_FORMAT}) + "\n")
+
+
+class BytePairTokenizer:
+    """Byte-level byte-pair encoding (GPT-2's pre-tokenisation), by the ``tokenizers`` library."""
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        # A document that spells the separator out is text like any other.
+        inner.encode_special_tokens = True
+        self._inner = inner
+        self.vocab_size = inner.get_vocab_size()
+        self.separator_id = inner.token_to_id(_SEPARATOR)
+
+    def encode(self, text: str) -> list[int]:
+        return self._inner.encode(text).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._inner.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray:
+        # In byte-level BPE a token is written with one character per byte.
+        lengths = [len(self._inner.id_to_token(token)) for token in range(self.vocab_size)]
+        lengths[self.separator_id] = 0
+        return np.array(lengths, dtype=np.int64)
+
+    def save(self, folder: Path) -> None:
+        self._inner.save(str(Path(folder, _FILE)))
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int) -> BytePairTokenizer:
+    """Learn a byte-level BPE of at most ``vocab_size`` ids (fewer when the texts have fewer distinct pairs).
+
+    Raises:
+        ValueError: ``vocab_size`` below 257, which 256 bytes and the separator need.
+    """
+    if vocab_size < SMALLEST_BPE:
+        raise ValueError(f"vocab_size: expected at least {SMALLEST_BPE} for BPE, got {vocab_size}")
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_SEPARATOR],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer=trainer)
+    return BytePairTokenizer(inner)
+
+
+def load_tokenizer(folder: str | Path) -> ByteTokenizer | BytePairTokenizer:
+    """Load what :meth:`Tokenizer.save` wrote into ``folder``.
+
+    Raises:
+        ValueError: there is no ``tokenizer.json`` of this package in ``folder``.
+    """
+    path = Path(folder, _FILE)
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and content.get("format") == _BYTES_FORMAT:
+            return ByteTokenizer()
+        inner = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer file ({error})") from error
+    if inner.token_to_id(_SEPARATOR) is None:
+        raise ValueError(f"{path}: a tokenizer without the separator {_SEPARATOR} is not of this package")
+    return BytePairTokenizer(inner)

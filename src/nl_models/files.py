@@ -1,0 +1,92 @@
+"""Files and folders that appear whole or not at all, whatever kills the process while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_TEMPORARY_PREFIX = ".incomplete-"
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``path`` when the block ends without an exception.
+
+    The folder lies beside ``path`` under a hidden name until then; its files are flushed to the disk before
+    the rename, so after a crash or power cut ``path`` either does not exist or is complete. On an exception
+    the folder is removed.
+
+    Raises:
+        FileExistsError: ``path`` exists already.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{path.name}-", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                # Some writers make private files; these get the rights any new file has.
+                Path(folder, name).chmod(0o666 & ~_umask())
+                _flush(Path(folder, name))
+            _flush(Path(folder))
+        temporary.rename(path)
+        _flush(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what killed processes left half written in ``folder`` (see :func:`new_directory`)."""
+    for left_over in Path(folder).glob(f"{_TEMPORARY_PREFIX}*"):
+        if left_over.is_dir():
+            shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file ``path`` by ``content`` in one step."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f"{_TEMPORARY_PREFIX}{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+        _flush(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace the file ``path`` by ``value`` as indented JSON in one step."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _umask() -> int:
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
+
+
+def _flush(path: Path) -> None:
+    """Ask the operating system to put a file, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

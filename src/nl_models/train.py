@@ -1,0 +1,127 @@
+"""Train a Hope language model, or a baseline, on a folder of text: ``python -m nl_models.train``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nl_models.data.prepare import prepare_data
+from nl_models.training.checkpoint import best_checkpoint
+from nl_models.training.command_line import fail, with_config_options
+from nl_models.training.config import TrainConfig, config_from_dict, read_options
+from nl_models.training.console import TrainingDisplay
+from nl_models.training.loop import (
+    DivergedError,
+    Outcome,
+    StopSignal,
+    Trainer,
+    choose_device,
+    continued_config,
+    create_run,
+    only_process,
+)
+from nl_models.training.metrics import read_metrics
+from nl_models.training.model import build_model, hope_config
+
+INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+
+
+def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) -> Outcome:
+    """Run or continue the training in ``folder`` and report on ``console``.
+
+    Raises:
+        ValueError: bad options, corpus, folder or checkpoint (the message says which).
+        DivergedError: the loss is no longer finite.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if not resume:
+        # Everything that can be refused is refused before a folder appears.
+        choose_device(config.device)
+        hope_config(config, vocab_size=config.vocab_size, separator_id=0)
+        create_run(folder, config)
+    with only_process(folder):
+        data = prepare_data(config.data_options, folder / "data")
+        model = build_model(config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
+        trainer = Trainer(folder, config, model, data)
+        start = trainer.resume() if resume else 0
+        _print_summary(console, folder, trainer, data.description, start)
+        if start >= config.steps and (folder / "model").exists():
+            console.print(f"{folder} is complete: all {config.steps} steps are done", highlight=False)
+            return Outcome(start, finished=True)
+        display = TrainingDisplay(console, steps=config.steps, start=start, label=config.model)
+        with StopSignal() as stop:
+            return trainer.run(display, stop)
+
+
+@with_config_options
+def main(
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/train"),
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file of options; those on the command line win.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --output from its newest checkpoint.")
+    ] = False,
+    *,
+    overrides: dict[str, object],
+) -> None:
+    """Train a Hope language model, or a baseline, on real text.
+
+    A killed run continues with --resume to the same loss curve. Ctrl-C saves a checkpoint first.
+    """
+    console = Console()
+    try:
+        options = {**(read_options(config) if config else {}), **overrides}
+        checked = config_from_dict(options, source=str(config) if config else "options")
+        if resume:
+            given = {name: getattr(checked, name) for name in options}
+            checked = continued_config(output, given)
+        outcome = train(output, checked, resume=resume, console=console)
+    except (ValueError, DivergedError) as error:
+        fail(error)
+    if outcome.finished:
+        _print_results(console, output)
+    else:
+        again = shlex.join(["python", "-m", "nl_models.train", "--output", str(output), "--resume"])
+        console.print(
+            f"Stopped after step {outcome.step}; a checkpoint is saved. Continue with:\n  {again}",
+            highlight=False,
+        )
+        raise typer.Exit(INTERRUPTED)
+
+
+def _print_summary(console: Console, folder: Path, trainer: Trainer, description: dict, start: int) -> None:
+    config = trainer.config
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    sides = [
+        f"{description[side]['tokens']:,} tokens of {description[side]['files']:,} file(s) for {side}"
+        for side in ("train", "validation")
+    ]
+    table = Table.grid(padding=(0, 2))
+    table.add_row("run", f"{folder}{f' (continued after step {start})' if start else ''}")
+    table.add_row("model", f"{config.model}, {parameters:,} parameters, on {trainer.device}")
+    table.add_row("data", ", ".join(sides))
+    table.add_row("steps", f"{config.steps:,} of {config.tokens_per_step:,} tokens")
+    console.print(table, highlight=False)
+
+
+def _print_results(console: Console, folder: Path) -> None:
+    last = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"][-1]
+    table = Table.grid(padding=(0, 2))
+    table.add_row("validation loss", f"{last['loss']:.4f} nats per token")
+    table.add_row("", f"{last['bits_per_byte']:.3f} bits per byte, perplexity {last['perplexity']:.2f}")
+    table.add_row("model", str(folder / "model"))
+    table.add_row("best checkpoint", str(best_checkpoint(folder / "checkpoints")))
+    table.add_row("metrics", f"{folder / 'metrics.jsonl'}, {folder / 'loss.png'}")
+    console.print(table, highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

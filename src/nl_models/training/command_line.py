@@ -1,0 +1,85 @@
+"""Command-line options made from the fields of :class:`TrainConfig`, so that the two cannot drift apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+import typing
+from collections.abc import Callable
+
+import typer
+from rich.console import Console
+
+from nl_models.training.config import TrainConfig
+
+_MAPPING = "model_options"
+
+
+def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter ``overrides`` of a typer command by one option per field of the config.
+
+    Options not given on the command line are absent from ``overrides``, so that they can come from a file.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    own = [parameter for name, parameter in signature.parameters.items() if name != "overrides"]
+    fields = dataclasses.fields(TrainConfig)
+    hints = typing.get_type_hints(TrainConfig)
+    generated = [_parameter(field, hints[field.name]) for field in fields]
+
+    def wrapped(**values: typing.Any) -> None:
+        overrides = {field.name: values.pop(field.name) for field in fields}
+        overrides[_MAPPING] = _pairs(overrides[_MAPPING]) or None
+        given = {name: value for name, value in overrides.items() if value is not None}
+        command(**values, overrides=given)
+
+    wrapped.__name__ = command.__name__
+    wrapped.__doc__ = command.__doc__
+    wrapped.__signature__ = signature.replace(parameters=own + generated)
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in own + generated}
+    return wrapped
+
+
+def fail(message: object) -> typing.NoReturn:
+    """Print an error for the user and leave with status 2, without a traceback."""
+    Console(stderr=True).print(f"[bold red]error:[/] {_escaped(message)}", highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def _escaped(message: object) -> str:
+    return str(message).replace("[", r"\[")
+
+
+def _parameter(field: dataclasses.Field, hint: typing.Any) -> inspect.Parameter:
+    name = "model-option" if field.name == _MAPPING else field.name.replace("_", "-")
+    text = field.metadata["help"]
+    default = None if field.default is dataclasses.MISSING else field.default
+    option = typer.Option(
+        f"--{name}",
+        help=text if default in (None, False) else f"{text} [default: {default}]",
+        rich_help_panel=field.metadata["panel"],
+        # The real default is the config's; None here means "not given".
+        show_default=False,
+    )
+    kind = list[str] | None if field.name == _MAPPING else hint | None
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=typing.Annotated[kind, option],
+    )
+
+
+def _pairs(given: list[str] | None) -> dict[str, object]:
+    """``["a=1", "b=text"]`` → ``{"a": 1, "b": "text"}``."""
+    options: dict[str, object] = {}
+    for pair in given or []:
+        name, equals, text = pair.partition("=")
+        if not (name and equals):
+            fail(f"--model-option: expected NAME=VALUE, got {pair!r}")
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    return options

@@ -1,0 +1,193 @@
+"""Every option of a training run, typed and checked, from code, a JSON file or the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nl_models.data.prepare import DataOptions
+
+MODELS = ("hope", "titans", "gated_delta_net", "attention")
+
+_DATA = "Data"
+_MODEL = "Model"
+_OPTIMISATION = "Optimisation"
+_EVALUATION = "Evaluation and checkpoints"
+_EXECUTION = "Execution"
+
+
+def _option(default: object, panel: str, text: str) -> typing.Any:
+    return field(default=default, metadata={"panel": panel, "help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Field metadata holds the help text of the command line."""
+
+    corpus: str | None = _option(
+        None, _DATA, "Folder of UTF-8 text files. Without it: Python's own library and documentation topics."
+    )
+    tokenizer: str = _option("bpe", _DATA, "'bytes', or 'bpe' trained on the training files.")
+    vocab_size: int = _option(4096, _DATA, "Ids of the BPE (bytes always have 257).")
+    validation_fraction: float = _option(0.05, _DATA, "Share of the files held out for validation.")
+
+    model: str = _option("hope", _MODEL, f"One of {', '.join(MODELS)}.")
+    hidden_size: int = _option(256, _MODEL, "Width of the residual stream.")
+    layers: int = _option(4, _MODEL, "Blocks.")
+    heads: int = _option(4, _MODEL, "Heads of the memory or attention.")
+    model_options: dict[str, typing.Any] = field(
+        default_factory=dict,
+        metadata={
+            "panel": _MODEL,
+            "help": "Any other field of HopeConfig as NAME=VALUE (JSON value). Repeatable.",
+        },
+    )
+
+    steps: int = _option(1000, _OPTIMISATION, "Optimiser steps.")
+    batch_size: int = _option(8, _OPTIMISATION, "Windows in one forward pass.")
+    sequence_length: int = _option(512, _OPTIMISATION, "Tokens in a window.")
+    gradient_accumulation: int = _option(1, _OPTIMISATION, "Forward passes in one optimiser step.")
+    learning_rate: float = _option(2e-3, _OPTIMISATION, "Peak learning rate of AdamW.")
+    final_learning_rate: float = _option(0.1, _OPTIMISATION, "Last learning rate, as a share of the peak.")
+    warmup_steps: int = _option(100, _OPTIMISATION, "Steps of linear warm-up; a cosine follows.")
+    weight_decay: float = _option(
+        0.1, _OPTIMISATION, "Decoupled decay of matrices (never of norms, biases, gates, embeddings)."
+    )
+    beta1: float = _option(0.9, _OPTIMISATION, "AdamW's decay of the first moment.")
+    beta2: float = _option(0.95, _OPTIMISATION, "AdamW's decay of the second moment.")
+    clip_norm: float = _option(1.0, _OPTIMISATION, "Gradients are scaled down to this global norm.")
+    gradient_checkpointing: bool = _option(
+        False, _OPTIMISATION, "Recompute each block in the backward pass: less memory, more time."
+    )
+    seed: int = _option(0, _OPTIMISATION, "Of the initial weights and of the order of the data.")
+
+    evaluate_every: int = _option(100, _EVALUATION, "Steps between evaluations (also after the last step).")
+    validation_windows: int = _option(64, _EVALUATION, "Windows of the fixed validation set.")
+    checkpoint_every: int = _option(100, _EVALUATION, "Steps between checkpoints (also after the last step).")
+    keep_checkpoints: int = _option(2, _EVALUATION, "Newest checkpoints to keep, besides the best.")
+
+    device: str = _option("auto", _EXECUTION, "'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")
+    precision: str = _option(
+        "auto", _EXECUTION, "'fp32' or 'bf16' (autocast); 'auto': bf16 on CUDA, fp32 elsewhere."
+    )
+    threads: int | None = _option(None, _EXECUTION, "CPU threads; PyTorch's choice if not given.")
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "layers", "heads", "steps", "batch_size", "gradient_accumulation"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("evaluate_every", "validation_windows", "checkpoint_every", "keep_checkpoints"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("sequence_length", self.sequence_length, 2)
+        for name in ("warmup_steps", "seed", "weight_decay"):
+            _at_least(name, getattr(self, name), 0)
+        if self.threads is not None:
+            _at_least("threads", self.threads, 1)
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)!r}")
+        if not 0 <= self.final_learning_rate <= 1:
+            raise ValueError(
+                f"final_learning_rate: expected a share in [0, 1], got {self.final_learning_rate!r}"
+            )
+        if self.warmup_steps >= self.steps and self.warmup_steps > 0:
+            raise ValueError(
+                f"warmup_steps: expected fewer than steps = {self.steps}, got {self.warmup_steps}"
+            )
+        if self.model not in MODELS:
+            raise ValueError(f"model: expected one of {MODELS}, got {self.model!r}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision: expected 'auto', 'fp32' or 'bf16', got {self.precision!r}")
+        _ = self.data_options
+
+    @property
+    def data_options(self) -> DataOptions:
+        return DataOptions(
+            corpus=self.corpus,
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+            validation_fraction=self.validation_fraction,
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation * self.sequence_length
+
+    def to_dict(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+# What may differ between a run and its continuation, as it does not define the result.
+FREE_ON_RESUME = frozenset({"device", "threads", "checkpoint_every", "keep_checkpoints"})
+
+
+def config_from_dict(values: object, *, source: str) -> TrainConfig:
+    """Build a config from JSON values, with ``source`` named in errors.
+
+    Raises:
+        ValueError: not an object, unknown name (the closest known one is suggested), or a bad value.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: expected a JSON object of options, got {type(values).__name__}")
+    hints = typing.get_type_hints(TrainConfig)
+    known = {option.name for option in dataclasses.fields(TrainConfig)}
+    checked = {}
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+            raise ValueError(f"{source}: unknown option {name!r}{hint}")
+        checked[name] = _typed(f"{source}: {name}", value, hints[name])
+    try:
+        return TrainConfig(**checked)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Read a config from a JSON file.
+
+    Raises:
+        ValueError: the file cannot be read, is not JSON, or holds unknown or bad options.
+    """
+    return config_from_dict(read_options(path), source=str(path))
+
+
+def read_options(path: str | Path) -> dict[str, typing.Any]:
+    """The JSON object in a file of options, unchecked."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"config: cannot read {path} ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"config: {path} is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {path}: expected a JSON object of options, got {type(values).__name__}")
+    return values
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ValueError(f"{name}: expected at least {low}, got {value!r}")
+
+
+def _typed(name: str, value: object, annotation: object) -> object:
+    """``value`` as the annotated type; JSON integers pass as floats, nothing else is converted."""
+    allowed = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    for kind in allowed:
+        kind = typing.get_origin(kind) or kind
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, kind) and not (isinstance(value, bool) and kind is int):
+            return value
+    wanted = " or ".join(
+        "null" if kind is types.NoneType else getattr(kind, "__name__", str(kind)) for kind in allowed
+    )
+    raise ValueError(f"{name}: expected {wanted}, got {value!r}")

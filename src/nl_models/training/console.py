@@ -1,0 +1,94 @@
+"""What a run shows: a progress bar on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+_LINE_EVERY_SECONDS = 10.0
+
+
+class TrainingDisplay:
+    """Shows loss, tokens/s and the time left.
+
+    Args:
+        console: where to; on a terminal a live bar, else one line per ten seconds.
+        steps: of the whole run.
+        start: steps done before (a resumed run).
+        label: in front of the bar or of each line.
+        clock: seconds; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        steps: int,
+        start: int,
+        label: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console
+        self._steps = steps
+        self._first = self._step = start
+        self._label = label
+        self._clock = clock
+        self._began = self._last_line = clock()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None),
+                TaskProgressColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                console=console,
+                expand=True,
+            )
+            self._task = self._bar.add_task(label, total=steps, completed=start, status="")
+
+    def __enter__(self) -> TrainingDisplay:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def step(self, step: int, *, loss: float, tokens_per_step: int) -> None:
+        """Report a completed step."""
+        self._step = step
+        now = self._clock()
+        done = step - self._first
+        seconds = max(now - self._began, 1e-9)
+        rate = done * tokens_per_step / seconds
+        left = duration((self._steps - step) * seconds / done)
+        status = f"loss {loss:.3f}  {rate:,.0f} tokens/s  {left} left"
+        if self._bar:
+            self._bar.update(self._task, completed=step, status=status)
+        elif step == self._steps or now - self._last_line >= _LINE_EVERY_SECONDS:
+            self._last_line = now
+            self._console.print(
+                f"{self._label}  step {step}/{self._steps}  {status}", highlight=False, soft_wrap=True
+            )
+
+    def validation(self, *, loss: float, bits_per_byte: float, perplexity: float) -> None:
+        """Report an evaluation."""
+        self._console.print(
+            f"{self._label}  step {self._step}/{self._steps}  validation loss {loss:.4f}  "
+            f"{bits_per_byte:.3f} bits/byte  perplexity {perplexity:.2f}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``1:02`` or ``3:04:05``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,45 @@
+"""From a training config to a model."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from nl_models.hope import HopeConfig, HopeForCausalLM
+from nl_models.training.config import TrainConfig
+
+_LAYER_TYPES = {
+    "hope": "self_modifying_titans",
+    "titans": "titans",
+    "gated_delta_net": "gated_delta_net",
+    "attention": "full_attention",
+}
+
+
+def hope_config(config: TrainConfig, vocab_size: int, separator_id: int) -> HopeConfig:
+    """The model's own config.
+
+    Raises:
+        ValueError: sizes that do not fit together, or unknown ``model_options``.
+    """
+    values: dict[str, object] = {
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "layer_types": _LAYER_TYPES[config.model],
+        # Documents end, and therefore begin, with the separator.
+        "bos_token_id": separator_id,
+        "eos_token_id": separator_id,
+    }
+    known = set(HopeConfig.__dataclass_fields__)
+    unknown = sorted(set(config.model_options) - known)
+    if unknown:
+        raise ValueError(f"model_options: HopeConfig has no {', '.join(unknown)}")
+    return HopeConfig(**{**values, **config.model_options})
+
+
+def build_model(config: TrainConfig, vocab_size: int, separator_id: int) -> PreTrainedModel:
+    """A new model with initial weights drawn from ``config.seed``, on the CPU, in fp32."""
+    torch.manual_seed(config.seed)
+    return HopeForCausalLM(hope_config(config, vocab_size, separator_id))

@@ -1,0 +1,99 @@
+"""Plots: one look for all of them, and the loss curve of a run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nl_models.files import write_bytes
+
+# Okabe and Ito's palette: told apart with every kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def new_figure(columns: int = 1, *, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+    """A figure with ``columns`` axes side by side, without touching matplotlib's global state."""
+    figure = Figure(figsize=(width * columns, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(np.atleast_1d(figure.subplots(1, columns)))
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG in one step."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_bytes(path, buffer.getvalue())
+    return path
+
+
+def plot_losses(runs: Mapping[str, Sequence[Mapping]], path: Path, *, title: str) -> Path:
+    """Training and validation loss against tokens seen.
+
+    Args:
+        runs: name → records of the run's metrics (:func:`nl_models.training.metrics.read_metrics`).
+        path: of the PNG.
+        title: above the plot.
+    """
+    figure, (axis,) = new_figure()
+    validation_losses = []
+    smoothed_losses = []
+    for colour, marker, (name, records) in zip(COLOURS, MARKERS, runs.items()):
+        train = [record for record in records if record["kind"] == "train"]
+        validation = [record for record in records if record["kind"] == "validation"]
+        if train:
+            tokens = np.array([record["tokens"] for record in train], dtype=float)
+            losses = np.array([record["loss"] for record in train])
+            smooth = _moving_average(losses, max(1, len(losses) // 40))
+            smoothed_losses += list(smooth)
+            label = None if validation else name
+            axis.plot(tokens, smooth, color=colour, linewidth=1.0, alpha=0.5, label=label)
+        if validation:
+            tokens = np.array([record["tokens"] for record in validation], dtype=float)
+            losses = np.array([record["loss"] for record in validation])
+            validation_losses += list(losses)
+            axis.plot(
+                tokens, losses, color=colour, marker=marker, markersize=4.5, linewidth=1.6,
+                label=f"{name} ({losses[-1]:.3f})",
+            )  # fmt: skip
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.set_xlabel("training tokens")
+    axis.set_ylabel("loss (nats per token)")
+    axis.xaxis.set_major_formatter(compact_number)
+    everything = validation_losses + smoothed_losses
+    if everything:
+        # The first steps fall from ln(vocabulary) at once; they would flatten the rest.
+        low, high = min(everything), float(np.quantile(everything, 0.95))
+        margin = 0.06 * max(high - low, 1e-3)
+        axis.set_ylim(low - margin, high + margin)
+        axis.legend(
+            title="validation: markers (last); training: thin", title_fontsize=8, fontsize=9, frameon=False
+        )
+    return save_figure(figure, path)
+
+
+def compact_number(value: float, _position: object = None) -> str:
+    """1500 → ``1.5K``, 2000000 → ``2M``."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean over the last ``width`` values (fewer at the start)."""
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(0, end - width)
+    return (total[end] - total[start]) / (end - start)

@@ -1,0 +1,65 @@
+"""Preparing data: made once, whole or not at all, never mixed up with other options."""
+
+import numpy as np
+import pytest
+
+from nl_models.data import prepare
+from nl_models.data.prepare import DataOptions, prepare_data
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(f"file {i}: " + "the quick brown fox " * i)
+    return folder
+
+
+def test_documents_are_packed_with_separators(corpus, tmp_path):
+    options = DataOptions(corpus=str(corpus), tokenizer="bytes", validation_fraction=0.3)
+    data = prepare_data(options, tmp_path / "data")
+    for side in ("train", "validation"):
+        documents = bytes(min(t, 255) for t in getattr(data, side)).split(b"\xff")
+        names = data.description[side]["names"]
+        assert documents == [(corpus / name).read_bytes() for name in names] + [b""]
+    assert data.train.dtype == np.uint16
+
+
+def test_the_tokenizer_never_sees_the_validation_files(corpus, tmp_path):
+    options = DataOptions(corpus=str(corpus), vocab_size=300, validation_fraction=0.3)
+    data = prepare_data(options, tmp_path / "one")
+    for name in data.description["validation"]["names"]:
+        (corpus / name).write_text("completely different words " * 30)
+    changed = prepare_data(options, tmp_path / "two")
+    files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    assert len(data.validation) != len(changed.validation)
+
+
+def test_prepared_data_is_used_again_even_if_the_corpus_is_gone(corpus, tmp_path):
+    options = DataOptions(corpus=str(corpus), vocab_size=300)
+    first = prepare_data(options, tmp_path / "data").train.tolist()
+    for file in corpus.iterdir():
+        file.unlink()
+    assert prepare_data(options, tmp_path / "data").train.tolist() == first
+
+
+def test_other_options_and_damaged_folders_are_refused_and_left_alone(corpus, tmp_path):
+    options = DataOptions(corpus=str(corpus), vocab_size=300)
+    prepare_data(options, tmp_path / "data")
+    with pytest.raises(ValueError, match="was prepared with"):
+        prepare_data(DataOptions(corpus=str(corpus), vocab_size=301), tmp_path / "data")
+    content = (tmp_path / "data" / "train.npy").read_bytes()
+    (tmp_path / "data" / "train.npy").write_bytes(content[:-20])
+    with pytest.raises(ValueError, match="not a folder of prepared data"):
+        prepare_data(options, tmp_path / "data")
+    with pytest.raises(ValueError, match="tokenizer: expected one of"):
+        DataOptions(tokenizer="words")
+
+
+def test_a_failure_while_preparing_leaves_nothing(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "_pack", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare_data(DataOptions(corpus=str(corpus), vocab_size=300), tmp_path / "run" / "data")
+    assert list((tmp_path / "run").iterdir()) == []

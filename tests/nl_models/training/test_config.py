@@ -1,0 +1,69 @@
+"""Options: defaults, files, checks."""
+
+import json
+
+import pytest
+
+from nl_models.training.config import TrainConfig, config_from_dict, load_config
+
+
+def test_a_config_survives_json(tmp_path):
+    config = TrainConfig(steps=7, warmup_steps=1, model_options={"rope_theta": 5.0})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict()))
+    assert load_config(path) == config
+
+
+def test_integers_are_accepted_for_floats_but_nothing_else_is_converted():
+    assert config_from_dict({"learning_rate": 1}, source="test").learning_rate == 1.0
+    for bad in (
+        {"steps": 1.5},
+        {"steps": True},
+        {"steps": "9"},
+        {"corpus": 3},
+        {"gradient_checkpointing": 1},
+    ):
+        name = next(iter(bad))
+        with pytest.raises(ValueError, match=f"test: {name}: expected"):
+            config_from_dict(bad, source="test")
+
+
+def test_unknown_options_are_refused_with_a_suggestion():
+    with pytest.raises(ValueError, match="unknown option 'learning_rat'; did you mean 'learning_rate'"):
+        config_from_dict({"learning_rat": 1}, source="test")
+    with pytest.raises(ValueError, match="expected a JSON object"):
+        config_from_dict([1], source="test")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("sequence_length", 1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("final_learning_rate", 1.5),
+        ("warmup_steps", 1000),
+        ("warmup_steps", -1),
+        ("weight_decay", -0.1),
+        ("beta1", 1.0),
+        ("clip_norm", 0.0),
+        ("threads", 0),
+        ("keep_checkpoints", 0),
+        ("model", "rnn"),
+        ("tokenizer", "words"),
+        ("precision", "fp8"),
+    ],
+)
+def test_bad_values_name_the_option(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        TrainConfig(**{name: value})
+
+
+def test_unreadable_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot read"):
+        load_config(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_config(tmp_path / "bad.json")

@@ -1,0 +1,177 @@
+"""The training loop: an interrupted run is the uninterrupted one, and refuses what would make it another."""
+
+import dataclasses
+import io
+import json
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+
+from nl_models.training import loop
+from nl_models.training.checkpoint import CheckpointError, list_checkpoints
+from nl_models.training.console import TrainingDisplay
+from nl_models.training.loop import (
+    DivergedError,
+    Outcome,
+    RunError,
+    StopSignal,
+    choose_device,
+    continued_config,
+    create_run,
+    only_process,
+)
+from nl_models.training.metrics import read_metrics
+
+TIMING = "tokens_per_second"
+
+
+def run(trainer, stop=None):
+    console = Console(file=io.StringIO())
+    return trainer.run(TrainingDisplay(console, steps=12, start=trainer.step, label="x"), stop)
+
+
+def curve(folder):
+    return [
+        {k: v for k, v in record.items() if k != TIMING} for record in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+class StopAt:
+    """Stands for a signal that arrives during a step; ``as_kill``: an exception nothing may catch."""
+
+    def __init__(self, step, trainer, *, as_kill=False):
+        self.step, self.trainer, self.as_kill = step, trainer, as_kill
+
+    @property
+    def received(self):
+        if self.trainer.step < self.step:
+            return None
+        if self.as_kill:
+            raise SystemExit("killed")
+        return signal.SIGINT
+
+
+@pytest.fixture
+def uninterrupted(tmp_path, config, make_trainer):
+    assert run(make_trainer(tmp_path / "whole", config)) == Outcome(12, True)
+    return curve(tmp_path / "whole")
+
+
+def test_a_run_learns_and_records_every_step_and_evaluation(uninterrupted, tmp_path):
+    steps = [r["step"] for r in uninterrupted if r["kind"] == "train"]
+    assert steps == list(range(1, 13))
+    validation = [r for r in uninterrupted if r["kind"] == "validation"]
+    assert [r["step"] for r in validation] == [4, 8, 12]
+    assert validation[-1]["loss"] < validation[0]["loss"] < 5.6
+    # Bytes: every predicted token but the separators is one byte.
+    assert validation[0]["bits_per_byte"] == pytest.approx(validation[0]["loss"] / 0.6931, rel=0.05)
+    assert (tmp_path / "whole" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "whole" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("step", [1, 5, 7, 11])
+def test_a_killed_run_continues_to_the_same_curve(step, uninterrupted, tmp_path, config, make_trainer):
+    folder = tmp_path / "killed"
+    trainer = make_trainer(folder, config)
+    with pytest.raises(SystemExit):
+        run(trainer, StopAt(step, trainer, as_kill=True))
+    trainer = make_trainer(folder, config)
+    assert trainer.resume() == {1: 0, 5: 4, 7: 5, 11: 10}[step]
+    assert run(trainer) == Outcome(12, True)
+    assert curve(folder) == uninterrupted
+
+
+def test_a_stopped_run_saves_its_last_step(uninterrupted, tmp_path, config, make_trainer):
+    folder = tmp_path / "stopped"
+    trainer = make_trainer(folder, config)
+    assert run(trainer, StopAt(7, trainer)) == Outcome(7, False)
+    assert list_checkpoints(folder / "checkpoints")[-1].name == "step-00000007"
+    trainer = make_trainer(folder, config)
+    assert trainer.resume() == 7
+    run(trainer)
+    assert curve(folder) == uninterrupted
+
+
+def test_gradient_accumulation_equals_a_larger_batch(tmp_path, config, make_trainer, monkeypatch):
+    config = dataclasses.replace(config, steps=3)
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, **_: x)
+    losses = {}
+    for parts in (1, 2, 4):
+        one = dataclasses.replace(config, gradient_accumulation=parts, batch_size=4 // parts)
+        run(make_trainer(tmp_path / str(parts), one))
+        losses[parts] = [r["loss"] for r in curve(tmp_path / str(parts)) if r["kind"] == "train"]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[4] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[1][2] < losses[1][0]
+
+
+def test_a_diverged_run_stops_and_keeps_its_checkpoints(tmp_path, config, make_trainer, monkeypatch):
+    trainer = make_trainer(tmp_path / "run", config)
+    monkeypatch.setattr(
+        loop, "clip_grad_norm_", lambda *_: torch.tensor(float("nan") if trainer.step == 6 else 1.0)
+    )
+    with pytest.raises(DivergedError, match="step 7: loss"):
+        run(trainer)
+    assert [p.name for p in list_checkpoints(tmp_path / "run" / "checkpoints")] == [
+        "step-00000004",
+        "step-00000005",
+    ]
+
+
+def test_a_damaged_checkpoint_stops_the_resume(tmp_path, config, make_trainer):
+    folder = tmp_path / "run"
+    run(make_trainer(folder, config))
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    (newest / "model.safetensors").write_bytes((newest / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        make_trainer(folder, config).resume()
+
+
+def test_an_existing_folder_is_never_overwritten(tmp_path, config):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    create_run(folder, config)  # an empty folder holds nothing to lose
+    with pytest.raises(RunError, match="--resume"):
+        create_run(folder, config)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="exists"):
+        create_run(tmp_path / "file", config)
+
+
+def test_a_continuation_keeps_what_defines_the_result(tmp_path, config):
+    create_run(tmp_path / "run", config)
+    assert continued_config(tmp_path / "run", {"steps": 12, "keep_checkpoints": 9}).keep_checkpoints == 9
+    with pytest.raises(RunError, match=r"learning_rate \(0.01 → 0.5\)"):
+        continued_config(tmp_path / "run", {"learning_rate": 0.5})
+    with pytest.raises(RunError, match="not a training run"):
+        continued_config(tmp_path, {})
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"unknown": 1}))
+    with pytest.raises(ValueError, match="unknown option"):
+        continued_config(tmp_path / "run", {})
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    with only_process(tmp_path), pytest.raises(RunError, match="another process"), only_process(tmp_path):
+        raise AssertionError("both got the lock")
+
+
+def test_the_first_signal_asks_and_the_second_interrupts():
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="no CUDA device"):
+        choose_device("cuda:1")
+    for name in ("gpu", "meta"):
+        with pytest.raises(ValueError, match="device: expected"):
+            choose_device(name)
