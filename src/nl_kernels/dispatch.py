@@ -31,7 +31,8 @@ def choose_implementation(op: str, impl: str | None, device: torch.device, avail
     """
     if impl is None:
         chosen = "triton" if device.type == "cuda" and "triton" in available else "eager"
-        _say_once(op, chosen, device.type)
+        if not torch.compiler.is_compiling():
+            _say_once(op, chosen, device.type)
         return chosen
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {IMPLEMENTATIONS} or None, got {impl!r}")

@@ -90,6 +90,10 @@ def delta_memory(
     tensors = (q, k, v, log_decay, erase, momentum, initial_state, initial_momentum, cu_seqlens)
     if impl == "reference":
         o, state, momentum_state = reference.delta_memory_forward(*tensors, scale=scale, read=read)
+    elif q.shape[1] == 1 and cu_seqlens is None and initial_state is not None and not _needs_grad(*tensors):
+        return _one_token(
+            *tensors[:8], scale=scale, read=read, output_final_state=output_final_state, impl=impl
+        )
     else:
         o, state, momentum_state = registration.apply(*tensors, scale, read, chunk_size, impl)
     if not output_final_state:
@@ -208,6 +212,17 @@ def chunk_gated_delta_rule(
     return o, None if state is None else state.mT.contiguous()
 
 
+def _one_token(
+    q, k, v, log_decay, erase, momentum, state, momentum_state, *, scale, read, output_final_state, impl
+):
+    tokens = (x if x is None else x.squeeze(1) for x in (q, k, v, log_decay, erase, momentum))
+    if momentum is not None and momentum_state is None:
+        momentum_state = torch.zeros_like(state)
+    o, state, momentum_state = registration.step(*tokens, state, momentum_state, scale, read, impl)
+    final = state if momentum is None else (state, momentum_state)
+    return o.unsqueeze(1), final if output_final_state else None
+
+
 def _l2norm(x: torch.Tensor) -> torch.Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
@@ -223,7 +238,10 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    given = [x for x in tensors if x is not None]
+    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, given)):
+        return True  # a transform may differentiate what does not say that it requires a gradient
+    return torch.is_grad_enabled() and any(x.requires_grad for x in given)
 
 
 def _check_tokens(q, k, v, log_decay, erase, momentum, *, leading: int, names=("log_decay", "erase")) -> None:
@@ -264,6 +282,6 @@ def _check_states(initial_state, initial_momentum, momentum, shape, q) -> None:
 def _check_scale(scale: float) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
     return float(scale)

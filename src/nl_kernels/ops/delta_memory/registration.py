@@ -141,15 +141,12 @@ def _(do, d_final_state, d_final_momentum, q, k, v, *rest):
     log_decay, erase, momentum, initial_state, initial_momentum, cu_seqlens = rest[:6]
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = q.new_empty((sequences, q.shape[2], v.shape[3], k.shape[3]), dtype=_state_dtype(q))
-    tokens = [x.new_empty(x.shape) for x in (q, k, v, log_decay, erase)]
-    empty = q.new_empty(0)
+    like_state = state if initial_momentum is None else initial_momentum
     return (
-        *tokens,
-        empty if momentum is None else momentum.new_empty(momentum.shape),
-        state if initial_state is None else initial_state.new_empty(initial_state.shape),
-        empty
-        if momentum is None
-        else (state if initial_momentum is None else initial_momentum).new_empty(state.shape),
+        *(x.new_empty(x.shape) for x in (q, k, v, log_decay, erase)),
+        q.new_empty(0) if momentum is None else momentum.new_empty(momentum.shape),
+        state if initial_state is None else initial_state.new_empty(state.shape),
+        q.new_empty(0) if momentum is None else like_state.new_empty(state.shape),
     )
 
 
