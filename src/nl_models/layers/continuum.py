@@ -152,14 +152,15 @@ class ContinuumBlock(nn.Module):
             nn.init.constant_(self.rate_logit, math.log(share / (1 - share)))
 
     def rate(self) -> torch.Tensor | float:
-        """η of every token: an fp32 scalar, or the number 0 for a level that never steps."""
+        """η of every token: a scalar of at least fp32, or the number 0 for a level that never steps."""
         config = self.config
         if not config.steps:
             return 0.0
         scale = config.max_rate / self.up.shape[1]
         if config.rule == "sgd":
             scale /= config.chunk_size
-        return scale * torch.sigmoid(self.rate_logit.float())
+        dtype = torch.promote_types(self.rate_logit.dtype, torch.float32)
+        return scale * torch.sigmoid(self.rate_logit.to(dtype))
 
     def definition(self) -> ContinuumLevel:
         """This level as :func:`nl_kernels.continuum_memory` takes it."""

@@ -1,0 +1,227 @@
+"""The state of a conversation: what every block of Hope carries from token to token."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from nl_kernels.ops.continuum import ContinuumLevelState
+from nl_models.layers.attention import AttentionState
+from nl_models.layers.state import State, map_state
+
+if TYPE_CHECKING:
+    from nl_models.hope.configuration_hope import HopeConfig
+
+FILE_FORMAT = "nl_models.HopeCache.1"
+
+
+class BlockState(NamedTuple):
+    """The state of one block; every tensor has the batch as first dimension.
+
+    Attributes:
+        convolution: ``[B, window - 1, d]``, the inputs that the next token's convolution still sees; ``None``
+            without a convolution.
+        mixer: the state of the token mixer: of attention its keys and values, of a memory its fast weights.
+        continuum: the state of the continuum memory system that follows.
+    """
+
+    convolution: torch.Tensor | None
+    mixer: State
+    continuum: State
+
+
+STATE_TYPES = {
+    cls.__name__: cls
+    for cls in (
+        BlockState,
+        AttentionState,
+        ContinuumLevelState,
+    )
+}
+"""The named tuples that a saved cache may hold, by name."""
+
+
+class HopeCacheLayer(CacheLayerMixin):
+    """The state of one block, and how many columns of the input it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.state: BlockState | None = None
+        self.seen = 0
+
+    def commit(self, state: BlockState, tokens: int) -> None:
+        """Replace the state by that after ``tokens`` more columns (padding included)."""
+        self.state = state
+        self.seen += tokens
+        self.is_initialized = True
+
+    def map(self, function) -> None:
+        """Apply ``function`` to every tensor of the state."""
+        self.state = map_state(function, self.state)
+
+    def reset(self) -> None:
+        self.state, self.seen, self.is_initialized = None, 0, False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.map(lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise TypeError("a Hope block commits its whole state; it has no keys and values to initialize")
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        raise TypeError("a Hope block commits its whole state with `commit`, not keys and values")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("a recurrent state cannot forget its last tokens; keep a copy of the cache")
+
+
+class HopeCache(Cache):
+    """The states of all blocks of a :class:`HopeModel`, for one batch of conversations.
+
+    Its size does not grow with the context, but for the keys and values of attention layers. Fast weights and
+    counters keep their own dtype (fp32, int64) whatever the model's.
+
+    Args:
+        config: of the model that will use it; a model refuses the cache of another config.
+    """
+
+    def __init__(self, config: HopeConfig):
+        super().__init__(layers=[HopeCacheLayer() for _ in range(config.num_hidden_layers)])
+        self.fingerprint = config.fingerprint()
+
+    def check_config(self, config: HopeConfig) -> None:
+        """Raise ``ValueError`` unless this is a cache for models of ``config``."""
+        if self.fingerprint != config.fingerprint():
+            raise ValueError("past_key_values: this HopeCache was made for a model of another config")
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences, or -1 before the first token."""
+        state = self.layers[0].state
+        if state is None:
+            return -1
+        sizes = []
+        map_state(lambda t: sizes.append(t.shape[0]), state)
+        return sizes[0]
+
+    def detach(self) -> HopeCache:
+        """Cut the graph behind every state (in place), as truncated backpropagation does between segments."""
+        for layer in self.layers:
+            layer.map(torch.Tensor.detach)
+        return self
+
+    def to(self, device: torch.device | str) -> HopeCache:
+        """Move every state to ``device`` (in place)."""
+        for layer in self.layers:
+            layer.map(lambda t: t.to(device))
+        return self
+
+    def num_bytes(self) -> int:
+        """Bytes that the states occupy."""
+        sizes = []
+        for layer in self.layers:
+            map_state(lambda t: sizes.append(t.numel() * t.element_size()), layer.state)
+        return sum(sizes)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the cache to a safetensors file; the file appears whole or not at all."""
+        tensors: dict[str, torch.Tensor] = {}
+        structure = [_describe(layer.state, str(i), tensors) for i, layer in enumerate(self.layers)]
+        metadata = {
+            "format": FILE_FORMAT,
+            "fingerprint": self.fingerprint,
+            "seen": json.dumps([layer.seen for layer in self.layers]),
+            "structure": json.dumps(structure),
+        }
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, config: HopeConfig, device: torch.device | str = "cpu"
+    ) -> HopeCache:
+        """Read a cache that :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            config: of the model that will use the cache.
+            device: where its tensors go.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, is no saved cache, or was made for another config.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"path: no such file: {path}")
+        cache = cls(config)
+        try:
+            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FILE_FORMAT:
+                    raise ValueError(f"path: {path} is no saved HopeCache")
+                if metadata["fingerprint"] != cache.fingerprint:
+                    raise ValueError(f"path: {path} was saved from a model of another config")
+                seen, structure = json.loads(metadata["seen"]), json.loads(metadata["structure"])
+                for layer, tokens, description in zip(cache.layers, seen, structure, strict=True):
+                    if description is not None:
+                        layer.commit(_rebuild(description, file), tokens)
+        except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"path: {path} is truncated or no saved HopeCache: {error}") from error
+        return cache
+
+
+def _describe(state: State, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """The structure of ``state`` as JSON: a tensor is its name, to which ``tensors`` is extended."""
+    if state is None:
+        return None
+    if isinstance(state, torch.Tensor):
+        # A copy: safetensors writes no views, and no two names for the same memory.
+        tensors[name] = state.detach().clone(memory_format=torch.contiguous_format)
+        return name
+    parts = [_describe(part, f"{name}.{i}", tensors) for i, part in enumerate(state)]
+    return {"type": type(state).__name__, "parts": parts} if hasattr(state, "_fields") else parts
+
+
+def _rebuild(description: Any, file: Any) -> State:
+    if description is None:
+        return None
+    if isinstance(description, str):
+        return file.get_tensor(description)
+    if isinstance(description, list):
+        return tuple(_rebuild(part, file) for part in description)
+    parts = [_rebuild(part, file) for part in description["parts"]]
+    return STATE_TYPES[description["type"]](*parts)

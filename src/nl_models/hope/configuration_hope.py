@@ -1,0 +1,158 @@
+"""All sizes and choices of a Hope model."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from nl_models.layers.attention import ATTENTION_IMPLEMENTATIONS
+from nl_models.layers.continuum import LevelConfig
+
+LAYER_TYPES = ("gated_delta_net", "full_attention")
+
+
+@strict
+class HopeConfig(PreTrainedConfig):
+    """Configuration of :class:`HopeModel`.
+
+    A block is norm → short convolution → token mixer → continuum memory system. ``layer_types`` picks the
+    mixer of each layer, so that Hope, its baselines and hybrids of them are configs of the same model.
+
+    Args:
+        vocab_size: number of tokens in the vocabulary.
+        hidden_size: width of the model.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: heads of every token mixer; divides ``hidden_size``. Also called ``num_heads``.
+        layer_types: the mixer of each layer, of :data:`LAYER_TYPES`; one name is repeated for all layers.
+        use_short_convolution: whether a causal depthwise convolution precedes the mixer.
+        convolution_window: tokens that it sees.
+        rope_theta: base of the rotary frequencies (attention layers).
+        attention_output_gate: whether attention has the norm and gate that the memories have.
+        attention_implementation: ``"auto"`` (flash-attn where installed and able, else SDPA), ``"sdpa"`` or
+            ``"flash"``.
+        continuum_levels: the levels of the continuum memory system, fast to slow, as options of
+            :class:`nl_models.layers.continuum.LevelConfig`. By default a level of width ``hidden_size`` that
+            learns every 64 tokens, and a plain one three times as wide. A single level without ``chunk_size``
+            is the MLP of a transformer.
+        rms_norm_eps: of all norms.
+        initializer_range: standard deviation of the initial embeddings and projections.
+        tie_word_embeddings: whether the output layer is the embedding.
+        use_cache: whether inference returns the recurrent state by default.
+        pad_token_id, bos_token_id, eos_token_id: special tokens.
+
+    Raises:
+        ValueError: sizes that do not fit together, unknown names, or an unknown option with the prefix of a
+            known group.
+    """
+
+    model_type = "hope"
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    attribute_map: ClassVar = {"num_heads": "num_attention_heads"}
+
+    vocab_size: int = 32_000
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    layer_types: list[str] | str = "gated_delta_net"
+    use_short_convolution: bool = True
+    convolution_window: int = 4
+    rope_theta: float = 10_000.0
+    attention_output_gate: bool = True
+    attention_implementation: str = "auto"
+    continuum_levels: list[dict] | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.layer_types, str):
+            self.layer_types = [self.layer_types] * self.num_hidden_layers
+        if self.continuum_levels is None:
+            self.continuum_levels = [
+                {"hidden_size": self.hidden_size, "chunk_size": 64},
+                {"hidden_size": 3 * self.hidden_size},
+            ]
+        self._check(kwargs)
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def make_continuum_levels(self) -> list[LevelConfig]:
+        """``continuum_levels`` as the layer takes them."""
+        return [LevelConfig(**level) for level in self.continuum_levels]
+
+    def fingerprint(self) -> str:
+        """A digest of all fields that shape the recurrent state: equal for models that can share a cache."""
+        shaping = {name: getattr(self, name) for name in _STATE_FIELDS}
+        return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+    def validate_layer_type(self) -> None:
+        """Replaces the library's check, which knows only its own names; the base class calls it."""
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"layer_types: expected names of {LAYER_TYPES}, got {unknown}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types: expected one per layer, {self.num_hidden_layers}, got {len(self.layer_types)}"
+            )
+
+    def _check(self, unknown: dict) -> None:
+        """Checks that raise plain ValueErrors (the base class wraps those of its validators)."""
+        for name in unknown:
+            if name.startswith(_OWN_PREFIXES):
+                raise ValueError(f"{name}: HopeConfig has no such option")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: expected a divisor of hidden_size={self.hidden_size}, "
+                f"got {self.num_attention_heads}"
+            )
+        self.validate_layer_type()
+        if "full_attention" in self.layer_types and self.head_dim % 2:
+            raise ValueError(f"num_attention_heads: attention needs an even head width, got {self.head_dim}")
+        if self.convolution_window < 2:
+            raise ValueError(f"convolution_window: expected at least 2, got {self.convolution_window}")
+        self._check_continuum()
+        if self.attention_implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(
+                f"attention_implementation: expected one of {ATTENTION_IMPLEMENTATIONS}, "
+                f"got {self.attention_implementation!r}"
+            )
+
+    def _check_continuum(self) -> None:
+        try:
+            levels = self.make_continuum_levels()
+        except TypeError as error:
+            raise ValueError(f"continuum_levels: expected options of LevelConfig: {error}") from error
+        if not levels:
+            raise ValueError("continuum_levels: expected at least one level, got none")
+        for fast, slow in itertools.pairwise(level.chunk_size for level in levels):
+            if slow is not None and (fast is None or slow % fast):
+                raise ValueError(f"continuum_levels: chunk size {slow} is no multiple of {fast}, before it")
+
+
+_OWN_PREFIXES = ("continuum_", "convolution_", "attention_")
+_STATE_FIELDS = (
+    "continuum_levels",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "layer_types",
+    "use_short_convolution",
+    "convolution_window",
+    "rope_theta",
+)

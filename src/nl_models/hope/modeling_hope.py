@@ -1,0 +1,328 @@
+"""Hope as a transformers model: blocks of a token mixer and a continuum memory system (arXiv 2512.24695)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationConfig, GenerationMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from nl_models.hope.cache_hope import BlockState, HopeCache
+from nl_models.hope.configuration_hope import HopeConfig
+from nl_models.layers.attention import Attention
+from nl_models.layers.continuum import ContinuumBlock, ContinuumMemory
+from nl_models.layers.gated_delta_net import GatedDeltaNet
+from nl_models.layers.packing import Packing
+from nl_models.layers.short_convolution import ShortConvolution
+
+
+@dataclasses.dataclass(frozen=True)
+class CarriedState:
+    """An opaque box round the state of a block: FSDP2 would cast bare tensors among the arguments to bf16."""
+
+    state: BlockState
+
+
+class HopeBlock(GradientCheckpointingLayer):
+    """``x + mixer(conv(norm(x)))``, then the continuum memory system, whose levels have their own residuals.
+
+    The block is a function of its arguments: it returns its new state, which the model commits to the cache,
+    so that a replay by activation checkpointing writes nothing twice.
+    """
+
+    def __init__(self, config: HopeConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.convolution = (
+            ShortConvolution(config.hidden_size, config.convolution_window)
+            if config.use_short_convolution
+            else None
+        )
+        self.mixer = _make_mixer(config, config.layer_types[layer_idx])
+        self.continuum = ContinuumMemory(
+            config.hidden_size, config.make_continuum_levels(), norm_eps=config.rms_norm_eps
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        carried: CarriedState | None = None,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        output_state: bool = False,
+    ) -> tuple[torch.Tensor, BlockState | None]:
+        """``hidden_states [B, T, d]`` to the same, and the state after them if ``output_state``.
+
+        ``mask [B, T]`` is True at real tokens; padding changes no state. ``positions [B, T]`` replaces the
+        count of real tokens in attention.
+        """
+        before = carried.state if carried is not None else BlockState(None, None, None)
+        x = self.norm(hidden_states)
+        convolution = None
+        if self.convolution is not None:
+            x, convolution = self.convolution(x, before.convolution, mask, output_state)
+        options = {"positions": positions} if isinstance(self.mixer, Attention) else {}
+        y, mixer = self.mixer(x, before.mixer, mask, output_state, **options)
+        hidden_states, continuum = self.continuum(hidden_states + y, before.continuum, mask, output_state)
+        return hidden_states, BlockState(convolution, mixer, continuum) if output_state else None
+
+
+def _make_mixer(config: HopeConfig, layer_type: str) -> nn.Module:
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_attention_heads,
+        "eps": config.rms_norm_eps,
+    }
+    if layer_type == "full_attention":
+        return Attention(
+            **sizes,
+            rope_theta=config.rope_theta,
+            gated=config.attention_output_gate,
+            implementation=config.attention_implementation,
+        )
+    return GatedDeltaNet(**sizes)
+
+
+LAYERS_WITH_PARAMETERS = (
+    ShortConvolution,
+    GatedDeltaNet,
+    ContinuumBlock,
+)
+"""Layers with parameters of their own beside those of their linear children."""
+
+
+class HopePreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialization, common to the Hope models."""
+
+    config_class = HopeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["HopeBlock"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _supports_sdpa = True
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LAYERS_WITH_PARAMETERS):
+            module.reset_parameters()
+
+
+class HopeModel(HopePreTrainedModel):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: HopeConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([HopeBlock(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: HopeCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a batch of sequences, or of the pieces of them that follow a cache.
+
+        Args:
+            input_ids: ``[B, T]`` tokens; or
+            inputs_embeds: ``[B, T, hidden_size]`` instead of them.
+            attention_mask: ``[B, T]``, or ``[B, S]`` with all columns of the past before; 0 at padding, on
+                either side. Padding writes to no state.
+            position_ids: ``[B, T]`` rotary positions of attention layers; by default the count of real
+                tokens. The memories know no positions.
+            past_key_values: the state before these tokens, which is replaced by that after them.
+            use_cache: whether to return the state; by default ``config.use_cache`` outside of training.
+            output_attentions: not available: memories have no attention weights.
+            output_hidden_states: whether to return the input of every block, and the last output.
+            cu_seqlens: ``[N + 1]``, the bounds of N packed sequences in a batch of one; they do not see each
+                other. Not together with a cache or a mask.
+
+        Raises:
+            ValueError: arguments that contradict each other, a cache of another config, or packed positions
+                without ``cu_seqlens``.
+        """
+        if _default(output_attentions, self.config.output_attentions):
+            raise ValueError("output_attentions: not available, a Hope model keeps no attention weights")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if past_key_values is not None:
+            if not isinstance(past_key_values, HopeCache):
+                raise ValueError(
+                    f"past_key_values: expected a HopeCache, got {type(past_key_values).__name__}; "
+                    "make one with HopeCache(model.config)"
+                )
+            past_key_values.check_config(self.config)
+        elif _default(use_cache, self.config.use_cache and not self.training and cu_seqlens is None):
+            past_key_values = HopeCache(self.config)
+
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T, _ = hidden_states.shape
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if past and past_key_values.batch_size != B:
+            raise ValueError(
+                f"past_key_values: holds {past_key_values.batch_size} sequences, the input has {B}"
+            )
+        mask = _current_mask(attention_mask, B, T, past)
+        _refuse_packed_positions(position_ids, mask, cu_seqlens)
+        packing = None
+        if cu_seqlens is not None:
+            if mask is not None or past or use_cache:
+                raise ValueError("cu_seqlens: packed sequences take neither a padding mask nor a cache")
+            packing = Packing(cu_seqlens, hidden_states)
+            hidden_states, mask = packing.unpack(hidden_states), packing.mask
+            if position_ids is not None:
+                position_ids = packing.unpack(position_ids[..., None])[..., 0]
+
+        keep_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
+        all_hidden_states = []
+        cache_layers = [None] * len(self.layers) if past_key_values is None else past_key_values.layers
+        for block, layer in zip(self.layers, cache_layers):
+            if keep_hidden_states:
+                all_hidden_states.append(hidden_states)
+            carried = CarriedState(layer.state) if layer is not None and layer.state is not None else None
+            hidden_states, state = block(hidden_states, carried, mask, position_ids, layer is not None)
+            if layer is not None:
+                layer.commit(state, T)
+        hidden_states = self.norm(hidden_states)
+        all_hidden_states.append(hidden_states)
+        if packing is not None:
+            all_hidden_states = [packing.pack(h) for h in all_hidden_states]
+        return BaseModelOutputWithPast(
+            last_hidden_state=all_hidden_states[-1],
+            past_key_values=past_key_values,
+            hidden_states=tuple(all_hidden_states) if keep_hidden_states else None,
+        )
+
+
+class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
+    """A language model: :class:`HopeModel` and an output layer, by default tied to the embedding."""
+
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    accepts_loss_kwargs = True  # num_items_in_batch
+
+    def __init__(self, config: HopeConfig):
+        super().__init__(config)
+        self.model = HopeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: HopeCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cu_seqlens: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``[B, T, vocab_size]``, and the next-token loss where ``labels`` are given.
+
+        Args:
+            labels: ``[B, T]`` tokens (shifted inside), -100 where there is no loss. The first token of a
+                packed sequence is never a target.
+            logits_to_keep: number of last tokens to give logits for (0 is all), or their indices.
+            num_items_in_batch: divisor of the summed loss, for accumulation over several batches; by default
+                the mean over targets is taken.
+
+        The other arguments are those of :meth:`HopeModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cu_seqlens=cu_seqlens,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            if cu_seqlens is not None:
+                labels = labels.clone()
+                labels[:, cu_seqlens[:-1].long()] = -100
+            loss = self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Start ``generate`` with a :class:`HopeCache`, the only kind that holds this model's state."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation: a Hope model has its own cache, got "
+                f"{generation_config.cache_implementation!r}; leave it unset"
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HopeCache(self.config)
+
+
+def _default(value: bool | None, default: bool | None) -> bool:
+    return bool(default if value is None else value)
+
+
+def _current_mask(attention_mask: torch.Tensor | None, B: int, T: int, past: int) -> torch.Tensor | None:
+    """The mask ``[B, T]`` bool of the current tokens, or ``None`` where all are real."""
+    if attention_mask is None:
+        return None
+    if tuple(attention_mask.shape) not in ((B, T), (B, past + T)):
+        raise ValueError(
+            f"attention_mask: expected shape {(B, T)}, or {(B, past + T)} with the past, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    mask = attention_mask[:, -T:].bool()
+    return None if bool(mask.all()) else mask
+
+
+def _refuse_packed_positions(
+    position_ids: torch.Tensor | None, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> None:
+    """Positions that start anew mean packed sequences, which the memories can tell apart by bounds only."""
+    if position_ids is None or cu_seqlens is not None or position_ids.shape[1] < 2:
+        return
+    restarts = position_ids[:, 1:] <= position_ids[:, :-1]
+    if mask is not None:
+        restarts = restarts & mask[:, 1:] & mask[:, :-1]
+    if bool(restarts.any()):
+        raise ValueError("position_ids: they start anew within a row; pass packed sequences with cu_seqlens")

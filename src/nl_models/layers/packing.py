@@ -1,0 +1,40 @@
+"""Packed sequences as a padded batch, so that every layer keeps them apart by its treatment of padding."""
+
+from __future__ import annotations
+
+import torch
+
+from nl_kernels.checks import check_cu_seqlens
+
+
+class Packing:
+    """N sequences that lie end to end in a batch of one, and their padded form.
+
+    Args:
+        cu_seqlens: ``[N + 1]`` integers, the bounds of the sequences: 0, …, T.
+        packed: ``[1, T, …]``, any packed tensor, for checks.
+
+    Attributes:
+        mask: ``[N, longest]`` bool, True at real tokens, or ``None`` where all sequences are equally long.
+
+    Raises:
+        ValueError: a batch other than one, or bounds that do not increase from 0 to T.
+    """
+
+    def __init__(self, cu_seqlens: torch.Tensor, packed: torch.Tensor):
+        if packed.shape[0] != 1:
+            raise ValueError(f"cu_seqlens: expected a batch of one, got {packed.shape[0]}")
+        check_cu_seqlens(cu_seqlens, packed.shape[1])
+        starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None].long()
+        columns = torch.arange(int(lengths.max()), device=packed.device)
+        self._real = columns < lengths
+        self._index = (starts + columns).clamp(max=packed.shape[1] - 1)
+        self.mask = None if bool(self._real.all()) else self._real
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """``[1, T, …]`` to ``[N, longest, …]``, with arbitrary values at padding."""
+        return packed[0, self._index]
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """``[N, longest, …]`` to ``[1, T, …]``."""
+        return padded[self._real][None]
