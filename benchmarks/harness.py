@@ -50,6 +50,7 @@ class Provider:
         headline: may be the "fastest other". False for providers that do less than ours; ``note`` says what.
         note: a difference that a reader must know, one sentence.
         state_bytes: size of the state carried from token to token, for ``mode="step"``.
+        work: declared work where it is another than the case's (another method has its own count).
     """
 
     run: Callable[[], tuple[torch.Tensor, ...]]
@@ -58,6 +59,7 @@ class Provider:
     headline: bool = True
     note: str = ""
     state_bytes: int | None = None
+    work: Work | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -78,7 +80,7 @@ class Case:
         shape: sizes by name; ``B`` and ``T`` (tokens of one run) are always there.
         providers: ``(case, device) -> {provider name: factory}``; a factory makes the inputs (the same random
             ones for everybody) and returns a :class:`Provider`, or raises :class:`Unavailable`.
-        work: declared work of one run.
+        work: declared work of one run of ours, held against peers too.
         reference: ``(case, tokens) -> [B, tokens, …]``: the first output tokens in fp64, or None.
         dtype: of inputs and outputs.
         memory: measure peak memory too.
@@ -221,7 +223,7 @@ def make_row(
 
     ``compile_s`` is what the first run took above the median: compilation, lazy loading, first-touch.
     """
-    work = case.work
+    work = provider.work or case.work
     return {
         **shared,
         "op": case.op,

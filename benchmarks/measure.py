@@ -30,7 +30,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Work:
-    """Declared work of one run: the algorithm's own products and traffic, the same for every provider.
+    """Declared work of one run: the method's own products and traffic, not what an implementation adds.
 
     Attributes:
         flops: floating-point operations (a multiply-add counts two).

@@ -29,7 +29,7 @@ from benchmarks.measure import Budget, Ceilings, measure_ceilings
 from benchmarks.report import case_table, headline_line
 
 RESULTS = Path(__file__).parent / "results"
-BUDGET = Budget(samples=15, least=3, seconds=2.0)
+BUDGET = Budget(samples=15, least=2, seconds=2.0)
 QUICK_BUDGET = Budget(samples=5, least=2, seconds=0.3)
 
 
@@ -94,6 +94,8 @@ def main(
     Rows are appended to a JSONL file; `python -m benchmarks.tables` makes tables and plots of it.
     """
     console = Console()
+    if not console.is_terminal:
+        console.width = 140
     if device is Device.cuda and not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no CUDA device here; use --device cpu", param_hint="--device")
     torch.set_num_threads(threads)

@@ -282,4 +282,4 @@ def test_a_spoiled_record_names_its_line(record):
 
 def test_significant_digits():
     values = (None, 0, 0.012345, 1.2345, 123.45, 123456.0)
-    assert [significant(value) for value in values] == ["–", "0", "0.0123", "1.23", "123", "123000"]
+    assert [significant(value) for value in values] == ["", "0", "0.0123", "1.23", "123", "123000"]

@@ -1,0 +1,101 @@
+"""Other methods for the same purpose: softmax attention, a static MLP. And what the layers being timed share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import Case, Provider
+from benchmarks.measure import Work, random_tensors
+
+PAST = 100_000
+PREFILL = 2_000
+
+
+def forward_backward(
+    forward: Callable[[], Tensor], leaves: Sequence[Tensor], cotangent: Tensor
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A run that returns the output and the gradients of ``leaves``; nothing accumulates from run to run."""
+
+    def run() -> tuple[Tensor, ...]:
+        out = forward()
+        return out.detach(), *torch.autograd.grad(out, leaves, cotangent)
+
+    return run
+
+
+def causal_attention(case: Case, device: torch.device) -> Provider:
+    """Forward and backward of PyTorch's fused causal attention itself, without projections, in its own layout."""
+    sizes = case.shape
+    shape = (sizes["B"], sizes["H"], sizes["T"], sizes["D"])
+    made = random_tensors(0, dict.fromkeys(("q", "k", "v", "cotangent"), shape), device, case.dtype)
+    q, k, v, cotangent = made.values()
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+
+    def forward() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    # Half of the T² scores; two products forward, five backward.
+    flops = 7 * sizes["B"] * sizes["H"] * sizes["T"] ** 2 * sizes["D"]
+    work = Work(flops, 11 * q.numel() * q.element_size())
+    return Provider(forward_backward(forward, leaves, cotangent), role="baseline", work=work)
+
+
+def attention_decode(case: Case, device: torch.device, past: int) -> Provider:
+    """One token of softmax attention over a cache of ``past`` tokens."""
+    sizes = case.shape
+    token = (sizes["B"], sizes["H"], 1, sizes["D"])
+    cache = (sizes["B"], sizes["H"], past, sizes["D"])
+    made = random_tensors(0, {"q": token, "k": cache, "v": cache}, device, case.dtype)
+    state = 2 * made["k"].numel() * made["k"].element_size()
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (F.scaled_dot_product_attention(made["q"], made["k"], made["v"]),)
+
+    return Provider(
+        run, role="baseline", headline=past == PAST, state_bytes=state, work=Work(2 * state / 4, state)
+    )
+
+
+def decode_name(method: str, past: int) -> str:
+    """``nl_kernels after 100,000 tokens``."""
+    return f"{method} after {past:,} token{'s' * (past > 1)}"
+
+
+def decode_provider(
+    step: Callable[[object], tuple[Tensor, object]],
+    prefill: Callable[[object | None, int], object],
+    past: int,
+) -> Provider:
+    """A step of ours from the state that ``past`` tokens leave.
+
+    Args:
+        step: ``state -> (output, next state)`` for one token.
+        prefill: ``(state, tokens) -> state`` reads that many more tokens; state None at first.
+        past: tokens before the one that is timed.
+    """
+    with torch.no_grad():
+        state, left = None, past
+        while left:
+            state = prefill(state, min(left, PREFILL))
+            left -= min(left, PREFILL)
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (step(state)[0],)
+
+    last = past == PAST
+    return Provider(run, role="ours" if last else "variant", headline=False, state_bytes=state_bytes(state))
+
+
+def state_bytes(state: object) -> int:
+    """Bytes of all tensors in nested tuples."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, tuple):
+        return sum(state_bytes(part) for part in state)
+    return 0
