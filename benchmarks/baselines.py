@@ -1,4 +1,4 @@
-"""Other methods for the same purpose: softmax attention, a static MLP. And what the layers being timed share."""
+"""Softmax attention, the method to beat; and how forward, backward and decoding are run for all ops."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def forward_backward(
 
 
 def causal_attention(case: Case, device: torch.device) -> Provider:
-    """Forward and backward of PyTorch's fused causal attention itself, without projections, in its own layout."""
+    """Forward and backward of PyTorch's fused causal attention, in its own layout, without projections."""
     sizes = case.shape
     shape = (sizes["B"], sizes["H"], sizes["T"], sizes["D"])
     made = random_tensors(0, dict.fromkeys(("q", "k", "v", "cotangent"), shape), device, case.dtype)
@@ -57,7 +57,7 @@ def attention_decode(case: Case, device: torch.device, past: int) -> Provider:
             return (F.scaled_dot_product_attention(made["q"], made["k"], made["v"]),)
 
     return Provider(
-        run, role="baseline", headline=past == PAST, state_bytes=state, work=Work(2 * state / 4, state)
+        run, role="baseline", headline=past > 1, state_bytes=state, work=Work(2 * state / 4, state)
     )
 
 
@@ -88,8 +88,8 @@ def decode_provider(
         with torch.no_grad():
             return (step(state)[0],)
 
-    last = past == PAST
-    return Provider(run, role="ours" if last else "variant", headline=False, state_bytes=state_bytes(state))
+    role = "ours" if past > 1 else "variant"
+    return Provider(run, role=role, headline=False, state_bytes=state_bytes(state))
 
 
 def state_bytes(state: object) -> int:

@@ -1,43 +1,170 @@
-"""Delta memory against causal softmax attention of the same shape, forward and backward."""
+"""``delta_memory`` against causal attention and flash-linear-attention: training, and decoding.
+
+python -m benchmarks.run --op delta_memory
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from nl_kernels import delta_memory
-from nl_kernels.testing import delta_memory_inputs
+from benchmarks import peers
+from benchmarks.baselines import (
+    PAST,
+    attention_decode,
+    causal_attention,
+    decode_name,
+    decode_provider,
+    forward_backward,
+)
+from benchmarks.harness import COMPILED, Case, Factories, Provider
+from benchmarks.measure import Work, random_tensors
+from nl_kernels.ops.delta_memory import delta_memory, delta_memory_step, eager
+from nl_kernels.testing import delta_memory_inputs, to_float64
 
-SHAPES = {
-    "cpu": [{"batch": 1, "length": length, "heads": 4, "width": 64} for length in (512, 2048, 8192)],
-    "cuda": [{"batch": 4, "length": length, "heads": 16, "width": 128} for length in (2048, 8192, 32768)],
-}
+TOKENS = ("q", "k", "v", "log_decay", "erase")
+CHUNK = 64
+REFERENCE_LIMIT = 512  # the token loop is fifteen times slower there already
+COMPILED_LIMIT = 2048  # every chunk is unrolled: compiling takes minutes on a CPU
 
 
-def providers(
-    shape: dict, device: str, dtype: torch.dtype
-) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
-    """Closures that run forward and backward once on the same random inputs and return all gradients."""
-    batch, length, heads, width = (shape[name] for name in ("batch", "length", "heads", "width"))
-    inputs = delta_memory_inputs(batch, length, heads, width, dtype=dtype, device=device, requires_grad=True)
-    leaves = tuple(x for x in inputs.values() if x is not None)
-    cotangent = torch.randn_like(inputs["v"])
+def inputs_of(case: Case, device: torch.device) -> dict[str, Tensor]:
+    """Inputs as a trained layer would produce them, without states."""
+    sizes = case.shape
+    return delta_memory_inputs(
+        sizes["B"],
+        sizes["T"],
+        sizes["H"],
+        sizes["D"],
+        momentum=bool(sizes.get("momentum")),
+        dtype=case.dtype,
+        device=device,
+        requires_grad=True,
+    )
 
-    def ours(impl: str) -> Callable[[], tuple[torch.Tensor, ...]]:
-        def run():
-            o, _ = delta_memory(**inputs, impl=impl)
-            return torch.autograd.grad(o, leaves, cotangent)
 
-        return run
+def training_providers(case: Case, device: torch.device) -> Factories:
+    """Forward and backward of the op itself, no projections on either side."""
 
-    # Attention's own layout is prepared outside of the timing.
-    qkv = tuple(inputs[name].detach().transpose(1, 2).contiguous().requires_grad_() for name in "qkv")
-    attention_cotangent = cotangent.transpose(1, 2).contiguous()
+    def ours(impl: str | None, role: str) -> Provider:
+        inputs = {name: x for name, x in inputs_of(case, device).items() if x is not None}
+        cotangent = random_tensors(1, {"o": tuple(inputs["v"].shape)}, device, case.dtype)["o"]
+        run = forward_backward(
+            lambda: delta_memory(**inputs, chunk_size=CHUNK, impl=impl)[0], list(inputs.values()), cotangent
+        )
+        return Provider(run, role=role, comparable=True)
 
-    def attention():
-        o = F.scaled_dot_product_attention(*qkv, is_causal=True)
-        return torch.autograd.grad(o, qkv, attention_cotangent)
+    def fla() -> Provider:
+        inputs = inputs_of(case, device)
+        with torch.no_grad():
+            beta = inputs["erase"] * inputs["log_decay"].neg().exp()
+            values = inputs["v"] / beta[..., None].to(case.dtype)
+        cotangent = random_tensors(1, {"o": tuple(inputs["v"].shape)}, device, case.dtype)["o"]
+        leaves = [inputs["q"], inputs["k"], values, inputs["log_decay"], beta]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        return peers.chunk_gated_delta_rule(*leaves, cotangent)
 
-    return {"eager": ours("eager"), "causal_attention": attention}
+    def compiled() -> Provider:
+        # The op is opaque to the compiler, so its two eager halves are given to it directly.
+        inputs = inputs_of(case, device)
+        tokens = [inputs[name].detach() for name in TOKENS] + [None] * 4
+        cotangent = random_tensors(1, {"o": tuple(inputs["v"].shape)}, device, case.dtype)["o"]
+        options = {"scale": 1.0, "read": "after", "chunk_size": CHUNK}
+        forward = torch.compile(eager.delta_memory_forward, dynamic=False)
+        backward = torch.compile(eager.delta_memory_backward, dynamic=False)
+
+        def run() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                out = forward(*tokens, **options)[0]
+                return out, *backward(cotangent, None, None, *tokens, **options)[: len(TOKENS)]
+
+        return Provider(run, role="variant", comparable=True)
+
+    factories = {"nl_kernels": lambda: ours(None, "ours")}
+    if case.shape["T"] <= COMPILED_LIMIT and not case.shape.get("momentum"):
+        factories[COMPILED] = compiled
+    if device.type == "cuda":
+        factories["nl_kernels eager"] = lambda: ours("eager", "variant")
+        factories["flash-linear-attention"] = fla
+    elif case.shape["T"] <= REFERENCE_LIMIT:
+        factories["nl_kernels reference"] = lambda: ours("reference", "variant")
+    factories["attention"] = lambda: causal_attention(case, device)
+    return factories
+
+
+def training_reference(case: Case, tokens: int) -> Tensor:
+    """The token loop in fp64 on the first tokens."""
+    inputs = to_float64(inputs_of(case, torch.device("cpu")))
+    prefix = {name: x.detach()[:, :tokens] for name, x in inputs.items() if x is not None}
+    return delta_memory(**prefix, impl="reference")[0]
+
+
+def training_work(sizes: dict[str, int], element_size: int) -> Work:
+    """The products of the chunk form (forward; twice as many backward), and every input and gradient once."""
+    tokens, width = sizes["B"] * sizes["T"] * sizes["H"], sizes["D"]
+    forward = 2 * CHUNK * 3.5 * width + 6 * width * width
+    elements = 4 * width + 2
+    return Work(3 * tokens * forward, tokens * element_size * 3 * elements)
+
+
+def decode_providers(case: Case, device: torch.device) -> Factories:
+    """One token after 1 token and after 100,000."""
+
+    def ours(past: int) -> Provider:
+        inputs = {name: inputs_of(case.with_tokens(2_000), device)[name].detach() for name in TOKENS}
+        token = {name: x[:, 0] for name, x in inputs.items()}
+
+        def prefill(state: Tensor | None, tokens: int) -> Tensor:
+            part = {name: x[:, :tokens] for name, x in inputs.items()}
+            return delta_memory(**part, initial_state=state, output_final_state=True)[1]
+
+        return decode_provider(lambda state: delta_memory_step(**token, state=state), prefill, past)
+
+    return {
+        **{decode_name("nl_kernels", past): lambda past=past: ours(past) for past in (1, PAST)},
+        **{
+            decode_name("attention", past): lambda past=past: attention_decode(case, device, past)
+            for past in (1, PAST)
+        },
+    }
+
+
+def training_case(dtype: torch.dtype, device: str, quick: bool = False, **sizes: int) -> Case:
+    """One training case on one kind of device."""
+    return Case(
+        op="delta_memory",
+        name="causal attention",
+        mode="forward+backward",
+        shape=sizes,
+        providers=training_providers,
+        work=training_work(sizes, dtype.itemsize),
+        reference=training_reference,
+        dtype=dtype,
+        memory=sizes["T"] >= 2048,
+        quick=quick,
+        devices=(device,),
+    )
+
+
+CASES = [
+    *(
+        training_case(torch.float32, "cpu", quick=tokens == 512, B=1, T=tokens, H=4, D=64)
+        for tokens in (512, 1024, 2048, 4096)
+    ),
+    training_case(torch.float32, "cpu", B=1, T=2048, H=4, D=64, momentum=1),
+    *(
+        training_case(
+            torch.bfloat16, "cuda", quick=tokens == 2048, B=32768 // tokens, T=tokens, H=16, D=width
+        )
+        for width in (64, 128)
+        for tokens in (2048, 8192, 32768)
+    ),
+    Case(
+        op="delta_memory",
+        name="decode",
+        mode="step",
+        shape={"B": 1, "T": 1, "H": 4, "D": 64},
+        providers=decode_providers,
+        quick=True,
+    ),
+]

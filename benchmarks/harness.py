@@ -32,6 +32,7 @@ from benchmarks.measure import (
 
 SCHEMA = 1
 MODES = ("forward", "forward+backward", "step")
+COMPILED = "torch.compile of eager"
 ROLES = ("ours", "variant", "peer", "baseline")
 PACKAGES = ("torch", "triton", "numpy", "flash-linear-attention", "titans-pytorch", "nested-learning")
 ROOT = Path(__file__).resolve().parent.parent
@@ -268,11 +269,13 @@ def run_case(
     ceilings: Ceilings,
     budget: Budget,
     measure_memory: bool = True,
+    compiled: bool = False,
     reference_tokens: int = 128,
 ) -> CaseResult:
     """Build, check and measure every provider of ``case``.
 
-    A provider that cannot run is left out with its reason; one of ours that fails is an error.
+    A provider that cannot run is left out with its reason; one of ours that fails is an error. Compiled
+    providers take minutes to build on a CPU, so they run only with ``compiled``.
 
     Raises:
         ValueError: comparable providers disagree on dtypes or shapes, or return values that are not finite.
@@ -282,6 +285,8 @@ def run_case(
     first: dict[str, float] = {}
     skipped: dict[str, str] = {}
     for name, factory in case.providers(case, device).items():
+        if name == COMPILED and not compiled:
+            continue
         try:
             provider = factory()
             start = time.perf_counter()

@@ -112,7 +112,7 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time all ``runs`` turn by turn, in a new random order every round.
 
-    One run of each is thrown away. Runs of less than 2 ms are repeated within a sample. A provider whose
+    One run of each is thrown away. Runs of less than 10 ms are repeated within a sample. A provider whose
     budget is spent leaves the rounds; the others go on.
     """
     timer = _timer(device)
@@ -120,7 +120,7 @@ def time_interleaved(
     inner = {}
     for name, run in runs.items():
         warm = timer(run, 1)
-        inner[name] = min(1000, max(1, math.ceil(2e-3 / max(warm, 1e-7))))
+        inner[name] = min(1000, max(1, math.ceil(10e-3 / max(warm, 1e-7))))
     order, spent = list(runs), dict.fromkeys(runs, 0.0)
     shuffle = random.Random(0).shuffle
     collecting = gc.isenabled()

@@ -100,7 +100,9 @@ def markdown_headlines(cases: Sequence[Sequence[Row]]) -> str:
         if line.memory_ratio is not None:
             memory = f"{_megabytes(ours)} / {_megabytes(other)}"
         elif ours["state_bytes"] and other["state_bytes"]:
-            memory = f"state {significant(ours['state_bytes'] / 1e6)} / {significant(other['state_bytes'] / 1e6)}"
+            memory = (
+                f"state {significant(ours['state_bytes'] / 1e6)} / {significant(other['state_bytes'] / 1e6)}"
+            )
         body.append(
             (
                 f"`{ours['op']}`, {ours['mode']}, {shape_text(ours['shape'])}",

@@ -81,6 +81,10 @@ def main(
         bool, typer.Option(help="Few samples of the small cases, no memory: a smoke test.")
     ] = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Also time torch.compile of eager: minutes of compilation a case."),
+    ] = False,
     memory: Annotated[bool, typer.Option(help="Measure peak memory where a case asks for it.")] = True,
     output: Annotated[
         Path | None,
@@ -130,6 +134,7 @@ def main(
                 ceilings=ceilings[case.dtype],
                 budget=QUICK_BUDGET if quick else BUDGET,
                 measure_memory=memory and not quick,
+                compiled=compiled,
             )
             if output is not None:
                 append_rows(output, result.rows)
