@@ -75,7 +75,7 @@ def training_providers(case: Case, device: torch.device) -> Factories:
             if not any(leaf is lv.key or leaf is lv.value for lv in levels if lv.chunk_size > last)
         ]
         run = forward_backward(lambda: continuum_memory(x, levels, **options)[0], leaves, cotangent)
-        return Provider(run, role=role, comparable=rule == "dgd", note=note)
+        return Provider(run, role=role, comparable=rule == "dgd", headline=rule == "dgd", note=note)
 
     def static() -> Provider:
         levels = levels_of(case, device, case.dtype)
@@ -98,7 +98,9 @@ def training_providers(case: Case, device: torch.device) -> Factories:
         x, cotangent = stream_of(case, device, case.dtype)
         leaves = [x, *(weight for level in levels for weight in (level.norm, level.up, level.down))]
         run = forward_backward(lambda: continuum_memory(x, levels)[0], leaves, cotangent)
-        return Provider(run, role="variant", note="rate 0: exactly the static MLP", work=static_work(case))
+        return Provider(
+            run, role="variant", headline=False, note="exactly the static MLP", work=static_work(case)
+        )
 
     return {
         "nl_kernels": lambda: ours("ours"),
@@ -129,8 +131,8 @@ def static_work(case: Case) -> Work:
 def learning_work(case: Case) -> Work:
     """The static part, and the steps that some token is served by.
 
-    Forward, a step on a token takes five products of a layer's size (two for its key, one back, two writes), its
-    key and its target; the backward takes twice as many.
+    Forward, a step on a token takes five products of a layer's size (two for its key, one back, two writes),
+    its key and its target; the backward takes twice as many.
     """
     static = static_work(case)
     width, hidden = case.shape["D"], case.shape["h"] // len(CHUNKS)
