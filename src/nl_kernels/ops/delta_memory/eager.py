@@ -34,17 +34,22 @@ def delta_memory_forward(
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Outputs ``o`` and the states after the last token; shapes as in :func:`nl_kernels.delta_memory`."""
-    grid = _Grid.of(k, cu_seqlens, chunk_size)
-    local = _local_quantities(grid, q, k, v, log_decay, erase, scale=scale, read=read)
-    extra = _momentum_quantities(grid, local, momentum, initial_momentum)
-    states = _run_states(grid, local, extra, initial_state)
-    c = grid.chunk
-    o = torch.bmm(local.scores[:, c:], states.pseudo_values)
-    o.baddbmm_(local.decayed_reads[:, c:], states.starts.mT)
-    if extra is not None:
-        o += extra.reads[:, c:]
-    final_momentum = None if extra is None else grid.from_state_order(extra.final)
-    return grid.to_tokens(o, v.dtype), grid.from_state_order(states.final), final_momentum
+    grid = _Grid.of(k, v, cu_seqlens, chunk_size)
+    state = grid.to_state_order(initial_state)
+    momentum_state = None if momentum is None else grid.to_state_order(initial_momentum)
+    o = v.new_empty(v.shape)
+    for segment in grid.segments:
+        c = segment.chunk
+        local = _local_quantities(segment, q, k, v, log_decay, erase, scale=scale, read=read)
+        extra = _momentum_quantities(segment, local, momentum, momentum_state)
+        states = _run_states(segment, local, extra, state)
+        outputs = torch.bmm(local.scores[:, c:], states.pseudo_values)
+        outputs.baddbmm_(local.decayed_reads[:, c:], states.starts.mT)
+        if extra is not None:
+            outputs += extra.reads[:, c:]
+        segment.write(o, outputs)
+    final_momentum = None if momentum is None else grid.from_state_order(momentum_state)
+    return o, grid.from_state_order(state), final_momentum
 
 
 def delta_memory_backward(
@@ -70,34 +75,73 @@ def delta_memory_backward(
     Every quantity of the forward pass is computed again from the inputs. ``dmomentum`` and
     ``dinitial_momentum`` are None without momentum; ``dinitial_state`` is always given.
     """
-    grid = _Grid.of(k, cu_seqlens, chunk_size)
-    local = _local_quantities(grid, q, k, v, log_decay, erase, scale=scale, read=read)
-    extra = _momentum_quantities(grid, local, momentum, initial_momentum)
-    states = _run_states(grid, local, extra, initial_state)
-    c = grid.chunk
-    k_chunks, n, reads = local.k, states.pseudo_values, local.reads
+    grid = _Grid.of(k, v, cu_seqlens, chunk_size)
+    state = grid.to_state_order(initial_state)
+    momentum_state = None if momentum is None else grid.to_state_order(initial_momentum)
+    saved = []
+    for segment in grid.segments[:-1]:
+        saved.append((state.clone(), None if momentum is None else momentum_state.clone()))
+        local = _local_quantities(segment, None, k, v, log_decay, erase, scale=scale, read=read)
+        _run_states(segment, local, _momentum_quantities(segment, local, momentum, momentum_state), state)
+    saved.append((state, momentum_state))
 
-    # d_reads holds the gradients of both kinds of reads: of the recalled values (−d_rhs) and of the outputs.
-    d_reads = k_chunks.new_empty(*reads.shape[:2], v.shape[-1])
-    d_reads[:, c:] = grid.to_chunks(do, k_chunks.dtype)
-    d_pseudo = torch.bmm(local.scores[:, c:].mT, d_reads[:, c:])
-    d_state = grid.to_state_order(d_final_state, local, v.shape[-1])
-    d_ends = _run_state_gradients(grid, local, d_state, d_pseudo, d_reads)
-    d_rhs = d_reads[:, :c].neg()
+    d_state = grid.to_state_order(d_final_state)
+    d_momentum_state = None if momentum is None else grid.to_state_order(d_final_momentum)
+    gradients = [None if x is None else x.new_empty(x.shape) for x in (q, k, v, log_decay, erase, momentum)]
+    for segment, (state, momentum_state) in zip(reversed(grid.segments), reversed(saved)):
+        local = _local_quantities(segment, q, k, v, log_decay, erase, scale=scale, read=read)
+        extra = _momentum_quantities(segment, local, momentum, momentum_state)
+        states = _run_states(segment, local, extra, state)
+        d_outputs = segment.to_chunks(do, local.k.dtype)
+        parts = _segment_gradients(
+            segment, local, extra, states, d_outputs, d_state, d_momentum_state, scale=scale, read=read
+        )
+        for gradient, part in zip(gradients, parts):
+            if gradient is not None:
+                segment.write(gradient, part)
+    d_initial = [None if x is None else grid.from_state_order(x) for x in (d_state, d_momentum_state)]
+    for i, initial in enumerate((initial_state, initial_momentum)):
+        if initial is not None:
+            d_initial[i] = d_initial[i].to(initial.dtype)
+    return (*gradients, *d_initial)
+
+
+def _segment_gradients(
+    segment: _Segment,
+    local: _Local,
+    extra: _Momentum | None,
+    states: _States,
+    d_outputs: torch.Tensor,
+    d_state: torch.Tensor,
+    d_momentum_state: torch.Tensor | None,
+    *,
+    scale: float,
+    read: str,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of q, k, v, log decay, erase and momentum, in chunks.
+
+    ``d_state`` and ``d_momentum_state`` are turned from the gradients of the segment's last states into those
+    of its first.
+    """
+    c = segment.chunk
+    k, n, reads = local.k, states.pseudo_values, local.reads
+    # Of both kinds of reads: the gradient of N's right-hand side, negated, and that of the outputs.
+    d_reads = k.new_empty(*reads.shape[:2], n.shape[-1])
+    d_reads[:, c:] = d_outputs
+    d_pseudo = torch.bmm(local.scores[:, c:].mT, d_outputs)
+    d_ends = _run_state_gradients(segment, local, d_state, d_pseudo, d_reads)
 
     d_scores = torch.bmm(d_reads, n.mT).mul_(local.pair_decay)
-    d_decayed_reads = torch.bmm(d_reads, states.starts)
     d_end_keys = torch.bmm(n, d_ends)
     d_end_log = (d_end_keys * local.end_keys).sum((1, 2))
     d_end_log += local.end_decay * (d_ends * states.starts).sum((1, 2))
-    d_x = d_decayed_reads.mul_(local.read_decay[..., None])
+    d_x = torch.bmm(d_reads, states.starts).mul_(local.read_decay[..., None])
     d_k = d_end_keys.mul_(local.end_pair_decay[..., None])
-    d_log_columns = -(n * d_rhs).sum(-1)
-    d_v, d_momentum, d_initial_momentum = d_rhs, None, None
+    d_log_columns = (n * d_reads[:, :c]).sum(-1)
+    d_v, d_momentum = d_reads[:, :c].neg(), None
     if extra is not None:
-        d_momentum_state = grid.to_state_order(d_final_momentum, local, v.shape[-1])
         d_momentum = _momentum_gradients(
-            grid,
+            segment,
             local,
             extra,
             d_reads,
@@ -110,25 +154,13 @@ def delta_memory_backward(
             d_log_columns,
             d_end_log,
         )
-        d_momentum = grid.to_tokens(d_momentum, momentum.dtype)
-        d_initial_momentum = grid.from_state_order(d_momentum_state)
-    d_x.baddbmm_(d_scores, k_chunks)
+    d_x.baddbmm_(d_scores, k)
     d_k.baddbmm_(d_scores.mT, reads)
-    d_log_rows = (d_x * reads).sum(-1)
-    d_erase = (d_x[:, :c] * k_chunks).sum(-1)
+    d_erase = (d_x[:, :c] * k).sum(-1)
+    d_log_reads = torch.cat([d_erase * local.erase, (d_x[:, c:] * reads[:, c:]).sum(-1)], dim=1)
     d_k.addcmul_(d_x[:, :c], local.erase[..., None])
-    d_log = _log_decay_gradient(local, d_log_rows, d_log_columns, d_end_log, read)
-    state_dtype = d_state.dtype if initial_state is None else initial_state.dtype
-    return (
-        grid.to_tokens(d_x[:, c:] * scale, q.dtype),
-        grid.to_tokens(d_k, k.dtype),
-        grid.to_tokens(d_v, v.dtype),
-        grid.to_tokens(d_log, log_decay.dtype),
-        grid.to_tokens(d_erase, erase.dtype),
-        d_momentum,
-        grid.from_state_order(d_state).to(state_dtype),
-        d_initial_momentum if initial_momentum is None else d_initial_momentum.to(initial_momentum.dtype),
-    )
+    d_log = _log_decay_gradient(local, d_log_reads, d_log_columns, d_end_log, read)
+    return d_x[:, c:].mul_(scale), d_k, d_v, d_log, d_erase, d_momentum
 
 
 def delta_memory_step(
@@ -168,6 +200,12 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+# Temporaries of a segment have about this many elements: few enough to stay in a CPU's cache, many enough to
+# fill a GPU.
+_SEGMENT_ELEMENTS = {"cpu": 2**17}
+_SEGMENT_ELEMENTS_ELSEWHERE = 2**26
+
+
 @dataclass(frozen=True)
 class _Grid:
     """How tokens lie in chunks: chunk step by chunk step, within a step the sequences that reach it.
@@ -176,79 +214,103 @@ class _Grid:
     one batched product, however ragged the lengths.
     """
 
-    chunk: int
-    heads: int
-    batch: int
-    length: int
-    rows: list[int]  # of each step: (sequences that reach it) × heads
     sequences: int
-    source: torch.Tensor | None = None  # [chunks · C]: token of each place, or `length` for padding
-    place: torch.Tensor | None = None  # [T]: place of each token
-    order: torch.Tensor | None = None  # [N]: sequences by falling length
+    state_shape: tuple[int, int, int]  # H, Dv, Dk
+    like: torch.Tensor  # any tensor of the state's dtype and device
+    order: torch.Tensor | None  # [N]: sequences by falling length; None: as given
+    segments: list[_Segment]
 
     @classmethod
-    def of(cls, k: torch.Tensor, cu_seqlens: torch.Tensor | None, chunk_size: int) -> _Grid:
-        batch, length, heads, _ = k.shape
+    def of(cls, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, chunk_size: int) -> _Grid:
+        batch, length, heads, width = k.shape
+        elements = _SEGMENT_ELEMENTS.get(k.device.type, _SEGMENT_ELEMENTS_ELSEWHERE)
+        like = k.new_empty(0, dtype=_compute_dtype(k))
+        state_shape = (heads, v.shape[-1], width)
         if cu_seqlens is None:
             chunk = min(chunk_size, length)
-            steps = -(-length // chunk)
-            return cls(chunk, heads, batch, length, [batch * heads] * steps, batch)
+            together = max(1, elements // (batch * heads * chunk * max(chunk, width))) * chunk
+            segments = [
+                _Segment(chunk, heads, batch, slice(start, min(start + together, length)))
+                for start in range(0, length, together)
+            ]
+            return cls(batch, state_shape, like, None, segments)
         bounds = cu_seqlens.to("cpu", torch.int64)
         lengths = bounds.diff()
         chunk = min(chunk_size, int(lengths.max()))
         chunks = -(-lengths // chunk)
         order = torch.argsort(chunks, descending=True, stable=True)
-        chunks = chunks[order]
-        steps = torch.arange(int(chunks[0]))
-        alive = (chunks[None, :] > steps[:, None]).sum(1)
-        step = torch.repeat_interleave(steps, alive)
-        sequence = order[torch.arange(len(step)) - (alive.cumsum(0) - alive)[step]]
-        token = bounds[sequence, None] + step[:, None] * chunk + torch.arange(chunk)
-        source = torch.where(token < bounds[sequence + 1, None], token, length).flatten()
-        place = torch.empty(length + 1, dtype=torch.int64)
-        place[source] = torch.arange(len(source))
-        rows = (alive * heads).tolist()
-        tensors = (x.to(k.device) for x in (source, place[:length], order))
-        return cls(chunk, heads, batch, length, rows, len(lengths), *tensors)
+        alive = (chunks[order] > torch.arange(int(chunks.max()))[:, None]).sum(1)
+        segments, first = [], 0
+        while first < len(alive):
+            together = max(1, elements // (int(alive[first]) * heads * chunk * max(chunk, width)))
+            last = min(first + together, len(alive))
+            step = torch.repeat_interleave(torch.arange(first, last), alive[first:last])
+            sequence = torch.cat([order[:n] for n in alive[first:last].tolist()])
+            token = bounds[sequence, None] + step[:, None] * chunk + torch.arange(chunk)
+            token = torch.where(token < bounds[sequence + 1, None], token, length).flatten().to(k.device)
+            segments.append(_Segment(chunk, heads, 1, token, (alive[first:last] * heads).tolist(), length))
+            first = last
+        return cls(len(lengths), state_shape, like, order.to(k.device), segments)
 
-    @property
-    def padded(self) -> bool:
-        return sum(self.rows) * self.chunk != self.batch * self.length * self.heads
-
-    def to_chunks(self, x: torch.Tensor, dtype: torch.dtype, fill: float = 0.0) -> torch.Tensor:
-        """``[B, T, H, …]`` to ``[R, C, …]``, with ``fill`` where a chunk has no token."""
-        x = x.to(dtype)
-        if self.source is None:
-            missing = -self.length % self.chunk
-            if missing:
-                x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing), value=fill)
-            x = x.unflatten(1, (-1, self.chunk)).transpose(0, 1).flatten(0, 1)
-        else:
-            x = F.pad(x[0], (0, 0) * (x.ndim - 2) + (0, 1), value=fill).index_select(0, self.source)
-            x = x.unflatten(0, (-1, self.chunk))
-        return x.transpose(1, 2).flatten(0, 1).contiguous()
-
-    def to_tokens(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """``[R, C, …]`` back to contiguous ``[B, T, H, …]`` of ``dtype``; padding is dropped."""
-        x = x.unflatten(0, (-1, self.heads)).transpose(1, 2)
-        if self.source is None:
-            x = x.unflatten(0, (-1, self.batch)).transpose(0, 1).flatten(1, 2)[:, : self.length]
-        else:
-            x = x.flatten(0, 1).index_select(0, self.place)[None]
-        return x.to(dtype).contiguous()
-
-    def to_state_order(self, state: torch.Tensor | None, local: _Local, value_width: int) -> torch.Tensor:
+    def to_state_order(self, state: torch.Tensor | None) -> torch.Tensor:
         """A new ``[N · H, Dv, Dk]`` in the grid's order of sequences; zeros for None."""
-        shape = (self.sequences * self.heads, value_width, local.k.shape[-1])
         if state is None:
-            return local.k.new_zeros(shape)
+            return self.like.new_zeros(self.sequences * self.state_shape[0], *self.state_shape[1:])
         state = state if self.order is None else state[self.order]
-        return state.to(local.k.dtype, copy=True).reshape(shape).contiguous()
+        return state.to(self.like.dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 1)
 
     def from_state_order(self, state: torch.Tensor) -> torch.Tensor:
         """``[N · H, Dv, Dk]`` back to ``[N, H, Dv, Dk]`` in the caller's order."""
-        state = state.unflatten(0, (-1, self.heads))
+        state = state.unflatten(0, (-1, self.state_shape[0]))
         return state if self.order is None else torch.empty_like(state).index_copy_(0, self.order, state)
+
+
+class _Segment:
+    """Consecutive chunk steps that are computed together, between two states that are kept.
+
+    Args:
+        tokens: the stretch of tokens of every sequence; or, packed, the token of each place ``[chunks · C]``,
+            with ``length`` for padding.
+        rows: of each step, (sequences that reach it) × heads; None: all of the batch.
+    """
+
+    def __init__(self, chunk, heads, batch, tokens, rows=None, length=None):
+        self.chunk, self.heads, self.batch, self.tokens = chunk, heads, batch, tokens
+        self.packed = isinstance(tokens, torch.Tensor)
+        if self.packed:
+            self.rows = rows
+            self.is_token = tokens < length
+            self.padded = not bool(self.is_token.all())
+        else:
+            self.missing = (tokens.start - tokens.stop) % chunk
+            self.rows = [batch * heads] * (-((tokens.start - tokens.stop) // chunk))
+            self.padded = self.missing > 0
+
+    def to_chunks(self, x: torch.Tensor, dtype: torch.dtype, fill: float = 0.0) -> torch.Tensor:
+        """``[B, T, H, …]`` to contiguous ``[R, C, …]``, with ``fill`` where a chunk has no token."""
+        if self.packed:
+            x = F.pad(x[0], (0, 0) * (x.ndim - 2) + (0, 1), value=fill).index_select(0, self.tokens)
+            x = x.unflatten(0, (-1, self.chunk))
+        else:
+            x = x[:, self.tokens]
+            if self.missing:
+                x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.missing), value=fill)
+            x = x.unflatten(1, (-1, self.chunk)).transpose(0, 1).flatten(0, 1)
+        return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+
+    def write(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """Put ``[R, C, …]`` into its place in ``[B, T, H, …]``; padding is dropped."""
+        x = x.unflatten(0, (-1, self.heads)).transpose(1, 2)
+        if self.packed:
+            x = x.flatten(0, 1)
+            out[0, self.tokens[self.is_token]] = (x[self.is_token] if self.padded else x).to(out.dtype)
+            return
+        x = x.unflatten(0, (-1, self.batch)).transpose(0, 1)
+        out = out[:, self.tokens]
+        if self.missing:
+            out.copy_(x.flatten(1, 2)[:, : out.shape[1]])
+        else:
+            out.unflatten(1, (-1, self.chunk)).copy_(x)
 
 
 class _Local(NamedTuple):
@@ -262,30 +324,34 @@ class _Local(NamedTuple):
     pair_decay: torch.Tensor  # [R, 2C, C] from a token's write to a read; 0 for writes the read does not see
     read_decay: torch.Tensor  # [R, 2C] from the chunk's start to the read
     decayed_reads: torch.Tensor  # [R, 2C, Dk] of the incoming state
-    products: torch.Tensor  # [R, 2C, C] reads · keys
-    scores: torch.Tensor  # [R, 2C, C] the same, decayed: A above, the output scores below
+    scores: torch.Tensor  # [R, 2C, C] reads · keys, decayed: A above, the output scores below
     inverse: torch.Tensor  # [R, C, C] (I + A)^{-1}
     end_pair_decay: torch.Tensor  # [R, C] from a token's write to the chunk's end
     end_decay: torch.Tensor  # [R] over the whole chunk
     end_keys: torch.Tensor  # [R, C, Dk] keys times end_pair_decay
 
 
-def _local_quantities(grid: _Grid, q, k, v, log_decay, erase, *, scale: float, read: str) -> _Local:
-    dtype = _compute_dtype(q)
-    q, k, v, erase = (grid.to_chunks(x, dtype) for x in (q, k, v, erase))
-    reads = torch.cat([k * erase[..., None], q * scale], dim=1)
+def _local_quantities(segment: _Segment, q, k, v, log_decay, erase, *, scale: float, read: str) -> _Local:
+    """Without ``q``, for running the states alone, reads are those of the keys only."""
+    c, dtype = segment.chunk, _compute_dtype(k)
     # Cumulated in fp64: the difference of two long sums then still has fp32 accuracy.
-    steps = grid.to_chunks(log_decay, torch.float64)
+    steps = segment.to_chunks(log_decay, torch.float64)
     clamped = steps <= _LOWEST_LOG
     at_token = steps.clamp_min(_LOWEST_LOG).cumsum(-1)
-    before_token = F.pad(at_token[:, :-1], (1, 0))
-    at_read = torch.cat([before_token, at_token if read == "after" else before_token], dim=-1)
-    pair_decay = (at_read[:, :, None] - at_token[:, None, :]).to(dtype)
-    pair_decay.masked_fill_(_hidden_from_read(grid.chunk, read, k.device), -torch.inf).exp_()
+    at_read = F.pad(at_token[:, :-1], (1, 0))
+    k, v, erase = (segment.to_chunks(x, dtype) for x in (k, v, erase))
+    reads = k * erase[..., None]
+    if q is not None:
+        at_read = torch.cat([at_read, at_token if read == "after" else at_read], dim=1)
+        reads = torch.cat([reads, segment.to_chunks(q, dtype) * scale], dim=1)
+    pair_decay = k.new_empty(*reads.shape[:2], c)
+    torch.sub(at_read[:, :, None], at_token[:, None, :], out=pair_decay)
+    seen = _seen_by_read(c, read, pair_decay)[: reads.shape[1]]
+    # Clamping before the exponential and masking after it is faster than the exponential of −inf.
+    pair_decay.clamp_max_(0).exp_().mul_(seen)
     read_decay = at_read.exp().to(dtype)
     end_pair_decay = (at_token[:, -1:] - at_token).exp().to(dtype)
-    products = torch.bmm(reads, k.mT)
-    scores = products * pair_decay
+    scores = torch.bmm(reads, k.mT).mul_(pair_decay)
     return _Local(
         k=k,
         v=v,
@@ -295,22 +361,21 @@ def _local_quantities(grid: _Grid, q, k, v, log_decay, erase, *, scale: float, r
         pair_decay=pair_decay,
         read_decay=read_decay,
         decayed_reads=reads * read_decay[..., None],
-        products=products,
         scores=scores,
-        inverse=_inverse_of_unit_lower(scores[:, : grid.chunk]),
+        inverse=_inverse_of_unit_lower(scores[:, :c]),
         end_pair_decay=end_pair_decay,
         end_decay=at_token[:, -1].exp().to(dtype),
         end_keys=k * end_pair_decay[..., None],
     )
 
 
-def _hidden_from_read(chunk: int, read: str, device: torch.device) -> torch.Tensor:
-    """Which writes (columns) a read (row) does not see.
+def _seen_by_read(chunk: int, read: str, like: torch.Tensor) -> torch.Tensor:
+    """1 where a read (row) sees a token's write (column), else 0.
 
     Keys see the tokens before their own; queries also their own if ``read`` is "after".
     """
-    ones = torch.ones(chunk, chunk, dtype=torch.bool, device=device)
-    return torch.cat([ones.triu(), ones.triu(1 if read == "after" else 0)])
+    ones = like.new_ones(chunk, chunk)
+    return torch.cat([ones.tril(-1), ones.tril(0 if read == "after" else -1)])
 
 
 def _inverse_of_unit_lower(strictly_lower: torch.Tensor) -> torch.Tensor:
@@ -321,19 +386,17 @@ def _inverse_of_unit_lower(strictly_lower: torch.Tensor) -> torch.Tensor:
 class _States(NamedTuple):
     starts: torch.Tensor  # [R, Dv, Dk] state at each chunk's start
     pseudo_values: torch.Tensor  # [R, C, Dv]
-    final: torch.Tensor  # [N · H, Dv, Dk]
 
 
-def _run_states(grid: _Grid, local: _Local, extra: _Momentum | None, initial_state) -> _States:
-    """The recurrence over chunks: the only sequential part of the forward pass."""
-    c = grid.chunk
-    state = grid.to_state_order(initial_state, local, local.v.shape[-1])
+def _run_states(segment: _Segment, local: _Local, extra: _Momentum | None, state: torch.Tensor) -> _States:
+    """The recurrence over chunks, the only sequential part of the forward; carries ``state`` on in place."""
+    c = segment.chunk
     starts = local.k.new_empty(local.k.shape[0], *state.shape[1:])
     pseudo_values = torch.empty_like(local.v)
     v = local.v if extra is None else local.v - extra.reads[:, :c]
     per_step = zip(
         *(
-            x.split(grid.rows)
+            x.split(segment.rows)
             for x in (
                 v,
                 local.decayed_reads[:, :c],
@@ -354,10 +417,10 @@ def _run_states(grid: _Grid, local: _Local, extra: _Momentum | None, initial_sta
         current.mul_(end_decay).baddbmm_(pseudo.mT, end_keys)
         if extra is not None:
             current += injected
-    return _States(starts, pseudo_values, state)
+    return _States(starts, pseudo_values)
 
 
-def _run_state_gradients(grid: _Grid, local: _Local, d_state, d_pseudo, d_reads) -> torch.Tensor:
+def _run_state_gradients(segment: _Segment, local: _Local, d_state, d_pseudo, d_reads) -> torch.Tensor:
     """The recurrence backwards, in place.
 
     Fills the key half of ``d_reads`` and turns ``d_state`` from the final into the initial state's gradient.
@@ -365,11 +428,11 @@ def _run_state_gradients(grid: _Grid, local: _Local, d_state, d_pseudo, d_reads)
     Returns:
         the gradient of each chunk's last state, ``[R, Dv, Dk]``.
     """
-    c = grid.chunk
+    c = segment.chunk
     d_ends = local.k.new_empty(local.k.shape[0], *d_state.shape[1:])
     per_step = zip(
         *(
-            x.split(grid.rows)
+            x.split(segment.rows)
             for x in (
                 d_pseudo,
                 local.inverse,
@@ -421,21 +484,21 @@ class _Momentum(NamedTuple):
     end_surplus: torch.Tensor  # [R, C] D at the chunk's end
     end_from_start: torch.Tensor  # [R] c at the chunk's end
     starts: torch.Tensor  # [R, Dv, Dk] U at each chunk's start
-    final: torch.Tensor  # [N · H, Dv, Dk]
     reads: torch.Tensor  # [R, 2C, Dv] what momentum adds to each read
     injected: torch.Tensor  # [R, Dv, Dk] what momentum adds to the chunk's last state
 
 
-def _momentum_quantities(grid: _Grid, local: _Local, momentum, initial_momentum) -> _Momentum | None:
+def _momentum_quantities(segment: _Segment, local: _Local, momentum, state) -> _Momentum | None:
+    """None without momentum; carries U, ``state``, on in place."""
     if momentum is None:
         return None
-    c, dtype = grid.chunk, local.k.dtype
+    c, dtype = segment.chunk, local.k.dtype
     key_width = local.k.shape[-1]
-    logs = grid.to_chunks(momentum, torch.float64, fill=1.0).log().clamp_min(_LOWEST_LOG).cumsum(-1)
+    logs = segment.to_chunks(momentum, torch.float64, fill=1.0).log().clamp_min(_LOWEST_LOG).cumsum(-1)
     pair = (logs[:, :, None] - logs[:, None, :]).to(dtype)
     pair.masked_fill_(torch.ones(c, c, dtype=torch.bool, device=pair.device).triu(1), -torch.inf).exp_()
     start = logs.exp().to(dtype)
-    real = grid.to_chunks(torch.ones_like(momentum), dtype) if grid.padded else None
+    real = segment.to_chunks(torch.ones_like(momentum), dtype) if segment.padded else None
     later, from_start = _reaching_state(pair, start, real)
     surplus = torch.bmm(local.pair_decay, later)
     from_start_at_read = torch.bmm(local.pair_decay, from_start[..., None]).squeeze(-1)
@@ -444,16 +507,15 @@ def _momentum_quantities(grid: _Grid, local: _Local, momentum, initial_momentum)
     # One product injects into the chunk's last S (left) and last U (right).
     end_keys = torch.cat([local.k * end_surplus[..., None], local.k * pair[:, -1, :, None]], dim=-1)
     injected = torch.bmm(local.v.mT, end_keys)
-    state = grid.to_state_order(initial_momentum, local, local.v.shape[-1])
     starts = local.k.new_empty(local.k.shape[0], *state.shape[1:])
     per_step = zip(
-        *(x.split(grid.rows) for x in (start[:, -1, None, None], injected[..., key_width:], starts))
+        *(x.split(segment.rows) for x in (start[:, -1, None, None], injected[..., key_width:], starts))
     )
     for decay, added, saved in per_step:
         current = state[: saved.shape[0]]
         saved.copy_(current)
         current.mul_(decay).add_(added)
-    scores = local.products * surplus
+    scores = torch.bmm(local.reads, local.k.mT).mul_(surplus)
     reads = torch.bmm(scores, local.v)
     reads.baddbmm_(local.reads * from_start_at_read[..., None], starts.mT)
     return _Momentum(
@@ -466,7 +528,6 @@ def _momentum_quantities(grid: _Grid, local: _Local, momentum, initial_momentum)
         end_surplus=end_surplus,
         end_from_start=end_from_start,
         starts=starts,
-        final=state,
         reads=reads,
         injected=torch.addcmul(injected[..., :key_width], starts, end_from_start[:, None, None]),
     )
@@ -482,7 +543,7 @@ def _reaching_state(pair, start, real):
 
 
 def _momentum_gradients(
-    grid: _Grid,
+    segment: _Segment,
     local: _Local,
     extra: _Momentum,
     d_reads: torch.Tensor,
@@ -505,7 +566,7 @@ def _momentum_gradients(
     per_start = torch.baddbmm(d_ends * extra.end_from_start[:, None, None], d_reads.mT, momentum_reads)
     d_momentum_ends = torch.empty_like(d_ends)
     per_step = zip(
-        *(x.split(grid.rows) for x in (extra.start[:, -1, None, None], per_start, d_momentum_ends))
+        *(x.split(segment.rows) for x in (extra.start[:, -1, None, None], per_start, d_momentum_ends))
     )
     for decay, added, saved in reversed(list(per_step)):
         current = d_momentum_state[: saved.shape[0]]
@@ -514,7 +575,7 @@ def _momentum_gradients(
 
     # Through the products with the writes and with U.
     d_pair_scores = torch.bmm(d_reads, local.v.mT)
-    d_surplus = d_pair_scores * local.products
+    d_surplus = torch.bmm(local.reads, local.k.mT).mul_(d_pair_scores)
     d_scores.addcmul_(d_pair_scores, extra.surplus)
     d_momentum_reads = torch.bmm(d_reads, extra.starts)
     d_from_start = (d_momentum_reads * local.reads).sum(-1)
