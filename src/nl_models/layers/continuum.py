@@ -11,6 +11,7 @@ from torch import nn
 
 from nl_kernels import ContinuumLevel, ContinuumState, continuum_memory
 from nl_kernels.checks import check_choice, check_positive_int
+from nl_kernels.ops.continuum.state import RULES, check_chunk_sizes, state_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +23,10 @@ class LevelConfig:
         chunk_size: tokens between two steps of the fast weights; None: they never change, a plain MLP.
         gated: SwiGLU with a gate matrix, as in Llama, instead of GELU.
         rule: ``"sgd"`` or ``"dgd"``.
-        max_rate: the largest *relative* rate r. The level learns one r in (0, max_rate); keys have unit root
-            mean square, so a token's rate is ``η = r / D`` for dgd, which no rate makes unstable, and
-            ``η = r / (D · chunk_size)`` for sgd, so that the first layer's step on a whole chunk, even of one
-            repeated token, has a gain of at most r: keep it below 2. 0: the level never changes.
+        max_rate: the largest *relative* rate r. The level learns one r in (0, max_rate), and every token's
+            rate is ``η = r / (D · chunk_size)``. Keys have unit root mean square, so r is the gain of the
+            first layer's step on a chunk of one repeated token, whatever the chunk size. 0: the level never
+            changes.
         initial_rate: r at initialisation, less than ``max_rate``.
         error_bound: see :class:`nl_kernels.ContinuumLevel`.
     """
@@ -34,15 +35,15 @@ class LevelConfig:
     chunk_size: int | None = None
     gated: bool = False
     rule: str = "dgd"
-    max_rate: float = 1.0
-    initial_rate: float = 0.1
+    max_rate: float = 2.0
+    initial_rate: float = 1.0
     error_bound: float | None = 1.0
 
     def __post_init__(self) -> None:
         check_positive_int("hidden_size", self.hidden_size)
         if self.chunk_size is not None:
             check_positive_int("chunk_size", self.chunk_size)
-        check_choice("rule", self.rule, ("sgd", "dgd"))
+        check_choice("rule", self.rule, RULES)
         if not 0 <= self.max_rate < math.inf:
             raise ValueError(f"max_rate: expected a finite number, at least 0, got {self.max_rate}")
         if self.steps and not 0 < self.initial_rate < self.max_rate:
@@ -87,6 +88,7 @@ class ContinuumMemory(nn.Module):
         check_positive_int("hidden_size", hidden_size)
         if not levels:
             raise ValueError("levels: expected at least one, got none")
+        check_chunk_sizes([config.chunk_size for config in levels])
         self.hidden_size = hidden_size
         self.norm_eps = norm_eps
         self.checkpoint_every = checkpoint_every
@@ -156,11 +158,8 @@ class ContinuumBlock(nn.Module):
         config = self.config
         if not config.steps:
             return 0.0
-        scale = config.max_rate / self.up.shape[1]
-        if config.rule == "sgd":
-            scale /= config.chunk_size
-        dtype = torch.promote_types(self.rate_logit.dtype, torch.float32)
-        return scale * torch.sigmoid(self.rate_logit.to(dtype))
+        scale = config.max_rate / (self.up.shape[1] * config.chunk_size)
+        return scale * torch.sigmoid(self.rate_logit.to(state_dtype(self.rate_logit.dtype)))
 
     def definition(self) -> ContinuumLevel:
         """This level as :func:`nl_kernels.continuum_memory` takes it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ from nl_kernels.ops.continuum.state import (
     ContinuumLevel,
     ContinuumLevelState,
     ContinuumState,
+    check_chunk_sizes,
     state_dtype,
 )
 
@@ -107,11 +107,7 @@ def _check_levels(levels: Sequence[ContinuumLevel], x: torch.Tensor) -> None:
         raise ValueError("levels: expected at least one, got none")
     for index, level in enumerate(levels):
         _check_level(f"levels[{index}]", level, x)
-    for index, (fast, slow) in enumerate(itertools.pairwise(level.chunk_size for level in levels)):
-        if slow is not None and (fast is None or slow % fast):
-            raise ValueError(
-                f"levels[{index + 1}].chunk_size: expected a multiple of {fast}, as before it, got {slow}"
-            )
+    check_chunk_sizes([level.chunk_size for level in levels])
 
 
 def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor) -> None:
@@ -183,6 +179,8 @@ def _check_state(state: ContinuumState, levels: Sequence[ContinuumLevel], x: tor
             raise ValueError(
                 f"{name}.pending_rates: expected fewer than a chunk's {level.chunk_size}, got {longest}"
             )
+        if x.device.type == "cpu":
+            check_range(f"{name}.position", before.position, 0, longest)
 
 
 def _check_fp32(name: str, value: object, shape: tuple[int, ...], x: torch.Tensor) -> None:

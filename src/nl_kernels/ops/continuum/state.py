@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -72,3 +74,14 @@ ContinuumState: TypeAlias = tuple[ContinuumLevelState | None, ...]
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of fast weights and of everything that changes them: fp32, or fp64 for fp64 inputs."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def check_chunk_sizes(sizes: Sequence[int | None]) -> None:
+    """Check that levels run from fast to slow: each chunk size a multiple of the one before, None last.
+
+    Raises:
+        ValueError: the first level that does not.
+    """
+    for index, (fast, slow) in enumerate(itertools.pairwise(sizes)):
+        if slow is not None and (fast is None or slow % fast):
+            raise ValueError(f"levels[{index + 1}].chunk_size: expected a multiple of {fast}, got {slow}")

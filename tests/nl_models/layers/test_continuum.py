@@ -1,0 +1,182 @@
+"""The continuum memory module: plain where it never steps, without state of its own, trainable throughout."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nl_models.layers.continuum import ContinuumMemory, LevelConfig
+
+WIDTH = 16
+
+
+def build(*, seed=0, **options):
+    torch.manual_seed(seed)
+    return ContinuumMemory(
+        WIDTH,
+        [
+            LevelConfig(hidden_size=24, chunk_size=4, **options),
+            LevelConfig(hidden_size=24, chunk_size=8, **options),
+        ],
+    )
+
+
+def tokens(*shape, seed=1):
+    return torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def test_without_steps_it_is_the_mlp_of_llama_bit_for_bit():
+    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    config = modeling.LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=24, num_attention_heads=2, rms_norm_eps=1e-6
+    )
+    torch.manual_seed(0)
+    mlp, norm = modeling.LlamaMLP(config), modeling.LlamaRMSNorm(WIDTH, eps=1e-6)
+    nn.init.normal_(norm.weight, mean=1.0, std=0.1)
+    x = tokens(2, 37)
+    for still in ({"chunk_size": None}, {"chunk_size": 4, "max_rate": 0.0}):
+        memory = ContinuumMemory(WIDTH, [LevelConfig(hidden_size=24, gated=True, **still)])
+        names = {
+            "norm": norm.weight,
+            "up": mlp.up_proj.weight,
+            "gate": mlp.gate_proj.weight,
+            "down": mlp.down_proj.weight,
+        }
+        memory.load_state_dict({f"levels.0.{name}": weight for name, weight in names.items()})
+        assert torch.equal(memory(x)[0], x + mlp(norm(x)))
+
+
+def test_without_steps_it_is_an_mlp_of_linear_layers_bit_for_bit():
+    memory = ContinuumMemory(WIDTH, [LevelConfig(hidden_size=24)])
+    mlp = nn.Sequential(nn.Linear(WIDTH, 24, bias=False), nn.GELU(), nn.Linear(24, WIDTH, bias=False))
+    mlp.load_state_dict({"0.weight": memory.levels[0].up, "2.weight": memory.levels[0].down})
+    x = tokens(2, 37)
+    assert torch.equal(memory(x)[0], x + mlp(nn.RMSNorm(WIDTH, eps=1e-6)(x)))
+
+
+def test_a_level_that_never_steps_has_only_the_parameters_of_an_mlp():
+    memory = ContinuumMemory(WIDTH, [LevelConfig(hidden_size=24)])
+    assert {name for name, _ in memory.named_parameters()} == {
+        f"levels.0.{n}" for n in ("norm", "up", "down")
+    }
+
+
+def test_forward_changes_neither_parameters_nor_buffers():
+    memory = build()
+    before = copy.deepcopy(memory.state_dict())
+    _, state = memory(tokens(2, 9), output_state=True)
+    memory(tokens(2, 9), state)
+    assert not list(memory.buffers())
+    assert all(torch.equal(value, before[name]) for name, value in memory.state_dict().items())
+
+
+@pytest.mark.parametrize("rule", ["sgd", "dgd"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_parameter_learns_through_the_steps(rule, gated):
+    memory = build(rule=rule, gated=gated).double()
+    x, target = tokens(2, 17).double(), tokens(2, 17, seed=2).double()
+
+    def loss():
+        return (memory(x)[0] - target).square().sum()
+
+    loss().backward()
+    for name, parameter in memory.named_parameters():
+        direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)).double()
+        expected = (parameter.grad * direction).sum()
+        with torch.no_grad():
+            parameter += 1e-5 * direction
+            above = loss()
+            parameter -= 2e-5 * direction
+            below = loss()
+            parameter += 1e-5 * direction
+        assert expected.abs() > 1e-6, name
+        torch.testing.assert_close((above - below) / 2e-5, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_state_and_mask_reach_the_memory():
+    memory = build()
+    x = tokens(2, 13)
+    whole, _ = memory(x)
+    first, state = memory(x[:, :6], output_state=True)
+    second, none = memory(x[:, 6:], state)
+    assert none is None
+    torch.testing.assert_close(torch.cat((first, second), dim=1), whole, rtol=1e-5, atol=1e-5)
+    mask = torch.ones(2, 13, dtype=torch.bool)
+    mask[0, :5] = False
+    masked, _ = memory(x, mask=mask)
+    torch.testing.assert_close(masked[0, 5:], memory(x[:1, 5:])[0][0], rtol=1e-5, atol=1e-5)
+    assert not masked[0, :5].any()
+
+
+def test_autocast_keeps_the_state_in_fp32():
+    memory = build()
+    x = tokens(2, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = memory(x, output_state=True)
+    exact, expected = memory(x, output_state=True)
+    assert all(
+        t.dtype == torch.float32 for level in state for t in level if t is not None and t.is_floating_point()
+    )
+    torch.testing.assert_close(y.float(), exact, rtol=2e-2, atol=2e-2)
+    # steps run in full precision; only the inputs of the second level saw rounded reads
+    torch.testing.assert_close(state[0].up, expected[0].up, rtol=1e-6, atol=1e-6)
+
+
+def test_rates_are_bounded_and_start_where_they_should():
+    memory = build(max_rate=1.5, initial_rate=0.5)
+    for level, chunk_size in zip(memory.levels, (4, 8)):
+        torch.testing.assert_close(level.rate() * WIDTH * chunk_size, torch.tensor(0.5))
+        with torch.no_grad():
+            level.rate_logit.fill_(100.0)
+        torch.testing.assert_close(level.rate() * WIDTH * chunk_size, torch.tensor(1.5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": 4, "chunk_size": 0}, "chunk_size"),
+        ({"hidden_size": 4, "rule": "adam"}, "rule"),
+        ({"hidden_size": 4, "max_rate": -1.0}, "max_rate"),
+        ({"hidden_size": 4, "chunk_size": 2, "initial_rate": 7.0}, "initial_rate"),
+        ({"hidden_size": 4, "error_bound": 0.0}, "error_bound"),
+    ],
+)
+def test_bad_configurations_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        LevelConfig(**options)
+
+
+def test_levels_out_of_order_are_refused_at_construction():
+    with pytest.raises(ValueError, match="multiple"):
+        ContinuumMemory(WIDTH, [LevelConfig(hidden_size=4, chunk_size=c) for c in (4, 6)])
+    with pytest.raises(ValueError, match="at least one"):
+        ContinuumMemory(WIDTH, [])
+
+
+def test_it_learns_to_recall_within_the_context():
+    """Each sequence repeats one random pattern: with steps its second half is predicted better."""
+
+    def trained_loss(max_rate):
+        torch.manual_seed(0)
+        memory = ContinuumMemory(WIDTH, [LevelConfig(hidden_size=32, chunk_size=8, max_rate=max_rate)])
+        optimizer = torch.optim.Adam(memory.parameters(), lr=1e-2)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(120):
+            symbols = torch.randn(8, 8, WIDTH, generator=generator)
+            answers = torch.randn(8, 8, WIDTH, generator=generator)
+            # a symbol with its answer, and later the symbol alone
+            x = torch.cat((symbols, symbols), dim=1)
+            x[:, :8, WIDTH // 2 :] = answers[..., WIDTH // 2 :]
+            x[:, 8:, WIDTH // 2 :] = 0
+            y, _ = memory(x)
+            loss = F.mse_loss(y[:, 8:, WIDTH // 2 :], answers[..., WIDTH // 2 :])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    without = trained_loss(0.0)
+    assert trained_loss(LevelConfig(hidden_size=1).max_rate) < 0.8 * without
