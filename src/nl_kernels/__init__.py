@@ -1,16 +1,32 @@
 """Kernels of Nested Learning: functions on tensors, with no modules and no state of their own."""
 
+from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.continuum import ContinuumLevel, ContinuumLevelState, ContinuumState, continuum_memory
+from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory
 from nl_kernels.ops.delta_memory import chunk_gated_delta_rule, delta_memory, delta_memory_step
+from nl_kernels.ops.self_modifying import (
+    MemoryStack,
+    SelfModifyingState,
+    SelfModifyingWeights,
+    self_modifying_memory,
+)
 from nl_kernels.version import __version__
 
 __all__ = [
     "ContinuumLevel",
     "ContinuumLevelState",
     "ContinuumState",
+    "DeepMemoryState",
+    "DeepMemoryWeights",
+    "MemoryRule",
+    "MemoryStack",
+    "SelfModifyingState",
+    "SelfModifyingWeights",
     "__version__",
     "chunk_gated_delta_rule",
     "continuum_memory",
+    "deep_memory",
     "delta_memory",
     "delta_memory_step",
+    "self_modifying_memory",
 ]

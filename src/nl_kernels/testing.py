@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nl_kernels.memory_rule import DeepMemoryWeights
+from nl_kernels.ops.self_modifying import SelfModifyingWeights
+
 # Matrix products, and where their two operands stand among the arguments.
 _PRODUCTS = {
     torch.ops.aten.mm.default: 0,
@@ -73,6 +76,102 @@ def delta_memory_inputs(
     return {
         name: None if x is None else x.to(device).requires_grad_(requires_grad) for name, x in inputs.items()
     }
+
+
+def deep_memory_inputs(
+    batch: int,
+    length: int,
+    heads: int,
+    width: int,
+    hidden: int | None,
+    value_width: int | None = None,
+    *,
+    momentum: bool = False,
+    outer_scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    requires_grad: bool = False,
+) -> dict[str, object]:
+    """Keyword arguments of :func:`nl_kernels.deep_memory` but for the options; drawn in fp64 and rounded.
+
+    Unit keys and queries, rates in (0, 1), decays between 0.6 and 1 with most near 1. ``hidden=None`` makes a
+    linear memory.
+    """
+    value_width = width if value_width is None else value_width
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(function, *shape):
+        return function(*shape, generator=rng, dtype=torch.float64)
+
+    rates = (batch, length, heads)
+    tensors = {
+        "q": F.normalize(draw(torch.randn, *rates, width), dim=-1),
+        "k": F.normalize(draw(torch.randn, *rates, width), dim=-1),
+        "v": draw(torch.randn, *rates, value_width),
+        "rate": 0.05 + 0.9 * draw(torch.rand, *rates),
+        "log_decay": (1 - 0.4 * draw(torch.rand, *rates) ** 2).log(),
+        "momentum": 0.9 * draw(torch.rand, *rates) if momentum else None,
+    }
+    inputs: dict[str, object] = {
+        name: None if x is None else x.to(dtype).requires_grad_(requires_grad) for name, x in tensors.items()
+    }
+    inputs["weights"] = _memory(draw, heads, width, hidden, value_width, outer_scale, dtype, requires_grad)
+    return inputs
+
+
+def self_modifying_inputs(
+    batch: int,
+    length: int,
+    heads: int,
+    width: int,
+    hidden: int | None,
+    *,
+    momentum: bool = False,
+    outer_scale: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    requires_grad: bool = False,
+) -> dict[str, object]:
+    """Keyword arguments of :func:`nl_kernels.self_modifying_memory` but for the options; as above."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(function, *shape):
+        return function(*shape, generator=rng, dtype=torch.float64)
+
+    rates = (batch, length, heads)
+    tensors = {
+        name: draw(torch.randn, *rates, width) for name in ("query", "key_input", "value_input", "gate_input")
+    }
+    tensors["momentum"] = 0.6 * draw(torch.rand, *rates) if momentum else None
+    tensors["rate_max"] = 0.5 + 0.5 * draw(torch.rand, heads)
+    tensors["rate_bias"] = draw(torch.randn, heads)
+    tensors["retention_bias"] = 2 + draw(torch.rand, heads)
+    inputs: dict[str, object] = {
+        name: None if x is None else x.to(dtype).requires_grad_(requires_grad) for name, x in tensors.items()
+    }
+    outs = [1 if name in ("rate", "retention") else width for name in SelfModifyingWeights._fields]
+    inputs["weights"] = SelfModifyingWeights(
+        *(_memory(draw, heads, width, hidden, out, outer_scale, dtype, requires_grad) for out in outs)
+    )
+    return inputs
+
+
+def _memory(draw, heads, width, hidden, out, scale, dtype, requires_grad) -> DeepMemoryWeights:
+    inner = draw(torch.randn, heads, hidden or out, width) * width**-0.5
+    outer = None if hidden is None else scale * draw(torch.randn, heads, out, hidden) * hidden**-0.5
+    layers = (inner if hidden else inner * scale, outer)
+    return DeepMemoryWeights(
+        *(None if x is None else x.to(dtype).requires_grad_(requires_grad) for x in layers)
+    )
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """All floating tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for item in value for x in tensors_of(item)] if isinstance(value, (list, tuple)) else []
 
 
 def to_float64(inputs: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:

@@ -1,0 +1,94 @@
+"""Argument checks and preparation shared by the chunked memories."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from nl_kernels.checks import check_range, check_tensor
+from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
+
+
+def check_memory(
+    name: str, weights: object, batch: int, heads: int, width: int, out: int, like: torch.Tensor
+) -> None:
+    """Check the weights of a memory from ``width`` to ``out``, shared ([H, ..]) or by sequence ([B, H, ..]).
+
+    Raises:
+        TypeError, ValueError: naming the field, what came and what is accepted.
+    """
+    if not isinstance(weights, DeepMemoryWeights):
+        raise TypeError(f"{name}: expected DeepMemoryWeights, got {type(weights).__name__}")
+    inner, outer = weights
+    if not isinstance(inner, torch.Tensor):
+        raise TypeError(f"{name}.inner: expected a tensor, got {type(inner).__name__}")
+    if inner.ndim not in (3, 4):
+        raise ValueError(f"{name}.inner: expected [H, h, D] or [B, H, h, D], got shape {tuple(inner.shape)}")
+    lead = (batch, heads)[4 - inner.ndim :]
+    hidden = out if outer is None else inner.shape[-2]
+    check_tensor(f"{name}.inner", inner, (*lead, hidden, width), like=like)
+    if outer is not None:
+        check_tensor(f"{name}.outer", outer, (*lead, out, hidden), like=like)
+
+
+def check_rule(rule: object) -> None:
+    """Check that ``rule`` is a :class:`MemoryRule`."""
+    if not isinstance(rule, MemoryRule):
+        raise TypeError(f"rule: expected a MemoryRule, got {type(rule).__name__}")
+
+
+def check_mask(mask: object, batch: int, length: int, like: torch.Tensor) -> None:
+    """Check that ``mask`` is [B, T] bool on the device of ``like``."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        came = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise TypeError(f"mask: expected a bool tensor (True = real token), got {came}")
+    if tuple(mask.shape) != (batch, length):
+        raise ValueError(f"mask: expected shape {(batch, length)}, got {tuple(mask.shape)}")
+    if mask.device != like.device:
+        raise ValueError(f"mask: expected a tensor on {like.device}, got one on {mask.device}")
+
+
+def check_position(position: object, batch: int, period: int, like: torch.Tensor) -> None:
+    """Check the tokens since the last boundary: [B] int64, below ``period``."""
+    if not isinstance(position, torch.Tensor) or position.dtype != torch.int64:
+        came = position.dtype if isinstance(position, torch.Tensor) else type(position).__name__
+        raise TypeError(f"initial_state.position: expected an int64 tensor, got {came}")
+    if tuple(position.shape) != (batch,) or position.device != like.device:
+        raise ValueError(
+            f"initial_state.position: expected shape {(batch,)} on {like.device}, "
+            f"got {tuple(position.shape)} on {position.device}"
+        )
+    if position.device.type == "cpu":
+        try:
+            check_range("initial_state.position", position, 0, period, closed_high=False)
+        except ValueError as error:
+            raise ValueError(f"{error}: was the state made with another chunk size?") from None
+
+
+def check_gates(rate: torch.Tensor, log_decay: torch.Tensor, momentum: torch.Tensor | None) -> None:
+    """Check the values of rate (finite, >= 0), log decay (<= 0) and momentum (in [0, 1)), on the CPU only."""
+    if rate.device.type != "cpu":
+        return
+    check_range("rate", rate, 0.0, math.inf, closed_high=False)
+    check_range("log_decay", log_decay, -math.inf, 0.0)
+    if momentum is not None:
+        check_range("momentum", momentum, 0.0, 1.0, closed_high=False)
+
+
+def per_sequence(weights: torch.Tensor, batch: int, dtype: torch.dtype) -> torch.Tensor:
+    """Weights [H, ..] or [B, H, ..] as [B, H, ..] in ``dtype`` (a view where they are shared)."""
+    weights = weights.to(dtype)
+    return weights.expand(batch, *weights.shape) if weights.ndim == 3 else weights
+
+
+def state_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """fp64 when any of the tensors is, else fp32."""
+    return (
+        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    )
+
+
+def zero_padding(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, T, …] with zeros where ``mask`` is False, whatever padding holds."""
+    return x.masked_fill(~mask.view(mask.shape + (1,) * (x.ndim - 2)), 0)

@@ -1,0 +1,203 @@
+"""The public function of the deep memory."""
+
+from __future__ import annotations
+
+import torch
+
+from nl_kernels.checks import check_choice, check_cu_seqlens, check_positive_int, check_tensor
+from nl_kernels.chunk_alignment import align_packed
+from nl_kernels.dispatch import choose_implementation
+from nl_kernels.memory_checks import (
+    check_gates,
+    check_mask,
+    check_memory,
+    check_position,
+    check_rule,
+    per_sequence,
+    state_dtype,
+    zero_padding,
+)
+from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
+from nl_kernels.ops.deep_memory.eager import deep_memory_eager
+from nl_kernels.ops.deep_memory.reference import deep_memory_reference
+from nl_kernels.ops.deep_memory.state import DeepMemoryState
+
+READS = ("snapshot", "running")
+
+
+def deep_memory(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rate: torch.Tensor,
+    log_decay: torch.Tensor,
+    weights: DeepMemoryWeights,
+    *,
+    chunk_size: int,
+    momentum: torch.Tensor | None = None,
+    rule: MemoryRule | None = None,
+    read: str = "snapshot",
+    mask: torch.Tensor | None = None,
+    initial_state: DeepMemoryState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    checkpoint_every: int | None = None,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, DeepMemoryState | None]:
+    """One network per head that learns ``k → v`` by delta gradient descent, and is read with ``q``.
+
+    Each token takes one step on ``½‖M(k) − v‖²`` with the gradient at the chunk's first state, and each layer
+    erases along its own input (arXiv 2512.24695, Eqs. 57, 88, 90; the neural memory of 2501.00663). Gradients
+    flow through the writes into every input, the weights and the initial state. Chunk size is part of the
+    model: run a state at the chunk size it was made with.
+
+    Args:
+        q, k: [B, T, H, D]. The default rule wants keys of unit norm.
+        v: [B, T, H, Dv] targets; Dv = D when ``rule.residual``.
+        rate: [B, T, H] >= 0, the learning rate η (with unit keys, stable below 2, meant for [0, 1]).
+        log_decay: [B, T, H] <= 0, the log of the retention α; −inf forgets everything.
+        weights: the initial state, which is also the anchor of an anchored rule: inner [H, h, D] and outer
+            [H, Dv, h], or [B, H, ..] by sequence; outer ``None`` for a linear memory (inner [.., Dv, D]).
+            Unused values of a rule that is not anchored when ``initial_state`` is given.
+        chunk_size: tokens between boundaries.
+        momentum: [B, T, H] in [0, 1), the decay μ of ``U ← μU + write``; ``None`` for no momentum.
+        rule: how the memory is applied and written; default ``MemoryRule()``.
+        read: "snapshot": ``o_t = M(q_t)`` at the chunk's first state; "running": after token t.
+        mask: [B, T] bool, True = real token. Padding neither writes nor counts, and its output is zero.
+        initial_state: the state to resume from.
+        output_final_state: whether to return the state after the last token.
+        cu_seqlens: [N + 1] cumulative lengths of N sequences packed into B = 1; states and own weights
+            then have N in place of B. Excludes ``mask``.
+        checkpoint_every: chunks between the states kept for the backward pass, which recomputes the rest; the
+            default balances the two. It changes memory and time, never results.
+        impl: "eager" or "reference"; ``None`` picks.
+
+    Returns:
+        o [B, T, H, Dv] in the dtype of q, and the final state (fp32; fp64 for fp64 inputs) or ``None``.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, shape, dtype, device or range.
+    """
+    rule = MemoryRule() if rule is None else rule
+    batch, length = _check(
+        q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, cu_seqlens
+    )
+    if checkpoint_every is not None:
+        check_positive_int("checkpoint_every", checkpoint_every)
+    out_width = v.shape[-1]
+    if initial_state is not None:
+        _check_state(initial_state, weights, batch, q, momentum is not None, chunk_size)
+    chosen = choose_implementation("deep_memory", impl, q.device, ("eager", "reference"))
+
+    dtype = state_dtype(q, k, v, rate, log_decay, momentum, *weights, *_leaves(initial_state))
+    inputs = [None if x is None else x.to(dtype) for x in (q, k, v, rate, log_decay, momentum)]
+    alignment = None
+    if cu_seqlens is not None:
+        alignment = align_packed(cu_seqlens)
+        inputs = [None if x is None else alignment.gather(x) for x in inputs]
+        mask = alignment.valid
+    elif mask is not None:
+        inputs = [None if x is None else zero_padding(x, mask) for x in inputs]
+
+    initial = DeepMemoryWeights(*(None if w is None else per_sequence(w, batch, dtype) for w in weights))
+    zeros = DeepMemoryWeights(*(None if w is None else torch.zeros_like(w) for w in initial))
+    anchor = initial if rule.anchored else zeros
+    if initial_state is None:
+        start = zeros if rule.anchored else initial
+        position = torch.zeros(batch, dtype=torch.int64, device=q.device)
+        state = DeepMemoryState(start, start, position, None if momentum is None else zeros)
+    else:
+        state = _cast(initial_state, dtype)
+
+    if chosen == "reference":
+        o, final = deep_memory_reference(
+            *inputs, anchor, state, rule=rule, read=read, chunk_size=chunk_size, mask=mask
+        )
+    else:
+        o, final = deep_memory_eager(
+            *inputs,
+            anchor,
+            state,
+            rule=rule,
+            read=read,
+            chunk_size=chunk_size,
+            mask=mask,
+            at_boundary=initial_state is None,
+            checkpoint_every=checkpoint_every,
+        )
+    if alignment is not None:
+        o = alignment.scatter(o, 1, length)
+    return o.reshape(q.shape[0], length, q.shape[2], out_width).to(
+        q.dtype
+    ), final if output_final_state else None
+
+
+def _check(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, cu_seqlens):
+    """Check everything but the state; the number of sequences and the number of tokens of each row."""
+    if not isinstance(q, torch.Tensor):
+        raise TypeError(f"q: expected a tensor, got {type(q).__name__}")
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"q: expected [B, T, H, D] with no empty dimension, got shape {tuple(q.shape)}")
+    rows, length, heads, width = q.shape
+    check_tensor("q", q, q.shape)
+    check_tensor("k", k, q.shape, like=q)
+    out = v.shape[-1] if isinstance(v, torch.Tensor) and v.ndim == 4 else width
+    check_tensor("v", v, (rows, length, heads, out), like=q)
+    check_tensor("rate", rate, (rows, length, heads), like=q)
+    check_tensor("log_decay", log_decay, (rows, length, heads), like=q)
+    if momentum is not None:
+        check_tensor("momentum", momentum, (rows, length, heads), like=q)
+    check_gates(rate, log_decay, momentum)
+    check_rule(rule)
+    if rule.residual and out != width:
+        raise ValueError(f"v: a rule with a residual needs width {width} as the keys, got {out}")
+    check_choice("read", read, READS)
+    check_positive_int("chunk_size", chunk_size)
+    batch = rows
+    if cu_seqlens is not None:
+        if rows != 1:
+            raise ValueError(f"cu_seqlens: packed input needs B = 1, got {rows}")
+        if mask is not None:
+            raise ValueError("mask: not together with cu_seqlens; packed input has no padding")
+        check_cu_seqlens(cu_seqlens, length)
+        batch = len(cu_seqlens) - 1
+    if mask is not None:
+        check_mask(mask, rows, length, q)
+    check_memory("weights", weights, batch, heads, width, out, q)
+    return batch, length
+
+
+def _check_state(state, weights, batch, q, has_momentum, chunk_size):
+    """Check that a state fits the weights, the batch and the options of this call."""
+    if not isinstance(state, DeepMemoryState):
+        raise TypeError(f"initial_state: expected DeepMemoryState, got {type(state).__name__}")
+    if (state.momentum is not None) != has_momentum:
+        made, given = ("with", "without") if state.momentum is not None else ("without", "with")
+        raise ValueError(f"initial_state: made {made} momentum, but this call is {given} momentum")
+    check_position(state.position, batch, chunk_size, q)
+    heads = q.shape[2]
+    for name in ("snapshot", "running", "momentum"):
+        part = getattr(state, name)
+        if part is None:
+            continue
+        if not isinstance(part, DeepMemoryWeights):
+            raise TypeError(f"initial_state.{name}: expected DeepMemoryWeights, got {type(part).__name__}")
+        for layer, (weight, held) in enumerate(zip(weights, part)):
+            field = f"initial_state.{name}.{DeepMemoryWeights._fields[layer]}"
+            if (weight is None) != (held is None):
+                raise ValueError(f"{field}: made by a {'linear' if held is None else 'two-layer'} memory")
+            if weight is not None:
+                check_tensor(field, held, (batch, heads, *weight.shape[-2:]), like=q)
+
+
+def _leaves(state: DeepMemoryState | None) -> list[torch.Tensor | None]:
+    if state is None:
+        return []
+    return [*state.snapshot, *state.running, *(state.momentum or ())]
+
+
+def _cast(state: DeepMemoryState, dtype: torch.dtype) -> DeepMemoryState:
+    def cast(part: DeepMemoryWeights | None) -> DeepMemoryWeights | None:
+        return part and DeepMemoryWeights(*(None if x is None else x.to(dtype) for x in part))
+
+    return DeepMemoryState(cast(state.snapshot), cast(state.running), state.position, cast(state.momentum))

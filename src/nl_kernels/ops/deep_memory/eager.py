@@ -1,0 +1,203 @@
+"""Chunked ``deep_memory`` in PyTorch: batched over sequences and heads, a Python loop over chunks only."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
+from nl_kernels.chunk_recompute import Segment, State, plan_segments, run_segments
+from nl_kernels.delta_chunk import (
+    ChunkCoefficients,
+    LayerChunk,
+    chunk_coefficients,
+    erase_inverse,
+    read_layer,
+    write_layer,
+)
+from nl_kernels.hidden_layer import hidden_gradient, hidden_layer
+from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule, bound_length
+from nl_kernels.ops.deep_memory.state import DeepMemoryState
+
+
+def deep_memory_eager(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rate: torch.Tensor,
+    log_decay: torch.Tensor,
+    momentum: torch.Tensor | None,
+    anchor: DeepMemoryWeights,
+    state: DeepMemoryState,
+    *,
+    rule: MemoryRule,
+    read: str,
+    chunk_size: int,
+    mask: torch.Tensor | None,
+    at_boundary: bool,
+    checkpoint_every: int | None,
+) -> tuple[torch.Tensor, DeepMemoryState]:
+    """As :func:`deep_memory_reference`, by chunks.
+
+    Args:
+        at_boundary: the state is known to be at a boundary for every sequence (spares reading its positions).
+        checkpoint_every: chunks between the states kept for the backward pass.
+    """
+    batch, length, heads, _ = q.shape
+    grid = place_on_grid(state.position, mask, length, chunk_size, at_boundary)
+    sequences = [q, k, v, rate[..., None], log_decay[..., None]]
+    sequences.append(None if momentum is None else momentum[..., None])
+    if grid.alignment is not None:
+        sequences = [None if x is None else grid.alignment.gather(x) for x in sequences]
+    applied = mask if grid.alignment is None else grid.alignment.valid
+    if applied is not None:
+        applied = applied[:, :, None, None].expand(*applied.shape, heads, 1).to(q.dtype)
+    sequences.append(applied)
+    sequences = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in sequences]
+
+    snapshot = (None, None) if at_boundary else state.snapshot
+    carried = [*state.running, *(state.momentum or (None, None)), *snapshot]
+    carried = [None if x is None else x.flatten(0, 1) for x in carried]
+    constants = [None if x is None or not rule.anchored else x.flatten(0, 1) for x in anchor]
+    compute = _Chunks(rule, read, chunk_size, grid.for_heads(heads))
+    tokens = sequences[0].shape[1]
+    segments = plan_segments(tokens, chunk_size, grid.offset, checkpoint_every)
+    o, carried = run_segments(compute, segments, tuple(carried), tuple(constants), tuple(sequences))
+
+    o = o.unflatten(0, (batch, heads)).transpose(1, 2)
+    if grid.alignment is not None:
+        o = grid.alignment.scatter(o, batch, length)
+    elif mask is not None:
+        o = o.masked_fill(~mask[:, :, None, None], 0)
+    running, velocity, snapshot = (
+        DeepMemoryWeights(*(None if x is None else x.unflatten(0, (batch, heads)) for x in part))
+        for part in (carried[0:2], carried[2:4], carried[4:6])
+    )
+    return o, DeepMemoryState(
+        running if snapshot.inner is None else snapshot,
+        running,
+        grid.position,
+        None if momentum is None else velocity,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """One segment of chunks, for :func:`run_segments`; all tensors have N = sequences × heads rows."""
+
+    rule: MemoryRule
+    read: str
+    chunk_size: int
+    grid: ChunkGrid
+
+    def __call__(
+        self, segment: Segment, state: State, constants: State, sequences: State
+    ) -> tuple[State, torch.Tensor]:
+        running, velocity, snapshot = list(state[0:2]), list(state[2:4]), list(state[4:6])
+        deep = running[1] is not None
+        chunks = segment.chunks
+        q, k, v, rate, log_decay, momentum, applied = (
+            None if x is None else x.unflatten(1, (chunks, segment.length)) for x in sequences
+        )
+        if applied is not None:
+            rate, log_decay = rate * applied, log_decay.masked_fill(applied == 0, 0)
+            momentum = None if momentum is None else momentum.where(applied != 0, 1)
+        # What depends on no state is computed for all chunks of the segment at once.
+        coefficients = chunk_coefficients(
+            log_decay[..., 0],
+            None if momentum is None else momentum[..., 0],
+            None if applied is None else applied[..., 0],
+        )
+        first = self._prepare(k, rate, coefficients, first_layer=True)
+        firsts = [_unbind(x, chunks) for x in first]
+        by_chunk = [x.unbind(1) for x in (q, k, v, rate)]
+        coefficients = _unbind_coefficients(coefficients, chunks)
+        outputs = []
+        for i in range(chunks):
+            q_i, k_i, v_i, rate_i = (x[i] for x in by_chunk)
+            erase, scaled_rate, gram, inverse = (x[i] for x in firsts)
+            parts = coefficients[i]
+            base = [
+                None if x is None else x if a is None else x + a
+                for x, a in zip(running if snapshot[0] is None else snapshot, constants)
+            ]
+            error, layers, o = self._serve(q_i, k_i, v_i, base)
+            before = list(zip(running, velocity))
+            written = [None, None]
+            running[0], velocity[0], written[0] = write_layer(
+                *before[0], LayerChunk(k_i, -scaled_rate * layers[0], erase, gram, inverse, parts)
+            )
+            hidden = layers[1]
+            if deep:
+                erase, scaled_rate, gram, inverse = self._prepare(hidden, rate_i, parts, first_layer=False)
+                running[1], velocity[1], written[1] = write_layer(
+                    *before[1], LayerChunk(hidden, -scaled_rate * error, erase, gram, inverse, parts)
+                )
+            if self.read == "running":
+                o = self._read_running(q_i, k_i, hidden, before, constants, written, parts)
+            outputs.append(o + q_i if self.rule.residual else o)
+            snapshot = self._refresh(segment.slot + (i + 1) * segment.length, running, snapshot, before)
+        output = outputs[0] if chunks == 1 else torch.cat(outputs, 1)
+        return (*running, *velocity, *snapshot), output
+
+    def _prepare(self, x, rate, coefficients: ChunkCoefficients, *, first_layer: bool):
+        """β, η, the gram matrix and the inverse of a layer with inputs x."""
+        if not self.rule.erases(first_layer):
+            return None, rate, None, None
+        if self.rule.proximal:
+            rate = rate / (1 + rate * x.square().sum(-1, keepdim=True))
+        gram = x @ x.transpose(-1, -2)
+        return rate, rate, gram, erase_inverse(gram, rate, coefficients.decay)
+
+    def _serve(self, q, k, v, base):
+        """At the snapshot: the error, (δ of the first layer, input of the second), and the snapshot read."""
+        size = k.shape[1]
+        x = k if self.read == "running" else torch.cat([k, q], 1)
+        y = torch.bmm(x, base[0].transpose(1, 2))
+        hidden = None
+        if base[1] is not None:
+            both = hidden_layer(y, self.rule)
+            y = torch.bmm(both.value, base[1].transpose(1, 2))
+            hidden = type(both)(*(None if part is None else part[:, :size] for part in both))
+        error = y[:, :size] - v
+        error = bound_length(error + k if self.rule.residual else error, self.rule.error_bound)
+        o = y[:, size:]
+        if hidden is None:
+            return error, (error, None), o
+        delta = hidden_gradient(torch.bmm(error, base[1]), hidden, self.rule)
+        return error, (delta, hidden.value), o
+
+    def _read_running(self, q, k, hidden, before, constants, written, parts):
+        """The read after each token, in both layers."""
+        y = q
+        for layer, x in enumerate((k, hidden)):
+            if x is None:
+                break
+            if layer == 1:
+                y = hidden_layer(y, self.rule).value
+            anchored = 0 if constants[layer] is None else torch.bmm(y, constants[layer].transpose(1, 2))
+            y = anchored + read_layer(y, *before[layer], x, written[layer], parts)
+        return y
+
+    def _refresh(self, end: int, running, snapshot, before):
+        """The snapshot after the chunk that ends at slot ``end``; ``None`` if it is the running state."""
+        met = self.grid.meets_boundary(end, self.chunk_size)
+        if met is True:
+            return [None, None]
+        old = [state for state, _ in before] if snapshot[0] is None else snapshot
+        if met is False:
+            return old
+        return [None if x is None else torch.where(met[:, None, None], x, y) for x, y in zip(running, old)]
+
+
+def _unbind(x: torch.Tensor | None, chunks: int):
+    return [None] * chunks if x is None else x.unbind(1)
+
+
+def _unbind_coefficients(coefficients: ChunkCoefficients, chunks: int) -> list[ChunkCoefficients]:
+    spreads = [
+        [None] * chunks if s is None else [type(s)(*p) for p in zip(*(x.unbind(1) for x in s))]
+        for s in coefficients
+    ]
+    return [ChunkCoefficients(*parts) for parts in zip(*spreads)]

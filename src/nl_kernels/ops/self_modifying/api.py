@@ -1,0 +1,302 @@
+"""The public function of the self-modifying memory."""
+
+from __future__ import annotations
+
+import torch
+
+from nl_kernels.checks import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_cu_seqlens,
+    check_positive_int,
+    check_range,
+    check_tensor,
+)
+from nl_kernels.chunk_alignment import align_packed
+from nl_kernels.dispatch import choose_implementation
+from nl_kernels.memory_checks import (
+    check_mask,
+    check_memory,
+    check_position,
+    check_rule,
+    per_sequence,
+    state_dtype,
+    zero_padding,
+)
+from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
+from nl_kernels.ops.self_modifying.eager import self_modifying_memory_eager
+from nl_kernels.ops.self_modifying.reference import self_modifying_memory_reference
+from nl_kernels.ops.self_modifying.state import (
+    MemoryStack,
+    SelfModifyingState,
+    SelfModifyingWeights,
+    map_stack,
+    stack_memories,
+)
+
+READS = ("snapshot", "running")
+
+
+def self_modifying_memory(
+    query: torch.Tensor,
+    key_input: torch.Tensor,
+    value_input: torch.Tensor,
+    gate_input: torch.Tensor,
+    weights: SelfModifyingWeights,
+    *,
+    chunk_size: int,
+    generator_chunk_size: int | None = None,
+    momentum: torch.Tensor | None = None,
+    rule: MemoryRule | None = None,
+    rate_max: torch.Tensor | float = 1.0,
+    rate_bias: torch.Tensor | float = 0.0,
+    retention_bias: torch.Tensor | float = 4.0,
+    read: str = "snapshot",
+    detach_targets: bool = True,
+    truncate_every: int | None = None,
+    mask: torch.Tensor | None = None,
+    initial_state: SelfModifyingState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    checkpoint_every: int | None = None,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, SelfModifyingState | None]:
+    """Five memories per head that make each other's keys, values, rates, retentions and targets.
+
+    With every memory M read at the last boundary of its chunk (arXiv 2512.24695, Eqs. 83-91, 94-96)::
+
+        k = l2norm(M_key(key_input))    v = M_value(value_input)
+        η = rate_max · sigmoid(M_rate(gate_input) + rate_bias)
+        α = sigmoid(M_retention(gate_input) + retention_bias)
+        o = M_memory(l2norm(query))
+        every memory learns k → M(v), its self-made target, at rate η with retention α, as in ``deep_memory``
+
+    Gradients of the outer loss flow through the writes and the targets into every input, the weights, the
+    gate
+    parameters and the initial state. In the printed formulas all inputs are one x; projections of x work
+    better.
+
+    Args:
+        query, key_input, value_input, gate_input: [B, T, H, D]; the query is l2-normalised here.
+        weights: initial states of the five memories, [H, ..] shared or [B, H, ..] by sequence, which are also
+            the anchor of an anchored rule. They must not be zero for a linear memory to learn anything.
+        chunk_size: tokens between boundaries of ``weights.memory``.
+        generator_chunk_size: the same for the other four; default ``chunk_size``. One of the two must be a
+            multiple of the other.
+        momentum: [B, T, H] in [0, 1), the decay μ of ``U ← μU + write`` in every memory; ``None`` for none.
+        rule: how the memories are applied and written; default ``MemoryRule()``.
+        rate_max: in (0, 1], the largest rate; a float or [H].
+        rate_bias, retention_bias: floats or [H].
+        read: "snapshot": o from the state at the chunk's start; "running": from the state after token t.
+        detach_targets: the inner objective takes ``M(v)`` as a constant; otherwise its gradient also flows
+            into
+            the memory through its own target. Either way the outer gradient is exact.
+        truncate_every: the outer gradient does not cross every n-th boundary of the faster clock, counted
+            from
+            the slower clock's last boundary before this call; ``None`` for full backpropagation through time.
+        mask: [B, T] bool, True = real token. Padding neither writes nor counts, and its output is zero.
+        initial_state: the state to resume from.
+        output_final_state: whether to return the state after the last token.
+        cu_seqlens: [N + 1] cumulative lengths of N sequences packed into B = 1; states and own weights
+            then have N in place of B. Excludes ``mask``.
+        checkpoint_every: chunks between the states kept for the backward pass, which recomputes the rest; the
+            default balances the two. It changes memory and time, never results.
+        impl: "eager" or "reference"; ``None`` picks.
+
+    Returns:
+        o [B, T, H, D] in the dtype of query, and the final state (fp32; fp64 for fp64 inputs) or ``None``.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, shape, dtype, device or range.
+    """
+    rule = MemoryRule() if rule is None else rule
+    generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
+    check_rule(rule)
+    check_choice("read", read, READS)
+    _check_clocks(chunk_size, generator_chunk_size)
+    for name, value in (("truncate_every", truncate_every), ("checkpoint_every", checkpoint_every)):
+        if value is not None:
+            check_positive_int(name, value)
+    batch, length = _check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_seqlens)
+    heads, width = query.shape[2:]
+    _check_weights(weights, batch, heads, width, query)
+    if initial_state is not None:
+        period = max(chunk_size, generator_chunk_size)
+        _check_state(initial_state, weights, batch, query, momentum is not None, period)
+    gates = [
+        _head_parameter(name, value, heads, query)
+        for name, value in (
+            ("rate_max", rate_max),
+            ("rate_bias", rate_bias),
+            ("retention_bias", retention_bias),
+        )
+    ]
+    if query.device.type == "cpu":
+        check_range("rate_max", gates[0], 0.0, 1.0)
+    chosen = choose_implementation("self_modifying_memory", impl, query.device, ("eager", "reference"))
+
+    tensors = [query, key_input, value_input, gate_input, momentum]
+    flat_weights = [layer for memory in weights for layer in memory]
+    dtype = state_dtype(*tensors, *flat_weights, *_leaves(initial_state))
+    inputs = [None if x is None else x.to(dtype) for x in tensors]
+    gates = [x.to(dtype) for x in gates]
+    alignment = None
+    if cu_seqlens is not None:
+        alignment = align_packed(cu_seqlens)
+        inputs = [None if x is None else alignment.gather(x) for x in inputs]
+        mask = alignment.valid
+    elif mask is not None:
+        inputs = [None if x is None else zero_padding(x, mask) for x in inputs]
+
+    initial = stack_memories(
+        SelfModifyingWeights(
+            *(
+                DeepMemoryWeights(*(None if w is None else per_sequence(w, batch, dtype) for w in memory))
+                for memory in weights
+            )
+        )
+    )
+    zeros = map_stack(torch.zeros_like, initial)
+    anchor = initial if rule.anchored else zeros
+    if initial_state is None:
+        start = zeros if rule.anchored else initial
+        position = torch.zeros(batch, dtype=torch.int64, device=query.device)
+        state = SelfModifyingState(start, start, position, None if momentum is None else zeros)
+    else:
+        state = _cast(initial_state, dtype)
+
+    options = {
+        "rule": rule,
+        "rate_max": gates[0],
+        "rate_bias": gates[1],
+        "retention_bias": gates[2],
+        "read": read,
+        "chunk_size": chunk_size,
+        "generator_chunk_size": generator_chunk_size,
+        "detach_targets": detach_targets,
+        "truncate_every": truncate_every,
+        "mask": mask,
+    }
+    if chosen == "reference":
+        o, final = self_modifying_memory_reference(*inputs, anchor, state, **options)
+    else:
+        o, final = self_modifying_memory_eager(
+            *inputs,
+            anchor,
+            state,
+            **options,
+            at_boundary=initial_state is None,
+            checkpoint_every=checkpoint_every,
+        )
+    if alignment is not None:
+        o = alignment.scatter(o, 1, length)
+    return o.to(query.dtype), final if output_final_state else None
+
+
+def _check_clocks(chunk_size: object, generator_chunk_size: object) -> None:
+    check_positive_int("chunk_size", chunk_size)
+    check_positive_int("generator_chunk_size", generator_chunk_size)
+    if max(chunk_size, generator_chunk_size) % min(chunk_size, generator_chunk_size):
+        raise ValueError(
+            f"generator_chunk_size: one of it and chunk_size must be a multiple of the other, "
+            f"got {generator_chunk_size} and {chunk_size}"
+        )
+
+
+def _check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_seqlens) -> tuple[int, int]:
+    """Check the tensors over time; the number of sequences and the number of tokens of each row."""
+    if not isinstance(query, torch.Tensor):
+        raise TypeError(f"query: expected a tensor, got {type(query).__name__}")
+    if query.ndim != 4 or 0 in query.shape:
+        raise ValueError(
+            f"query: expected [B, T, H, D] with no empty dimension, got shape {tuple(query.shape)}"
+        )
+    check_tensor("query", query, query.shape)
+    check_tensor("key_input", key_input, query.shape, like=query)
+    check_tensor("value_input", value_input, query.shape, like=query)
+    check_tensor("gate_input", gate_input, query.shape, like=query)
+    rows, length = query.shape[:2]
+    if momentum is not None:
+        check_tensor("momentum", momentum, query.shape[:3], like=query)
+        if momentum.device.type == "cpu":
+            check_range("momentum", momentum, 0.0, 1.0, closed_high=False)
+    batch = rows
+    if cu_seqlens is not None:
+        if rows != 1:
+            raise ValueError(f"cu_seqlens: packed input needs B = 1, got {rows}")
+        if mask is not None:
+            raise ValueError("mask: not together with cu_seqlens; packed input has no padding")
+        check_cu_seqlens(cu_seqlens, length)
+        batch = len(cu_seqlens) - 1
+    if mask is not None:
+        check_mask(mask, rows, length, query)
+    return batch, length
+
+
+def _check_weights(weights: object, batch: int, heads: int, width: int, like: torch.Tensor) -> None:
+    if not isinstance(weights, SelfModifyingWeights):
+        raise TypeError(f"weights: expected SelfModifyingWeights, got {type(weights).__name__}")
+    for name, memory in zip(SelfModifyingWeights._fields, weights):
+        out = 1 if name in ("rate", "retention") else width
+        check_memory(f"weights.{name}", memory, batch, heads, width, out, like)
+    linear = weights.key.outer is None
+    for name, memory in zip(SelfModifyingWeights._fields, weights):
+        if (memory.outer is None) != linear:
+            raise ValueError(f"weights.{name}: the memories must be all two-layer or all linear")
+        if not linear and memory.inner.shape[-2] != weights.key.inner.shape[-2]:
+            raise ValueError(
+                f"weights.{name}: expected hidden width {weights.key.inner.shape[-2]} as weights.key has, "
+                f"got {memory.inner.shape[-2]}"
+            )
+
+
+def _check_state(state, weights, batch, query, has_momentum, period) -> None:
+    """Check that a state fits the weights, the batch and the options of this call."""
+    if not isinstance(state, SelfModifyingState):
+        raise TypeError(f"initial_state: expected SelfModifyingState, got {type(state).__name__}")
+    if (state.momentum is not None) != has_momentum:
+        made, given = ("with", "without") if state.momentum is not None else ("without", "with")
+        raise ValueError(f"initial_state: made {made} momentum, but this call is {given} momentum")
+    check_position(state.position, batch, period, query)
+    heads, width = query.shape[2:]
+    hidden = weights.key.inner.shape[-2]
+    shapes = MemoryStack((5, hidden, width), (3, width, hidden), (2, hidden))
+    if weights.key.outer is None:
+        shapes = MemoryStack(None, (3, width, width), (2, width))
+    for name in ("snapshot", "running", "momentum"):
+        part = getattr(state, name)
+        if part is None:
+            continue
+        if not isinstance(part, MemoryStack):
+            raise TypeError(f"initial_state.{name}: expected MemoryStack, got {type(part).__name__}")
+        for field, shape, held in zip(MemoryStack._fields, shapes, part):
+            if (shape is None) != (held is None):
+                made = "linear" if held is None else "two-layer"
+                raise ValueError(f"initial_state.{name}.{field}: made by {made} memories")
+            if shape is not None:
+                check_tensor(f"initial_state.{name}.{field}", held, (batch, heads, *shape), like=query)
+
+
+def _head_parameter(name: str, value: object, heads: int, like: torch.Tensor) -> torch.Tensor:
+    """A float or a tensor [H] as a tensor [H]."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.full((heads,), float(value), device=like.device, dtype=torch.float64)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a float or a tensor [H], got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected one of {[str(d) for d in FLOAT_DTYPES]}, got {value.dtype}")
+    check_tensor(name, value, (heads,), like=like)
+    return value
+
+
+def _leaves(state: SelfModifyingState | None) -> list[torch.Tensor | None]:
+    if state is None:
+        return []
+    return [*state.snapshot, *state.running, *(state.momentum or ())]
+
+
+def _cast(state: SelfModifyingState, dtype: torch.dtype) -> SelfModifyingState:
+    def cast(part: MemoryStack | None) -> MemoryStack | None:
+        return part and map_stack(lambda x: x.to(dtype), part)
+
+    return SelfModifyingState(cast(state.snapshot), cast(state.running), state.position, cast(state.momentum))

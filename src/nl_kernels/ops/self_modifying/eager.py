@@ -1,0 +1,345 @@
+"""Chunked ``self_modifying_memory`` in PyTorch: batched over memories and heads; a loop over chunks only.
+
+Inside, the five memories of all N = sequences × heads rows lie memory first: first layers [5N, h, D], last
+layers [3N, D, h] (key, value, memory) and [2N, 1, h] (rate, retention), tokens of all memories [5N, c,
+width].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
+from nl_kernels.chunk_recompute import Segment, State, plan_segments, run_segments
+from nl_kernels.delta_chunk import (
+    LayerChunk,
+    LayerWrites,
+    chunk_coefficients,
+    erase_inverse,
+    read_layer,
+    split_coefficients,
+    write_layer,
+)
+from nl_kernels.hidden_layer import Hidden, hidden_gradient, hidden_layer
+from nl_kernels.memory_rule import MemoryRule, bound_length, l2_normalize
+from nl_kernels.ops.self_modifying.state import MemoryStack, SelfModifyingState, map_stack
+
+
+def self_modifying_memory_eager(
+    query: torch.Tensor,
+    key_input: torch.Tensor,
+    value_input: torch.Tensor,
+    gate_input: torch.Tensor,
+    momentum: torch.Tensor | None,
+    anchor: MemoryStack,
+    state: SelfModifyingState,
+    *,
+    rule: MemoryRule,
+    rate_max: torch.Tensor,
+    rate_bias: torch.Tensor,
+    retention_bias: torch.Tensor,
+    read: str,
+    chunk_size: int,
+    generator_chunk_size: int,
+    detach_targets: bool,
+    truncate_every: int | None,
+    mask: torch.Tensor | None,
+    at_boundary: bool,
+    checkpoint_every: int | None,
+) -> tuple[torch.Tensor, SelfModifyingState]:
+    """As :func:`self_modifying_memory_reference`, by chunks of the faster clock.
+
+    Args:
+        at_boundary: the state is known to be at a boundary for every sequence (spares reading its positions).
+        checkpoint_every: chunks between the states kept for the backward pass.
+    """
+    batch, length, heads, _ = query.shape
+    period, chunk = max(chunk_size, generator_chunk_size), min(chunk_size, generator_chunk_size)
+    grid = place_on_grid(state.position, mask, length, period, at_boundary)
+    inputs = torch.stack([key_input, value_input, l2_normalize(query), gate_input], 3)
+    sequences = [inputs, momentum]
+    if grid.alignment is not None:
+        sequences = [None if x is None else grid.alignment.gather(x) for x in sequences]
+    applied = mask if grid.alignment is None else grid.alignment.valid
+    sequences.append(None if applied is None else applied[:, :, None].expand(*applied.shape, heads))
+    sequences = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in sequences]
+
+    absent = MemoryStack(None, None, None)
+    snapshot = absent if at_boundary else _flatten(state.snapshot)
+    velocity = absent if state.momentum is None else _flatten(state.momentum)
+    carried = (*_flatten(state.running), *velocity, *snapshot)
+    gates = [x.repeat(batch)[:, None] for x in (rate_max, rate_bias, retention_bias)]
+    constants = (*(_flatten(anchor) if rule.anchored else absent), *gates)
+    compute = _Chunks(
+        rule,
+        read,
+        chunk_size,
+        generator_chunk_size,
+        detach_targets,
+        None if truncate_every is None else chunk * truncate_every,
+        grid.for_heads(heads),
+    )
+    segments = plan_segments(sequences[0].shape[1], chunk, grid.offset, checkpoint_every)
+    o, carried = run_segments(compute, segments, carried, constants, tuple(sequences))
+
+    o = o.unflatten(0, (batch, heads)).transpose(1, 2)
+    if grid.alignment is not None:
+        o = grid.alignment.scatter(o, batch, length)
+    elif mask is not None:
+        o = o.masked_fill(~mask[:, :, None, None], 0)
+    running, velocity, snapshot = (
+        _unflatten(MemoryStack(*part), batch, heads) for part in (carried[0:3], carried[3:6], carried[6:9])
+    )
+    return o, SelfModifyingState(
+        running if snapshot.last is None else snapshot,
+        running,
+        grid.position,
+        None if momentum is None else velocity,
+    )
+
+
+def _flatten(stack: MemoryStack) -> MemoryStack:
+    """[B, H, m, out, in] memory first, [m · B · H, out, in]; a gate's rows become matrices of one row."""
+    stack = stack._replace(gate=stack.gate[..., None, :])
+    return map_stack(lambda x: x.permute(2, 0, 1, 3, 4).flatten(0, 2), stack)
+
+
+def _unflatten(stack: MemoryStack, batch: int, heads: int) -> MemoryStack:
+    if stack.last is None:
+        return stack
+    stack = map_stack(lambda x: x.unflatten(0, (-1, batch, heads)).permute(1, 2, 0, 3, 4), stack)
+    return stack._replace(gate=stack.gate[..., 0, :])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """One segment of chunks, for :func:`run_segments`."""
+
+    rule: MemoryRule
+    read: str
+    chunk_size: int
+    generator_chunk_size: int
+    detach_targets: bool
+    truncate_period: int | None
+    grid: ChunkGrid
+
+    def __call__(
+        self, segment: Segment, state: State, constants: State, sequences: State
+    ) -> tuple[State, torch.Tensor]:
+        running, velocity, snapshot = (MemoryStack(*state[i : i + 3]) for i in (0, 3, 6))
+        anchor, gates = MemoryStack(*constants[:3]), constants[3:]
+        inputs, momenta, applied = self._by_chunk(sequences, segment)
+        outputs = []
+        for i in range(segment.chunks):
+            base = running if snapshot.last is None else snapshot
+            if anchor.last is not None:
+                base = map_stack(torch.add, base, anchor)
+            *generated, o = self._generate(inputs[i], base, gates)
+            layers = self._layers(*generated, momenta[i], applied[i], base)
+            after = [
+                (None, None, None) if layer is None else write_layer(state, momentum, layer)
+                for state, momentum, layer in zip(running, velocity, layers)
+            ]
+            after, velocity_after, written = (MemoryStack(*parts) for parts in zip(*after))
+            q = inputs[i][2 * len(o) : 3 * len(o)]
+            if self.read == "running":
+                o = self._read_running(q, layers, written, running, velocity, anchor)
+            outputs.append(o + q if self.rule.residual else o)
+            end = segment.slot + (i + 1) * segment.length
+            snapshot = self._refresh(end, after, running if snapshot.last is None else snapshot)
+            running, velocity = after, velocity_after
+            if self.truncate_period is not None:
+                met = self.grid.meets_boundary(end, self.truncate_period)
+                running, velocity, snapshot = (_forget(met, x) for x in (running, velocity, snapshot))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        return (*running, *velocity, *snapshot), output
+
+    def _by_chunk(self, sequences: State, segment: Segment):
+        """By chunk: inputs in the order of the stack [5N, c, D], momenta [N, c] and masks [N, c]."""
+        inputs, momentum, applied = (
+            None if x is None else x.unflatten(1, (segment.chunks, segment.length)) for x in sequences
+        )
+        stacked = inputs[:, :, :, [0, 1, 2, 3, 3]].permute(1, 3, 0, 2, 4).flatten(1, 2)
+        none = [None] * segment.chunks
+        return (
+            stacked.unbind(0),
+            none if momentum is None else momentum.unbind(1),
+            none if applied is None else applied.unbind(1),
+        )
+
+    def _apply(self, base: MemoryStack, x: torch.Tensor) -> tuple[Hidden | None, torch.Tensor, torch.Tensor]:
+        """f(x) of every memory for x [5N, c, D]: the hidden layer, [3N, c, D] and [2N, c, 1]."""
+        hidden = None
+        if base.first is not None:
+            hidden = hidden_layer(torch.bmm(x, base.first.transpose(1, 2)), self.rule)
+            x = hidden.value
+        wide, narrow = x.split([len(base.last), len(base.gate)])
+        return (
+            hidden,
+            torch.bmm(wide, base.last.transpose(1, 2)),
+            torch.bmm(narrow, base.gate.transpose(1, 2)),
+        )
+
+    def _generate(self, inputs, base: MemoryStack, gates):
+        """k, v [N, c, D], rate, log decay [N, c] and M_memory(q) [N, c, D], all at the snapshot."""
+        _, wide, narrow = self._apply(base, inputs)
+        rows = len(gates[0])
+        k, v, o = wide.split(rows)
+        if self.rule.projection_residual:
+            k, v = k + inputs[:rows], v + inputs[rows : 2 * rows]
+        rate_max, rate_bias, retention_bias = gates
+        rate, retention = narrow[..., 0].split(rows)
+        rate = rate_max * torch.sigmoid(rate + rate_bias)
+        log_decay = torch.nn.functional.logsigmoid(retention + retention_bias)
+        return l2_normalize(k), v, rate, log_decay, o
+
+    def _layers(self, k, v, rate, log_decay, momentum, applied, base: MemoryStack) -> MemoryStack:
+        """What each layer of the stack takes in over the chunk, as :class:`LayerChunk`."""
+        rows, size = k.shape[:2]
+        if applied is not None:
+            rate, log_decay = rate * applied, log_decay * applied
+            momentum = None if momentum is None else momentum.where(applied, 1)
+        x = torch.cat([k, v], 1).repeat(5, 1, 1)
+        hidden, wide, narrow = self._apply(base, x)
+        wide_error, narrow_error = self._errors(k, v, wide, narrow)
+        inputs = x if hidden is None else hidden.value
+        signals = None
+        if hidden is not None:
+            back = torch.cat([torch.bmm(wide_error, base.last), narrow_error * base.gate])
+            signals = [hidden_gradient(back, _tokens(hidden, slice(None, size)), self.rule)]
+        if not self.detach_targets:
+            # Each token's target writes too: a second pseudo-token, that neither decays nor erases.
+            wide_error, narrow_error = (_interleave(e, -e) for e in (wide_error, narrow_error))
+            if hidden is not None:
+                signals.append(hidden_gradient(-back, _tokens(hidden, slice(size, None)), self.rule))
+            log_decay = _interleave(log_decay, torch.zeros_like(log_decay))
+            if momentum is not None:
+                momentum = _interleave(momentum, torch.ones_like(momentum))
+                counted = torch.ones_like(momentum[:, :size]) if applied is None else applied.to(momentum)
+                applied = _interleave(torch.zeros_like(counted), counted)
+        if applied is not None:
+            applied = applied.to(k.dtype).repeat(5, 1)
+        momentum = None if momentum is None else momentum.repeat(5, 1)
+        coefficients = chunk_coefficients(log_decay.repeat(5, 1), momentum, applied)
+        rate = rate[..., None].repeat(5, 1, 1)
+
+        keys, key_rate, key_erase = self._prepare(x, rate, size, first_layer=True)
+        # The keys are the same for all memories: one gram matrix and one inverse.
+        shared = coefficients.map(lambda part: part[:rows])
+        gram = inverse = None
+        if key_erase is not None:
+            gram = torch.bmm(keys[:rows], keys[:rows].transpose(1, 2))
+            inverse = erase_inverse(gram, key_erase[:rows], shared.decay).repeat(5, 1, 1)
+            gram = gram.repeat(5, 1, 1)
+        if hidden is None:
+            first, inputs, rate, erase = None, keys, key_rate, key_erase
+        else:
+            signal = signals[0] if self.detach_targets else _interleave(*signals)
+            first = LayerChunk(keys, -key_rate * signal, key_erase, gram, inverse, coefficients)
+            inputs, rate, erase = self._prepare(inputs, rate, size, first_layer=False)
+            gram = inverse = None
+            if erase is not None:
+                gram = torch.bmm(inputs, inputs.transpose(1, 2))
+                inverse = erase_inverse(gram, erase, coefficients.decay)
+        groups = [3 * rows, 2 * rows]
+        parts = [x if x is None else x.split(groups) for x in (inputs, rate, erase, gram, inverse)]
+        inputs, rate, erase, gram, inverse = ((None, None) if x is None else x for x in parts)
+        last, gate = (
+            LayerChunk(inputs[i], -rate[i] * error, erase[i], gram[i], inverse[i], coefficients_i)
+            for i, (error, coefficients_i) in enumerate(
+                zip((wide_error, narrow_error), split_coefficients(coefficients, groups))
+            )
+        )
+        return MemoryStack(first, last, gate)
+
+    def _errors(self, k, v, wide, narrow):
+        """The bounded errors of key, value and memory [3N, c, D] and of the gates [2N, c, 1]."""
+        rule, size = self.rule, k.shape[1]
+        target = -v if rule.target_residual else torch.zeros_like(v)
+        projected = target + k if rule.projection_residual else target
+        read = target + k if rule.residual else target
+        error = wide[:, :size] - wide[:, size:] + torch.cat([projected, projected, read])
+        gate_error = narrow[:, :size] - narrow[:, size:]
+        return bound_length(error, rule.error_bound), bound_length(gate_error, rule.error_bound)
+
+    def _prepare(self, x, rate, size: int, *, first_layer: bool):
+        """A layer's inputs, η and β (``None`` if it does not erase) from x [5N, 2c, in], keys first."""
+        key, value = x[:, :size], x[:, size:]
+        erases = self.rule.erases(first_layer)
+        if erases and self.rule.proximal:
+            rate = rate / (1 + rate * key.square().sum(-1, keepdim=True))
+        if self.detach_targets:
+            return key, rate, rate if erases else None
+        erase = _interleave(rate, torch.zeros_like(rate)) if erases else None
+        return _interleave(key, value), _interleave(rate, rate), erase
+
+    def _read_running(self, q, layers: MemoryStack, written: MemoryStack, before, velocity, anchor):
+        """M_memory of the query after each token, in every layer; [N, c, D]."""
+        rows = len(q)
+        memory = slice(2 * rows, 3 * rows)
+        y = q
+        for name in ("first", "last"):
+            layer, writes = getattr(layers, name), getattr(written, name)
+            if layer is None:
+                continue
+            if name == "last" and layers.first is not None:
+                y = hidden_layer(y, self.rule).value
+            coefficients = layer.coefficients.map(lambda part: part[memory])
+            if not self.detach_targets:
+                coefficients = coefficients.map(lambda part: part[:, 1::2])
+            state, momentum, fixed = (
+                None if part is None else part[memory]
+                for part in (getattr(before, name), getattr(velocity, name), getattr(anchor, name))
+            )
+            writes = LayerWrites(*(None if part is None else part[memory] for part in writes))
+            read = read_layer(y, state, momentum, layer.x[memory], writes, coefficients)
+            y = read if fixed is None else read + torch.bmm(y, fixed.transpose(1, 2))
+        return y
+
+    def _refresh(self, end: int, running: MemoryStack, old: MemoryStack) -> MemoryStack:
+        """The snapshot after the chunk that ends at slot ``end``; empty where it equals the running state."""
+        own = self.grid.meets_boundary(end, self.chunk_size)
+        others = self.grid.meets_boundary(end, self.generator_chunk_size)
+        if own is True and others is True:
+            return MemoryStack(None, None, None)
+        if own is False and others is False:
+            return old
+        pick = [others, others, own, others, others]
+        return MemoryStack(
+            None if running.first is None else _pick(pick, running.first, old.first),
+            _pick(pick[:3], running.last, old.last),
+            _pick(pick[3:], running.gate, old.gate),
+        )
+
+
+def _forget(met: bool | torch.Tensor, stack: MemoryStack) -> MemoryStack:
+    """The same values without their history where a truncation boundary is met."""
+    if met is False:
+        return stack
+    if met is True:
+        return map_stack(torch.Tensor.detach, stack)
+    return map_stack(lambda x: _pick([met] * (len(x) // len(met)), x.detach(), x), stack)
+
+
+def _pick(met: list, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """By memory, ``new`` where its entry of ``met`` is true, else ``old``."""
+    if all(m is True for m in met):
+        return new
+    if all(m is False for m in met):
+        return old
+    parts = [
+        torch.where(m[:, None, None], a, b) if isinstance(m, torch.Tensor) else a if m else b
+        for m, a, b in zip(met, new.chunk(len(met)), old.chunk(len(met)))
+    ]
+    return torch.cat(parts)
+
+
+def _tokens(hidden: Hidden, tokens: slice) -> Hidden:
+    return Hidden(*(None if part is None else part[:, tokens] for part in hidden))
+
+
+def _interleave(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a_1, b_1, a_2, b_2, … along the second dimension."""
+    return torch.stack([a, b], 2).flatten(1, 2)

@@ -1,0 +1,135 @@
+"""The definition of ``self_modifying_memory``: a loop over tokens, differentiable by autograd."""
+
+from __future__ import annotations
+
+import torch
+
+from nl_kernels.memory_definition import memory_error, memory_gradients, memory_output, memory_write
+from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule, l2_normalize
+from nl_kernels.ops.self_modifying.state import (
+    MemoryStack,
+    SelfModifyingState,
+    SelfModifyingWeights,
+    map_stack,
+    stack_memories,
+    unstack_memories,
+)
+
+
+def self_modifying_memory_reference(
+    query: torch.Tensor,
+    key_input: torch.Tensor,
+    value_input: torch.Tensor,
+    gate_input: torch.Tensor,
+    momentum: torch.Tensor | None,
+    anchor: MemoryStack,
+    state: SelfModifyingState,
+    *,
+    rule: MemoryRule,
+    rate_max: torch.Tensor,
+    rate_bias: torch.Tensor,
+    retention_bias: torch.Tensor,
+    read: str,
+    chunk_size: int,
+    generator_chunk_size: int,
+    detach_targets: bool,
+    truncate_every: int | None,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, SelfModifyingState]:
+    """Token by token: generate, write to all five memories, and read the snapshot or what is new.
+
+    Args:
+        query, key_input, value_input, gate_input, momentum, mask: as
+            :func:`nl_kernels.self_modifying_memory`,
+            all of one dtype.
+        anchor: the [B, H, ..] weights that are added to the state's (zeros for a rule that is not anchored).
+        state: the state before the first token.
+        rate_max, rate_bias, retention_bias: [H].
+    """
+    snapshot, running, position, velocity = state
+    clocks = SelfModifyingWeights(
+        *(chunk_size if name == "memory" else generator_chunk_size for name in SelfModifyingWeights._fields)
+    )
+    slow, fast = max(clocks), min(clocks)
+    seen = position  # tokens since the slower clock's last boundary before this call
+    outputs = []
+    for t in range(query.shape[1]):
+        here = torch.ones_like(position, dtype=torch.bool) if mask is None else mask[:, t]
+        base = unstack_memories(map_stack(torch.add, anchor, snapshot))
+
+        def project(memory: DeepMemoryWeights, x: torch.Tensor) -> torch.Tensor:
+            return memory_output(memory, x, rule) + (x if rule.projection_residual else 0)
+
+        k = l2_normalize(project(base.key, key_input[:, t]))
+        v = project(base.value, value_input[:, t])
+        rate = rate_max * torch.sigmoid(memory_output(base.rate, gate_input[:, t], rule)[..., 0] + rate_bias)
+        log_decay = torch.nn.functional.logsigmoid(
+            memory_output(base.retention, gate_input[:, t], rule)[..., 0] + retention_bias
+        )
+
+        now, new_velocity = {}, {}
+        for name, memory, layers in zip(SelfModifyingWeights._fields, base, unstack_memories(running)):
+            is_gate = name in ("rate", "retention")
+            target = memory_output(memory, v, rule)
+            if rule.target_residual and not is_gate:
+                target = target + v
+            residual = not is_gate and (rule.residual if name == "memory" else rule.projection_residual)
+            error = memory_error(memory, k, target, rule, residual)
+            gradients = [[pair] for pair in memory_gradients(memory, k, error, rule)]
+            if not detach_targets:
+                for pairs, pair in zip(gradients, memory_gradients(memory, v, -error, rule)):
+                    pairs.append(pair)
+            momenta = (None, None) if velocity is None else getattr(unstack_memories(velocity), name)
+            written = [
+                memory_write(
+                    weight,
+                    momenta[layer],
+                    pairs,
+                    rate,
+                    log_decay,
+                    None if momentum is None else momentum[:, t],
+                    rule,
+                    first_layer=layer == 0,
+                )
+                for layer, (weight, pairs) in enumerate(zip(layers, gradients))
+            ]
+            now[name] = _weights([weight for weight, _ in written])
+            new_velocity[name] = _weights([u for _, u in written])
+        running = _where(here, stack_memories(SelfModifyingWeights(**now)), running)
+        if velocity is not None:
+            velocity = _where(here, stack_memories(SelfModifyingWeights(**new_velocity)), velocity)
+
+        q = l2_normalize(query[:, t])
+        source = base if read == "snapshot" else unstack_memories(map_stack(torch.add, anchor, running))
+        y = memory_output(source.memory, q, rule) + (q if rule.residual else 0)
+        outputs.append(torch.where(here[:, None, None], y, 0))
+
+        seen = seen + here
+        if truncate_every is not None:
+            cut = here & (seen % (fast * truncate_every) == 0)
+            running = _where(cut, map_stack(torch.Tensor.detach, running), running)
+            snapshot = _where(cut, map_stack(torch.Tensor.detach, snapshot), snapshot)
+            if velocity is not None:
+                velocity = _where(cut, map_stack(torch.Tensor.detach, velocity), velocity)
+        position = position + here
+        refreshed = [
+            DeepMemoryWeights(
+                *(_where_tensor(here & (position % clock == 0), a, b) for a, b in zip(new, old))
+            )
+            for clock, new, old in zip(clocks, unstack_memories(running), unstack_memories(snapshot))
+        ]
+        snapshot = stack_memories(SelfModifyingWeights(*refreshed))
+        position = position % slow
+    return torch.stack(outputs, 1), SelfModifyingState(snapshot, running, position, velocity)
+
+
+def _weights(layers: list[torch.Tensor]) -> DeepMemoryWeights:
+    return DeepMemoryWeights(layers[0], layers[1] if len(layers) == 2 else None)
+
+
+def _where(here: torch.Tensor, a: MemoryStack, b: MemoryStack) -> MemoryStack:
+    return map_stack(lambda x, y: _where_tensor(here, x, y), a, b)
+
+
+def _where_tensor(here: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return None if a is None else torch.where(here.view(-1, *(1,) * (a.ndim - 1)), a, b)

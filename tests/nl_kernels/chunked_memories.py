@@ -1,0 +1,60 @@
+"""What the tests of both chunked memories need: results with gradients, and their comparison."""
+
+import torch
+
+from nl_kernels.testing import relative_error, tensors_of
+
+
+def results(op, inputs, seed=0, **options):
+    """Outputs, and gradients of all inputs under random cotangents for all of them."""
+    leaves = [x for x in tensors_of(inputs) if x.requires_grad]
+    o, state = op(**inputs, **options, output_final_state=True)
+    values = [o, *tensors_of(state)]
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in values]
+    pairs = [(x, c) for x, c in zip(values, cotangents) if x.requires_grad]
+    gradients = torch.autograd.grad(
+        [x for x, _ in pairs], leaves, [c for _, c in pairs], allow_unused=True, materialize_grads=True
+    )
+    return [x.detach() for x in values], list(gradients), state
+
+
+def assert_same(found, expected, tolerance=1e-10):
+    """Every tensor of ``found`` equals its partner relative to the partner's size."""
+    assert len(found) == len(expected)
+    for index, (a, b) in enumerate(zip(found, expected)):
+        assert a.shape == b.shape
+        assert torch.isfinite(b).all(), "the case itself is not finite"
+        error = relative_error(a, b)
+        assert error <= tolerance, f"tensor {index} of shape {tuple(b.shape)} differs by {error:.2e}"
+
+
+def compare(op, inputs, tolerance=1e-10, **options):
+    """Eager against reference: outputs, final states and all gradients."""
+    eager, eager_gradients, state = results(op, inputs, impl="eager", **options)
+    expected, expected_gradients, expected_state = results(op, inputs, impl="reference", **options)
+    assert_same(eager, expected, tolerance)
+    assert_same(eager_gradients, expected_gradients, tolerance)
+    assert state.position.tolist() == expected_state.position.tolist()
+
+
+def leaves_like(state):
+    """The same state as new leaves that need gradients."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().clone().requires_grad_() if state.is_floating_point() else state
+    if state is None:
+        return None
+    return type(state)(*(leaves_like(x) for x in state))
+
+
+def join(states):
+    """States of one sequence each as one batch."""
+    first = states[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(states)
+    return None if first is None else type(first)(*map(join, zip(*states)))
+
+
+def tokens(inputs, start, stop, skip=("weights", "rate_max", "rate_bias", "retention_bias")):
+    """The same inputs with tokens start … stop − 1 only."""
+    return {name: x if x is None or name in skip else x[:, start:stop] for name, x in inputs.items()}

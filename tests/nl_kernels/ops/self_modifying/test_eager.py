@@ -1,0 +1,306 @@
+"""The chunked path against the definition: values, states, every gradient; clocks, cuts, padding, packing."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nl_kernels import MemoryRule, SelfModifyingWeights, self_modifying_memory
+from nl_kernels.testing import self_modifying_inputs, tensors_of
+from tests.nl_kernels.chunked_memories import assert_same, compare, join, leaves_like, results, tokens
+
+DEFAULT, LITERAL = MemoryRule(), MemoryRule.literal()
+RULES = {
+    "default": DEFAULT,
+    "literal": LITERAL,
+    "gelu, not anchored, not bounded": MemoryRule(activation="gelu", anchored=False, error_bound=None),
+    "input": MemoryRule(erase="input", proximal=True, residual=True, error_bound=0.3),
+    "titans": MemoryRule(erase="none", projection_residual=False, target_residual=False),
+}
+SHARED = ("weights", "rate_max", "rate_bias", "retention_bias")
+
+
+def make(batch, length, heads=2, width=3, hidden=4, **options):
+    return self_modifying_inputs(
+        batch, length, heads, width, hidden, dtype=torch.float64, requires_grad=True, **options
+    )
+
+
+@pytest.mark.parametrize("momentum", [False, True], ids=["", "momentum"])
+@pytest.mark.parametrize("read", ["snapshot", "running"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_equals_the_definition(rule, read, momentum):
+    compare(
+        self_modifying_memory,
+        make(2, 9, momentum=momentum),
+        tolerance=1e-9,
+        rule=rule,
+        read=read,
+        chunk_size=4,
+    )
+
+
+@pytest.mark.parametrize("momentum", [False, True], ids=["", "momentum"])
+@pytest.mark.parametrize("read", ["snapshot", "running"])
+@pytest.mark.parametrize("hidden", [4, None])
+def test_targets_that_learn_equal_the_definition(hidden, read, momentum):
+    inputs = make(1, 9, hidden=hidden, momentum=momentum)
+    for rule in (DEFAULT, dataclasses.replace(DEFAULT, proximal=True, normalize_hidden=False)):
+        compare(self_modifying_memory, inputs, rule=rule, read=read, chunk_size=4, detach_targets=False)
+
+
+@pytest.mark.parametrize("momentum", [False, True], ids=["", "momentum"])
+@pytest.mark.parametrize("read", ["snapshot", "running"])
+def test_linear_memories_equal_the_definition(read, momentum):
+    for rule in (DEFAULT, LITERAL):
+        inputs = make(1, 7, hidden=None, momentum=momentum)
+        compare(self_modifying_memory, inputs, rule=rule, read=read, chunk_size=3)
+
+
+@pytest.mark.parametrize("clocks", [(2, 6), (6, 2), (1, 3)])
+def test_two_clocks_equal_the_definition(clocks):
+    own, others = clocks
+    inputs = make(1, 13)
+    compare(self_modifying_memory, inputs, read="running", chunk_size=own, generator_chunk_size=others)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_truncation_equals_the_definition(every):
+    inputs = make(2, 13, momentum=True)
+    compare(self_modifying_memory, inputs, chunk_size=4, generator_chunk_size=2, truncate_every=every)
+    mask = torch.tensor([[1] * 13, [0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    _, state = self_modifying_memory(
+        **tokens(inputs, 0, 5, SHARED),
+        mask=mask[:, :5],
+        chunk_size=4,
+        generator_chunk_size=2,
+        output_final_state=True,
+    )
+    inputs["initial_state"] = leaves_like(state)
+    compare(
+        self_modifying_memory, inputs, mask=mask, chunk_size=4, generator_chunk_size=2, truncate_every=every
+    )
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    length=st.integers(1, 10),
+    chunk_size=st.integers(1, 5),
+    factor=st.integers(1, 2),
+    width=st.integers(1, 4),
+    hidden=st.integers(1, 5),
+    checkpoint_every=st.sampled_from([None, 1, 2]),
+    read=st.sampled_from(["snapshot", "running"]),
+    seed=st.integers(0, 100),
+)
+def test_any_shape_equals_the_definition(
+    length, chunk_size, factor, width, hidden, checkpoint_every, read, seed
+):
+    inputs = make(1, length, 1, width, hidden, seed=seed, momentum=seed % 2 == 1)
+    # Tiny widths come near kinks and poles of the norms: what matters here is shape.
+    rule = MemoryRule(error_bound=None, activation="gelu", normalize_hidden=False, projection_residual=True)
+    clocks = (chunk_size, chunk_size * factor)[:: 1 if seed % 2 else -1]
+    compare(
+        self_modifying_memory,
+        inputs,
+        tolerance=1e-8,
+        rule=rule,
+        read=read,
+        chunk_size=clocks[0],
+        generator_chunk_size=clocks[1],
+        checkpoint_every=checkpoint_every,
+    )
+
+
+def test_weights_by_sequence():
+    inputs = make(2, 6)
+    inputs["weights"] = SelfModifyingWeights(
+        *(
+            type(m)(*((w.detach() + 0.1 * torch.randn(2, *w.shape)).requires_grad_() for w in m))
+            for m in inputs["weights"]
+        )
+    )
+    compare(self_modifying_memory, inputs, chunk_size=4)
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize("at", [3, 4])
+def test_gradients_reach_the_initial_state(at, anchored):
+    options = {
+        "rule": dataclasses.replace(DEFAULT, anchored=anchored),
+        "chunk_size": 2,
+        "generator_chunk_size": 4,
+    }
+    inputs = make(2, 11, momentum=True)
+    _, state = self_modifying_memory(**tokens(inputs, 0, at, SHARED), **options, output_final_state=True)
+    rest = {**tokens(inputs, at, 11, SHARED), "initial_state": leaves_like(state)}
+    compare(self_modifying_memory, rest, **options)
+
+
+@pytest.mark.parametrize("read", ["snapshot", "running"])
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+def test_split_equals_whole_at_every_cut(impl, read):
+    inputs = make(1, 10)
+    options = {"read": read, "chunk_size": 2, "generator_chunk_size": 4, "impl": impl}
+    values, gradients, _ = results(self_modifying_memory, inputs, **options)
+
+    def cut_op(cut):
+        def op(output_final_state, **named):
+            given = {n: named.pop(n) for n in inputs}
+            head, state = self_modifying_memory(
+                **tokens(given, 0, cut, SHARED), **named, output_final_state=True
+            )
+            tail, state = self_modifying_memory(
+                **tokens(given, cut, 10, SHARED), **named, initial_state=state, output_final_state=True
+            )
+            return torch.cat([head, tail], 1), state
+
+        return op
+
+    for cut in range(1, 10) if impl == "eager" else (3, 8):
+        found, found_gradients, _ = results(cut_op(cut), inputs, **options)
+        assert_same(found, values)
+        assert_same(found_gradients, gradients)
+
+
+@pytest.mark.parametrize("clocks", [(4, 4), (2, 4), (4, 2), (1, 1)])
+@pytest.mark.parametrize("read", ["snapshot", "running"])
+def test_decoding_equals_the_forward_pass_when_sequences_are_apart(read, clocks):
+    length, heads = 9, [4, 1, 3]
+    inputs = make(3, length)
+    options = {
+        "read": read,
+        "chunk_size": clocks[0],
+        "generator_chunk_size": clocks[1],
+        "output_final_state": True,
+    }
+    with torch.no_grad():
+        rows = [rows_of(inputs, i) for i in range(3)]
+        whole = [self_modifying_memory(**row, **options) for row in rows]
+        starts = [
+            self_modifying_memory(**tokens(row, 0, head, SHARED), **options)[1]
+            for row, head in zip(rows, heads)
+        ]
+        state = join(starts)
+        for step in range(length - max(heads)):
+            token = {
+                n: x
+                if n in SHARED or x is None
+                else torch.cat([x[i : i + 1, h + step : h + step + 1] for i, h in enumerate(heads)])
+                for n, x in inputs.items()
+            }
+            o, state = self_modifying_memory(**token, initial_state=state, **options)
+            for i, head in enumerate(heads):
+                torch.testing.assert_close(o[i, 0], whole[i][0][0, head + step], rtol=0, atol=1e-11)
+
+
+def rows_of(inputs, i, pick=slice(None)):
+    """The inputs of sequence i alone, and of its tokens ``pick``."""
+    return {n: x if n in SHARED or x is None else x[i : i + 1, pick] for n, x in inputs.items()}
+
+
+MASKS = {
+    "right": [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]],
+    "left": [[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]],
+    "interior": [[1, 0, 1, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0]],
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("resume", [False, True], ids=["", "resumed apart"])
+def test_padding_equals_separate_sequences(kind, resume):
+    mask = torch.tensor(MASKS[kind], dtype=torch.bool)
+    inputs = make(3, 7, momentum=True)
+    options = {"chunk_size": 4, "generator_chunk_size": 2, "read": "running", "output_final_state": True}
+    states = [None] * 3
+    if resume:
+        earlier = make(1, 7, momentum=True, seed=1) | {n: inputs[n] for n in SHARED}
+        states = [self_modifying_memory(**tokens(earlier, 0, n, SHARED), **options)[1] for n in (1, 3, 7)]
+        states = [leaves_like(state) for state in states]
+    with torch.no_grad():
+        for name in ("query", "key_input", "value_input", "gate_input"):
+            inputs[name][~mask] = torch.nan  # what padding holds does not matter
+    initial = leaves_like(join(states)) if resume else None
+    o, state = self_modifying_memory(**inputs, **options, mask=mask, initial_state=initial)
+    assert torch.equal(o[~mask], torch.zeros_like(o[~mask]))
+    for i in range(3):
+        if mask[i].any():
+            row = rows_of(inputs, i, mask[i])
+            expected, final = self_modifying_memory(**row, **options, initial_state=states[i])
+            torch.testing.assert_close(o[i][mask[i]], expected[0], rtol=0, atol=1e-11)
+            for a, b in zip(tensors_of(state), tensors_of(final)):
+                torch.testing.assert_close(a[i], b[0], rtol=0, atol=1e-11)
+            assert state.position[i] == final.position[0]
+    del options["output_final_state"]
+    compare(self_modifying_memory, {**inputs, "initial_state": initial}, mask=mask, **options)
+
+
+def test_packed_equals_separate():
+    inputs = make(1, 11, momentum=True)
+    cu_seqlens = torch.tensor([0, 4, 5, 11])
+    options = {"chunk_size": 3, "read": "running"}
+    values, gradients, _ = results(self_modifying_memory, inputs, cu_seqlens=cu_seqlens, **options)
+
+    def separate(output_final_state, **named):
+        given = {n: named.pop(n) for n in inputs}
+        runs = [
+            self_modifying_memory(**tokens(given, a, b, SHARED), **named, output_final_state=True)
+            for a, b in zip([0, 4, 5], [4, 5, 11])
+        ]
+        return torch.cat([o for o, _ in runs], 1), join([state for _, state in runs])
+
+    expected, expected_gradients, _ = results(separate, inputs, **options)
+    assert_same(values, expected)
+    assert_same(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_checkpoints_change_nothing(every):
+    inputs = make(2, 17)
+    expected = results(self_modifying_memory, inputs, chunk_size=2, checkpoint_every=8)
+    found = results(self_modifying_memory, inputs, chunk_size=2, checkpoint_every=every)
+    for a, b in zip(found[:2], expected[:2]):
+        assert_same(a, b, 1e-13)
+
+
+def test_every_leaf_gets_a_gradient_that_a_finite_difference_confirms():
+    inputs = make(1, 12, hidden=4)
+    inputs.pop("momentum")
+    weights = torch.randn(1, 12, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def loss():
+        # From the third chunk on everything has been written with everything.
+        return (self_modifying_memory(**inputs, chunk_size=3)[0] * weights)[:, 6:].sum()
+
+    leaves = tensors_of(inputs)
+    gradients = torch.autograd.grad(loss(), leaves)
+    assert len(leaves) == 4 + 3 + 10
+    step = 1e-6
+    for leaf, gradient in zip(leaves, gradients):
+        direction = gradient / gradient.norm()
+        assert gradient.norm() > 1e-6
+        with torch.no_grad():
+            leaf += step * direction
+            above = loss()
+            leaf -= 2 * step * direction
+            below = loss()
+            leaf += step * direction
+        found = (above - below) / (2 * step)
+        assert abs(found - gradient.norm()) < 1e-5 * gradient.norm() + 1e-8
+
+
+def test_a_wrong_gradient_is_noticed(monkeypatch):
+    from nl_kernels.ops.self_modifying import eager
+
+    true_gradient = eager.hidden_gradient
+
+    def wrong(*args):
+        value = true_gradient(*args)
+        value.register_hook(lambda g: 1.01 * g) if value.requires_grad else None
+        return value
+
+    monkeypatch.setattr(eager, "hidden_gradient", wrong)
+    with pytest.raises(AssertionError, match="differs by"):
+        compare(self_modifying_memory, make(1, 6), chunk_size=2)
