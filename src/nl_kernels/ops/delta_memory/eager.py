@@ -78,20 +78,22 @@ def delta_memory_backward(
     grid = _Grid.of(k, v, cu_seqlens, chunk_size)
     state = grid.to_state_order(initial_state)
     momentum_state = None if momentum is None else grid.to_state_order(initial_momentum)
-    saved = []
+    passed = []
     for segment in grid.segments[:-1]:
-        saved.append((state.clone(), None if momentum is None else momentum_state.clone()))
+        momentum_start = None if momentum is None else momentum_state.clone()
         local = _local_quantities(segment, None, k, v, log_decay, erase, scale=scale, read=read)
-        _run_states(segment, local, _momentum_quantities(segment, local, momentum, momentum_state), state)
-    saved.append((state, momentum_state))
+        extra = _momentum_quantities(segment, local, momentum, momentum_state)
+        passed.append((local.inverse, _run_states(segment, local, extra, state), momentum_start))
+    passed.append((None, None, momentum_state))
 
     d_state = grid.to_state_order(d_final_state)
     d_momentum_state = None if momentum is None else grid.to_state_order(d_final_momentum)
     gradients = [None if x is None else x.new_empty(x.shape) for x in (q, k, v, log_decay, erase, momentum)]
-    for segment, (state, momentum_state) in zip(reversed(grid.segments), reversed(saved)):
-        local = _local_quantities(segment, q, k, v, log_decay, erase, scale=scale, read=read)
-        extra = _momentum_quantities(segment, local, momentum, momentum_state)
-        states = _run_states(segment, local, extra, state)
+    for segment, (inverse, states, momentum_start) in zip(reversed(grid.segments), reversed(passed)):
+        local = _local_quantities(segment, q, k, v, log_decay, erase, scale=scale, read=read, inverse=inverse)
+        extra = _momentum_quantities(segment, local, momentum, momentum_start)
+        if states is None:  # the last segment: not passed yet
+            states = _run_states(segment, local, extra, state)
         d_outputs = segment.to_chunks(do, local.k.dtype)
         parts = _segment_gradients(
             segment, local, extra, states, d_outputs, d_state, d_momentum_state, scale=scale, read=read
@@ -181,19 +183,21 @@ def delta_memory_step(
     Returns ``(o, state, momentum_state)``; the states are new tensors.
     """
     dtype = _compute_dtype(q)
-    q, k, writes = (x.to(dtype) for x in (q, k, v))
-    before = state.to(dtype)
-    erased = erase.to(dtype)[..., None] * (before @ k[..., None]).squeeze(-1)
-    after = log_decay.to(dtype).exp()[..., None, None] * before
+    # Batch and heads as one axis of matrices and columns.
+    before = state.to(dtype).flatten(0, 1)
+    q, k, writes = (x.to(dtype).flatten(0, 1).unsqueeze(-1) for x in (q, k, v))
+    decay, erase = (x.to(dtype).flatten()[:, None, None] for x in (log_decay, erase))
+    recalled = torch.bmm(before, k)
     if momentum is None:
-        after = after + (writes - erased)[..., None] * k[..., None, :]
+        added = torch.addcmul(writes, erase, recalled, value=-1)
+        after = torch.baddbmm(before * decay.exp(), added, k.mT)
     else:
-        momentum_state = momentum.to(dtype)[..., None, None] * momentum_state.to(dtype)
-        momentum_state = momentum_state + writes[..., None] * k[..., None, :]
-        after = after - erased[..., None] * k[..., None, :] + momentum_state
-    source = after if read == "after" else before
-    o = scale * (source @ q[..., None]).squeeze(-1)
-    return o.to(v.dtype), after, momentum_state
+        momentum_state = momentum_state.to(dtype).flatten(0, 1) * momentum.to(dtype).flatten()[:, None, None]
+        momentum_state = momentum_state.baddbmm_(writes, k.mT)
+        after = torch.baddbmm(before * decay.exp(), erase * recalled, k.mT, alpha=-1).add_(momentum_state)
+        momentum_state = momentum_state.view(state.shape)
+    o = torch.bmm(after if read == "after" else before, q).mul_(scale)
+    return o.view(v.shape).to(v.dtype), after.view(state.shape), momentum_state
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -331,7 +335,9 @@ class _Local(NamedTuple):
     end_keys: torch.Tensor  # [R, C, Dk] keys times end_pair_decay
 
 
-def _local_quantities(segment: _Segment, q, k, v, log_decay, erase, *, scale: float, read: str) -> _Local:
+def _local_quantities(
+    segment: _Segment, q, k, v, log_decay, erase, *, scale: float, read: str, inverse=None
+) -> _Local:
     """Without ``q``, for running the states alone, reads are those of the keys only."""
     c, dtype = segment.chunk, _compute_dtype(k)
     # Cumulated in fp64: the difference of two long sums then still has fp32 accuracy.
@@ -344,11 +350,7 @@ def _local_quantities(segment: _Segment, q, k, v, log_decay, erase, *, scale: fl
     if q is not None:
         at_read = torch.cat([at_read, at_token if read == "after" else at_read], dim=1)
         reads = torch.cat([reads, segment.to_chunks(q, dtype) * scale], dim=1)
-    pair_decay = k.new_empty(*reads.shape[:2], c)
-    torch.sub(at_read[:, :, None], at_token[:, None, :], out=pair_decay)
-    seen = _seen_by_read(c, read, pair_decay)[: reads.shape[1]]
-    # Clamping before the exponential and masking after it is faster than the exponential of −inf.
-    pair_decay.clamp_max_(0).exp_().mul_(seen)
+    pair_decay = _decay_between(at_read, at_token, _seen_by_read(c, read, k)[: reads.shape[1]])
     read_decay = at_read.exp().to(dtype)
     end_pair_decay = (at_token[:, -1:] - at_token).exp().to(dtype)
     scores = torch.bmm(reads, k.mT).mul_(pair_decay)
@@ -362,11 +364,25 @@ def _local_quantities(segment: _Segment, q, k, v, log_decay, erase, *, scale: fl
         read_decay=read_decay,
         decayed_reads=reads * read_decay[..., None],
         scores=scores,
-        inverse=_inverse_of_unit_lower(scores[:, :c]),
+        inverse=_inverse_of_unit_lower(scores[:, :c]) if inverse is None else inverse,
         end_pair_decay=end_pair_decay,
         end_decay=at_token[:, -1].exp().to(dtype),
         end_keys=k * end_pair_decay[..., None],
     )
+
+
+def _decay_between(at_read: torch.Tensor, at_token: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """``exp(at_read − at_token)`` of cumulated logs for every pair, 0 where not ``seen``, in its dtype.
+
+    The fp64 logs are split in two numbers of that dtype: their difference keeps its accuracy where it is
+    small, without a matrix in fp64.
+    """
+    read, token = at_read.to(seen.dtype), at_token.to(seen.dtype)
+    decay = read[:, :, None] - token[:, None, :]
+    decay += (at_read - read).to(seen.dtype)[:, :, None]
+    decay -= (at_token - token).to(seen.dtype)[:, None, :]
+    # Clamping before the exponential and masking after it is faster than the exponential of −inf.
+    return decay.clamp_max_(0).exp_().mul_(seen)
 
 
 def _seen_by_read(chunk: int, read: str, like: torch.Tensor) -> torch.Tensor:
@@ -495,8 +511,7 @@ def _momentum_quantities(segment: _Segment, local: _Local, momentum, state) -> _
     c, dtype = segment.chunk, local.k.dtype
     key_width = local.k.shape[-1]
     logs = segment.to_chunks(momentum, torch.float64, fill=1.0).log().clamp_min(_LOWEST_LOG).cumsum(-1)
-    pair = (logs[:, :, None] - logs[:, None, :]).to(dtype)
-    pair.masked_fill_(torch.ones(c, c, dtype=torch.bool, device=pair.device).triu(1), -torch.inf).exp_()
+    pair = _decay_between(logs, logs, local.k.new_ones(c, c).tril())
     start = logs.exp().to(dtype)
     real = segment.to_chunks(torch.ones_like(momentum), dtype) if segment.padded else None
     later, from_start = _reaching_state(pair, start, real)
