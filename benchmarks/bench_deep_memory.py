@@ -1,47 +1,204 @@
-"""``deep_memory``: one two-layer memory per head, forward and backward."""
+"""``deep_memory`` in the layer of Titans, against titans-pytorch: training, and decoding.
+
+    python -m benchmarks.run --op deep_memory
+
+Both sides are timed as a whole layer on the same input ``x``: RMS norm, projections of queries, keys and
+values, learned rates, the memory, a gate per head, the output projection.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from nl_kernels import DeepMemoryWeights, deep_memory
-
-_BASE = {"batch": 1, "tokens": 2048, "heads": 4, "width": 64, "hidden": 64, "chunk": 64, "read": "snapshot"}
-_CASES = [{}, {"hidden": 256}, {"chunk": 16}, {"hidden": 256, "chunk": 16}, {"read": "running"}]
-SHAPES: dict[str, list[dict]] = {
-    "cpu": [{**_BASE, **case} for case in _CASES],
-    "cuda": [{**_BASE, "batch": 8, "tokens": 4096, "heads": 16, **case} for case in _CASES],
-}
+from benchmarks import peers
+from benchmarks.baselines import PAST, decode_name, decode_provider, forward_backward
+from benchmarks.harness import Case, Factories, Provider
+from benchmarks.measure import Work, random_tensors
+from nl_kernels.memory_rule import DeepMemoryWeights
+from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory
 
 
-def providers(shape: dict, device: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Closures that run forward and backward on the same random inputs and return the gradients."""
-    generator = torch.Generator(device).manual_seed(0)
+@dataclass(frozen=True)
+class Layer:
+    """The least layer around the op: what titans-pytorch's ``NeuralMemory`` has around its memory.
 
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device=device, dtype=dtype, generator=generator)
+    Attributes:
+        project: ``[3·H·D, H·D]``: queries, keys, values. rates: ``[4·H, H·D]``. out: ``[H·D, H·D]``.
+        inner: ``[H, h, D]``. outer: ``[H, D, h]``.
+    """
 
-    batch, tokens, heads, width, hidden = (shape[n] for n in ("batch", "tokens", "heads", "width", "hidden"))
-    q, k = (torch.nn.functional.normalize(normal(batch, tokens, heads, width), dim=-1) for _ in range(2))
-    v = normal(batch, tokens, heads, width)
-    rate = torch.sigmoid(normal(batch, tokens, heads))
-    log_decay = torch.nn.functional.logsigmoid(normal(batch, tokens, heads) + 4)
-    weights = DeepMemoryWeights(
-        normal(heads, hidden, width) * width**-0.5, normal(heads, width, hidden) * 0.02
-    )
-    inputs = [x.requires_grad_() for x in (q, k, v, rate, log_decay, *weights)]
-    cotangent = normal(batch, tokens, heads, width)
+    project: Tensor
+    rates: Tensor
+    out: Tensor
+    inner: Tensor
+    outer: Tensor
+    chunk: int
+    momentum: bool
 
-    def eager() -> tuple[torch.Tensor, ...]:
-        o, _ = deep_memory(
-            *inputs[:5],
-            DeepMemoryWeights(*inputs[5:]),
-            chunk_size=shape["chunk"],
-            read=shape["read"],
-            impl="eager",
+    @classmethod
+    def random(cls, case: Case, device: torch.device, dtype: torch.dtype) -> Layer:
+        """Weights as initialised; the same for every dtype."""
+        heads, width, hidden = (case.shape[name] for name in ("H", "D", "h"))
+        stream = heads * width
+        made = random_tensors(
+            1,
+            {
+                "project": (3 * stream, stream),
+                "rates": (4 * heads, stream),
+                "out": (stream, stream),
+                "inner": (heads, hidden, width),
+                "outer": (heads, width, hidden),
+            },
+            torch.device("cpu"),
+            torch.float64,
         )
-        return torch.autograd.grad(o, inputs, cotangent)
+        weights = {
+            name: (x * x.shape[-1] ** -0.5).to(device=device, dtype=dtype).requires_grad_()
+            for name, x in made.items()
+        }
+        return cls(**weights, chunk=case.shape["C"], momentum=bool(case.shape["momentum"]))
 
-    return {"eager": eager}
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.project, self.rates, self.out, self.inner, self.outer]
+
+    def __call__(
+        self, x: Tensor, state: DeepMemoryState | None = None, impl: str | None = None, keep: bool = False
+    ) -> tuple[Tensor, DeepMemoryState | None]:
+        heads, _, width = self.inner.shape
+        normed = F.rms_norm(x, x.shape[-1:])
+        q, k, v = F.linear(normed, self.project).unflatten(-1, (3, heads, width)).unbind(2)
+        rate, decay, momentum, gate = F.linear(normed, self.rates).unflatten(-1, (4, heads)).unbind(2)
+        read, final = deep_memory(
+            F.normalize(q, dim=-1),
+            F.normalize(k, dim=-1),
+            v,
+            rate.sigmoid(),
+            F.logsigmoid(decay + 4),
+            DeepMemoryWeights(self.inner, self.outer),
+            chunk_size=self.chunk,
+            momentum=momentum.sigmoid() if self.momentum else None,
+            initial_state=state,
+            output_final_state=keep,
+            impl=impl,
+        )
+        gated = read * gate.sigmoid()[..., None]
+        return F.linear(gated.flatten(2), self.out), final
+
+
+def stream_of(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The layer's input and the cotangent of its output."""
+    shape = (case.shape["B"], case.shape["T"], case.shape["H"] * case.shape["D"])
+    made = random_tensors(0, {"x": shape, "cotangent": shape}, device, dtype)
+    return made["x"].requires_grad_(), made["cotangent"]
+
+
+def training_providers(case: Case, device: torch.device) -> Factories:
+    """Forward and backward of the layer: the default rule (delta gradient descent in both layers)."""
+    sizes = case.shape
+
+    def ours() -> Provider:
+        layer = Layer.random(case, device, case.dtype)
+        x, cotangent = stream_of(case, device, case.dtype)
+        run = forward_backward(lambda: layer(x)[0], [x, *layer.parameters], cotangent)
+        return Provider(run, comparable=True)
+
+    def titans(fresh_gradients: bool) -> Provider:
+        return peers.titans_pytorch(
+            tokens=sizes["T"],
+            width=sizes["H"] * sizes["D"],
+            heads=sizes["H"],
+            hidden=sizes["h"],
+            chunk=sizes["C"],
+            fresh_gradients=fresh_gradients,
+            momentum=bool(sizes["momentum"]),
+            device=device,
+            batch=sizes["B"],
+        )
+
+    return {
+        "nl_kernels": ours,
+        "titans-pytorch": lambda: titans(True),
+        "titans-pytorch, one snapshot": lambda: titans(False),
+    }
+
+
+def training_reference(case: Case, tokens: int) -> Tensor:
+    """The token loop in fp64 on the first tokens."""
+    cpu = torch.device("cpu")
+    layer = Layer.random(case, cpu, torch.float64)
+    x, _ = stream_of(case, cpu, case.dtype)
+    with torch.no_grad():
+        return layer(x[:, :tokens].double(), impl="reference")[0]
+
+
+def training_work(sizes: dict[str, int], element_size: int) -> Work:
+    """Products of the layer (forward; twice as many backward), and its input, output and weights once."""
+    width, hidden, heads, chunk = (sizes[name] for name in ("D", "h", "H", "C"))
+    stream = heads * width
+    projections = 2 * stream * (4 * stream + 4 * heads)
+    # Recall of keys, read of queries, the error's way back, the writes; then what the erase needs of a chunk.
+    memory = 2 * width * hidden * 7 + 2 * chunk * (width + hidden) * 2
+    tokens = sizes["B"] * sizes["T"]
+    weights = 4 * stream**2 + 2 * heads * width * hidden
+    return Work(
+        3 * tokens * (projections + heads * memory), 3 * element_size * (2 * tokens * stream + weights)
+    )
+
+
+def decode_providers(case: Case, device: torch.device) -> Factories:
+    """One token through the layer, after 1 token and after 100,000."""
+
+    def ours(past: int) -> Provider:
+        layer = Layer.random(case, device, case.dtype)
+        x, _ = stream_of(case.with_tokens(2_000), device, case.dtype)
+        return decode_provider(
+            lambda state: layer(x[:, :1], state, keep=True),
+            lambda state, tokens: layer(x[:, :tokens], state, keep=True)[1],
+            past,
+        )
+
+    return {decode_name("nl_kernels", past): lambda past=past: ours(past) for past in (1, PAST)}
+
+
+def training_case(device: str, quick: bool = False, memory: bool = False, **sizes: int) -> Case:
+    """One training case on one kind of device."""
+    return Case(
+        op="deep_memory",
+        name="Titans layer",
+        mode="forward+backward",
+        shape=sizes,
+        providers=training_providers,
+        work=training_work(sizes, 4),
+        reference=training_reference,
+        memory=memory,
+        quick=quick,
+        devices=(device,),
+    )
+
+
+CASES = [
+    *(
+        training_case("cpu", quick=hidden == 64, B=1, T=512, H=4, D=64, h=hidden, C=chunk, momentum=1)
+        for chunk in (64, 16)
+        for hidden in (64, 256)
+    ),
+    *(
+        training_case("cpu", memory=True, B=1, T=2048, H=4, D=64, h=hidden, C=chunk, momentum=1)
+        for chunk in (64, 16)
+        for hidden in (64, 128, 256)
+    ),
+    training_case("cpu", memory=True, B=1, T=2048, H=4, D=64, h=64, C=64, momentum=0),
+    training_case("cuda", quick=True, memory=True, B=4, T=2048, H=8, D=64, h=256, C=64, momentum=1),
+    Case(
+        op="deep_memory",
+        name="decode",
+        mode="step",
+        shape={"B": 1, "T": 1, "H": 4, "D": 64, "h": 64, "C": 64, "momentum": 1},
+        providers=decode_providers,
+    ),
+]

@@ -1,46 +1,189 @@
-"""``self_modifying_memory``: five memories per head, gradients through the writes."""
+"""``self_modifying_memory`` in its layer, against nested-learning: training, and decoding.
+
+    python -m benchmarks.run --op self_modifying
+
+Both sides are timed as a layer on the same kind of input: causal depthwise convolution, query projection,
+all memories with their writes. Ours also projects the inputs of keys and values, and its gradients flow
+through the writes into every memory's initial state.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from nl_kernels import DeepMemoryWeights, SelfModifyingWeights, self_modifying_memory
+from benchmarks import peers
+from benchmarks.baselines import PAST, decode_name, decode_provider, forward_backward
+from benchmarks.harness import Case, Factories, Provider
+from benchmarks.measure import Work, random_tensors
+from nl_kernels.memory_rule import DeepMemoryWeights
+from nl_kernels.ops.self_modifying import SelfModifyingState, SelfModifyingWeights, self_modifying_memory
 
-_BASE = {"batch": 1, "tokens": 2048, "heads": 4, "width": 64, "hidden": 64, "chunk": 16, "read": "snapshot"}
-_CASES = [{}, {"read": "running"}, {"chunk": 8}, {"chunk": 64}]
-SHAPES: dict[str, list[dict]] = {
-    "cpu": [{**_BASE, **case} for case in _CASES],
-    "cuda": [{**_BASE, "batch": 8, "tokens": 4096, "heads": 16, **case} for case in _CASES],
-}
+WINDOW = 4
 
 
-def providers(shape: dict, device: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Closures that run forward and backward on the same random inputs and return the gradients."""
-    generator = torch.Generator(device).manual_seed(0)
+@dataclass(frozen=True)
+class Layer:
+    """The least layer around the op.
 
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device=device, dtype=dtype, generator=generator)
+    Attributes:
+        conv: ``[H·D, 1, 4]``, depthwise and causal.
+        project: ``[3·H·D, H·D]``: the query, and the inputs of the key and value memories.
+        weights: inner ``[H, h, D]`` and outer ``[H, D, h]`` (gates ``[H, 1, h]``) of the five memories.
+    """
 
-    batch, tokens, heads, width, hidden = (shape[n] for n in ("batch", "tokens", "heads", "width", "hidden"))
-    inputs = [normal(batch, tokens, heads, width).requires_grad_() for _ in range(4)]
-    weights = SelfModifyingWeights(
-        *(
-            DeepMemoryWeights(
-                (normal(heads, hidden, width) * width**-0.5).requires_grad_(),
-                (normal(heads, out, hidden) * 0.02).requires_grad_(),
-            )
-            for out in (width, width, width, 1, 1)
+    conv: Tensor
+    project: Tensor
+    weights: SelfModifyingWeights
+    chunk: int
+
+    @classmethod
+    def random(cls, case: Case, device: torch.device, dtype: torch.dtype) -> Layer:
+        """Weights as initialised; the same for every dtype."""
+        heads, width, hidden = (case.shape[name] for name in ("H", "D", "h"))
+        stream = heads * width
+        shapes = {"conv": (stream, 1, WINDOW), "project": (3 * stream, stream)}
+        for name in SelfModifyingWeights._fields:
+            out = 1 if name in ("rate", "retention") else width
+            shapes |= {f"{name} inner": (heads, hidden, width), f"{name} outer": (heads, out, hidden)}
+        made = {
+            name: (x * x.shape[-1] ** -0.5).to(device=device, dtype=dtype).requires_grad_()
+            for name, x in random_tensors(1, shapes, torch.device("cpu"), torch.float64).items()
+        }
+        memories = (
+            DeepMemoryWeights(made[f"{name} inner"], made[f"{name} outer"])
+            for name in SelfModifyingWeights._fields
         )
+        return cls(made["conv"], made["project"], SelfModifyingWeights(*memories), case.shape["C"])
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.conv, self.project, *(layer for memory in self.weights for layer in memory)]
+
+    def __call__(
+        self,
+        x: Tensor,
+        state: SelfModifyingState | None = None,
+        impl: str | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, SelfModifyingState | None]:
+        heads, _, width = self.weights.memory.inner.shape
+        padded = F.pad(x.mT, (WINDOW - 1, 0))
+        mixed = F.conv1d(padded, self.conv, groups=self.conv.shape[0]).mT
+        query, key, value = F.linear(mixed, self.project).unflatten(-1, (3, heads, width)).unbind(2)
+        out, final = self_modifying_memory(
+            query,
+            key,
+            value,
+            mixed.unflatten(-1, (heads, width)),
+            self.weights,
+            chunk_size=self.chunk,
+            initial_state=state,
+            output_final_state=keep,
+            impl=impl,
+        )
+        return out.flatten(2), final
+
+
+def stream_of(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The layer's input and the cotangent of its output."""
+    shape = (case.shape["B"], case.shape["T"], case.shape["H"] * case.shape["D"])
+    made = random_tensors(0, {"x": shape, "cotangent": shape}, device, dtype)
+    return made["x"].requires_grad_(), made["cotangent"]
+
+
+def training_providers(case: Case, device: torch.device) -> Factories:
+    """Forward and backward of the layer with the default rule, gradients through the writes."""
+    sizes = case.shape
+
+    def ours() -> Provider:
+        layer = Layer.random(case, device, case.dtype)
+        x, cotangent = stream_of(case, device, case.dtype)
+        run = forward_backward(lambda: layer(x)[0], [x, *layer.parameters], cotangent)
+        return Provider(run, comparable=True)
+
+    def nested(memories: int) -> Provider:
+        return peers.nested_learning(
+            tokens=sizes["T"],
+            width=sizes["H"] * sizes["D"],
+            memories=memories,
+            chunk=sizes["C"],
+            device=device,
+            batch=sizes["B"],
+        )
+
+    return {
+        "nl_kernels": ours,
+        f"nested-learning, {sizes['H']} memories": lambda: nested(sizes["H"]),
+        "nested-learning, 1 wide memory": lambda: nested(1),
+    }
+
+
+def training_reference(case: Case, tokens: int) -> Tensor:
+    """The token loop in fp64 on the first tokens."""
+    cpu = torch.device("cpu")
+    layer = Layer.random(case, cpu, torch.float64)
+    x, _ = stream_of(case, cpu, case.dtype)
+    with torch.no_grad():
+        return layer(x[:, :tokens].double(), impl="reference")[0]
+
+
+def training_work(sizes: dict[str, int], element_size: int) -> Work:
+    """Products of the layer (forward; twice as many backward), and its input, output and weights once."""
+    width, hidden, heads, chunk = (sizes[name] for name in ("D", "h", "H", "C"))
+    stream = heads * width
+    # Products of a layer's size: 8 to make keys, values and gates and to read, 8 for the recalls, 8 for the
+    # targets, 3 for the errors' way back, 8 for the writes. Then what the erase needs of a chunk.
+    memories = 2 * 35 * width * hidden + 2 * chunk * (width + 5 * hidden + 3 * (width + hidden))
+    tokens = sizes["B"] * sizes["T"]
+    weights = 3 * stream**2 + 8 * heads * width * hidden
+    flops = 3 * tokens * (6 * stream**2 + heads * memories)
+    return Work(flops, 3 * element_size * (2 * tokens * stream + weights))
+
+
+def decode_providers(case: Case, device: torch.device) -> Factories:
+    """One token through the layer, after 1 token and after 100,000; the convolution's tail is left out."""
+
+    def ours(past: int) -> Provider:
+        layer = Layer.random(case, device, case.dtype)
+        x, _ = stream_of(case.with_tokens(2_000), device, case.dtype)
+        return decode_provider(
+            lambda state: layer(x[:, :1], state, keep=True),
+            lambda state, tokens: layer(x[:, :tokens], state, keep=True)[1],
+            past,
+        )
+
+    return {decode_name("nl_kernels", past): lambda past=past: ours(past) for past in (1, PAST)}
+
+
+def training_case(device: str, quick: bool = False, memory: bool = False, **sizes: int) -> Case:
+    """One training case on one kind of device."""
+    return Case(
+        op="self_modifying",
+        name="self-modifying layer",
+        mode="forward+backward",
+        shape=sizes,
+        providers=training_providers,
+        work=training_work(sizes, 4),
+        reference=training_reference,
+        memory=memory,
+        quick=quick,
+        devices=(device,),
     )
-    leaves = [*inputs, *(layer for memory in weights for layer in memory)]
-    cotangent = normal(batch, tokens, heads, width)
 
-    def eager() -> tuple[torch.Tensor, ...]:
-        o, _ = self_modifying_memory(
-            *inputs, weights, chunk_size=shape["chunk"], read=shape["read"], impl="eager"
-        )
-        return torch.autograd.grad(o, leaves, cotangent)
 
-    return {"eager": eager}
+CASES = [
+    *(training_case("cpu", quick=chunk == 16, B=1, T=512, H=4, D=64, h=64, C=chunk) for chunk in (4, 16, 64)),
+    training_case("cpu", memory=True, B=1, T=2048, H=4, D=64, h=64, C=16),
+    training_case("cuda", quick=True, memory=True, B=4, T=2048, H=8, D=64, h=64, C=16),
+    Case(
+        op="self_modifying",
+        name="decode",
+        mode="step",
+        shape={"B": 1, "T": 1, "H": 4, "D": 64, "h": 64, "C": 16},
+        providers=decode_providers,
+    ),
+]
