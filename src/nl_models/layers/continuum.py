@@ -25,8 +25,8 @@ class LevelConfig:
         rule: ``"sgd"`` or ``"dgd"``.
         max_rate: the largest *relative* rate r. The level learns one r in (0, max_rate), and every token's
             rate is ``η = r / (D · chunk_size)``. Keys have unit root mean square, so r is the gain of the
-            first layer's step on a chunk of one repeated token, whatever the chunk size. 0: the level never
-            changes.
+            first layer's step on a chunk of one repeated token, whatever the chunk size.
+            0: the level never changes.
         initial_rate: r at initialisation, less than ``max_rate``.
         error_bound: see :class:`nl_kernels.ContinuumLevel`.
     """
@@ -34,9 +34,9 @@ class LevelConfig:
     hidden_size: int
     chunk_size: int | None = None
     gated: bool = False
-    rule: str = "dgd"
-    max_rate: float = 2.0
-    initial_rate: float = 1.0
+    rule: str = "sgd"
+    max_rate: float = 1.0
+    initial_rate: float = 0.5
     error_bound: float | None = 1.0
 
     def __post_init__(self) -> None:

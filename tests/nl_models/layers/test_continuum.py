@@ -125,9 +125,9 @@ def test_autocast_keeps_the_state_in_fp32():
 
 
 def test_rates_are_bounded_and_start_where_they_should():
-    memory = build(max_rate=1.5, initial_rate=0.5)
+    memory = build(max_rate=1.5, initial_rate=0.7)
     for level, chunk_size in zip(memory.levels, (4, 8)):
-        torch.testing.assert_close(level.rate() * WIDTH * chunk_size, torch.tensor(0.5))
+        torch.testing.assert_close(level.rate() * WIDTH * chunk_size, torch.tensor(0.7))
         with torch.no_grad():
             level.rate_logit.fill_(100.0)
         torch.testing.assert_close(level.rate() * WIDTH * chunk_size, torch.tensor(1.5))

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nl_kernels.chunk_alignment import ChunkAlignment, align_batch
 from nl_kernels.ops.continuum.state import ContinuumLevel, ContinuumLevelState, ContinuumState, state_dtype
 
 
@@ -104,11 +105,11 @@ class _SteppingLevel:
         rates = rates.expand(inner.shape[:2])
         if before is not None:
             weights = _Weights(before.up, before.down, before.gate)
-        slots = _ragged_slots(inner, before, mask)
+        alignment = _ragged_alignment(before, mask, inner)
         grid = (
             _aligned_grid(inner, rates, before)
-            if slots is None
-            else _ragged_grid(inner, rates, before, mask, slots)
+            if alignment is None
+            else _ragged_grid(inner, rates, before, alignment)
         )
         length, size = grid.inputs.shape[1], self.level.chunk_size
         # the step after the last token changes only the state
@@ -121,9 +122,8 @@ class _SteppingLevel:
                 weights = self.stepped(weights, chunks[0], grid.lengths)
         else:
             y, weights = self.walk(weights, chunks, grid.lengths)
-            if slots is not None:
-                index = (slots - grid.first).clamp(0, y.shape[1] - 1)
-                y = y.gather(1, index[..., None].expand(-1, -1, y.shape[2]))
+            if alignment is not None:
+                y = alignment.scatter(F.pad(y, (0, 0, grid.first, 0)), *inner.shape[:2])
         return y, self.state_after(weights, grid) if self.keep_state else None
 
     def split(self, grid: _Grid, steps: int) -> list[_Chunk]:
@@ -275,38 +275,32 @@ def _aligned_grid(inner: torch.Tensor, rates: torch.Tensor, before: ContinuumLev
     return _Grid(inputs, rates, inner, first, None)
 
 
-def _ragged_slots(
-    inner: torch.Tensor, before: ContinuumLevelState | None, mask: torch.Tensor | None
-) -> torch.Tensor | None:
-    """The slot of every token [B, T] (at padding: of the token before); None where all rows have the same."""
-    if mask is None and (before is None or bool((before.position == before.position[0]).all())):
-        return None
+def _ragged_alignment(
+    before: ContinuumLevelState | None, mask: torch.Tensor | None, inner: torch.Tensor
+) -> ChunkAlignment | None:
+    """Where the tokens go on the grid; None where all rows are full and go on from the same position."""
     if mask is None:
-        slots = torch.arange(inner.shape[1], device=inner.device).expand(inner.shape[:2])
-    else:
-        slots = mask.cumsum(1) - 1
-    return slots if before is None else slots + before.position[:, None]
+        if before is None or bool((before.position == before.position[0]).all()):
+            return None
+        mask = torch.ones(inner.shape[:2], dtype=torch.bool, device=inner.device)
+    position = mask.new_zeros(mask.shape[0], dtype=torch.int64) if before is None else before.position
+    return align_batch(mask, position)
 
 
 def _ragged_grid(
     inner: torch.Tensor,
     rates: torch.Tensor,
     before: ContinuumLevelState | None,
-    mask: torch.Tensor | None,
-    slots: torch.Tensor,
+    alignment: ChunkAlignment,
 ) -> _Grid:
-    batch, _, width = inner.shape
-    lengths = slots[:, -1] + 1
-    length = int(lengths.max())
-    first = 0 if before is None else int(before.position.min())
-    # one more slot takes all padding and is cut off
-    index = slots if mask is None else slots.masked_fill(~mask, length)
-    inputs, grid_rates = rates.new_zeros(batch, length + 1, width), rates.new_zeros(batch, length + 1)
+    inputs, rates = alignment.gather(inner.to(rates.dtype)), alignment.gather(rates)
+    first = 0
     if before is not None:
-        longest = before.pending_rates.shape[1]
-        taken = torch.arange(longest, device=inner.device) < before.position[:, None]
-        inputs = torch.cat((before.pending_inputs * taken[..., None], inputs[:, longest:]), dim=1)
-        grid_rates = torch.cat((before.pending_rates * taken, grid_rates[:, longest:]), dim=1)
-    inputs = inputs.scatter(1, index[..., None].expand_as(inner), inner.to(rates.dtype))[:, :length]
-    grid_rates = grid_rates.scatter(1, index, rates)[:, :length]
-    return _Grid(inputs, grid_rates, inputs[:, first:].to(inner.dtype), first, lengths)
+        first = int(before.position.min())
+        pending = before.pending_rates.shape[1]
+        taken = torch.arange(pending, device=inner.device) < before.position[:, None]
+        empty = inputs.shape[1] - pending
+        # tokens of the state and of this call have different slots
+        inputs = inputs + F.pad(before.pending_inputs * taken[..., None], (0, 0, 0, empty))
+        rates = rates + F.pad(before.pending_rates * taken, (0, empty))
+    return _Grid(inputs, rates, inputs[:, first:].to(inner.dtype), first, alignment.stop)

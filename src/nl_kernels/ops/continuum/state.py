@@ -44,7 +44,7 @@ class ContinuumLevel:
     rate: torch.Tensor | float = 0.0
     key: torch.Tensor | None = None
     value: torch.Tensor | None = None
-    rule: str = "dgd"
+    rule: str = "sgd"
     error_bound: float | None = 1.0
 
     @property

@@ -346,8 +346,10 @@ def test_rounding_stays_within_its_budget(rule, dtype):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kind", ["random", "few", "one"])
 @pytest.mark.parametrize("chunk_size", [1, 16])
-def test_dgd_stays_bounded_on_a_long_stream(chunk_size, kind, gated):
-    width, hidden, length = 16, 32, {1: 1024, 16: 8192}[chunk_size]
+@pytest.mark.parametrize("rule", ["sgd", "dgd"])
+def test_weights_stay_bounded_on_a_long_stream(rule, chunk_size, kind, gated):
+    """At large rates: sgd with a gain of 1 for a whole chunk, dgd with one of 1 for every token."""
+    width, hidden, length = 16, 32, {1: 768, 16: 4096}[chunk_size]
     generator = torch.Generator().manual_seed(0)
     distinct = {"random": length, "few": 8, "one": 1}[kind]
     table = torch.randn(distinct, width, generator=generator)
@@ -364,7 +366,8 @@ def test_dgd_stays_bounded_on_a_long_stream(chunk_size, kind, gated):
         key=torch.eye(width),
         value=normal(width, width),
         chunk_size=chunk_size,
-        rate=1.0 / width,
+        rate=1.0 / width / chunk_size if rule == "sgd" else 1.0 / width,
+        rule=rule,
     )
     y, (state,) = continuum_memory(x, [level], output_final_state=True)
     assert y.isfinite().all()
@@ -397,7 +400,7 @@ MUTATIONS = {
 def test_the_comparison_notices_a_broken_implementation(mutation, monkeypatch):
     name, broken = MUTATIONS[mutation]
     x = 3 * random_tensor(1, 7, WIDTH, seed=0)
-    levels = [make_level(1, chunk_size=2, rate=rates(1, 7), error_bound=0.3)]
+    levels = [make_level(1, rule="dgd", chunk_size=2, rate=rates(1, 7), error_bound=0.3)]
     assert_same(x, levels)
     monkeypatch.setattr(eager._SteppingLevel, name, broken)
     with pytest.raises(AssertionError):
