@@ -13,7 +13,13 @@ import torch
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from nl_kernels.ops.continuum import ContinuumLevelState
+from nl_kernels import (
+    ContinuumLevelState,
+    DeepMemoryState,
+    DeepMemoryWeights,
+    MemoryStack,
+    SelfModifyingState,
+)
 from nl_models.layers.attention import AttentionState
 from nl_models.layers.state import State, map_state
 
@@ -43,6 +49,10 @@ STATE_TYPES = {
     for cls in (
         BlockState,
         AttentionState,
+        DeepMemoryState,
+        DeepMemoryWeights,
+        SelfModifyingState,
+        MemoryStack,
         ContinuumLevelState,
     )
 }

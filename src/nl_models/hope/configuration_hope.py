@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from nl_kernels import MemoryRule
 from nl_models.layers.attention import ATTENTION_IMPLEMENTATIONS
 from nl_models.layers.continuum import LevelConfig
 
-LAYER_TYPES = ("gated_delta_net", "full_attention")
+LAYER_TYPES = ("self_modifying_titans", "titans", "gated_delta_net", "full_attention")
 
 
 @strict
@@ -35,12 +37,27 @@ class HopeConfig(PreTrainedConfig):
         attention_output_gate: whether attention has the norm and gate that the memories have.
         attention_implementation: ``"auto"`` (flash-attn where installed and able, else SDPA), ``"sdpa"`` or
             ``"flash"``.
+        memory_hidden_size: hidden width of each deep memory (Titans layers); ``None`` for linear memories.
+        memory_chunk_size: tokens between the states at which the memory that is read takes its gradients.
+            Part of the model, not a tuning knob, as are all chunk sizes.
+        memory_generator_chunk_size: the same for the memories that make keys, values and gates
+            (self-modifying); default ``memory_chunk_size``. One of the two is a multiple of the other.
+        memory_read: ``"snapshot"`` reads the state at the chunk's start, ``"running"`` that after each token.
+        memory_rate_max: the largest learning rate, in [0, 1]. At 0 nothing is ever written: every memory
+            stays at its learned initial state, the control for what a memory is worth.
+        memory_rate_bias, memory_retention_bias: initial biases of the gates' logits.
+        memory_momentum: whether writes have momentum.
+        memory_rule: options of :class:`nl_kernels.memory_rule.MemoryRule` that differ from its default.
+        memory_truncate_every: the outer gradient does not cross every n-th chunk boundary (self-modifying);
+            ``None`` for full backpropagation through time.
+        memory_initializer_range: standard deviation of the initial last layer of every memory.
         continuum_levels: the levels of the continuum memory system, fast to slow, as options of
             :class:`nl_models.layers.continuum.LevelConfig`. By default a level of width ``hidden_size`` that
-            learns every 64 tokens, and a plain one three times as wide. A single level without ``chunk_size``
+            learns every 64 tokens, and a plain one twice as wide. A single level without ``chunk_size``
             is the MLP of a transformer.
         rms_norm_eps: of all norms.
-        initializer_range: standard deviation of the initial embeddings and projections.
+        initializer_range: standard deviation of the initial embeddings and projections; by default
+            √(0.4 / hidden_size), which is 0.02 at a width of 1,000.
         tie_word_embeddings: whether the output layer is the embedding.
         use_cache: whether inference returns the recurrent state by default.
         pad_token_id, bos_token_id, eos_token_id: special tokens.
@@ -58,15 +75,26 @@ class HopeConfig(PreTrainedConfig):
     hidden_size: int = 1024
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    layer_types: list[str] | str = "gated_delta_net"
+    layer_types: list[str] | str = "self_modifying_titans"
     use_short_convolution: bool = True
     convolution_window: int = 4
     rope_theta: float = 10_000.0
     attention_output_gate: bool = True
     attention_implementation: str = "auto"
+    memory_hidden_size: int | None = 64
+    memory_chunk_size: int = 16
+    memory_generator_chunk_size: int | None = None
+    memory_read: str = "snapshot"
+    memory_rate_max: float = 1.0
+    memory_rate_bias: float = 0.0
+    memory_retention_bias: float = 4.0
+    memory_momentum: bool = False
+    memory_rule: dict | None = None
+    memory_truncate_every: int | None = None
+    memory_initializer_range: float = 0.02
     continuum_levels: list[dict] | None = None
     rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -76,10 +104,14 @@ class HopeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if isinstance(self.layer_types, str):
             self.layer_types = [self.layer_types] * self.num_hidden_layers
+        if self.initializer_range is None:
+            self.initializer_range = math.sqrt(0.4 / max(self.hidden_size, 1))
+        if self.memory_rule is None:
+            self.memory_rule = {}
         if self.continuum_levels is None:
             self.continuum_levels = [
                 {"hidden_size": self.hidden_size, "chunk_size": 64},
-                {"hidden_size": 3 * self.hidden_size},
+                {"hidden_size": 2 * self.hidden_size},
             ]
         self._check(kwargs)
         super().__post_init__(**kwargs)
@@ -88,6 +120,10 @@ class HopeConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         """Width of a head."""
         return self.hidden_size // self.num_attention_heads
+
+    def make_memory_rule(self) -> MemoryRule:
+        """``memory_rule`` as the ops take it."""
+        return MemoryRule(**self.memory_rule)
 
     def make_continuum_levels(self) -> list[LevelConfig]:
         """``continuum_levels`` as the layer takes them."""
@@ -126,12 +162,33 @@ class HopeConfig(PreTrainedConfig):
             raise ValueError(f"num_attention_heads: attention needs an even head width, got {self.head_dim}")
         if self.convolution_window < 2:
             raise ValueError(f"convolution_window: expected at least 2, got {self.convolution_window}")
+        self._check_memory()
         self._check_continuum()
         if self.attention_implementation not in ATTENTION_IMPLEMENTATIONS:
             raise ValueError(
                 f"attention_implementation: expected one of {ATTENTION_IMPLEMENTATIONS}, "
                 f"got {self.attention_implementation!r}"
             )
+
+    def _check_memory(self) -> None:
+        chunk, generator_chunk = self.memory_chunk_size, self.memory_generator_chunk_size
+        for name in ("hidden_size", "chunk_size", "generator_chunk_size", "truncate_every"):
+            value = getattr(self, f"memory_{name}")
+            if value is not None and value < 1:
+                raise ValueError(f"memory_{name}: expected at least 1, got {value}")
+        if generator_chunk is not None and max(chunk, generator_chunk) % min(chunk, generator_chunk):
+            raise ValueError(
+                f"memory_generator_chunk_size: one of it and memory_chunk_size={chunk} must be a multiple of "
+                f"the other, got {generator_chunk}"
+            )
+        if self.memory_read not in ("snapshot", "running"):
+            raise ValueError(f"memory_read: expected 'snapshot' or 'running', got {self.memory_read!r}")
+        if not 0 <= self.memory_rate_max <= 1:
+            raise ValueError(f"memory_rate_max: expected a number in [0, 1], got {self.memory_rate_max}")
+        try:
+            self.make_memory_rule()
+        except TypeError as error:
+            raise ValueError(f"memory_rule: expected options of MemoryRule: {error}") from error
 
     def _check_continuum(self) -> None:
         try:
@@ -145,8 +202,15 @@ class HopeConfig(PreTrainedConfig):
                 raise ValueError(f"continuum_levels: chunk size {slow} is no multiple of {fast}, before it")
 
 
-_OWN_PREFIXES = ("continuum_", "convolution_", "attention_")
+_OWN_PREFIXES = ("memory_", "continuum_", "convolution_", "attention_")
 _STATE_FIELDS = (
+    "memory_hidden_size",
+    "memory_chunk_size",
+    "memory_generator_chunk_size",
+    "memory_read",
+    "memory_rate_max",
+    "memory_momentum",
+    "memory_rule",
     "continuum_levels",
     "hidden_size",
     "num_hidden_layers",

@@ -18,8 +18,11 @@ from nl_models.hope.configuration_hope import HopeConfig
 from nl_models.layers.attention import Attention
 from nl_models.layers.continuum import ContinuumBlock, ContinuumMemory
 from nl_models.layers.gated_delta_net import GatedDeltaNet
+from nl_models.layers.initial_memory import InitialMemory
 from nl_models.layers.packing import Packing
+from nl_models.layers.self_modifying_titans import SelfModifyingTitans
 from nl_models.layers.short_convolution import ShortConvolution
+from nl_models.layers.titans import Titans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +90,35 @@ def _make_mixer(config: HopeConfig, layer_type: str) -> nn.Module:
             gated=config.attention_output_gate,
             implementation=config.attention_implementation,
         )
-    return GatedDeltaNet(**sizes)
+    if layer_type == "gated_delta_net":
+        return GatedDeltaNet(**sizes)
+    memory = {
+        **sizes,
+        "memory_hidden_size": config.memory_hidden_size,
+        "chunk_size": config.memory_chunk_size,
+        "read": config.memory_read,
+        "rule": config.make_memory_rule(),
+        "rate_max": config.memory_rate_max,
+        "rate_bias": config.memory_rate_bias,
+        "retention_bias": config.memory_retention_bias,
+        "momentum": config.memory_momentum,
+        "initializer_range": config.memory_initializer_range,
+    }
+    if layer_type == "titans":
+        return Titans(**memory)
+    return SelfModifyingTitans(
+        **memory,
+        generator_chunk_size=config.memory_generator_chunk_size,
+        truncate_every=config.memory_truncate_every,
+    )
 
 
 LAYERS_WITH_PARAMETERS = (
     ShortConvolution,
     GatedDeltaNet,
+    Titans,
+    SelfModifyingTitans,
+    InitialMemory,
     ContinuumBlock,
 )
 """Layers with parameters of their own beside those of their linear children."""

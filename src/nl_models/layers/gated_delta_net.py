@@ -6,9 +6,10 @@ import math
 
 import torch
 import torch.nn.functional as F
+from nl_kernels.memory_rule import l2_normalize
 from torch import nn
 
-from nl_kernels.ops.delta_memory import delta_memory
+from nl_kernels import delta_memory
 from nl_models.layers.gated_output import GatedOutput
 
 
@@ -67,9 +68,9 @@ class GatedDeltaNet(nn.Module):
             F.silu(projection(x)).unflatten(-1, (self.num_heads, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        # Rates in fp32 (or better): a decay near 1 has too few digits in bf16.
-        exact = torch.promote_types(self.log_rate.dtype, torch.float32)
+        # Norms and rates in fp32 (or better): a decay near 1 has too few digits in bf16.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        q, k = (l2_normalize(t.to(exact)).to(v.dtype) for t in (q, k))
         log_decay = -self.log_rate.to(exact).exp() * F.softplus(self.a_proj(x).to(exact) + self.decay_bias)
         rate = self.b_proj(x).to(exact).sigmoid()
         if mask is not None:

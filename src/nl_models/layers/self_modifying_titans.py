@@ -1,0 +1,132 @@
+"""Self-modifying Titans (arXiv 2512.24695, Eqs. 83-91): memories that make each other's inputs and rates."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nl_kernels import MemoryRule, SelfModifyingState, SelfModifyingWeights, self_modifying_memory
+from nl_models.layers.gated_output import GatedOutput
+from nl_models.layers.initial_memory import InitialMemory
+
+
+class SelfModifyingTitans(nn.Module):
+    """Five memories per head, fed by slow projections, on the ``self_modifying_memory`` op.
+
+    Keys are ``l2norm(M_key(W_k x))``, values ``M_value(W_v x)``, and both gates' memories read ``W_r x``.
+    Since these memories start close to the identity, the layer starts close to plain Titans, and learns to
+    modify itself on top of it.
+
+    Args:
+        hidden_size: width ``d``.
+        num_heads: heads; divides ``d``.
+        memory_hidden_size: hidden width of a memory; ``None`` for linear memories.
+        chunk_size: tokens between the boundaries of the memory that is read. Part of the model.
+        generator_chunk_size: the same for the four that make keys, values and gates; default ``chunk_size``.
+            One of the two is a multiple of the other.
+        read: ``"snapshot"`` or ``"running"``.
+        rule: how a memory is applied and written.
+        rate_max: largest rate, in [0, 1]; 0 switches writing off.
+        rate_bias, retention_bias: initial biases of the gates' logits.
+        momentum: whether writes have momentum.
+        truncate_every: the outer gradient does not cross every n-th chunk boundary; ``None`` for all.
+        initializer_range: standard deviation of the memories' initial last layers.
+        eps: of the output norm.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        memory_hidden_size: int | None = 64,
+        chunk_size: int = 16,
+        generator_chunk_size: int | None = None,
+        read: str = "snapshot",
+        rule: MemoryRule | None = None,
+        rate_max: float = 1.0,
+        rate_bias: float = 0.0,
+        retention_bias: float = 4.0,
+        momentum: bool = False,
+        truncate_every: int | None = None,
+        initializer_range: float = 0.02,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of hidden_size={hidden_size}, got {num_heads}")
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.chunk_size = chunk_size
+        self.generator_chunk_size = generator_chunk_size
+        self.read = read
+        self.rule = MemoryRule() if rule is None else rule
+        self.rate_max = rate_max
+        self.truncate_every = truncate_every
+        self.initial_biases = (rate_bias, retention_bias)
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.r_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.momentum_proj = nn.Linear(hidden_size, num_heads, bias=False) if momentum else None
+        self.rate_bias = nn.Parameter(torch.empty(num_heads))
+        self.retention_bias = nn.Parameter(torch.empty(num_heads))
+        out_widths = SelfModifyingWeights(self.head_dim, self.head_dim, self.head_dim, 1, 1)._asdict()
+        self.memories = nn.ModuleDict(
+            {
+                name: InitialMemory(num_heads, self.head_dim, out, memory_hidden_size, initializer_range)
+                for name, out in out_widths.items()
+            }
+        )
+        self.output = GatedOutput(hidden_size, self.head_dim, eps=eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The gates start at their initial biases."""
+        nn.init.constant_(self.rate_bias, self.initial_biases[0])
+        nn.init.constant_(self.retention_bias, self.initial_biases[1])
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        state: SelfModifyingState | None = None,
+        mask: torch.Tensor | None = None,
+        output_state: bool = False,
+    ) -> tuple[torch.Tensor, SelfModifyingState | None]:
+        """Read and write the memories along a piece of each sequence.
+
+        Args:
+            x: ``[B, T, d]``.
+            state: of the tokens before; ``None`` is the learned initial state.
+            mask: ``[B, T]`` bool, True at real tokens. Padding writes nothing; its output is zero.
+            output_state: whether to return the state after this piece.
+
+        Returns:
+            ``y`` like ``x``, and the new state or ``None``.
+        """
+        query, key_input, value_input, gate_input = (
+            projection(x).unflatten(-1, (self.num_heads, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj, self.r_proj)
+        )
+        momentum = None
+        if self.momentum_proj is not None:
+            momentum = self.momentum_proj(x).to(torch.promote_types(x.dtype, torch.float32)).sigmoid()
+        o, state = self_modifying_memory(
+            query,
+            key_input,
+            value_input,
+            gate_input,
+            SelfModifyingWeights(**{name: memory() for name, memory in self.memories.items()}),
+            chunk_size=self.chunk_size,
+            generator_chunk_size=self.generator_chunk_size,
+            momentum=momentum,
+            rule=self.rule,
+            rate_max=self.rate_max,
+            rate_bias=self.rate_bias,
+            retention_bias=self.retention_bias,
+            read=self.read,
+            truncate_every=self.truncate_every,
+            mask=mask,
+            initial_state=state,
+            output_final_state=output_state,
+        )
+        return self.output(o, x), state

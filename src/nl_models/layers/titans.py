@@ -1,0 +1,120 @@
+"""Titans (arXiv 2501.00663): a deep memory whose keys, values and rates come from slow projections."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from nl_kernels.memory_rule import l2_normalize
+from torch import nn
+
+from nl_kernels import DeepMemoryState, MemoryRule, deep_memory
+from nl_models.layers.gated_output import GatedOutput
+from nl_models.layers.initial_memory import InitialMemory
+
+
+class Titans(nn.Module):
+    """One deep memory per head, on the ``deep_memory`` op: what is left without self-modification.
+
+    Args:
+        hidden_size: width ``d``.
+        num_heads: heads; divides ``d``.
+        memory_hidden_size: hidden width of a memory; ``None`` for linear memories.
+        chunk_size: tokens between the states at which gradients are taken. Part of the model.
+        read: ``"snapshot"`` or ``"running"``.
+        rule: how a memory is applied and written.
+        rate_max: largest rate, in [0, 1]; 0 switches writing off.
+        rate_bias, retention_bias: initial biases of the gates' logits.
+        momentum: whether writes have momentum.
+        initializer_range: standard deviation of the memory's initial last layer.
+        eps: of the output norm.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        memory_hidden_size: int | None = 64,
+        chunk_size: int = 16,
+        read: str = "snapshot",
+        rule: MemoryRule | None = None,
+        rate_max: float = 1.0,
+        rate_bias: float = 0.0,
+        retention_bias: float = 4.0,
+        momentum: bool = False,
+        initializer_range: float = 0.02,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of hidden_size={hidden_size}, got {num_heads}")
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.chunk_size = chunk_size
+        self.read = read
+        self.rule = MemoryRule() if rule is None else rule
+        self.rate_max = rate_max
+        self.initial_biases = (rate_bias, retention_bias)
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.rate_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        self.retention_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        self.momentum_proj = nn.Linear(hidden_size, num_heads, bias=False) if momentum else None
+        self.rate_bias = nn.Parameter(torch.empty(num_heads))
+        self.retention_bias = nn.Parameter(torch.empty(num_heads))
+        self.memory = InitialMemory(
+            num_heads, self.head_dim, self.head_dim, memory_hidden_size, initializer_range
+        )
+        self.output = GatedOutput(hidden_size, self.head_dim, eps=eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The gates start at their initial biases."""
+        nn.init.constant_(self.rate_bias, self.initial_biases[0])
+        nn.init.constant_(self.retention_bias, self.initial_biases[1])
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        state: DeepMemoryState | None = None,
+        mask: torch.Tensor | None = None,
+        output_state: bool = False,
+    ) -> tuple[torch.Tensor, DeepMemoryState | None]:
+        """Read and write the memories along a piece of each sequence.
+
+        Args:
+            x: ``[B, T, d]``.
+            state: of the tokens before; ``None`` is the learned initial state.
+            mask: ``[B, T]`` bool, True at real tokens. Padding writes nothing; its output is zero.
+            output_state: whether to return the state after this piece.
+
+        Returns:
+            ``y`` like ``x``, and the new state or ``None``.
+        """
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_heads, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        # Norms and rates in fp32 (or better): a retention near 1 has too few digits in bf16.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        rate = self.rate_max * torch.sigmoid(self.rate_proj(x).to(exact) + self.rate_bias)
+        log_decay = F.logsigmoid(self.retention_proj(x).to(exact) + self.retention_bias)
+        momentum = None
+        if self.momentum_proj is not None:
+            momentum = self.momentum_proj(x).to(exact).sigmoid()
+        o, state = deep_memory(
+            l2_normalize(q.to(exact)),
+            l2_normalize(k.to(exact)),
+            v,
+            rate,
+            log_decay,
+            self.memory(),
+            chunk_size=self.chunk_size,
+            momentum=momentum,
+            rule=self.rule,
+            read=self.read,
+            mask=mask,
+            initial_state=state,
+            output_final_state=output_state,
+        )
+        return self.output(o, x), state

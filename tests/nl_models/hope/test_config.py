@@ -1,0 +1,107 @@
+"""Configs say what is wrong with them, survive JSON, and build baselines and hybrids of one model class."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+import nl_models
+from nl_models import HopeCache, HopeForCausalLM
+from nl_models.hope.configuration_hope import LAYER_TYPES
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_attention_heads": 3}, "num_attention_heads: expected a divisor"),
+        ({"hidden_size": 0}, "hidden_size: expected at least 1"),
+        ({"hidden_size": 18, "layer_types": "full_attention", "num_attention_heads": 2}, "even head width"),
+        ({"layer_types": "mamba"}, "layer_types: expected names of"),
+        ({"layer_types": ["titans"] * 3}, "layer_types: expected one per layer, 2, got 3"),
+        ({"convolution_window": 1}, "convolution_window: expected at least 2"),
+        ({"attention_implementation": "fast"}, "attention_implementation: expected one of"),
+        ({"memory_chunk_size": 0}, "memory_chunk_size: expected at least 1"),
+        ({"memory_chunk_size": 6, "memory_generator_chunk_size": 4}, "must be a multiple"),
+        ({"memory_read": "late"}, "memory_read: expected"),
+        ({"memory_rate_max": 1.5}, r"memory_rate_max: expected a number in \[0, 1\]"),
+        ({"memory_rule": {"erase": "all"}}, "erase: expected one of"),
+        ({"memory_rule": {"forget": True}}, "memory_rule: expected options"),
+        ({"memory_chunks": 4}, "memory_chunks: HopeConfig has no such option"),
+        ({"continuum_levels": []}, "continuum_levels: expected at least one"),
+        ({"continuum_levels": [{"width": 8}]}, "continuum_levels: expected options"),
+        ({"continuum_levels": [{"hidden_size": 8}, {"hidden_size": 8, "chunk_size": 4}]}, "no multiple"),
+    ],
+)
+def test_wrong_options_are_named(make_config, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**options)
+
+
+def test_a_config_survives_json(make_config, tmp_path):
+    config = make_config(
+        list(LAYER_TYPES), num_hidden_layers=4, memory_rule={"erase": "none"}, rope_theta=500.0
+    )
+    config.save_pretrained(tmp_path)
+    nl_models.register()
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.layer_types == list(LAYER_TYPES)
+    assert loaded.continuum_levels == config.continuum_levels
+    assert loaded.fingerprint() == config.fingerprint()
+    assert loaded.num_heads == 2
+
+
+def test_the_fingerprint_follows_what_shapes_the_state(make_config):
+    base = make_config()
+    assert make_config(initializer_range=0.5).fingerprint() == base.fingerprint()
+    for change in ({"memory_chunk_size": 8}, {"hidden_size": 32}, {"memory_rule": {"erase": "none"}}):
+        assert make_config(**change).fingerprint() != base.fingerprint()
+
+
+def test_a_transformer_is_a_config(make_config, tokens):
+    """Attention, no convolution, no output gate, one level that never steps: no fast weights are left."""
+    config = make_config(
+        "full_attention",
+        use_short_convolution=False,
+        attention_output_gate=False,
+        continuum_levels=[{"hidden_size": 64, "gated": True}],
+    )
+    model = HopeForCausalLM(config).eval()
+    d, layers, vocabulary = 16, 2, config.vocab_size
+    expected = vocabulary * d + d + layers * (4 * d * d + d + 3 * 64 * d + d)
+    assert model.num_parameters() == expected
+    ids = tokens(1, 6)
+    cache = HopeCache(config)
+    model(ids, past_key_values=cache)
+    for layer in cache.layers:
+        assert layer.state.convolution is None
+        assert layer.state.continuum == (None,)
+        assert layer.state.mixer.keys.shape == (1, 2, 6, 8)
+
+
+def test_arguments_that_contradict_each_other(make_model, tokens):
+    model, ids = make_model("titans"), tokens(2, 6)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match=r"attention_mask: expected shape \(2, 6\)"):
+        model(ids, attention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(ids, attention_mask=torch.ones(2, 1, 6, 6))
+    with pytest.raises(ValueError, match="pass packed sequences with cu_seqlens"):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    with pytest.raises(ValueError, match="batch of one"):
+        model(ids, cu_seqlens=torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match="neither a padding mask nor a cache"):
+        model(ids[:1], cu_seqlens=torch.tensor([0, 6]), use_cache=True)
+    with pytest.raises(ValueError, match="strictly increasing"):
+        model(ids[:1], cu_seqlens=torch.tensor([0, 4, 4, 6]))
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(ids, output_attentions=True)
+
+
+def test_outputs_follow_the_library(make_model, tokens):
+    model, ids = make_model("titans"), tokens(2, 6)
+    output = model(ids, output_hidden_states=True)
+    assert [tuple(h.shape) for h in output.hidden_states] == [(2, 6, 16)] * 3
+    assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
+    assert torch.equal(model(ids, logits_to_keep=2).logits, output.logits[:, -2:])
+    assert torch.equal(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, output.logits[:, [1, 4]])
+    assert torch.equal(model(ids, return_dict=False)[0], output.logits)

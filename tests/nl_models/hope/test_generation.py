@@ -1,0 +1,109 @@
+"""``generate`` with the recurrent state does what the definition of each decoding method says."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from nl_models import HopeCache
+from nl_models.hope.configuration_hope import LAYER_TYPES
+
+
+@pytest.fixture(params=LAYER_TYPES)
+def kind(request):
+    return request.param
+
+
+def greedy(model, ids, steps, **options):
+    return model.generate(ids, do_sample=False, max_new_tokens=steps, **options)
+
+
+def test_greedy_is_the_argmax_of_full_forwards(make_model, tokens, kind):
+    model, ids = make_model(kind), tokens(2, 9)
+    expected = ids
+    with torch.no_grad():
+        for _ in range(7):
+            logits = model(expected, use_cache=False).logits
+            expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(greedy(model, ids, 7), expected)
+    assert torch.equal(greedy(model, ids, 7, use_cache=False), expected)
+    assert torch.equal(greedy(model, ids, 7, prefill_chunk_size=4), expected)
+
+
+def test_left_padding_does_not_change_the_continuation(make_model, tokens, kind):
+    model, ids = make_model(kind), tokens(2, 8)
+    ids[1, :5] = model.config.pad_token_id
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    together = greedy(model, ids, 6, attention_mask=mask)
+    assert torch.equal(together[:1], greedy(model, ids[:1], 6))
+    assert torch.equal(together[1:, 8:], greedy(model, ids[1:, 5:], 6)[:, 3:])
+
+
+def test_sampling_follows_the_seed(make_model, tokens):
+    model, ids = make_model("self_modifying_titans"), tokens(1, 5)
+    samples = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        samples.append(model.generate(ids, do_sample=True, max_new_tokens=8, use_cache=use_cache))
+    assert torch.equal(*samples)
+
+
+def test_beam_search_with_the_state_equals_beam_search_without(make_model, tokens, kind):
+    model, ids = make_model(kind), tokens(2, 6)
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+def test_reordering_the_state_is_reordering_the_sequences(make_model, tokens, kind):
+    model, ids, following = make_model(kind), tokens(3, 7), tokens(4, 3, seed=1)
+    order = torch.tensor([2, 0, 0, 1])
+    cache = HopeCache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.reorder_cache(order)
+        logits = model(following, past_key_values=cache).logits
+        expected = model(torch.cat([ids[order], following], 1)).logits[:, 7:]
+    assert cache.batch_size == 4
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+def test_selecting_and_repeating_sequences(make_model, tokens, kind):
+    model, ids = make_model(kind), tokens(3, 7)
+    cache = HopeCache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([True, False, True]))
+        cache.batch_repeat_interleave(2)
+        logits = model(ids[[0, 0, 2, 2], :2], past_key_values=cache).logits
+        expected = model(torch.cat([ids, ids[:, :2]], 1)).logits[[0, 0, 2, 2], 7:]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+def test_a_conversation_goes_on_from_a_returned_cache(make_model, tokens, kind):
+    model, ids, turn = make_model(kind), tokens(1, 6), tokens(1, 4, seed=1)
+    first = greedy(model, ids, 5, return_dict_in_generate=True)
+    history = torch.cat([first.sequences, turn], 1)
+    assert torch.equal(
+        greedy(model, history, 5, past_key_values=first.past_key_values), greedy(model, history, 5)
+    )
+
+
+def test_embeddings_may_start_a_generation(make_model, tokens):
+    model, ids = make_model("self_modifying_titans"), tokens(2, 6)
+    from_embeddings = greedy(model, None, 5, inputs_embeds=model.get_input_embeddings()(ids))
+    assert torch.equal(from_embeddings, greedy(model, ids, 5)[:, 6:])
+
+
+def test_foreign_caches_are_refused(make_model, make_config, tokens):
+    model, ids = make_model("gated_delta_net"), tokens(1, 4)
+    with pytest.raises(ValueError, match="expected a HopeCache, got DynamicCache"):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="another config"):
+        model(ids, past_key_values=HopeCache(make_config("full_attention")))
+    with pytest.raises(ValueError, match="cache_implementation"):
+        greedy(model, ids, 2, cache_implementation="static")
+    cache = model(tokens(3, 4), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds 3 sequences"):
+        model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot forget"):
+        cache.crop(-1)

@@ -1,0 +1,87 @@
+"""The memory layers: what they have in common, and what makes them remember."""
+
+import copy
+
+import pytest
+import torch
+
+from nl_kernels import MemoryRule
+from nl_models.layers.self_modifying_titans import SelfModifyingTitans
+from nl_models.layers.titans import Titans
+
+
+def test_self_modifying_titans_start_as_titans():
+    """While its generators rest at zero output, the self-modifying layer is Titans with constant gates."""
+    torch.manual_seed(0)
+    options = {"memory_hidden_size": 5, "chunk_size": 12, "read": "running", "rate_bias": 0.3}
+    plain = Titans(12, 2, **options).double()
+    layer = SelfModifyingTitans(12, 2, **options).double()
+    with torch.no_grad():
+        plain.rate_proj.weight.zero_()
+        plain.retention_proj.weight.zero_()
+        plain.memory.outer.zero_()
+        for memory in layer.memories.values():
+            memory.outer.zero_()
+        layer.memories["memory"].inner.copy_(plain.memory.inner)
+    own = layer.state_dict()
+    layer.load_state_dict({**own, **{n: w for n, w in plain.state_dict().items() if n in own}})
+    x = torch.randn(2, 12, 12, dtype=torch.float64)
+    expected = plain(x)[0]
+    assert expected[:, 1:].abs().min() > 0
+    torch.testing.assert_close(layer(x)[0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Titans, SelfModifyingTitans])
+def test_linear_memories_and_all_rules_run(kind):
+    torch.manual_seed(0)
+    x = torch.randn(2, 11, 12)
+    for rule in (MemoryRule(), MemoryRule.literal(), MemoryRule(erase="none")):
+        for hidden in (None, 7):
+            layer = kind(
+                12, 2, memory_hidden_size=hidden, chunk_size=4, rule=rule, momentum=True, rate_max=0.1
+            )
+            y, state = layer(x, output_state=True)
+            assert y.isfinite().all()
+            assert any(part is None for part in state.snapshot) == (hidden is None)
+            y.sum().backward()
+            assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", [Titans, SelfModifyingTitans])
+def test_what_was_written_is_recalled(kind):
+    """The read of a key turns to the value that was written under it, more with every repeat.
+
+    Delta gradient descent erases what it has just learned at the rate at which it learns it, so that the read
+    of a repeated pair goes to half the value: the direction is what the norm after the memory sees.
+    """
+    torch.manual_seed(0)
+    layer = kind(16, 1, memory_hidden_size=32, chunk_size=1, momentum=False).double()
+    with torch.no_grad():
+        layer.q_proj.weight.copy_(layer.k_proj.weight)
+    x = torch.randn(1, 1, 16, dtype=torch.float64)
+    x = x / x.norm()
+    target = layer.v_proj(x)[0, 0]
+    outputs = []
+    layer.output = torch.nn.Identity()
+    layer.output.forward = lambda o, x: outputs.append(o[0, :, 0]) or o.flatten(2)
+    layer(x.expand(1, 8, 16))
+    alignment = torch.cosine_similarity(outputs[0], target, dim=-1)
+    assert alignment[0] < 0.5
+    assert alignment[1] > 0.9
+    assert alignment[7] > 0.95
+
+
+def test_momentum_changes_the_writes():
+    torch.manual_seed(0)
+    layer = Titans(12, 2, memory_hidden_size=5, chunk_size=2, momentum=True).double()
+    without = copy.deepcopy(layer)
+    without.momentum_proj = None
+    x = torch.randn(1, 9, 12, dtype=torch.float64)
+    torch.testing.assert_close(layer(x)[0][:, :2], without(x)[0][:, :2], rtol=0, atol=1e-12)
+    assert not torch.allclose(layer(x)[0][:, 4:], without(x)[0][:, 4:], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Titans, SelfModifyingTitans])
+def test_heads_divide_the_width(kind):
+    with pytest.raises(ValueError, match="num_heads: expected a divisor of hidden_size=12, got 5"):
+        kind(12, 5)
