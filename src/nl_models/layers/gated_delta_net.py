@@ -6,10 +6,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from nl_kernels.memory_rule import l2_normalize
 from torch import nn
 
 from nl_kernels import delta_memory
+from nl_kernels.memory_rule import l2_normalize
 from nl_models.layers.gated_output import GatedOutput
 
 

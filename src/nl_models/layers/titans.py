@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from nl_kernels.memory_rule import l2_normalize
 from torch import nn
 
 from nl_kernels import DeepMemoryState, MemoryRule, deep_memory
+from nl_kernels.memory_rule import l2_normalize
 from nl_models.layers.gated_output import GatedOutput
 from nl_models.layers.initial_memory import InitialMemory
 

@@ -136,7 +136,8 @@ def test_missing_weights_get_their_initial_values(make_config, tmp_path):
     save_file({n: w for n, w in rest.items() if n != "lm_head.weight"}, tmp_path / "model.safetensors")
     loaded = HopeForCausalLM.from_pretrained(tmp_path).state_dict()
     for name, weight in model.state_dict().items():
-        if name not in own or weight.unique().numel() <= 2:
+        constant = weight.unique().numel() == 1 or name.endswith(".key")  # the key starts as the identity
+        if name not in own or constant:
             assert torch.equal(loaded[name], weight), name
         else:
             assert loaded[name].isfinite().all(), name

@@ -109,22 +109,24 @@ def deep_memory(
     else:
         state = _cast(initial_state, dtype)
 
-    if chosen == "reference":
-        o, final = deep_memory_reference(
-            *inputs, anchor, state, rule=rule, read=read, chunk_size=chunk_size, mask=mask
-        )
-    else:
-        o, final = deep_memory_eager(
-            *inputs,
-            anchor,
-            state,
-            rule=rule,
-            read=read,
-            chunk_size=chunk_size,
-            mask=mask,
-            at_boundary=initial_state is None,
-            checkpoint_every=checkpoint_every,
-        )
+    # Autocast would round the products, and with them the state, to half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        if chosen == "reference":
+            o, final = deep_memory_reference(
+                *inputs, anchor, state, rule=rule, read=read, chunk_size=chunk_size, mask=mask
+            )
+        else:
+            o, final = deep_memory_eager(
+                *inputs,
+                anchor,
+                state,
+                rule=rule,
+                read=read,
+                chunk_size=chunk_size,
+                mask=mask,
+                at_boundary=initial_state is None,
+                checkpoint_every=checkpoint_every,
+            )
     if alignment is not None:
         o = alignment.scatter(o, 1, length)
     return o.reshape(q.shape[0], length, q.shape[2], out_width).to(

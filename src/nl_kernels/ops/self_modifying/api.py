@@ -177,17 +177,19 @@ def self_modifying_memory(
         "truncate_every": truncate_every,
         "mask": mask,
     }
-    if chosen == "reference":
-        o, final = self_modifying_memory_reference(*inputs, anchor, state, **options)
-    else:
-        o, final = self_modifying_memory_eager(
-            *inputs,
-            anchor,
-            state,
-            **options,
-            at_boundary=initial_state is None,
-            checkpoint_every=checkpoint_every,
-        )
+    # Autocast would round the products, and with them the state, to half precision.
+    with torch.autocast(query.device.type, enabled=False):
+        if chosen == "reference":
+            o, final = self_modifying_memory_reference(*inputs, anchor, state, **options)
+        else:
+            o, final = self_modifying_memory_eager(
+                *inputs,
+                anchor,
+                state,
+                **options,
+                at_boundary=initial_state is None,
+                checkpoint_every=checkpoint_every,
+            )
     if alignment is not None:
         o = alignment.scatter(o, 1, length)
     return o.to(query.dtype), final if output_final_state else None
