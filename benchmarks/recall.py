@@ -143,6 +143,7 @@ def main(
     steps: Annotated[int, typer.Option(help="training steps at most")] = 1500,
     batch_size: Annotated[int, typer.Option(help="sequences a step")] = 32,
     learning_rate: Annotated[float, typer.Option(help="AdamW's rate after 50 steps of warm-up")] = 3e-3,
+    vocabulary: Annotated[int, typer.Option(help="different keys, and different values")] = 32,
     hidden_size: Annotated[int, typer.Option(help="width")] = 64,
     heads: Annotated[int, typer.Option(help="heads")] = 2,
     layers: Annotated[int, typer.Option(help="blocks")] = 2,
@@ -162,7 +163,7 @@ def main(
     ]
     for text, count, seed in [] if plot_only else runs:
         console.print(f"[bold]{text}[/], {count} pairs, seed {seed}")
-        task = AssociativeRecall(pairs=count)
+        task = AssociativeRecall(pairs=count, keys=vocabulary, values=vocabulary)
         layer, fields = parse_model(text)
         torch.manual_seed(seed)
         network = HopeForCausalLM(
@@ -172,6 +173,7 @@ def main(
                 num_hidden_layers=layers,
                 num_attention_heads=heads,
                 layer_types=layer,
+                continuum_levels=[{"hidden_size": 2 * hidden_size}],  # a plain MLP: only the mixers differ
                 **fields,
             )
         )
@@ -182,6 +184,7 @@ def main(
             "model": text,
             "pairs": count,
             **settings,
+            "vocabulary": vocabulary,
             "hidden_size": hidden_size,
             "heads": heads,
             "layers": layers,
