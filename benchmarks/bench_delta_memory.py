@@ -140,7 +140,7 @@ def training_case(dtype: torch.dtype, device: str, quick: bool = False, **sizes:
         work=training_work(sizes, dtype.itemsize),
         reference=training_reference,
         dtype=dtype,
-        memory=sizes["T"] >= 2048,
+        memory=True,
         quick=quick,
         devices=(device,),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def times(ratio: float) -> str:
-    """``3.2×``."""
-    return f"{significant(ratio, 2 if ratio < 10 else 3)}×"
+    """Two significant digits or all before the point: ``3.0×``, ``0.25×``, ``120×``."""
+    return f"{ratio:.{max(0, 1 - math.floor(math.log10(ratio)))}f}×"
 
 
 def shape_text(shape: Mapping[str, int]) -> str:

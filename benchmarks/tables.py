@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.harness import SCHEMA
-from benchmarks.report import Row, markdown_cases, markdown_headlines, shape_text
+from benchmarks.harness import SCHEMA, headline
+from benchmarks.report import Row, markdown_cases, markdown_headlines, shape_text, times
 
 MARKER = re.compile(
     r"(<!-- benchmarks:(?P<kind>headlines|cases) ?(?P<op>\w*) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL
@@ -106,7 +106,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 def plot_scaling(folder: Path, cases: Sequence[Sequence[Row]]) -> list[Path]:
     """Time (and peak memory, where measured) against the number of tokens, one PNG for each comparison.
 
-    Comparisons with a single length have nothing to plot.
+    Comparisons with fewer than three lengths show no trend and are left to the tables.
     """
     import matplotlib
 
@@ -120,7 +120,7 @@ def plot_scaling(folder: Path, cases: Sequence[Sequence[Row]]) -> list[Path]:
             families[row["device"], row["op"], row["case"], row["mode"], shape_text(others)].append(row)
     written = []
     for (device, op, case, mode, sizes), rows in families.items():
-        if len({row["shape"]["T"] for row in rows}) < 2:
+        if len({row["shape"]["T"] for row in rows}) < 3:
             continue
         panels = [("us_per_token", 1.0, "µs per token")]
         if any(row["peak_bytes"] for row in rows):
@@ -152,6 +152,41 @@ def plot_scaling(folder: Path, cases: Sequence[Sequence[Row]]) -> list[Path]:
         figure.tight_layout()
         name = re.sub(r"[^a-z0-9]+", "-", f"{device}-{op}-{case}-{mode}-{sizes}".lower()).strip("-")
         path = folder / f"{name}.png"
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
+        written.append(path)
+    return written
+
+
+def plot_headlines(folder: Path, cases: Sequence[Sequence[Row]]) -> list[Path]:
+    """How many times as fast as the fastest other, one bar a case; one PNG for each kind of device."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    written = []
+    for device in sorted({rows[0]["device"] for rows in cases}):
+        lines = [line for rows in cases if rows[0]["device"] == device and (line := headline(rows))][::-1]
+        if not lines:
+            continue
+        labels = [
+            f"{line.ours['op']}, {line.ours['mode']}, {shape_text(line.ours['shape'])}\n"
+            f"against {line.other['provider']}"
+            for line in lines
+        ]
+        speedups = [line.speedup for line in lines]
+        figure, axis = pyplot.subplots(figsize=(9, 1 + 0.42 * len(lines)))
+        bars = axis.barh(labels, speedups, color=["tab:blue" if s >= 1 else "tab:red" for s in speedups])
+        axis.bar_label(bars, [times(s) for s in speedups], padding=3, fontsize=8)
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.margins(x=0.12)
+        axis.tick_params(axis="y", labelsize=7)
+        axis.set_xlabel("times as fast as the fastest other")
+        figure.tight_layout()
+        path = folder / f"{device}-headlines.png"
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
         written.append(path)
@@ -193,7 +228,7 @@ def main(
         typer.echo(f"wrote {csv_file}")
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
-        for path in plot_scaling(plots, cases):
+        for path in (*plot_headlines(plots, cases), *plot_scaling(plots, cases)):
             typer.echo(f"wrote {path}")
 
 

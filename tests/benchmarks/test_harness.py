@@ -28,7 +28,7 @@ from benchmarks.measure import (
     random_tensors,
     time_interleaved,
 )
-from benchmarks.report import markdown_headlines, significant
+from benchmarks.report import markdown_headlines, significant, times
 
 CPU = torch.device("cpu")
 BUDGET = Budget(samples=3, least=2, seconds=0.05)
@@ -227,7 +227,8 @@ def test_the_command_refuses_an_unknown_op():
 def record(result, tmp_path):
     """Two runs of one case at one length, the later one at a second length too."""
     path = tmp_path / "cpu.jsonl"
-    for date, length, speed in (("2026-01-01", 32, 1), ("2026-01-02", 32, 2), ("2026-01-02", 64, 2)):
+    runs = [("2026-01-01", 32, 1)] + [("2026-01-02", length, 2) for length in (32, 64, 128)]
+    for date, length, speed in runs:
         changes = {"date": f"{date}T00:00:00Z", "shape": {"B": 1, "T": length, "D": 4}}
         run.append_rows(
             path, [{**row, **changes, "median_s": row["median_s"] * speed} for row in result.rows]
@@ -237,7 +238,7 @@ def record(result, tmp_path):
 
 def test_tables_show_the_latest_run_of_every_case(record):
     cases = tables.latest_cases(tables.read_rows(record))
-    assert [rows[0]["shape"]["T"] for rows in cases] == [32, 64]
+    assert [rows[0]["shape"]["T"] for rows in cases] == [32, 64, 128]
     assert {row["date"] for rows in cases for row in rows} == {"2026-01-02T00:00:00Z"}
 
 
@@ -274,15 +275,17 @@ def test_the_tables_command_writes_csv_plots_and_markdown(record, tmp_path):
     assert outcome.exit_code == 0, outcome.output
     assert "slow peer" in page.read_text()
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 1 + len(record.read_text().splitlines())
-    assert [path.name for path in tmp_path.glob("*.png")] == ["cpu-toy-doubling-forward-d-4.png"]
+    plots = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert plots == ["cpu-headlines.png", "cpu-toy-doubling-forward-d-4.png"]
 
 
 def test_a_spoiled_record_names_its_line(record):
     record.write_text(record.read_text() + '{"schema": 0}\n')
-    with pytest.raises(ValueError, match=r"cpu.jsonl:10: expected a row of schema"):
+    with pytest.raises(ValueError, match=r"cpu.jsonl:13: expected a row of schema"):
         tables.read_rows(record)
 
 
 def test_significant_digits():
+    assert [times(ratio) for ratio in (0.253, 1.0, 9.94, 118.0)] == ["0.25×", "1.0×", "9.9×", "118×"]
     values = (None, 0, 0.012345, 1.2345, 123.45, 123456.0)
     assert [significant(value) for value in values] == ["", "0", "0.0123", "1.23", "123", "123000"]
