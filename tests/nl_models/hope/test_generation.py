@@ -1,5 +1,8 @@
 """``generate`` with the recurrent state does what the definition of each decoding method says."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -107,3 +110,11 @@ def test_foreign_caches_are_refused(make_model, make_config, tokens):
         model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="cannot forget"):
         cache.crop(-1)
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[3] / "docs/model.md").read_text()
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "docs/model.md", "exec"), {})
+    assert "torch.Size([2, 80]) 79" in capsys.readouterr().out

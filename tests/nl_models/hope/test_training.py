@@ -65,6 +65,7 @@ def test_gradients_are_those_of_finite_differences(make_model, tokens, kind):
         assert (difference - expected).abs() <= 1e-4 * expected.abs() + 1e-6, name
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # its new name is too new
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_changes_no_gradient(make_model, tokens, kind, reentrant):
     model, ids = make_model(kind).train(), tokens(2, 13)
@@ -76,6 +77,7 @@ def test_checkpointing_changes_no_gradient(make_model, tokens, kind, reentrant):
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-12, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_gradients_flow_through_the_carried_state(make_model, tokens, kind):
     """Two segments with a state between them are the whole; replays by checkpointing write nothing."""
     model, ids = make_model(kind).train(), tokens(2, 16)
@@ -176,10 +178,10 @@ def test_a_few_steps_learn_a_constant_text(kind):
             continuum_levels=[{"hidden_size": 32, "chunk_size": 8}],
         )
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
     ids = torch.arange(24).remainder(7)[None].repeat(2, 1)
     losses = []
-    for _ in range(30):
+    for _ in range(12):
         loss = model(ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
