@@ -111,7 +111,7 @@ def plot_scaling(folder: Path, cases: Sequence[Sequence[Row]]) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     families: dict[tuple, list[Row]] = defaultdict(list)
     for rows in cases:
@@ -142,8 +142,8 @@ def plot_scaling(folder: Path, cases: Sequence[Sequence[Row]]) -> list[Path]:
             axis.set_xticks(sorted({row["shape"]["T"] for row in rows}))
             axis.xaxis.set_major_formatter("{x:.0f}")
             axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
             axis.yaxis.set_minor_formatter("{x:g}")
-            axis.tick_params(axis="y", which="minor", labelsize=7)
             axis.set_xlabel("tokens")
             axis.set_ylabel(label)
             axis.grid(alpha=0.3)
