@@ -1,0 +1,290 @@
+"""Launch parameters of ``delta_memory``: pure functions of shapes, dtype and architecture.
+
+The numbers come from ahead-of-time compilation (registers, spills and shared memory against each
+architecture's limits), not from timings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nl_kernels.triton_support.kernel_call import KernelCall
+
+MAX_HEAD_DIM = 256
+"""Largest key or value width of a head that the kernels take."""
+
+_MIN_TILE = 16  # the smallest extent of a tensor-core product
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the three kinds of products compute (names of :func:`triton_support.language.matmul`).
+
+    Attributes:
+        inputs: products of two inputs (keys with keys, queries with keys).
+        state: products with a computed factor (states, transformed values, gradients).
+        solve: the triangular inverse and the products of decay matrices.
+        workspace: dtype of the tensors that one kernel hands to the next.
+    """
+
+    inputs: str
+    state: str
+    solve: str
+    workspace: torch.dtype
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles and resources of one kernel."""
+
+    block_k: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
+def precision_of(dtype: torch.dtype, architecture: str) -> Precision:
+    """Precisions for inputs of ``dtype`` on ``architecture``.
+
+    bf16: operands are rounded to bf16 (it has fp32's range), the solve runs in tf32, whose rounding is four
+    times finer than the bf16 that its result is rounded to. fp16: its range cannot hold a state, so
+    computed factors use tf32, which has the same 10-bit mantissa. fp32: three-pass tf32 on NVIDIA (about
+    2^-21 a product, on tensor cores), plain fp32 matrix instructions on AMD.
+    """
+    if dtype == torch.bfloat16:
+        return Precision("bf16", "bf16", "tf32", torch.bfloat16)
+    if dtype == torch.float16:
+        return Precision("fp16", "tf32", "tf32", torch.float32)
+    full = "ieee" if architecture.startswith("gfx") else "tf32x3"
+    return Precision(full, full, full, torch.float32)
+
+
+def chunk_rows(chunk_size: int, *, architecture: str, dtype: torch.dtype, has_momentum: bool) -> int:
+    """Tokens a kernel takes at once. The result does not depend on it, so ``chunk_size`` is a hint here:
+    rounded up to a power of two from 16, and capped by what fits."""
+    cap = 64
+    if dtype != torch.bfloat16 and (architecture.startswith("gfx") or has_momentum):
+        cap = 32
+    return max(_MIN_TILE, min(cap, _power_of_two(chunk_size)))
+
+
+def padded(size: int) -> int:
+    """The tile that holds a whole head width."""
+    return max(_MIN_TILE, _power_of_two(size))
+
+
+def config_of(
+    kernel: str,
+    *,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    architecture: str,
+    has_momentum: bool,
+) -> Config:
+    """Tiles, warps and stages of ``kernel`` (its function's name without ``_kernel``)."""
+    key, value = padded(key_dim), padded(value_dim)
+    wide = dtype != torch.bfloat16
+    if kernel in ("scan_chunks", "scan_gradients"):
+        block_v = 32 if key > 128 or wide or has_momentum else 64
+        return Config(key, min(block_v, value), 4 if key <= 128 else 8, 1 if wide or has_momentum else 2)
+    if kernel == "step":
+        return Config(key, min(32, value), 4, 1)
+    return Config(min(64, key), min(64, value), 8 if has_momentum else 4, 1 if wide else 2)
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """How one call is cut into chunks, and what all of its kernels share.
+
+    Attributes:
+        chunks: programs along the chunk axis; with packed sequences an upper bound, so that planning need
+            not wait for the device to read the lengths.
+        sequences: states, B or N.
+        chunk_table: packed: first token and number of tokens (0: unused) of each chunk, int64 [chunks, 2].
+        cu_seqlens, chunk_offsets: packed: first token and first chunk of each sequence, int64 [N + 1].
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    architecture: str
+    has_momentum: bool
+    block_c: int
+    chunks: int
+    sequences: int
+    chunk_table: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    chunk_offsets: torch.Tensor | None
+
+    @property
+    def precision(self) -> Precision:
+        return precision_of(self.dtype, self.architecture)
+
+    def config(self, kernel: Any) -> Config:
+        """The table's row for ``kernel`` in this plan."""
+        return config_of(
+            kernel.__name__.removesuffix("_kernel"),
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+            dtype=self.dtype,
+            architecture=self.architecture,
+            has_momentum=self.has_momentum,
+        )
+
+    def tiles(self, kernel: Any, width: str | None) -> int:
+        """How many tiles ``kernel`` cuts the "key" or "value" width into; one if ``None``."""
+        config = self.config(kernel)
+        if width is None:
+            return 1
+        if width == "key":
+            return -(-self.key_dim // config.block_k)
+        return -(-self.value_dim // config.block_v)
+
+    def call(
+        self,
+        kernel: Any,
+        arguments: dict[str, torch.Tensor | float | None],
+        *,
+        tiles: str | None = None,
+        scan: bool = False,
+        read: str = "after",
+        key_tiles: int = 1,
+    ) -> KernelCall:
+        """The call of ``kernel``: what it takes of ``arguments``, sizes, tables, tiles and precisions.
+
+        Args:
+            tiles: the width ("key" or "value") that the second grid axis tiles; None for no such axis.
+            scan: one program a sequence instead of one a chunk.
+            read: the op's option, for the kernels that have it.
+            key_tiles: how many tiles another kernel has cut the key width into.
+        """
+        config = self.config(kernel)
+        run_time = {
+            **arguments,
+            "T": self.tokens,
+            "H": self.heads,
+            "chunk_table": self.chunk_table,
+            "cu_seqlens": self.cu_seqlens,
+            "chunk_offsets": self.chunk_offsets,
+        }
+        constants = {
+            "KEY_DIM": self.key_dim,
+            "VALUE_DIM": self.value_dim,
+            "READ_BEFORE": read == "before",
+            "KEY_TILES": key_tiles,
+            "BLOCK_C": self.block_c,
+            "BLOCK_K": config.block_k,
+            "BLOCK_V": config.block_v,
+            "INPUTS": self.precision.inputs,
+            "STATE": self.precision.state,
+            "SOLVE": self.precision.solve,
+        }
+        names = kernel.arg_names
+        return KernelCall(
+            kernel,
+            ((self.sequences if scan else self.chunks) * self.heads, self.tiles(kernel, tiles)),
+            {name: value for name, value in run_time.items() if name in names},
+            {name: value for name, value in constants.items() if name in names},
+            config.num_warps,
+            config.num_stages,
+        )
+
+
+def plan_chunks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    momentum: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    chunk_size: int,
+    architecture: str,
+) -> ChunkPlan:
+    """Cut a call into chunks. Packed sequences get index tables, made on the device without waiting for it.
+
+    Raises:
+        NotImplementedError: a head wider than :data:`MAX_HEAD_DIM`, or fp64.
+    """
+    batch, tokens, heads, key_dim = k.shape
+    value_dim = v.shape[-1]
+    dtype = operand_dtype(q, k, v)
+    check_head_dims(key_dim, value_dim)
+    block_c = chunk_rows(
+        chunk_size, architecture=architecture, dtype=dtype, has_momentum=momentum is not None
+    )
+    chunk_table = chunk_offsets = None
+    chunks, sequences = batch * -(-tokens // block_c), batch
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int64)
+        sequences = cu_seqlens.numel() - 1
+        chunks = tokens // block_c + sequences
+        per_sequence = (cu_seqlens.diff() + block_c - 1) // block_c
+        chunk_offsets = torch.nn.functional.pad(per_sequence.cumsum(0), (1, 0))
+        chunk = torch.arange(chunks, device=k.device)
+        sequence = torch.searchsorted(chunk_offsets, chunk, right=True) - 1
+        sequence = sequence.clamp(max=sequences - 1)
+        start = cu_seqlens[sequence] + (chunk - chunk_offsets[sequence]) * block_c
+        count = (cu_seqlens[sequence + 1] - start).clamp(0, block_c)
+        chunk_table = torch.stack((start, count), dim=1)
+    return ChunkPlan(
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        dtype=dtype,
+        architecture=architecture,
+        has_momentum=momentum is not None,
+        block_c=block_c,
+        chunks=chunks,
+        sequences=sequences,
+        chunk_table=chunk_table,
+        cu_seqlens=cu_seqlens,
+        chunk_offsets=chunk_offsets,
+    )
+
+
+def operand_dtype(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.dtype:
+    """The dtype whose precision serves products of q, k and v.
+
+    Raises:
+        NotImplementedError: fp64.
+    """
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if dtype == torch.float64:
+        raise NotImplementedError(
+            "q, k, v: the Triton kernels of delta_memory take bfloat16, float16 and float32, got float64; "
+            "use impl='eager' or impl='reference'"
+        )
+    return dtype
+
+
+def check_head_dims(key_dim: int, value_dim: int) -> None:
+    """Refuse heads that the kernels cannot hold.
+
+    Raises:
+        NotImplementedError: wider than :data:`MAX_HEAD_DIM`.
+    """
+    for name, size in (("q, k", key_dim), ("v", value_dim)):
+        if size > MAX_HEAD_DIM:
+            raise NotImplementedError(
+                f"{name}: the Triton kernels of delta_memory take heads up to {MAX_HEAD_DIM} wide, "
+                f"got {size}; use impl='eager'"
+            )
+
+
+def contiguous(*tensors: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
+    """Each tensor in the row-major layout that the kernels index."""
+    return (None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

@@ -1,0 +1,786 @@
+"""Triton backward of ``delta_memory``: recompute the chunk states, scan their gradients back, then each chunk.
+
+Four steps after the recomputed forward, with ``dS, dU`` the gradients of the state and momentum that a chunk
+*ends* with, and ``Z`` its pseudo-values:
+
+1. ``pull_reads``: what the outputs alone ask of Z and V, ``(B ∘ QKᵀ)ᵀ dO`` and ``(E ∘ QKᵀ)ᵀ dO``;
+2. ``scan_gradients`` (sequential): completes dZ, carries ``dS, dU`` to the chunk's start;
+3. ``pair_gradients``: everything that is a matrix of token pairs; dV;
+4. ``state_gradients``: everything that is a product with a state; dQ, dK;
+   and ``rate_gradients``: gathers the per-token terms of decay, erase and momentum.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nl_kernels.ops.delta_memory import launch
+from nl_kernels.ops.delta_memory.triton_forward import plan_states
+from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
+from nl_kernels.triton_support.language import (
+    cumulate_log,
+    decay_between,
+    decay_from_start,
+    decay_matrix,
+    load_tile,
+    locate_chunk,
+    locate_sequence,
+    matmul,
+    safe_log,
+    store_tile,
+    sum_over_spans,
+    total_log,
+)
+from nl_kernels.triton_support.targets import architecture_of
+
+
+@triton.jit
+def _read_decays(log_a, row, READ_BEFORE: tl.constexpr):
+    """Decays of what each row reads, ``B`` [C, C] and ``b`` [C]: up to the row, or up to the one before."""
+    total, resets, total_before, resets_before = cumulate_log(log_a)
+    if READ_BEFORE:
+        seen = row[:, None] > row[None, :]
+        matrix = decay_matrix(total_before, resets_before, total, resets, seen)
+        start = decay_from_start(total_before, resets_before)
+    else:
+        seen = row[:, None] >= row[None, :]
+        matrix = decay_matrix(total, resets, total, resets, seen)
+        start = decay_from_start(total, resets)
+    return matrix, start
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def pull_reads_kernel(
+    q,
+    k,
+    do,
+    log_decay,
+    momentum,
+    d_pseudo,
+    d_value,
+    chunk_table,
+    scale,
+    T,
+    H,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    READ_BEFORE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    INPUTS: tl.constexpr,
+    STATE: tl.constexpr,
+    SOLVE: tl.constexpr,
+):
+    """One program a chunk and head: the part of dZ (and with momentum of dV) from the chunk's own outputs."""
+    program = tl.program_id(0)
+    start, count = locate_chunk(program // H, chunk_table, T, BLOCK_C)
+    if count == 0:
+        return
+    row = tl.arange(0, BLOCK_C)
+    valid = row < count
+    token = (start + row) * H + program % H
+
+    query_key = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    for first in range(0, KEY_DIM, BLOCK_K):
+        column = first + tl.arange(0, BLOCK_K)
+        query = load_tile(q, token, valid, column, KEY_DIM)
+        key = load_tile(k, token, valid, column, KEY_DIM)
+        query_key += matmul(query, tl.trans(key), INPUTS)
+    query_key *= scale
+    log_a = tl.load(log_decay + token, mask=valid, other=0.0)
+    decay, _ = _read_decays(log_a, row, READ_BEFORE)
+    attention = decay * query_key
+    if momentum is not None:
+        log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
+        mu_total, mu_resets, _, _ = cumulate_log(log_mu)
+        lower = (row[:, None] >= row[None, :]) & valid[:, None]
+        mu_matrix = decay_matrix(mu_total, mu_resets, mu_total, mu_resets, lower)
+        mixed_attention = matmul(decay, mu_matrix, SOLVE) * query_key
+    for first in range(0, VALUE_DIM, BLOCK_V):
+        column = first + tl.arange(0, BLOCK_V)
+        d_output = load_tile(do, token, valid, column, VALUE_DIM)
+        pulled = matmul(tl.trans(attention), d_output, STATE)
+        store_tile(d_pseudo, token, valid, column, VALUE_DIM, pulled)
+        if momentum is not None:
+            pulled = matmul(tl.trans(mixed_attention), d_output, STATE)
+            store_tile(d_value, token, valid, column, VALUE_DIM, pulled)
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def scan_gradients_kernel(
+    q,
+    k,
+    do,
+    log_decay,
+    momentum,
+    key_transform,
+    momentum_key_transform,
+    momentum_tail,
+    d_pseudo,
+    d_value,
+    d_final_state,
+    d_final_momentum,
+    d_chunk_states,
+    d_chunk_momenta,
+    d_initial_state,
+    d_initial_momentum,
+    cu_seqlens,
+    chunk_offsets,
+    scale,
+    T,
+    H,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    READ_BEFORE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """One program a sequence, head and tile of the value width: carries dS (and dU) back over the chunks.
+
+    Writes the gradient of the state that each chunk ends with, completes dZ and the state's part of dV in
+    place, and writes the gradients of the initial state and momentum.
+    """
+    program = tl.program_id(0)
+    sequence = program // H
+    head = program % H
+    start, length, first_chunk = locate_sequence(sequence, cu_seqlens, chunk_offsets, T, BLOCK_C)
+    row = tl.arange(0, BLOCK_C)
+    key_column = tl.arange(0, BLOCK_K)
+    value_column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    state_mask = (key_column < KEY_DIM)[:, None] & (value_column < VALUE_DIM)[None, :]
+    public = program.to(tl.int64) * VALUE_DIM * KEY_DIM
+    public += value_column[None, :] * KEY_DIM + key_column[:, None]
+
+    d_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    if d_final_state is not None:
+        d_state += tl.load(d_final_state + public, mask=state_mask, other=0.0).to(tl.float32)
+    if momentum is not None:
+        d_velocity = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+        if d_final_momentum is not None:
+            d_velocity += tl.load(d_final_momentum + public, mask=state_mask, other=0.0).to(tl.float32)
+
+    chunks = tl.cdiv(length, BLOCK_C)
+    for step in range(0, chunks):
+        index = chunks - 1 - step
+        state_row = ((first_chunk + index) * H + head) * KEY_DIM + key_column
+        store_tile(d_chunk_states, state_row, key_column < KEY_DIM, value_column, VALUE_DIM, d_state)
+        valid = index * BLOCK_C + row < length
+        token = (start + index * BLOCK_C + row) * H + head
+        query = load_tile(q, token, valid, key_column, KEY_DIM)
+        key = load_tile(k, token, valid, key_column, KEY_DIM)
+        transform = load_tile(key_transform, token, valid, key_column, KEY_DIM)
+        d_output = load_tile(do, token, valid, value_column, VALUE_DIM).to(tl.float32) * scale
+        d_pseudo_tile = load_tile(d_pseudo, token, valid, value_column, VALUE_DIM).to(tl.float32)
+
+        log_a = tl.load(log_decay + token, mask=valid, other=0.0)
+        total, resets, total_before, resets_before = cumulate_log(log_a)
+        all_total, all_resets = total_log(log_a)
+        tail = decay_between(all_total, all_resets, total, resets)
+        kept = decay_from_start(all_total, all_resets)
+        if READ_BEFORE:
+            read_decay = decay_from_start(total_before, resets_before)
+        else:
+            read_decay = decay_from_start(total, resets)
+
+        from_state = matmul(key, d_state, STATE)
+        d_pseudo_tile += tail[:, None] * from_state
+        store_tile(d_pseudo, token, valid, value_column, VALUE_DIM, d_pseudo_tile)
+        if momentum is not None:
+            store_tile(d_chunk_momenta, state_row, key_column < KEY_DIM, value_column, VALUE_DIM, d_velocity)
+            log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
+            mu_total, mu_resets, _, _ = cumulate_log(log_mu)
+            mu_all_total, mu_all_resets = total_log(log_mu)
+            mu_start = tl.where(valid, decay_from_start(mu_total, mu_resets), 0.0)
+            mu_tail = decay_between(mu_all_total, mu_all_resets, mu_total, mu_resets)
+            mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
+            d_value_tile = load_tile(d_value, token, valid, value_column, VALUE_DIM).to(tl.float32)
+            d_value_tile += mixed_tail[:, None] * from_state
+            d_value_tile += mu_tail[:, None] * matmul(key, d_velocity, STATE)
+            store_tile(d_value, token, valid, value_column, VALUE_DIM, d_value_tile)
+
+            seen = _seen(row, READ_BEFORE)
+            if READ_BEFORE:
+                decay = decay_matrix(total_before, resets_before, total, resets, seen)
+            else:
+                decay = decay_matrix(total, resets, total, resets, seen)
+            carried = tl.sum(decay * mu_start[None, :], 1)
+            d_velocity = decay_from_start(mu_all_total, mu_all_resets) * d_velocity
+            d_velocity += tl.sum(tail * mu_start, 0) * d_state
+            d_velocity += matmul(tl.trans(query), carried[:, None] * d_output, STATE)
+            momentum_transform = load_tile(momentum_key_transform, token, valid, key_column, KEY_DIM)
+            d_velocity -= matmul(tl.trans(momentum_transform), d_pseudo_tile, STATE)
+        d_state = kept * d_state + matmul(tl.trans(query), read_decay[:, None] * d_output, STATE)
+        d_state -= matmul(tl.trans(transform), d_pseudo_tile, STATE)
+
+    tl.store(d_initial_state + public, d_state, mask=state_mask)
+    if momentum is not None:
+        tl.store(d_initial_momentum + public, d_velocity, mask=state_mask)
+
+
+@triton.jit
+def _seen(row, READ_BEFORE: tl.constexpr):
+    """``[t, j]``: whether row t's read contains the write of row j."""
+    if READ_BEFORE:
+        mask = row[:, None] > row[None, :]
+    else:
+        mask = row[:, None] >= row[None, :]
+    return mask
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def pair_gradients_kernel(
+    q,
+    k,
+    v,
+    do,
+    log_decay,
+    erase,
+    momentum,
+    inverse,
+    pseudo_values,
+    d_pseudo,
+    d_value,
+    d_query_key,
+    d_key_key,
+    dv,
+    d_log_decay,
+    d_erase,
+    d_momentum,
+    chunk_table,
+    scale,
+    T,
+    H,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    READ_BEFORE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    INPUTS: tl.constexpr,
+    STATE: tl.constexpr,
+    SOLVE: tl.constexpr,
+):
+    """One program a chunk and head: gradients that are matrices of token pairs.
+
+    Turns dZ into dR = Tᵀ dZ in place, writes dV, the gradients of QKᵀ and (made symmetric) of KKᵀ, and the
+    pairs' part of the gradients of log decay, erase and momentum.
+    """
+    program = tl.program_id(0)
+    start, count = locate_chunk(program // H, chunk_table, T, BLOCK_C)
+    if count == 0:
+        return
+    row = tl.arange(0, BLOCK_C)
+    valid = row < count
+    token = (start + row) * H + program % H
+    chunk_row = program.to(tl.int64) * BLOCK_C + row
+    strict = row[:, None] > row[None, :]
+    lower = row[:, None] >= row[None, :]
+
+    query_key = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    key_key = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    for first in range(0, KEY_DIM, BLOCK_K):
+        column = first + tl.arange(0, BLOCK_K)
+        query = load_tile(q, token, valid, column, KEY_DIM)
+        key = load_tile(k, token, valid, column, KEY_DIM)
+        query_key += matmul(query, tl.trans(key), INPUTS)
+        key_key += matmul(key, tl.trans(key), INPUTS)
+
+    log_a = tl.load(log_decay + token, mask=valid, other=0.0)
+    beta = tl.load(erase + token, mask=valid, other=0.0)
+    total, resets, total_before, resets_before = cumulate_log(log_a)
+    before = decay_matrix(total_before, resets_before, total, resets, strict)
+    transposed_inverse = tl.trans(load_tile(inverse, chunk_row, row < BLOCK_C, row, BLOCK_C))
+    if momentum is not None:
+        mu = tl.load(momentum + token, mask=valid, other=1.0)
+        mu_total, mu_resets, mu_total_before, mu_resets_before = cumulate_log(safe_log(mu))
+        mu_matrix = decay_matrix(mu_total, mu_resets, mu_total, mu_resets, lower & valid[:, None])
+        mixed_before = matmul(before, mu_matrix, SOLVE)
+        pulled_back = tl.trans(beta[:, None] * mixed_before * key_key)
+        d_mixed_attention = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+        d_mixed = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+
+    d_attention = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    d_system = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    for first in range(0, VALUE_DIM, BLOCK_V):
+        column = first + tl.arange(0, BLOCK_V)
+        d_output = load_tile(do, token, valid, column, VALUE_DIM)
+        pseudo = tl.trans(load_tile(pseudo_values, token, valid, column, VALUE_DIM))
+        d_right = matmul(
+            transposed_inverse, load_tile(d_pseudo, token, valid, column, VALUE_DIM), STATE
+        )
+        store_tile(d_pseudo, token, valid, column, VALUE_DIM, d_right)
+        d_attention += matmul(d_output, pseudo, STATE)
+        d_system -= matmul(d_right, pseudo, STATE)
+        if momentum is None:
+            store_tile(dv, token, valid, column, VALUE_DIM, d_right)
+        else:
+            value = tl.trans(load_tile(v, token, valid, column, VALUE_DIM))
+            d_mixed_attention += matmul(d_output, value, INPUTS)
+            d_mixed -= matmul(d_right, value, STATE)
+            d_value_tile = load_tile(d_value, token, valid, column, VALUE_DIM).to(tl.float32)
+            d_value_tile -= matmul(pulled_back, d_right, STATE)
+            store_tile(dv, token, valid, column, VALUE_DIM, d_value_tile)
+
+    # Reads: O = scale · ((B ∘ QKᵀ) Z + (E ∘ QKᵀ) V), E = B M.
+    if READ_BEFORE:
+        read = before
+        ends = strict
+    else:
+        read = decay_matrix(total, resets, total, resets, lower)
+        ends = lower
+    # Row i, column t: whether a read at t lies after the factor of i.
+    ends = tl.trans(ends)
+    d_attention *= scale
+    d_query_key_tile = d_attention * read
+    d_read = d_attention * query_key
+    if momentum is not None:
+        mixed_read = matmul(read, mu_matrix, SOLVE)
+        d_mixed_attention *= scale
+        d_query_key_tile += d_mixed_attention * mixed_read
+        d_mixed_read = tl.where(_seen(row, READ_BEFORE), d_mixed_attention * query_key, 0.0)
+        d_read += matmul(d_mixed_read, tl.trans(mu_matrix), SOLVE)
+        d_mu_matrix = matmul(tl.trans(mixed_read), d_mixed_read, SOLVE)
+    store_tile(d_query_key, chunk_row, row < BLOCK_C, row, BLOCK_C, d_query_key_tile)
+    d_log = sum_over_spans(d_read * read, ends, strict, SOLVE)
+
+    # Solve: A = β ∘ B⁻ ∘ KKᵀ, and with momentum R ∋ −β ∘ (E⁻ ∘ KKᵀ) V, E⁻ = B⁻ M.
+    d_scaled = d_system * before
+    d_before = d_system * beta[:, None] * key_key
+    if momentum is not None:
+        d_scaled += d_mixed * mixed_before
+        d_mixed_before = tl.where(strict, d_mixed * beta[:, None] * key_key, 0.0)
+        d_before += matmul(d_mixed_before, tl.trans(mu_matrix), SOLVE)
+        d_mu_matrix += matmul(tl.trans(mixed_before), d_mixed_before, SOLVE)
+        mu_before = decay_matrix(mu_total_before, mu_resets_before, mu_total, mu_resets, strict)
+        tl.store(d_momentum + token, tl.sum(d_mu_matrix * mu_before, 1), mask=valid)
+    tl.store(d_erase + token, tl.sum(d_scaled * key_key, 1), mask=valid)
+    d_key_key_tile = beta[:, None] * d_scaled
+    d_key_key_tile += tl.trans(d_key_key_tile)
+    store_tile(d_key_key, chunk_row, row < BLOCK_C, row, BLOCK_C, d_key_key_tile)
+    d_log += sum_over_spans(d_before * before, tl.trans(strict), strict, SOLVE)
+    tl.store(d_log_decay + token, d_log, mask=valid)
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def state_gradients_kernel(
+    q,
+    k,
+    v,
+    do,
+    log_decay,
+    erase,
+    momentum,
+    momentum_tail,
+    pseudo_values,
+    d_right,
+    d_query_key,
+    d_key_key,
+    chunk_states,
+    chunk_momenta,
+    d_chunk_states,
+    d_chunk_momenta,
+    dq,
+    dk,
+    token_terms,
+    chunk_terms,
+    chunk_table,
+    scale,
+    tokens,
+    T,
+    H,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    READ_BEFORE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """One program a chunk, head and tile of the key width: gradients that are products with a state.
+
+    Writes dQ and dK, and for each tile the scalar products from which :func:`rate_gradients_kernel` makes
+    the gradients of the rates: ``token_terms`` [tiles, 3 or 7, B·T·H], ``chunk_terms``
+    [tiles, 1 or 3, chunks·H].
+    """
+    program = tl.program_id(0)
+    tile = tl.program_id(1)
+    start, count = locate_chunk(program // H, chunk_table, T, BLOCK_C)
+    if count == 0:
+        return
+    row = tl.arange(0, BLOCK_C)
+    valid = row < count
+    token = (start + row) * H + program % H
+    chunk_row = program.to(tl.int64) * BLOCK_C + row
+    column = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    state_row = program.to(tl.int64) * KEY_DIM + column
+    in_key = column < KEY_DIM
+
+    log_a = tl.load(log_decay + token, mask=valid, other=0.0)
+    beta = tl.load(erase + token, mask=valid, other=0.0)
+    total, resets, total_before, resets_before = cumulate_log(log_a)
+    all_total, all_resets = total_log(log_a)
+    tail = decay_between(all_total, all_resets, total, resets)
+    start_before = decay_from_start(total_before, resets_before)
+    read_decay = start_before if READ_BEFORE else decay_from_start(total, resets)
+    if momentum is not None:
+        log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
+        mu_total, mu_resets, _, _ = cumulate_log(log_mu)
+        mu_all_total, mu_all_resets = total_log(log_mu)
+        mu_start = tl.where(valid, decay_from_start(mu_total, mu_resets), 0.0)
+        mu_tail = decay_between(mu_all_total, mu_all_resets, mu_total, mu_resets)
+        mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
+        strict = row[:, None] > row[None, :]
+        before = decay_matrix(total_before, resets_before, total, resets, strict)
+        carried_before = tl.sum(before * mu_start[None, :], 1)
+        if READ_BEFORE:
+            carried = carried_before
+        else:
+            lower = row[:, None] >= row[None, :]
+            read = decay_matrix(total, resets, total, resets, lower)
+            carried = tl.sum(read * mu_start[None, :], 1)
+
+    query = load_tile(q, token, valid, column, KEY_DIM)
+    key = load_tile(k, token, valid, column, KEY_DIM)
+    query_fp32 = query.to(tl.float32)
+    key_fp32 = key.to(tl.float32)
+    pairs = load_tile(d_query_key, chunk_row, row < BLOCK_C, row, BLOCK_C)
+    dq_tile = matmul(pairs, key, STATE)
+    dk_tile = matmul(tl.trans(pairs), query, STATE)
+    dk_tile += matmul(load_tile(d_key_key, chunk_row, row < BLOCK_C, row, BLOCK_C), key, STATE)
+
+    read_term = tl.zeros([BLOCK_C], tl.float32)
+    erase_term = tl.zeros([BLOCK_C], tl.float32)
+    tail_term = tl.zeros([BLOCK_C], tl.float32)
+    kept_term = 0.0
+    if momentum is not None:
+        carried_read_term = tl.zeros([BLOCK_C], tl.float32)
+        carried_erase_term = tl.zeros([BLOCK_C], tl.float32)
+        mixed_tail_term = tl.zeros([BLOCK_C], tl.float32)
+        mu_tail_term = tl.zeros([BLOCK_C], tl.float32)
+        carried_term = 0.0
+        mu_kept_term = 0.0
+    for first in range(0, VALUE_DIM, BLOCK_V):
+        value_column = first + tl.arange(0, BLOCK_V)
+        d_output = load_tile(do, token, valid, value_column, VALUE_DIM)
+        d_right_tile = load_tile(d_right, token, valid, value_column, VALUE_DIM)
+        pseudo = load_tile(pseudo_values, token, valid, value_column, VALUE_DIM)
+        state = load_tile(chunk_states, state_row, in_key, value_column, VALUE_DIM)
+        d_state = load_tile(d_chunk_states, state_row, in_key, value_column, VALUE_DIM)
+
+        product = scale * matmul(d_output, tl.trans(state), STATE)
+        dq_tile += read_decay[:, None] * product
+        read_term += tl.sum(query_fp32 * product, 1)
+        product = matmul(d_right_tile, tl.trans(state), STATE)
+        dk_tile -= (beta * start_before)[:, None] * product
+        erase_term -= tl.sum(key_fp32 * product, 1)
+        product = matmul(pseudo, tl.trans(d_state), STATE)
+        dk_tile += tail[:, None] * product
+        tail_term += tl.sum(key_fp32 * product, 1)
+        d_state_fp32 = d_state.to(tl.float32)
+        kept_term += tl.sum(state.to(tl.float32) * d_state_fp32)
+        if momentum is not None:
+            value = load_tile(v, token, valid, value_column, VALUE_DIM)
+            velocity = load_tile(chunk_momenta, state_row, in_key, value_column, VALUE_DIM)
+            d_velocity = load_tile(d_chunk_momenta, state_row, in_key, value_column, VALUE_DIM)
+            product = scale * matmul(d_output, tl.trans(velocity), STATE)
+            dq_tile += carried[:, None] * product
+            carried_read_term += tl.sum(query_fp32 * product, 1)
+            product = matmul(d_right_tile, tl.trans(velocity), STATE)
+            dk_tile -= (beta * carried_before)[:, None] * product
+            carried_erase_term -= tl.sum(key_fp32 * product, 1)
+            product = matmul(value, tl.trans(d_state), STATE)
+            dk_tile += mixed_tail[:, None] * product
+            mixed_tail_term += tl.sum(key_fp32 * product, 1)
+            product = matmul(value, tl.trans(d_velocity), STATE)
+            dk_tile += mu_tail[:, None] * product
+            mu_tail_term += tl.sum(key_fp32 * product, 1)
+            velocity_fp32 = velocity.to(tl.float32)
+            carried_term += tl.sum(velocity_fp32 * d_state_fp32)
+            mu_kept_term += tl.sum(velocity_fp32 * d_velocity.to(tl.float32))
+
+    store_tile(dq, token, valid, column, KEY_DIM, dq_tile)
+    store_tile(dk, token, valid, column, KEY_DIM, dk_tile)
+    token_count = tokens.to(tl.int64) * H
+    chunk_count = tl.num_programs(0)
+    if momentum is None:
+        terms = token_terms + tile * 3 * token_count + token
+        tl.store(chunk_terms + tile * chunk_count + program, kept_term)
+    else:
+        terms = token_terms + tile * 7 * token_count + token
+        tl.store(terms + 3 * token_count, carried_read_term, mask=valid)
+        tl.store(terms + 4 * token_count, carried_erase_term, mask=valid)
+        tl.store(terms + 5 * token_count, mixed_tail_term, mask=valid)
+        tl.store(terms + 6 * token_count, mu_tail_term, mask=valid)
+        chunk_terms += tile * 3 * chunk_count + program
+        tl.store(chunk_terms, kept_term)
+        tl.store(chunk_terms + chunk_count, carried_term)
+        tl.store(chunk_terms + 2 * chunk_count, mu_kept_term)
+    tl.store(terms, read_term, mask=valid)
+    tl.store(terms + token_count, erase_term, mask=valid)
+    tl.store(terms + 2 * token_count, tail_term, mask=valid)
+
+
+@triton.jit
+def _sum_tiles(terms, offset, mask, stride, TILES: tl.constexpr):
+    """The sum over tiles of the terms at ``offset``, always in the same order."""
+    result = tl.load(terms + offset, mask=mask, other=0.0)
+    for tile in range(1, TILES):
+        result += tl.load(terms + offset + tile * stride, mask=mask, other=0.0)
+    return result
+
+
+@triton.jit
+def _suffix_sum(x, INCLUSIVE: tl.constexpr):
+    """``out[i] = Σ_{t ≥ i} x[t]`` (or t > i)."""
+    result = tl.cumsum(x, 0, reverse=True)
+    if not INCLUSIVE:
+        result -= x
+    return result
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def rate_gradients_kernel(
+    log_decay,
+    erase,
+    momentum,
+    momentum_tail,
+    token_terms,
+    chunk_terms,
+    d_log_decay,
+    d_erase,
+    d_momentum,
+    chunk_table,
+    tokens,
+    T,
+    H,
+    READ_BEFORE: tl.constexpr,
+    KEY_TILES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SOLVE: tl.constexpr,
+):
+    """One program a chunk and head: adds the states' part to the gradients of the rates, in place.
+
+    Each term is the gradient of one decay (b, c, B_C, …); a decay's gradient goes to every factor in it.
+    Where a factor may be zero and its gradient is not (momentum), the product of the *others* is formed.
+    """
+    program = tl.program_id(0)
+    start, count = locate_chunk(program // H, chunk_table, T, BLOCK_C)
+    if count == 0:
+        return
+    row = tl.arange(0, BLOCK_C)
+    valid = row < count
+    token = (start + row) * H + program % H
+    strict = row[:, None] > row[None, :]
+    lower = row[:, None] >= row[None, :]
+    token_count = tokens.to(tl.int64) * H
+    chunk_count = tl.num_programs(0)
+    one = tl.arange(0, 1)
+    TOKEN_TERMS: tl.constexpr = 3 if momentum is None else 7
+    CHUNK_TERMS: tl.constexpr = 1 if momentum is None else 3
+    token_stride = TOKEN_TERMS * token_count
+    chunk_stride = CHUNK_TERMS * chunk_count
+
+    log_a = tl.load(log_decay + token, mask=valid, other=0.0)
+    beta = tl.load(erase + token, mask=valid, other=0.0)
+    total, resets, total_before, resets_before = cumulate_log(log_a)
+    all_total, all_resets = total_log(log_a)
+    tail = decay_between(all_total, all_resets, total, resets)
+    kept = decay_from_start(all_total, all_resets)
+    start_before = decay_from_start(total_before, resets_before)
+    read_decay = start_before if READ_BEFORE else decay_from_start(total, resets)
+
+    read_term = _sum_tiles(token_terms, token, valid, token_stride, KEY_TILES)
+    erase_term = _sum_tiles(token_terms, token + token_count, valid, token_stride, KEY_TILES)
+    tail_term = _sum_tiles(token_terms, token + 2 * token_count, valid, token_stride, KEY_TILES)
+    kept_term = _sum_tiles(chunk_terms, program + one, one == 0, chunk_stride, KEY_TILES)
+
+    d_erase_token = tl.load(d_erase + token, mask=valid, other=0.0) + start_before * erase_term
+    d_log = tl.load(d_log_decay + token, mask=valid, other=0.0)
+    d_log += _suffix_sum(read_decay * read_term, not READ_BEFORE)
+    d_log += _suffix_sum(start_before * beta * erase_term, False)
+    d_log += kept * kept_term
+    if momentum is not None:
+        carried_read = _sum_tiles(token_terms, token + 3 * token_count, valid, token_stride, KEY_TILES)
+        carried_erase = _sum_tiles(token_terms, token + 4 * token_count, valid, token_stride, KEY_TILES)
+        mixed_tail_term = _sum_tiles(token_terms, token + 5 * token_count, valid, token_stride, KEY_TILES)
+        mu_tail_term = _sum_tiles(token_terms, token + 6 * token_count, valid, token_stride, KEY_TILES)
+        carried_term = _sum_tiles(chunk_terms, program + chunk_count + one, one == 0, chunk_stride, KEY_TILES)
+        mu_kept = _sum_tiles(chunk_terms, program + 2 * chunk_count + one, one == 0, chunk_stride, KEY_TILES)
+
+        mu = tl.load(momentum + token, mask=valid, other=1.0)
+        mu_total, mu_resets, mu_total_before, mu_resets_before = cumulate_log(safe_log(mu))
+        mu_all_total, mu_all_resets = total_log(safe_log(mu))
+        mu_matrix = decay_matrix(mu_total, mu_resets, mu_total, mu_resets, lower & valid[:, None])
+        mu_before = decay_matrix(mu_total_before, mu_resets_before, mu_total, mu_resets, strict)
+        mu_start = tl.where(valid, decay_from_start(mu_total, mu_resets), 0.0)
+        mu_start_before = decay_from_start(mu_total_before, mu_resets_before)
+        mu_tail = decay_between(mu_all_total, mu_all_resets, mu_total, mu_resets)
+        mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
+
+        # c = B s, and the same for the solve: to the factors of B …
+        before = decay_matrix(total_before, resets_before, total, resets, strict)
+        d_erase_token += tl.sum(before * mu_start[None, :], 1) * carried_erase
+        carried_erase *= beta
+        if READ_BEFORE:
+            read = before
+            ends = strict
+        else:
+            read = decay_matrix(total, resets, total, resets, lower)
+            ends = lower
+        pairs = carried_read[:, None] * mu_start[None, :] * read
+        d_log += sum_over_spans(pairs, tl.trans(ends), strict, SOLVE)
+        pairs = carried_erase[:, None] * mu_start[None, :] * before
+        d_log += sum_over_spans(pairs, tl.trans(strict), strict, SOLVE)
+        tail_term += tl.sum(mu_matrix * mixed_tail_term[None, :], 1) + mu_start * carried_term
+        # … and to those of s.
+        d_start = tl.sum(read * carried_read[:, None], 0) + tl.sum(before * carried_erase[:, None], 0)
+        d_start = tl.where(valid, d_start + tail * carried_term, 0.0)
+        d_mu = tl.load(d_momentum + token, mask=valid, other=0.0)
+        d_mu += (tl.sum(mu_matrix * d_start[:, None], 0) + mu_tail * mu_kept) * mu_start_before
+        # The last rows of E and M.
+        d_mu += mixed_tail * tl.sum(mu_before * mixed_tail_term[None, :], 1)
+        d_mu += mu_tail * tl.sum(mu_before * mu_tail_term[None, :], 1)
+        tl.store(d_momentum + token, d_mu, mask=valid)
+    ended = tail * tail_term
+    d_log += tl.cumsum(ended, 0) - ended
+    tl.store(d_log_decay + token, d_log, mask=valid)
+    tl.store(d_erase + token, d_erase_token, mask=valid)
+
+
+def plan_backward(
+    do: torch.Tensor,
+    d_final_state: torch.Tensor | None,
+    d_final_momentum: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    erase: torch.Tensor,
+    momentum: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    initial_momentum: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    scale: float,
+    read: str,
+    chunk_size: int,
+    architecture: str,
+) -> tuple[list[KernelCall], tuple[torch.Tensor | None, ...]]:
+    """The calls of the backward pass and the gradients they fill; runs nothing (meta tensors will do)."""
+    plan = launch.plan_chunks(q, k, v, momentum, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
+    calls, states, final_state, final_momentum = plan_states(
+        plan, k, v, log_decay, erase, momentum, initial_state, initial_momentum, keep_inverse=True
+    )
+    work = plan.precision.workspace
+    has = momentum is not None
+    key_tiles = plan.tiles(state_gradients_kernel, "key")
+    rates = (plan.batch * plan.tokens * plan.heads, plan.chunks * plan.heads)
+    pairs = (plan.chunks, plan.heads, plan.block_c, plan.block_c)
+    inputs = {"q": q, "k": k, "v": v, "do": do, "log_decay": log_decay, "erase": erase, "momentum": momentum}
+    saved = {
+        "key_transform": states.key_transform,
+        "momentum_key_transform": states.momentum_key_transform,
+        "pseudo_values": states.pseudo_values,
+        "inverse": states.inverse,
+        "momentum_tail": states.momentum_tail,
+        "chunk_states": states.chunk_states,
+        "chunk_momenta": states.chunk_momenta,
+    }
+    d_pseudo = torch.empty_like(v, dtype=work)
+    work_buffers = {
+        "d_pseudo": d_pseudo,
+        "d_right": d_pseudo,
+        "d_value": torch.empty_like(v, dtype=work) if has else None,
+        "d_chunk_states": torch.empty_like(states.chunk_states),
+        "d_chunk_momenta": torch.empty_like(states.chunk_states) if has else None,
+        "d_query_key": k.new_empty(pairs, dtype=work),
+        "d_key_key": k.new_empty(pairs, dtype=work),
+        "token_terms": k.new_empty((key_tiles, 7 if has else 3, rates[0]), dtype=torch.float32),
+        "chunk_terms": k.new_empty((key_tiles, 3 if has else 1, rates[1]), dtype=torch.float32),
+    }
+    gradients = {
+        "dq": torch.empty_like(q),
+        "dk": torch.empty_like(k),
+        "dv": torch.empty_like(v),
+        "d_log_decay": torch.empty_like(log_decay),
+        "d_erase": torch.empty_like(erase),
+        "d_momentum": torch.empty_like(momentum) if has else None,
+        "d_initial_state": torch.empty_like(final_state),
+        "d_initial_momentum": torch.empty_like(final_momentum) if has else None,
+    }
+    arguments = {
+        **inputs,
+        **saved,
+        **work_buffers,
+        **gradients,
+        "d_final_state": d_final_state,
+        "d_final_momentum": d_final_momentum,
+        "scale": scale,
+        "tokens": plan.batch * plan.tokens,
+    }
+    calls += [
+        plan.call(pull_reads_kernel, arguments, read=read),
+        plan.call(scan_gradients_kernel, arguments, tiles="value", scan=True, read=read),
+        plan.call(pair_gradients_kernel, arguments, read=read),
+        plan.call(state_gradients_kernel, arguments, tiles="key", read=read),
+        plan.call(rate_gradients_kernel, arguments, read=read, key_tiles=key_tiles),
+    ]
+    return calls, tuple(gradients.values())
+
+
+def delta_memory_backward(
+    do: torch.Tensor,
+    d_final_state: torch.Tensor | None,
+    d_final_momentum: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    erase: torch.Tensor,
+    momentum: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    initial_momentum: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    scale: float,
+    read: str,
+    chunk_size: int,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients ``(dq, dk, dv, dlog_decay, derase, dmomentum, dinitial_state, dinitial_momentum)``.
+
+    Each in the dtype of its input (the initial states' in fp32, present also when the input was not), the
+    two momentum entries ``None`` without momentum. Needs the inputs only; ``None`` for a final cotangent is
+    zero.
+
+    Raises:
+        NotImplementedError: a head wider than :data:`launch.MAX_HEAD_DIM`, or fp64.
+    """
+    do, d_final_state, d_final_momentum = launch.contiguous(do, d_final_state, d_final_momentum)
+    q, k, v, log_decay, erase, momentum, initial_state, initial_momentum = launch.contiguous(
+        q, k, v, log_decay, erase, momentum, initial_state, initial_momentum
+    )
+    calls, gradients = plan_backward(
+        do,
+        d_final_state,
+        d_final_momentum,
+        q,
+        k,
+        v,
+        log_decay,
+        erase,
+        momentum,
+        initial_state,
+        initial_momentum,
+        cu_seqlens,
+        scale=scale,
+        read=read,
+        chunk_size=chunk_size,
+        architecture=architecture_of(k.device),
+    )
+    run_calls(calls, k.device)
+    return gradients

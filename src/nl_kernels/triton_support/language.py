@@ -1,0 +1,175 @@
+"""Building blocks of the kernels' dialect: products, decays, tiles, chunks. No op's formulas.
+
+Conventions of every kernel in this package:
+
+* A product names its precision. ``"bf16"`` and ``"fp16"`` cast both operands; ``"tf32"``, ``"tf32x3"`` and
+  ``"ieee"`` take fp32 operands. All accumulate in fp32.
+* A decay is a log ≤ 0, −∞ included. Its cumulated form is a pair ``(total, resets)``: the sum of the finite
+  logs, and how many factors were exactly zero. A segment that contains a zero factor is zero, so −∞ never
+  enters a subtraction, and only differences ≤ 0 are exponentiated.
+* Offsets that grow with the batch or the length are 64-bit.
+"""
+
+import triton
+import triton.language as tl
+
+# exp(x) is zero in fp32 below this (half the smallest subnormal is exp(-103.97)).
+_UNDERFLOW: tl.constexpr = tl.constexpr(-104.0)
+
+
+@triton.jit
+def matmul(a, b, PRECISION: tl.constexpr):
+    """``a @ b`` in fp32 accumulation, with operands in the named precision."""
+    if PRECISION == "bf16":
+        result = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    elif PRECISION == "fp16":
+        result = tl.dot(a.to(tl.float16), b.to(tl.float16))
+    else:
+        result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def safe_log(x):
+    """``log(x)`` with ``log(0) = -inf`` and no warning on the way."""
+    return tl.where(x > 0, tl.log(tl.where(x > 0, x, 1.0)), float("-inf"))
+
+
+@triton.jit
+def cumulate_log(x):
+    """Inclusive cumulated form of the logs ``x`` [C], and of the same without each row's own factor.
+
+    Returns ``total, resets, total_before, resets_before``.
+    """
+    is_reset = x < _UNDERFLOW
+    finite = tl.where(is_reset, 0.0, x)
+    reset = is_reset.to(tl.int32)
+    total = tl.cumsum(finite, 0)
+    resets = tl.cumsum(reset, 0)
+    return total, resets, total - finite, resets - reset
+
+
+@triton.jit
+def total_log(x):
+    """The cumulated form ``(total, resets)`` of all of ``x`` [C]: the last row of :func:`cumulate_log`."""
+    is_reset = x < _UNDERFLOW
+    return tl.sum(tl.where(is_reset, 0.0, x), 0), tl.sum(is_reset.to(tl.int32), 0)
+
+
+@triton.jit
+def decay_from_start(total, resets):
+    """``exp`` of the cumulated log: the product of all factors so far."""
+    return tl.where(resets == 0, tl.exp(tl.minimum(total, 0.0)), 0.0)
+
+
+@triton.jit
+def decay_between(to_total, to_resets, from_total, from_resets):
+    """The product of the factors after ``from`` up to ``to``, each a cumulated form; shapes broadcast."""
+    decay = tl.exp(tl.minimum(to_total - from_total, 0.0))
+    return tl.where(to_resets == from_resets, decay, 0.0)
+
+
+@triton.jit
+def decay_matrix(to_total, to_resets, from_total, from_resets, mask):
+    """``[t, j]`` = the product of the factors after j up to t where ``mask``, else 0."""
+    decay = decay_between(to_total[:, None], to_resets[:, None], from_total[None, :], from_resets[None, :])
+    return tl.where(mask, decay, 0.0)
+
+
+@triton.jit
+def load_tile(base, rows, row_mask, columns, WIDTH: tl.constexpr):
+    """``[rows, columns]`` of a matrix of row offsets ``rows`` (in rows of WIDTH), zero outside."""
+    pointers = base + rows[:, None] * WIDTH + columns[None, :]
+    return tl.load(pointers, mask=row_mask[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(base, rows, row_mask, columns, WIDTH: tl.constexpr, value):
+    """The inverse of :func:`load_tile`; rounds to the buffer's dtype."""
+    pointers = base + rows[:, None] * WIDTH + columns[None, :]
+    tl.store(
+        pointers, value.to(base.dtype.element_ty), mask=row_mask[:, None] & (columns < WIDTH)[None, :]
+    )
+
+
+@triton.jit
+def locate_chunk(chunk, chunk_table, T, BLOCK_C: tl.constexpr):
+    """First token and number of tokens (0: unused) of a chunk; ``chunk_table`` [chunks, 2] if packed."""
+    chunk = chunk.to(tl.int64)
+    if chunk_table is not None:
+        start = tl.load(chunk_table + 2 * chunk)
+        count = tl.load(chunk_table + 2 * chunk + 1)
+    else:
+        chunks_per_sequence = tl.cdiv(T, BLOCK_C)
+        first = (chunk % chunks_per_sequence) * BLOCK_C
+        start = (chunk // chunks_per_sequence) * T + first
+        count = tl.minimum(T - first, BLOCK_C)
+    return start, count
+
+
+@triton.jit
+def locate_sequence(sequence, cu_seqlens, chunk_offsets, T, BLOCK_C: tl.constexpr):
+    """First token, number of tokens, first chunk of a sequence."""
+    sequence = sequence.to(tl.int64)
+    if cu_seqlens is not None:
+        start = tl.load(cu_seqlens + sequence)
+        length = tl.load(cu_seqlens + sequence + 1) - start
+        first_chunk = tl.load(chunk_offsets + sequence)
+    else:
+        start = sequence * T
+        length = T + 0 * sequence
+        first_chunk = sequence * tl.cdiv(T, BLOCK_C)
+    return start, length, first_chunk
+
+
+@triton.jit
+def invert_unit_lower(A, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+    """``(I + A)^{-1}`` of a strictly lower triangular ``A`` [C, C], C a power of two ≥ 16.
+
+    Forward substitution inside the 16×16 diagonal blocks (all of them at once), then pairs of inverted
+    blocks are merged by products, ``[[P, 0], [-Q L P, Q]]``. Squaring a nilpotent A instead would need no
+    substitution, but its powers grow like binomials when keys repeat (10^17 at C = 64).
+    """
+    BLOCKS: tl.constexpr = BLOCK_C // 16
+    block = tl.arange(0, BLOCKS)
+    row = tl.arange(0, 16)
+    same_block = block[:, None] == block[None, :]
+    tiles = tl.reshape(A, [BLOCKS, 16, BLOCKS, 16])
+    diagonal = tl.sum(tl.where(same_block[:, None, :, None], tiles, 0.0), 2)
+    identity = (row[:, None] == row[None, :]).to(tl.float32)
+    inverse = tl.broadcast_to(identity[None, :, :], [BLOCKS, 16, 16])
+    for i in range(1, 16):
+        is_row = (row == i)[None, :, None]
+        coefficients = tl.sum(tl.where(is_row, diagonal, 0.0), 1)
+        eliminated = tl.sum(coefficients[:, :, None] * inverse, 1)
+        inverse = tl.where(is_row, inverse - eliminated[:, None, :], inverse)
+    spread = tl.where(same_block[:, None, :, None], inverse[:, :, None, :], 0.0)
+    result = tl.reshape(spread, [BLOCK_C, BLOCK_C])
+
+    rows = tl.arange(0, BLOCK_C)[:, None]
+    columns = tl.arange(0, BLOCK_C)[None, :]
+    if BLOCK_C >= 32:
+        result = _merge_inverses(result, A, rows, columns, 16, PRECISION)
+    if BLOCK_C >= 64:
+        result = _merge_inverses(result, A, rows, columns, 32, PRECISION)
+    if BLOCK_C >= 128:
+        result = _merge_inverses(result, A, rows, columns, 64, PRECISION)
+    return result
+
+
+@triton.jit
+def _merge_inverses(inverse, A, rows, columns, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """Inverses of blocks of 2·SIZE from those of SIZE (block diagonal in ``inverse``)."""
+    coupling = (rows // (2 * SIZE) == columns // (2 * SIZE)) & (rows // SIZE > columns // SIZE)
+    lower = tl.where(coupling, A, 0.0)
+    return inverse - matmul(matmul(inverse, lower, PRECISION), inverse, PRECISION)
+
+
+@triton.jit
+def sum_over_spans(pairs, ends_mask, starts_mask, PRECISION: tl.constexpr):
+    """``out[i] = Σ_{t, j} ends[i, t] · pairs[t, j] · starts[i, j]``: what every span (j, t) over i holds.
+
+    The gradient of a log factor i from a matrix of decays. Summing the rectangle, rather than suffix sums
+    of row sums minus column sums, cancels nothing, and is exactly zero across a reset.
+    """
+    return tl.sum(tl.where(starts_mask, matmul(ends_mask.to(tl.float32), pairs, PRECISION), 0.0), 1)

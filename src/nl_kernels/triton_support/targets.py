@@ -1,0 +1,46 @@
+"""The architectures that launch tables and the ahead-of-time compiler know, and their limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """One architecture to compile for.
+
+    Attributes:
+        backend, compiler_arch, threads_per_warp: what ``triton.backends.compiler.GPUTarget`` takes.
+        shared_memory: bytes a program may use.
+    """
+
+    backend: str
+    compiler_arch: int | str
+    threads_per_warp: int
+    shared_memory: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+def architecture_of(device: torch.device) -> str:
+    """The name in :data:`TARGETS` whose launch tables serve ``device``.
+
+    The newest listed one that is not newer than the device; consumer parts with less shared memory
+    (sm_86, sm_89, sm_120) get sm_80's. Off CUDA (under the interpreter) it is sm_90.
+    """
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) in ((9, 0), (10, 0), (10, 3)):
+        return "sm_90" if major == 9 else "sm_100"
+    return "sm_80"
