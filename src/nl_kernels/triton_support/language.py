@@ -4,17 +4,18 @@ Conventions of every kernel in this package:
 
 * A product names its precision. ``"bf16"`` and ``"fp16"`` cast both operands; ``"tf32"``, ``"tf32x3"`` and
   ``"ieee"`` take fp32 operands. All accumulate in fp32.
-* A decay is a log ≤ 0, −∞ included. Its cumulated form is a pair ``(total, resets)``: the sum of the finite
-  logs, and how many factors were exactly zero. A segment that contains a zero factor is zero, so −∞ never
-  enters a subtraction, and only differences ≤ 0 are exponentiated.
+* A decay is a log ≤ 0, −∞ included. Logs are cumulated in fp64, and the sum is handed on as two fp32 numbers,
+  ``(total, residue)``, so that the difference of two large sums is still exact to fp32. They are clamped at
+  −1000, whose exponential is exactly zero: −∞ never enters a subtraction. Only differences ≤ 0 are
+  exponentiated.
 * Offsets that grow with the batch or the length are 64-bit.
 """
 
 import triton
 import triton.language as tl
 
-# exp(x) is zero in fp32 below this (half the smallest subnormal is exp(-103.97)).
-_UNDERFLOW: tl.constexpr = tl.constexpr(-104.0)
+# Stands for log(0): its exponential is zero in fp32, and sums of it stay exact in fp64.
+_LOG_ZERO: tl.constexpr = tl.constexpr(-1000.0)
 
 
 @triton.jit
@@ -31,48 +32,52 @@ def matmul(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def safe_log(x):
-    """``log(x)`` with ``log(0) = -inf`` and no warning on the way."""
-    return tl.where(x > 0, tl.log(tl.where(x > 0, x, 1.0)), float("-inf"))
+    """``log(x)``, with the clamped log of zero for x = 0."""
+    return tl.where(x > 0, tl.log(tl.where(x > 0, x, 1.0)), _LOG_ZERO)
 
 
 @triton.jit
 def cumulate_log(x):
     """Inclusive cumulated form of the logs ``x`` [C], and of the same without each row's own factor.
 
-    Returns ``total, resets, total_before, resets_before``.
+    Returns ``total, residue, total_before, residue_before``.
     """
-    is_reset = x < _UNDERFLOW
-    finite = tl.where(is_reset, 0.0, x)
-    reset = is_reset.to(tl.int32)
-    total = tl.cumsum(finite, 0)
-    resets = tl.cumsum(reset, 0)
-    return total, resets, total - finite, resets - reset
+    clamped = tl.maximum(x, _LOG_ZERO).to(tl.float64)
+    cumulated = tl.cumsum(clamped, 0)
+    total, residue = _split(cumulated)
+    total_before, residue_before = _split(cumulated - clamped)
+    return total, residue, total_before, residue_before
 
 
 @triton.jit
 def total_log(x):
-    """The cumulated form ``(total, resets)`` of all of ``x`` [C]: the last row of :func:`cumulate_log`."""
-    is_reset = x < _UNDERFLOW
-    return tl.sum(tl.where(is_reset, 0.0, x), 0), tl.sum(is_reset.to(tl.int32), 0)
+    """The cumulated form ``(total, residue)`` of all of ``x`` [C]: the last row of :func:`cumulate_log`."""
+    return _split(tl.sum(tl.maximum(x, _LOG_ZERO).to(tl.float64), 0))
 
 
 @triton.jit
-def decay_from_start(total, resets):
-    """``exp`` of the cumulated log: the product of all factors so far."""
-    return tl.where(resets == 0, tl.exp(tl.minimum(total, 0.0)), 0.0)
+def _split(x):
+    """An fp64 number as the sum of two fp32 ones."""
+    high = tl.cast(x, tl.float32)
+    return high, tl.cast(x - tl.cast(high, tl.float64), tl.float32)
 
 
 @triton.jit
-def decay_between(to_total, to_resets, from_total, from_resets):
+def decay_from_start(total):
+    """The product of all factors so far, from their cumulated form."""
+    return tl.exp(tl.minimum(total, 0.0))
+
+
+@triton.jit
+def decay_between(to_total, to_residue, from_total, from_residue):
     """The product of the factors after ``from`` up to ``to``, each a cumulated form; shapes broadcast."""
-    decay = tl.exp(tl.minimum(to_total - from_total, 0.0))
-    return tl.where(to_resets == from_resets, decay, 0.0)
+    return tl.exp(tl.minimum((to_total - from_total) + (to_residue - from_residue), 0.0))
 
 
 @triton.jit
-def decay_matrix(to_total, to_resets, from_total, from_resets, mask):
+def decay_matrix(to_total, to_residue, from_total, from_residue, mask):
     """``[t, j]`` = the product of the factors after j up to t where ``mask``, else 0."""
-    decay = decay_between(to_total[:, None], to_resets[:, None], from_total[None, :], from_resets[None, :])
+    decay = decay_between(to_total[:, None], to_residue[:, None], from_total[None, :], from_residue[None, :])
     return tl.where(mask, decay, 0.0)
 
 
@@ -87,9 +92,7 @@ def load_tile(base, rows, row_mask, columns, WIDTH: tl.constexpr):
 def store_tile(base, rows, row_mask, columns, WIDTH: tl.constexpr, value):
     """The inverse of :func:`load_tile`; rounds to the buffer's dtype."""
     pointers = base + rows[:, None] * WIDTH + columns[None, :]
-    tl.store(
-        pointers, value.to(base.dtype.element_ty), mask=row_mask[:, None] & (columns < WIDTH)[None, :]
-    )
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=row_mask[:, None] & (columns < WIDTH)[None, :])
 
 
 @triton.jit

@@ -1,13 +1,16 @@
-"""Triton backward of ``delta_memory``: recompute the chunk states, scan their gradients back, then each chunk.
+"""Triton backward of ``delta_memory``: recompute the chunk states, scan their gradients back, then by chunk.
 
-Four steps after the recomputed forward, with ``dS, dU`` the gradients of the state and momentum that a chunk
+Five steps after the recomputed forward, with ``dS, dU`` the gradients of the state and momentum that a chunk
 *ends* with, and ``Z`` its pseudo-values:
 
-1. ``pull_reads``: what the outputs alone ask of Z and V, ``(B ∘ QKᵀ)ᵀ dO`` and ``(E ∘ QKᵀ)ᵀ dO``;
+1. ``read_gradients``: what the outputs alone ask of Z and V, ``(B ∘ QKᵀ)ᵀ dO`` and ``(E ∘ QKᵀ)ᵀ dO``, and the
+   gradient of ``QKᵀ``;
 2. ``scan_gradients`` (sequential): completes dZ, carries ``dS, dU`` to the chunk's start;
-3. ``pair_gradients``: everything that is a matrix of token pairs; dV;
-4. ``state_gradients``: everything that is a product with a state; dQ, dK;
-   and ``rate_gradients``: gathers the per-token terms of decay, erase and momentum.
+3. ``solve_gradients``: back through ``Z = T R``: dV, and the gradient of ``KKᵀ``;
+4. ``state_gradients``: products with a state; dQ, dK;
+5. ``rate_gradients``: gathers the terms of decay, erase and momentum that came from states.
+
+A gradient of a decay from token j to token t goes to every factor between them: ``sum_over_spans``.
 """
 
 from __future__ import annotations
@@ -36,30 +39,21 @@ from nl_kernels.triton_support.language import (
 from nl_kernels.triton_support.targets import architecture_of
 
 
-@triton.jit
-def _read_decays(log_a, row, READ_BEFORE: tl.constexpr):
-    """Decays of what each row reads, ``B`` [C, C] and ``b`` [C]: up to the row, or up to the one before."""
-    total, resets, total_before, resets_before = cumulate_log(log_a)
-    if READ_BEFORE:
-        seen = row[:, None] > row[None, :]
-        matrix = decay_matrix(total_before, resets_before, total, resets, seen)
-        start = decay_from_start(total_before, resets_before)
-    else:
-        seen = row[:, None] >= row[None, :]
-        matrix = decay_matrix(total, resets, total, resets, seen)
-        start = decay_from_start(total, resets)
-    return matrix, start
-
-
 @triton.jit(do_not_specialize=["T", "H"])
-def pull_reads_kernel(
+def read_gradients_kernel(
     q,
     k,
+    v,
     do,
     log_decay,
     momentum,
+    pseudo_values,
     d_pseudo,
     d_value,
+    d_query_key,
+    carried_read,
+    d_log_decay,
+    d_momentum,
     chunk_table,
     scale,
     T,
@@ -74,7 +68,11 @@ def pull_reads_kernel(
     STATE: tl.constexpr,
     SOLVE: tl.constexpr,
 ):
-    """One program a chunk and head: the part of dZ (and with momentum of dV) from the chunk's own outputs."""
+    """One program a chunk and head: back through ``O = scale · ((B ∘ QKᵀ) Z + (E ∘ QKᵀ) V)``, E = B M.
+
+    Writes the chunk's own part of dZ (and with momentum of dV), the gradient of QKᵀ, and the pairs' part of
+    the gradients of log decay (and momentum); with momentum also c.
+    """
     program = tl.program_id(0)
     start, count = locate_chunk(program // H, chunk_table, T, BLOCK_C)
     if count == 0:
@@ -82,6 +80,9 @@ def pull_reads_kernel(
     row = tl.arange(0, BLOCK_C)
     valid = row < count
     token = (start + row) * H + program % H
+    chunk_row = program.to(tl.int64) * BLOCK_C + row
+    strict = row[:, None] > row[None, :]
+    lower = row[:, None] >= row[None, :]
 
     query_key = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     for first in range(0, KEY_DIM, BLOCK_K):
@@ -90,23 +91,51 @@ def pull_reads_kernel(
         key = load_tile(k, token, valid, column, KEY_DIM)
         query_key += matmul(query, tl.trans(key), INPUTS)
     query_key *= scale
+
     log_a = tl.load(log_decay + token, mask=valid, other=0.0)
-    decay, _ = _read_decays(log_a, row, READ_BEFORE)
-    attention = decay * query_key
+    total, residue, total_before, residue_before = cumulate_log(log_a)
+    # Row i, column t: whether the read at t lies after the factor of i.
+    if READ_BEFORE:
+        decay = decay_matrix(total_before, residue_before, total, residue, strict)
+        ends = row[:, None] < row[None, :]
+    else:
+        decay = decay_matrix(total, residue, total, residue, lower)
+        ends = row[:, None] <= row[None, :]
+    attention = tl.trans(decay * query_key)
     if momentum is not None:
-        log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
-        mu_total, mu_resets, _, _ = cumulate_log(log_mu)
-        lower = (row[:, None] >= row[None, :]) & valid[:, None]
-        mu_matrix = decay_matrix(mu_total, mu_resets, mu_total, mu_resets, lower)
-        mixed_attention = matmul(decay, mu_matrix, SOLVE) * query_key
+        mu = tl.load(momentum + token, mask=valid, other=1.0)
+        mu_total, mu_residue, mu_total_before, mu_residue_before = cumulate_log(safe_log(mu))
+        mu_matrix = decay_matrix(mu_total, mu_residue, mu_total, mu_residue, lower & valid[:, None])
+        mu_start = tl.where(valid, decay_from_start(mu_total), 0.0)
+        tl.store(carried_read + token, tl.sum(decay * mu_start[None, :], 1), mask=valid)
+        mixed = matmul(decay, mu_matrix, SOLVE)
+        mixed_attention = tl.trans(mixed * query_key)
+        d_mixed_attention = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+
+    d_attention = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     for first in range(0, VALUE_DIM, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V)
         d_output = load_tile(do, token, valid, column, VALUE_DIM)
-        pulled = matmul(tl.trans(attention), d_output, STATE)
-        store_tile(d_pseudo, token, valid, column, VALUE_DIM, pulled)
+        store_tile(d_pseudo, token, valid, column, VALUE_DIM, matmul(attention, d_output, STATE))
+        pseudo = load_tile(pseudo_values, token, valid, column, VALUE_DIM)
+        d_attention += matmul(d_output, tl.trans(pseudo), STATE)
         if momentum is not None:
-            pulled = matmul(tl.trans(mixed_attention), d_output, STATE)
-            store_tile(d_value, token, valid, column, VALUE_DIM, pulled)
+            store_tile(d_value, token, valid, column, VALUE_DIM, matmul(mixed_attention, d_output, STATE))
+            value = load_tile(v, token, valid, column, VALUE_DIM)
+            d_mixed_attention += matmul(d_output, tl.trans(value), INPUTS)
+
+    d_scores = scale * d_attention * decay
+    d_decay = d_attention * query_key
+    if momentum is not None:
+        d_scores += scale * d_mixed_attention * mixed
+        d_mixed = tl.where(strict if READ_BEFORE else lower, d_mixed_attention * query_key, 0.0)
+        d_decay += matmul(d_mixed, tl.trans(mu_matrix), SOLVE)
+        # Mᵀ dM ∘ M⁻ on the diagonal: the factors on both sides of i but not i itself, which may be zero.
+        mu_before = decay_matrix(mu_total_before, mu_residue_before, mu_total, mu_residue, strict)
+        d_mu = tl.sum(matmul(tl.trans(mixed), d_mixed, SOLVE) * mu_before, 1)
+        tl.store(d_momentum + token, d_mu, mask=valid)
+    store_tile(d_query_key, chunk_row, row < BLOCK_C, row, BLOCK_C, d_scores)
+    tl.store(d_log_decay + token, sum_over_spans(d_decay * decay, ends, strict, SOLVE), mask=valid)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -118,6 +147,7 @@ def scan_gradients_kernel(
     momentum,
     key_transform,
     momentum_key_transform,
+    carried_read,
     momentum_tail,
     d_pseudo,
     d_value,
@@ -178,14 +208,11 @@ def scan_gradients_kernel(
         d_pseudo_tile = load_tile(d_pseudo, token, valid, value_column, VALUE_DIM).to(tl.float32)
 
         log_a = tl.load(log_decay + token, mask=valid, other=0.0)
-        total, resets, total_before, resets_before = cumulate_log(log_a)
-        all_total, all_resets = total_log(log_a)
-        tail = decay_between(all_total, all_resets, total, resets)
-        kept = decay_from_start(all_total, all_resets)
-        if READ_BEFORE:
-            read_decay = decay_from_start(total_before, resets_before)
-        else:
-            read_decay = decay_from_start(total, resets)
+        total, residue, total_before, _residue_before = cumulate_log(log_a)
+        all_total, all_residue = total_log(log_a)
+        tail = decay_between(all_total, all_residue, total, residue)
+        kept = decay_from_start(all_total)
+        read_decay = decay_from_start(total_before) if READ_BEFORE else decay_from_start(total)
 
         from_state = matmul(key, d_state, STATE)
         d_pseudo_tile += tail[:, None] * from_state
@@ -193,23 +220,18 @@ def scan_gradients_kernel(
         if momentum is not None:
             store_tile(d_chunk_momenta, state_row, key_column < KEY_DIM, value_column, VALUE_DIM, d_velocity)
             log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
-            mu_total, mu_resets, _, _ = cumulate_log(log_mu)
-            mu_all_total, mu_all_resets = total_log(log_mu)
-            mu_start = tl.where(valid, decay_from_start(mu_total, mu_resets), 0.0)
-            mu_tail = decay_between(mu_all_total, mu_all_resets, mu_total, mu_resets)
+            mu_total, mu_residue, _, _ = cumulate_log(log_mu)
+            mu_all_total, mu_all_residue = total_log(log_mu)
+            mu_start = tl.where(valid, decay_from_start(mu_total), 0.0)
+            mu_tail = decay_between(mu_all_total, mu_all_residue, mu_total, mu_residue)
             mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
             d_value_tile = load_tile(d_value, token, valid, value_column, VALUE_DIM).to(tl.float32)
             d_value_tile += mixed_tail[:, None] * from_state
             d_value_tile += mu_tail[:, None] * matmul(key, d_velocity, STATE)
             store_tile(d_value, token, valid, value_column, VALUE_DIM, d_value_tile)
 
-            seen = _seen(row, READ_BEFORE)
-            if READ_BEFORE:
-                decay = decay_matrix(total_before, resets_before, total, resets, seen)
-            else:
-                decay = decay_matrix(total, resets, total, resets, seen)
-            carried = tl.sum(decay * mu_start[None, :], 1)
-            d_velocity = decay_from_start(mu_all_total, mu_all_resets) * d_velocity
+            carried = tl.load(carried_read + token, mask=valid, other=0.0)
+            d_velocity = decay_from_start(mu_all_total) * d_velocity
             d_velocity += tl.sum(tail * mu_start, 0) * d_state
             d_velocity += matmul(tl.trans(query), carried[:, None] * d_output, STATE)
             momentum_transform = load_tile(momentum_key_transform, token, valid, key_column, KEY_DIM)
@@ -222,22 +244,10 @@ def scan_gradients_kernel(
         tl.store(d_initial_momentum + public, d_velocity, mask=state_mask)
 
 
-@triton.jit
-def _seen(row, READ_BEFORE: tl.constexpr):
-    """``[t, j]``: whether row t's read contains the write of row j."""
-    if READ_BEFORE:
-        mask = row[:, None] > row[None, :]
-    else:
-        mask = row[:, None] >= row[None, :]
-    return mask
-
-
 @triton.jit(do_not_specialize=["T", "H"])
-def pair_gradients_kernel(
-    q,
+def solve_gradients_kernel(
     k,
     v,
-    do,
     log_decay,
     erase,
     momentum,
@@ -245,19 +255,16 @@ def pair_gradients_kernel(
     pseudo_values,
     d_pseudo,
     d_value,
-    d_query_key,
     d_key_key,
     dv,
     d_log_decay,
     d_erase,
     d_momentum,
     chunk_table,
-    scale,
     T,
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    READ_BEFORE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -265,10 +272,11 @@ def pair_gradients_kernel(
     STATE: tl.constexpr,
     SOLVE: tl.constexpr,
 ):
-    """One program a chunk and head: gradients that are matrices of token pairs.
+    """One program a chunk and head: back through ``Z = T R``, ``A = β ∘ B⁻ ∘ KKᵀ`` and with momentum
+    ``R ∋ −β ∘ (E⁻ ∘ KKᵀ) V``, E⁻ = B⁻ M.
 
-    Turns dZ into dR = Tᵀ dZ in place, writes dV, the gradients of QKᵀ and (made symmetric) of KKᵀ, and the
-    pairs' part of the gradients of log decay, erase and momentum.
+    Turns dZ into dR = Tᵀ dZ in place, writes dV, the gradient of KKᵀ (made symmetric) and the pairs' part of
+    that of erase, and adds to those of log decay and momentum.
     """
     program = tl.program_id(0)
     start, count = locate_chunk(program // H, chunk_table, T, BLOCK_C)
@@ -279,90 +287,57 @@ def pair_gradients_kernel(
     token = (start + row) * H + program % H
     chunk_row = program.to(tl.int64) * BLOCK_C + row
     strict = row[:, None] > row[None, :]
-    lower = row[:, None] >= row[None, :]
 
-    query_key = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     key_key = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     for first in range(0, KEY_DIM, BLOCK_K):
-        column = first + tl.arange(0, BLOCK_K)
-        query = load_tile(q, token, valid, column, KEY_DIM)
-        key = load_tile(k, token, valid, column, KEY_DIM)
-        query_key += matmul(query, tl.trans(key), INPUTS)
+        key = load_tile(k, token, valid, first + tl.arange(0, BLOCK_K), KEY_DIM)
         key_key += matmul(key, tl.trans(key), INPUTS)
-
     log_a = tl.load(log_decay + token, mask=valid, other=0.0)
     beta = tl.load(erase + token, mask=valid, other=0.0)
-    total, resets, total_before, resets_before = cumulate_log(log_a)
-    before = decay_matrix(total_before, resets_before, total, resets, strict)
-    transposed_inverse = tl.trans(load_tile(inverse, chunk_row, row < BLOCK_C, row, BLOCK_C))
+    total, residue, total_before, residue_before = cumulate_log(log_a)
+    decay = decay_matrix(total_before, residue_before, total, residue, strict)
+    inverse_transposed = tl.trans(load_tile(inverse, chunk_row, row < BLOCK_C, row, BLOCK_C))
     if momentum is not None:
         mu = tl.load(momentum + token, mask=valid, other=1.0)
-        mu_total, mu_resets, mu_total_before, mu_resets_before = cumulate_log(safe_log(mu))
-        mu_matrix = decay_matrix(mu_total, mu_resets, mu_total, mu_resets, lower & valid[:, None])
-        mixed_before = matmul(before, mu_matrix, SOLVE)
-        pulled_back = tl.trans(beta[:, None] * mixed_before * key_key)
-        d_mixed_attention = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+        mu_total, mu_residue, mu_total_before, mu_residue_before = cumulate_log(safe_log(mu))
+        lower = (row[:, None] >= row[None, :]) & valid[:, None]
+        mu_matrix = decay_matrix(mu_total, mu_residue, mu_total, mu_residue, lower)
+        mixed = matmul(decay, mu_matrix, SOLVE)
+        value_solve = tl.trans(beta[:, None] * mixed * key_key)
         d_mixed = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
 
-    d_attention = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     d_system = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     for first in range(0, VALUE_DIM, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V)
-        d_output = load_tile(do, token, valid, column, VALUE_DIM)
-        pseudo = tl.trans(load_tile(pseudo_values, token, valid, column, VALUE_DIM))
-        d_right = matmul(
-            transposed_inverse, load_tile(d_pseudo, token, valid, column, VALUE_DIM), STATE
-        )
+        d_pseudo_tile = load_tile(d_pseudo, token, valid, column, VALUE_DIM)
+        d_right = matmul(inverse_transposed, d_pseudo_tile, STATE)
         store_tile(d_pseudo, token, valid, column, VALUE_DIM, d_right)
-        d_attention += matmul(d_output, pseudo, STATE)
-        d_system -= matmul(d_right, pseudo, STATE)
+        pseudo = load_tile(pseudo_values, token, valid, column, VALUE_DIM)
+        d_system -= matmul(d_right, tl.trans(pseudo), STATE)
         if momentum is None:
             store_tile(dv, token, valid, column, VALUE_DIM, d_right)
         else:
-            value = tl.trans(load_tile(v, token, valid, column, VALUE_DIM))
-            d_mixed_attention += matmul(d_output, value, INPUTS)
-            d_mixed -= matmul(d_right, value, STATE)
+            value = load_tile(v, token, valid, column, VALUE_DIM)
+            d_mixed -= matmul(d_right, tl.trans(value), STATE)
             d_value_tile = load_tile(d_value, token, valid, column, VALUE_DIM).to(tl.float32)
-            d_value_tile -= matmul(pulled_back, d_right, STATE)
+            d_value_tile -= matmul(value_solve, d_right, STATE)
             store_tile(dv, token, valid, column, VALUE_DIM, d_value_tile)
 
-    # Reads: O = scale · ((B ∘ QKᵀ) Z + (E ∘ QKᵀ) V), E = B M.
-    if READ_BEFORE:
-        read = before
-        ends = strict
-    else:
-        read = decay_matrix(total, resets, total, resets, lower)
-        ends = lower
-    # Row i, column t: whether a read at t lies after the factor of i.
-    ends = tl.trans(ends)
-    d_attention *= scale
-    d_query_key_tile = d_attention * read
-    d_read = d_attention * query_key
+    d_scores = d_system * decay
+    d_decay = d_system * beta[:, None] * key_key
     if momentum is not None:
-        mixed_read = matmul(read, mu_matrix, SOLVE)
-        d_mixed_attention *= scale
-        d_query_key_tile += d_mixed_attention * mixed_read
-        d_mixed_read = tl.where(_seen(row, READ_BEFORE), d_mixed_attention * query_key, 0.0)
-        d_read += matmul(d_mixed_read, tl.trans(mu_matrix), SOLVE)
-        d_mu_matrix = matmul(tl.trans(mixed_read), d_mixed_read, SOLVE)
-    store_tile(d_query_key, chunk_row, row < BLOCK_C, row, BLOCK_C, d_query_key_tile)
-    d_log = sum_over_spans(d_read * read, ends, strict, SOLVE)
-
-    # Solve: A = β ∘ B⁻ ∘ KKᵀ, and with momentum R ∋ −β ∘ (E⁻ ∘ KKᵀ) V, E⁻ = B⁻ M.
-    d_scaled = d_system * before
-    d_before = d_system * beta[:, None] * key_key
-    if momentum is not None:
-        d_scaled += d_mixed * mixed_before
-        d_mixed_before = tl.where(strict, d_mixed * beta[:, None] * key_key, 0.0)
-        d_before += matmul(d_mixed_before, tl.trans(mu_matrix), SOLVE)
-        d_mu_matrix += matmul(tl.trans(mixed_before), d_mixed_before, SOLVE)
-        mu_before = decay_matrix(mu_total_before, mu_resets_before, mu_total, mu_resets, strict)
-        tl.store(d_momentum + token, tl.sum(d_mu_matrix * mu_before, 1), mask=valid)
-    tl.store(d_erase + token, tl.sum(d_scaled * key_key, 1), mask=valid)
-    d_key_key_tile = beta[:, None] * d_scaled
-    d_key_key_tile += tl.trans(d_key_key_tile)
-    store_tile(d_key_key, chunk_row, row < BLOCK_C, row, BLOCK_C, d_key_key_tile)
-    d_log += sum_over_spans(d_before * before, tl.trans(strict), strict, SOLVE)
+        d_scores += d_mixed * mixed
+        d_mixed = tl.where(strict, d_mixed * beta[:, None] * key_key, 0.0)
+        d_decay += matmul(d_mixed, tl.trans(mu_matrix), SOLVE)
+        mu_before = decay_matrix(mu_total_before, mu_residue_before, mu_total, mu_residue, strict)
+        d_mu = tl.sum(matmul(tl.trans(mixed), d_mixed, SOLVE) * mu_before, 1)
+        d_mu += tl.load(d_momentum + token, mask=valid, other=0.0)
+        tl.store(d_momentum + token, d_mu, mask=valid)
+    tl.store(d_erase + token, tl.sum(d_scores * key_key, 1), mask=valid)
+    d_scores *= beta[:, None]
+    store_tile(d_key_key, chunk_row, row < BLOCK_C, row, BLOCK_C, d_scores + tl.trans(d_scores))
+    d_log = tl.load(d_log_decay + token, mask=valid, other=0.0)
+    d_log += sum_over_spans(d_decay * decay, row[:, None] < row[None, :], strict, SOLVE)
     tl.store(d_log_decay + token, d_log, mask=valid)
 
 
@@ -375,6 +350,8 @@ def state_gradients_kernel(
     log_decay,
     erase,
     momentum,
+    carried_read,
+    carried_before,
     momentum_tail,
     pseudo_values,
     d_right,
@@ -422,27 +399,19 @@ def state_gradients_kernel(
 
     log_a = tl.load(log_decay + token, mask=valid, other=0.0)
     beta = tl.load(erase + token, mask=valid, other=0.0)
-    total, resets, total_before, resets_before = cumulate_log(log_a)
-    all_total, all_resets = total_log(log_a)
-    tail = decay_between(all_total, all_resets, total, resets)
-    start_before = decay_from_start(total_before, resets_before)
-    read_decay = start_before if READ_BEFORE else decay_from_start(total, resets)
+    total, residue, total_before, _residue_before = cumulate_log(log_a)
+    all_total, all_residue = total_log(log_a)
+    tail = decay_between(all_total, all_residue, total, residue)
+    start_before = decay_from_start(total_before)
+    read_decay = start_before if READ_BEFORE else decay_from_start(total)
     if momentum is not None:
         log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
-        mu_total, mu_resets, _, _ = cumulate_log(log_mu)
-        mu_all_total, mu_all_resets = total_log(log_mu)
-        mu_start = tl.where(valid, decay_from_start(mu_total, mu_resets), 0.0)
-        mu_tail = decay_between(mu_all_total, mu_all_resets, mu_total, mu_resets)
+        mu_total, mu_residue, _, _ = cumulate_log(log_mu)
+        mu_all_total, mu_all_residue = total_log(log_mu)
+        mu_tail = decay_between(mu_all_total, mu_all_residue, mu_total, mu_residue)
         mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
-        strict = row[:, None] > row[None, :]
-        before = decay_matrix(total_before, resets_before, total, resets, strict)
-        carried_before = tl.sum(before * mu_start[None, :], 1)
-        if READ_BEFORE:
-            carried = carried_before
-        else:
-            lower = row[:, None] >= row[None, :]
-            read = decay_matrix(total, resets, total, resets, lower)
-            carried = tl.sum(read * mu_start[None, :], 1)
+        carried = tl.load(carried_read + token, mask=valid, other=0.0)
+        erased = beta * tl.load(carried_before + token, mask=valid, other=0.0)
 
     query = load_tile(q, token, valid, column, KEY_DIM)
     key = load_tile(k, token, valid, column, KEY_DIM)
@@ -491,7 +460,7 @@ def state_gradients_kernel(
             dq_tile += carried[:, None] * product
             carried_read_term += tl.sum(query_fp32 * product, 1)
             product = matmul(d_right_tile, tl.trans(velocity), STATE)
-            dk_tile -= (beta * carried_before)[:, None] * product
+            dk_tile -= erased[:, None] * product
             carried_erase_term -= tl.sum(key_fp32 * product, 1)
             product = matmul(value, tl.trans(d_state), STATE)
             dk_tile += mixed_tail[:, None] * product
@@ -548,6 +517,7 @@ def rate_gradients_kernel(
     log_decay,
     erase,
     momentum,
+    carried_before,
     momentum_tail,
     token_terms,
     chunk_terms,
@@ -587,12 +557,12 @@ def rate_gradients_kernel(
 
     log_a = tl.load(log_decay + token, mask=valid, other=0.0)
     beta = tl.load(erase + token, mask=valid, other=0.0)
-    total, resets, total_before, resets_before = cumulate_log(log_a)
-    all_total, all_resets = total_log(log_a)
-    tail = decay_between(all_total, all_resets, total, resets)
-    kept = decay_from_start(all_total, all_resets)
-    start_before = decay_from_start(total_before, resets_before)
-    read_decay = start_before if READ_BEFORE else decay_from_start(total, resets)
+    total, residue, total_before, residue_before = cumulate_log(log_a)
+    all_total, all_residue = total_log(log_a)
+    tail = decay_between(all_total, all_residue, total, residue)
+    kept = decay_from_start(all_total)
+    start_before = decay_from_start(total_before)
+    read_decay = start_before if READ_BEFORE else decay_from_start(total)
 
     read_term = _sum_tiles(token_terms, token, valid, token_stride, KEY_TILES)
     erase_term = _sum_tiles(token_terms, token + token_count, valid, token_stride, KEY_TILES)
@@ -613,29 +583,29 @@ def rate_gradients_kernel(
         mu_kept = _sum_tiles(chunk_terms, program + 2 * chunk_count + one, one == 0, chunk_stride, KEY_TILES)
 
         mu = tl.load(momentum + token, mask=valid, other=1.0)
-        mu_total, mu_resets, mu_total_before, mu_resets_before = cumulate_log(safe_log(mu))
-        mu_all_total, mu_all_resets = total_log(safe_log(mu))
-        mu_matrix = decay_matrix(mu_total, mu_resets, mu_total, mu_resets, lower & valid[:, None])
-        mu_before = decay_matrix(mu_total_before, mu_resets_before, mu_total, mu_resets, strict)
-        mu_start = tl.where(valid, decay_from_start(mu_total, mu_resets), 0.0)
-        mu_start_before = decay_from_start(mu_total_before, mu_resets_before)
-        mu_tail = decay_between(mu_all_total, mu_all_resets, mu_total, mu_resets)
+        mu_total, mu_residue, mu_total_before, mu_residue_before = cumulate_log(safe_log(mu))
+        mu_all_total, mu_all_residue = total_log(safe_log(mu))
+        mu_matrix = decay_matrix(mu_total, mu_residue, mu_total, mu_residue, lower & valid[:, None])
+        mu_before = decay_matrix(mu_total_before, mu_residue_before, mu_total, mu_residue, strict)
+        mu_start = tl.where(valid, decay_from_start(mu_total), 0.0)
+        mu_start_before = decay_from_start(mu_total_before)
+        mu_tail = decay_between(mu_all_total, mu_all_residue, mu_total, mu_residue)
         mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
 
         # c = B s, and the same for the solve: to the factors of B …
-        before = decay_matrix(total_before, resets_before, total, resets, strict)
-        d_erase_token += tl.sum(before * mu_start[None, :], 1) * carried_erase
+        before = decay_matrix(total_before, residue_before, total, residue, strict)
+        d_erase_token += tl.load(carried_before + token, mask=valid, other=0.0) * carried_erase
         carried_erase *= beta
         if READ_BEFORE:
             read = before
-            ends = strict
+            ends = row[:, None] < row[None, :]
         else:
-            read = decay_matrix(total, resets, total, resets, lower)
-            ends = lower
+            read = decay_matrix(total, residue, total, residue, lower)
+            ends = row[:, None] <= row[None, :]
         pairs = carried_read[:, None] * mu_start[None, :] * read
-        d_log += sum_over_spans(pairs, tl.trans(ends), strict, SOLVE)
+        d_log += sum_over_spans(pairs, ends, strict, SOLVE)
         pairs = carried_erase[:, None] * mu_start[None, :] * before
-        d_log += sum_over_spans(pairs, tl.trans(strict), strict, SOLVE)
+        d_log += sum_over_spans(pairs, row[:, None] < row[None, :], strict, SOLVE)
         tail_term += tl.sum(mu_matrix * mixed_tail_term[None, :], 1) + mu_start * carried_term
         # … and to those of s.
         d_start = tl.sum(read * carried_read[:, None], 0) + tl.sum(before * carried_erase[:, None], 0)
@@ -687,6 +657,7 @@ def plan_backward(
         "momentum_key_transform": states.momentum_key_transform,
         "pseudo_values": states.pseudo_values,
         "inverse": states.inverse,
+        "carried_before": states.carried_before,
         "momentum_tail": states.momentum_tail,
         "chunk_states": states.chunk_states,
         "chunk_momenta": states.chunk_momenta,
@@ -696,6 +667,7 @@ def plan_backward(
         "d_pseudo": d_pseudo,
         "d_right": d_pseudo,
         "d_value": torch.empty_like(v, dtype=work) if has else None,
+        "carried_read": torch.empty_like(log_decay) if has else None,
         "d_chunk_states": torch.empty_like(states.chunk_states),
         "d_chunk_momenta": torch.empty_like(states.chunk_states) if has else None,
         "d_query_key": k.new_empty(pairs, dtype=work),
@@ -724,9 +696,9 @@ def plan_backward(
         "tokens": plan.batch * plan.tokens,
     }
     calls += [
-        plan.call(pull_reads_kernel, arguments, read=read),
+        plan.call(read_gradients_kernel, arguments, read=read),
         plan.call(scan_gradients_kernel, arguments, tiles="value", scan=True, read=read),
-        plan.call(pair_gradients_kernel, arguments, read=read),
+        plan.call(solve_gradients_kernel, arguments),
         plan.call(state_gradients_kernel, arguments, tiles="key", read=read),
         plan.call(rate_gradients_kernel, arguments, read=read, key_tiles=key_tiles),
     ]

@@ -48,6 +48,7 @@ def solve_chunks_kernel(
     momentum_key_transform,
     pseudo_values,
     inverse,
+    carried_before,
     momentum_tail,
     chunk_table,
     T,
@@ -64,7 +65,7 @@ def solve_chunks_kernel(
     """One program a chunk and head: everything about it that does not need the state.
 
     Writes ``T diag(β b⁻) K``, with momentum ``T diag(β c⁻) K``, the state-free part of the pseudo-values;
-    where asked ``T = (I + A)⁻¹``, and with momentum the last row of E.
+    where asked ``T = (I + A)⁻¹``, and with momentum c⁻ and the last row of E.
     """
     program = tl.program_id(0)
     chunk = program // H
@@ -79,8 +80,8 @@ def solve_chunks_kernel(
 
     log_a = tl.load(log_decay + token, mask=valid, other=0.0)
     beta = tl.load(erase + token, mask=valid, other=0.0)
-    total, resets, total_before, resets_before = cumulate_log(log_a)
-    decay_before = decay_matrix(total_before, resets_before, total, resets, strict)
+    total, residue, total_before, residue_before = cumulate_log(log_a)
+    decay_before = decay_matrix(total_before, residue_before, total, residue, strict)
 
     key_products = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     for first in range(0, KEY_DIM, BLOCK_K):
@@ -92,19 +93,20 @@ def solve_chunks_kernel(
         store_tile(inverse, chunk_row, row < BLOCK_C, row, BLOCK_C, inverted)
 
     value_transform = inverted
-    key_mixing = inverted * (beta * decay_from_start(total_before, resets_before))[None, :]
+    key_mixing = inverted * (beta * decay_from_start(total_before))[None, :]
     if momentum is not None:
         mu = tl.load(momentum + token, mask=valid, other=1.0)
-        mu_total, mu_resets, mu_total_before, mu_resets_before = cumulate_log(safe_log(mu))
+        mu_total, mu_residue, _mu_total_before, _mu_residue_before = cumulate_log(safe_log(mu))
         lower = (row[:, None] >= row[None, :]) & valid[:, None]
-        mu_matrix = decay_matrix(mu_total, mu_resets, mu_total, mu_resets, lower)
-        mu_start = tl.where(valid, decay_from_start(mu_total, mu_resets), 0.0)
-        carried_before = tl.sum(decay_before * mu_start[None, :], 1)
+        mu_matrix = decay_matrix(mu_total, mu_residue, mu_total, mu_residue, lower)
+        mu_start = tl.where(valid, decay_from_start(mu_total), 0.0)
+        carried = tl.sum(decay_before * mu_start[None, :], 1)
+        tl.store(carried_before + token, carried, mask=valid)
         mixed_before = matmul(decay_before, mu_matrix, SOLVE)
         value_transform = -matmul(inverted, beta[:, None] * mixed_before * key_products, SOLVE)
-        momentum_key_mixing = inverted * (beta * carried_before)[None, :]
-        all_total, all_resets = total_log(log_a)
-        tail = tl.where(valid, decay_between(all_total, all_resets, total, resets), 0.0)
+        momentum_key_mixing = inverted * (beta * carried)[None, :]
+        all_total, all_residue = total_log(log_a)
+        tail = tl.where(valid, decay_between(all_total, all_residue, total, residue), 0.0)
         mixed_tail = tl.sum(tail[:, None] * mu_matrix, 0)
         tl.store(momentum_tail + token, mixed_tail, mask=valid)
 
@@ -184,10 +186,10 @@ def scan_chunks_kernel(
         pseudo -= matmul(transform, state, STATE)
 
         log_a = tl.load(log_decay + token, mask=valid, other=0.0)
-        total, resets, _, _ = cumulate_log(log_a)
-        all_total, all_resets = total_log(log_a)
-        tail = decay_between(all_total, all_resets, total, resets)
-        kept = decay_from_start(all_total, all_resets)
+        total, residue, _, _ = cumulate_log(log_a)
+        all_total, all_residue = total_log(log_a)
+        tail = decay_between(all_total, all_residue, total, residue)
+        kept = decay_from_start(all_total)
         if momentum is None:
             store_tile(pseudo_values, token, valid, value_column, VALUE_DIM, pseudo)
             state = kept * state + matmul(tl.trans(key), tail[:, None] * pseudo, STATE)
@@ -197,16 +199,16 @@ def scan_chunks_kernel(
             pseudo -= matmul(transform, velocity, STATE)
             store_tile(pseudo_values, token, valid, value_column, VALUE_DIM, pseudo)
             log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
-            mu_total, mu_resets, _, _ = cumulate_log(log_mu)
-            mu_all_total, mu_all_resets = total_log(log_mu)
-            mu_start = tl.where(valid, decay_from_start(mu_total, mu_resets), 0.0)
-            mu_tail = decay_between(mu_all_total, mu_all_resets, mu_total, mu_resets)
+            mu_total, mu_residue, _, _ = cumulate_log(log_mu)
+            mu_all_total, mu_all_residue = total_log(log_mu)
+            mu_start = tl.where(valid, decay_from_start(mu_total), 0.0)
+            mu_tail = decay_between(mu_all_total, mu_all_residue, mu_total, mu_residue)
             mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
             value = load_tile(v, token, valid, value_column, VALUE_DIM).to(tl.float32)
             written = tail[:, None] * pseudo + mixed_tail[:, None] * value
             state = kept * state + tl.sum(tail * mu_start, 0) * velocity
             state += matmul(tl.trans(key), written, STATE)
-            velocity = decay_from_start(mu_all_total, mu_all_resets) * velocity
+            velocity = decay_from_start(mu_all_total) * velocity
             velocity += matmul(tl.trans(key), mu_tail[:, None] * value, STATE)
 
     tl.store(final_state + public, state, mask=state_mask)
@@ -267,23 +269,23 @@ def read_chunks_kernel(
             from_velocity += matmul(query, state, STATE)
 
     log_a = tl.load(log_decay + token, mask=valid, other=0.0)
-    total, resets, total_before, resets_before = cumulate_log(log_a)
+    total, residue, total_before, residue_before = cumulate_log(log_a)
     if READ_BEFORE:
         seen = row[:, None] > row[None, :]
-        decay = decay_matrix(total_before, resets_before, total, resets, seen)
-        read = from_state * decay_from_start(total_before, resets_before)[:, None]
+        decay = decay_matrix(total_before, residue_before, total, residue, seen)
+        read = from_state * decay_from_start(total_before)[:, None]
     else:
         seen = row[:, None] >= row[None, :]
-        decay = decay_matrix(total, resets, total, resets, seen)
-        read = from_state * decay_from_start(total, resets)[:, None]
+        decay = decay_matrix(total, residue, total, residue, seen)
+        read = from_state * decay_from_start(total)[:, None]
     pseudo = load_tile(pseudo_values, token, valid, value_column, VALUE_DIM)
     read += matmul(decay * query_key, pseudo, STATE)
     if momentum is not None:
         log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
-        mu_total, mu_resets, _, _ = cumulate_log(log_mu)
+        mu_total, mu_residue, _, _ = cumulate_log(log_mu)
         lower = (row[:, None] >= row[None, :]) & valid[:, None]
-        mu_matrix = decay_matrix(mu_total, mu_resets, mu_total, mu_resets, lower)
-        mu_start = tl.where(valid, decay_from_start(mu_total, mu_resets), 0.0)
+        mu_matrix = decay_matrix(mu_total, mu_residue, mu_total, mu_residue, lower)
+        mu_start = tl.where(valid, decay_from_start(mu_total), 0.0)
         read += tl.sum(decay * mu_start[None, :], 1)[:, None] * from_velocity
         value = load_tile(v, token, valid, value_column, VALUE_DIM)
         read += matmul(matmul(decay, mu_matrix, SOLVE) * query_key, value, STATE)
@@ -342,6 +344,7 @@ class ChunkStates:
     momentum_key_transform: torch.Tensor | None
     pseudo_values: torch.Tensor
     inverse: torch.Tensor | None
+    carried_before: torch.Tensor | None
     momentum_tail: torch.Tensor | None
     chunk_states: torch.Tensor
     chunk_momenta: torch.Tensor | None
@@ -371,6 +374,7 @@ def plan_states(
         momentum_key_transform=k.new_empty(per_key, dtype=work) if has else None,
         pseudo_values=torch.empty_like(v, dtype=work),
         inverse=k.new_empty(inverse, dtype=work) if keep_inverse else None,
+        carried_before=torch.empty_like(log_decay) if has else None,
         momentum_tail=torch.empty_like(log_decay) if has else None,
         chunk_states=k.new_empty(chunk_state, dtype=work),
         chunk_momenta=k.new_empty(chunk_state, dtype=work) if has else None,
@@ -382,6 +386,7 @@ def plan_states(
         "key_transform": states.key_transform,
         "momentum_key_transform": states.momentum_key_transform,
         "pseudo_values": states.pseudo_values,
+        "carried_before": states.carried_before,
         "momentum_tail": states.momentum_tail,
     }
     solve = plan.call(

@@ -1,0 +1,106 @@
+"""Compile planned kernel calls for GPUs that need not be present.
+
+Cannot share a process with the Triton interpreter, which replaces the language that the compiler reads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nl_kernels.triton_support.kernel_call import KernelCall
+from nl_kernels.triton_support.targets import TARGETS
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """A kernel call to compile ahead of time.
+
+    Attributes:
+        op: the op's folder.
+        variant: dtype, widths and options, in words, for tables and test names.
+        call: the planned call, on meta tensors.
+    """
+
+    op: str
+    variant: str
+    call: KernelCall
+
+    @property
+    def kernel(self) -> str:
+        return self.call.kernel.__name__.removesuffix("_kernel")
+
+
+def collect_catalogue(architecture: str) -> Iterator[CatalogueEntry]:
+    """What every op that has a ``launch.py`` wants compiled for ``architecture``."""
+    package = importlib.import_module("nl_kernels.ops")
+    for info in pkgutil.iter_modules(package.__path__):
+        name = f"{package.__name__}.{info.name}.launch"
+        if importlib.util.find_spec(name) is None:
+            continue
+        catalogue: Callable[[str], Iterator[CatalogueEntry]] = importlib.import_module(name).catalogue
+        yield from catalogue(architecture)
+
+
+def signature_of(call: KernelCall) -> dict[str, str]:
+    """Argument types in the kernel's order, as ``triton.compile`` spells them."""
+    types = {name: _type_of(name, value) for name, value in call.arguments.items()}
+    types |= dict.fromkeys(call.constants, "constexpr")
+    return {name: types[name] for name in call.kernel.arg_names}
+
+
+def compile_call(call: KernelCall, architecture: str) -> Any:
+    """The compiled kernel (``asm``, ``metadata``) of ``call`` for an architecture in :data:`TARGETS`.
+
+    Pointers are taken as 16-byte aligned, as PyTorch's allocators make them.
+
+    Raises:
+        RuntimeError: this process interprets Triton kernels.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    from triton.runtime.jit import JITFunction
+
+    if not isinstance(call.kernel, JITFunction):
+        raise RuntimeError("compiling ahead of time needs a process without TRITON_INTERPRET")
+    target = TARGETS[architecture]
+    signature = signature_of(call)
+    absent = {name: None for name, value in call.arguments.items() if value is None}
+    aligned = {
+        (position,): [["tt.divisibility", 16]]
+        for position, kind in enumerate(signature.values())
+        if kind.startswith("*")
+    }
+    source = ASTSource(call.kernel, signature, {**call.constants, **absent}, aligned)
+    return compile(
+        source,
+        target=GPUTarget(target.backend, target.compiler_arch, target.threads_per_warp),
+        options={"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": True},
+    )
+
+
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def _type_of(name: str, value: torch.Tensor | int | float | None) -> str:
+    if value is None:
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, int):
+        return "i32" if abs(value) < 2**31 else "i64"
+    if isinstance(value, float):
+        return "fp32"
+    raise TypeError(f"{name}: expected a tensor, int, float or None, got {type(value).__name__}")

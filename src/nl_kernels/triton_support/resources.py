@@ -1,0 +1,92 @@
+"""What a compiled kernel takes of a GPU, read from its machine code: registers, spills, shared memory, and
+whether its products run on tensor cores."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_TENSOR_CORE = {
+    "wgmma": re.compile(r"\bwgmma\.mma_async"),
+    "tcgen05": re.compile(r"\btcgen05\.mma\b"),
+    "mma": re.compile(r"\bmma\.sync"),
+    "mfma": re.compile(r"\bv_mfma_"),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Resources of one program of a compiled kernel.
+
+    Attributes:
+        registers: 32-bit registers a thread.
+        spill_bytes: bytes a thread keeps in local memory (stack included) for want of registers.
+        shared_bytes: shared memory.
+        products: matrix products in the kernel, before unrolling.
+        scalar_products: those of them compiled to scalar multiply-adds instead of matrix instructions.
+        tensor_core: matrix instructions by kind.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    products: int
+    scalar_products: int
+    tensor_core: dict[str, int]
+
+
+def resources_of(compiled: Any) -> Resources:
+    """Read the resources of what :func:`ahead_of_time.compile_call` returned."""
+    asm = compiled.asm
+    products, scalar = _count_products(asm["ttgir"])
+    if "cubin" in asm:
+        registers, spills = _nvidia_registers(asm["cubin"])
+        text = asm["ptx"]
+    else:
+        text = asm["amdgcn"]
+        registers = _amd_field(text, "vgpr_count")
+        spills = _amd_field(text, "private_segment_fixed_size")
+    counts = {name: len(pattern.findall(text)) for name, pattern in _TENSOR_CORE.items()}
+    return Resources(
+        registers=registers,
+        spill_bytes=spills,
+        shared_bytes=compiled.metadata.shared,
+        products=products,
+        scalar_products=scalar,
+        tensor_core={name: count for name, count in counts.items() if count},
+    )
+
+
+def _count_products(ttgir: str) -> tuple[int, int]:
+    """Products in Triton's GPU IR, and those whose result has no matrix-instruction layout."""
+    products = scalar = 0
+    for line in ttgir.splitlines():
+        if re.search(r"ttng\.warp_group_dot |ttng\.tc_gen5_mma", line):
+            products += 1
+        elif "tt.dot " in line:
+            products += 1
+            result = line.rsplit("->", 1)[-1]
+            scalar += "#blocked" in result
+    return products, scalar
+
+
+def _nvidia_registers(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [str(tool), "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    fields = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return fields["REG"], fields["STACK"] + fields["LOCAL"]
+
+
+def _amd_field(text: str, name: str) -> int:
+    return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
