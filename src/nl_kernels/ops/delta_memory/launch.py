@@ -90,12 +90,14 @@ def config_of(
     """Tiles, warps and stages of ``kernel`` (its function's name without ``_kernel``)."""
     key, value = padded(key_dim), padded(value_dim)
     wide = dtype != torch.bfloat16
-    if kernel in ("scan_chunks", "scan_gradients"):
-        block_v = 32 if key > 128 or wide or has_momentum else 64
-        return Config(key, min(block_v, value), 4 if key <= 128 else 8, 1 if wide or has_momentum else 2)
     if kernel == "step":
         return Config(key, min(32, value), 4, 1)
-    return Config(min(64, key), min(64, value), 8 if has_momentum else 4, 1 if wide else 2)
+    if kernel in ("scan_chunks", "scan_gradients"):
+        block_v = 32 if key > 128 or wide or has_momentum else 64
+        return Config(key, min(block_v, value), 8, 1 if wide or key > 128 else 2)
+    block_k = 32 if kernel == "state_gradients" and has_momentum else 64
+    block_v = 32 if kernel in ("read_gradients", "solve_gradients") and has_momentum else 64
+    return Config(min(block_k, key), min(block_v, value), 8, 1 if wide else 2)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,6 @@ def read_gradients_kernel(
     d_pseudo,
     d_value,
     d_query_key,
-    carried_read,
     d_log_decay,
     d_momentum,
     chunk_table,
@@ -71,7 +70,7 @@ def read_gradients_kernel(
     """One program a chunk and head: back through ``O = scale · ((B ∘ QKᵀ) Z + (E ∘ QKᵀ) V)``, E = B M.
 
     Writes the chunk's own part of dZ (and with momentum of dV), the gradient of QKᵀ, and the pairs' part of
-    the gradients of log decay (and momentum); with momentum also c.
+    the gradients of log decay (and momentum).
     """
     program = tl.program_id(0)
     start, count = locate_chunk(program // H, chunk_table, T, BLOCK_C)
@@ -106,8 +105,6 @@ def read_gradients_kernel(
         mu = tl.load(momentum + token, mask=valid, other=1.0)
         mu_total, mu_residue, mu_total_before, mu_residue_before = cumulate_log(safe_log(mu))
         mu_matrix = decay_matrix(mu_total, mu_residue, mu_total, mu_residue, lower & valid[:, None])
-        mu_start = tl.where(valid, decay_from_start(mu_total), 0.0)
-        tl.store(carried_read + token, tl.sum(decay * mu_start[None, :], 1), mask=valid)
         mixed = matmul(decay, mu_matrix, SOLVE)
         mixed_attention = tl.trans(mixed * query_key)
         d_mixed_attention = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
@@ -147,7 +144,7 @@ def scan_gradients_kernel(
     momentum,
     key_transform,
     momentum_key_transform,
-    carried_read,
+    carried_before,
     momentum_tail,
     d_pseudo,
     d_value,
@@ -204,7 +201,7 @@ def scan_gradients_kernel(
         query = load_tile(q, token, valid, key_column, KEY_DIM)
         key = load_tile(k, token, valid, key_column, KEY_DIM)
         transform = load_tile(key_transform, token, valid, key_column, KEY_DIM)
-        d_output = load_tile(do, token, valid, value_column, VALUE_DIM).to(tl.float32) * scale
+        d_output = load_tile(do, token, valid, value_column, VALUE_DIM)
         d_pseudo_tile = load_tile(d_pseudo, token, valid, value_column, VALUE_DIM).to(tl.float32)
 
         log_a = tl.load(log_decay + token, mask=valid, other=0.0)
@@ -230,13 +227,15 @@ def scan_gradients_kernel(
             d_value_tile += mu_tail[:, None] * matmul(key, d_velocity, STATE)
             store_tile(d_value, token, valid, value_column, VALUE_DIM, d_value_tile)
 
-            carried = tl.load(carried_read + token, mask=valid, other=0.0)
+            carried = tl.load(carried_before + token, mask=valid, other=0.0)
+            if not READ_BEFORE:
+                carried = tl.exp(log_a) * carried + mu_start
             d_velocity = decay_from_start(mu_all_total) * d_velocity
             d_velocity += tl.sum(tail * mu_start, 0) * d_state
-            d_velocity += matmul(tl.trans(query), carried[:, None] * d_output, STATE)
+            d_velocity += matmul(tl.trans(query), (scale * carried)[:, None] * d_output, STATE)
             momentum_transform = load_tile(momentum_key_transform, token, valid, key_column, KEY_DIM)
             d_velocity -= matmul(tl.trans(momentum_transform), d_pseudo_tile, STATE)
-        d_state = kept * d_state + matmul(tl.trans(query), read_decay[:, None] * d_output, STATE)
+        d_state = kept * d_state + matmul(tl.trans(query), (scale * read_decay)[:, None] * d_output, STATE)
         d_state -= matmul(tl.trans(transform), d_pseudo_tile, STATE)
 
     tl.store(d_initial_state + public, d_state, mask=state_mask)
@@ -324,18 +323,20 @@ def solve_gradients_kernel(
             store_tile(dv, token, valid, column, VALUE_DIM, d_value_tile)
 
     d_scores = d_system * decay
-    d_decay = d_system * beta[:, None] * key_key
     if momentum is not None:
         d_scores += d_mixed * mixed
-        d_mixed = tl.where(strict, d_mixed * beta[:, None] * key_key, 0.0)
+    tl.store(d_erase + token, tl.sum(d_scores * key_key, 1), mask=valid)
+    d_scores *= beta[:, None]
+    store_tile(d_key_key, chunk_row, row < BLOCK_C, row, BLOCK_C, d_scores + tl.trans(d_scores))
+    key_key *= beta[:, None]
+    d_decay = d_system * key_key
+    if momentum is not None:
+        d_mixed = tl.where(strict, d_mixed * key_key, 0.0)
         d_decay += matmul(d_mixed, tl.trans(mu_matrix), SOLVE)
         mu_before = decay_matrix(mu_total_before, mu_residue_before, mu_total, mu_residue, strict)
         d_mu = tl.sum(matmul(tl.trans(mixed), d_mixed, SOLVE) * mu_before, 1)
         d_mu += tl.load(d_momentum + token, mask=valid, other=0.0)
         tl.store(d_momentum + token, d_mu, mask=valid)
-    tl.store(d_erase + token, tl.sum(d_scores * key_key, 1), mask=valid)
-    d_scores *= beta[:, None]
-    store_tile(d_key_key, chunk_row, row < BLOCK_C, row, BLOCK_C, d_scores + tl.trans(d_scores))
     d_log = tl.load(d_log_decay + token, mask=valid, other=0.0)
     d_log += sum_over_spans(d_decay * decay, row[:, None] < row[None, :], strict, SOLVE)
     tl.store(d_log_decay + token, d_log, mask=valid)
@@ -350,7 +351,6 @@ def state_gradients_kernel(
     log_decay,
     erase,
     momentum,
-    carried_read,
     carried_before,
     momentum_tail,
     pseudo_values,
@@ -410,8 +410,10 @@ def state_gradients_kernel(
         mu_all_total, mu_all_residue = total_log(log_mu)
         mu_tail = decay_between(mu_all_total, mu_all_residue, mu_total, mu_residue)
         mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
-        carried = tl.load(carried_read + token, mask=valid, other=0.0)
-        erased = beta * tl.load(carried_before + token, mask=valid, other=0.0)
+        carried = tl.load(carried_before + token, mask=valid, other=0.0)
+        erased = beta * carried
+        if not READ_BEFORE:
+            carried = tl.exp(log_a) * carried + decay_from_start(mu_total)
 
     query = load_tile(q, token, valid, column, KEY_DIM)
     key = load_tile(k, token, valid, column, KEY_DIM)
@@ -592,24 +594,24 @@ def rate_gradients_kernel(
         mu_tail = decay_between(mu_all_total, mu_all_residue, mu_total, mu_residue)
         mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
 
-        # c = B s, and the same for the solve: to the factors of B …
+        # c⁻ = B⁻ s, and c = α c⁻ + s: from the reads and the solve to the factors of B⁻ and α …
         before = decay_matrix(total_before, residue_before, total, residue, strict)
-        d_erase_token += tl.load(carried_before + token, mask=valid, other=0.0) * carried_erase
-        carried_erase *= beta
+        carried = tl.load(carried_before + token, mask=valid, other=0.0)
+        d_erase_token += carried * carried_erase
+        d_carried = beta * carried_erase
+        d_start = tail * carried_term
         if READ_BEFORE:
-            read = before
-            ends = row[:, None] < row[None, :]
+            d_carried += carried_read
         else:
-            read = decay_matrix(total, residue, total, residue, lower)
-            ends = row[:, None] <= row[None, :]
-        pairs = carried_read[:, None] * mu_start[None, :] * read
-        d_log += sum_over_spans(pairs, ends, strict, SOLVE)
-        pairs = carried_erase[:, None] * mu_start[None, :] * before
+            through = tl.exp(log_a) * carried_read
+            d_carried += through
+            d_start += carried_read
+            d_log += through * carried
+        pairs = d_carried[:, None] * mu_start[None, :] * before
         d_log += sum_over_spans(pairs, row[:, None] < row[None, :], strict, SOLVE)
         tail_term += tl.sum(mu_matrix * mixed_tail_term[None, :], 1) + mu_start * carried_term
         # … and to those of s.
-        d_start = tl.sum(read * carried_read[:, None], 0) + tl.sum(before * carried_erase[:, None], 0)
-        d_start = tl.where(valid, d_start + tail * carried_term, 0.0)
+        d_start = tl.where(valid, d_start + tl.sum(before * d_carried[:, None], 0), 0.0)
         d_mu = tl.load(d_momentum + token, mask=valid, other=0.0)
         d_mu += (tl.sum(mu_matrix * d_start[:, None], 0) + mu_tail * mu_kept) * mu_start_before
         # The last rows of E and M.
@@ -667,7 +669,6 @@ def plan_backward(
         "d_pseudo": d_pseudo,
         "d_right": d_pseudo,
         "d_value": torch.empty_like(v, dtype=work) if has else None,
-        "carried_read": torch.empty_like(log_decay) if has else None,
         "d_chunk_states": torch.empty_like(states.chunk_states),
         "d_chunk_momenta": torch.empty_like(states.chunk_states) if has else None,
         "d_query_key": k.new_empty(pairs, dtype=work),

@@ -87,28 +87,30 @@ def solve_chunks_kernel(
     for first in range(0, KEY_DIM, BLOCK_K):
         key = load_tile(k, token, valid, first + tl.arange(0, BLOCK_K), KEY_DIM)
         key_products += matmul(key, tl.trans(key), INPUTS)
-    inverted = invert_unit_lower(beta[:, None] * decay_before * key_products, BLOCK_C, SOLVE)
-    if inverse is not None:
-        chunk_row = program.to(tl.int64) * BLOCK_C + row
-        store_tile(inverse, chunk_row, row < BLOCK_C, row, BLOCK_C, inverted)
-
-    value_transform = inverted
-    key_mixing = inverted * (beta * decay_from_start(total_before))[None, :]
+    key_products *= beta[:, None]
     if momentum is not None:
         mu = tl.load(momentum + token, mask=valid, other=1.0)
-        mu_total, mu_residue, _mu_total_before, _mu_residue_before = cumulate_log(safe_log(mu))
+        mu_total, mu_residue, _, _ = cumulate_log(safe_log(mu))
         lower = (row[:, None] >= row[None, :]) & valid[:, None]
         mu_matrix = decay_matrix(mu_total, mu_residue, mu_total, mu_residue, lower)
+        all_total, all_residue = total_log(log_a)
+        tail = tl.where(valid, decay_between(all_total, all_residue, total, residue), 0.0)
+        tl.store(momentum_tail + token, tl.sum(tail[:, None] * mu_matrix, 0), mask=valid)
         mu_start = tl.where(valid, decay_from_start(mu_total), 0.0)
         carried = tl.sum(decay_before * mu_start[None, :], 1)
         tl.store(carried_before + token, carried, mask=valid)
-        mixed_before = matmul(decay_before, mu_matrix, SOLVE)
-        value_transform = -matmul(inverted, beta[:, None] * mixed_before * key_products, SOLVE)
+        value_mixing = matmul(decay_before, mu_matrix, SOLVE) * key_products
+
+    inverted = invert_unit_lower(decay_before * key_products, BLOCK_C, SOLVE)
+    if inverse is not None:
+        chunk_row = program.to(tl.int64) * BLOCK_C + row
+        store_tile(inverse, chunk_row, row < BLOCK_C, row, BLOCK_C, inverted)
+    key_mixing = inverted * (beta * decay_from_start(total_before))[None, :]
+    if momentum is not None:
         momentum_key_mixing = inverted * (beta * carried)[None, :]
-        all_total, all_residue = total_log(log_a)
-        tail = tl.where(valid, decay_between(all_total, all_residue, total, residue), 0.0)
-        mixed_tail = tl.sum(tail[:, None] * mu_matrix, 0)
-        tl.store(momentum_tail + token, mixed_tail, mask=valid)
+        value_transform = -matmul(inverted, value_mixing, SOLVE)
+    else:
+        value_transform = inverted
 
     for first in range(0, KEY_DIM, BLOCK_K):
         column = first + tl.arange(0, BLOCK_K)
