@@ -10,7 +10,7 @@ from nl_kernels.checks import check_choice, check_cu_seqlens, check_positive_int
 from nl_kernels.dispatch import choose_implementation
 from nl_kernels.ops.delta_memory import reference, registration
 
-AVAILABLE = ("eager", "reference")
+AVAILABLE = ("triton", "eager", "reference")
 READS = ("after", "before")
 
 State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]

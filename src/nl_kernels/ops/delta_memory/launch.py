@@ -289,6 +289,11 @@ def contiguous(*tensors: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
     return (None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
+def contiguous_fp32(*tensors: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
+    """The same for rates and states, which the kernels take in fp32."""
+    return (None if tensor is None else tensor.float().contiguous() for tensor in tensors)
+
+
 def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
     """Every kernel at the widths models use, in each dtype; the rarer options at one width.
 

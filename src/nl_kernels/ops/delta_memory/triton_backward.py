@@ -733,10 +733,12 @@ def delta_memory_backward(
     Raises:
         NotImplementedError: a head wider than :data:`launch.MAX_HEAD_DIM`, or fp64.
     """
-    do, d_final_state, d_final_momentum = launch.contiguous(do, d_final_state, d_final_momentum)
-    q, k, v, log_decay, erase, momentum, initial_state, initial_momentum = launch.contiguous(
-        q, k, v, log_decay, erase, momentum, initial_state, initial_momentum
+    given = (q, k, v, log_decay, erase, momentum, initial_state, initial_momentum)
+    do, q, k, v = launch.contiguous(do, q, k, v)
+    log_decay, erase, momentum, initial_state, initial_momentum = launch.contiguous_fp32(
+        log_decay, erase, momentum, initial_state, initial_momentum
     )
+    d_final_state, d_final_momentum = launch.contiguous_fp32(d_final_state, d_final_momentum)
     calls, gradients = plan_backward(
         do,
         d_final_state,
@@ -756,4 +758,4 @@ def delta_memory_backward(
         architecture=architecture_of(k.device),
     )
     run_calls(calls, k.device)
-    return gradients
+    return tuple(g if g is None or x is None else g.to(x.dtype) for g, x in zip(gradients, given))

@@ -435,8 +435,9 @@ def delta_memory_forward(
     Raises:
         NotImplementedError: a head wider than :data:`launch.MAX_HEAD_DIM`, or fp64.
     """
-    q, k, v, log_decay, erase, momentum, initial_state, initial_momentum = launch.contiguous(
-        q, k, v, log_decay, erase, momentum, initial_state, initial_momentum
+    q, k, v = launch.contiguous(q, k, v)
+    log_decay, erase, momentum, initial_state, initial_momentum = launch.contiguous_fp32(
+        log_decay, erase, momentum, initial_state, initial_momentum
     )
     calls, outputs = plan_forward(
         q,

@@ -137,8 +137,9 @@ def delta_memory_step(
     Raises:
         NotImplementedError: a head wider than :data:`launch.MAX_HEAD_DIM`, or fp64.
     """
-    q, k, v, log_decay, erase, momentum, state, momentum_state = launch.contiguous(
-        q, k, v, log_decay, erase, momentum, state, momentum_state
+    q, k, v = launch.contiguous(q, k, v)
+    log_decay, erase, momentum, state, momentum_state = launch.contiguous_fp32(
+        log_decay, erase, momentum, state, momentum_state
     )
     call, outputs = plan_step(
         q,
