@@ -64,12 +64,10 @@ def precision_of(dtype: torch.dtype, architecture: str) -> Precision:
     return Precision(full, full, full, torch.float32)
 
 
-def chunk_rows(chunk_size: int, *, architecture: str, dtype: torch.dtype, has_momentum: bool) -> int:
+def chunk_rows(chunk_size: int, dtype: torch.dtype) -> int:
     """Tokens a kernel takes at once. The result does not depend on it, so ``chunk_size`` is a hint here:
     rounded up to a power of two from 16, and capped by what fits."""
-    cap = 64
-    if dtype != torch.bfloat16 and (architecture.startswith("gfx") or has_momentum):
-        cap = 32
+    cap = 64 if dtype == torch.bfloat16 else 32
     return max(_MIN_TILE, min(cap, _power_of_two(chunk_size)))
 
 
@@ -92,12 +90,17 @@ def config_of(
     wide = dtype != torch.bfloat16
     if kernel == "step":
         return Config(key, min(32, value), 4, 1)
+    amd, ampere = architecture.startswith("gfx"), architecture == "sm_80"
     if kernel in ("scan_chunks", "scan_gradients"):
-        block_v = 32 if key > 128 or wide or has_momentum else 64
-        return Config(key, min(block_v, value), 8, 1 if wide or key > 128 else 2)
-    block_k = 32 if kernel == "state_gradients" and has_momentum else 64
+        # The whole key width of the state is in registers: the tile of the value width is what gives.
+        tight = key > 128 or has_momentum or amd or (ampere and kernel == "scan_gradients")
+        block_v = 16 if wide or (tight and has_momentum and (amd or ampere)) else 32 if tight else 64
+        return Config(key, min(block_v, value), 8, 1 if wide or amd or key > 128 else 2)
+    if wide:
+        return Config(min(32, key), min(32, value), 8, 1)
+    block_k = 32 if kernel == "state_gradients" and (has_momentum or ampere) else 64
     block_v = 32 if kernel in ("read_gradients", "solve_gradients") and has_momentum else 64
-    return Config(min(block_k, key), min(block_v, value), 8, 1 if wide else 2)
+    return Config(min(block_k, key), min(block_v, value), 8, 2)
 
 
 @dataclass(frozen=True)
@@ -220,9 +223,7 @@ def plan_chunks(
     value_dim = v.shape[-1]
     dtype = operand_dtype(q, k, v)
     check_head_dims(key_dim, value_dim)
-    block_c = chunk_rows(
-        chunk_size, architecture=architecture, dtype=dtype, has_momentum=momentum is not None
-    )
+    block_c = chunk_rows(chunk_size, dtype)
     chunk_table = chunk_offsets = None
     chunks, sequences = batch * -(-tokens // block_c), batch
     if cu_seqlens is not None:
@@ -299,14 +300,14 @@ def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
 
     The calls are those of the launchers themselves, planned on meta tensors.
     """
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for dim in (64, 128, 256):
+    widths = {torch.bfloat16: (64, 128, 256), torch.float16: (128, 256), torch.float32: (128, 256)}
+    for dtype, dims in widths.items():
+        for dim in dims:
             for has_momentum in (False, True):
                 yield from _entries(architecture, dtype, dim, dim, has_momentum=has_momentum)
-    for has_momentum in (False, True):
-        options = {"has_momentum": has_momentum, "read": "before", "packed": True}
-        yield from _entries(architecture, torch.bfloat16, 64, 128, **options)
-        yield from _entries(architecture, torch.float32, 40, 24, **options)
+    options = {"read": "before", "packed": True}
+    yield from _entries(architecture, torch.bfloat16, 64, 128, has_momentum=True, **options)
+    yield from _entries(architecture, torch.float32, 40, 24, has_momentum=False, **options)
 
 
 def _entries(

@@ -48,9 +48,38 @@ def step(*args):
 
 
 class _DeltaMemory(torch.autograd.Function):
+    # By name: torch.compile counts the parameters to see that forward takes no context.
     @staticmethod
-    def forward(*args):
-        return torch.ops.nl_kernels.delta_memory_forward(*args)
+    def forward(
+        q,
+        k,
+        v,
+        log_decay,
+        erase,
+        momentum,
+        initial_state,
+        initial_momentum,
+        cu_seqlens,
+        scale,
+        read,
+        chunk_size,
+        impl,
+    ):
+        return torch.ops.nl_kernels.delta_memory_forward(
+            q,
+            k,
+            v,
+            log_decay,
+            erase,
+            momentum,
+            initial_state,
+            initial_momentum,
+            cu_seqlens,
+            scale,
+            read,
+            chunk_size,
+            impl,
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
