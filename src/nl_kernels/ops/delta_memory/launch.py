@@ -94,7 +94,8 @@ def config_of(
     if kernel in ("scan_chunks", "scan_gradients"):
         # The whole key width of the state is in registers: the tile of the value width is what gives.
         tight = key > 128 or has_momentum or amd or (ampere and kernel == "scan_gradients")
-        block_v = 16 if wide or (tight and has_momentum and (amd or ampere)) else 32 if tight else 64
+        tightest = wide or (has_momentum and (key > 128 or amd or ampere))
+        block_v = 16 if tightest else 32 if tight else 64
         return Config(key, min(block_v, value), 8, 1 if wide or amd or key > 128 else 2)
     if wide:
         return Config(min(32, key), min(32, value), 8, 1)

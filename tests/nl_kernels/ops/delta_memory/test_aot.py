@@ -1,0 +1,111 @@
+"""The kernels compile for GPUs that are not here, within what those GPUs have."""
+
+import pytest
+import torch
+
+from nl_kernels.ops.delta_memory import launch
+from nl_kernels.triton_support.ahead_of_time import compile_call
+from nl_kernels.triton_support.resources import resources_of
+from nl_kernels.triton_support.targets import TARGETS
+
+pytestmark = pytest.mark.aot
+
+# Products per kernel before unrolling, at C = 64: what must be on tensor cores.
+PLAIN = {
+    "solve_chunks": 7,
+    "scan_chunks": 2,
+    "read_chunks": 3,
+    "read_gradients": 4,
+    "scan_gradients": 3,
+    "solve_gradients": 4,
+    "state_gradients": 6,
+    "rate_gradients": 0,
+    "step": 0,
+}
+
+
+def entries(architecture, variant):
+    """The catalogue's entries of one variant by kernel (of the two solves, the one that keeps T)."""
+    found = {e.kernel: e.call for e in launch.catalogue(architecture) if e.variant == variant}
+    assert found, f"the catalogue has no {variant}"
+    return found
+
+
+def compiled(architecture, variant, kernel):
+    resources = resources_of(compile_call(entries(architecture, variant)[kernel], architecture))
+    assert resources.shared_bytes <= TARGETS[architecture].shared_memory
+    assert resources.scalar_products == 0
+    return resources
+
+
+@pytest.mark.parametrize("kernel", PLAIN)
+def test_hopper_uses_tensor_cores_and_spills_nothing(kernel):
+    found = compiled("sm_90", "bfloat16 128x128 after", kernel)
+    assert found.spill_bytes == 0
+    assert found.products == PLAIN[kernel]
+    assert set(found.tensor_core) == ({"wgmma"} if PLAIN[kernel] else set())
+
+
+@pytest.mark.parametrize("kernel", ["scan_chunks", "scan_gradients"])
+def test_hopper_carries_momentum_without_spilling(kernel):
+    found = compiled("sm_90", "bfloat16 128x128 momentum after", kernel)
+    assert found.spill_bytes == 0
+    assert set(found.tensor_core) == {"wgmma"}
+
+
+@pytest.mark.parametrize("kernel", ["scan_chunks", "solve_gradients"])
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [("sm_80", "mma"), ("sm_100", "tcgen05"), ("gfx942", "mfma")]
+)
+def test_other_architectures(architecture, kind, kernel):
+    found = compiled(architecture, "bfloat16 64x64 after", kernel)
+    assert set(found.tensor_core) == {kind}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_other_dtypes(dtype):
+    assert compiled("sm_90", f"{dtype} 128x128 after", "read_chunks").tensor_core
+
+
+def test_catalogue_has_every_kernel_option_and_dtype():
+    catalogue = list(launch.catalogue("sm_90"))
+    assert {e.kernel for e in catalogue} == set(PLAIN)
+    words = {word for e in catalogue for word in e.variant.split()}
+    assert words >= {"bfloat16", "float16", "float32", "momentum", "before", "packed", "256x256", "40x24"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_whole_catalogue(architecture):
+    limit = TARGETS[architecture].shared_memory
+    for entry in launch.catalogue(architecture):
+        found = resources_of(compile_call(entry.call, architecture))
+        label = f"{entry.kernel} {entry.variant}"
+        assert found.shared_bytes <= limit, label
+        assert found.scalar_products == 0, label
+        if architecture == "sm_90" and "bfloat16" in label and "256" not in label:
+            assert found.spill_bytes == 0, label
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [1, 16, 33, 64, 128, 200, 256])
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_launch_parameters_are_tiles_the_compiler_takes(architecture, dim, dtype):
+    for kernel in PLAIN:
+        for has_momentum in (False, True):
+            config = launch.config_of(
+                kernel,
+                key_dim=dim,
+                value_dim=dim,
+                dtype=dtype,
+                architecture=architecture,
+                has_momentum=has_momentum,
+            )
+            for block in (config.block_k, config.block_v):
+                assert block >= 16
+                assert block & (block - 1) == 0
+            if kernel.startswith("scan") or kernel == "step":
+                assert config.block_k >= dim
+    assert launch.chunk_rows(1, dtype) == 16
+    assert launch.chunk_rows(20, dtype) == 32
+    assert launch.chunk_rows(1000, dtype) <= 64
