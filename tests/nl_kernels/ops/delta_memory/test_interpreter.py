@@ -57,23 +57,23 @@ def assert_kernels_within_budget(x, **options):
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
 def test_results_and_every_gradient(momentum, read, length):
     # Several heads where a single one has too few numbers for a norm to mean something.
-    x = inputs(length, momentum=momentum, heads=4 if length == 1 else 1)
+    x = inputs(length, momentum=momentum, heads=3 if length == 1 else 1)
     assert_kernels_within_budget(x, read=read, scale=0.7, chunk_size=16)
 
 
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
 def test_batch_without_initial_state_odd_widths(momentum):
-    x = inputs(19, momentum=momentum, batch=2, heads=2, key=7, value=33, initial_state=False)
+    x = inputs(19, momentum=momentum, batch=2, heads=1, key=7, value=33, initial_state=False)
     assert_kernels_within_budget(x, chunk_size=16)
 
 
 def test_widths_of_several_tiles():
-    assert_kernels_within_budget(inputs(9, momentum=True, heads=2, key=70, value=67), chunk_size=16)
+    assert_kernels_within_budget(inputs(9, momentum=True, heads=1, key=70, value=67), chunk_size=16)
 
 
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
 def test_chunks_of_several_blocks(momentum):
-    """C = 64 (with momentum 32) merges inverted blocks; keys that repeat make powers of A grow."""
+    """C = 32 merges inverted blocks; keys that repeat make powers of A grow."""
     x = inputs(70, momentum=momentum)
     x["k"][:, 20:60] = x["k"][:, 20:21]
     x["erase"][:, 20:60] = 1.0
