@@ -21,7 +21,7 @@ from nl_kernels import (
     SelfModifyingState,
 )
 from nl_models.layers.attention import AttentionState
-from nl_models.layers.state import State, map_state
+from nl_models.layers.state import State, map_state, state_tensors
 
 if TYPE_CHECKING:
     from nl_models.hope.configuration_hope import HopeConfig
@@ -136,9 +136,7 @@ class HopeCache(Cache):
         state = self.layers[0].state
         if state is None:
             return -1
-        sizes = []
-        map_state(lambda t: sizes.append(t.shape[0]), state)
-        return sizes[0]
+        return next(state_tensors(state)).shape[0]
 
     def detach(self) -> HopeCache:
         """Cut the graph behind every state (in place), as truncated backpropagation does between segments."""
@@ -154,10 +152,8 @@ class HopeCache(Cache):
 
     def num_bytes(self) -> int:
         """Bytes that the states occupy."""
-        sizes = []
-        for layer in self.layers:
-            map_state(lambda t: sizes.append(t.numel() * t.element_size()), layer.state)
-        return sum(sizes)
+        tensors = (t for layer in self.layers for t in state_tensors(layer.state))
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to a safetensors file; the file appears whole or not at all."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar
 
 import torch
@@ -25,11 +24,14 @@ from nl_models.layers.short_convolution import ShortConvolution
 from nl_models.layers.titans import Titans
 
 
-@dataclasses.dataclass(frozen=True)
 class CarriedState:
-    """An opaque box round the state of a block: FSDP2 would cast bare tensors among the arguments to bf16."""
+    """An opaque box round the state of a block.
 
-    state: BlockState
+    FSDP2 casts every tensor to bf16 that it finds among a module's arguments, in tuples and dataclasses too.
+    """
+
+    def __init__(self, state: BlockState):
+        self.state = state
 
 
 class HopeBlock(GradientCheckpointingLayer):

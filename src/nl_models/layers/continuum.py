@@ -138,7 +138,8 @@ class ContinuumBlock(nn.Module):
         self.down = nn.Parameter(torch.empty(width, hidden))
         self.key = nn.Parameter(torch.empty(width, width)) if config.steps else None
         self.value = nn.Parameter(torch.empty(width, width)) if config.steps else None
-        self.rate_logit = nn.Parameter(torch.empty(())) if config.steps else None
+        # Of one dimension: FSDP2 shards no scalars.
+        self.rate_logit = nn.Parameter(torch.empty(1)) if config.steps else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -159,7 +160,7 @@ class ContinuumBlock(nn.Module):
         if not config.steps:
             return 0.0
         scale = config.max_rate / (self.up.shape[1] * config.chunk_size)
-        return scale * torch.sigmoid(self.rate_logit.to(state_dtype(self.rate_logit.dtype)))
+        return scale * torch.sigmoid(self.rate_logit[0].to(state_dtype(self.rate_logit.dtype)))
 
     def definition(self) -> ContinuumLevel:
         """This level as :func:`nl_kernels.continuum_memory` takes it."""

@@ -105,3 +105,7 @@ def test_outputs_follow_the_library(make_model, tokens):
     assert torch.equal(model(ids, logits_to_keep=2).logits, output.logits[:, -2:])
     assert torch.equal(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, output.logits[:, [1, 4]])
     assert torch.equal(model(ids, return_dict=False)[0], output.logits)
+
+
+def test_whole_numbers_are_numbers(make_config):
+    assert make_config(memory_rate_max=1, rope_theta=500, memory_retention_bias=3).memory_rate_max == 1

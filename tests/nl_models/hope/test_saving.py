@@ -9,6 +9,7 @@ import nl_models
 from nl_models import HopeCache, HopeConfig, HopeForCausalLM, HopeModel
 from nl_models.hope.configuration_hope import LAYER_TYPES
 from nl_models.hope.modeling_hope import LAYERS_WITH_PARAMETERS
+from nl_models.layers.state import state_tensors
 
 HYBRID = list(LAYER_TYPES)
 
@@ -56,8 +57,7 @@ def test_loading_in_bf16_keeps_states_in_fp32(hybrid, tokens, tmp_path):
     assert output.logits.dtype == torch.bfloat16
     assert output.logits.isfinite().all()
     for block, layer in zip(loaded.model.layers, output.past_key_values.layers):
-        dtypes = set()
-        nl_models.layers.state.map_state(lambda t, seen=dtypes: seen.add(t.dtype), layer.state.mixer)
+        dtypes = {t.dtype for t in state_tensors(layer.state.mixer)}
         attention = block.mixer.__class__.__name__ == "Attention"
         assert dtypes <= ({torch.bfloat16, torch.int64} if attention else {torch.float32, torch.int64})
 

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from nl_models import HopeCache, HopeConfig, HopeForCausalLM
 from nl_models.hope.configuration_hope import LAYER_TYPES
-from nl_models.layers.state import map_state
+from nl_models.layers.state import state_tensors
 
 
 @pytest.fixture(params=LAYER_TYPES)
@@ -108,12 +110,10 @@ def test_detach_cuts_the_graph(make_model, tokens, kind):
         inputs_embeds=torch.randn(1, 5, 16, dtype=torch.float64, requires_grad=True), past_key_values=cache
     )
     assert first.past_key_values is cache
-    kept = []
     cache.detach()
-    for layer in cache.layers:
-        map_state(lambda t: kept.append(t.requires_grad), layer.state)
+    kept = [t for layer in cache.layers for t in state_tensors(layer.state)]
     assert kept
-    assert not any(kept)
+    assert not any(t.requires_grad for t in kept)
 
 
 def test_padding_gets_no_gradient(make_model, tokens, kind):
@@ -138,9 +138,38 @@ def test_autocast_keeps_states_in_fp32(make_model, tokens, kind):
     assert all(p.grad.isfinite().all() for p in model.parameters())
     for layer in cache.layers:
         parts = (layer.state.continuum,) if kind == "full_attention" else layer.state[1:]
-        dtypes = set()
-        map_state(lambda t: dtypes.add(t.dtype), parts)  # noqa: B023
-        assert dtypes <= {torch.float32, torch.int64}
+        assert {t.dtype for t in state_tensors(parts)} <= {torch.float32, torch.int64}
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+def test_sharded_training_keeps_states_in_fp32(make_model, tokens, one_process):
+    """FSDP2 casts parameters and what it finds among the arguments to bf16, and shards no scalars."""
+    model, ids = (
+        make_model(list(LAYER_TYPES), dtype=torch.float32, noise=0.05, num_hidden_layers=4),
+        tokens(2, 16),
+    )
+    exact = next_token_loss(model, ids)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    cache = HopeCache(model.config)
+    logits = [model(piece, past_key_values=cache).logits for piece in ids.split([7, 9], 1)]
+    loss = F.cross_entropy(torch.cat(logits, 1)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    loss.backward()
+    assert abs(loss - exact) < 0.05
+    assert all(p.grad.to_local().isfinite().all() for p in model.parameters())
+    for kind, layer in zip(LAYER_TYPES, cache.layers):
+        parts = (layer.state.continuum,) if kind == "full_attention" else layer.state[1:]
+        assert {t.dtype for t in state_tensors(parts)} <= {torch.float32, torch.int64}
 
 
 def test_no_cache_is_made_in_training(make_model, tokens):
