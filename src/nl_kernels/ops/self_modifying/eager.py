@@ -58,7 +58,7 @@ def self_modifying_memory_eager(
     batch, length, heads, _ = query.shape
     period, chunk = max(chunk_size, generator_chunk_size), min(chunk_size, generator_chunk_size)
     grid = place_on_grid(state.position, mask, length, period, at_boundary)
-    inputs = torch.stack([key_input, value_input, l2_normalize(query), gate_input], 3)
+    inputs = torch.stack([key_input, value_input, l2_normalize(query), gate_input, gate_input], 3)
     sequences = [inputs, momentum]
     if grid.alignment is not None:
         sequences = [None if x is None else grid.alignment.gather(x) for x in sequences]
@@ -161,7 +161,7 @@ class _Chunks:
         inputs, momentum, applied = (
             None if x is None else x.unflatten(1, (segment.chunks, segment.length)) for x in sequences
         )
-        stacked = inputs[:, :, :, [0, 1, 2, 3, 3]].permute(1, 3, 0, 2, 4).flatten(1, 2)
+        stacked = inputs.permute(1, 3, 0, 2, 4).flatten(1, 2)
         none = [None] * segment.chunks
         return (
             stacked.unbind(0),

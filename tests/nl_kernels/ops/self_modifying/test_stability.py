@@ -1,0 +1,88 @@
+"""The default stays bounded, untrained, on inputs that break the literal rule."""
+
+import pytest
+import torch
+
+from nl_kernels import DeepMemoryWeights, MemoryRule, SelfModifyingWeights, self_modifying_memory
+from nl_kernels.testing import tensors_of
+
+WIDTH = 16
+
+
+def stream(kind, length, seed=0):
+    """Key, value, query and gate inputs [4, 1, T, 1, D] of one kind of hardship."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, length, 1, WIDTH, generator=rng)
+    if kind == "eight repeated tokens":
+        x = x[:, torch.arange(length) % 8]
+    elif kind == "one constant token":
+        x = x[:, :1].expand(1, length, 1, WIDTH)
+    return torch.stack([x, -x if kind == "v = -k" else x, x, x])
+
+
+def initial_weights(seed=1):
+    rng = torch.Generator().manual_seed(seed)
+
+    def memory(out):
+        return DeepMemoryWeights(
+            torch.randn(1, WIDTH, WIDTH, generator=rng) * WIDTH**-0.5,
+            torch.randn(1, out, WIDTH, generator=rng) * 0.3,
+        )
+
+    return SelfModifyingWeights(
+        key=memory(WIDTH), value=memory(WIDTH), memory=memory(WIDTH), rate=memory(1), retention=memory(1)
+    )
+
+
+def largest_state(kind, length, rule, *, chunk_size=16, read="snapshot", piece=4096, rate_bias=9.0):
+    """Largest norm of a state tensor at the end of any piece, or output; NaN and Inf count as infinite."""
+    weights, state, largest = initial_weights(), None, 0.0
+    with torch.no_grad():
+        for start in range(0, length, piece):
+            key, value, query, gate = stream(kind, min(piece, length - start), seed=start)
+            o, state = self_modifying_memory(
+                query,
+                key,
+                value,
+                gate,
+                weights,
+                rule=rule,
+                chunk_size=chunk_size,
+                read=read,
+                rate_bias=rate_bias,  # η and α as near to 1 as they come
+                retention_bias=9.0,
+                initial_state=state,
+                output_final_state=True,
+            )
+            for size in [o.abs().max().item(), *(x.norm().item() for x in tensors_of(state))]:
+                largest = max(largest, size if size == size else float("inf"))
+            if largest == float("inf"):
+                break
+    return largest
+
+
+KINDS = ["random", "eight repeated tokens", "one constant token", "v = -k"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_default_stays_bounded(kind):
+    assert largest_state(kind, 4096, MemoryRule(), chunk_size=64) < 40
+    assert largest_state(kind, 512, MemoryRule(), chunk_size=1, read="running") < 40
+
+
+def test_bounding_is_what_does_it():
+    # The same rule without the bound on the errors, on the worst input: this is what the bound is for.
+    free = MemoryRule(error_bound=None)
+    assert largest_state("eight repeated tokens", 2048, free) > 1e3
+
+
+def test_the_literal_rule_blows_up():
+    sizes = [largest_state(kind, 1024, MemoryRule.literal(), piece=256) for kind in KINDS]
+    assert max(sizes) > 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk_size", [16, 64])
+def test_the_default_stays_bounded_for_a_million_tokens(kind, chunk_size):
+    assert largest_state(kind, 2**20, MemoryRule(), chunk_size=chunk_size, piece=2**14) < 60
