@@ -25,7 +25,6 @@ from types import FrameType
 import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from nl_models.data.batches import TrainingBatches, validation_windows
 from nl_models.data.prepare import PreparedData
@@ -38,7 +37,7 @@ from nl_models.training.checkpoint import (
     save_checkpoint,
 )
 from nl_models.training.config import FREE_ON_RESUME, TrainConfig, load_config
-from nl_models.training.console import TrainingDisplay
+from nl_models.training.console import TrainingDisplay, without_progress_bars
 from nl_models.training.metrics import MetricsLog, read_metrics
 from nl_models.training.optimizer import build_optimizer, learning_rate_at
 from nl_models.training.plots import plot_losses
@@ -165,18 +164,6 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {name!r} asked for, but PyTorch finds no CUDA device here; use 'cpu'")
     return device
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Transformers draws a bar even for one small file."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 class Trainer:
@@ -334,6 +321,6 @@ class Trainer:
         target = self.folder / "model"
         if not target.exists():
             with new_directory(target) as temporary:
-                with _without_progress_bars():
+                with without_progress_bars():
                     self.model.save_pretrained(temporary)
                 self.tokenizer.save(temporary)

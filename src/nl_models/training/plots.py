@@ -18,11 +18,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-def new_figure(columns: int = 1, *, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    """A figure with ``columns`` axes side by side, without touching matplotlib's global state."""
-    figure = Figure(figsize=(width * columns, height), dpi=130, layout="constrained")
+def new_figure(
+    columns: int = 1, *, rows: int = 1, width: float = 6.4, height: float = 4.2
+) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes, row by row, without touching matplotlib's global state; inches are per axes."""
+    figure = Figure(figsize=(width * columns, height * rows), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(np.atleast_1d(figure.subplots(1, columns)))
+    axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, which="major", color="#dddddd", linewidth=0.6)

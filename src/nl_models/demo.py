@@ -1,0 +1,329 @@
+"""Hope beside softmax attention on real text, in a few minutes: ``python -m nl_models.demo``."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nl_models.data.prepare import PreparedData, prepare_data
+from nl_models.data.tokenizer import load_tokenizer
+from nl_models.demo_report import DemoResult, ModelResult, Sample, write_reports
+from nl_models.files import write_json
+from nl_models.hope import HopeConfig, HopeForCausalLM
+from nl_models.profile import config_arguments, progress_printer
+from nl_models.profiling.report import describe_machine, plot_profile, profile_table, save_profile
+from nl_models.profiling.run import ProfileSettings, profile_models
+from nl_models.training.baseline import attention_baseline, parameter_count
+from nl_models.training.command_line import fail
+from nl_models.training.config import TrainConfig
+from nl_models.training.console import TrainingDisplay, duration, without_progress_bars
+from nl_models.training.loop import DivergedError, StopSignal, Trainer, create_run
+from nl_models.training.metrics import read_metrics
+from nl_models.training.model import build_model, hope_config
+from nl_models.training.plots import plot_losses
+
+PROMPT = 'def read(self, size=-1):\n    """'
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes of the demo. The defaults take about four minutes on two slow cores.
+
+    Attributes:
+        corpus: folder of text files; ``None``: Python's own library.
+        vocab_size: ids of the BPE.
+        hidden_size, layers, heads: of both models.
+        memory_hidden_size: hidden width of Hope's memories.
+        steps, batch_size, sequence_length: both models see the same windows in the same order.
+        hope_learning_rate, attention_learning_rate: peaks; the best of those tried for each (docs/demo.md).
+        warmup_steps: of both.
+        evaluations: how often the validation loss is taken in training.
+        validation_windows: windows of the validation set.
+        sample_tokens: tokens to generate.
+        lengths, decode_after: contexts of the profile, tokens.
+        threads: CPU threads.
+        seed: of weights, data order and sampling.
+    """
+
+    corpus: str | None = None
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    layers: int = 2
+    heads: int = 2
+    memory_hidden_size: int = 32
+    steps: int = 180
+    batch_size: int = 8
+    sequence_length: int = 128
+    hope_learning_rate: float = 8e-3
+    attention_learning_rate: float = 4e-3
+    warmup_steps: int = 20
+    evaluations: int = 6
+    validation_windows: int = 96
+    sample_tokens: int = 160
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048)
+    decode_after: tuple[int, ...] = (1, 100, 1_000, 10_000)
+    threads: int = 2
+    seed: int = 0
+
+    def train_config(self, model: str) -> TrainConfig:
+        """The options of a run of ``"hope"`` or ``"attention"``; the baseline's width is not in yet."""
+        return TrainConfig(
+            corpus=self.corpus,
+            vocab_size=self.vocab_size,
+            model=model,
+            hidden_size=self.hidden_size,
+            layers=self.layers,
+            heads=self.heads,
+            model_options={"memory_hidden_size": self.memory_hidden_size} if model == "hope" else {},
+            steps=self.steps,
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length,
+            learning_rate=self.hope_learning_rate if model == "hope" else self.attention_learning_rate,
+            warmup_steps=self.warmup_steps,
+            evaluate_every=max(1, self.steps // self.evaluations),
+            validation_windows=self.validation_windows,
+            checkpoint_every=self.steps,
+            keep_checkpoints=1,
+            device="cpu",
+            threads=self.threads,
+            seed=self.seed,
+        )
+
+
+def run_demo(output: Path, settings: DemoSettings, *, console: Console, command: str) -> DemoResult:
+    """Train both models, generate, profile, and write plots and reports into the new folder ``output``.
+
+    Raises:
+        ValueError: bad settings or corpus.
+        DivergedError: a loss is no longer finite.
+        KeyboardInterrupt: stopped by Ctrl-C.
+    """
+    began = time.monotonic()
+    torch.set_num_threads(settings.threads)
+    hope_run = settings.train_config("hope")
+    output.mkdir(parents=True)
+    console.rule("[bold]1/4 text", align="left")
+    data = prepare_data(hope_run.data_options, output / "data")
+    for side in ("train", "validation"):
+        about = data.description[side]
+        console.print(f"{side}: {about['tokens']:,} tokens of {about['files']:,} files", highlight=False)
+
+    hope = hope_config(hope_run, data.tokenizer.vocab_size, data.tokenizer.separator_id)
+    baseline = attention_baseline(hope)
+    shared = hope_config(settings.train_config("attention"), hope.vocab_size, data.tokenizer.separator_id)
+    attention_run = dataclasses.replace(
+        settings.train_config("attention"), model_options=_difference(shared, baseline)
+    )
+    console.rule("[bold]2/4 training", align="left")
+    results = [
+        _train(output, config, data, console, parameter_count(sizes))
+        for config, sizes in ((attention_run, baseline), (hope_run, hope))
+    ]
+    records = {result.name: read_metrics(output / result.name / "metrics.jsonl") for result in results}
+    plot_losses(records, output / "loss.png", title="The same text, tokens and parameter count")
+
+    console.rule("[bold]3/4 generation", align="left")
+    sample = _generate(output / "hope" / "model", settings)
+    console.print(sample.prompt, style="bold", end="", highlight=False, markup=False, soft_wrap=True)
+    console.print(sample.continuation, highlight=False, markup=False, soft_wrap=True)
+
+    console.rule("[bold]4/4 speed and memory", align="left")
+    profile_settings = ProfileSettings(
+        lengths=settings.lengths,
+        decode_after=settings.decode_after,
+        threads=settings.threads,
+        enough_seconds=0.5,
+        decode_tokens=16,
+    )
+    models = {"attention": config_arguments(baseline), "hope": config_arguments(hope)}
+    measurements = profile_models(models, profile_settings, report=progress_printer(console))
+    machine = describe_machine("cpu")
+    described = {**dataclasses.asdict(profile_settings), "models": models}
+    save_profile(output / "profile.json", measurements, settings=described, machine=machine)
+    sizes = f"{settings.layers} layers of width {settings.hidden_size}"
+    title = f"{sizes}, {settings.threads} threads, {machine['device']}"
+    plot_profile(measurements, output / "profile.png", title=title)
+
+    result = DemoResult(
+        models=tuple(results),
+        sample=sample,
+        measurements=tuple(measurements),
+        settings=dataclasses.asdict(settings),
+        data=data.description,
+        machine=machine,
+        command=command,
+        seconds=time.monotonic() - began,
+    )
+    write_json(output / "demo.json", result.to_dict())
+    write_reports(output, result)
+    return result
+
+
+def fresh_folder(wanted: Path) -> Path:
+    """``wanted``, or ``wanted-2``, ``wanted-3``, …: the first that does not exist."""
+    candidate, number = wanted, 2
+    while candidate.exists():
+        candidate, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
+    return candidate
+
+
+_DEFAULT = DemoSettings()
+
+
+def main(
+    output: Annotated[
+        Path, typer.Option(help="Folder of the results; if it exists, NAME-2, NAME-3, … is made instead.")
+    ] = Path("runs/demo"),
+    corpus: Annotated[
+        str | None, typer.Option(help="Folder of UTF-8 text files. Without it: Python's own library.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Ids of the BPE.")] = _DEFAULT.vocab_size,
+    hidden_size: Annotated[int, typer.Option(help="Width of both models.")] = _DEFAULT.hidden_size,
+    layers: Annotated[int, typer.Option(help="Blocks of both models.")] = _DEFAULT.layers,
+    heads: Annotated[int, typer.Option(help="Heads of both models.")] = _DEFAULT.heads,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of both models.")] = _DEFAULT.steps,
+    batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = _DEFAULT.batch_size,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = _DEFAULT.sequence_length,
+    hope_learning_rate: Annotated[float, typer.Option(help="Hope's peak.")] = _DEFAULT.hope_learning_rate,
+    attention_learning_rate: Annotated[
+        float, typer.Option(help="Attention's peak.")
+    ] = _DEFAULT.attention_learning_rate,
+    longest: Annotated[int, typer.Option(help="Longest context of the profile.")] = max(_DEFAULT.lengths),
+    longest_decode: Annotated[int, typer.Option(help="Longest context to decode after.")] = max(
+        _DEFAULT.decode_after
+    ),
+    sample_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = _DEFAULT.sample_tokens,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = _DEFAULT.threads,
+    seed: Annotated[int, typer.Option(help="Of weights, data order and sampling.")] = _DEFAULT.seed,
+) -> None:
+    """Train a small Hope and an attention model of equal size on real text, generate, and compare them.
+
+    About four minutes on two cores with the defaults. Writes plots and a report (Markdown and HTML).
+    """
+    console = Console()
+    folder = fresh_folder(output)
+    command = f"python -m nl_models.demo --output {output}"
+    try:
+        settings = DemoSettings(
+            corpus=corpus,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            layers=layers,
+            heads=heads,
+            memory_hidden_size=_DEFAULT.memory_hidden_size,
+            steps=steps,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            hope_learning_rate=hope_learning_rate,
+            attention_learning_rate=attention_learning_rate,
+            warmup_steps=min(_DEFAULT.warmup_steps, steps - 1),
+            lengths=(*tuple(n for n in _DEFAULT.lengths if n < longest), longest),
+            decode_after=(*tuple(n for n in _DEFAULT.decode_after if n < longest_decode), longest_decode),
+            sample_tokens=sample_tokens,
+            threads=threads,
+            seed=seed,
+        )
+        result = run_demo(folder, settings, console=console, command=command)
+    except (ValueError, DivergedError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail(f"stopped; what was done so far is in {folder}")
+    _print_summary(console, folder, result)
+
+
+def _difference(shared: HopeConfig, baseline: HopeConfig) -> dict[str, object]:
+    """The arguments by which ``baseline`` differs from what the training config already says."""
+    values, known = config_arguments(baseline), config_arguments(shared)
+    return {name: value for name, value in values.items() if known.get(name) != value}
+
+
+def _train(
+    output: Path, config: TrainConfig, data: PreparedData, console: Console, parameters: int
+) -> ModelResult:
+    folder = output / config.model
+    create_run(folder, config)
+    model = build_model(config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
+    console.print(
+        f"{config.model}: {parameters:,} parameters, peak learning rate {config.learning_rate:g}",
+        highlight=False,
+    )
+    trainer = Trainer(folder, config, model, data)
+    began = time.monotonic()
+    with StopSignal() as stop:
+        outcome = trainer.run(TrainingDisplay(console, steps=config.steps, start=0, label=config.model), stop)
+    if not outcome.finished:
+        raise KeyboardInterrupt
+    last = [r for r in read_metrics(trainer.metrics) if r["kind"] == "validation"][-1]
+    return ModelResult(
+        name=config.model,
+        parameters=parameters,
+        learning_rate=config.learning_rate,
+        tokens=last["tokens"],
+        validation_loss=last["loss"],
+        bits_per_byte=last["bits_per_byte"],
+        perplexity=last["perplexity"],
+        seconds=time.monotonic() - began,
+    )
+
+
+def _generate(folder: Path, settings: DemoSettings) -> Sample:
+    """Sample from the saved model, one token at a time from its recurrent state."""
+    with without_progress_bars():
+        model = HopeForCausalLM.from_pretrained(folder).eval()
+    tokenizer = load_tokenizer(folder)
+    prompt = torch.tensor([tokenizer.encode(PROMPT)])
+    torch.manual_seed(settings.seed)
+    began = time.monotonic()
+    with torch.no_grad():
+        ids = model.generate(
+            prompt,
+            max_new_tokens=settings.sample_tokens,
+            do_sample=True,
+            temperature=0.8,
+            top_k=40,
+            use_cache=True,
+            eos_token_id=None,
+            pad_token_id=tokenizer.separator_id,
+        )
+    new = ids[0, prompt.shape[1] :].tolist()
+    return Sample(PROMPT, tokenizer.decode(new), len(new), time.monotonic() - began)
+
+
+def _print_summary(console: Console, folder: Path, result: DemoResult) -> None:
+    console.rule("[bold]result", align="left")
+    console.print(profile_table(result.measurements))
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (
+        ("model", "left"), ("parameters", "right"), ("tokens", "right"), ("validation loss", "right"),
+        ("bits/byte", "right"), ("perplexity", "right"), ("time", "right"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify, no_wrap=True)
+    best = min(model.validation_loss for model in result.models)
+    for model in result.models:
+        table.add_row(
+            model.name,
+            f"{model.parameters:,}",
+            f"{model.tokens:,}",
+            f"{model.validation_loss:.4f}",
+            f"{model.bits_per_byte:.3f}",
+            f"{model.perplexity:.2f}",
+            duration(model.seconds),
+            style="bold" if model.validation_loss == best else None,
+        )
+    console.print(table)
+    console.print(
+        f"\n{duration(result.seconds)} in all. Read {folder / 'report.html'} (or report.md);", highlight=False
+    )
+    console.print(f"plots {folder / 'loss.png'}, {folder / 'profile.png'}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

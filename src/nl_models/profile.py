@@ -1,0 +1,158 @@
+"""Speed and memory against context length: ``python -m nl_models.profile``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nl_models.hope import HopeConfig
+from nl_models.profiling.measure import Measurement
+from nl_models.profiling.report import describe_machine, plot_profile, profile_table, save_profile
+from nl_models.profiling.run import ProfileSettings, profile_models
+from nl_models.training.baseline import attention_baseline, parameter_count
+from nl_models.training.command_line import fail
+from nl_models.training.config import TrainConfig
+from nl_models.training.loop import choose_device
+from nl_models.training.model import hope_config
+
+_DEFAULT = ProfileSettings()
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for profile.json and profile.png.")] = Path(
+        "runs/profile"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier profile there.")] = False,
+    models: Annotated[
+        str, typer.Option(help="Comma-separated: hope, titans, gated_delta_net, attention.")
+    ] = "hope,attention",
+    modes: Annotated[str, typer.Option(help="Comma-separated: prefill, training, decode.")] = ",".join(
+        _DEFAULT.modes
+    ),
+    lengths: Annotated[
+        str, typer.Option(help="Context lengths of prefill and training. K and M are 1024 and 1024².")
+    ] = "512,1K,2K,4K,8K,16K",
+    decode_after: Annotated[
+        str,
+        typer.Option(
+            help="Contexts after which to decode. The memory reads them, attention's cache is filled."
+        ),
+    ] = "1,1000,10000,100000",
+    hidden_size: Annotated[int, typer.Option(help="Width of the residual stream.")] = 256,
+    layers: Annotated[int, typer.Option(help="Blocks.")] = 2,
+    heads: Annotated[int, typer.Option(help="Heads.")] = 4,
+    vocab_size: Annotated[int, typer.Option(help="Ids in the vocabulary.")] = 1024,
+    segment: Annotated[
+        int, typer.Option(help="Prefill reads this many tokens at a time through the cache.")
+    ] = _DEFAULT.segment,
+    device: Annotated[
+        str, typer.Option(help="'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")
+    ] = "auto",
+    precision: Annotated[str, typer.Option(help="'fp32' or 'bf16' weights.")] = "fp32",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = _DEFAULT.threads,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds for one measurement; longer contexts are then left out.")
+    ] = _DEFAULT.time_limit,
+) -> None:
+    """Measure tokens per second and memory of Hope against the same model with softmax attention.
+
+    Both have the same number of parameters. Each measurement runs in a process of its own; memory is the peak
+    above that of the idle model. For a million tokens and more: --modes prefill --lengths 64K,256K,1M.
+    """
+    console = Console()
+    try:
+        settings = ProfileSettings(
+            modes=tuple(_split(modes)),
+            lengths=tuple(_number("lengths", text) for text in _split(lengths)),
+            decode_after=tuple(_number("decode_after", text) for text in _split(decode_after)),
+            segment=segment,
+            device=str(choose_device(device)),
+            precision=_precision(precision),
+            threads=threads,
+            time_limit=time_limit,
+        )
+        configs = _configs(_split(models), hidden_size, layers, heads, vocab_size)
+        target = output / "profile.json"
+        if target.exists() and not overwrite:
+            raise ValueError(f"{target} exists; choose another --output or add --overwrite")
+    except ValueError as error:
+        fail(error)
+    counts = {name: parameter_count(HopeConfig(**config)) for name, config in configs.items()}
+    console.print(
+        ", ".join(f"{name}: {count:,} parameters" for name, count in counts.items()), highlight=False
+    )
+    results = profile_models(configs, settings, report=progress_printer(console))
+    output.mkdir(parents=True, exist_ok=True)
+    described = {**dataclasses.asdict(settings), "models": configs, "parameters": counts}
+    machine = describe_machine(settings.device)
+    save_profile(target, results, settings=described, machine=machine)
+    title = (
+        f"{' and '.join(configs)}, {layers} layers of width {hidden_size}, {precision}, {machine['device']}"
+    )
+    plot = plot_profile(results, output / "profile.png", title=title)
+    console.print(profile_table(results))
+    console.print(f"{target}\n{plot}", highlight=False, soft_wrap=True)
+
+
+def progress_printer(console: Console):
+    """A ``report`` for :func:`profile_models`: one line per measurement, or a status line on a terminal."""
+
+    def report(done: int, total: int, result: Measurement) -> None:
+        what = f"[{done}/{total}] {result.model} {result.mode} after {result.context:,} tokens"
+        figure = (
+            f"{result.tokens_per_second:,.0f} tokens/s, peak {result.peak_bytes / 2**20:,.1f} MiB"
+            if result.status == "ok"
+            else result.status
+        )
+        console.print(f"{what}: {figure}", highlight=False, markup=False, soft_wrap=True)
+
+    return report
+
+
+def _configs(names: list[str], hidden_size: int, layers: int, heads: int, vocab_size: int) -> dict[str, dict]:
+    """Arguments of HopeConfig by model name; attention is matched to Hope's parameter count."""
+    configs = {}
+    for name in names:
+        asked = TrainConfig(
+            model="hope" if name == "attention" else name, hidden_size=hidden_size, layers=layers, heads=heads
+        )
+        config = hope_config(asked, vocab_size, separator_id=0)
+        chosen = attention_baseline(config) if name == "attention" else config
+        configs[name] = config_arguments(chosen)
+    return configs
+
+
+def config_arguments(config: HopeConfig) -> dict:
+    """The arguments that make an equal config: plain data, for another process or a JSON file."""
+    defaults = HopeConfig()
+    return {
+        name: getattr(config, name)
+        for name in HopeConfig.__annotations__
+        if getattr(config, name) != getattr(defaults, name)
+    }
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _number(name: str, text: str) -> int:
+    factor = {"K": 2**10, "M": 2**20}.get(text[-1].upper(), 1)
+    digits = text[:-1] if factor > 1 else text
+    if not digits.isdigit() or int(digits) < 1:
+        raise ValueError(f"{name}: expected numbers such as 512 or 16K, got {text!r}")
+    return int(digits) * factor
+
+
+def _precision(text: str) -> str:
+    if text not in ("fp32", "bf16"):
+        raise ValueError(f"precision: expected 'fp32' or 'bf16', got {text!r}")
+    return text
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""Speed and memory of models against context length; the command is :mod:`nl_models.profile`."""

@@ -1,0 +1,65 @@
+"""The attention baseline of a Hope model: the same blocks, softmax attention, as many parameters."""
+
+from __future__ import annotations
+
+import torch
+
+from nl_models.hope import HopeConfig, HopeForCausalLM
+
+TOLERANCE = 0.01
+
+
+def parameter_count(config: HopeConfig) -> int:
+    """Parameters of a model of ``config``, tied ones once, without allocating them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in HopeForCausalLM(config).parameters())
+
+
+def attention_baseline(config: HopeConfig) -> HopeConfig:
+    """Softmax attention in the place of every memory, one plain MLP in the place of the continuum.
+
+    Everything else stays: embedding, norms, short convolution, output gate. The MLP's width is what makes the
+    parameter counts equal (within 1 %), so that the parameters of the memories buy the baseline a wider MLP.
+
+    Raises:
+        ValueError: no width gives as many parameters, as the Hope model is too small.
+    """
+    wanted = parameter_count(config)
+
+    def with_width(width: int) -> HopeConfig:
+        values = {name: getattr(config, name) for name in HopeConfig.__dataclass_fields__ if name in _SHARED}
+        return HopeConfig(
+            **values,
+            layer_types="full_attention",
+            continuum_levels=[{"hidden_size": width, "chunk_size": None}],
+        )
+
+    narrow = parameter_count(with_width(8))
+    per_column = (parameter_count(with_width(16)) - narrow) / 8
+    width = 8 + round((wanted - narrow) / per_column)
+    baseline = with_width(max(width, 8))
+    count = parameter_count(baseline)
+    if abs(count - wanted) > TOLERANCE * wanted:
+        raise ValueError(
+            f"no attention baseline of {wanted:,} parameters: the nearest has {count:,}, more than 1 % away"
+        )
+    return baseline
+
+
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "use_short_convolution",
+    "convolution_window",
+    "rope_theta",
+    "attention_output_gate",
+    "attention_implementation",
+    "rms_norm_eps",
+    "initializer_range",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
