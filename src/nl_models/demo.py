@@ -109,7 +109,6 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
     began = time.monotonic()
     torch.set_num_threads(settings.threads)
     hope_run = settings.train_config("hope")
-    output.mkdir(parents=True)
     console.rule("[bold]1/4 text", align="left")
     data = prepare_data(hope_run.data_options, output / "data")
     for side in ("train", "validation"):

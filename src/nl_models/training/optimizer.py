@@ -9,6 +9,11 @@ from torch import nn
 
 from nl_models.training.config import TrainConfig
 
+# Maps and memories whose output is a rate, a retention or a momentum.
+_MEMORY_GATES = frozenset(
+    {"rate", "retention", "rate_proj", "retention_proj", "momentum_proj", "a_proj", "b_proj"}
+)
+
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over two groups, with and without weight decay (see :func:`decays`)."""
@@ -34,11 +39,10 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: to matrices, but not to norms, vectors or a memory's gates.
 
     A gate's zero is a rate (half of its range), not the absence of an effect, so pulling it to zero is no
-    regularisation. Modules mark such matrices with an attribute ``_no_weight_decay = True`` on the parameter.
+    regularisation.
     """
-    if parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False):
-        return False
-    return not any("norm" in part for part in name.split("."))
+    parts = name.split(".")
+    return parameter.ndim >= 2 and not any("norm" in part or part in _MEMORY_GATES for part in parts)
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:

@@ -8,16 +8,15 @@ from nl_models.training.config import TrainConfig
 from nl_models.training.optimizer import build_optimizer, learning_rate_at
 
 
-def test_norms_biases_embeddings_and_marked_parameters_are_not_decayed():
+def test_norms_biases_embeddings_and_gates_are_not_decayed():
     model = nn.ModuleDict(
         {
             "embed": nn.Embedding(5, 4),
             "linear": nn.Linear(4, 4),
             "norm": nn.LayerNorm(4),
-            "rate": nn.Linear(4, 2),
+            "rate_proj": nn.Linear(4, 2),
         }
     )
-    model["rate"].weight._no_weight_decay = True
     optimizer = build_optimizer(model, TrainConfig(weight_decay=0.3))
     decayed = [id(p) for g in optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]]
     assert decayed == [id(model["linear"].weight)]

@@ -1,0 +1,162 @@
+"""The training command: options, errors, and a process that is killed without warning."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from nl_models.train import main
+from nl_models.training.metrics import read_metrics
+
+APP = typer.Typer()
+APP.command()(main)
+TINY = [
+    "--model", "attention", "--tokenizer", "bytes", "--hidden-size", "16", "--layers", "1", "--heads", "2",
+    "--batch-size", "2", "--sequence-length", "16", "--steps", "40", "--warmup-steps", "3",
+    "--evaluate-every",
+    "13", "--validation-windows", "2", "--checkpoint-every", "7", "--device", "cpu", "--threads", "1",
+]  # fmt: skip
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(10):
+        (folder / f"{i}.txt").write_text(f"file {i}: " + "the quick brown fox jumps over the dog. " * (i + 3))
+    return folder
+
+
+def call(*arguments):
+    result = CliRunner().invoke(APP, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def curve(run):
+    timing = {"tokens_per_second"}
+    return [{k: v for k, v in r.items() if k not in timing} for r in read_metrics(run / "metrics.jsonl")]
+
+
+def test_help_lists_every_option_with_its_default():
+    text = call("--help").output
+    for expected in (
+        "--learning-rate",
+        "--resume",
+        "--config",
+        "--model-option",
+        "[default: 1000]",
+        "Checkpoint",
+    ):
+        assert expected.lower() in text.lower()
+
+
+def test_a_killed_process_continues_to_the_same_curve(corpus, tmp_path):
+    whole = call("--output", tmp_path / "whole", "--corpus", corpus, *TINY)
+    assert whole.exit_code == 0, whole.output
+    assert "bits per byte" in whole.output
+
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "nl_models.train", "--output", killed, "--corpus", corpus, *TINY]
+    step = random.randint(8, 35)
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            # The log may be read in the middle of a write: half a line counts as none.
+            if any(record["step"] >= step for record in read_metrics(killed / "metrics.jsonl")):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL, f"it ended before step {step} was seen"
+    assert not (killed / "model").exists()
+
+    resumed = call("--output", killed, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "continued after step" in resumed.output
+    assert curve(killed) == curve(tmp_path / "whole"), f"killed at step {step}"
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in (killed, tmp_path / "whole")]
+    assert weights[0] == weights[1]
+
+    again = call("--output", killed, "--resume")
+    assert again.exit_code == 0
+    assert "is complete" in again.output
+
+
+def test_ctrl_c_saves_and_says_how_to_continue(corpus, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "nl_models.train", "--output", run, "--corpus", corpus, *TINY]
+    with subprocess.Popen(
+        [*command, "--steps", "100000"], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert f"python -m nl_models.train --output {run} --resume" in " ".join(output.split())
+    last = max(record["step"] for record in read_metrics(run / "metrics.jsonl"))
+    assert (run / "checkpoints" / f"step-{last:08d}" / "state.json").is_file()
+
+
+def test_the_command_line_wins_over_the_file(corpus, tmp_path):
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps({"steps": 5, "learning_rate": 0.5, "model_options": {"rope_theta": 7.0}}))
+    result = call(
+        "--output",
+        tmp_path / "run",
+        "--config",
+        file,
+        "--corpus",
+        corpus,
+        *TINY,
+        "--steps",
+        3,
+        "--warmup-steps",
+        1,
+    )
+    assert result.exit_code == 0, result.output
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (saved["steps"], saved["learning_rate"], saved["model_options"]) == (3, 0.5, {"rope_theta": 7.0})
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["rope_theta"] == 7.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--corpus", "/nowhere"], "the folder /nowhere does not exist"),
+        (["--learning-rate", "-1"], "learning_rate: expected a positive number"),
+        (["--model", "rnn"], "model: expected one of"),
+        (["--heads", "3"], "num_attention_heads: expected a divisor of hidden_size=16"),
+        (["--model-option", "rope_thet=3"], "HopeConfig has no rope_thet"),
+        (["--model-option", "rope_theta"], "expected NAME=VALUE"),
+        (["--config", "/nowhere.json"], "cannot read /nowhere.json"),
+        (["--resume"], "is not a training run"),
+        (["--sequence-length", "100000"], "are too few for windows of 100,000"),
+    ],
+)
+def test_bad_input_is_explained_without_a_traceback(options, message, corpus, tmp_path, capfd):
+    corpus_options = [] if "--corpus" in options else ["--corpus", corpus]
+    result = call("--output", tmp_path / "run", *corpus_options, *TINY, *options)
+    assert result.exit_code == 2
+    assert message in " ".join((result.output + capfd.readouterr().err).split())
+
+
+def test_an_existing_run_is_neither_overwritten_nor_changed(corpus, tmp_path):
+    short = ["--corpus", corpus, *TINY, "--steps", "4"]
+    assert call("--output", tmp_path / "run", *short).exit_code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    refused = call("--output", tmp_path / "run", *short)
+    assert refused.exit_code == 2
+    assert "--resume" in refused.output
+    changed = call("--output", tmp_path / "run", "--resume", "--learning-rate", "0.5")
+    assert changed.exit_code == 2
+    assert "learning_rate (0.002 → 0.5)" in " ".join(changed.output.split())
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
