@@ -9,7 +9,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from nl_models.data.prepare import prepare_data
 from nl_models.training.checkpoint import best_checkpoint
@@ -53,7 +52,9 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
         start = trainer.resume() if resume else 0
         _print_summary(console, folder, trainer, data.description, start)
         if start >= config.steps and (folder / "model").exists():
-            console.print(f"{folder} is complete: all {config.steps} steps are done", highlight=False)
+            console.print(
+                f"{folder} is complete: all {config.steps} steps are done", highlight=False, soft_wrap=True
+            )
             return Outcome(start, finished=True)
         display = TrainingDisplay(console, steps=config.steps, start=start, label=config.model)
         with StopSignal() as stop:
@@ -93,6 +94,7 @@ def main(
         console.print(
             f"Stopped after step {outcome.step}; a checkpoint is saved. Continue with:\n  {again}",
             highlight=False,
+            soft_wrap=True,
         )
         raise typer.Exit(INTERRUPTED)
 
@@ -104,23 +106,31 @@ def _print_summary(console: Console, folder: Path, trainer: Trainer, description
         f"{description[side]['tokens']:,} tokens of {description[side]['files']:,} file(s) for {side}"
         for side in ("train", "validation")
     ]
-    table = Table.grid(padding=(0, 2))
-    table.add_row("run", f"{folder}{f' (continued after step {start})' if start else ''}")
-    table.add_row("model", f"{config.model}, {parameters:,} parameters, on {trainer.device}")
-    table.add_row("data", ", ".join(sides))
-    table.add_row("steps", f"{config.steps:,} of {config.tokens_per_step:,} tokens")
-    console.print(table, highlight=False)
+    _print_pairs(
+        console,
+        run=f"{folder}{f' (continued after step {start})' if start else ''}",
+        model=f"{config.model}, {parameters:,} parameters, on {trainer.device}",
+        data=", ".join(sides),
+        steps=f"{config.steps:,} of {config.tokens_per_step:,} tokens",
+    )
 
 
 def _print_results(console: Console, folder: Path) -> None:
     last = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"][-1]
-    table = Table.grid(padding=(0, 2))
-    table.add_row("validation loss", f"{last['loss']:.4f} nats per token")
-    table.add_row("", f"{last['bits_per_byte']:.3f} bits per byte, perplexity {last['perplexity']:.2f}")
-    table.add_row("model", str(folder / "model"))
-    table.add_row("best checkpoint", str(best_checkpoint(folder / "checkpoints")))
-    table.add_row("metrics", f"{folder / 'metrics.jsonl'}, {folder / 'loss.png'}")
-    console.print(table, highlight=False)
+    figures = f"{last['bits_per_byte']:.3f} bits per byte, perplexity {last['perplexity']:.2f}"
+    _print_pairs(
+        console,
+        loss=f"{last['loss']:.4f} nats per token on the validation windows, {figures}",
+        model=folder / "model",
+        best=best_checkpoint(folder / "checkpoints"),
+        metrics=f"{folder / 'metrics.jsonl'}, {folder / 'loss.png'}",
+    )
+
+
+def _print_pairs(console: Console, **pairs: object) -> None:
+    """Aligned names and values; long values are neither cut nor broken, so that paths can be copied."""
+    for name, value in pairs.items():
+        console.print(f"[bold]{name:<8}[/]{value}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def _parameter(field: dataclasses.Field, hint: typing.Any) -> inspect.Parameter:
     default = None if field.default is dataclasses.MISSING else field.default
     option = typer.Option(
         f"--{name}",
-        help=text if default in (None, False) else f"{text} [default: {default}]",
+        help=text if default in (None, False) else f"{text} Default: {default}.",
         rich_help_panel=field.metadata["panel"],
         # The real default is the config's; None here means "not given".
         show_default=False,

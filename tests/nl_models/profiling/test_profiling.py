@@ -18,7 +18,7 @@ from nl_models.profiling.run import ProfileSettings, profile_models
 
 TINY = {
     "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "layer_types": "full_attention",
+    "layer_types": "full_attention", "continuum_levels": [{"hidden_size": 32}],
 }  # fmt: skip
 RECURRENT = {**TINY, "layer_types": "gated_delta_net"}
 
