@@ -20,6 +20,8 @@ from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, collect_cata
 from nl_kernels.triton_support.resources import Resources, resources_of
 from nl_kernels.triton_support.targets import TARGETS
 
+_FILE_WIDTH = 180  # of a table in a file or pipe
+
 
 @dataclass(frozen=True)
 class Row:
@@ -72,16 +74,16 @@ def _compile(entry: CatalogueEntry, target: str) -> Row:
     )
 
 
-def table_of(rows: Iterable[Row]) -> Table:
-    """The report for a terminal."""
-    table = Table(title="Ahead-of-time compilation")
-    for heading in ("target", "op", "kernel", "variant", "tiles", "warps/stages"):
+def table_of(target: str, rows: Iterable[Row]) -> Table:
+    """One target's report for a terminal."""
+    table = Table(title=f"{target}: {TARGETS[target].shared_memory // 1024} KiB of shared memory")
+    for heading in ("op", "kernel", "variant", "tiles"):
         table.add_column(heading)
     for heading in ("registers", "spill B", "shared KiB", "products", "matrix instructions"):
         table.add_column(heading, justify="right")
     table.add_column("problems", style="red")
     for row in rows:
-        cells = [row.target, row.op, row.kernel, row.variant, row.tiles, f"{row.warps}/{row.stages}"]
+        cells = [row.op, row.kernel, row.variant, f"{row.tiles} w{row.warps} s{row.stages}"]
         if row.resources is None:
             cells += [""] * 5
         else:
@@ -120,7 +122,10 @@ def main(
             status.update(f"{len(rows)} compiled, last {row.target} {row.kernel} {row.variant}")
     if not rows:
         raise typer.BadParameter(f"no kernel matches {words}", param_hint="words")
-    console.print(table_of(rows))
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    for name in dict.fromkeys(row.target for row in rows):
+        console.print(table_of(name, (row for row in rows if row.target == name)))
     if output is not None:
         output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     failed = sum(bool(row.problems) for row in rows)

@@ -93,12 +93,15 @@ def config_of(
     amd, ampere = architecture.startswith("gfx"), architecture == "sm_80"
     if kernel in ("scan_chunks", "scan_gradients"):
         # The whole key width of the state is in registers: the tile of the value width is what gives.
-        tight = key > 128 or has_momentum or amd or (ampere and kernel == "scan_gradients")
-        tightest = wide or (has_momentum and (key > 128 or amd or ampere))
+        backward = kernel == "scan_gradients"
+        tight = key > 128 or has_momentum or amd or (ampere and backward)
+        tightest = wide or (has_momentum and (key > 128 or amd or ampere or backward))
         block_v = 16 if tightest else 32 if tight else 64
         return Config(key, min(block_v, value), 8, 1 if wide or amd or key > 128 else 2)
     if wide:
-        return Config(min(32, key), min(32, value), 8, 1)
+        block_k = 16 if kernel == "state_gradients" and has_momentum else 32
+        block_v = 16 if kernel == "state_gradients" or has_momentum else 32
+        return Config(min(block_k, key), min(block_v, value), 8, 1)
     block_k = 32 if kernel == "state_gradients" and (has_momentum or ampere) else 64
     block_v = 32 if kernel in ("read_gradients", "solve_gradients") and has_momentum else 64
     return Config(min(block_k, key), min(block_v, value), 8, 2)
