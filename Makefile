@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test lint bench bench-gpu aot clean
+.PHONY: help install demo test lint bench bench-peers bench-gpu aot clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nl-kernels needs Python >= 3.10; set PYTHON=")'
@@ -35,12 +35,15 @@ lint: $(STAMP)  ## check style and formatting
 bench: $(STAMP)  ## time the ops on the CPU against their references and the installed peers
 	$(BIN)/python -m benchmarks.run --device cpu
 
-bench-gpu: $(STAMP)  ## the same on the CUDA device
+bench-peers: $(STAMP)  ## the same beside other packages, in an environment of their own (.venv-peers)
+	$(BIN)/python -m benchmarks.peers_env
+
+bench-gpu: $(STAMP)  ## the ops on the CUDA device, beside flash-linear-attention where installed
 	$(BIN)/python -m benchmarks.run --device cuda
 
 aot: $(STAMP)  ## compile every kernel for every target and print registers, spills and shared memory
 	$(BIN)/python -m nl_kernels.triton_support.report
 
 clean:  ## remove the environment, build outputs and caches (runs/ is kept)
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-peers build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
