@@ -125,39 +125,31 @@ def _content(result: DemoResult, folder: Path) -> list[_Block]:
         _Image("loss.png", "Training and validation loss of both models against tokens seen"),
         _Heading("What was compared, and how"),
         _Text(
-            f"The text is {corpus}, split by file: {train['tokens']:,} tokens of {train['files']:,} files "
-            f"to train on, "
-            f"{validation['tokens']:,} tokens of {validation['files']:,} other files to validate on. The "
-            f"tokenizer is "
-            f"a byte-level BPE with {result.data['vocab_size']:,} ids, trained on the training files only."
+            f"The text is {corpus}, split by file: {train['tokens']:,} tokens of {train['files']:,} files to "
+            f"train on, {validation['tokens']:,} tokens of {validation['files']:,} other files to validate "
+            f"on. The tokenizer is a byte-level BPE with {result.data['vocab_size']:,} ids, trained on the "
+            "training files only."
         ),
         _Text(
-            f"Both models have {settings['layers']} layers of width {settings['hidden_size']} with "
-            f"{settings['heads']} "
-            "heads. Hope's blocks have a short convolution, a self-modifying Titans memory and a continuum "
-            "of two MLP "
-            "levels, of which the faster learns while it reads. The baseline has the same blocks with "
-            "softmax "
-            "attention (rotary positions) in the place of the memory, and one MLP in the place of the "
-            "continuum, as "
-            "wide as it takes for an equal number of parameters (within 1 %)."
+            f"Both models have {settings['layers']} layer(s) of width {settings['hidden_size']} with "
+            f"{settings['heads']} heads. Hope's blocks have a short convolution, a self-modifying Titans "
+            "memory (linear memories here) with norm and gate, and a continuum of one level that never "
+            "steps, which is an MLP. The baseline has the same blocks, convolution and gate included, with "
+            "softmax attention (rotary positions) in the place of the memory and an MLP as wide as it takes "
+            "for an equal number of parameters (within 1 %)."
         ),
         _Text(
             f"Both saw the same {settings['steps']} batches of {settings['batch_size']} × "
             f"{settings['sequence_length']} tokens in the same order, with the same optimiser (AdamW, "
-            f"{settings['warmup_steps']} steps of warm-up, cosine) and the same seed. The learning rates "
-            f"are the best "
-            "of several tried for each model beforehand; docs/demo.md lists them. The validation loss is "
-            "over "
-            f"{settings['validation_windows']} fixed windows; every window starts with an empty state. So "
-            f"few tokens "
-            "tell how fast the models learn, not which is better after a long training."
+            f"{settings['warmup_steps']} steps of warm-up, cosine) and the same seed. Each has the best of "
+            "the learning rates tried for it beforehand; docs/demo.md lists them. The validation loss is "
+            f"over {settings['validation_windows']} fixed windows; every window starts with an empty state. "
+            "So few tokens tell how fast the models learn, not which is better after a long training."
         ),
         _Heading("What Hope writes"),
         _Text(
             f"{result.sample.tokens} tokens sampled one by one from the recurrent state (temperature 0.8, "
-            f"top 40) in "
-            f"{result.sample.seconds:.1f} s, after the prompt in the first two lines:"
+            f"top 40) in {result.sample.seconds:.1f} s, after the prompt in the first two lines:"
         ),
         _Code(result.sample.prompt + result.sample.continuation),
         _Heading("Speed and memory against context length"),
@@ -166,21 +158,16 @@ def _content(result: DemoResult, folder: Path) -> list[_Block]:
         ),
         _Text(
             "One sequence, fp32, random weights, each point in a process of its own. Memory is the peak "
-            "above that of "
-            "the idle model; for decode it is the state that a conversation keeps. Prefill reads 2,048 "
-            "tokens at a "
-            "time through the cache. Hope's state has one size whatever it has read; attention's keys and "
-            "values "
-            "grow with the context. The key-value cache to decode after is filled, not computed; Hope's "
-            "state is "
-            "computed by reading that many tokens."
+            "above that of the idle model; for decode it is the state that a conversation keeps. Prefill "
+            "reads 2,048 tokens at a time through the cache. Hope's state has one size whatever it has "
+            "read; attention's keys and values grow with the context. The key-value cache to decode after "
+            "is filled, not computed; Hope's state is computed by reading that many tokens."
         ),
         _profile_rows(result.measurements),
         _Heading("How to repeat it"),
         _Code(result.command),
         _Text(
-            "Each model's folder is a training run with its config, metrics and final weights; any of them "
-            "can be "
+            "Each model's folder is a training run with its config, metrics and final weights. Either can be "
             "trained alone, for example:"
         ),
         _Code(
