@@ -15,6 +15,7 @@ ALLOWED = REQUIRED | {
     "registration.py",
     "launch.py",
     "state.py",
+    "eager_backward.py",
 }
 
 

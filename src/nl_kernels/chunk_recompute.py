@@ -39,7 +39,7 @@ def plan_segments(tokens: int, chunk_size: int, offset: int, checkpoint_every: i
     """
     head = min(-offset % chunk_size, tokens)
     whole = (tokens - head) // chunk_size
-    step = checkpoint_every or max(1, math.isqrt(whole) // 2)
+    step = checkpoint_every or max(1, math.isqrt(whole))
     segments = [Segment(0, head, 1, offset)] if head else []
     for begin in range(0, whole, step):
         start = head + begin * chunk_size

@@ -24,6 +24,7 @@ from nl_kernels.delta_chunk import (
 )
 from nl_kernels.hidden_layer import Hidden, hidden_gradient, hidden_layer
 from nl_kernels.memory_rule import MemoryRule, bound_length, l2_normalize
+from nl_kernels.ops.self_modifying.eager_backward import FastOptions, FastSegment, supports
 from nl_kernels.ops.self_modifying.state import MemoryStack, SelfModifyingState, map_stack
 
 
@@ -128,6 +129,13 @@ class _Chunks:
     def __call__(
         self, segment: Segment, state: State, constants: State, sequences: State
     ) -> tuple[State, torch.Tensor]:
+        if self._is_fast(segment, state, sequences):
+            (inputs, _, _), options = sequences, FastOptions(self.rule, self.read == "running")
+            inputs = (
+                inputs.unflatten(1, (segment.chunks, segment.length)).permute(1, 3, 0, 2, 4).flatten(1, 2)
+            )
+            output, *running = FastSegment.apply(options, inputs, *constants[3:], *constants[:3], *state[:3])
+            return (*running, *state[3:]), output
         running, velocity, snapshot = (MemoryStack(*state[i : i + 3]) for i in (0, 3, 6))
         anchor, gates = MemoryStack(*constants[:3]), constants[3:]
         inputs, momenta, applied = self._by_chunk(sequences, segment)
@@ -155,6 +163,18 @@ class _Chunks:
                 running, velocity, snapshot = (_forget(met, x) for x in (running, velocity, snapshot))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return (*running, *velocity, *snapshot), output
+
+    def _is_fast(self, segment: Segment, state: State, sequences: State) -> bool:
+        """Whether the segment is whole chunks from a boundary of a case with a derivative written out."""
+        return (
+            supports(self.rule)
+            and self.chunk_size == self.generator_chunk_size == segment.length
+            and self.detach_targets
+            and self.truncate_period is None
+            and self.grid.stop is None
+            and state[0] is not None
+            and all(x is None for x in (*state[3:], *sequences[1:]))
+        )
 
     def _by_chunk(self, sequences: State, segment: Segment):
         """By chunk: inputs in the order of the stack [5N, c, D], momenta [N, c] and masks [N, c]."""

@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nl_kernels import MemoryRule, SelfModifyingWeights, self_modifying_memory
+from nl_kernels.ops.self_modifying import eager, eager_backward
+from nl_kernels.ops.self_modifying.eager_backward import supports
 from nl_kernels.testing import self_modifying_inputs, tensors_of
 from tests.nl_kernels.chunked_memories import assert_same, compare, join, leaves_like, results, tokens
 
@@ -291,16 +293,59 @@ def test_every_leaf_gets_a_gradient_that_a_finite_difference_confirms():
         assert abs(found - gradient.norm()) < 1e-5 * gradient.norm() + 1e-8
 
 
-def test_a_wrong_gradient_is_noticed(monkeypatch):
-    from nl_kernels.ops.self_modifying import eager
+@pytest.mark.parametrize("read", ["snapshot", "running"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"error_bound": 0.4, "activation": "gelu", "residual": True},
+        {"anchored": False, "error_bound": None, "target_residual": False},
+        {"projection_residual": False, "residual": True},
+    ],
+    ids=["default", "gelu, residual", "not anchored, not bounded", "no projection residual"],
+)
+def test_the_written_out_derivative_equals_the_definition(options, read):
+    rule = MemoryRule(**options)
+    assert supports(rule)
+    compare(self_modifying_memory, make(2, 8), rule=rule, read=read, chunk_size=4, checkpoint_every=1)
 
+
+def test_the_written_out_derivative_equals_the_general_path(monkeypatch):
+    inputs = make(2, 24, width=4, hidden=6)
+    found = results(self_modifying_memory, inputs, chunk_size=4, read="running")
+    monkeypatch.setattr(eager, "supports", lambda rule: False)
+    expected = results(self_modifying_memory, inputs, chunk_size=4, read="running")
+    for a, b in zip(found[:2], expected[:2]):
+        assert_same(a, b, 1e-11)
+
+
+def test_only_what_needs_gradients_gets_them():
+    inputs = make(1, 8)
+    for x in (inputs["query"], inputs["rate_max"], *inputs["weights"].value):
+        x.requires_grad_(False)
+    compare(self_modifying_memory, inputs, chunk_size=4)
+
+
+PIECES = ["_hidden_backward", "_bound_backward", "_products_backward"]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_wrong_gradient_is_noticed(monkeypatch, piece):
+    true_backward = getattr(eager_backward, piece)
+    monkeypatch.setattr(eager_backward, piece, lambda *args: 1.01 * true_backward(*args))
+    with pytest.raises(AssertionError, match="differs by"):
+        compare(self_modifying_memory, make(1, 8), chunk_size=4, rule=MemoryRule(error_bound=0.3))
+
+
+def test_a_wrong_gradient_is_noticed_on_the_general_path(monkeypatch):
     true_gradient = eager.hidden_gradient
 
     def wrong(*args):
         value = true_gradient(*args)
-        value.register_hook(lambda g: 1.01 * g) if value.requires_grad else None
+        if value.requires_grad:
+            value.register_hook(lambda gradient: 1.01 * gradient)
         return value
 
     monkeypatch.setattr(eager, "hidden_gradient", wrong)
     with pytest.raises(AssertionError, match="differs by"):
-        compare(self_modifying_memory, make(1, 6), chunk_size=2)
+        compare(self_modifying_memory, make(1, 6, momentum=True), chunk_size=2)
