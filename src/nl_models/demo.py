@@ -151,6 +151,7 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
         lengths=settings.lengths,
         decode_after=settings.decode_after,
         threads=settings.threads,
+        segment=512,
         enough_seconds=0.5,
         decode_tokens=16,
     )
@@ -160,7 +161,7 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
     described = {**dataclasses.asdict(profile_settings), "models": models}
     save_profile(output / "profile.json", measurements, settings=described, machine=machine)
     sizes = f"{settings.layers} layers of width {settings.hidden_size}"
-    title = f"{sizes}, {settings.threads} threads, {machine['device']}"
+    title = f"{sizes}, {settings.threads} thread(s), {machine['device']}"
     plot_profile(measurements, output / "profile.png", title=title)
 
     result = DemoResult(

@@ -102,7 +102,9 @@ def _content(result: DemoResult, folder: Path) -> list[_Block]:
     side = "lower" if difference > 0 else "higher"
     verdict = (
         f"Hope's validation loss is {abs(difference):.3f} nats per token {side} "
-        f"than the attention baseline's ({hope.validation_loss:.4f} against {attention.validation_loss:.4f})."
+        f"than the attention baseline's ({hope.validation_loss:.4f} against "
+        f"{attention.validation_loss:.4f}), "
+        "from one seed each: a difference of about a hundredth may be chance."
     )
     corpus = (
         settings["corpus"] or f"the sources and documentation topics of Python {result.machine['python']}"
@@ -141,8 +143,8 @@ def _content(result: DemoResult, folder: Path) -> list[_Block]:
         _Text(
             f"Both saw the same {settings['steps']} batches of {settings['batch_size']} × "
             f"{settings['sequence_length']} tokens in the same order, with the same optimiser (AdamW, "
-            f"{settings['warmup_steps']} steps of warm-up, cosine) and the same seed. Each has the best of "
-            "the learning rates tried for it beforehand; docs/demo.md lists them. The validation loss is "
+            f"{settings['warmup_steps']} steps of warm-up, cosine) and the same seed. docs/demo.md says "
+            "how the learning rates and Hope's options were chosen. The validation loss is "
             f"over {settings['validation_windows']} fixed windows; every window starts with an empty state. "
             "So few tokens tell how fast the models learn, not which is better after a long training."
         ),
@@ -158,10 +160,10 @@ def _content(result: DemoResult, folder: Path) -> list[_Block]:
         ),
         _Text(
             "One sequence, fp32, random weights, each point in a process of its own. Memory is the peak "
-            "above that of the idle model; for decode it is the state that a conversation keeps. Prefill "
-            "reads 2,048 tokens at a time through the cache. Hope's state has one size whatever it has "
-            "read; attention's keys and values grow with the context. The key-value cache to decode after "
-            "is filled, not computed; Hope's state is computed by reading that many tokens."
+            "above that of the idle model; for decode it is the state that a conversation keeps. Hope reads "
+            "a prompt 512 tokens at a time through its state, attention at once. Hope's state has one size "
+            "whatever it has read; attention's keys and values grow with the context. The key-value cache "
+            "to decode after is filled, not computed; Hope's state is computed by reading that many tokens."
         ),
         _profile_rows(result.measurements),
         _Heading("How to repeat it"),

@@ -47,7 +47,7 @@ def main(
     heads: Annotated[int, typer.Option(help="Heads.")] = 4,
     vocab_size: Annotated[int, typer.Option(help="Ids in the vocabulary.")] = 1024,
     segment: Annotated[
-        int, typer.Option(help="Prefill reads this many tokens at a time through the cache.")
+        int, typer.Option(help="Memories prefill this many tokens at a time; attention all at once.")
     ] = _DEFAULT.segment,
     device: Annotated[
         str, typer.Option(help="'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")

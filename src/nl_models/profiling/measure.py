@@ -30,7 +30,8 @@ class Work:
             gradients of one sequence of ``context`` tokens. ``"decode"``: the next tokens, one by one, after
             ``context`` tokens.
         context: tokens.
-        segment: prefill goes through the cache in segments of this many tokens.
+        segment: recurrent models read the context in segments of this many tokens through the cache;
+            attention reads it at once, which is its fastest way and keeps all keys and values in any case.
         decode_tokens: tokens decoded in one repeat.
         device: ``"cpu"`` or ``"cuda[:N]"``.
         precision: ``"fp32"`` or ``"bf16"`` (weights and activations; fast state stays fp32).
@@ -104,9 +105,10 @@ def _prefill(work: Work, model: HopeForCausalLM, tokens: torch.Tensor) -> Measur
     _read(model, tokens[:, :_WARM_UP_TOKENS], work.segment)
     peak = PeakMemory(tokens.device)
     sizes = []
+    segment = work.context if _attention_only(model) else work.segment
 
     def once() -> None:
-        sizes.append(_read(model, tokens[:, : work.context], work.segment).num_bytes())
+        sizes.append(_read(model, tokens[:, : work.context], segment).num_bytes())
 
     times = _repeat(once, tokens.device, work.enough_seconds)
     return _result(work, times, work.context, peak.bytes(), sizes[-1])
@@ -129,7 +131,7 @@ def _training(work: Work, model: HopeForCausalLM, tokens: torch.Tensor) -> Measu
 def _decode(work: Work, model: HopeForCausalLM, tokens: torch.Tensor) -> Measurement:
     model.eval()
     token = tokens[:, -1:]
-    if set(model.config.layer_types) == {"full_attention"}:
+    if _attention_only(model):
         cache = _filled_attention_cache(model, tokens[:, : work.context])
     else:
         cache = _read(model, tokens[:, : work.context], work.segment)
@@ -145,6 +147,10 @@ def _decode(work: Work, model: HopeForCausalLM, tokens: torch.Tensor) -> Measure
     peak = PeakMemory(tokens.device)
     times = _repeat(once, tokens.device, work.enough_seconds)
     return _result(work, times, work.decode_tokens, peak.bytes(), state_bytes)
+
+
+def _attention_only(model: HopeForCausalLM) -> bool:
+    return set(model.config.layer_types) == {"full_attention"}
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import transformers
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from nl_kernels.version import __version__
@@ -80,7 +79,7 @@ def profile_table(measurements: Sequence[Measurement]) -> Table:
     """A row per mode and context, the models side by side; memory in MiB."""
     models = _in_order(m.model for m in measurements)
     table = Table(
-        box=SIMPLE_HEAD,
+        box=None,
         title="Speed and memory against context length",
         title_justify="left",
         pad_edge=False,
