@@ -93,11 +93,11 @@ def chunk_coefficients(
     """
     decay = _segment_products(log_decay)
     if momentum is None:
-        return ChunkCoefficients(_spread(decay), None, None)
+        return ChunkCoefficients(spread(decay), None, None)
     # The tiny addend keeps the derivative at 0 finite and right.
     carried = _segment_products((momentum + 1e-30).log())
     entering = carried[..., 1:, :] if applied is None else carried[..., 1:, :] * applied[..., None]
-    return ChunkCoefficients(_spread(decay), _spread(carried), _spread(decay[..., 1:] @ entering))
+    return ChunkCoefficients(spread(decay), spread(carried), spread(decay[..., 1:] @ entering))
 
 
 def _segment_products(log: torch.Tensor) -> torch.Tensor:
@@ -108,7 +108,8 @@ def _segment_products(log: torch.Tensor) -> torch.Tensor:
     return torch.where(below, rows, 0).cumsum(-2).exp().tril()
 
 
-def _spread(matrix: torch.Tensor) -> Spread:
+def spread(matrix: torch.Tensor) -> Spread:
+    """The parts of a matrix over instants [.., c + 1, c + 1]."""
     return Spread(
         matrix[..., :-1, :1],
         matrix[..., 1:, :1],

@@ -112,11 +112,3 @@ def activate(z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tens
         return value, s + value * (1 - s)
     cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
     return z * cdf, cdf + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-
-
-def curvature(z: torch.Tensor, activation: str) -> torch.Tensor:
-    """σ''(z)."""
-    if activation == "silu":
-        s = torch.sigmoid(z)
-        return torch.addcmul(s, s, s, value=-1) * torch.addcmul(z + 2, z, s, value=-2)
-    return (2 - z * z) * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))

@@ -1,3 +1,4 @@
+# NOTICE FROM THE LEAD: read /tmp/w/speed/NOTICE_FROM_LEAD.md (remove this line)
 """Chunked ``self_modifying_memory`` in PyTorch: batched over memories and heads; a loop over chunks only.
 
 Inside, the five memories of all N = sequences × heads rows lie memory first: first layers [5N, h, D], last
@@ -24,7 +25,7 @@ from nl_kernels.delta_chunk import (
 )
 from nl_kernels.hidden_layer import Hidden, hidden_gradient, hidden_layer
 from nl_kernels.memory_rule import MemoryRule, bound_length, l2_normalize
-from nl_kernels.ops.self_modifying.eager_backward import FastOptions, FastSegment, supports
+from nl_kernels.ops.self_modifying.eager_backward import fused_chunk
 from nl_kernels.ops.self_modifying.state import MemoryStack, SelfModifyingState, map_stack
 
 
@@ -129,32 +130,16 @@ class _Chunks:
     def __call__(
         self, segment: Segment, state: State, constants: State, sequences: State
     ) -> tuple[State, torch.Tensor]:
-        if self._is_fast(segment, state, sequences):
-            (inputs, _, _), options = sequences, FastOptions(self.rule, self.read == "running")
-            inputs = (
-                inputs.unflatten(1, (segment.chunks, segment.length)).permute(1, 3, 0, 2, 4).flatten(1, 2)
-            )
-            output, *running = FastSegment.apply(options, inputs, *constants[3:], *constants[:3], *state[:3])
-            return (*running, *state[3:]), output
         running, velocity, snapshot = (MemoryStack(*state[i : i + 3]) for i in (0, 3, 6))
         anchor, gates = MemoryStack(*constants[:3]), constants[3:]
         inputs, momenta, applied = self._by_chunk(sequences, segment)
         outputs = []
+        advance = self._fused if self._is_fused(running, velocity) else self._generic
         for i in range(segment.chunks):
-            base = running if snapshot.last is None else snapshot
-            if anchor.last is not None:
-                base = map_stack(torch.add, base, anchor)
-            *generated, o = self._generate(inputs[i], base, gates)
-            layers = self._layers(*generated, momenta[i], applied[i], base)
-            after = [
-                (None, None, None) if layer is None else write_layer(state, momentum, layer)
-                for state, momentum, layer in zip(running, velocity, layers)
-            ]
-            after, velocity_after, written = (MemoryStack(*parts) for parts in zip(*after))
-            q = inputs[i][2 * len(o) : 3 * len(o)]
-            if self.read == "running":
-                o = self._read_running(q, layers, written, running, velocity, anchor)
-            outputs.append(o + q if self.rule.residual else o)
+            o, after, velocity_after = advance(
+                inputs[i], momenta[i], applied[i], running, velocity, snapshot, anchor, gates
+            )
+            outputs.append(o + inputs[i][2 * len(o) : 3 * len(o)] if self.rule.residual else o)
             end = segment.slot + (i + 1) * segment.length
             snapshot = self._refresh(end, after, running if snapshot.last is None else snapshot)
             running, velocity = after, velocity_after
@@ -164,17 +149,32 @@ class _Chunks:
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return (*running, *velocity, *snapshot), output
 
-    def _is_fast(self, segment: Segment, state: State, sequences: State) -> bool:
-        """Whether the segment is whole chunks from a boundary of a case with a derivative written out."""
-        return (
-            supports(self.rule)
-            and self.chunk_size == self.generator_chunk_size == segment.length
-            and self.detach_targets
-            and self.truncate_period is None
-            and self.grid.stop is None
-            and state[0] is not None
-            and all(x is None for x in (*state[3:], *sequences[1:]))
+    def _is_fused(self, running: MemoryStack, velocity: MemoryStack) -> bool:
+        """Whether derivatives are written out for this case; autograd does the others."""
+        return running.first is not None and velocity.last is None and self.detach_targets
+
+    def _fused(self, inputs, momentum, applied, running, velocity, snapshot, anchor, gates):
+        o, after = fused_chunk(
+            inputs, gates, applied, running, snapshot, anchor, rule=self.rule, read=self.read
         )
+        return o, after, velocity
+
+    def _generic(self, inputs, momentum, applied, running, velocity, snapshot, anchor, gates):
+        """M_memory's reads [N, c, D] without residual, and the stacks after the chunk."""
+        base = running if snapshot.last is None else snapshot
+        if anchor.last is not None:
+            base = map_stack(torch.add, base, anchor)
+        *generated, o = self._generate(inputs, base, gates)
+        layers = self._layers(*generated, momentum, applied, base)
+        after = [
+            (None, None, None) if layer is None else write_layer(state, momentum, layer)
+            for state, momentum, layer in zip(running, velocity, layers)
+        ]
+        after, velocity_after, written = (MemoryStack(*parts) for parts in zip(*after))
+        if self.read == "running":
+            q = inputs[2 * len(o) : 3 * len(o)]
+            o = self._read_running(q, layers, written, running, velocity, anchor)
+        return o, after, velocity_after
 
     def _by_chunk(self, sequences: State, segment: Segment):
         """By chunk: inputs in the order of the stack [5N, c, D], momenta [N, c] and masks [N, c]."""

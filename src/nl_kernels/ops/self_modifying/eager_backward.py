@@ -1,475 +1,464 @@
-"""A segment of whole chunks with its derivative written out: the fast path of the chunked implementation.
+"""One chunk of the self-modifying memory with its derivatives written out: one node of the autograd graph.
 
-It serves what training mostly runs: two-layer memories with a normalised hidden layer, per-layer erase at
-the given rate, one clock, constant targets, no momentum, every sequence on the same grid. At chunks of
-some 16 tokens an autograd graph costs as much as the operations in it; this has fewer, and no graph.
-
-N = sequences × heads; the five memories lie memory first as in ``eager.py``: tensors [5N, c, ·], first layers
-[5N, h, D], last layers [3N, D, h] and [2N, 1, h]. A gradient's name is ``d_`` and the name of its tensor.
+For two-layer memories without momentum and with constant targets. Layout as in ``eager.py``: the five
+memories of N rows memory first. Names are those of the README; an adjoint is called ``at_…`` or ``grad_…``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from nl_kernels.delta_chunk import ChunkCoefficients, LayerWrites, Spread, read_layer
-from nl_kernels.hidden_layer import hidden_layer
-from nl_kernels.memory_rule import NORM_EPS, MemoryRule, activate, curvature
+from nl_kernels.delta_adjoint import (
+    Erase,
+    Read,
+    Write,
+    decay_adjoint,
+    decay_products,
+    erase_matrices,
+    gram_adjoint,
+    proximal_adjoint,
+    proximal_rate,
+    read_adjoint,
+    read_forward,
+    write_adjoint,
+    write_forward,
+)
+from nl_kernels.delta_chunk import Spread
+from nl_kernels.hidden_layer import (
+    Activated,
+    Signal,
+    activated,
+    bound_adjoint,
+    error_signal,
+    hidden_adjoint,
+    length_factor,
+    row_dot,
+    signal_adjoint,
+)
+from nl_kernels.memory_rule import MemoryRule, inverse_norm
+from nl_kernels.ops.self_modifying.state import MemoryStack, map_stack
 
-MEMORIES = 5
-WIDE = 3  # of which key, value and memory have outputs as wide as their inputs
+MEMORIES, WIDE = 5, 3  # all memories, and those whose output is as wide as their input
 
 
-@dataclasses.dataclass(frozen=True)
-class FastOptions:
-    """What the fast path needs to know: the rule and whether reads are running."""
+def fused_chunk(inputs, gates, applied, running, snapshot, anchor, *, rule: MemoryRule, read: str):
+    """What a chunk reads and writes: M_memory's reads [N, c, D] without residual, and the stack after it.
 
-    rule: MemoryRule
-    running_read: bool
-
-
-def supports(rule: MemoryRule) -> bool:
-    """Whether the fast path implements ``rule``."""
-    return rule.normalize_hidden and rule.erase == "per_layer" and not rule.proximal
-
-
-class FastSegment(torch.autograd.Function):
-    """``(options, inputs, gates, anchor, state) -> (outputs [N, n·c, D], state)``.
-
-    ``inputs`` is one tensor [n, 5N, c, D]; gates are rate_max, rate_bias and retention_bias [N, 1]; the
-    anchor is three tensors or three ``None``; the state is (first, last, gate).
+    Args:
+        inputs: [5N, c, D], of key, value, memory (the query), rate and retention.
+        gates: largest rate, bias of the rate and of the retention, [N, 1] each.
+        applied: [N, c] bool, False in empty slots, or ``None``.
+        running: :class:`MemoryStack` that is written to.
+        snapshot: the one that is read; its entries are ``None`` where that is ``running``.
+        anchor: added to both; its entries are ``None`` for none.
+        rule, read: as in :func:`~nl_kernels.ops.self_modifying.api.self_modifying_memory`.
     """
-
-    @staticmethod
-    def forward(ctx, options, inputs, rate_max, rate_bias, retention_bias, *layers):
-        anchor, state = layers[:3], layers[3:]
-        chunks, outputs = [], []
-        for x in inputs.unbind(0):
-            chunk, o, state = _forward_chunk(options, x, (rate_max, rate_bias, retention_bias), anchor, state)
-            chunks.append(chunk)
-            outputs.append(o)
-        ctx.options, ctx.chunks, ctx.anchor, ctx.rate_max = options, chunks, anchor, rate_max
-        return (torch.cat(outputs, 1), *state)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_output, *d_state):
-        anchored = ctx.anchor[0] is not None
-        size = ctx.chunks[0].x.shape[1]
-        d_state = [x.clone() for x in d_state]
-        d_anchor = [torch.zeros_like(x) if anchored else None for x in d_state]
-        d_inputs, d_gates = [], [0, 0, 0]
-        for i in reversed(range(len(ctx.chunks))):
-            d_o = d_output[:, i * size : (i + 1) * size]
-            d_x, d_gate = _backward_chunk(
-                ctx.options, ctx.chunks[i], ctx.rate_max, ctx.anchor, d_o, d_state, d_anchor
-            )
-            ctx.chunks[i] = None
-            d_inputs.append(d_x)
-            d_gates = [a + b for a, b in zip(d_gates, d_gate)]
-        return (None, torch.stack(d_inputs[::-1]), *d_gates, *d_anchor, *d_state)
+    if not torch.is_grad_enabled():
+        return _forward(rule, read, inputs, gates, applied, running, snapshot, anchor, keep=False)[:2]
+    o, *after = _FusedChunk.apply(rule, read, inputs, *gates, applied, *running, *snapshot, *anchor)
+    return o, MemoryStack(*after)
 
 
-class _Layer(NamedTuple):
-    """One group of layers over a chunk, as :func:`_write` leaves it for the backward pass."""
+class _Made(NamedTuple):
+    """What one chunk computes and its adjoint needs."""
 
-    state: torch.Tensor
-    x: torch.Tensor
-    erase: torch.Tensor  # β times the decay from the chunk's start
-    inverse: torch.Tensor
-    to_end: torch.Tensor
-    final: torch.Tensor
-    recalled: torch.Tensor
-    solved: torch.Tensor
-    values: torch.Tensor
-
-
-class _Hidden(NamedTuple):
-    """A normalised hidden layer: its input z, its value, and 1/‖σ(z)‖."""
-
-    z: torch.Tensor
-    value: torch.Tensor
-    scale: torch.Tensor
-
-
-class _Chunk(NamedTuple):
-    """What the backward pass needs of one chunk."""
-
-    x: torch.Tensor
-    base: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    served: _Hidden
-    k: torch.Tensor
-    k_scale: torch.Tensor
-    sigmoid: torch.Tensor
+    base: MemoryStack
+    served: Activated
+    key_scale: torch.Tensor
+    gate: torch.Tensor  # before the sigmoids [2N, c]
+    pair: torch.Tensor  # k, then v, for every memory [5N, 2c, D]
+    hidden: Activated
+    errors: tuple[torch.Tensor, torch.Tensor]
+    factors: tuple[torch.Tensor | None, torch.Tensor | None]
+    difference: torch.Tensor
+    signal: Signal
+    decay: Spread  # for N rows
+    decays: Spread  # for 5N rows: parts of one value per token only
     rate: torch.Tensor
-    retention: torch.Tensor
-    tokens: torch.Tensor
-    learned: _Hidden
-    apart: torch.Tensor
-    slope: torch.Tensor
-    errors: tuple[tuple, tuple]
-    back: torch.Tensor
-    along: torch.Tensor
-    signal: tuple
-    products: torch.Tensor
-    gram: torch.Tensor
-    inverse: torch.Tensor
-    layers: tuple[_Layer, _Layer, _Layer]
+    key_rate: torch.Tensor
+    hidden_rate: torch.Tensor
+    key_erase: Erase | None
+    hidden_erase: Erase | None
+    first: Write
+    last: Write
+    gate_write: Write
+    probe: Activated | None
+    reads: tuple[Read, Read] | None
 
 
-def _forward_chunk(options: FastOptions, x, gates, anchor, state):
-    rule = options.rule
+class _FusedChunk(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rule, read, inputs, rate_max, rate_bias, retention_bias, applied, *states):
+        stacks = (MemoryStack(*states[i : i + 3]) for i in (0, 3, 6))
+        o, after, made = _forward(
+            rule, read, inputs, (rate_max, rate_bias, retention_bias), applied, *stacks, keep=True
+        )
+        ctx.rule, ctx.read = rule, read
+        ctx.made = made  # no outputs among them, so no cycle
+        ctx.save_for_backward(inputs, rate_max, applied, *states)
+        ctx.set_materialize_grads(False)
+        return (o, *after)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_o, *grad_after):
+        inputs, rate_max, applied, *saved = ctx.saved_tensors
+        running, _, anchor = (MemoryStack(*saved[i : i + 3]) for i in (0, 3, 6))
+        grad_after = MemoryStack(
+            *(torch.zeros_like(x) if g is None else g for x, g in zip(running, grad_after))
+        )
+        grad_inputs, grad_gates, grad_running, grad_base, grad_anchor = _backward(
+            ctx.rule, ctx.read, inputs, rate_max, applied, running, anchor, ctx.made, grad_o, grad_after
+        )
+        if ctx.needs_input_grad[10]:
+            grad_snapshot = grad_base
+        else:
+            grad_snapshot = (None, None, None)
+            if saved[3] is None:
+                grad_running = map_stack(torch.add, grad_running, grad_base)
+        return (None, None, grad_inputs, *grad_gates, None, *grad_running, *grad_snapshot, *grad_anchor)
+
+
+def _forward(rule, read, inputs, gates, applied, running, snapshot, anchor, *, keep: bool):
     rate_max, rate_bias, retention_bias = gates
-    rows, size = len(rate_max), x.shape[1]
+    rows, size = len(rate_max), inputs.shape[1]
     wide = WIDE * rows
-    base = state if anchor[0] is None else tuple(a + b for a, b in zip(state, anchor))
-    first, last, gate = base
+    base = running if snapshot.last is None else snapshot
+    if anchor.last is not None:
+        base = map_stack(torch.add, base, anchor)
 
-    # Keys, values, rates and retentions, and the snapshot read.
-    served = _hidden(torch.bmm(x, first.mT), rule)
-    k, v, o = torch.bmm(served.value[:wide], last.mT).split(rows)
+    # The memories make k, v and the gates, and M_memory is read.
+    served = activated(torch.bmm(inputs, base.first.transpose(1, 2)), rule, sloped=keep, curved=False)
+    made = torch.bmm(served.value[:wide], base.last.transpose(1, 2))
+    gate = torch.bmm(served.value[wide:], base.gate.transpose(1, 2))[..., 0]
+    pair = inputs.new_empty(MEMORIES, rows, 2 * size, inputs.shape[2])
+    k, v = pair[0, :, :size], pair[0, :, size:]
+    o = made[2 * rows :]
     if rule.projection_residual:
-        k, v = k + x[:rows], v + x[rows : 2 * rows]
-    k_scale = (_dot(k, k) + NORM_EPS).rsqrt()
-    k = k * k_scale
-    rate, retention = torch.bmm(served.value[wide:], gate.mT)[..., 0].split(rows)
-    sigmoid = torch.sigmoid(rate + rate_bias)
-    rate = (rate_max * sigmoid)[..., None]
-    retention = retention + retention_bias
-    products = _products(F.logsigmoid(retention))
+        made[: 2 * rows] += inputs[: 2 * rows]
+    key_scale = inverse_norm(made[:rows])
+    torch.mul(made[:rows], key_scale, out=k)
+    v.copy_(made[rows : 2 * rows])
+    pair[1:] = pair[:1]
+    pair = pair.view(MEMORIES * rows, 2 * size, -1)
+    gate[:rows] += rate_bias
+    gate[rows:] += retention_bias
+    rate = torch.sigmoid(gate[:rows]).mul_(rate_max)
+    log_decay = torch.nn.functional.logsigmoid(gate[rows:])
+    if applied is not None:
+        rate, log_decay = rate.mul_(applied), log_decay.mul_(applied)
+    rate = rate[..., None]
 
-    # Errors and error signals at the keys.
-    tokens = torch.cat([k, v], 1).repeat(MEMORIES, 1, 1)
-    learned = _hidden(torch.bmm(tokens, first.mT), rule)
-    hidden = learned.value[:, :size]
-    apart = hidden - learned.value[:, size:]
-    error = torch.bmm(apart[:wide], last.mT).view(WIDE, rows, size, -1)
+    # Every memory's targets, errors, and what reaches its hidden layer.
+    hidden = activated(torch.bmm(pair, base.first.transpose(1, 2)), rule, curved=keep)
+    keys = hidden.rows(slice(None, size))
+    difference = keys.value - hidden.value[:, size:]
+    error = torch.bmm(difference[:wide], base.last.transpose(1, 2))
+    _add_residuals(error.view(WIDE, rows, size, -1), k, v, rule)
+    gate_error = torch.bmm(difference[wide:], base.gate.transpose(1, 2))
+    factors = length_factor(error, rule.error_bound), length_factor(gate_error, rule.error_bound)
+    if rule.error_bound is not None:
+        error.mul_(factors[0])
+        gate_error.mul_(factors[1])
+    back = torch.empty_like(difference)
+    torch.bmm(error, base.last, out=back[:wide])
+    torch.mul(gate_error, base.gate, out=back[wide:])
+    signal = error_signal(back, keys, rule)
+
+    # The writes.
+    decay = decay_products(log_decay)
+    decays = Spread(
+        *(
+            _each(part) if name in ("before", "to_end", "final") else None
+            for name, part in zip(Spread._fields, decay)
+        )
+    )
+    x = pair[:, :size]
+    rates = _each(rate)
+    key_rate = hidden_rate = rate
+    if rule.proximal and rule.erases(True):
+        key_rate = proximal_rate(rate, k)
+    hidden_rate = rates
+    if rule.proximal and rule.erases(False):
+        hidden_rate = proximal_rate(rates, keys.value)
+    key_erase, hidden_erase = _erases(rule, k, keys.value, key_rate, hidden_rate, decay.strict)
+    first_rate = rates if key_rate is rate else _each(key_rate)
+    first, first_write = write_forward(running.first, x, signal.value, first_rate, decays, key_erase)
+    last, last_write = write_forward(
+        running.last, *_part(slice(None, wide), keys.value, error, hidden_rate, decays, hidden_erase)
+    )
+    gate_after, gate_write = write_forward(
+        running.gate, *_part(slice(wide, None), keys.value, gate_error, hidden_rate, decays, hidden_erase)
+    )
+
+    probe = reads = None
+    if read == "running":
+        memory = slice(2 * rows, wide)
+        fixed = [None if part is None else part[memory] for part in anchor[:2]]
+        z, first_read = read_forward(
+            inputs[memory], running.first[memory], fixed[0], x[memory], first_write.written[memory], decay
+        )
+        probe = activated(z, rule, sloped=keep, curved=False)
+        o, last_read = read_forward(
+            probe.value,
+            running.last[memory],
+            fixed[1],
+            keys.value[memory],
+            last_write.written[memory],
+            decay,
+        )
+        reads = (first_read, last_read)
+    after = MemoryStack(first, last, gate_after)
+    if not keep:
+        return o, after, None
+    saved = _Made(
+        base,
+        served,
+        key_scale,
+        gate,
+        pair,
+        hidden,
+        (error, gate_error),
+        factors,
+        difference,
+        signal,
+        decay,
+        decays,
+        rate,
+        first_rate,
+        hidden_rate,
+        key_erase,
+        hidden_erase,
+        first_write,
+        last_write,
+        gate_write,
+        probe,
+        reads,
+    )
+    return o, after, saved
+
+
+def _each(part: torch.Tensor) -> torch.Tensor:
+    """The same [N, ..] for every memory, [5N, ..]."""
+    return torch.cat([part] * MEMORIES)  # takes a fifth of the time of ``repeat``
+
+
+def _part(which: slice, x, signal, rate, decays: Spread, erase: Erase | None):
+    """The arguments of a write for some rows; the signal has them alone."""
+    return (
+        x[which],
+        signal,
+        rate[which],
+        Spread(*(None if part is None else part[which] for part in decays)),
+        None if erase is None else Erase(erase.gram[which], erase.inverse[which]),
+    )
+
+
+def _add_residuals(error: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: MemoryRule) -> None:
+    """Add to f(k) − f(v) [3, N, c, D] of key, value and memory what their residuals contribute."""
     if rule.target_residual:
         error -= v
     if rule.projection_residual:
         error[:2] += k
     if rule.residual:
         error[2] += k
-    errors = (_bound(error.flatten(0, 1), rule), _bound(torch.bmm(apart[wide:], gate.mT), rule))
-    _, slope = activate(learned.z[:, :size], rule.activation)
-    back = torch.cat([torch.bmm(errors[0][0], last), errors[1][0] * gate])
-    along = _dot(hidden, back)
-    signal = _bound(torch.addcmul(back, hidden, along, value=-1).mul_(slope * learned.scale[:, :size]), rule)
-
-    # The writes. Gram matrices and inverses: the five hidden layers, then the one of the shared keys.
-    keys = tokens[:, :size]
-    gram = torch.cat([torch.bmm(hidden, hidden.mT), torch.bmm(k, k.mT)])
-    below = (rate * products[:, :-1, 1:]) * gram.view(MEMORIES + 1, rows, size, size)
-    eye = torch.eye(size, dtype=x.dtype, device=x.device)
-    inverse = torch.linalg.solve_triangular(
-        below.flatten(0, 1), eye.expand_as(gram), upper=False, unitriangular=True
-    )
-    by_token = torch.cat([-rate, rate * products[:, :-1, :1], products[:, -1, 1:, None]], -1)
-    negative_rate, erase, to_end = by_token.repeat(MEMORIES, 1, 1).split(1, -1)
-    final = products[:, -1:, :1].repeat(MEMORIES, 1, 1)
-    shared = inverse[MEMORIES * rows :].repeat(MEMORIES, 1, 1)
-    layers = (
-        _write(state[0], keys, negative_rate * signal[0], erase, shared, to_end, final),
-        _write(
-            state[1],
-            hidden[:wide],
-            negative_rate[:wide] * errors[0][0],
-            erase[:wide],
-            inverse[:wide],
-            to_end[:wide],
-            final[:wide],
-        ),
-        _write(
-            state[2],
-            hidden[wide:],
-            negative_rate[wide:] * errors[1][0],
-            erase[wide:],
-            inverse[wide : MEMORIES * rows],
-            to_end[wide:],
-            final[wide:],
-        ),
-    )
-    after = tuple(
-        torch.baddbmm(layer.final * layer.state, layer.values.mT, layer.to_end * layer.x) for layer in layers
-    )
-    chunk = _Chunk(
-        x,
-        base,
-        served,
-        k,
-        k_scale,
-        sigmoid,
-        rate,
-        retention,
-        tokens,
-        learned,
-        apart,
-        slope,
-        errors,
-        back,
-        along,
-        signal,
-        products,
-        gram,
-        inverse,
-        layers,
-    )
-    if options.running_read:
-        o = _read_running(rule, *_running_inputs(chunk, anchor))
-    return chunk, o + x[2 * rows : wide] if rule.residual else o, after
 
 
-def _backward_chunk(options: FastOptions, chunk: _Chunk, rate_max, anchor, d_o, d_state, d_anchor):
-    """Gradients of a chunk's inputs and gates; those of the state and the anchor are updated in place."""
-    rule = options.rule
-    rows, size = chunk.k.shape[:2]
+def _erases(rule, k, hidden, key_rate, hidden_rate, strict) -> tuple[Erase | None, Erase | None]:
+    """:class:`Erase` for the first layers [5N], whose keys are the same, and for the last ones [5N]."""
+    if not rule.erases(True):
+        return None, None
+    rows, size = k.shape[:2]
+    if not rule.erases(False):
+        shared = erase_matrices(torch.bmm(k, k.transpose(1, 2)), key_rate, strict)
+        return Erase(*(_each(part) for part in shared)), None
+    gram = k.new_empty((1 + MEMORIES) * rows, size, size)
+    torch.bmm(k, k.transpose(1, 2), out=gram[:rows])
+    torch.bmm(hidden, hidden.transpose(1, 2), out=gram[rows:])
+    rates = torch.cat([key_rate, hidden_rate])
+    both = erase_matrices(gram, rates, torch.cat([strict] * (1 + MEMORIES)))
+    return (
+        Erase(*(_each(part[:rows]) for part in both)),
+        Erase(*(part[rows:] for part in both)),
+    )
+
+
+def _backward(rule, read, inputs, rate_max, applied, running, anchor, made, grad_o, grad_after):
+    rows, size = len(rate_max), inputs.shape[1]
     wide = WIDE * rows
-    first, last, gate = chunk.base
-    hidden, scale = chunk.learned.value[:, :size], chunk.learned.scale[:, :size]
-    d_values = [None, None, None]
-    d_products = torch.zeros_like(chunk.products)
-    d_k = d_hidden_read = d_query = None
-    if options.running_read:
-        d_query, d_k, d_hidden_read, d_values[0], d_values[1], d_products, d_old, d_fixed = (
-            _back_through_read(options, chunk, anchor, d_o)
-        )
+    memory = slice(2 * rows, wide)
+    base, hidden, decay, decays = made.base, made.hidden, made.decay, made.decays
+    keys = hidden.rows(slice(None, size))
+    x = made.pair[:, :size]
+    error, gate_error = made.errors
+    grad_anchor = [None] * 3
+    decay_parts: dict[str, torch.Tensor] = {}
 
-    # The writes.
-    found = [_write_backward(*each) for each in zip(chunk.layers, d_state, d_values)]
-    d_state[:] = [each[0] for each in found]
-    if options.running_read:
-        memory = slice(2 * rows, wide)
-        for total, fixed, d_layer, d_constant in zip(d_state[:2], d_anchor[:2], d_old, d_fixed):
-            total[memory] += d_layer
-            if fixed is not None:
-                fixed[memory] += d_constant
-    d_keys, d_hidden = found[0][1], torch.cat([found[1][1], found[2][1]])
-    d_signal_write, d_error_write, d_narrow_write = (each[2] for each in found)
-    d_erase, d_to_end, d_final = (found[0][i] + torch.cat([found[1][i], found[2][i]]) for i in (3, 5, 6))
-    d_inverse = torch.cat([found[1][4], found[2][4], found[0][4].view(MEMORIES, rows, size, size).sum(0)])
-    transposed = chunk.inverse.mT
-    d_below = torch.bmm(torch.bmm(transposed, d_inverse), transposed).neg_().view(-1, rows, size, size)
-    strict = chunk.products[:, :-1, 1:]
-    d_gram = (d_below * (chunk.rate * strict)).flatten(0, 1)
-    d_gram = d_gram + d_gram.mT
-    d_hidden.baddbmm_(d_gram[: MEMORIES * rows], hidden)
-    by_below = (d_below * chunk.gram.view_as(d_below)).sum(0)
-    d_erase = d_erase.view(MEMORIES, rows, size, 1).sum(0)
-    d_rate = (by_below * strict).sum(-1, keepdim=True)
-    d_rate.addcmul_(d_erase, chunk.products[:, :-1, :1])
-    d_products[:, :-1, 1:].addcmul_(by_below, chunk.rate)
-    d_products[:, :-1, :1].addcmul_(d_erase, chunk.rate)
-    d_products[:, -1, 1:] += d_to_end.view(MEMORIES, rows, size).sum(0)
-    d_products[:, -1, 0] += d_final.view(MEMORIES, rows).sum(0)
-    d_key = torch.bmm(d_gram[MEMORIES * rows :], chunk.k)
-    d_key += d_keys.view(MEMORIES, *d_key.shape).sum(0)
-    if d_k is not None:
-        d_key += d_k
-    if d_hidden_read is not None:
-        d_hidden[2 * rows : wide] += d_hidden_read
-    by_rate = _dot(d_signal_write, chunk.signal[0])
-    by_rate[:wide] += _dot(d_error_write, chunk.errors[0][0])
-    by_rate[wide:] += _dot(d_narrow_write, chunk.errors[1][0])
-    d_rate -= by_rate.view(MEMORIES, rows, size, 1).sum(0)
-    negative_rate = -chunk.rate.repeat(MEMORIES, 1, 1)
+    def sum_memories(part: torch.Tensor) -> torch.Tensor:
+        return part.view(MEMORIES, rows, *part.shape[1:]).sum(0)
+
+    # The running read.
+    at_written = [None, None]
+    if read == "running" and grad_o is not None:
+        fixed = [None if part is None else part[memory] for part in anchor[:2]]
+        last = read_adjoint(
+            grad_o,
+            made.probe.value,
+            running.last[memory],
+            fixed[1],
+            keys.value[memory],
+            made.last.written[memory],
+            decay,
+            made.reads[1],
+        )
+        first = read_adjoint(
+            hidden_adjoint(last.queries, made.probe),
+            inputs[memory],
+            running.first[memory],
+            fixed[0],
+            x[memory],
+            made.first.written[memory],
+            decay,
+            made.reads[0],
+        )
+        at_written = [torch.zeros_like(made.first.written), torch.zeros_like(made.last.written)]
+        at_written[0][memory], at_written[1][memory] = first.written, last.written
+        decay_parts = {"after": last.after + first.after, "full": last.full + first.full}
+
+    # The writes of the last layers and the gates.
+    grad_hidden = torch.empty_like(hidden.value)
+    at_keys, at_values = grad_hidden[:, :size], grad_hidden[:, size:]
+    parts = []
+    for which, state, grad, outer, write, signal in (
+        (slice(None, wide), running.last, grad_after.last, at_written[1], made.last, error),
+        (slice(wide, None), running.gate, grad_after.gate, None, made.gate_write, gate_error),
+    ):
+        x_, _, rate_, decays_, erase_ = _part(
+            which, keys.value, signal, made.hidden_rate, decays, made.hidden_erase
+        )
+        found = write_adjoint(grad, outer, state, x_, write, rate_, decays_, erase_)
+        at_keys[which] = found.x
+        parts.append(found)
+    at_last, at_gate = parts
+    first_part = write_adjoint(
+        grad_after.first, at_written[0], running.first, x, made.first, made.key_rate, decays, made.key_erase
+    )
+    hidden_parts = {
+        name: torch.cat([getattr(at_last, name), getattr(at_gate, name)])
+        for name in ("rate", "strict", "gram", "before", "to_end", "final")
+        if getattr(at_last, name) is not None
+    }
+    if "gram" in hidden_parts:
+        weighted = hidden_parts["gram"].view(MEMORIES, rows, size, size).mul_(decay.strict).flatten(0, 1)
+        at_keys += gram_adjoint(weighted, keys.value)
+    for name in ("strict", "before", "to_end", "final"):
+        if getattr(first_part, name) is not None:
+            both = getattr(first_part, name)
+            if name in hidden_parts:
+                both = both + hidden_parts[name]
+            decay_parts[name] = sum_memories(both)
+    grad_hidden_rate = hidden_parts["rate"]
+    if made.hidden_erase is not None and rule.proximal:
+        rates = _each(made.rate)
+        grad_hidden_rate, extra = proximal_adjoint(grad_hidden_rate, rates, keys.value, made.hidden_rate)
+        at_keys += extra
+    grad_rate = sum_memories(grad_hidden_rate)
+    grad_key_rate = sum_memories(first_part.rate)
+    k = x[:rows]
+    at_k = torch.zeros_like(k)
+    if made.key_erase is not None:
+        at_k = gram_adjoint(sum_memories(first_part.gram).mul_(decay.strict), k)
+        if rule.proximal:
+            grad_key_rate, extra = proximal_adjoint(grad_key_rate, made.rate, k, made.key_rate[:rows])
+            at_k += extra
+    grad_rate += grad_key_rate
+    if at_written[0] is not None:
+        at_k += first.x
+        at_keys[memory] += last.x
 
     # The error signals.
-    d_flat = _bound_backward(d_signal_write * negative_rate, chunk.signal, rule)
-    slope_scale = chunk.slope * scale
-    flat = torch.addcmul(chunk.back, hidden, chunk.along, value=-1).mul_(d_flat)
-    d_slope = flat * scale
-    d_scale = _dot(flat, chunk.slope)
-    d_flat *= slope_scale
-    across = _dot(hidden, d_flat)
-    d_back = torch.addcmul(d_flat, hidden, across, value=-1)
-    d_hidden.addcmul_(d_flat, chunk.along, value=-1).addcmul_(chunk.back, across, value=-1)
-    d_error = torch.baddbmm(d_error_write * negative_rate[:wide], d_back[:wide], last.mT)
-    d_narrow = torch.baddbmm(d_narrow_write * negative_rate[wide:], d_back[wide:], gate.mT)
-    d_last = torch.bmm(chunk.errors[0][0].mT, d_back[:wide])
-    d_gate = torch.bmm(chunk.errors[1][0].mT, d_back[wide:])
+    at_back, at_value, at_slope, radial = signal_adjoint(first_part.signal, made.signal, keys, rule)
+    if at_value is not None:
+        at_keys += at_value
+    at_error = at_last.signal.baddbmm_(at_back[:wide], base.last.transpose(1, 2))
+    at_gate_error = at_gate.signal.baddbmm_(at_back[wide:], base.gate.transpose(1, 2))
+    grad_last = torch.bmm(error.transpose(1, 2), at_back[:wide])
+    grad_gate = torch.bmm(gate_error.transpose(1, 2), at_back[wide:])
+    at_error = bound_adjoint(at_error, error, made.factors[0], rule.error_bound)
+    at_gate_error = bound_adjoint(at_gate_error, gate_error, made.factors[1], rule.error_bound)
+    grad_last.baddbmm_(at_error.transpose(1, 2), made.difference[:wide])
+    grad_gate.baddbmm_(at_gate_error.transpose(1, 2), made.difference[wide:])
+    torch.bmm(at_error, base.last, out=at_values[:wide])
+    torch.mul(at_gate_error, base.gate, out=at_values[wide:])
+    at_keys += at_values
+    at_values.neg_()
 
-    # The errors.
-    d_error = _bound_backward(d_error, chunk.errors[0], rule)
-    d_narrow = _bound_backward(d_narrow, chunk.errors[1], rule)
-    by_memory = d_error.view(WIDE, rows, size, -1)
+    # The hidden layers at k and v, and back to k and v.
+    at_z = hidden_adjoint(grad_hidden, hidden, radial)
+    at_z[:, :size] += at_slope
+    at_pair = torch.bmm(at_z, base.first)
+    at_pair[:, :size] += first_part.x
+    at_pair = sum_memories(at_pair)
+    grad_first = torch.bmm(at_z.transpose(1, 2), made.pair)
+    at_made = inputs.new_empty(wide, *inputs.shape[1:])
+    at_k += at_pair[:, :size]
+    at_v = at_made[rows : 2 * rows]
+    at_v.copy_(at_pair[:, size:])
+    by_memory = at_error.view(WIDE, rows, size, -1)
+    if rule.target_residual:
+        at_v -= by_memory.sum(0)
     if rule.projection_residual:
-        d_key += by_memory[0]
-        d_key += by_memory[1]
+        at_k += by_memory[:2].sum(0)
     if rule.residual:
-        d_key += by_memory[2]
-    d_v = -by_memory.sum(0) if rule.target_residual else 0
-    d_apart = torch.cat([torch.bmm(d_error, last), torch.bmm(d_narrow, gate)])
-    d_value = torch.cat([d_hidden.add_(d_apart), d_apart.neg_()], 1)
-    d_last.baddbmm_(d_error.mT, chunk.apart[:wide])
-    d_gate.baddbmm_(d_narrow.mT, chunk.apart[wide:])
-    d_z = _hidden_backward(chunk.learned, d_value, rule, d_slope, d_scale)
-    d_tokens = torch.bmm(d_z, first).view(MEMORIES, rows, 2 * size, -1).sum(0)
-    d_first = torch.bmm(d_z.mT, chunk.tokens)
-    d_key += d_tokens[:, :size]
-    d_v = d_tokens[:, size:] + d_v
+        at_k += by_memory[2]
 
-    # What served the chunk.
-    d_key = torch.addcmul(d_key, chunk.k, _dot(chunk.k, d_key), value=-1).mul_(chunk.k_scale)
-    d_wide = torch.cat([d_key, d_v, torch.zeros_like(d_v) if options.running_read else d_o])
-    d_log = _products_backward(chunk.products, d_products)
-    d_sigmoid = d_rate[..., 0] * chunk.sigmoid
-    d_rate_raw = d_sigmoid * rate_max * (1 - chunk.sigmoid)
-    d_retention = d_log * torch.sigmoid(-chunk.retention)
-    d_gates_raw = torch.cat([d_rate_raw, d_retention])[..., None]
-    d_value = torch.cat([torch.bmm(d_wide, last), torch.bmm(d_gates_raw, gate)])
-    d_last.baddbmm_(d_wide.mT, chunk.served.value[:wide])
-    d_gate.baddbmm_(d_gates_raw.mT, chunk.served.value[wide:])
-    d_z = _hidden_backward(chunk.served, d_value, rule, None, None)
-    d_first.baddbmm_(d_z.mT, chunk.x)
-    d_x = torch.bmm(d_z, first)
-    if rule.projection_residual:
-        d_x[: 2 * rows] += d_wide[: 2 * rows]
-    if rule.residual:
-        d_x[2 * rows : wide] += d_o
-    if d_query is not None:
-        d_x[2 * rows : wide] += d_query
-    for total, fixed, d_layer in zip(d_state, d_anchor, (d_first, d_last, d_gate)):
-        total += d_layer
-        if fixed is not None:
-            fixed += d_layer
-    d_gates = (d_sigmoid.sum(-1, keepdim=True), d_rate_raw.sum(-1, keepdim=True))
-    return d_x, (*d_gates, d_retention.sum(-1, keepdim=True))
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a * b).sum(-1, keepdim=True)
-
-
-def _hidden(z: torch.Tensor, rule: MemoryRule) -> _Hidden:
-    value = F.silu(z) if rule.activation == "silu" else F.gelu(z)
-    scale = (_dot(value, value) + NORM_EPS).rsqrt()
-    return _Hidden(z, value.mul_(scale), scale)
-
-
-def _hidden_backward(hidden: _Hidden, d_value, rule: MemoryRule, d_slope, d_scale) -> torch.Tensor:
-    """The gradient of z; ``d_slope`` and ``d_scale`` are of the first tokens alone, where there are any."""
-    z, value, scale = hidden
-    along = _dot(value, d_value)
-    if d_scale is not None:
-        size = d_scale.shape[1]
-        along[:, :size].addcmul_(scale[:, :size], d_scale)
-    _, slope = activate(z, rule.activation)
-    d_z = torch.addcmul(d_value, value, along, value=-1).mul_(slope.mul_(scale))
-    if d_slope is not None:
-        size = d_slope.shape[1]
-        d_z[:, :size].addcmul_(d_slope, curvature(z[:, :size], rule.activation))
-    return d_z
-
-
-def _bound(x: torch.Tensor, rule: MemoryRule) -> tuple:
-    """x bounded in length, with what its derivative needs."""
-    bound = rule.error_bound
-    if bound is None:
-        return x, None, None
-    squared = _dot(x, x)
-    factor = bound * squared.clamp(min=bound * bound).rsqrt()
-    return x * factor, squared, factor
-
-
-def _bound_backward(d_bounded: torch.Tensor, bounded: tuple, rule: MemoryRule) -> torch.Tensor:
-    value, squared, factor = bounded
-    if factor is None:
-        return d_bounded
-    # value = factor x, and where x is longer than the bound value has length ``bound``.
-    longer = squared > rule.error_bound**2
-    across = torch.where(longer, _dot(value, d_bounded), 0).div_(rule.error_bound**2)
-    return torch.addcmul(d_bounded, value, across, value=-1).mul_(factor)
-
-
-def _write(state, x, write, erase, inverse, to_end, final) -> _Layer:
-    recalled = torch.bmm(x, state.mT)
-    solved = torch.addcmul(write, erase, recalled, value=-1)
-    return _Layer(state, x, erase, inverse, to_end, final, recalled, solved, torch.bmm(inverse, solved))
-
-
-def _write_backward(layer: _Layer, d_after, d_values):
-    """Gradients of state, x, write, erase, inverse, to_end and final."""
-    state, x, erase, inverse, to_end, final, recalled, solved, values = layer
-    d_final = (d_after * state).sum((1, 2), keepdim=True)
-    d_state = d_after * final
-    decayed = torch.bmm(values, d_after)
-    d_to_end = _dot(decayed, x)
-    d_x = decayed.mul_(to_end)
-    through = torch.bmm(to_end * x, d_after.mT)
-    d_values = through if d_values is None else through.add_(d_values)
-    d_write = torch.bmm(inverse.mT, d_values)
-    d_inverse = torch.bmm(d_values, solved.mT)
-    d_erase = _dot(d_write, recalled).neg_()
-    d_recalled = d_write * -erase
-    d_x.baddbmm_(d_recalled, state)
-    d_state.baddbmm_(d_recalled.mT, x)
-    return d_state, d_x, d_write, d_erase, d_inverse, d_to_end, d_final
-
-
-def _products(log_decay: torch.Tensor) -> torch.Tensor:
-    """[N, c + 1, c + 1], decays over tokens j + 1 … i; the logs are finite, so sums may be subtracted."""
-    sums = F.pad(log_decay.cumsum(-1), (1, 0))
-    return (sums[:, :, None] - sums[:, None, :]).exp_().tril_()
-
-
-def _products_backward(products: torch.Tensor, d_products: torch.Tensor) -> torch.Tensor:
-    """The gradient of log decays: for token t the sum over entries (i, j) with j < t <= i."""
-    total = d_products.mul_(products)
-    # Column sums from the bottom up, of the columns left of t.
-    return total.flip(-2).cumsum(-2).flip(-2).tril_(-1).sum(-1)[..., 1:]
-
-
-def _running_inputs(chunk: _Chunk, anchor) -> tuple[torch.Tensor | None, ...]:
-    rows, size = chunk.k.shape[:2]
-    memory = slice(2 * rows, WIDE * rows)
-    first, last, _ = chunk.layers
-    return (
-        chunk.x[memory],
-        chunk.k,
-        chunk.learned.value[memory, :size],
-        first.values[memory],
-        last.values[memory],
-        chunk.products,
-        first.state[memory],
-        last.state[memory],
-        *(None if x is None else x[memory] for x in anchor[:2]),
+    # The gates.
+    grad_decay = decay_adjoint(size, inputs, **decay_parts)
+    grad_rate = grad_rate[..., 0]
+    if applied is not None:
+        grad_rate, grad_decay = grad_rate * applied, grad_decay * applied
+    fraction = torch.sigmoid(made.gate[:rows])
+    grad_rate_max = (grad_rate * fraction).sum(1, keepdim=True)
+    at_made_gate = torch.cat(
+        [
+            grad_rate * rate_max * fraction * (1 - fraction),
+            grad_decay * torch.sigmoid(-made.gate[rows:]),
+        ]
     )
+    biases = at_made_gate.sum(1, keepdim=True).split(rows)
+    at_made_gate = at_made_gate[..., None]
 
+    # The memories that made k, v and the gates.
+    at_k -= k * row_dot(k, at_k)
+    torch.mul(at_k, made.key_scale, out=at_made[:rows])
+    snapshot_read = read == "snapshot" and grad_o is not None
+    if snapshot_read:
+        at_made[memory] = grad_o
+    else:
+        at_made[memory] = 0
+    served = made.served
+    at_served = torch.empty_like(served.value)
+    torch.bmm(at_made, base.last, out=at_served[:wide])
+    torch.mul(at_made_gate, base.gate, out=at_served[wide:])
+    grad_last.baddbmm_(at_made.transpose(1, 2), served.value[:wide])
+    grad_gate.baddbmm_(at_made_gate.transpose(1, 2), served.value[wide:])
+    at_z = hidden_adjoint(at_served, served)
+    grad_inputs = torch.bmm(at_z, base.first)
+    grad_first.baddbmm_(at_z.transpose(1, 2), inputs)
+    if rule.projection_residual:
+        grad_inputs[: 2 * rows] += at_made[: 2 * rows]
 
-def _read_running(rule, q, k, hidden, first_values, last_values, products, first, last, *anchor):
-    """M_memory of the query after each token, in both layers."""
-    empty = products[..., :0]
-    spread = Spread(empty, products[:, 1:, :1], empty, products[:, 1:, 1:], empty, empty)
-    coefficients = ChunkCoefficients(spread, None, None)
-    y = q
-    for x, values, state, fixed in (
-        (k, first_values, first, anchor[0]),
-        (hidden, last_values, last, anchor[1]),
-    ):
-        if x is hidden:
-            y = hidden_layer(y, rule).value
-        read = read_layer(y, state, None, x, LayerWrites(values, None), coefficients)
-        y = read if fixed is None else torch.baddbmm(read, y, fixed.mT)
-    return y
-
-
-def _back_through_read(options: FastOptions, chunk: _Chunk, anchor, d_o):
-    """Gradients of :func:`_running_inputs`; small enough to be left to autograd."""
-    inputs = [None if x is None else x.detach().requires_grad_() for x in _running_inputs(chunk, anchor)]
-    with torch.enable_grad():
-        o = _read_running(options.rule, *inputs)
-    found = iter(torch.autograd.grad(o, [x for x in inputs if x is not None], d_o))
-    grads = [None if x is None else next(found) for x in inputs]
-    rows, wide = len(chunk.k), WIDE * len(chunk.k)
-    memory = slice(2 * rows, wide)
-    d_values = []
-    for layer, d in zip(chunk.layers[:2], grads[3:5]):
-        full = torch.zeros_like(layer.values)
-        full[memory] = d
-        d_values.append(full)
-    return (*grads[:3], *d_values, grads[5], grads[6:8], grads[8:10])
+    grad_running = MemoryStack(first_part.state, at_last.state, at_gate.state)
+    grad_base = MemoryStack(grad_first, grad_last, grad_gate)
+    if anchor.last is not None:
+        grad_anchor = [part.clone() for part in grad_base] if at_written[0] is not None else list(grad_base)
+    if at_written[0] is not None:
+        grad_inputs[memory] += first.queries
+        grad_running.first[memory] += first.state
+        grad_running.last[memory] += last.state
+        if anchor.last is not None:
+            grad_anchor[0][memory] += first.anchor
+            grad_anchor[1][memory] += last.anchor
+    return grad_inputs, (grad_rate_max, *biases), grad_running, grad_base, tuple(grad_anchor)
