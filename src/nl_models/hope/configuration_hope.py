@@ -84,7 +84,7 @@ class HopeConfig(PreTrainedConfig):
     memory_hidden_size: int | None = 64
     memory_chunk_size: int = 16
     memory_generator_chunk_size: int | None = None
-    memory_read: str = "snapshot"
+    memory_read: str = "running"
     memory_rate_max: float | int = 1.0
     memory_rate_bias: float | int = 0.0
     memory_retention_bias: float | int = 4.0

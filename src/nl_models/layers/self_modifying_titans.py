@@ -41,7 +41,7 @@ class SelfModifyingTitans(nn.Module):
         memory_hidden_size: int | None = 64,
         chunk_size: int = 16,
         generator_chunk_size: int | None = None,
-        read: str = "snapshot",
+        read: str = "running",
         rule: MemoryRule | None = None,
         rate_max: float = 1.0,
         rate_bias: float = 0.0,

@@ -35,7 +35,7 @@ class Titans(nn.Module):
         num_heads: int,
         memory_hidden_size: int | None = 64,
         chunk_size: int = 16,
-        read: str = "snapshot",
+        read: str = "running",
         rule: MemoryRule | None = None,
         rate_max: float = 1.0,
         rate_bias: float = 0.0,

@@ -55,7 +55,7 @@ def test_what_was_written_is_recalled(kind):
     of a repeated pair goes to half the value: the direction is what the norm after the memory sees.
     """
     torch.manual_seed(0)
-    layer = kind(16, 1, memory_hidden_size=32, chunk_size=1, momentum=False).double()
+    layer = kind(16, 1, memory_hidden_size=32, chunk_size=1, read="snapshot").double()
     with torch.no_grad():
         layer.q_proj.weight.copy_(layer.k_proj.weight)
     x = torch.randn(1, 1, 16, dtype=torch.float64)
