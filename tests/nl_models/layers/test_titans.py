@@ -73,7 +73,7 @@ def test_what_was_written_is_recalled(kind):
 
 def test_momentum_changes_the_writes():
     torch.manual_seed(0)
-    layer = Titans(12, 2, memory_hidden_size=5, chunk_size=2, momentum=True).double()
+    layer = Titans(12, 2, memory_hidden_size=5, chunk_size=2, momentum=True, read="snapshot").double()
     without = copy.deepcopy(layer)
     without.momentum_proj = None
     x = torch.randn(1, 9, 12, dtype=torch.float64)
