@@ -1,6 +1,7 @@
-"""The chunk of :mod:`nl_kernels.delta_chunk` without momentum, with its derivatives written out.
+"""The chunk of :mod:`nl_kernels.delta_chunk` with its derivatives written out.
 
-For P layers at once, over c tokens: decay α, erase and write rate η, error signal δ (the write is −η δ), and
+For P layers at once, over c tokens, without momentum: decay α, erase and write rate η, error signal δ (the
+write is −η δ), and
 ``K = strict_lower(decay · x xᵀ)``::
 
     ω = (I + K diag(η))⁻¹ (δ + before · (x Sᵀ))        u = −η ω        S' = final S + uᵀ (to_end x)
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.delta_chunk import Spread, spread
+from nl_kernels.delta_chunk import TINY, ChunkCoefficients, Spread, spread, whole_matrix
 from nl_kernels.hidden_layer import row_dot
 
 
@@ -80,7 +81,7 @@ class WriteAdjoint(NamedTuple):
     strict: torch.Tensor | None
     gram: torch.Tensor | None
     before: torch.Tensor | None
-    to_end: torch.Tensor
+    to_end: torch.Tensor | None
     final: torch.Tensor
 
 
@@ -121,6 +122,171 @@ def write_adjoint(
     return WriteAdjoint(
         grad_state, grad_x, signal, grad_rate, strict.mul_(columns), gram.mul_(columns), before, to_end, final
     )
+
+
+class MomentumWrite(NamedTuple):
+    """As :class:`Write` with momentum: the write w = −η δ, what was erased, and the recalls of S and U."""
+
+    write: torch.Tensor
+    surprise: torch.Tensor | None
+    erased: torch.Tensor | None
+    recalled: torch.Tensor | None
+    recalled_velocity: torch.Tensor | None
+    mixed_gram: torch.Tensor | None
+
+
+def momentum_forward(
+    velocity, state, x, signal, rate, coefficients: ChunkCoefficients, gram, erase: Erase | None
+) -> tuple[torch.Tensor, torch.Tensor, MomentumWrite]:
+    """S and U after the chunk, as :func:`write_forward`; ``gram`` is x xᵀ.
+
+    With w = −η δ, ``ω = (I + K diag(η))⁻¹ (before (x Sᵀ) + mixed.before (x Uᵀ) + (mixed.strict ∘ x xᵀ) w)``
+    and what is erased is −η ω; the writes themselves decay as ``mixed``.
+    """
+    decay, momentum, mixed = coefficients
+    write = signal * -rate
+    turned = write.transpose(1, 2)
+    after = torch.addcmul(state * decay.final, velocity, mixed.final).baddbmm_(turned, x * mixed.to_end)
+    velocity_after = (velocity * momentum.final).baddbmm_(turned, x * momentum.to_end)
+    if erase is None:
+        return after, velocity_after, MomentumWrite(write, None, None, None, None, None)
+    recalled = torch.bmm(x, state.transpose(1, 2))
+    recalled_velocity = torch.bmm(x, velocity.transpose(1, 2))
+    mixed_gram = mixed.strict * gram
+    surprise = (recalled * decay.before).addcmul_(recalled_velocity, mixed.before)
+    surprise = torch.bmm(erase.inverse, surprise.baddbmm_(mixed_gram, write))
+    erased = surprise * -rate
+    after = after.baddbmm_(erased.transpose(1, 2), x * decay.to_end)
+    kept = MomentumWrite(write, surprise, erased, recalled, recalled_velocity, mixed_gram)
+    return after, velocity_after, kept
+
+
+class VelocityAdjoint(NamedTuple):
+    """Adjoints of U, and of the parts of the coefficients that only momentum has (plain ones).
+
+    Attributes:
+        state: [P, out, in].
+        gram, strict: of ``mixed.strict ∘ x xᵀ`` and of ``mixed.strict`` [P, c, c]; ``None`` without erasing.
+        before, to_end, final: of those parts of ``mixed``.
+        carried_to_end, carried_final: of those parts of ``momentum``.
+    """
+
+    state: torch.Tensor
+    gram: torch.Tensor | None
+    strict: torch.Tensor | None
+    before: torch.Tensor | None
+    to_end: torch.Tensor
+    final: torch.Tensor
+    carried_to_end: torch.Tensor
+    carried_final: torch.Tensor
+
+
+class MomentumAdjoint(NamedTuple):
+    """Adjoints of a layer with momentum; ``layer`` is as without it."""
+
+    layer: WriteAdjoint
+    velocity: VelocityAdjoint
+
+
+def momentum_adjoint(
+    grad,
+    grad_velocity,
+    state,
+    velocity,
+    x,
+    signal,
+    kept: MomentumWrite,
+    rate,
+    coefficients: ChunkCoefficients,
+    gram,
+    erase: Erase | None,
+) -> MomentumAdjoint:
+    """Adjoints of the arguments of :func:`momentum_forward` from those of S and U after the chunk."""
+    decay, momentum, mixed = coefficients
+    by_state, by_velocity = torch.bmm(kept.write, grad), torch.bmm(kept.write, grad_velocity)
+    mixed_to_end, carried_to_end = row_dot(by_state, x), row_dot(by_velocity, x)
+    grad_x = by_state.mul_(mixed.to_end).addcmul_(by_velocity, momentum.to_end)
+    turned = grad.transpose(1, 2)
+    at_write = torch.bmm(x * mixed.to_end, turned)
+    at_write.baddbmm_(x * momentum.to_end, grad_velocity.transpose(1, 2))
+    grad_state = grad * decay.final
+    final = (grad_state * state).sum((1, 2), keepdim=True)
+    at_velocity = torch.addcmul(grad_velocity * momentum.final, grad, mixed.final)
+    mixed_final = (grad * velocity).sum((1, 2), keepdim=True)
+    carried_final = (grad_velocity * velocity).sum((1, 2), keepdim=True)
+    to_end = strict = at_gram = before = mixed_strict = mixed_gram = mixed_before = None
+    grad_rate = None
+    if erase is not None:
+        by_erased = torch.bmm(kept.erased, grad).mul_(decay.to_end)
+        to_end = row_dot(by_erased, x)
+        grad_x.add_(by_erased)
+        at_erased = torch.bmm(x * decay.to_end, turned)
+        grad_rate = row_dot(at_erased, kept.surprise).neg_()
+        at_sum = torch.bmm(erase.inverse.transpose(1, 2), at_erased.mul_(-rate))
+        at_recalled, at_recalled_velocity = at_sum * decay.before, at_sum * mixed.before
+        before = row_dot(at_recalled, kept.recalled)
+        mixed_before = row_dot(at_sum, kept.recalled_velocity)
+        grad_x.baddbmm_(at_recalled, state).baddbmm_(at_recalled_velocity, velocity)
+        grad_state.baddbmm_(at_recalled.transpose(1, 2), x)
+        at_velocity.baddbmm_(at_recalled_velocity.transpose(1, 2), x)
+        at_write.baddbmm_(kept.mixed_gram.transpose(1, 2), at_sum)
+        mixed_gram = torch.bmm(at_sum, kept.write.transpose(1, 2))
+        mixed_strict = mixed_gram * gram
+        at_gram = torch.bmm(at_sum, kept.surprise.transpose(1, 2))
+        strict = at_gram * erase.gram
+        grad_rate.sub_(strict.sum(1, keepdim=True).transpose(1, 2))
+        columns = -rate.transpose(1, 2)
+        strict.mul_(columns)
+        at_gram.mul_(columns)
+    by_write = row_dot(at_write, signal)
+    grad_rate = by_write.neg_() if grad_rate is None else grad_rate.sub_(by_write)
+    layer = WriteAdjoint(
+        grad_state, grad_x, at_write.mul_(-rate), grad_rate, strict, at_gram, before, to_end, final
+    )
+    return MomentumAdjoint(
+        layer,
+        VelocityAdjoint(
+            at_velocity,
+            mixed_gram,
+            mixed_strict,
+            mixed_before,
+            mixed_to_end,
+            mixed_final,
+            carried_to_end,
+            carried_final,
+        ),
+    )
+
+
+def momentum_coefficient_adjoint(
+    velocities, coefficients: ChunkCoefficients, momentum, applied, decay_parts
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adjoints of log decays and momenta [P, c], from all layers that have these coefficients.
+
+    :func:`~nl_kernels.delta_chunk.chunk_coefficients` has ``mixed = decay[:, 1:] (carried[1:] ∘ applied)``.
+    """
+    decay, carried, _ = (part and whole_matrix(part) for part in coefficients)
+    grad_mixed, grad_carried = torch.zeros_like(decay), torch.zeros_like(decay)
+    for part in velocities:
+        if part.strict is not None:
+            grad_mixed[..., :-1, 1:] += part.strict
+            grad_mixed[..., :-1, :1] += part.before
+        grad_mixed[..., -1:, 1:] += part.to_end.transpose(-1, -2)
+        grad_mixed[..., -1:, :1] += part.final
+        grad_carried[..., -1:, 1:] += part.carried_to_end.transpose(-1, -2)
+        grad_carried[..., -1:, :1] += part.carried_final
+    entering = carried[..., 1:, :]
+    if applied is not None:
+        entering = entering * applied[..., None]
+    by_decay = torch.zeros_like(decay)
+    by_decay[..., 1:] = grad_mixed @ entering.transpose(-1, -2)
+    at_entering = decay[..., 1:].transpose(-1, -2) @ grad_mixed
+    grad_carried[..., 1:, :] += at_entering if applied is None else at_entering * applied[..., None]
+    size = momentum.shape[-1]
+    grad_decay = decay_adjoint(size, decay, **decay_parts) + _along_logs(by_decay.mul_(decay))
+    # Sums of entries of the span alone: a momentum of 0 divides by almost nothing, so nothing else may enter.
+    later = grad_carried.mul_(carried).flip(-2).cumsum(-2).flip(-2)
+    return grad_decay, later.tril_(-1).sum(-1)[..., 1:] / (momentum + TINY)
 
 
 def gram_adjoint(gram: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -204,6 +370,11 @@ def decay_adjoint(
     for place, part in parts:
         if part is not None:
             place += part
+    return _along_logs(matrix)
+
+
+def _along_logs(matrix: torch.Tensor) -> torch.Tensor:
+    """Each log's adjoint: the sum of the entries [.., c + 1, c + 1] whose span holds it."""
     return (matrix.sum(-2) - matrix.sum(-1)).cumsum(-1)[..., :-1]
 
 

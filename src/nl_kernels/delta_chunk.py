@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+TINY = 1e-30  # added to momenta before their log: keeps the derivative at 0 finite and right
+
 
 class Spread(NamedTuple):
     """The parts of one matrix over instants that the chunk needs; leading dimensions are shared.
@@ -94,8 +96,7 @@ def chunk_coefficients(
     decay = _segment_products(log_decay)
     if momentum is None:
         return ChunkCoefficients(spread(decay), None, None)
-    # The tiny addend keeps the derivative at 0 finite and right.
-    carried = _segment_products((momentum + 1e-30).log())
+    carried = _segment_products((momentum + TINY).log())
     entering = carried[..., 1:, :] if applied is None else carried[..., 1:, :] * applied[..., None]
     return ChunkCoefficients(spread(decay), spread(carried), spread(decay[..., 1:] @ entering))
 
@@ -118,6 +119,13 @@ def spread(matrix: torch.Tensor) -> Spread:
         matrix[..., -1, 1:, None],
         matrix[..., -1:, :1],
     )
+
+
+def whole_matrix(parts: Spread) -> torch.Tensor:
+    """The matrix [.., c + 1, c + 1] of which :func:`spread` gave the parts."""
+    lower = torch.cat([parts.after, parts.full], -1)
+    upper = torch.cat([parts.before[..., :1, :], parts.strict[..., :1, :]], -1)
+    return torch.cat([upper, lower], -2)
 
 
 def split_coefficients(coefficients: ChunkCoefficients, sizes: list[int]) -> list[ChunkCoefficients]:
