@@ -37,7 +37,8 @@ class HopeConfig(PreTrainedConfig):
         attention_output_gate: whether attention has the norm and gate that the memories have.
         attention_implementation: ``"auto"`` (flash-attn where installed and able, else SDPA), ``"sdpa"`` or
             ``"flash"``.
-        memory_hidden_size: hidden width of each deep memory (Titans layers); ``None`` for linear memories.
+        memory_hidden_size: hidden width of each memory (Titans layers): the two-layer memories of the paper.
+            ``None`` (default) makes them linear, which learns faster at small sizes (docs/defaults.md).
         memory_chunk_size: tokens between the states at which the memory that is read takes its gradients.
             Part of the model, not a tuning knob, as are all chunk sizes.
         memory_generator_chunk_size: the same for the memories that make keys, values and gates
@@ -81,7 +82,7 @@ class HopeConfig(PreTrainedConfig):
     rope_theta: float | int = 10_000.0
     attention_output_gate: bool = True
     attention_implementation: str = "auto"
-    memory_hidden_size: int | None = 64
+    memory_hidden_size: int | None = None
     memory_chunk_size: int = 16
     memory_generator_chunk_size: int | None = None
     memory_read: str = "running"

@@ -20,7 +20,7 @@ class SelfModifyingTitans(nn.Module):
     Args:
         hidden_size: width ``d``.
         num_heads: heads; divides ``d``.
-        memory_hidden_size: hidden width of a memory; ``None`` for linear memories.
+        memory_hidden_size: hidden width of a memory; ``None`` (default) for linear memories.
         chunk_size: tokens between the boundaries of the memory that is read. Part of the model.
         generator_chunk_size: the same for the four that make keys, values and gates; default ``chunk_size``.
             One of the two is a multiple of the other.
@@ -38,7 +38,7 @@ class SelfModifyingTitans(nn.Module):
         self,
         hidden_size: int,
         num_heads: int,
-        memory_hidden_size: int | None = 64,
+        memory_hidden_size: int | None = None,
         chunk_size: int = 16,
         generator_chunk_size: int | None = None,
         read: str = "running",

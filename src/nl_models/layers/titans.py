@@ -18,7 +18,7 @@ class Titans(nn.Module):
     Args:
         hidden_size: width ``d``.
         num_heads: heads; divides ``d``.
-        memory_hidden_size: hidden width of a memory; ``None`` for linear memories.
+        memory_hidden_size: hidden width of a memory; ``None`` (default) for linear memories.
         chunk_size: tokens between the states at which gradients are taken. Part of the model.
         read: ``"snapshot"`` or ``"running"``.
         rule: how a memory is applied and written.
@@ -33,7 +33,7 @@ class Titans(nn.Module):
         self,
         hidden_size: int,
         num_heads: int,
-        memory_hidden_size: int | None = 64,
+        memory_hidden_size: int | None = None,
         chunk_size: int = 16,
         read: str = "running",
         rule: MemoryRule | None = None,
