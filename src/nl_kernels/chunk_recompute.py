@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,34 +20,57 @@ class Segment(NamedTuple):
         length: tokens in each chunk.
         chunks: number of chunks.
         slot: slot of the first token on the grid.
+        kept: its activations are kept, so that it is not recomputed; only at the end of a call.
     """
 
     start: int
     length: int
     chunks: int
     slot: int
+    kept: bool = False
 
     @property
     def stop(self) -> int:
         return self.start + self.length * self.chunks
 
 
-def plan_segments(tokens: int, chunk_size: int, offset: int, checkpoint_every: int | None) -> list[Segment]:
+class Footprint(NamedTuple):
+    """Bytes that decide what the backward pass keeps.
+
+    Attributes:
+        state: of a state kept for one segment.
+        chunk: of what one chunk's backward pass needs.
+        kept: to spend on chunks, the last ones, that are not recomputed.
+    """
+
+    state: int
+    chunk: int
+    kept: int
+
+
+def plan_segments(
+    tokens: int, chunk_size: int, offset: int, checkpoint_every: int | None, footprint: Footprint
+) -> list[Segment]:
     """Cut ``tokens`` at the chunk boundaries of a grid on which the first one has slot ``offset``.
 
-    Without ``checkpoint_every`` a segment has about the square root of the number of chunks, at which the
-    states kept and the activations recomputed take like shares of memory.
+    Without ``checkpoint_every`` the last chunks are one segment that is not recomputed, as many as
+    ``footprint.kept`` has room for, and the others are cut so that the states kept and the activations of a
+    segment that is recomputed take like shares of memory.
     """
     head = min(-offset % chunk_size, tokens)
     whole = (tokens - head) // chunk_size
-    step = checkpoint_every or max(1, math.isqrt(whole))
+    step, last = checkpoint_every, 0
+    if step is None:
+        last = min(whole, footprint.kept // footprint.chunk)
+        step = max(1, math.isqrt((whole - last) * footprint.state // footprint.chunk))
     segments = [Segment(0, head, 1, offset)] if head else []
-    for begin in range(0, whole, step):
+    cuts = [*range(0, whole - last, step), *([whole - last] if last else []), whole]
+    for begin, end in itertools.pairwise(cuts):
         start = head + begin * chunk_size
-        segments.append(Segment(start, chunk_size, min(step, whole - begin), offset + start))
+        segments.append(Segment(start, chunk_size, end - begin, offset + start, begin == whole - last))
     done = head + whole * chunk_size
     if done < tokens:
-        segments.append(Segment(done, tokens - done, 1, offset + done))
+        segments.append(Segment(done, tokens - done, 1, offset + done, last > 0 or not whole))
     return segments
 
 
@@ -77,9 +101,19 @@ def run_segments(
         torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     ):
         return _forward(compute, segments, state, constants, sequences, None)
-    layout = (len(state), len(constants))
-    output, *final = _Recompute.apply(compute, tuple(segments), layout, *tensors)
-    return output, tuple(final)
+    recomputed = tuple(segment for segment in segments if not segment.kept)
+    outputs = []
+    if recomputed:
+        layout = (len(state), len(constants))
+        stop = recomputed[-1].stop
+        head = tuple(x if x is None else x[:, :stop] for x in sequences)
+        output, *state = _Recompute.apply(compute, recomputed, layout, *state, *constants, *head)
+        state = tuple(state)
+        outputs.append(output)
+    if len(recomputed) < len(segments):
+        output, state = _forward(compute, segments[len(recomputed) :], state, constants, sequences, None)
+        outputs.append(output)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), state
 
 
 def _forward(compute, segments, state, constants, sequences, kept: list[State] | None):
@@ -130,7 +164,7 @@ class _Recompute(torch.autograd.Function):
         sequences = tensors[states + constants :]
         sequence_needs = needs[states + constants :]
         totals: list[torch.Tensor | None] = [None] * constants
-        pieces: list[list[torch.Tensor | None]] = [[] for _ in sequences]
+        joined = [torch.zeros_like(x) if need else None for x, need in zip(sequences, sequence_needs)]
         grad_state = list(grad_state)
 
         for segment, before in zip(reversed(ctx.segments), reversed(kept)):
@@ -157,11 +191,11 @@ class _Recompute(torch.autograd.Function):
                 grad = grads.get(id(x))
                 if grad is not None:
                     totals[i] = grad if totals[i] is None else totals[i] + grad
-            for part, piece in zip(parts, pieces):
+            for part, whole in zip(parts, joined):
                 grad = grads.get(id(part))
-                piece.append(torch.zeros_like(part) if grad is None and part is not None else grad)
+                if grad is not None:
+                    whole[:, segment.start : segment.stop] = grad
 
-        joined = [torch.cat(piece[::-1], 1) if need else None for piece, need in zip(pieces, sequence_needs)]
         return (None, None, None, *grad_state, *totals, *joined)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
-from nl_kernels.chunk_recompute import Segment, State, plan_segments, run_segments
+from nl_kernels.chunk_recompute import Footprint, Segment, State, plan_segments, run_segments
 from nl_kernels.delta_chunk import (
     ChunkCoefficients,
     LayerChunk,
@@ -20,6 +20,8 @@ from nl_kernels.hidden_layer import hidden_gradient, hidden_layer
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule, bound_length
 from nl_kernels.ops.deep_memory.eager_backward import fused_chunk, prepare, supports
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
+
+KEPT_BYTES = 16 << 20  # of activations that are not recomputed
 
 
 def deep_memory_eager(
@@ -63,7 +65,8 @@ def deep_memory_eager(
     constants = [None if x is None or not rule.anchored else x.flatten(0, 1) for x in anchor]
     compute = _Chunks(rule, read, chunk_size, grid.for_heads(heads))
     tokens = sequences[0].shape[1]
-    segments = plan_segments(tokens, chunk_size, grid.offset, checkpoint_every)
+    footprint = _footprint([*state.running, *(state.momentum or ())], chunk_size, heads * batch)
+    segments = plan_segments(tokens, chunk_size, grid.offset, checkpoint_every, footprint)
     o, carried = run_segments(compute, segments, tuple(carried), tuple(constants), tuple(sequences))
 
     o = o.unflatten(0, (batch, heads)).transpose(1, 2)
@@ -81,6 +84,16 @@ def deep_memory_eager(
         grid.position,
         None if momentum is None else velocity,
     )
+
+
+def _footprint(layers: list[torch.Tensor | None], size: int, rows: int) -> Footprint:
+    """What the backward pass needs: counts of tensors of each kind in ``eager_backward.py``."""
+    layers = [x for x in layers if x is not None]
+    numbers = sum(x.numel() for x in layers)
+    widths = sum(layers[0].shape[-2:])
+    chunk = 2 * numbers + rows * size * (15 * widths + 8 * size)
+    item = layers[0].element_size()
+    return Footprint(item * numbers, item * chunk, KEPT_BYTES)
 
 
 @dataclasses.dataclass(frozen=True)

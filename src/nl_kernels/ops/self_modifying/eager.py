@@ -13,7 +13,7 @@ import dataclasses
 import torch
 
 from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
-from nl_kernels.chunk_recompute import Segment, State, plan_segments, run_segments
+from nl_kernels.chunk_recompute import Footprint, Segment, State, plan_segments, run_segments
 from nl_kernels.delta_chunk import (
     LayerChunk,
     LayerWrites,
@@ -27,6 +27,8 @@ from nl_kernels.hidden_layer import Hidden, hidden_gradient, hidden_layer
 from nl_kernels.memory_rule import MemoryRule, bound_length, l2_normalize
 from nl_kernels.ops.self_modifying.eager_backward import fused_chunk
 from nl_kernels.ops.self_modifying.state import MemoryStack, SelfModifyingState, map_stack
+
+KEPT_BYTES = 40 << 20  # of activations that are not recomputed: about a dozen chunks of 16 at 4 heads of 64
 
 
 def self_modifying_memory_eager(
@@ -83,7 +85,8 @@ def self_modifying_memory_eager(
         None if truncate_every is None else chunk * truncate_every,
         grid.for_heads(heads),
     )
-    segments = plan_segments(sequences[0].shape[1], chunk, grid.offset, checkpoint_every)
+    footprint = _footprint(state.running, chunk, anchor.last.shape[-1])
+    segments = plan_segments(sequences[0].shape[1], chunk, grid.offset, checkpoint_every, footprint)
     o, carried = run_segments(compute, segments, carried, constants, tuple(sequences))
 
     o = o.unflatten(0, (batch, heads)).transpose(1, 2)
@@ -100,6 +103,15 @@ def self_modifying_memory_eager(
         grid.position,
         None if momentum is None else velocity,
     )
+
+
+def _footprint(state: MemoryStack, size: int, hidden: int) -> Footprint:
+    """What the backward pass needs: counts of tensors of each kind in ``eager_backward.py``."""
+    rows, width = state.last.shape[:2].numel(), state.last.shape[-2]
+    numbers = sum(x.numel() for x in state if x is not None)
+    chunk = 2 * numbers + rows * size * (75 * hidden + 22 * width + 20 * size)
+    item = state.last.element_size()
+    return Footprint(item * numbers, item * chunk, KEPT_BYTES)
 
 
 def _flatten(stack: MemoryStack) -> MemoryStack:
