@@ -59,15 +59,16 @@ def prepare(k, rate, log_decay, momentum, applied, rule: MemoryRule) -> list[Pre
         gram = k @ k.transpose(-1, -2)
         erase = erase_matrices(gram.clone(), rate, coefficients.decay.strict)
     whole = Prepared(coefficients, flat[2], rate, gram, erase)
-    return [_pick(whole, i) for i in range(chunks)]
+    return _by_chunk(whole, chunks)
 
 
-def _pick(value, i: int):
+def _by_chunk(value, chunks: int) -> list:
+    """Nested tuples of tensors [N, n, ..] chunk by chunk."""
     if value is None:
-        return None
+        return [None] * chunks
     if isinstance(value, torch.Tensor):
-        return value[:, i]
-    return type(value)(*(_pick(part, i) for part in value))
+        return value.unbind(1)
+    return [type(value)(*parts) for parts in zip(*(_by_chunk(part, chunks) for part in value))]
 
 
 def supports(rule: MemoryRule, read: str, momentum: bool, linear: bool) -> bool:
