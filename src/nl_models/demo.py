@@ -33,6 +33,10 @@ from nl_models.training.plots import plot_losses
 PROMPT = 'def read(self, size=-1):\n    """'
 
 
+MODELS = ("hope", "transformer", "hope-attention")
+"""A plain transformer, and Hope's own blocks with softmax attention in the place of the memory."""
+
+
 @dataclass(frozen=True)
 class DemoSettings:
     """Sizes of the demo. The defaults take about four minutes on two slow cores.
@@ -40,11 +44,12 @@ class DemoSettings:
     Attributes:
         corpus: folder of text files; ``None``: Python's own library.
         vocab_size: ids of the BPE.
-        hidden_size, layers, heads: of both models.
-        initializer_range: of both; smaller than HopeConfig's default, which is slow with so few tokens.
-        steps, batch_size, sequence_length: both models see the same windows in the same order.
-        hope_learning_rate, attention_learning_rate: peaks; the best of those tried for each (docs/demo.md).
-        warmup_steps: of both.
+        hidden_size, layers, heads: of all models.
+        initializer_range: of all; smaller than HopeConfig's default, which is slow with so few tokens.
+        steps, batch_size, sequence_length: all models see the same windows in the same order.
+        hope_learning_rate, transformer_learning_rate, attention_learning_rate: peaks; the best of those tried
+            for each (docs/demo.md).
+        warmup_steps: of all.
         evaluations: how often the validation loss is taken in training.
         validation_windows: windows of the validation set.
         sample_tokens: tokens to generate.
@@ -63,6 +68,7 @@ class DemoSettings:
     batch_size: int = 8
     sequence_length: int = 128
     hope_learning_rate: float = 8e-3
+    transformer_learning_rate: float = 4e-3
     attention_learning_rate: float = 4e-3
     warmup_steps: int = 30
     evaluations: int = 6
@@ -75,18 +81,23 @@ class DemoSettings:
 
     @property
     def hope_options(self) -> dict[str, object]:
-        """Where Hope differs from HopeConfig's defaults: linear memories, a continuum that never steps.
+        """Where Hope differs from HopeConfig's defaults: a continuum of one level, that never steps.
 
-        Both learn faster from so few tokens; docs/demo.md has the comparison.
+        It learns faster from so few tokens; docs/demo.md has the comparison.
         """
-        return {"memory_hidden_size": None, "continuum_levels": [{"hidden_size": 4 * self.hidden_size}]}
+        return {"continuum_levels": [{"hidden_size": 4 * self.hidden_size}]}
 
     def train_config(self, model: str) -> TrainConfig:
-        """The options of a run of ``"hope"`` or ``"attention"``; the baseline's width is not in yet."""
+        """The options of a run of one of :data:`MODELS`; what makes a baseline is not in yet."""
+        learning_rates = {
+            "hope": self.hope_learning_rate,
+            "transformer": self.transformer_learning_rate,
+            "hope-attention": self.attention_learning_rate,
+        }
         return TrainConfig(
             corpus=self.corpus,
             vocab_size=self.vocab_size,
-            model=model,
+            model="hope" if model == "hope" else "attention",
             hidden_size=self.hidden_size,
             layers=self.layers,
             heads=self.heads,
@@ -97,7 +108,7 @@ class DemoSettings:
             steps=self.steps,
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
-            learning_rate=self.hope_learning_rate if model == "hope" else self.attention_learning_rate,
+            learning_rate=learning_rates[model],
             warmup_steps=self.warmup_steps,
             evaluate_every=max(1, self.steps // self.evaluations),
             validation_windows=self.validation_windows,
@@ -110,7 +121,7 @@ class DemoSettings:
 
 
 def run_demo(output: Path, settings: DemoSettings, *, console: Console, command: str) -> DemoResult:
-    """Train both models, generate, profile, and write plots and reports into the new folder ``output``.
+    """Train all models, generate, profile, and write plots and reports into the new folder ``output``.
 
     Raises:
         ValueError: bad settings or corpus.
@@ -127,17 +138,18 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
         console.print(f"{side}: {about['tokens']:,} tokens of {about['files']:,} files", highlight=False)
 
     hope = hope_config(hope_run, data.tokenizer.vocab_size, data.tokenizer.separator_id)
-    baseline = attention_baseline(hope)
-    shared = hope_config(settings.train_config("attention"), hope.vocab_size, data.tokenizer.separator_id)
-    attention_run = settings.train_config("attention")
-    attention_run = dataclasses.replace(
-        attention_run, model_options={**attention_run.model_options, **_difference(shared, baseline)}
-    )
+    configs = {
+        "hope": hope,
+        "transformer": attention_baseline(hope, same_blocks=False),
+        "hope-attention": attention_baseline(hope),
+    }
     console.rule("[bold]2/4 training", align="left")
-    results = [
-        _train(output, config, data, console, parameter_count(sizes))
-        for config, sizes in ((attention_run, baseline), (hope_run, hope))
-    ]
+    results = []
+    for name in reversed(MODELS):
+        run, sizes = settings.train_config(name), configs[name]
+        plain = hope_config(run, data.tokenizer.vocab_size, data.tokenizer.separator_id)
+        run = dataclasses.replace(run, model_options={**run.model_options, **_difference(plain, sizes)})
+        results.append(_train(name, output, run, data, console, parameter_count(sizes)))
     records = {result.name: read_metrics(output / result.name / "metrics.jsonl") for result in results}
     plot_losses(records, output / "loss.png", title="The same text, tokens and parameter count")
 
@@ -155,7 +167,7 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
         enough_seconds=0.5,
         decode_tokens=16,
     )
-    models = {"attention": config_arguments(baseline), "hope": config_arguments(hope)}
+    models = {name: config_arguments(configs[name]) for name in ("hope-attention", "hope")}
     measurements = profile_models(models, profile_settings, report=progress_printer(console))
     machine = describe_machine("cpu")
     described = {**dataclasses.asdict(profile_settings), "models": models}
@@ -198,15 +210,18 @@ def main(
         str | None, typer.Option(help="Folder of UTF-8 text files. Without it: Python's own library.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Ids of the BPE.")] = _DEFAULT.vocab_size,
-    hidden_size: Annotated[int, typer.Option(help="Width of both models.")] = _DEFAULT.hidden_size,
-    layers: Annotated[int, typer.Option(help="Blocks of both models.")] = _DEFAULT.layers,
-    heads: Annotated[int, typer.Option(help="Heads of both models.")] = _DEFAULT.heads,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of both models.")] = _DEFAULT.steps,
+    hidden_size: Annotated[int, typer.Option(help="Width of all models.")] = _DEFAULT.hidden_size,
+    layers: Annotated[int, typer.Option(help="Blocks of all models.")] = _DEFAULT.layers,
+    heads: Annotated[int, typer.Option(help="Heads of all models.")] = _DEFAULT.heads,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of all models.")] = _DEFAULT.steps,
     batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = _DEFAULT.batch_size,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = _DEFAULT.sequence_length,
     hope_learning_rate: Annotated[float, typer.Option(help="Hope's peak.")] = _DEFAULT.hope_learning_rate,
+    transformer_learning_rate: Annotated[
+        float, typer.Option(help="The plain transformer's peak.")
+    ] = _DEFAULT.transformer_learning_rate,
     attention_learning_rate: Annotated[
-        float, typer.Option(help="Attention's peak.")
+        float, typer.Option(help="The peak of attention in Hope's blocks.")
     ] = _DEFAULT.attention_learning_rate,
     longest: Annotated[int, typer.Option(help="Longest context of the profile.")] = max(_DEFAULT.lengths),
     longest_decode: Annotated[int, typer.Option(help="Longest context to decode after.")] = max(
@@ -216,7 +231,7 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = _DEFAULT.threads,
     seed: Annotated[int, typer.Option(help="Of weights, data order and sampling.")] = _DEFAULT.seed,
 ) -> None:
-    """Train a small Hope and an attention model of equal size on real text, generate, and compare them.
+    """Train a small Hope and attention models of equal size on real text, generate, and compare them.
 
     About four minutes on two cores with the defaults. Writes plots and a report (Markdown and HTML).
     """
@@ -234,6 +249,7 @@ def main(
             batch_size=batch_size,
             sequence_length=sequence_length,
             hope_learning_rate=hope_learning_rate,
+            transformer_learning_rate=transformer_learning_rate,
             attention_learning_rate=attention_learning_rate,
             warmup_steps=min(_DEFAULT.warmup_steps, steps - 1),
             lengths=(*tuple(n for n in _DEFAULT.lengths if n < longest), longest),
@@ -251,30 +267,30 @@ def main(
 
 
 def _difference(shared: HopeConfig, baseline: HopeConfig) -> dict[str, object]:
-    """The arguments by which ``baseline`` differs from what the training config already says."""
+    """The arguments by which a model differs from what its training config already says."""
     values, known = config_arguments(baseline), config_arguments(shared)
     return {name: value for name, value in values.items() if known.get(name) != value}
 
 
 def _train(
-    output: Path, config: TrainConfig, data: PreparedData, console: Console, parameters: int
+    name: str, output: Path, config: TrainConfig, data: PreparedData, console: Console, parameters: int
 ) -> ModelResult:
-    folder = output / config.model
+    folder = output / name
     create_run(folder, config)
     model = build_model(config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
     console.print(
-        f"{config.model}: {parameters:,} parameters, peak learning rate {config.learning_rate:g}",
+        f"{name}: {parameters:,} parameters, peak learning rate {config.learning_rate:g}",
         highlight=False,
     )
     trainer = Trainer(folder, config, model, data)
     began = time.monotonic()
     with StopSignal() as stop:
-        outcome = trainer.run(TrainingDisplay(console, steps=config.steps, start=0, label=config.model), stop)
+        outcome = trainer.run(TrainingDisplay(console, steps=config.steps, start=0, label=name), stop)
     if not outcome.finished:
         raise KeyboardInterrupt
     last = [r for r in read_metrics(trainer.metrics) if r["kind"] == "validation"][-1]
     return ModelResult(
-        name=config.model,
+        name=name,
         parameters=parameters,
         learning_rate=config.learning_rate,
         tokens=last["tokens"],

@@ -94,17 +94,21 @@ def write_reports(folder: Path, result: DemoResult) -> None:
     write_bytes(folder / "report.html", _html(blocks, folder).encode())
 
 
+def _against(model: ModelResult, other: ModelResult) -> str:
+    """ "0.123 below (1.0000)" or "0.123 above (1.0000)"."""
+    difference = other.validation_loss - model.validation_loss
+    return f"{abs(difference):.3f} {'below' if difference > 0 else 'above'} ({other.validation_loss:.4f})"
+
+
 def _content(result: DemoResult, folder: Path) -> list[_Block]:
     by_name = {model.name: model for model in result.models}
-    hope, attention = by_name["hope"], by_name["attention"]
+    hope = by_name["hope"]
     settings = result.settings
-    difference = attention.validation_loss - hope.validation_loss
-    side = "lower" if difference > 0 else "higher"
     verdict = (
-        f"Hope's validation loss is {abs(difference):.3f} nats per token {side} "
-        f"than the attention baseline's ({hope.validation_loss:.4f} against "
-        f"{attention.validation_loss:.4f}), "
-        "from one seed each: a difference of about a hundredth may be chance."
+        f"Hope's validation loss is {hope.validation_loss:.4f} nats per token: "
+        f"{_against(hope, by_name['transformer'])} a plain transformer's, and "
+        f"{_against(hope, by_name['hope-attention'])} that of its own blocks with softmax attention in the "
+        "place of the memory. One seed each: a difference of about a hundredth may be chance."
     )
     corpus = (
         settings["corpus"] or f"the sources and documentation topics of Python {result.machine['python']}"
@@ -124,7 +128,7 @@ def _content(result: DemoResult, folder: Path) -> list[_Block]:
     return [
         _Text(verdict),
         _Rows(header, rows),
-        _Image("loss.png", "Training and validation loss of both models against tokens seen"),
+        _Image("loss.png", "Training and validation loss of all models against tokens seen"),
         _Heading("What was compared, and how"),
         _Text(
             f"The text is {corpus}, split by file: {train['tokens']:,} tokens of {train['files']:,} files to "
@@ -133,15 +137,16 @@ def _content(result: DemoResult, folder: Path) -> list[_Block]:
             "training files only."
         ),
         _Text(
-            f"Both models have {settings['layers']} layer(s) of width {settings['hidden_size']} with "
+            f"All models have {settings['layers']} layer(s) of width {settings['hidden_size']} with "
             f"{settings['heads']} heads. Hope's blocks have a short convolution, a self-modifying Titans "
             "memory (linear memories here) with norm and gate, and a continuum of one level that never "
-            "steps, which is an MLP. The baseline has the same blocks, convolution and gate included, with "
-            "softmax attention (rotary positions) in the place of the memory and an MLP as wide as it takes "
-            "for an equal number of parameters (within 1 %)."
+            "steps, which is an MLP. The transformer has softmax attention (rotary positions) and an MLP, "
+            "without convolution and gate; hope-attention has Hope's blocks, convolution and gate included, "
+            "with the same attention in the place of the memory. Their MLPs are as wide as it takes for an "
+            "equal number of parameters (within 1 %)."
         ),
         _Text(
-            f"Both saw the same {settings['steps']} batches of {settings['batch_size']} × "
+            f"All saw the same {settings['steps']} batches of {settings['batch_size']} × "
             f"{settings['sequence_length']} tokens in the same order, with the same optimiser (AdamW, "
             f"{settings['warmup_steps']} steps of warm-up, cosine) and the same seed. docs/demo.md says "
             "how the learning rates and Hope's options were chosen. The validation loss is "

@@ -31,14 +31,14 @@ def demo(tmp_path_factory):
     return output, result.output
 
 
-def test_both_models_are_trained_on_the_same_tokens_with_as_many_parameters(demo):
+def test_all_models_are_trained_on_the_same_tokens_with_as_many_parameters(demo):
     output, printed = demo
     result = json.loads((output / "demo.json").read_text())
-    attention, hope = result["models"]
-    assert (attention["name"], hope["name"]) == ("attention", "hope")
-    assert attention["tokens"] == hope["tokens"] == 2 * 32
-    assert abs(attention["parameters"] / hope["parameters"] - 1) < 0.01
-    for model in (attention, hope):
+    assert [model["name"] for model in result["models"]] == ["hope-attention", "transformer", "hope"]
+    hope = result["models"][-1]
+    for model in result["models"]:
+        assert model["tokens"] == 2 * 32
+        assert abs(model["parameters"] / hope["parameters"] - 1) < 0.01
         assert f"{model['validation_loss']:.4f}" in printed
         assert model["name"] in printed
     assert result["sample"]["tokens"] == 3
@@ -79,6 +79,8 @@ def test_the_baseline_has_as_many_parameters_over_many_sizes():
             vocab_size=500, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
             memory_hidden_size=16,
         )  # fmt: skip
-        baseline = attention_baseline(config)
-        assert set(baseline.layer_types) == {"full_attention"}
-        assert abs(parameter_count(baseline) / parameter_count(config) - 1) < 0.01
+        for same_blocks in (True, False):
+            baseline = attention_baseline(config, same_blocks=same_blocks)
+            assert set(baseline.layer_types) == {"full_attention"}
+            assert baseline.use_short_convolution == baseline.attention_output_gate == same_blocks
+            assert abs(parameter_count(baseline) / parameter_count(config) - 1) < 0.01

@@ -1,4 +1,4 @@
-"""The attention baseline of a Hope model: the same blocks, softmax attention, as many parameters."""
+"""The attention baselines of a Hope model: softmax attention, as many parameters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ def parameter_count(config: HopeConfig) -> int:
         return sum(parameter.numel() for parameter in HopeForCausalLM(config).parameters())
 
 
-def attention_baseline(config: HopeConfig) -> HopeConfig:
+def attention_baseline(config: HopeConfig, *, same_blocks: bool = True) -> HopeConfig:
     """Softmax attention in the place of every memory, one plain MLP in the place of the continuum.
 
-    Everything else stays: embedding, norms, short convolution, output gate. The MLP's width is what makes the
-    parameter counts equal (within 1 %), so that the parameters of the memories buy the baseline a wider MLP.
+    The MLP's width is what makes the parameter counts equal (within 1 %), so that the parameters of the
+    memories buy the baseline a wider MLP.
+
+    Args:
+        same_blocks: everything else stays, short convolution and output gate included (Hope-Attention with a
+            static continuum). Otherwise the blocks are those of a plain transformer, without either.
 
     Raises:
         ValueError: no width gives as many parameters, as the Hope model is too small.
@@ -28,6 +32,8 @@ def attention_baseline(config: HopeConfig) -> HopeConfig:
 
     def with_width(width: int) -> HopeConfig:
         values = {name: getattr(config, name) for name in HopeConfig.__dataclass_fields__ if name in _SHARED}
+        if not same_blocks:
+            values |= {"use_short_convolution": False, "attention_output_gate": False}
         return HopeConfig(
             **values,
             layer_types="full_attention",
