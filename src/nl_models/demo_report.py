@@ -139,11 +139,12 @@ def _content(result: DemoResult, folder: Path) -> list[_Block]:
         _Text(
             f"All models have {settings['layers']} layer(s) of width {settings['hidden_size']} with "
             f"{settings['heads']} heads. Hope's blocks have a short convolution, a self-modifying Titans "
-            "memory (linear memories here) with norm and gate, and a continuum of one level that never "
-            "steps, which is an MLP. The transformer has softmax attention (rotary positions) and an MLP, "
-            "without convolution and gate; hope-attention has Hope's blocks, convolution and gate included, "
-            "with the same attention in the place of the memory. Their MLPs are as wide as it takes for an "
-            "equal number of parameters (within 1 %)."
+            "memory (linear memories) with norm and gate, and a continuum of one MLP whose weights take a "
+            "step on what they read after every 32 tokens. The transformer has softmax attention (rotary "
+            "positions) and an MLP, without convolution and gate; hope-attention has Hope's blocks, "
+            "convolution and gate included, with the same attention in the place of the memory and a plain "
+            "MLP in that of the continuum. Their MLPs are as wide as it takes for an equal number of "
+            "parameters (within 1 %)."
         ),
         _Text(
             f"All saw the same {settings['steps']} batches of {settings['batch_size']} × "
