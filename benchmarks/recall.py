@@ -2,7 +2,7 @@
 
     python -m benchmarks.recall --pairs 4,8,16 --model self_modifying_titans --model gated_delta_net
     python -m benchmarks.recall --model self_modifying_titans:memory_read=running --seeds 3
-    python -m benchmarks.recall --plot-only
+    python -m benchmarks.recall --plot-only --picture docs/images/recall.png
 
 A model is a layer type of :class:`nl_models.HopeConfig`, with any of its fields after a colon. Each run
 appends one row to ``--output`` (JSONL): the options, the accuracy on fresh sequences every ``--every`` steps,
@@ -94,7 +94,9 @@ def train(
 
 def show(rows: list[dict]) -> None:
     """A table, one line a run."""
-    table = Table("model", "pairs", "seed", "chance", "final", "steps to 0.95", "parameters", "ms a step")
+    table = Table(box=None, pad_edge=False)
+    for name in ("model", "pairs", "seed", "chance", "final", "steps to 0.95", "parameters", "ms a step"):
+        table.add_column(name, overflow="fold", justify="left" if name == "model" else "right")
     for row in rows:
         reached = next((str(step) for step, _, accuracy in row["curve"] if accuracy >= 0.95), "-")
         table.add_row(
@@ -150,6 +152,7 @@ def main(
     every: Annotated[int, typer.Option(help="steps between evaluations")] = 50,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
     output: Annotated[Path, typer.Option(help="JSONL file to append to")] = DEFAULT_OUTPUT,
+    picture: Annotated[Path | None, typer.Option(help="the plot; default: beside the output")] = None,
     plot_only: Annotated[bool, typer.Option(help="only show and draw what the file holds")] = False,
 ) -> None:
     """Train small models on multi-query associative recall; print, save and plot how fast they learn it."""
@@ -200,7 +203,7 @@ def main(
         raise typer.BadParameter(f"{output}: nothing to show yet", param_hint="--output")
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     show(rows)
-    plot(rows, output.with_suffix(".png"))
+    plot(rows, picture or output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
