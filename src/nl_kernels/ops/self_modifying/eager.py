@@ -1,4 +1,3 @@
-# NOTICE FROM THE LEAD: read /tmp/w/speed/NOTICE_FROM_LEAD.md (remove this line)
 """Chunked ``self_modifying_memory`` in PyTorch: batched over memories and heads; a loop over chunks only.
 
 Inside, the five memories of all N = sequences × heads rows lie memory first: first layers [5N, h, D], last
