@@ -174,7 +174,9 @@ def test_timing_is_interleaved_and_stops_at_its_budget():
     assert len(timings["slow"].samples) == len(timings["quick"].samples) == 2
     timings = time_interleaved(runs, CPU, Budget(samples=3, least=1, seconds=100.0))
     assert len(timings["slow"].samples) == len(timings["quick"].samples) == 3
-    assert timings["slow"].median > timings["quick"].median > 0.003
+    # A sleep is never shorter than asked, however busy the machine.
+    assert timings["slow"].median >= 0.02
+    assert timings["quick"].median >= 0.003
     turns = [name for name, _ in itertools.groupby(calls)]
     assert len(turns) > 6  # turn by turn, not one after the other
 
