@@ -25,7 +25,7 @@ from nl_models.training.baseline import attention_baseline, parameter_count
 from nl_models.training.command_line import fail
 from nl_models.training.config import TrainConfig
 from nl_models.training.console import TrainingDisplay, duration, without_progress_bars
-from nl_models.training.loop import DivergedError, StopSignal, Trainer, create_run
+from nl_models.training.loop import DivergedError, StopSignal, Trainer, choose_device, create_run
 from nl_models.training.metrics import read_metrics
 from nl_models.training.model import build_model, hope_config
 from nl_models.training.plots import plot_losses
@@ -55,6 +55,7 @@ class DemoSettings:
         sample_tokens: tokens to generate.
         lengths, decode_after: contexts of the profile, tokens.
         threads: CPU threads.
+        device: ``"auto"`` (CUDA when there), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         seed: of weights, data order and sampling.
     """
 
@@ -77,6 +78,7 @@ class DemoSettings:
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
     decode_after: tuple[int, ...] = (1, 100, 1_000, 10_000)
     threads: int = 2
+    device: str = "auto"
     seed: int = 0
 
     @property
@@ -114,7 +116,7 @@ class DemoSettings:
             validation_windows=self.validation_windows,
             checkpoint_every=self.steps,
             keep_checkpoints=1,
-            device="cpu",
+            device=self.device,
             threads=self.threads,
             seed=self.seed,
         )
@@ -129,6 +131,7 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
         KeyboardInterrupt: stopped by Ctrl-C.
     """
     began = time.monotonic()
+    device = choose_device(settings.device)
     torch.set_num_threads(settings.threads)
     hope_run = settings.train_config("hope")
     console.rule("[bold]1/4 text", align="left")
@@ -154,7 +157,7 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
     plot_losses(records, output / "loss.png", title="The same text, tokens and parameter count")
 
     console.rule("[bold]3/4 generation", align="left")
-    sample = _generate(output / "hope" / "model", settings)
+    sample = _generate(output / "hope" / "model", settings, device)
     console.print(sample.prompt, style="bold", end="", highlight=False, markup=False, soft_wrap=True)
     console.print(sample.continuation, highlight=False, markup=False, soft_wrap=True)
 
@@ -163,13 +166,14 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
         lengths=settings.lengths,
         decode_after=settings.decode_after,
         threads=settings.threads,
+        device=str(device),
         segment=512,
         enough_seconds=0.5,
         decode_tokens=16,
     )
     models = {name: config_arguments(configs[name]) for name in ("hope-attention", "hope")}
     measurements = profile_models(models, profile_settings, report=progress_printer(console))
-    machine = describe_machine("cpu")
+    machine = describe_machine(str(device))
     described = {**dataclasses.asdict(profile_settings), "models": models}
     save_profile(output / "profile.json", measurements, settings=described, machine=machine)
     sizes = f"{settings.layers} layers of width {settings.hidden_size}"
@@ -229,6 +233,9 @@ def main(
     ),
     sample_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = _DEFAULT.sample_tokens,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = _DEFAULT.threads,
+    device: Annotated[
+        str, typer.Option(help="'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")
+    ] = _DEFAULT.device,
     seed: Annotated[int, typer.Option(help="Of weights, data order and sampling.")] = _DEFAULT.seed,
 ) -> None:
     """Train a small Hope and attention models of equal size on real text, generate, and compare them.
@@ -256,6 +263,7 @@ def main(
             decode_after=(*tuple(n for n in _DEFAULT.decode_after if n < longest_decode), longest_decode),
             sample_tokens=sample_tokens,
             threads=threads,
+            device=device,
             seed=seed,
         )
         result = run_demo(folder, settings, console=console, command=command)
@@ -301,12 +309,12 @@ def _train(
     )
 
 
-def _generate(folder: Path, settings: DemoSettings) -> Sample:
+def _generate(folder: Path, settings: DemoSettings, device: torch.device) -> Sample:
     """Sample from the saved model, one token at a time from its recurrent state."""
     with without_progress_bars():
-        model = HopeForCausalLM.from_pretrained(folder).eval()
+        model = HopeForCausalLM.from_pretrained(folder).to(device).eval()
     tokenizer = load_tokenizer(folder)
-    prompt = torch.tensor([tokenizer.encode(PROMPT)])
+    prompt = torch.tensor([tokenizer.encode(PROMPT)], device=device)
     torch.manual_seed(settings.seed)
     began = time.monotonic()
     with torch.no_grad():
