@@ -27,10 +27,11 @@ def real_bytes(count):
 
 
 def largest_norm(cache):
-    """The largest Frobenius norm of one sequence's, one layer's state tensor; NaN and Inf are found, too."""
+    """The largest Frobenius norm of a tensor of fast weights; NaN and Inf are found, too."""
     norms = []
     for layer in cache.layers:
-        map_state(lambda t: norms.append(t.float().norm().item()) or t, layer.state)
+        for state in (layer.state.mixer, layer.state.continuum):
+            map_state(lambda t: norms.append(t.float().norm().item()) or t, state)
     assert all(torch.tensor(norms).isfinite())
     return max(norms)
 
