@@ -14,6 +14,7 @@ ALLOWED = REQUIRED | {
     "triton_step.py",
     "registration.py",
     "launch.py",
+    "rows.py",
     "state.py",
     "eager_backward.py",
 }

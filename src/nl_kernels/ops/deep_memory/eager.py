@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
+from nl_kernels.chunk_alignment import ChunkGrid
 from nl_kernels.chunk_recompute import Footprint, Segment, State, plan_segments, run_segments
 from nl_kernels.delta_chunk import (
     ChunkCoefficients,
@@ -19,6 +19,7 @@ from nl_kernels.delta_chunk import (
 from nl_kernels.hidden_layer import hidden_gradient, hidden_layer
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule, bound_length
 from nl_kernels.ops.deep_memory.eager_backward import fused_chunk, prepare, supports
+from nl_kernels.ops.deep_memory.rows import run_on_rows
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
 
 KEPT_BYTES = 16 << 20  # of activations that are not recomputed
@@ -47,46 +48,31 @@ def deep_memory_eager(
         at_boundary: the state is known to be at a boundary for every sequence (spares reading its positions).
         checkpoint_every: chunks between the states kept for the backward pass.
     """
-    batch, length, heads, _ = q.shape
-    grid = place_on_grid(state.position, mask, length, chunk_size, at_boundary)
-    sequences = [q, k, v, rate[..., None], log_decay[..., None]]
-    sequences.append(None if momentum is None else momentum[..., None])
-    if grid.alignment is not None:
-        sequences = [None if x is None else grid.alignment.gather(x) for x in sequences]
-    applied = mask if grid.alignment is None else grid.alignment.valid
-    if applied is not None:
-        applied = applied[:, :, None, None].expand(*applied.shape, heads, 1).to(q.dtype)
-    sequences.append(applied)
-    sequences = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in sequences]
 
-    snapshot = (None, None) if at_boundary else state.snapshot
-    carried = [*state.running, *(state.momentum or (None, None)), *snapshot]
-    carried = [None if x is None else x.flatten(0, 1) for x in carried]
-    constants = [None if x is None or not rule.anchored else x.flatten(0, 1) for x in anchor]
-    compute = _Chunks(rule, read, chunk_size, grid.for_heads(heads))
-    tokens = sequences[0].shape[1]
-    footprint = _footprint([*state.running, *(state.momentum or ())], chunk_size, heads * batch)
-    segments = plan_segments(tokens, chunk_size, grid.offset, checkpoint_every, footprint)
-    o, carried = run_segments(compute, segments, tuple(carried), tuple(constants), tuple(sequences))
+    def compute(carried: State, constants: State, sequences: State, grid: ChunkGrid):
+        rows, tokens = sequences[0].shape[:2]
+        footprint = _footprint(carried[:4], chunk_size, rows)
+        segments = plan_segments(tokens, chunk_size, grid.offset, checkpoint_every, footprint)
+        return run_segments(_Chunks(rule, read, chunk_size, grid), segments, carried, constants, sequences)
 
-    o = o.unflatten(0, (batch, heads)).transpose(1, 2)
-    if grid.alignment is not None:
-        o = grid.alignment.scatter(o, batch, length)
-    elif mask is not None:
-        o = o.masked_fill(~mask[:, :, None, None], 0)
-    running, velocity, snapshot = (
-        DeepMemoryWeights(*(None if x is None else x.unflatten(0, (batch, heads)) for x in part))
-        for part in (carried[0:2], carried[2:4], carried[4:6])
-    )
-    return o, DeepMemoryState(
-        running if snapshot.inner is None else snapshot,
-        running,
-        grid.position,
-        None if momentum is None else velocity,
+    return run_on_rows(
+        compute,
+        q,
+        k,
+        v,
+        rate,
+        log_decay,
+        momentum,
+        anchor,
+        state,
+        anchored=rule.anchored,
+        chunk_size=chunk_size,
+        mask=mask,
+        at_boundary=at_boundary,
     )
 
 
-def _footprint(layers: list[torch.Tensor | None], size: int, rows: int) -> Footprint:
+def _footprint(layers: State, size: int, rows: int) -> Footprint:
     """What the backward pass needs: counts of tensors of each kind in ``eager_backward.py``."""
     layers = [x for x in layers if x is not None]
     numbers = sum(x.numel() for x in layers)
