@@ -11,7 +11,7 @@ import dataclasses
 
 import torch
 
-from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
+from nl_kernels.chunk_alignment import ChunkGrid
 from nl_kernels.chunk_recompute import Footprint, Segment, State, plan_segments, run_segments
 from nl_kernels.delta_chunk import (
     LayerChunk,
@@ -25,6 +25,14 @@ from nl_kernels.delta_chunk import (
 from nl_kernels.hidden_layer import Hidden, hidden_gradient, hidden_layer
 from nl_kernels.memory_rule import MemoryRule, bound_length, l2_normalize
 from nl_kernels.ops.self_modifying.eager_backward import fused_chunk
+from nl_kernels.ops.self_modifying.rows import (
+    ABSENT,
+    collect_output,
+    collect_state,
+    memory_first,
+    place_tokens,
+    sequence_first,
+)
 from nl_kernels.ops.self_modifying.state import MemoryStack, SelfModifyingState, map_stack
 
 KEPT_BYTES = 40 << 20  # of activations that are not recomputed: about a dozen chunks of 16 at 4 heads of 64
@@ -58,23 +66,30 @@ def self_modifying_memory_eager(
         at_boundary: the state is known to be at a boundary for every sequence (spares reading its positions).
         checkpoint_every: chunks between the states kept for the backward pass.
     """
-    batch, length, heads, _ = query.shape
+    batch, _, heads, _ = query.shape
     period, chunk = max(chunk_size, generator_chunk_size), min(chunk_size, generator_chunk_size)
-    grid = place_on_grid(state.position, mask, length, period, at_boundary)
-    inputs = torch.stack([key_input, value_input, l2_normalize(query), gate_input, gate_input], 3)
-    sequences = [inputs, momentum]
-    if grid.alignment is not None:
-        sequences = [None if x is None else grid.alignment.gather(x) for x in sequences]
-    applied = mask if grid.alignment is None else grid.alignment.valid
-    sequences.append(None if applied is None else applied[:, :, None].expand(*applied.shape, heads))
+    placed = place_tokens(
+        query,
+        key_input,
+        value_input,
+        gate_input,
+        momentum,
+        mask,
+        state.position,
+        period=period,
+        at_boundary=at_boundary,
+    )
+    gate_input, applied = placed.gate_input, placed.applied
+    inputs = [placed.key_input, placed.value_input, l2_normalize(placed.query), gate_input, gate_input]
+    applied = None if applied is None else applied[:, :, None].expand(*applied.shape, heads)
+    sequences = [torch.stack(inputs, 3), placed.momentum, applied]
     sequences = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in sequences]
 
-    absent = MemoryStack(None, None, None)
-    snapshot = absent if at_boundary else _flatten(state.snapshot)
-    velocity = absent if state.momentum is None else _flatten(state.momentum)
-    carried = (*_flatten(state.running), *velocity, *snapshot)
+    snapshot = ABSENT if at_boundary else memory_first(state.snapshot)
+    velocity = ABSENT if state.momentum is None else memory_first(state.momentum)
+    carried = (*memory_first(state.running), *velocity, *snapshot)
     gates = [x.repeat(batch)[:, None] for x in (rate_max, rate_bias, retention_bias)]
-    constants = (*(_flatten(anchor) if rule.anchored else absent), *gates)
+    constants = (*(memory_first(anchor) if rule.anchored else ABSENT), *gates)
     compute = _Chunks(
         rule,
         read,
@@ -82,26 +97,15 @@ def self_modifying_memory_eager(
         generator_chunk_size,
         detach_targets,
         None if truncate_every is None else chunk * truncate_every,
-        grid.for_heads(heads),
+        placed.grid.for_heads(heads),
     )
     footprint = _footprint(state.running, chunk, anchor.last.shape[-1])
-    segments = plan_segments(sequences[0].shape[1], chunk, grid.offset, checkpoint_every, footprint)
+    segments = plan_segments(sequences[0].shape[1], chunk, placed.grid.offset, checkpoint_every, footprint)
     o, carried = run_segments(compute, segments, carried, constants, tuple(sequences))
 
-    o = o.unflatten(0, (batch, heads)).transpose(1, 2)
-    if grid.alignment is not None:
-        o = grid.alignment.scatter(o, batch, length)
-    elif mask is not None:
-        o = o.masked_fill(~mask[:, :, None, None], 0)
-    running, velocity, snapshot = (
-        _unflatten(MemoryStack(*part), batch, heads) for part in (carried[0:3], carried[3:6], carried[6:9])
-    )
-    return o, SelfModifyingState(
-        running if snapshot.last is None else snapshot,
-        running,
-        grid.position,
-        None if momentum is None else velocity,
-    )
+    o = collect_output(o.unflatten(0, (batch, heads)).transpose(1, 2), placed)
+    stacks = (sequence_first(MemoryStack(*carried[i : i + 3]), batch, heads) for i in (0, 3, 6))
+    return o, collect_state(*stacks, placed)
 
 
 def _footprint(state: MemoryStack, size: int, hidden: int) -> Footprint:
@@ -111,19 +115,6 @@ def _footprint(state: MemoryStack, size: int, hidden: int) -> Footprint:
     chunk = 2 * numbers + rows * size * (75 * hidden + 22 * width + 20 * size)
     item = state.last.element_size()
     return Footprint(item * numbers, item * chunk, KEPT_BYTES)
-
-
-def _flatten(stack: MemoryStack) -> MemoryStack:
-    """[B, H, m, out, in] memory first, [m · B · H, out, in]; a gate's rows become matrices of one row."""
-    stack = stack._replace(gate=stack.gate[..., None, :])
-    return map_stack(lambda x: x.permute(2, 0, 1, 3, 4).flatten(0, 2), stack)
-
-
-def _unflatten(stack: MemoryStack, batch: int, heads: int) -> MemoryStack:
-    if stack.last is None:
-        return stack
-    stack = map_stack(lambda x: x.unflatten(0, (-1, batch, heads)).permute(1, 2, 0, 3, 4), stack)
-    return stack._replace(gate=stack.gate[..., 0, :])
 
 
 @dataclasses.dataclass(frozen=True)
