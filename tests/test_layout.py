@@ -17,6 +17,7 @@ ALLOWED = REQUIRED | {
     "rows.py",
     "state.py",
     "eager_backward.py",
+    "eager_linear.py",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -113,7 +113,121 @@ def run_segments(
     if len(recomputed) < len(segments):
         output, state = _forward(compute, segments[len(recomputed) :], state, constants, sequences, None)
         outputs.append(output)
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), state
+    return _joined(outputs), state
+
+
+class WrittenOut(Protocol):
+    """A loop over chunks with its derivative written out, for :func:`run_with_adjoint`.
+
+    Tensors may be ``None`` where they are absent. Neither method changes what it is given, but for what
+    ``backward`` is to fill.
+    """
+
+    def forward(
+        self, segment: Segment, state: State, constants: State, sequences: State, keep: bool
+    ) -> tuple[State, list[torch.Tensor], Any]:
+        """The state after a segment, its outputs [N, tokens, ..] in parts, and what ``backward`` needs.
+
+        With ``keep`` False the last one is not asked for.
+        """
+
+    def backward(
+        self,
+        segment: Segment,
+        made: Any,
+        constants: State,
+        sequences: State,
+        grad_state: State,
+        grad_output: torch.Tensor | None,
+        grad_constants: State,
+        grad_sequences: State,
+    ) -> State:
+        """The gradient of the state before a segment from those of the state after it and of its output.
+
+        ``grad_state``'s tensors may be overwritten. Adds to ``grad_constants`` and fills ``grad_sequences``;
+        neither is given where no gradient is wanted.
+        """
+
+
+def run_with_adjoint(
+    compute: WrittenOut, segments: Sequence[Segment], state: State, constants: State, sequences: State
+) -> tuple[torch.Tensor, State]:
+    """As :func:`run_segments`, for a loop that brings its own derivative: one node of the autograd graph.
+
+    Segments that are marked as kept are not recomputed.
+    """
+    tensors = (*state, *constants, *sequences)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        layout = (len(state), len(constants))
+        output, *state = _WithAdjoint.apply(compute, tuple(segments), layout, *tensors)
+        return output, tuple(state)
+    outputs = []
+    for segment in segments:
+        state, parts, _ = compute.forward(segment, state, constants, _slice(sequences, segment), False)
+        outputs += parts
+    return _joined(outputs), state
+
+
+class _WithAdjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, compute, segments, layout, *tensors):
+        states, constants = layout
+        state, shared, sequences = _split(tensors, states, constants)
+        outputs, starts, made = [], [], []
+        for segment in segments:
+            starts += state if made else ()
+            keep = segment.kept or len(segments) == 1
+            state, parts, kept = compute.forward(segment, state, shared, _slice(sequences, segment), keep)
+            outputs += parts
+            made.append(kept if keep else None)
+        ctx.compute, ctx.segments, ctx.layout, ctx.made = compute, segments, layout, made
+        ctx.save_for_backward(*tensors, *starts)
+        ctx.set_materialize_grads(False)
+        return (_joined(outputs), *_unaliased(state, tensors))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output, *grad_state):
+        states, constants = ctx.layout
+        needs = ctx.needs_input_grad[3:]
+        saved = ctx.saved_tensors
+        first, shared, sequences = _split(saved[: len(needs)], states, constants)
+        starts = [first, *(saved[i : i + states] for i in range(len(needs), len(saved), states))]
+        _, shared_needs, sequence_needs = _split(needs, states, constants)
+        totals = [torch.zeros_like(x) if need else None for x, need in zip(shared, shared_needs)]
+        joined = [torch.empty_like(x) if need else None for x, need in zip(sequences, sequence_needs)]
+        grad_state = tuple(None if g is None else g.clone() for g in grad_state)
+        for i in reversed(range(len(ctx.segments))):
+            segment, made = ctx.segments[i], ctx.made[i]
+            parts = _slice(sequences, segment)
+            ctx.made[i] = None  # frees it; a second backward pass recomputes
+            if made is None:
+                made = ctx.compute.forward(segment, starts[i], shared, parts, True)[2]
+            outer = None if grad_output is None else grad_output[:, segment.start : segment.stop]
+            grad_state = ctx.compute.backward(
+                segment, made, shared, parts, grad_state, outer, totals, _slice(joined, segment)
+            )
+            made = None
+        grad_state = (g if need else None for g, need in zip(grad_state, needs))
+        return (None, None, None, *grad_state, *totals, *joined)
+
+
+def _split(tensors: State, states: int, constants: int) -> tuple[State, State, State]:
+    return tensors[:states], tensors[states : states + constants], tensors[states + constants :]
+
+
+def _joined(outputs: list[torch.Tensor]) -> torch.Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _unaliased(final: State, tensors: State) -> State:
+    """The same tensors, cloned where one is among ``tensors`` or comes twice, as a node's outputs may not."""
+    seen = {id(x) for x in tensors}
+    fresh = []
+    for x in final:
+        fresh.append(x.clone() if x is not None and id(x) in seen else x)
+        seen.add(id(x))
+    return tuple(fresh)
 
 
 def _forward(compute, segments, state, constants, sequences, kept: list[State] | None):
@@ -123,11 +237,17 @@ def _forward(compute, segments, state, constants, sequences, kept: list[State] |
             kept.append(state)
         state, output = compute(segment, state, constants, _slice(sequences, segment))
         outputs.append(output)
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), state
+    return _joined(outputs), state
 
 
 def _slice(sequences: State, segment: Segment) -> State:
     return tuple(x if x is None else x[:, segment.start : segment.stop] for x in sequences)
+
+
+def chunk_of(sequences: State, segment: Segment, i: int) -> State:
+    """The i-th chunk of a segment's sequences."""
+    start = i * segment.length
+    return tuple(x if x is None else x[:, start : start + segment.length] for x in sequences)
 
 
 class _Recompute(torch.autograd.Function):
@@ -144,12 +264,7 @@ class _Recompute(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *flat)
         ctx.set_materialize_grads(False)
         # A segment may hand a tensor on untouched: outputs must not alias inputs or one another.
-        seen: set[int] = {id(x) for x in tensors}
-        fresh = []
-        for x in final:
-            fresh.append(x.clone() if x is not None and id(x) in seen else x)
-            seen.add(id(x))
-        return (output, *fresh)
+        return (output, *_unaliased(final, tensors))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -11,8 +11,13 @@ import dataclasses
 
 import torch
 
-from nl_kernels.chunk_alignment import ChunkGrid
-from nl_kernels.chunk_recompute import Footprint, Segment, State, plan_segments, run_segments
+from nl_kernels.chunk_recompute import (
+    Footprint,
+    Segment,
+    State,
+    plan_segments,
+    run_segments,
+)
 from nl_kernels.delta_chunk import (
     LayerChunk,
     LayerWrites,
@@ -25,6 +30,7 @@ from nl_kernels.delta_chunk import (
 from nl_kernels.hidden_layer import Hidden, hidden_gradient, hidden_layer
 from nl_kernels.memory_rule import MemoryRule, bound_length, l2_normalize
 from nl_kernels.ops.self_modifying.eager_backward import fused_chunk
+from nl_kernels.ops.self_modifying.eager_linear import ChunkOptions, linear_footprint, run_linear
 from nl_kernels.ops.self_modifying.rows import (
     ABSENT,
     collect_output,
@@ -79,33 +85,50 @@ def self_modifying_memory_eager(
         period=period,
         at_boundary=at_boundary,
     )
-    gate_input, applied = placed.gate_input, placed.applied
-    inputs = [placed.key_input, placed.value_input, l2_normalize(placed.query), gate_input, gate_input]
-    applied = None if applied is None else applied[:, :, None].expand(*applied.shape, heads)
-    sequences = [torch.stack(inputs, 3), placed.momentum, applied]
-    sequences = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in sequences]
+    applied = (
+        None if placed.applied is None else placed.applied[:, :, None].expand(*placed.applied.shape, heads)
+    )
+    inputs = (placed.key_input, placed.value_input, l2_normalize(placed.query), placed.gate_input)
 
     snapshot = ABSENT if at_boundary else memory_first(state.snapshot)
     velocity = ABSENT if state.momentum is None else memory_first(state.momentum)
     carried = (*memory_first(state.running), *velocity, *snapshot)
     gates = [x.repeat(batch)[:, None] for x in (rate_max, rate_bias, retention_bias)]
     constants = (*(memory_first(anchor) if rule.anchored else ABSENT), *gates)
-    compute = _Chunks(
+    options = ChunkOptions(
         rule,
         read,
         chunk_size,
         generator_chunk_size,
-        detach_targets,
         None if truncate_every is None else chunk * truncate_every,
         placed.grid.for_heads(heads),
     )
-    footprint = _footprint(state.running, chunk, anchor.last.shape[-1])
-    segments = plan_segments(sequences[0].shape[1], chunk, placed.grid.offset, checkpoint_every, footprint)
-    o, carried = run_segments(compute, segments, carried, constants, tuple(sequences))
+
+    def plan(footprint: Footprint) -> list[Segment]:
+        return plan_segments(placed.query.shape[1], chunk, placed.grid.offset, checkpoint_every, footprint)
+
+    if is_linear(state, detach_targets):
+        sequences = _rows(*inputs, applied)
+        segments = plan(linear_footprint(state.running, chunk))
+        o, carried = run_linear(options, segments, carried, constants, sequences)
+    else:
+        sequences = _rows(torch.stack([*inputs, inputs[-1]], 3), placed.momentum, applied)
+        segments = plan(_footprint(state.running, chunk, anchor.last.shape[-1]))
+        o, carried = run_segments(_Chunks(options, detach_targets), segments, carried, constants, sequences)
 
     o = collect_output(o.unflatten(0, (batch, heads)).transpose(1, 2), placed)
     stacks = (sequence_first(MemoryStack(*carried[i : i + 3]), batch, heads) for i in (0, 3, 6))
     return o, collect_state(*stacks, placed)
+
+
+def is_linear(state: SelfModifyingState, detach_targets: bool) -> bool:
+    """Whether ``eager_linear.py`` does this case."""
+    return state.running.first is None and state.momentum is None and detach_targets
+
+
+def _rows(*sequences: torch.Tensor | None) -> State:
+    """[B, S, H, ..] as [B · H, S, ..]."""
+    return tuple(None if x is None else x.transpose(1, 2).flatten(0, 1) for x in sequences)
 
 
 def _footprint(state: MemoryStack, size: int, hidden: int) -> Footprint:
@@ -121,13 +144,8 @@ def _footprint(state: MemoryStack, size: int, hidden: int) -> Footprint:
 class _Chunks:
     """One segment of chunks, for :func:`run_segments`."""
 
-    rule: MemoryRule
-    read: str
-    chunk_size: int
-    generator_chunk_size: int
+    options: ChunkOptions
     detach_targets: bool
-    truncate_period: int | None
-    grid: ChunkGrid
 
     def __call__(
         self, segment: Segment, state: State, constants: State, sequences: State
@@ -141,12 +159,12 @@ class _Chunks:
             o, after, velocity_after = advance(
                 inputs[i], momenta[i], applied[i], running, velocity, snapshot, anchor, gates
             )
-            outputs.append(o + inputs[i][2 * len(o) : 3 * len(o)] if self.rule.residual else o)
+            outputs.append(o + inputs[i][2 * len(o) : 3 * len(o)] if self.options.rule.residual else o)
             end = segment.slot + (i + 1) * segment.length
             snapshot = self._refresh(end, after, running if snapshot.last is None else snapshot)
             running, velocity = after, velocity_after
-            if self.truncate_period is not None:
-                met = self.grid.meets_boundary(end, self.truncate_period)
+            if self.options.truncate_period is not None:
+                met = self.options.grid.meets_boundary(end, self.options.truncate_period)
                 running, velocity, snapshot = (_forget(met, x) for x in (running, velocity, snapshot))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return (*running, *velocity, *snapshot), output
@@ -157,7 +175,7 @@ class _Chunks:
 
     def _fused(self, inputs, momentum, applied, running, velocity, snapshot, anchor, gates):
         o, after = fused_chunk(
-            inputs, gates, applied, running, snapshot, anchor, rule=self.rule, read=self.read
+            inputs, gates, applied, running, snapshot, anchor, rule=self.options.rule, read=self.options.read
         )
         return o, after, velocity
 
@@ -173,7 +191,7 @@ class _Chunks:
             for state, momentum, layer in zip(running, velocity, layers)
         ]
         after, velocity_after, written = (MemoryStack(*parts) for parts in zip(*after))
-        if self.read == "running":
+        if self.options.read == "running":
             q = inputs[2 * len(o) : 3 * len(o)]
             o = self._read_running(q, layers, written, running, velocity, anchor)
         return o, after, velocity_after
@@ -195,7 +213,7 @@ class _Chunks:
         """f(x) of every memory for x [5N, c, D]: the hidden layer, [3N, c, D] and [2N, c, 1]."""
         hidden = None
         if base.first is not None:
-            hidden = hidden_layer(torch.bmm(x, base.first.transpose(1, 2)), self.rule)
+            hidden = hidden_layer(torch.bmm(x, base.first.transpose(1, 2)), self.options.rule)
             x = hidden.value
         wide, narrow = x.split([len(base.last), len(base.gate)])
         return (
@@ -209,7 +227,7 @@ class _Chunks:
         _, wide, narrow = self._apply(base, inputs)
         rows = len(gates[0])
         k, v, o = wide.split(rows)
-        if self.rule.projection_residual:
+        if self.options.rule.projection_residual:
             k, v = k + inputs[:rows], v + inputs[rows : 2 * rows]
         rate_max, rate_bias, retention_bias = gates
         rate, retention = narrow[..., 0].split(rows)
@@ -230,12 +248,12 @@ class _Chunks:
         signals = None
         if hidden is not None:
             back = torch.cat([torch.bmm(wide_error, base.last), narrow_error * base.gate])
-            signals = [hidden_gradient(back, _tokens(hidden, slice(None, size)), self.rule)]
+            signals = [hidden_gradient(back, _tokens(hidden, slice(None, size)), self.options.rule)]
         if not self.detach_targets:
             # Each token's target writes too: a second pseudo-token, that neither decays nor erases.
             wide_error, narrow_error = (_interleave(e, -e) for e in (wide_error, narrow_error))
             if hidden is not None:
-                signals.append(hidden_gradient(-back, _tokens(hidden, slice(size, None)), self.rule))
+                signals.append(hidden_gradient(-back, _tokens(hidden, slice(size, None)), self.options.rule))
             log_decay = _interleave(log_decay, torch.zeros_like(log_decay))
             if momentum is not None:
                 momentum = _interleave(momentum, torch.ones_like(momentum))
@@ -278,7 +296,7 @@ class _Chunks:
 
     def _errors(self, k, v, wide, narrow):
         """The bounded errors of key, value and memory [3N, c, D] and of the gates [2N, c, 1]."""
-        rule, size = self.rule, k.shape[1]
+        rule, size = self.options.rule, k.shape[1]
         target = -v if rule.target_residual else torch.zeros_like(v)
         projected = target + k if rule.projection_residual else target
         read = target + k if rule.residual else target
@@ -289,8 +307,8 @@ class _Chunks:
     def _prepare(self, x, rate, size: int, *, first_layer: bool):
         """A layer's inputs, η and β (``None`` if it does not erase) from x [5N, 2c, in], keys first."""
         key, value = x[:, :size], x[:, size:]
-        erases = self.rule.erases(first_layer)
-        if erases and self.rule.proximal:
+        erases = self.options.rule.erases(first_layer)
+        if erases and self.options.rule.proximal:
             rate = rate / (1 + rate * key.square().sum(-1, keepdim=True))
         if self.detach_targets:
             return key, rate, rate if erases else None
@@ -307,7 +325,7 @@ class _Chunks:
             if layer is None:
                 continue
             if name == "last" and layers.first is not None:
-                y = hidden_layer(y, self.rule).value
+                y = hidden_layer(y, self.options.rule).value
             coefficients = layer.coefficients.map(lambda part: part[memory])
             if not self.detach_targets:
                 coefficients = coefficients.map(lambda part: part[:, 1::2])
@@ -322,8 +340,8 @@ class _Chunks:
 
     def _refresh(self, end: int, running: MemoryStack, old: MemoryStack) -> MemoryStack:
         """The snapshot after the chunk that ends at slot ``end``; empty where it equals the running state."""
-        own = self.grid.meets_boundary(end, self.chunk_size)
-        others = self.grid.meets_boundary(end, self.generator_chunk_size)
+        own = self.options.grid.meets_boundary(end, self.options.chunk_size)
+        others = self.options.grid.meets_boundary(end, self.options.generator_chunk_size)
         if own is True and others is True:
             return MemoryStack(None, None, None)
         if own is False and others is False:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nl_kernels import MemoryRule, SelfModifyingWeights, self_modifying_memory
-from nl_kernels.ops.self_modifying import eager, eager_backward
+from nl_kernels.ops.self_modifying import eager, eager_backward, eager_linear
 from nl_kernels.testing import self_modifying_inputs, tensors_of
 from tests.nl_kernels.chunked_memories import assert_same, compare, join, leaves_like, results, tokens
 
@@ -20,6 +20,10 @@ RULES = {
     "input": MemoryRule(erase="input", proximal=True, residual=True, error_bound=0.3),
     "titans": MemoryRule(erase="none", projection_residual=False, target_residual=False),
 }
+# Two-layer memories with and without momentum, and linear ones: each has a path of its own.
+KINDS = pytest.mark.parametrize(
+    "kind", [{"momentum": True}, {}, {"hidden": None}], ids=["momentum", "two layers", "linear"]
+)
 SHARED = ("weights", "rate_max", "rate_bias", "retention_bias")
 
 
@@ -55,21 +59,23 @@ def test_targets_that_learn_equal_the_definition(hidden, read, momentum):
 @pytest.mark.parametrize("momentum", [False, True], ids=["", "momentum"])
 @pytest.mark.parametrize("read", ["snapshot", "running"])
 def test_linear_memories_equal_the_definition(read, momentum):
-    for rule in (DEFAULT, LITERAL):
-        inputs = make(1, 7, hidden=None, momentum=momentum)
+    for rule in (*RULES.values(), MemoryRule(erase="per_layer", anchored=False, proximal=True)):
+        inputs = make(2, 7, hidden=None, momentum=momentum)
         compare(self_modifying_memory, inputs, rule=rule, read=read, chunk_size=3)
 
 
+@KINDS
 @pytest.mark.parametrize("clocks", [(2, 6), (6, 2), (1, 3)])
-def test_two_clocks_equal_the_definition(clocks):
+def test_two_clocks_equal_the_definition(clocks, kind):
     own, others = clocks
-    inputs = make(1, 13)
+    inputs = make(1, 13, **kind)
     compare(self_modifying_memory, inputs, read="running", chunk_size=own, generator_chunk_size=others)
 
 
+@KINDS
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_truncation_equals_the_definition(every):
-    inputs = make(2, 13, momentum=True)
+def test_truncation_equals_the_definition(every, kind):
+    inputs = make(2, 13, **kind)
     compare(self_modifying_memory, inputs, chunk_size=4, generator_chunk_size=2, truncate_every=every)
     mask = torch.tensor([[1] * 13, [0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0]], dtype=torch.bool)
     _, state = self_modifying_memory(
@@ -126,24 +132,25 @@ def test_weights_by_sequence():
     compare(self_modifying_memory, inputs, chunk_size=4)
 
 
+@KINDS
 @pytest.mark.parametrize("anchored", [True, False])
 @pytest.mark.parametrize("at", [3, 4])
-def test_gradients_reach_the_initial_state(at, anchored):
+def test_gradients_reach_the_initial_state(at, anchored, kind):
     options = {
         "rule": dataclasses.replace(DEFAULT, anchored=anchored),
         "chunk_size": 2,
         "generator_chunk_size": 4,
     }
-    inputs = make(2, 11, momentum=True)
+    inputs = make(2, 11, **kind)
     _, state = self_modifying_memory(**tokens(inputs, 0, at, SHARED), **options, output_final_state=True)
     rest = {**tokens(inputs, at, 11, SHARED), "initial_state": leaves_like(state)}
     compare(self_modifying_memory, rest, **options)
 
 
 @pytest.mark.parametrize("read", ["snapshot", "running"])
-@pytest.mark.parametrize("impl", ["eager", "reference"])
-def test_split_equals_whole_at_every_cut(impl, read):
-    inputs = make(1, 10)
+@pytest.mark.parametrize(("impl", "hidden"), [("eager", 4), ("eager", None), ("reference", 4)])
+def test_split_equals_whole_at_every_cut(impl, hidden, read):
+    inputs = make(1, 10, hidden=hidden)
     options = {"read": read, "chunk_size": 2, "generator_chunk_size": 4, "impl": impl}
     values, gradients, _ = results(self_modifying_memory, inputs, **options)
 
@@ -167,10 +174,10 @@ def test_split_equals_whole_at_every_cut(impl, read):
 
 
 @pytest.mark.parametrize("clocks", [(4, 4), (2, 4), (4, 2), (1, 1)])
-@pytest.mark.parametrize("read", ["snapshot", "running"])
-def test_decoding_equals_the_forward_pass_when_sequences_are_apart(read, clocks):
+@pytest.mark.parametrize(("read", "hidden"), [("snapshot", 4), ("running", 4), ("running", None)])
+def test_decoding_equals_the_forward_pass_when_sequences_are_apart(read, hidden, clocks):
     length, heads = 9, [4, 1, 3]
-    inputs = make(3, length)
+    inputs = make(3, length, hidden=hidden)
     options = {
         "read": read,
         "chunk_size": clocks[0],
@@ -209,15 +216,16 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("kind", MASKS)
+@KINDS
+@pytest.mark.parametrize("padding", MASKS)
 @pytest.mark.parametrize("resume", [False, True], ids=["", "resumed apart"])
-def test_padding_equals_separate_sequences(kind, resume):
-    mask = torch.tensor(MASKS[kind], dtype=torch.bool)
-    inputs = make(3, 7, momentum=True)
+def test_padding_equals_separate_sequences(padding, resume, kind):
+    mask = torch.tensor(MASKS[padding], dtype=torch.bool)
+    inputs = make(3, 7, **kind)
     options = {"chunk_size": 4, "generator_chunk_size": 2, "read": "running", "output_final_state": True}
     states = [None] * 3
     if resume:
-        earlier = make(1, 7, momentum=True, seed=1) | {n: inputs[n] for n in SHARED}
+        earlier = make(1, 7, seed=1, **kind) | {n: inputs[n] for n in SHARED}
         states = [self_modifying_memory(**tokens(earlier, 0, n, SHARED), **options)[1] for n in (1, 3, 7)]
         states = [leaves_like(state) for state in states]
     with torch.no_grad():
@@ -257,9 +265,10 @@ def test_packed_equals_separate():
     assert_same(gradients, expected_gradients)
 
 
+@pytest.mark.parametrize("hidden", [4, None])
 @pytest.mark.parametrize("every", [1, 3, 100])
-def test_checkpoints_change_nothing(every):
-    inputs = make(2, 17)
+def test_checkpoints_change_nothing(every, hidden):
+    inputs = make(2, 17, hidden=hidden)
     expected = results(self_modifying_memory, inputs, chunk_size=2, checkpoint_every=8)
     found = results(self_modifying_memory, inputs, chunk_size=2, checkpoint_every=every)
     for a, b in zip(found[:2], expected[:2]):
@@ -308,10 +317,12 @@ def test_the_written_out_derivative_equals_the_definition(options, read):
     compare(self_modifying_memory, make(2, 8), rule=rule, read=read, chunk_size=4, checkpoint_every=1)
 
 
-def test_the_written_out_derivative_equals_the_general_path(monkeypatch):
-    inputs = make(2, 24, width=4, hidden=6)
+@pytest.mark.parametrize("hidden", [6, None])
+def test_the_written_out_derivative_equals_the_general_path(monkeypatch, hidden):
+    inputs = make(2, 24, width=4, hidden=hidden)
     found = results(self_modifying_memory, inputs, chunk_size=4, read="running")
     monkeypatch.setattr(eager._Chunks, "_is_fused", lambda *state: False)
+    monkeypatch.setattr(eager, "is_linear", lambda *state: False)
     expected = results(self_modifying_memory, inputs, chunk_size=4, read="running")
     for a, b in zip(found[:2], expected[:2]):
         assert_same(a, b, 1e-11)
@@ -325,19 +336,27 @@ def test_only_what_needs_gradients_gets_them():
 
 
 PIECES = ["hidden_adjoint", "signal_adjoint", "bound_adjoint", "decay_adjoint"]
+LINEAR_PIECES = ["bound_adjoint", "decay_adjoint", "gram_adjoint", "read_adjoint"]
 
 
-@pytest.mark.parametrize("piece", PIECES)
-def test_a_wrong_gradient_is_noticed(monkeypatch, piece):
-    true_backward = getattr(eager_backward, piece)
+@pytest.mark.parametrize(
+    ("module", "piece"),
+    [*((eager_backward, piece) for piece in PIECES), *((eager_linear, piece) for piece in LINEAR_PIECES)],
+)
+def test_a_wrong_gradient_is_noticed(monkeypatch, module, piece):
+    true_backward = getattr(module, piece)
 
     def wrong(*args, **parts):
         found = true_backward(*args, **parts)
-        return 1.01 * found if isinstance(found, torch.Tensor) else (1.01 * found[0], *found[1:])
+        if isinstance(found, torch.Tensor):
+            return 1.01 * found
+        changed = (1.01 * found[0], *found[1:])
+        return type(found)(*changed) if hasattr(found, "_fields") else changed
 
-    monkeypatch.setattr(eager_backward, piece, wrong)
+    monkeypatch.setattr(module, piece, wrong)
+    inputs = make(1, 8, hidden=4 if module is eager_backward else None)
     with pytest.raises(AssertionError, match="differs by"):
-        compare(self_modifying_memory, make(1, 8), chunk_size=4, rule=MemoryRule(error_bound=0.3))
+        compare(self_modifying_memory, inputs, chunk_size=4, read="running", rule=MemoryRule(error_bound=0.3))
 
 
 def test_a_wrong_gradient_is_noticed_on_the_general_path(monkeypatch):
