@@ -6,16 +6,24 @@ import torch
 from torch import nn
 
 from nl_kernels import MemoryRule, SelfModifyingState, SelfModifyingWeights, self_modifying_memory
+from nl_kernels.memory_rule import l2_normalize
 from nl_models.layers.gated_output import GatedOutput
 from nl_models.layers.initial_memory import InitialMemory
+
+GATE_INITIALIZER_RANGE = 0.25
+"""Standard deviation of the gates' logits at the start, for inputs of unit length."""
 
 
 class SelfModifyingTitans(nn.Module):
     """Five memories per head, fed by slow projections, on the ``self_modifying_memory`` op.
 
-    Keys are ``l2norm(M_key(W_k x))``, values ``M_value(W_v x)``, and both gates' memories read ``W_r x``.
-    Since these memories start close to the identity, the layer starts close to plain Titans, and learns to
-    modify itself on top of it.
+    Keys are ``l2norm(M_key(n(W_k x)))``, values ``M_value(n(W_v x))``, and both gates' memories read
+    ``n(W_r x)``, with ``n`` the l2 norm per head. Since these memories start close to the identity, the layer
+    starts close to plain Titans, and learns to modify itself on top of it.
+
+    Without ``n`` the memories feed on each other's changes with a gain that grows with the projections: from
+    inputs of length 5 on, the outer gradient grows exponentially along the sequence (a chaotic system), and
+    training stalls.
 
     Args:
         hidden_size: width ``d``.
@@ -30,7 +38,8 @@ class SelfModifyingTitans(nn.Module):
         rate_bias, retention_bias: initial biases of the gates' logits.
         momentum: whether writes have momentum.
         truncate_every: the outer gradient does not cross every n-th chunk boundary; ``None`` for all.
-        initializer_range: standard deviation of the memories' initial last layers.
+        initializer_range: standard deviation of the initial last layers of the memories with a residual and
+            of the one that is read.
         eps: of the output norm.
     """
 
@@ -70,11 +79,13 @@ class SelfModifyingTitans(nn.Module):
         self.momentum_proj = nn.Linear(hidden_size, num_heads, bias=False) if momentum else None
         self.rate_bias = nn.Parameter(torch.empty(num_heads))
         self.retention_bias = nn.Parameter(torch.empty(num_heads))
-        out_widths = SelfModifyingWeights(self.head_dim, self.head_dim, self.head_dim, 1, 1)._asdict()
+        wide = (self.head_dim, initializer_range)
+        gate = (1, GATE_INITIALIZER_RANGE)
+        kinds = SelfModifyingWeights(wide, wide, wide, gate, gate)._asdict()
         self.memories = nn.ModuleDict(
             {
-                name: InitialMemory(num_heads, self.head_dim, out, memory_hidden_size, initializer_range)
-                for name, out in out_widths.items()
+                name: InitialMemory(num_heads, self.head_dim, out, memory_hidden_size, spread)
+                for name, (out, spread) in kinds.items()
             }
         )
         self.output = GatedOutput(hidden_size, self.head_dim, eps=eps)
@@ -107,9 +118,13 @@ class SelfModifyingTitans(nn.Module):
             projection(x).unflatten(-1, (self.num_heads, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj, self.r_proj)
         )
+        exact = torch.promote_types(x.dtype, torch.float32)
+        key_input, value_input, gate_input = (
+            l2_normalize(each.to(exact)).to(each.dtype) for each in (key_input, value_input, gate_input)
+        )
         momentum = None
         if self.momentum_proj is not None:
-            momentum = self.momentum_proj(x).to(torch.promote_types(x.dtype, torch.float32)).sigmoid()
+            momentum = self.momentum_proj(x).to(exact).sigmoid()
         o, state = self_modifying_memory(
             query,
             key_input,
