@@ -45,7 +45,7 @@ class Activated(NamedTuple):
     Attributes:
         value: n(σ(z)).
         slope: σ'(z), or ``None`` if not asked for.
-        curvature: σ''(z), or ``None`` if not asked for.
+        curvature: σ''(z), or ``None`` if not asked for; of the tokens that were asked for.
         scale: 1/‖σ(z)‖ [.., 1], or ``None`` when it is not normalised.
     """
 
@@ -59,21 +59,27 @@ class Activated(NamedTuple):
         return Activated(*(None if part is None else part[:, tokens] for part in self))
 
 
-def activated(z: torch.Tensor, rule: MemoryRule, *, sloped: bool = True, curved: bool = True) -> Activated:
-    """``n(σ(z))``, its slope and curvature if asked for; overwrites z; not differentiable by autograd."""
+def activated(
+    z: torch.Tensor, rule: MemoryRule, *, sloped: bool = True, curved: bool | slice = True
+) -> Activated:
+    """``n(σ(z))``, its slope and curvature if asked for; overwrites z; not differentiable by autograd.
+
+    ``curved`` may say for which tokens.
+    """
     slope = curvature = None
+    tokens = curved if isinstance(curved, slice) else slice(None)
     if rule.activation == "silu":
         s = torch.sigmoid(z)
         value = z.mul_(s)
         if sloped:
             slope = torch.lerp(value, torch.ones((), dtype=z.dtype, device=z.device), s)  # s + value (1 − s)
         if curved:  # (2 slope − value) (1 − s)
-            rest = torch.sub(slope, value, alpha=0.5)
-            curvature = rest.addcmul_(rest, s, value=-1).mul_(2)
+            rest = torch.sub(slope[..., tokens, :], value[..., tokens, :], alpha=0.5)
+            curvature = rest.addcmul_(rest, s[..., tokens, :], value=-1).mul_(2)
     else:
         value, slope = activate(z, rule.activation)
         if curved:
-            square = z.square_()
+            square = z[..., tokens, :].square()
             density = torch.exp(-0.5 * square) * (1 / math.sqrt(2 * math.pi))
             curvature = density.mul_(2 - square)
     scale = None

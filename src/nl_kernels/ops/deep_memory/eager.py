@@ -7,7 +7,14 @@ import dataclasses
 import torch
 
 from nl_kernels.chunk_alignment import ChunkGrid
-from nl_kernels.chunk_recompute import Footprint, Segment, State, plan_segments, run_segments
+from nl_kernels.chunk_recompute import (
+    Footprint,
+    Segment,
+    State,
+    plan_segments,
+    run_segments,
+    run_with_adjoint,
+)
 from nl_kernels.delta_chunk import (
     ChunkCoefficients,
     LayerChunk,
@@ -18,7 +25,7 @@ from nl_kernels.delta_chunk import (
 )
 from nl_kernels.hidden_layer import hidden_gradient, hidden_layer
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule, bound_length
-from nl_kernels.ops.deep_memory.eager_backward import fused_chunk, prepare, supports
+from nl_kernels.ops.deep_memory.eager_backward import WrittenChunks, supports
 from nl_kernels.ops.deep_memory.rows import run_on_rows
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
 
@@ -49,11 +56,14 @@ def deep_memory_eager(
         checkpoint_every: chunks between the states kept for the backward pass.
     """
 
+    written_out = supports(read, momentum is not None)
+
     def compute(carried: State, constants: State, sequences: State, grid: ChunkGrid):
         rows, tokens = sequences[0].shape[:2]
         footprint = _footprint(carried[:4], chunk_size, rows)
         segments = plan_segments(tokens, chunk_size, grid.offset, checkpoint_every, footprint)
-        return run_segments(_Chunks(rule, read, chunk_size, grid), segments, carried, constants, sequences)
+        run, chunks = (run_with_adjoint, WrittenChunks) if written_out else (run_segments, _Chunks)
+        return run(chunks(rule, read, chunk_size, grid), segments, carried, constants, sequences)
 
     return run_on_rows(
         compute,
@@ -103,9 +113,6 @@ class _Chunks:
         if applied is not None:
             rate, log_decay = rate * applied, log_decay.masked_fill(applied == 0, 0)
             momentum = None if momentum is None else momentum.where(applied != 0, 1)
-        if supports(self.rule, self.read, momentum is not None, not deep):
-            tokens = (q, k, v, rate, log_decay, momentum)
-            return self._fused(segment, running, velocity, snapshot, constants, tokens, applied)
         # What depends on no state is computed for all chunks of the segment at once.
         coefficients = chunk_coefficients(
             log_decay[..., 0],
@@ -141,25 +148,6 @@ class _Chunks:
                 o = self._read_running(q_i, k_i, hidden, before, constants, written, parts)
             outputs.append(o + q_i if self.rule.residual else o)
             snapshot = self._refresh(segment.slot + (i + 1) * segment.length, running, snapshot, before)
-        output = outputs[0] if chunks == 1 else torch.cat(outputs, 1)
-        return (*running, *velocity, *snapshot), output
-
-    def _fused(self, segment: Segment, running, velocity, snapshot, anchor, tokens, applied):
-        """As the loop above, every chunk one node of the autograd graph."""
-        chunks = segment.chunks
-        _, k, _, rate, log_decay, momentum = tokens
-        prepared = prepare(k, rate, log_decay, momentum, applied, self.rule)
-        by_chunk = [_unbind(x, chunks) for x in tokens]
-        outputs = []
-        for i in range(chunks):
-            tokens_i = [x[i] for x in by_chunk]
-            o, after, velocity_after = fused_chunk(
-                self.rule, self.read, prepared[i], tokens_i, running, velocity, snapshot, anchor
-            )
-            outputs.append(o + tokens_i[0] if self.rule.residual else o)
-            before = list(zip(running, velocity))
-            snapshot = self._refresh(segment.slot + (i + 1) * segment.length, after, snapshot, before)
-            running, velocity = after, velocity_after
         output = outputs[0] if chunks == 1 else torch.cat(outputs, 1)
         return (*running, *velocity, *snapshot), output
 

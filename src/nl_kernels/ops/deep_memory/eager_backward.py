@@ -1,16 +1,27 @@
-"""One chunk of a two-layer deep memory with its derivatives written out: one node of the autograd graph.
+"""The loop over chunks of a deep memory with its derivative written out.
 
-Rows are N = sequences × heads. An adjoint is called ``at_…`` or ``grad_…``.
+Rows are N = sequences × heads. Layers are pairs, inner and outer, of which a linear memory has the first
+alone. An adjoint is called ``at_…`` or ``grad_…``. Only what the next chunk needs is computed chunk by chunk;
+what depends on tokens alone, and the adjoints that end there, are computed for a whole segment at once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
 
+from nl_kernels.chunk_alignment import ChunkGrid
+from nl_kernels.chunk_recompute import Segment, State, chunk_of
 from nl_kernels.delta_adjoint import (
     Erase,
+    MomentumWrite,
+    Read,
+    ReadAdjoint,
+    VelocityAdjoint,
+    Write,
+    WriteAdjoint,
     decay_adjoint,
     erase_matrices,
     gram_adjoint,
@@ -26,6 +37,8 @@ from nl_kernels.delta_adjoint import (
 )
 from nl_kernels.delta_chunk import ChunkCoefficients, chunk_coefficients
 from nl_kernels.hidden_layer import (
+    Activated,
+    Signal,
     activated,
     bound_adjoint,
     error_signal,
@@ -34,32 +47,398 @@ from nl_kernels.hidden_layer import (
     signal_adjoint,
 )
 from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.snapshot import snapshot_adjoint, take_snapshot
 
 
-class Prepared(NamedTuple):
-    """What of a chunk depends on no state: decays, and what the first layer erases with."""
+def supports(read: str, momentum: bool) -> bool:
+    """Whether derivatives are written out for these options; autograd does the others."""
+    return not (momentum and read == "running")
+
+
+class _Tokens(NamedTuple):
+    """What a chunk, or a segment of n, is given: q, k, v [N, c, ·], the others [N, c, 1] or ``None``."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    rate: torch.Tensor
+    log_decay: torch.Tensor
+    momentum: torch.Tensor | None
+    applied: torch.Tensor | None
+
+
+class _Prepared(NamedTuple):
+    """What depends on no state: decays, the rate, and what the first layer erases with."""
 
     coefficients: ChunkCoefficients
-    applied: torch.Tensor | None
-    rate: torch.Tensor
+    given_rate: torch.Tensor
+    rate: torch.Tensor  # of the first layer
     gram: torch.Tensor | None
     erase: Erase | None
 
 
-@torch.no_grad()
-def prepare(k, rate, log_decay, momentum, applied, rule: MemoryRule) -> list[Prepared]:
-    """:class:`Prepared` for every chunk of k [N, n, c, D], rates and the rest [N, n, c, 1], in one go."""
-    chunks = k.shape[1]
-    flat = [None if x is None else x[..., 0] for x in (log_decay, momentum, applied)]
-    coefficients = chunk_coefficients(*flat)
-    gram = erase = None
-    if rule.erases(True):
-        if rule.proximal:
-            rate = proximal_rate(rate, k)
-        gram = k @ k.transpose(-1, -2)
-        erase = erase_matrices(gram.clone(), rate, coefficients.decay.strict)
-    whole = Prepared(coefficients, flat[2], rate, gram, erase)
-    return _by_chunk(whole, chunks)
+class _Served(NamedTuple):
+    """What a chunk computes at its snapshot."""
+
+    base: list[torch.Tensor]
+    inputs: torch.Tensor  # k, and for snapshot reads then q
+    hidden: Activated | None
+    error: torch.Tensor
+    factor: torch.Tensor | None
+    signal: Signal | None
+
+
+class _Layer(NamedTuple):
+    """What a layer takes in over a chunk: its input, δ, and what it erases with; then what it wrote."""
+
+    x: torch.Tensor
+    delta: torch.Tensor
+    rate: torch.Tensor
+    gram: torch.Tensor | None
+    erase: Erase | None
+    write: Write | MomentumWrite | None = None
+
+
+class _Made(NamedTuple):
+    """What the adjoint of a chunk needs."""
+
+    fresh: bool  # no snapshot of its own: it was the running weights
+    running: list[torch.Tensor]
+    velocity: list[torch.Tensor]
+    served: _Served
+    layers: list[_Layer]
+    probe: Activated | None  # the hidden layer of running reads
+    reads: list[Read]
+
+
+class _Collected(NamedTuple):
+    """Adjoints that end at a segment's tokens, by chunk; summed over layers but for the first one's own."""
+
+    rate: torch.Tensor  # of the rate as given, from later layers
+    first_rate: torch.Tensor  # of the first layer's
+    gram: torch.Tensor | None
+    decays: dict[str, torch.Tensor]
+    velocity: VelocityAdjoint | None
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenChunks:
+    """For :func:`~nl_kernels.chunk_recompute.run_with_adjoint`; tensors as in ``rows.py``."""
+
+    rule: MemoryRule
+    read: str
+    chunk_size: int
+    grid: ChunkGrid
+
+    def forward(self, segment: Segment, state: State, constants: State, sequences: State, keep: bool):
+        running, velocity, snapshot = (_present(state[i : i + 2]) for i in (0, 2, 4))
+        anchor = _present(constants)
+        prepared = self._prepare(segment, _Tokens(*sequences))
+        outputs, made = [], []
+        for i, shared in enumerate(_by_chunk(prepared, segment.chunks)):
+            tokens = _Tokens(*chunk_of(sequences, segment, i))
+            served, o = self._serve(tokens, snapshot or running, anchor, keep)
+            layers = self._layer_inputs(tokens, shared, served)
+            layers, after, velocity_after = self._write(layers, running, velocity, shared.coefficients)
+            probe, reads = None, []
+            if self.read == "running":
+                o, probe, reads = self._read(tokens.q, running, anchor, layers, shared.coefficients, keep)
+            outputs.append(o + tokens.q if self.rule.residual else o)
+            if keep:
+                made.append(_Made(not snapshot, running, velocity, served, layers, probe, reads))
+            met = self._met(segment, i)
+            old = snapshot or [None] * len(running)
+            snapshot = _present([take_snapshot(met, *x) for x in zip(after, running, old)])
+            running, velocity = after, velocity_after
+        return (*_pair(running), *_pair(velocity), *_pair(snapshot)), outputs, (prepared, made)
+
+    def backward(
+        self,
+        segment: Segment,
+        made: tuple[_Prepared, list[_Made]],
+        constants: State,
+        sequences: State,
+        grad_state: State,
+        grad_output: torch.Tensor | None,
+        grad_constants: State,
+        grad_sequences: State,
+    ) -> State:
+        prepared, chunks = made
+        shared = _by_chunk(prepared, segment.chunks)
+        deep = len(chunks[0].running)
+        anchor = _present(constants)
+        running, velocity, snapshot = (list(grad_state[i : i + deep]) for i in (0, 2, 4))
+        collected = []
+        for i in reversed(range(segment.chunks)):
+            chunk, tokens = chunks[i], _Tokens(*chunk_of(sequences, segment, i))
+            chunks[i] = None
+            (grad_o,) = chunk_of((grad_output,), segment, i)
+            met = self._met(segment, i)
+            running, old = map(list, zip(*(snapshot_adjoint(met, *x) for x in zip(running, snapshot))))
+            running = [torch.zeros_like(x) if g is None else g for g, x in zip(running, chunk.running)]
+            if chunk.velocity:
+                velocity = [torch.zeros_like(x) if g is None else g for g, x in zip(velocity, chunk.velocity)]
+            grad_q, grad_k, grad_v, running, velocity, base, at_anchor, found = self._chunk_adjoint(
+                tokens, shared[i], chunk, anchor, grad_o, running, velocity
+            )
+            collected.append(found)
+            for place, grad in zip(chunk_of(grad_sequences[:3], segment, i), (grad_q, grad_k, grad_v)):
+                if place is not None:
+                    place.zero_() if grad is None else place.copy_(grad)
+            for total, grad in zip(grad_constants, at_anchor):
+                if total is not None:
+                    total += grad
+            snapshot = [b if o is None else b + o for b, o in zip(base, old)]
+            if chunk.fresh:
+                running = [g.add_(s) for g, s in zip(running, snapshot)]
+                snapshot = [None] * deep
+        self._token_adjoints(segment, prepared, _joined(collected[::-1]), _Tokens(*sequences), grad_sequences)
+        return (*_pair(running), *_pair(velocity), *_pair(snapshot))
+
+    def _met(self, segment: Segment, i: int) -> bool | torch.Tensor:
+        met = self.grid.meets_boundary(segment.slot + (i + 1) * segment.length, self.chunk_size)
+        return met if isinstance(met, bool) else met[:, None, None]
+
+    def _prepare(self, segment: Segment, tokens: _Tokens) -> _Prepared:
+        """For every chunk of a segment in one go: tensors [N, n, c, ·]."""
+        shape = (segment.chunks, segment.length)
+        _, k, _, rate, log_decay, momentum, applied = (
+            None if x is None else x.unflatten(1, shape) for x in tokens
+        )
+        if applied is not None:
+            rate, log_decay = rate * applied, log_decay.masked_fill(applied == 0, 0)
+            momentum = None if momentum is None else momentum.where(applied != 0, 1)
+        flat = (None if x is None else x[..., 0] for x in (log_decay, momentum, applied))
+        coefficients = chunk_coefficients(*flat)
+        used, gram, erase = rate, None, None
+        if self.rule.erases(True):
+            used = proximal_rate(rate, k) if self.rule.proximal else rate
+            gram = k @ k.mT
+            erase = erase_matrices(gram.clone(), used, coefficients.decay.strict)
+        return _Prepared(coefficients, rate, used, gram if momentum is not None else None, erase)
+
+    def _serve(self, tokens: _Tokens, base, anchor, keep: bool) -> tuple[_Served, torch.Tensor]:
+        """At the snapshot: errors of the keys and what of them reaches the first layer, and the reads."""
+        q, k, v = tokens[:3]
+        size = k.shape[1]
+        base = [x + a for x, a in zip(base, anchor)] if anchor else base
+        inputs = k if self.read == "running" else torch.cat([k, q], 1)
+        made, hidden = torch.bmm(inputs, base[0].mT), None
+        if len(base) == 2:
+            hidden = activated(made, self.rule, curved=slice(None, size) if keep else False)
+            made = torch.bmm(hidden.value, base[1].mT)
+        error = made[:, :size] - v
+        if self.rule.residual:
+            error += k
+        factor = length_factor(error, self.rule.error_bound)
+        if factor is not None:
+            error.mul_(factor)
+        signal = None
+        if hidden is not None:
+            keys = hidden.rows(slice(None, size))
+            signal = error_signal(torch.bmm(error, base[1]), keys, self.rule)
+        return _Served(base, inputs, hidden, error, factor, signal), made[:, size:]
+
+    def _layer_inputs(self, tokens: _Tokens, shared: _Prepared, served: _Served) -> list[_Layer]:
+        """The layers' inputs, the first one's prepared."""
+        if served.hidden is None:
+            return [_Layer(tokens.k, served.error, shared.rate, shared.gram, shared.erase)]
+        first = _Layer(tokens.k, served.signal.value, shared.rate, shared.gram, shared.erase)
+        x, rate, gram, erase = served.hidden.value[:, : tokens.k.shape[1]], shared.given_rate, None, None
+        if self.rule.erases(False):
+            rate = proximal_rate(rate, x) if self.rule.proximal else rate
+            gram = torch.bmm(x, x.mT)
+            kept = gram.clone() if tokens.momentum is not None else gram
+            erase = erase_matrices(kept, rate, shared.coefficients.decay.strict)
+        return [first, _Layer(x, served.error, rate, gram, erase)]
+
+    def _write(self, layers: list[_Layer], running, velocity, coefficients: ChunkCoefficients):
+        """The layers with what they wrote, and weights and velocities after the chunk."""
+        found = []
+        for i, (x, delta, rate, gram, erase, _) in enumerate(layers):
+            if velocity:
+                found.append(
+                    momentum_forward(velocity[i], running[i], x, delta, rate, coefficients, gram, erase)
+                )
+            else:
+                after, write = write_forward(running[i], x, delta, rate, coefficients.decay, erase)
+                found.append((after, None, write))
+        after, velocity_after, writes = zip(*found)
+        layers = [layer._replace(write=write) for layer, write in zip(layers, writes)]
+        return layers, list(after), _present(velocity_after)
+
+    def _read(self, q, running, anchor, layers: list[_Layer], coefficients: ChunkCoefficients, keep: bool):
+        """Reads after each token, in every layer."""
+        y, probe, reads = q, None, []
+        for i, layer in enumerate(layers):
+            if i == 1:
+                y = probe = activated(y, self.rule, sloped=keep, curved=False)
+                y = probe.value
+            fixed = anchor[i] if anchor else None
+            y, read = read_forward(y, running[i], fixed, layer.x, layer.write.written, coefficients.decay)
+            reads.append(read)
+        return y, probe, reads
+
+    def _read_adjoint(self, grad_o, q, made: _Made, anchor, decay) -> list[ReadAdjoint]:
+        """By layer, from the gradient of the running reads."""
+        found, grad = [], grad_o
+        for i in reversed(range(len(made.layers))):
+            queries = q if i == 0 else made.probe.value
+            layer, fixed = made.layers[i], anchor[i] if anchor else None
+            part = read_adjoint(
+                grad, queries, made.running[i], fixed, layer.x, layer.write.written, decay, made.reads[i]
+            )
+            found.append(part)
+            if i == 1:
+                grad = hidden_adjoint(part.queries, made.probe)
+        return found[::-1]
+
+    def _chunk_adjoint(self, tokens, shared, made: _Made, anchor, grad_o, grad_after, grad_velocity):
+        """Gradients of q, k, v, weights, velocities, snapshot and anchor, and the collected."""
+        decay, momentum = shared.coefficients.decay, len(made.velocity) > 0
+        reads = []
+        if grad_o is not None and self.read == "running":
+            reads = self._read_adjoint(grad_o, tokens.q, made, anchor, decay)
+        parts, velocities = [], []
+        for i, layer in enumerate(made.layers):
+            if momentum:
+                part, moving = momentum_adjoint(
+                    grad_after[i],
+                    grad_velocity[i],
+                    made.running[i],
+                    made.velocity[i],
+                    layer.x,
+                    layer.delta,
+                    layer.write,
+                    layer.rate,
+                    shared.coefficients,
+                    layer.gram,
+                    layer.erase,
+                )
+                velocities.append(moving)
+            else:
+                part = write_adjoint(
+                    grad_after[i],
+                    reads[i].written if reads else None,
+                    made.running[i],
+                    layer.x,
+                    layer.write,
+                    layer.rate,
+                    decay,
+                    layer.erase,
+                )
+            parts.append(part)
+        at_inputs = [part.x for part in parts]
+        for at_x, read in zip(at_inputs, reads):
+            at_x += read.x
+
+        grad_rate = torch.zeros_like(shared.rate)
+        if len(parts) == 2:
+            grad_rate = self._hidden_adjoint(made.layers[1], parts[1], velocities[1:], shared, at_inputs[1])
+        grad_q, at_k, at_error, base = self._serve_adjoint(made.served, parts, at_inputs, grad_o)
+        if reads:
+            grad_q = reads[0].queries
+        if self.rule.residual:
+            at_k += at_error
+            grad_q = grad_q if grad_o is None else grad_q + grad_o
+        state = [part.state for part in parts]
+        for grad, read in zip(state, reads):
+            grad += read.state
+        at_anchor = base if anchor else []
+        if anchor and reads:
+            at_anchor = [grad + read.anchor for grad, read in zip(base, reads)]
+        found = _Collected(
+            grad_rate,
+            parts[0].rate,
+            _gram_part(parts[0], velocities[:1], shared.coefficients),
+            _summed([_decays(part) for part in parts], [_read_decays(read) for read in reads]),
+            _summed_velocity(velocities),
+        )
+        moving = [part.state for part in velocities]
+        return grad_q, at_k, at_error.neg_(), state, moving, base, at_anchor, found
+
+    def _hidden_adjoint(self, layer: _Layer, part: WriteAdjoint, velocities, shared: _Prepared, at_keys):
+        """The gradient of the given rate from the outer layer; adds to that of its input, ``at_keys``."""
+        gram = _gram_part(part, velocities, shared.coefficients)
+        if gram is not None:
+            at_keys += gram_adjoint(gram, layer.x)
+        if layer.erase is None or not self.rule.proximal:
+            return part.rate
+        grad_rate, extra = proximal_adjoint(part.rate, shared.given_rate, layer.x, layer.rate)
+        at_keys += extra
+        return grad_rate
+
+    def _serve_adjoint(self, served: _Served, parts, at_inputs, grad_o):
+        """Gradients of q, of k but for what :meth:`_token_adjoints` adds, the error, and the snapshot."""
+        rule, at_k, size = self.rule, at_inputs[0], at_inputs[0].shape[1]
+        grad_base, radial, at_slope = [], None, None
+        at_error = parts[-1].signal
+        if served.hidden is not None:
+            keys = served.hidden.rows(slice(None, size))
+            at_back, at_value, at_slope, radial = signal_adjoint(parts[0].signal, served.signal, keys, rule)
+            at_keys = at_inputs[1] if at_value is None else at_inputs[1].add_(at_value)
+            at_error.baddbmm_(at_back, served.base[1].mT)
+            grad_base.append(torch.bmm(served.error.mT, at_back))
+        at_error = bound_adjoint(at_error, served.error, served.factor, rule.error_bound)
+        at_made = at_error
+        if self.read == "snapshot":
+            at_made = torch.cat([at_error, torch.zeros_like(at_error) if grad_o is None else grad_o], 1)
+        if served.hidden is not None:
+            grad_base[0].baddbmm_(at_made.mT, served.hidden.value)
+            at_hidden = torch.bmm(at_made, served.base[1])
+            at_hidden[:, :size] += at_keys
+            at_made = hidden_adjoint(at_hidden, served.hidden, radial)
+            at_made[:, :size] += at_slope
+        grad_base.insert(0, torch.bmm(at_made.mT, served.inputs))
+        at_tokens = torch.bmm(at_made, served.base[0])
+        at_k += at_tokens[:, :size]
+        return at_tokens[:, size:] if self.read == "snapshot" else None, at_k, at_error, grad_base
+
+    def _token_adjoints(
+        self, segment: Segment, prepared: _Prepared, found: _Collected, tokens: _Tokens, grads: State
+    ) -> None:
+        """Gradients that a whole segment's tokens get at once: of rates, decays, momenta, and keys."""
+        shape = (segment.chunks, segment.length)
+        k, momentum, applied = (
+            None if x is None else x.unflatten(1, shape) for x in (tokens.k, tokens.momentum, tokens.applied)
+        )
+        grad_first = found.first_rate
+        at_k = None if found.gram is None else (found.gram + found.gram.mT) @ k
+        if self.rule.erases(True) and self.rule.proximal:
+            grad_first, extra = proximal_adjoint(grad_first, prepared.given_rate, k, prepared.rate)
+            at_k = at_k + extra
+        grad_rate = found.rate + grad_first
+        grad_momentum = None
+        if momentum is None:
+            grad_decay = decay_adjoint(segment.length, k, **found.decays)
+        else:
+            if applied is not None:
+                momentum = momentum.where(applied != 0, 1)
+            grad_decay, grad_momentum = momentum_coefficient_adjoint(
+                [found.velocity],
+                prepared.coefficients,
+                momentum[..., 0],
+                None if applied is None else applied[..., 0],
+                found.decays,
+            )
+            grad_momentum = grad_momentum[..., None]
+        found = [grad_rate, grad_decay[..., None], grad_momentum]
+        if applied is not None:
+            found = [None if x is None else x.masked_fill(applied == 0, 0) for x in found]
+        for place, grad in zip(grads[3:6], found):
+            if place is not None:
+                place.copy_(grad.flatten(1, 2))
+        if grads[1] is not None and at_k is not None:
+            grads[1].add_(at_k.flatten(1, 2))
+
+
+def _present(pair) -> list[torch.Tensor]:
+    """The layers that there are."""
+    return [x for x in pair if x is not None]
+
+
+def _pair(layers) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (*layers, None, None)[:2]
 
 
 def _by_chunk(value, chunks: int) -> list:
@@ -71,253 +450,50 @@ def _by_chunk(value, chunks: int) -> list:
     return [type(value)(*parts) for parts in zip(*(_by_chunk(part, chunks) for part in value))]
 
 
-def supports(rule: MemoryRule, read: str, momentum: bool, linear: bool) -> bool:
-    """Whether derivatives are written out for these options; autograd does the others."""
-    return not linear and not (momentum and read == "running")
+def _joined(values: list):
+    """The inverse of :func:`_by_chunk`; dictionaries too."""
+    first = values[0]
+    if first is None:
+        return None
+    if isinstance(first, torch.Tensor):
+        return torch.stack(values, 1)
+    if isinstance(first, dict):
+        return {name: _joined([value[name] for value in values]) for name in first}
+    return type(first)(*map(_joined, zip(*values)))
 
 
-def fused_chunk(rule, read, prepared: Prepared, tokens, running, velocity, snapshot, anchor):
-    """What a chunk reads and writes: reads [N, c, Dv] without residual, layers after it, velocities after it.
-
-    Args:
-        rule, read: as in :func:`~nl_kernels.ops.deep_memory.api.deep_memory`.
-        prepared: of :func:`prepare`, from the same tokens.
-        tokens: q, k, v [N, c, ·]; rate, log decay, momentum [N, c, 1], the last one or ``None``.
-        running, velocity, snapshot, anchor: pairs of layers, or of ``None``: no momentum; the snapshot
-            is ``running``; no anchor.
-    """
-    arguments = (rule, read, prepared, *tokens, *running, *velocity, *snapshot, *anchor)
-    if not torch.is_grad_enabled():
-        found = _forward(*arguments, keep=False)[0]
-        return found[0], list(found[1:3]), list(found[3:5])
-    found = _FusedChunk.apply(*arguments)
-    return found[0], list(found[1:3]), list(found[3:5])
+def _decays(part: WriteAdjoint) -> dict[str, torch.Tensor | None]:
+    return {name: getattr(part, name) for name in ("strict", "before", "to_end", "final")}
 
 
-class _FusedChunk(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *arguments):
-        found, ctx.made = _forward(*arguments, keep=True)
-        ctx.rule, ctx.read, ctx.prepared = arguments[:3]
-        ctx.save_for_backward(*arguments[3:])
-        ctx.set_materialize_grads(False)
-        return found
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        return (
-            None,
-            None,
-            None,
-            *_backward(ctx.rule, ctx.read, ctx.prepared, ctx.made, ctx.saved_tensors, grads),
-        )
+def _read_decays(part: ReadAdjoint) -> dict[str, torch.Tensor | None]:
+    return {name: getattr(part, name) for name in ("after", "full")}
 
 
-def _forward(
-    rule,
-    read,
-    prepared,
-    q,
-    k,
-    v,
-    rate,
-    log_decay,
-    momentum,
-    first,
-    last,
-    first_velocity,
-    last_velocity,
-    first_snapshot,
-    last_snapshot,
-    first_anchor,
-    last_anchor,
-    *,
-    keep: bool,
-):
-    size, snapshot_read = k.shape[1], read == "snapshot"
-    coefficients = prepared.coefficients
-    decay = coefficients.decay
-    inner, outer = (first, last) if first_snapshot is None else (first_snapshot, last_snapshot)
-    if first_anchor is not None:
-        inner, outer = inner + first_anchor, outer + last_anchor
-
-    tokens = torch.cat([k, q], 1) if snapshot_read else k
-    hidden = activated(torch.bmm(tokens, inner.transpose(1, 2)), rule)
-    made = torch.bmm(hidden.value, outer.transpose(1, 2))
-    keys = hidden.rows(slice(None, size))
-    error = made[:, :size] - v
-    if rule.residual:
-        error += k
-    factor = length_factor(error, rule.error_bound)
-    if factor is not None:
-        error.mul_(factor)
-    signal = error_signal(torch.bmm(error, outer), keys, rule)
-
-    erase = gram = None
-    hidden_rate = rate
-    if rule.erases(False):
-        if rule.proximal:
-            hidden_rate = proximal_rate(rate, keys.value)
-        gram = torch.bmm(keys.value, keys.value.transpose(1, 2))
-        erase = erase_matrices(gram.clone() if momentum is not None else gram, hidden_rate, decay.strict)
-    first_arguments = (first, k, signal.value, prepared.rate)
-    last_arguments = (last, keys.value, error, hidden_rate)
-    first_velocity_after = last_velocity_after = None
-    if momentum is None:
-        first_after, first_write = write_forward(*first_arguments, decay, prepared.erase)
-        last_after, last_write = write_forward(*last_arguments, decay, erase)
-    else:
-        first_after, first_velocity_after, first_write = momentum_forward(
-            first_velocity, *first_arguments, coefficients, prepared.gram, prepared.erase
-        )
-        last_after, last_velocity_after, last_write = momentum_forward(
-            last_velocity, *last_arguments, coefficients, gram, erase
-        )
-    probe = reads = None
-    if snapshot_read:
-        o = made[:, size:].contiguous()
-    else:
-        z, first_read = read_forward(q, first, first_anchor, k, first_write.written, decay)
-        probe = activated(z, rule, sloped=keep, curved=False)
-        o, last_read = read_forward(probe.value, last, last_anchor, keys.value, last_write.written, decay)
-        reads = first_read, last_read
-    found = (o, first_after, last_after, first_velocity_after, last_velocity_after)
-    if not keep:
-        return found, None
-    state = (inner, outer, tokens, hidden, error, factor, signal)
-    return found, (*state, hidden_rate, gram, erase, first_write, last_write, probe, reads)
+def _summed(*groups: list[dict[str, torch.Tensor | None]]) -> dict[str, torch.Tensor]:
+    """Sums over the layers of each group, by name; without what is ``None`` in all."""
+    found: dict[str, torch.Tensor] = {}
+    for layer in (layer for group in groups for layer in group):
+        for name, part in layer.items():
+            if part is not None:
+                found[name] = found[name].add_(part) if name in found else part
+    return found
 
 
-def _backward(rule, read, prepared, made, saved, grads):
-    q, k, _, rate, _, momentum, first, last, first_velocity, last_velocity = saved[:10]
-    first_snapshot, _, first_anchor, last_anchor = saved[10:]
-    (inner, outer, tokens, hidden, error, factor, signal) = made[:7]
-    hidden_rate, gram, erase, first_write, last_write, probe, reads = made[7:]
-    size = k.shape[1]
-    keys = hidden.rows(slice(None, size))
-    coefficients = prepared.coefficients
-    decay = coefficients.decay
-    states = (first, last, first_velocity, last_velocity)
-    grad_o, *after = (
-        g if g is not None or x is None else torch.zeros_like(x) for g, x in zip(grads, (None, *states))
-    )
-
-    at_first_written = at_last_written = probed = None
-    decay_parts: dict[str, torch.Tensor] = {}
-    if read == "running" and grad_o is not None:
-        read_last = read_adjoint(
-            grad_o, probe.value, last, last_anchor, keys.value, last_write.written, decay, reads[1]
-        )
-        at_probe = hidden_adjoint(read_last.queries, probe)
-        read_first = read_adjoint(at_probe, q, first, first_anchor, k, first_write.written, decay, reads[0])
-        at_first_written, at_last_written = read_first.written, read_last.written
-        decay_parts = {
-            "after": read_first.after + read_last.after,
-            "full": read_first.full + read_last.full,
-        }
-        probed = read_first, read_last
-
-    layers = (
-        (after[0], after[2], at_first_written, first, first_velocity, k, signal.value, first_write, prepared),
-        (after[1], after[3], at_last_written, last, last_velocity, keys.value, error, last_write, None),
-    )
-    found = []
-    for grad, grad_velocity, outer_grad, state, velocity, x, delta, write, shared in layers:
-        matrices = (prepared.gram, prepared.erase) if shared else (gram, erase)
-        used = prepared.rate if shared else hidden_rate
-        if momentum is None:
-            found.append(write_adjoint(grad, outer_grad, state, x, write, used, decay, matrices[1]))
-        else:
-            found.append(
-                momentum_adjoint(
-                    grad, grad_velocity, state, velocity, x, delta, write, used, coefficients, *matrices
-                )
-            )
-    at_first, at_last = (part if momentum is None else part.layer for part in found)
-    for name in ("strict", "before", "to_end", "final"):
-        parts = [x for x in (getattr(at_first, name), getattr(at_last, name)) if x is not None]
-        if parts:
-            decay_parts[name] = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-
-    at_k, at_keys = at_first.x, at_last.x
-    if probed is not None:
-        at_k += probed[0].x
-        at_keys += probed[1].x
-    if at_first.gram is not None:
-        at_k = at_k.add_(gram_adjoint(_weighted(found[0], decay, coefficients), k))
-    if at_last.gram is not None:
-        at_keys = at_keys.add_(gram_adjoint(_weighted(found[1], decay, coefficients), keys.value))
-    grad_rate = at_first.rate
-    if prepared.erase is not None and rule.proximal:
-        grad_rate, extra = proximal_adjoint(grad_rate, rate, k, prepared.rate)
-        at_k += extra
-    grad_hidden_rate = at_last.rate
-    if erase is not None and rule.proximal:
-        grad_hidden_rate, extra = proximal_adjoint(grad_hidden_rate, rate, keys.value, hidden_rate)
-        at_keys += extra
-    grad_rate = grad_rate + grad_hidden_rate
-    if momentum is None:
-        grad_decay, grad_momentum = decay_adjoint(size, k, **decay_parts), None
-    else:
-        grad_decay, grad_momentum = momentum_coefficient_adjoint(
-            [part.velocity for part in found], coefficients, momentum[..., 0], prepared.applied, decay_parts
-        )
-        grad_momentum = grad_momentum[..., None]
-
-    at_back, at_value, at_slope, radial = signal_adjoint(at_first.signal, signal, keys, rule)
-    if at_value is not None:
-        at_keys += at_value
-    at_error = at_last.signal.baddbmm_(at_back, outer.transpose(1, 2))
-    at_error = bound_adjoint(at_error, error, factor, rule.error_bound)
-    grad_outer = torch.bmm(error.transpose(1, 2), at_back)
-    at_made = at_error
-    if read == "snapshot":
-        at_made = torch.cat([at_error, torch.zeros_like(at_error) if grad_o is None else grad_o], 1)
-    grad_outer.baddbmm_(at_made.transpose(1, 2), hidden.value)
-    at_hidden = torch.bmm(at_made, outer)
-    at_hidden[:, :size] += at_keys
-    at_z = hidden_adjoint(at_hidden, hidden, radial)
-    at_z[:, :size] += at_slope
-    grad_inner = torch.bmm(at_z.transpose(1, 2), tokens)
-    at_tokens = torch.bmm(at_z, inner)
-    at_k += at_tokens[:, :size]
-    if rule.residual:
-        at_k += at_error
-    grad_q = at_tokens[:, size:] if read == "snapshot" else None
-
-    grad_anchor = (None, None) if first_anchor is None else (grad_inner, grad_outer)
-    grad_state = [at_first.state, at_last.state]
-    grad_snapshot = (None, None)
-    if first_snapshot is None:
-        grad_state = [at_first.state + grad_inner, at_last.state + grad_outer]
-    else:
-        grad_snapshot = (grad_inner, grad_outer)
-    if probed is not None:
-        read_first, read_last = probed
-        grad_q = read_first.queries
-        grad_state = [grad_state[0] + read_first.state, grad_state[1] + read_last.state]
-        if first_anchor is not None:
-            grad_anchor = (grad_inner + read_first.anchor, grad_outer + read_last.anchor)
-    grad_velocity = (None, None) if momentum is None else [part.velocity.state for part in found]
-    return (
-        grad_q,
-        at_k,
-        -at_error,
-        grad_rate,
-        grad_decay[..., None],
-        grad_momentum,
-        *grad_state,
-        *grad_velocity,
-        *grad_snapshot,
-        *grad_anchor,
-    )
+def _summed_velocity(velocities: list[VelocityAdjoint]) -> VelocityAdjoint | None:
+    """Their sum, without what is no coefficient's."""
+    if not velocities:
+        return None
+    names = ("strict", "before", "to_end", "final", "carried_to_end", "carried_final")
+    found = _summed([{name: getattr(part, name) for name in names} for part in velocities])
+    return VelocityAdjoint(None, None, *(found.get(name) for name in names))
 
 
-def _weighted(part, decay, coefficients):
+def _gram_part(part: WriteAdjoint, velocities, coefficients: ChunkCoefficients) -> torch.Tensor | None:
     """The adjoint of a layer's x xᵀ."""
-    layer = part.layer if hasattr(part, "layer") else part
-    weighted = layer.gram * decay.strict
-    if layer is not part:
-        weighted.addcmul_(part.velocity.gram, coefficients.mixed.strict)
-    return weighted
+    if part.gram is None:
+        return None
+    gram = part.gram * coefficients.decay.strict
+    for moving in velocities:
+        gram.addcmul_(moving.gram, coefficients.mixed.strict)
+    return gram

@@ -35,6 +35,7 @@ from nl_kernels.hidden_layer import bound_adjoint, length_factor, row_dot
 from nl_kernels.memory_rule import MemoryRule, inverse_norm
 from nl_kernels.ops.self_modifying.rows import ABSENT
 from nl_kernels.ops.self_modifying.state import MemoryStack
+from nl_kernels.snapshot import Met, snapshot_adjoint, take_snapshot
 
 KEPT_BYTES = 16 << 20  # of activations that are not recomputed
 WIDE = 3  # memories whose output is as wide as their input; the gates follow
@@ -150,12 +151,7 @@ class LinearChunks:
             if keep:
                 made.append(found)
             end = segment.slot + (i + 1) * segment.length
-            met = self._refreshed(end, weights.shape[1])
-            if met is True:
-                snapshot = None
-            else:
-                old = weights if snapshot is None else snapshot
-                snapshot = old if met is False else torch.where(met, after, old)
+            snapshot = take_snapshot(self._met(end, weights.shape[1]), after, weights, snapshot)
             weights = after
         return (weights, snapshot), outputs, made
 
@@ -176,7 +172,8 @@ class LinearChunks:
             (grad_o,) = chunk_of((grad_output,), segment, i)
             end = segment.slot + (i + 1) * segment.length
             grad_weights, grad_snapshot = (self._remembered(end, g) for g in (grad_weights, grad_snapshot))
-            grad_weights, grad_old = self._refresh_adjoint(end, grad_weights, grad_snapshot)
+            met = self._met(end, made[i].weights.shape[1])
+            grad_weights, grad_old = snapshot_adjoint(met, grad_weights, grad_snapshot)
             if grad_weights is None:
                 grad_weights = torch.zeros_like(made[i].weights)
             grad_inputs, grad_gates, grad_weights, grad_base, grad_anchor = self._backward(
@@ -367,7 +364,7 @@ class LinearChunks:
             grad_query += grad_o
         return (grad_key, grad_value, grad_query, grad_gate), grad_gates, grad_weights, grad_base, grad_anchor
 
-    def _refreshed(self, end: int, rows: int) -> bool | torch.Tensor:
+    def _met(self, end: int, rows: int) -> Met:
         """Where the snapshot is taken anew after the chunk that ends at slot ``end``: by row of W."""
         own = self.options.grid.meets_boundary(end, self.options.chunk_size)
         others = self.options.grid.meets_boundary(end, self.options.generator_chunk_size)
@@ -378,16 +375,6 @@ class LinearChunks:
         read = (row >= 2 * width) & (row < WIDE * width)
         own, others = (torch.as_tensor(met, device=row.device).reshape(-1, 1, 1) for met in (own, others))
         return torch.where(read, own, others)
-
-    def _refresh_adjoint(self, end: int, grad_after: torch.Tensor | None, grad_snapshot: torch.Tensor | None):
-        """Gradients of W after the chunk and of the snapshot before it, from those of the states after it."""
-        if grad_snapshot is None:
-            return grad_after, None
-        met = self._refreshed(end, grad_snapshot.shape[1])
-        if isinstance(met, bool):  # met here has no snapshot after it, so no gradient either
-            return grad_after, grad_snapshot
-        taken = grad_snapshot.where(met, 0)
-        return taken if grad_after is None else grad_after + taken, grad_snapshot.masked_fill(met, 0)
 
     def _remembered(self, end: int, grad: torch.Tensor | None) -> torch.Tensor | None:
         """``grad`` at slot ``end``, without what the truncation cuts there."""

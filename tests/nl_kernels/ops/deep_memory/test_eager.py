@@ -23,6 +23,20 @@ RULES = {
 }
 
 
+# The paths of the implementation: derivatives by autograd, and written out for every kind of memory and read.
+PATHS = pytest.mark.parametrize(
+    ("kind", "read"),
+    [
+        ({"momentum": True}, "running"),
+        ({"momentum": True}, "snapshot"),
+        ({}, "running"),
+        ({"hidden": None, "momentum": True}, "snapshot"),
+        ({"hidden": None}, "running"),
+    ],
+    ids=["autograd", "momentum, snapshot", "running", "linear, momentum, snapshot", "linear, running"],
+)
+
+
 def make(batch, length, heads=2, width=3, hidden=4, **options):
     return deep_memory_inputs(
         batch, length, heads, width, hidden, dtype=torch.float64, requires_grad=True, **options
@@ -39,8 +53,8 @@ def test_equals_the_definition(rule, read, momentum):
 @pytest.mark.parametrize("momentum", [False, True], ids=["", "momentum"])
 @pytest.mark.parametrize("read", ["snapshot", "running"])
 def test_the_linear_memory_equals_the_definition(read, momentum):
-    for rule in (DEFAULT, LITERAL):
-        inputs = make(1, 9, hidden=None, momentum=momentum)
+    for rule in RULES.values():
+        inputs = make(2, 9, hidden=None, momentum=momentum)
         compare(deep_memory, inputs, rule=rule, read=read, chunk_size=4)
 
 
@@ -73,14 +87,15 @@ def test_weights_by_sequence():
     compare(deep_memory, inputs, chunk_size=4)
 
 
+@PATHS
 @pytest.mark.parametrize("anchored", [True, False])
 @pytest.mark.parametrize("at", [3, 4])
-def test_gradients_reach_the_initial_state(at, anchored):
-    rule = dataclasses.replace(DEFAULT, anchored=anchored)
-    inputs = make(2, 12, momentum=True)
-    _, state = deep_memory(**tokens(inputs, 0, at), rule=rule, chunk_size=4, output_final_state=True)
+def test_gradients_reach_the_initial_state(at, anchored, kind, read):
+    options = {"rule": dataclasses.replace(DEFAULT, anchored=anchored), "chunk_size": 4, "read": read}
+    inputs = make(2, 12, **kind)
+    _, state = deep_memory(**tokens(inputs, 0, at), **options, output_final_state=True)
     rest = {**tokens(inputs, at, 12), "initial_state": leaves_like(state)}
-    compare(deep_memory, rest, rule=rule, chunk_size=4)
+    compare(deep_memory, rest, **options)
 
 
 def test_forgetting_everything_is_exact():
@@ -92,10 +107,10 @@ def test_forgetting_everything_is_exact():
     compare(deep_memory, inputs, chunk_size=4)
 
 
-@pytest.mark.parametrize("read", ["snapshot", "running"])
+@PATHS
 @pytest.mark.parametrize("impl", ["eager", "reference"])
-def test_split_equals_whole_at_every_cut(impl, read):
-    inputs = make(1, 10, momentum=True)
+def test_split_equals_whole_at_every_cut(impl, kind, read):
+    inputs = make(1, 10, **kind)
     options = {"read": read, "chunk_size": 4, "impl": impl}
     values, gradients, _ = results(deep_memory, inputs, **options)
 
@@ -116,21 +131,24 @@ def test_split_equals_whole_at_every_cut(impl, read):
         assert_same(found_gradients, gradients)
 
 
-@pytest.mark.parametrize("read", ["snapshot", "running"])
-def test_decoding_equals_the_forward_pass_when_sequences_are_apart(read):
+@PATHS
+def test_decoding_equals_the_forward_pass_when_sequences_are_apart(kind, read):
     # Three sequences, at positions 0, 1 and 3 of their chunks when decoding starts.
     length, chunk_size, heads = 9, 4, [4, 1, 3]
-    inputs = make(3, length, momentum=True)
+    inputs = make(3, length, **kind)
     options = {"read": read, "chunk_size": chunk_size, "output_final_state": True}
     with torch.no_grad():
-        rows = [{n: x if n == "weights" else x[i : i + 1] for n, x in inputs.items()} for i in range(3)]
+        rows = [
+            {n: x if n == "weights" or x is None else x[i : i + 1] for n, x in inputs.items()}
+            for i in range(3)
+        ]
         whole = [deep_memory(**row, **options) for row in rows]
         starts = [deep_memory(**tokens(row, 0, head), **options)[1] for row, head in zip(rows, heads)]
         state = join(starts)
         for step in range(length - max(heads)):
             token = {
                 n: x
-                if n == "weights"
+                if n == "weights" or x is None
                 else torch.cat([x[i : i + 1, h + step : h + step + 1] for i, h in enumerate(heads)])
                 for n, x in inputs.items()
             }
@@ -146,15 +164,16 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("kind", MASKS)
+@PATHS
+@pytest.mark.parametrize("padding", MASKS)
 @pytest.mark.parametrize("resume", [False, True], ids=["", "resumed apart"])
-def test_padding_equals_separate_sequences(kind, resume):
-    mask = torch.tensor(MASKS[kind], dtype=torch.bool)
-    inputs = make(3, 7, momentum=True)
-    options = {"chunk_size": 3, "read": "running"}
+def test_padding_equals_separate_sequences(padding, resume, kind, read):
+    mask = torch.tensor(MASKS[padding], dtype=torch.bool)
+    inputs = make(3, 7, **kind)
+    options = {"chunk_size": 3, "read": read}
     states = [None] * 3
     if resume:
-        earlier = make(1, 5, momentum=True, seed=1) | {"weights": inputs["weights"]}
+        earlier = make(1, 5, seed=1, **kind) | {"weights": inputs["weights"]}
         states = [
             leaves_like(deep_memory(**tokens(earlier, 0, n), **options, output_final_state=True)[1])
             for n in (1, 3, 5)
@@ -282,9 +301,10 @@ def test_a_wrong_gradient_is_noticed(monkeypatch, piece):
         compare(deep_memory, make(1, 6, momentum=True), chunk_size=4, rule=MemoryRule(error_bound=0.3))
 
 
+@pytest.mark.parametrize("hidden", [6, None])
 @pytest.mark.parametrize("momentum", [False, True], ids=["", "momentum"])
-def test_the_written_out_derivative_equals_the_general_path(monkeypatch, momentum):
-    inputs = make(2, 24, width=4, hidden=6, momentum=momentum)
+def test_the_written_out_derivative_equals_the_general_path(monkeypatch, momentum, hidden):
+    inputs = make(2, 24, width=4, hidden=hidden, momentum=momentum)
     found = results(deep_memory, inputs, chunk_size=4)
     monkeypatch.setattr(eager, "supports", lambda *options: False)
     expected = results(deep_memory, inputs, chunk_size=4)
