@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test lint bench bench-peers bench-gpu aot clean
+.PHONY: help install demo test lint bench bench-peers bench-gpu gpu-check aot clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ bench-peers: $(STAMP)  ## the same beside other packages, in an environment of t
 
 bench-gpu: $(STAMP)  ## the ops on the CUDA device, beside flash-linear-attention where installed
 	$(BIN)/python -m benchmarks.run --device cuda
+
+gpu-check: $(STAMP)  ## GPU tests, benchmarks, demo and profile in one run; results in runs/gpu_check
+	$(BIN)/python -m benchmarks.gpu_check
 
 aot: $(STAMP)  ## compile every kernel for every target and print registers, spills and shared memory
 	$(BIN)/python -m nl_kernels.triton_support.report
