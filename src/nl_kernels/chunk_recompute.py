@@ -55,14 +55,15 @@ def plan_segments(
 
     Without ``checkpoint_every`` the last chunks are one segment that is not recomputed, as many as
     ``footprint.kept`` has room for, and the others are cut so that the states kept and the activations of a
-    segment that is recomputed take like shares of memory.
+    segment that is recomputed take like shares of memory; at least into segments as long as the last one,
+    whose memory is free again by then.
     """
     head = min(-offset % chunk_size, tokens)
     whole = (tokens - head) // chunk_size
     step, last = checkpoint_every, 0
     if step is None:
         last = min(whole, footprint.kept // footprint.chunk)
-        step = max(1, math.isqrt((whole - last) * footprint.state // footprint.chunk))
+        step = max(1, last, math.isqrt((whole - last) * footprint.state // footprint.chunk))
     segments = [Segment(0, head, 1, offset)] if head else []
     cuts = [*range(0, whole - last, step), *([whole - last] if last else []), whole]
     for begin, end in itertools.pairwise(cuts):

@@ -145,20 +145,23 @@ def momentum_forward(
     """
     decay, momentum, mixed = coefficients
     write = signal * -rate
-    turned = write.transpose(1, 2)
-    after = torch.addcmul(state * decay.final, velocity, mixed.final).baddbmm_(turned, x * mixed.to_end)
-    velocity_after = (velocity * momentum.final).baddbmm_(turned, x * momentum.to_end)
-    if erase is None:
-        return after, velocity_after, MomentumWrite(write, None, None, None, None, None)
-    recalled = torch.bmm(x, state.transpose(1, 2))
-    recalled_velocity = torch.bmm(x, velocity.transpose(1, 2))
-    mixed_gram = mixed.strict * gram
-    surprise = (recalled * decay.before).addcmul_(recalled_velocity, mixed.before)
-    surprise = torch.bmm(erase.inverse, surprise.baddbmm_(mixed_gram, write))
-    erased = surprise * -rate
-    after = after.baddbmm_(erased.transpose(1, 2), x * decay.to_end)
-    kept = MomentumWrite(write, surprise, erased, recalled, recalled_velocity, mixed_gram)
-    return after, velocity_after, kept
+    velocity_after = (velocity * momentum.final).baddbmm_((write * momentum.to_end).transpose(1, 2), x)
+    kept = MomentumWrite(write, None, None, None, None, None)
+    if erase is not None:
+        recalled = torch.bmm(x, state.transpose(1, 2))
+        recalled_velocity = torch.bmm(x, velocity.transpose(1, 2))
+        mixed_gram = mixed.strict * gram
+        surprise = (recalled * decay.before).addcmul_(recalled_velocity, mixed.before)
+        surprise = torch.bmm(erase.inverse, surprise.baddbmm_(mixed_gram, write))
+        kept = MomentumWrite(write, surprise, surprise * -rate, recalled, recalled_velocity, mixed_gram)
+    after = torch.addcmul(state * decay.final, velocity, mixed.final)
+    return after.baddbmm_(_at_end(kept, coefficients).transpose(1, 2), x), velocity_after, kept
+
+
+def _at_end(kept: MomentumWrite, coefficients: ChunkCoefficients) -> torch.Tensor:
+    """What of a chunk's writes and of what it erased has reached S at its end, by token [P, c, out]."""
+    arrived = kept.write * coefficients.mixed.to_end
+    return arrived if kept.erased is None else arrived.addcmul_(kept.erased, coefficients.decay.to_end)
 
 
 class VelocityAdjoint(NamedTuple):
@@ -203,12 +206,12 @@ def momentum_adjoint(
 ) -> MomentumAdjoint:
     """Adjoints of the arguments of :func:`momentum_forward` from those of S and U after the chunk."""
     decay, momentum, mixed = coefficients
-    by_state, by_velocity = torch.bmm(kept.write, grad), torch.bmm(kept.write, grad_velocity)
-    mixed_to_end, carried_to_end = row_dot(by_state, x), row_dot(by_velocity, x)
-    grad_x = by_state.mul_(mixed.to_end).addcmul_(by_velocity, momentum.to_end)
-    turned = grad.transpose(1, 2)
-    at_write = torch.bmm(x * mixed.to_end, turned)
-    at_write.baddbmm_(x * momentum.to_end, grad_velocity.transpose(1, 2))
+    at_end = torch.bmm(x, grad.transpose(1, 2))
+    at_velocity_end = torch.bmm(x, grad_velocity.transpose(1, 2))
+    grad_x = torch.bmm(_at_end(kept, coefficients), grad)
+    grad_x.baddbmm_(kept.write * momentum.to_end, grad_velocity)
+    mixed_to_end, carried_to_end = row_dot(at_end, kept.write), row_dot(at_velocity_end, kept.write)
+    at_write = (at_end * mixed.to_end).addcmul_(at_velocity_end, momentum.to_end)
     grad_state = grad * decay.final
     final = (grad_state * state).sum((1, 2), keepdim=True)
     at_velocity = torch.addcmul(grad_velocity * momentum.final, grad, mixed.final)
@@ -217,10 +220,8 @@ def momentum_adjoint(
     to_end = strict = at_gram = before = mixed_strict = mixed_gram = mixed_before = None
     grad_rate = None
     if erase is not None:
-        by_erased = torch.bmm(kept.erased, grad).mul_(decay.to_end)
-        to_end = row_dot(by_erased, x)
-        grad_x.add_(by_erased)
-        at_erased = torch.bmm(x * decay.to_end, turned)
+        at_erased = at_end.mul_(decay.to_end)
+        to_end = row_dot(at_erased, kept.erased)
         grad_rate = row_dot(at_erased, kept.surprise).neg_()
         at_sum = torch.bmm(erase.inverse.transpose(1, 2), at_erased.mul_(-rate))
         at_recalled, at_recalled_velocity = at_sum * decay.before, at_sum * mixed.before
