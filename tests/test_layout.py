@@ -15,6 +15,7 @@ ALLOWED = REQUIRED | {
     "registration.py",
     "launch.py",
     "rows.py",
+    "eager_step.py",
     "state.py",
     "eager_backward.py",
     "eager_linear.py",

@@ -2,13 +2,14 @@
 
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.continuum import ContinuumLevel, ContinuumLevelState, ContinuumState, continuum_memory
-from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory
+from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory, deep_memory_step
 from nl_kernels.ops.delta_memory import chunk_gated_delta_rule, delta_memory, delta_memory_step
 from nl_kernels.ops.self_modifying import (
     MemoryStack,
     SelfModifyingState,
     SelfModifyingWeights,
     self_modifying_memory,
+    self_modifying_memory_step,
 )
 from nl_kernels.version import __version__
 
@@ -26,7 +27,9 @@ __all__ = [
     "chunk_gated_delta_rule",
     "continuum_memory",
     "deep_memory",
+    "deep_memory_step",
     "delta_memory",
     "delta_memory_step",
     "self_modifying_memory",
+    "self_modifying_memory_step",
 ]

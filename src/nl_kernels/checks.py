@@ -21,7 +21,7 @@ def check_tensor(name: str, value: object, shape: Sequence[int], *, like: torch.
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected one of {[str(d) for d in FLOAT_DTYPES]}, got {value.dtype}")
-    if tuple(value.shape) != tuple(shape):
+    if value.shape != shape and tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {value.device}")
@@ -47,7 +47,7 @@ def check_range(name: str, value: torch.Tensor, low: float, high: float, *, clos
     Reads the values, so on an accelerator it waits for the device: callers run it on CPU tensors, or when
     the user asks for it. Skipped for tensors without data (fake or functorch tensors).
     """
-    if not _has_readable_data(value) or value.numel() == 0:
+    if not has_readable_data(value) or value.numel() == 0:
         return
     data = value.detach()
     lowest, highest = (x.item() for x in torch.aminmax(data))  # NaN if any element is
@@ -67,14 +67,15 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
         raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens: expected shape [N + 1] with N >= 1, got {tuple(cu_seqlens.shape)}")
-    if not _has_readable_data(cu_seqlens):
+    if not has_readable_data(cu_seqlens):
         return
     values = cu_seqlens.tolist()
     if values[0] != 0 or values[-1] != tokens or any(b <= a for a, b in itertools.pairwise(values)):
         raise ValueError(f"cu_seqlens: expected 0 < … < {tokens} strictly increasing from 0, got {values}")
 
 
-def _has_readable_data(value: torch.Tensor) -> bool:
+def has_readable_data(value: torch.Tensor) -> bool:
+    """Whether the values can be read: not while tracing, nor of fake, functorch or meta tensors."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value):
         return False
     return type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta

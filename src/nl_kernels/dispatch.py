@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -46,6 +47,20 @@ def choose_implementation(op: str, impl: str | None, device: torch.device, avail
 def interpreting() -> bool:
     """Whether Triton kernels run under its interpreter (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call with these tensors may be differentiated."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return True  # a transform may differentiate what does not say that it requires a gradient
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Autocast off: it would round products of fp32 states and rates to half precision."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _require_triton(op: str, device: torch.device) -> None:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from nl_kernels.checks import check_range, check_tensor
+from nl_kernels.checks import check_range, check_tensor, has_readable_data
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 
 
@@ -38,32 +38,58 @@ def check_rule(rule: object) -> None:
         raise TypeError(f"rule: expected a MemoryRule, got {type(rule).__name__}")
 
 
-def check_mask(mask: object, batch: int, length: int, like: torch.Tensor) -> None:
-    """Check that ``mask`` is [B, T] bool on the device of ``like``."""
+def check_mask(mask: object, shape: tuple[int, ...], like: torch.Tensor) -> None:
+    """Check that ``mask`` is bool, of ``shape`` ([B, T], or [B] for one token), on the device of ``like``."""
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         came = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise TypeError(f"mask: expected a bool tensor (True = real token), got {came}")
-    if tuple(mask.shape) != (batch, length):
-        raise ValueError(f"mask: expected shape {(batch, length)}, got {tuple(mask.shape)}")
+    if mask.shape != shape:
+        raise ValueError(f"mask: expected shape {shape}, got {tuple(mask.shape)}")
     if mask.device != like.device:
         raise ValueError(f"mask: expected a tensor on {like.device}, got one on {mask.device}")
 
 
-def check_position(position: object, batch: int, period: int, like: torch.Tensor) -> None:
+def check_position(name: str, position: object, batch: int, period: int, like: torch.Tensor) -> None:
     """Check the tokens since the last boundary: [B] int64, below ``period``."""
     if not isinstance(position, torch.Tensor) or position.dtype != torch.int64:
         came = position.dtype if isinstance(position, torch.Tensor) else type(position).__name__
-        raise TypeError(f"initial_state.position: expected an int64 tensor, got {came}")
-    if tuple(position.shape) != (batch,) or position.device != like.device:
+        raise TypeError(f"{name}: expected an int64 tensor, got {came}")
+    if position.shape != (batch,) or position.device != like.device:
         raise ValueError(
-            f"initial_state.position: expected shape {(batch,)} on {like.device}, "
+            f"{name}: expected shape {(batch,)} on {like.device}, "
             f"got {tuple(position.shape)} on {position.device}"
         )
-    if position.device.type == "cpu":
-        try:
-            check_range("initial_state.position", position, 0, period, closed_high=False)
-        except ValueError as error:
-            raise ValueError(f"{error}: was the state made with another chunk size?") from None
+    if position.device.type != "cpu" or not has_readable_data(position):
+        return
+    for place in position.tolist():
+        if not 0 <= place < period:
+            raise ValueError(
+                f"{name}: expected values in [0, {period}), got {place}: "
+                "was the state made with another chunk size?"
+            )
+
+
+def check_step_dtype(state: torch.Tensor, *tensors: torch.Tensor | None) -> None:
+    """Check that a state is fp32, or fp64 where any of ``tensors`` is, as the ops return it."""
+    dtypes = {state.dtype, *(x.dtype for x in tensors if x is not None)}
+    expected = torch.float64 if torch.float64 in dtypes else torch.float32
+    if state.dtype != expected:
+        raise TypeError(
+            f"state: expected {expected} for these inputs, got {state.dtype}; a state is fp32 or fp64"
+        )
+
+
+def check_own_memory(tensors: dict[str, torch.Tensor | None]) -> None:
+    """Check that a step may write into ``tensors``: contiguous, of one dtype, and none shares memory."""
+    seen: set[int] = set()
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not x.is_contiguous() or x.data_ptr() in seen:
+            raise ValueError(
+                f"{name}: inplace needs contiguous tensors that share no memory; start from state.clone()"
+            )
+        seen.add(x.data_ptr())
 
 
 def check_gates(rate: torch.Tensor, log_decay: torch.Tensor, momentum: torch.Tensor | None) -> None:

@@ -58,3 +58,42 @@ def join(states):
 def tokens(inputs, start, stop, skip=("weights", "rate_max", "rate_bias", "retention_bias")):
     """The same inputs with tokens start … stop − 1 only."""
     return {name: x if x is None or name in skip else x[:, start:stop] for name, x in inputs.items()}
+
+
+def assert_steps_equal_the_definition(op, step, inputs, starts, steps, *, masked, inplace, **options):
+    """One-token steps of sequences at different places, some with gaps, against the definition of each alone.
+
+    Sequence i starts ``starts[i]`` tokens into its row of ``inputs``. With ``masked``, a step brings some
+    sequences no token but NaN.
+    """
+    shared = ("weights", "rate_max", "rate_bias", "retention_bias")
+    batch = len(starts)
+    rows = [
+        {n: x if n in shared or x is None else x[i : i + 1] for n, x in inputs.items()} for i in range(batch)
+    ]
+    definition = {**options, "impl": "reference", "output_final_state": True}
+    outputs = [op(**row, **definition)[0] for row in rows]
+    begin = [op(**tokens(row, 0, start), **definition)[1] for row, start in zip(rows, starts)]
+    state = join(begin).clone()
+    places = list(starts)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        mask = torch.rand(batch, generator=generator) < 0.6 if masked else torch.ones(batch, dtype=torch.bool)
+        token = {
+            n: x if n in shared or x is None else torch.stack([x[i, place] for i, place in enumerate(places)])
+            for n, x in inputs.items()
+        }
+        for name, x in token.items():
+            if name not in shared and x is not None:
+                x[~mask] = torch.nan
+        addresses = [x.data_ptr() for x in tensors_of(state)]
+        o, state = step(**token, state=state, mask=mask if masked else None, inplace=inplace, **options)
+        if inplace:
+            assert [x.data_ptr() for x in tensors_of(state)] == addresses
+        for i in range(batch):
+            expected = outputs[i][0, places[i]] if mask[i] else torch.zeros_like(o[i])
+            torch.testing.assert_close(o[i], expected, rtol=1e-10, atol=1e-10)
+        places = [place + int(m) for place, m in zip(places, mask)]
+    ends = [op(**tokens(row, 0, place), **definition)[1] for row, place in zip(rows, places)]
+    assert_same(tensors_of(state), tensors_of(join(ends)))
+    assert state.position.tolist() == join(ends).position.tolist()

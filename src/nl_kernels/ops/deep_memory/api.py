@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import torch
 
-from nl_kernels.checks import check_choice, check_cu_seqlens, check_positive_int, check_tensor
+from nl_kernels.checks import (
+    check_choice,
+    check_cu_seqlens,
+    check_positive_int,
+    check_tensor,
+    has_readable_data,
+)
 from nl_kernels.chunk_alignment import align_packed
-from nl_kernels.dispatch import choose_implementation
+from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
 from nl_kernels.memory_checks import (
     check_gates,
     check_mask,
     check_memory,
+    check_own_memory,
     check_position,
     check_rule,
+    check_step_dtype,
     per_sequence,
     state_dtype,
     zero_padding,
 )
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
+from nl_kernels.ops.deep_memory import eager_step
 from nl_kernels.ops.deep_memory.eager import deep_memory_eager
 from nl_kernels.ops.deep_memory.reference import deep_memory_reference
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
 
 READS = ("snapshot", "running")
+_DEFAULT_RULE = MemoryRule()
 
 
 def deep_memory(
@@ -86,7 +96,8 @@ def deep_memory(
         check_positive_int("checkpoint_every", checkpoint_every)
     out_width = v.shape[-1]
     if initial_state is not None:
-        _check_state(initial_state, weights, batch, q, momentum is not None, chunk_size)
+        _check_state("initial_state", initial_state, weights, batch, q.shape[2], momentum is not None, q)
+        check_position("initial_state.position", initial_state.position, batch, chunk_size, q)
     chosen = choose_implementation("deep_memory", impl, q.device, ("eager", "reference"))
 
     dtype = state_dtype(q, k, v, rate, log_decay, momentum, *weights, *_leaves(initial_state))
@@ -134,6 +145,74 @@ def deep_memory(
     ), final if output_final_state else None
 
 
+def deep_memory_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rate: torch.Tensor,
+    log_decay: torch.Tensor,
+    weights: DeepMemoryWeights,
+    *,
+    state: DeepMemoryState,
+    chunk_size: int,
+    momentum: torch.Tensor | None = None,
+    rule: MemoryRule | None = None,
+    read: str = "snapshot",
+    mask: torch.Tensor | None = None,
+    inplace: bool = False,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, DeepMemoryState]:
+    """One token of :func:`deep_memory`, for decoding: the same arguments without the time axis.
+
+    Where gradients are needed this is ``deep_memory`` with T = 1; otherwise one pass over the state. The
+    values of rate, log decay and momentum are not checked.
+
+    Args:
+        q, k: [B, H, D]. v: [B, H, Dv]. rate, log_decay, momentum: [B, H]. mask: [B] bool.
+        state: the state before the token, fp32 (fp64 for fp64 inputs).
+        inplace: write into the state's tensors and return them, so that memory stays where it is; they must
+            be contiguous and share no memory, as in :meth:`DeepMemoryState.clone`. Otherwise the state stays
+            as it is, and the new one may share tensors that did not change.
+
+    Returns:
+        o [B, H, Dv] in the dtype of q, and the state after the token.
+
+    Raises:
+        TypeError, ValueError: as :func:`deep_memory`; ``inplace`` where gradients are needed.
+    """
+    rule = _DEFAULT_RULE if rule is None else rule
+    _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, state)
+    if inplace:
+        check_own_memory(_by_name(state))
+    tensors = (q, k, v, rate, log_decay, momentum)
+    leaves = [*weights, *_leaves(state)]
+    chosen = choose_implementation("deep_memory_step", impl, q.device, ("eager", "reference"))
+    if chosen == "reference" or needs_gradient(*tensors, *leaves):
+        if inplace:
+            raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
+        *tokens, momentum = (None if x is None else x.unsqueeze(1) for x in tensors)
+        o, state = deep_memory(
+            *tokens,
+            weights,
+            chunk_size=chunk_size,
+            momentum=momentum,
+            rule=rule,
+            read=read,
+            mask=None if mask is None else mask[:, None],
+            initial_state=state,
+            output_final_state=True,
+            impl=impl,
+        )
+        return o.squeeze(1), state
+    check_step_dtype(state.running.inner, *tensors, *leaves)
+    if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
+        mask = None
+    options = {"rule": rule, "read": read, "chunk_size": chunk_size, "mask": mask, "inplace": inplace}
+    with without_autocast(q.device.type):
+        o, state = eager_step.deep_memory_step(*tensors, weights, state, **options)
+    return o.to(q.dtype), state
+
+
 def _check(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, cu_seqlens):
     """Check everything but the state; the number of sequences and the number of tokens of each row."""
     if not isinstance(q, torch.Tensor):
@@ -164,32 +243,65 @@ def _check(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, 
         check_cu_seqlens(cu_seqlens, length)
         batch = len(cu_seqlens) - 1
     if mask is not None:
-        check_mask(mask, rows, length, q)
+        check_mask(mask, (rows, length), q)
     check_memory("weights", weights, batch, heads, width, out, q)
     return batch, length
 
 
-def _check_state(state, weights, batch, q, has_momentum, chunk_size):
-    """Check that a state fits the weights, the batch and the options of this call."""
+def _check_state(name, state, weights, batch, heads, has_momentum, like):
+    """Check that a state fits the weights, the batch and the options of this call; its position apart."""
     if not isinstance(state, DeepMemoryState):
-        raise TypeError(f"initial_state: expected DeepMemoryState, got {type(state).__name__}")
+        raise TypeError(f"{name}: expected DeepMemoryState, got {type(state).__name__}")
     if (state.momentum is not None) != has_momentum:
         made, given = ("with", "without") if state.momentum is not None else ("without", "with")
-        raise ValueError(f"initial_state: made {made} momentum, but this call is {given} momentum")
-    check_position(state.position, batch, chunk_size, q)
-    heads = q.shape[2]
-    for name in ("snapshot", "running", "momentum"):
-        part = getattr(state, name)
+        raise ValueError(f"{name}: made {made} momentum, but this call is {given} momentum")
+    for part_name in ("snapshot", "running", "momentum"):
+        part = getattr(state, part_name)
         if part is None:
             continue
         if not isinstance(part, DeepMemoryWeights):
-            raise TypeError(f"initial_state.{name}: expected DeepMemoryWeights, got {type(part).__name__}")
-        for layer, (weight, held) in enumerate(zip(weights, part)):
-            field = f"initial_state.{name}.{DeepMemoryWeights._fields[layer]}"
+            raise TypeError(f"{name}.{part_name}: expected DeepMemoryWeights, got {type(part).__name__}")
+        for field, weight, held in zip(DeepMemoryWeights._fields, weights, part):
+            field = f"{name}.{part_name}.{field}"
             if (weight is None) != (held is None):
                 raise ValueError(f"{field}: made by a {'linear' if held is None else 'two-layer'} memory")
             if weight is not None:
-                check_tensor(field, held, (batch, heads, *weight.shape[-2:]), like=q)
+                check_tensor(field, held, (batch, heads, *weight.shape[-2:]), like=like)
+
+
+def _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, state) -> None:
+    if not isinstance(q, torch.Tensor):
+        raise TypeError(f"q: expected a tensor, got {type(q).__name__}")
+    if q.ndim != 3 or 0 in q.shape:
+        raise ValueError(f"q: expected [B, H, D] with no empty dimension, got shape {tuple(q.shape)}")
+    batch, heads, width = q.shape
+    out = v.shape[-1] if isinstance(v, torch.Tensor) and v.ndim == 3 else width
+    check_tensor("q", q, q.shape)
+    check_tensor("k", k, q.shape, like=q)
+    check_tensor("v", v, (batch, heads, out), like=q)
+    for name, x in (("rate", rate), ("log_decay", log_decay), ("momentum", momentum)):
+        if x is not None or name != "momentum":
+            check_tensor(name, x, (batch, heads), like=q)
+    check_rule(rule)
+    if rule.residual and out != width:
+        raise ValueError(f"v: a rule with a residual needs width {width} as the keys, got {out}")
+    check_choice("read", read, READS)
+    check_positive_int("chunk_size", chunk_size)
+    if mask is not None:
+        check_mask(mask, (batch,), q)
+    check_memory("weights", weights, batch, heads, width, out, q)
+    _check_state("state", state, weights, batch, heads, momentum is not None, q)
+    check_position("state.position", state.position, batch, chunk_size, q)
+
+
+def _by_name(state: DeepMemoryState) -> dict[str, torch.Tensor | None]:
+    """The tensors of a state by their names in messages."""
+    tensors = {"state.position": state.position}
+    for name in ("snapshot", "running", "momentum"):
+        part = getattr(state, name)
+        if part is not None:
+            tensors |= {f"state.{name}.{field}": x for field, x in zip(part._fields, part)}
+    return tensors
 
 
 def _leaves(state: DeepMemoryState | None) -> list[torch.Tensor | None]:

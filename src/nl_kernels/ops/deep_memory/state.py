@@ -26,3 +26,15 @@ class DeepMemoryState(NamedTuple):
     running: DeepMemoryWeights
     position: torch.Tensor
     momentum: DeepMemoryWeights | None
+
+    def clone(self) -> DeepMemoryState:
+        """A copy whose tensors are contiguous and share no memory, as steps in place need it."""
+        parts = [
+            part and DeepMemoryWeights(*(None if x is None else _own(x) for x in part))
+            for part in (self.snapshot, self.running, self.momentum)
+        ]
+        return DeepMemoryState(parts[0], parts[1], _own(self.position), parts[2])
+
+
+def _own(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)

@@ -7,7 +7,7 @@ import math
 import torch
 
 from nl_kernels.checks import check_choice, check_cu_seqlens, check_positive_int, check_range, check_tensor
-from nl_kernels.dispatch import choose_implementation
+from nl_kernels.dispatch import choose_implementation, needs_gradient
 from nl_kernels.ops.delta_memory import reference, registration
 
 AVAILABLE = ("triton", "eager", "reference")
@@ -90,7 +90,9 @@ def delta_memory(
     tensors = (q, k, v, log_decay, erase, momentum, initial_state, initial_momentum, cu_seqlens)
     if impl == "reference":
         o, state, momentum_state = reference.delta_memory_forward(*tensors, scale=scale, read=read)
-    elif q.shape[1] == 1 and cu_seqlens is None and initial_state is not None and not _needs_grad(*tensors):
+    elif (
+        q.shape[1] == 1 and cu_seqlens is None and initial_state is not None and not needs_gradient(*tensors)
+    ):
         return _one_token(
             *tensors[:8], scale=scale, read=read, output_final_state=output_final_state, impl=impl
         )
@@ -143,7 +145,7 @@ def delta_memory_step(
     impl = choose_implementation("delta_memory", impl, q.device, AVAILABLE)
 
     tokens = (q, k, v, log_decay, erase, momentum)
-    if impl == "reference" or _needs_grad(*tokens, state, momentum_state):
+    if impl == "reference" or needs_gradient(*tokens, state, momentum_state):
         o, final = delta_memory(
             *(x.unsqueeze(1) for x in tokens[:5]),
             momentum=None if momentum is None else momentum.unsqueeze(1),
@@ -235,13 +237,6 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if not torch.is_autocast_enabled(device_type):
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
-
-
-def _needs_grad(*tensors: torch.Tensor | None) -> bool:
-    given = [x for x in tensors if x is not None]
-    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, given)):
-        return True  # a transform may differentiate what does not say that it requires a gradient
-    return torch.is_grad_enabled() and any(x.requires_grad for x in given)
 
 
 def _check_tokens(q, k, v, log_decay, erase, momentum, *, leading: int, names=("log_decay", "erase")) -> None:

@@ -6,11 +6,12 @@ it runs. An optional result is an empty tensor inside the operators, whose schem
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from nl_kernels.dispatch import without_autocast
 
 _FORWARD = "nl_kernels::delta_memory_forward"
 _BACKWARD = "nl_kernels::delta_memory_backward"
@@ -116,17 +117,10 @@ def _present(results, like: torch.Tensor):
     return tuple(like.new_empty(0) if x is None else x for x in results)
 
 
-def _without_autocast(device_type: str):
-    """Autocast off: it would cast the fp32 state and rates. The public function has cast q, k and v."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 @torch.library.impl(_FORWARD, "CompositeExplicitAutograd")
 def _forward(*args):
     *tensors, scale, read, chunk_size, impl = args
-    with _without_autocast(tensors[0].device.type):
+    with without_autocast(tensors[0].device.type):
         function = _implementation(_FORWARD, impl)
         return _present(function(*tensors, scale=scale, read=read, chunk_size=chunk_size), tensors[0])
 
@@ -134,7 +128,7 @@ def _forward(*args):
 @torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
 def _backward(*args):
     *tensors, scale, read, chunk_size, impl = args
-    with _without_autocast(tensors[0].device.type):
+    with without_autocast(tensors[0].device.type):
         function = _implementation(_BACKWARD, impl)
         return _present(function(*tensors, scale=scale, read=read, chunk_size=chunk_size), tensors[0])
 
@@ -142,7 +136,7 @@ def _backward(*args):
 @torch.library.impl(_STEP, "CompositeExplicitAutograd")
 def _step(*args):
     *tensors, scale, read, impl = args
-    with _without_autocast(tensors[0].device.type):
+    with without_autocast(tensors[0].device.type):
         return _present(_implementation(_STEP, impl)(*tensors, scale=scale, read=read), tensors[0])
 
 

@@ -5,25 +5,28 @@ from __future__ import annotations
 import torch
 
 from nl_kernels.checks import (
-    FLOAT_DTYPES,
     check_choice,
     check_cu_seqlens,
     check_positive_int,
     check_range,
     check_tensor,
+    has_readable_data,
 )
 from nl_kernels.chunk_alignment import align_packed
-from nl_kernels.dispatch import choose_implementation
+from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
 from nl_kernels.memory_checks import (
     check_mask,
     check_memory,
+    check_own_memory,
     check_position,
     check_rule,
+    check_step_dtype,
     per_sequence,
     state_dtype,
     zero_padding,
 )
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
+from nl_kernels.ops.self_modifying import eager_step
 from nl_kernels.ops.self_modifying.eager import self_modifying_memory_eager
 from nl_kernels.ops.self_modifying.reference import self_modifying_memory_reference
 from nl_kernels.ops.self_modifying.state import (
@@ -35,6 +38,7 @@ from nl_kernels.ops.self_modifying.state import (
 )
 
 READS = ("snapshot", "running")
+_DEFAULT_RULE = MemoryRule()
 
 
 def self_modifying_memory(
@@ -122,7 +126,10 @@ def self_modifying_memory(
     _check_weights(weights, batch, heads, width, query)
     if initial_state is not None:
         period = max(chunk_size, generator_chunk_size)
-        _check_state(initial_state, weights, batch, query, momentum is not None, period)
+        _check_state(
+            "initial_state", initial_state, weights, batch, (heads, width), momentum is not None, query
+        )
+        check_position("initial_state.position", initial_state.position, batch, period, query)
     gates = [
         _head_parameter(name, value, heads, query)
         for name, value in (
@@ -195,6 +202,97 @@ def self_modifying_memory(
     return o.to(query.dtype), final if output_final_state else None
 
 
+def self_modifying_memory_step(
+    query: torch.Tensor,
+    key_input: torch.Tensor,
+    value_input: torch.Tensor,
+    gate_input: torch.Tensor,
+    weights: SelfModifyingWeights,
+    *,
+    state: SelfModifyingState,
+    chunk_size: int,
+    generator_chunk_size: int | None = None,
+    momentum: torch.Tensor | None = None,
+    rule: MemoryRule | None = None,
+    rate_max: torch.Tensor | float = 1.0,
+    rate_bias: torch.Tensor | float = 0.0,
+    retention_bias: torch.Tensor | float = 4.0,
+    read: str = "snapshot",
+    detach_targets: bool = True,
+    mask: torch.Tensor | None = None,
+    inplace: bool = False,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, SelfModifyingState]:
+    """One token of :func:`self_modifying_memory`, for decoding: the same arguments without the time axis.
+
+    Where gradients are needed this is ``self_modifying_memory`` with T = 1; otherwise one pass over the
+    state. The values of rate_max and momentum are not checked.
+
+    Args:
+        query, key_input, value_input, gate_input: [B, H, D]. momentum: [B, H]. mask: [B] bool.
+        state: the state before the token, fp32 (fp64 for fp64 inputs).
+        inplace: write into the state's tensors and return them, so that memory stays where it is; they must
+            be contiguous and share no memory, as in :meth:`SelfModifyingState.clone`. Otherwise the state
+            stays as it is, and the new one may share tensors that did not change.
+
+    Returns:
+        o [B, H, D] in the dtype of query, and the state after the token.
+
+    Raises:
+        TypeError, ValueError: as :func:`self_modifying_memory`; ``inplace`` where gradients are needed.
+    """
+    rule = _DEFAULT_RULE if rule is None else rule
+    generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
+    check_rule(rule)
+    check_choice("read", read, READS)
+    _check_clocks(chunk_size, generator_chunk_size)
+    inputs = (query, key_input, value_input, gate_input, momentum)
+    _check_token(*inputs, mask)
+    batch, heads, width = query.shape
+    _check_weights(weights, batch, heads, width, query)
+    _check_state("state", state, weights, batch, (heads, width), momentum is not None, query)
+    period = max(chunk_size, generator_chunk_size)
+    check_position("state.position", state.position, batch, period, query)
+    options = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
+    for name, value in options.items():
+        _check_head_parameter(name, value, heads, query)
+    if inplace:
+        check_own_memory(_by_name(state))
+    options |= {
+        "rule": rule,
+        "read": read,
+        "chunk_size": chunk_size,
+        "generator_chunk_size": generator_chunk_size,
+        "detach_targets": detach_targets,
+    }
+    leaves = [*(layer for memory in weights for layer in memory), *_leaves(state)]
+    parameters = (x for x in (rate_max, rate_bias, retention_bias) if isinstance(x, torch.Tensor))
+    chosen = choose_implementation("self_modifying_memory_step", impl, query.device, ("eager", "reference"))
+    if chosen == "reference" or needs_gradient(*inputs, *leaves, *parameters):
+        if inplace:
+            raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
+        *tokens, momentum = (None if x is None else x.unsqueeze(1) for x in inputs)
+        o, state = self_modifying_memory(
+            *tokens,
+            weights,
+            momentum=momentum,
+            mask=None if mask is None else mask[:, None],
+            initial_state=state,
+            output_final_state=True,
+            impl=impl,
+            **options,
+        )
+        return o.squeeze(1), state
+    check_step_dtype(state.running.last, *inputs, *leaves)
+    if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
+        mask = None
+    with without_autocast(query.device.type):
+        o, state = eager_step.self_modifying_memory_step(
+            *inputs, weights, state, **options, mask=mask, inplace=inplace
+        )
+    return o.to(query.dtype), state
+
+
 def _check_clocks(chunk_size: object, generator_chunk_size: object) -> None:
     check_positive_int("chunk_size", chunk_size)
     check_positive_int("generator_chunk_size", generator_chunk_size)
@@ -231,8 +329,23 @@ def _check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_
         check_cu_seqlens(cu_seqlens, length)
         batch = len(cu_seqlens) - 1
     if mask is not None:
-        check_mask(mask, rows, length, query)
+        check_mask(mask, (rows, length), query)
     return batch, length
+
+
+def _check_token(query, key_input, value_input, gate_input, momentum, mask) -> None:
+    if not isinstance(query, torch.Tensor):
+        raise TypeError(f"query: expected a tensor, got {type(query).__name__}")
+    if query.ndim != 3 or 0 in query.shape:
+        raise ValueError(f"query: expected [B, H, D] with no empty dimension, got shape {tuple(query.shape)}")
+    check_tensor("query", query, query.shape)
+    check_tensor("key_input", key_input, query.shape, like=query)
+    check_tensor("value_input", value_input, query.shape, like=query)
+    check_tensor("gate_input", gate_input, query.shape, like=query)
+    if momentum is not None:
+        check_tensor("momentum", momentum, query.shape[:2], like=query)
+    if mask is not None:
+        check_mask(mask, query.shape[:1], query)
 
 
 def _check_weights(weights: object, batch: int, heads: int, width: int, like: torch.Tensor) -> None:
@@ -252,43 +365,57 @@ def _check_weights(weights: object, batch: int, heads: int, width: int, like: to
             )
 
 
-def _check_state(state, weights, batch, query, has_momentum, period) -> None:
-    """Check that a state fits the weights, the batch and the options of this call."""
+def _check_state(name, state, weights, batch, sizes, has_momentum, like) -> None:
+    """Check that a state fits the weights, the batch and the options of this call; its position apart."""
     if not isinstance(state, SelfModifyingState):
-        raise TypeError(f"initial_state: expected SelfModifyingState, got {type(state).__name__}")
+        raise TypeError(f"{name}: expected SelfModifyingState, got {type(state).__name__}")
     if (state.momentum is not None) != has_momentum:
         made, given = ("with", "without") if state.momentum is not None else ("without", "with")
-        raise ValueError(f"initial_state: made {made} momentum, but this call is {given} momentum")
-    check_position(state.position, batch, period, query)
-    heads, width = query.shape[2:]
+        raise ValueError(f"{name}: made {made} momentum, but this call is {given} momentum")
+    heads, width = sizes
     hidden = weights.key.inner.shape[-2]
     shapes = MemoryStack((5, hidden, width), (3, width, hidden), (2, hidden))
     if weights.key.outer is None:
         shapes = MemoryStack(None, (3, width, width), (2, width))
-    for name in ("snapshot", "running", "momentum"):
-        part = getattr(state, name)
+    for part_name in ("snapshot", "running", "momentum"):
+        part = getattr(state, part_name)
         if part is None:
             continue
         if not isinstance(part, MemoryStack):
-            raise TypeError(f"initial_state.{name}: expected MemoryStack, got {type(part).__name__}")
+            raise TypeError(f"{name}.{part_name}: expected MemoryStack, got {type(part).__name__}")
         for field, shape, held in zip(MemoryStack._fields, shapes, part):
             if (shape is None) != (held is None):
                 made = "linear" if held is None else "two-layer"
-                raise ValueError(f"initial_state.{name}.{field}: made by {made} memories")
+                raise ValueError(f"{name}.{part_name}.{field}: made by {made} memories")
             if shape is not None:
-                check_tensor(f"initial_state.{name}.{field}", held, (batch, heads, *shape), like=query)
+                check_tensor(f"{name}.{part_name}.{field}", held, (batch, heads, *shape), like=like)
+
+
+def _check_head_parameter(name: str, value: object, heads: int, like: torch.Tensor) -> None:
+    """Check that ``value`` is a float or a tensor [H]."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a float or a tensor [H], got {type(value).__name__}")
+    check_tensor(name, value, (heads,), like=like)
 
 
 def _head_parameter(name: str, value: object, heads: int, like: torch.Tensor) -> torch.Tensor:
     """A float or a tensor [H] as a tensor [H]."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return torch.full((heads,), float(value), device=like.device, dtype=torch.float64)
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a float or a tensor [H], got {type(value).__name__}")
-    if value.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: expected one of {[str(d) for d in FLOAT_DTYPES]}, got {value.dtype}")
-    check_tensor(name, value, (heads,), like=like)
-    return value
+    _check_head_parameter(name, value, heads, like)
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.full((heads,), float(value), device=like.device, dtype=torch.float64)
+
+
+def _by_name(state: SelfModifyingState) -> dict[str, torch.Tensor | None]:
+    """The tensors of a state by their names in messages."""
+    tensors = {"state.position": state.position}
+    for name in ("snapshot", "running", "momentum"):
+        part = getattr(state, name)
+        if part is not None:
+            tensors |= {f"state.{name}.{field}": x for field, x in zip(part._fields, part)}
+    return tensors
 
 
 def _leaves(state: SelfModifyingState | None) -> list[torch.Tensor | None]:

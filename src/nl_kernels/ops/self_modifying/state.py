@@ -55,6 +55,11 @@ class SelfModifyingState(NamedTuple):
     position: torch.Tensor
     momentum: MemoryStack | None
 
+    def clone(self) -> SelfModifyingState:
+        """A copy whose tensors are contiguous and share no memory, as steps in place need it."""
+        parts = [part and map_stack(_own, part) for part in (self.snapshot, self.running, self.momentum)]
+        return SelfModifyingState(parts[0], parts[1], _own(self.position), parts[2])
+
 
 def stack_memories(weights: SelfModifyingWeights) -> MemoryStack:
     """Five memories with weights [N, H, ..] as one stack."""
@@ -75,3 +80,7 @@ def unstack_memories(stack: MemoryStack) -> SelfModifyingWeights:
 def map_stack(function, *stacks: MemoryStack) -> MemoryStack:
     """``function`` of the tensors in the same place of each stack; absent places stay absent."""
     return MemoryStack(*(None if parts[0] is None else function(*parts) for parts in zip(*stacks)))
+
+
+def _own(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
