@@ -17,6 +17,7 @@ from nl_kernels.chunk_recompute import (
     State,
     plan_segments,
     run_segments,
+    run_with_adjoint,
 )
 from nl_kernels.delta_chunk import (
     LayerChunk,
@@ -29,7 +30,7 @@ from nl_kernels.delta_chunk import (
 )
 from nl_kernels.hidden_layer import Hidden, hidden_gradient, hidden_layer
 from nl_kernels.memory_rule import MemoryRule, bound_length, l2_normalize
-from nl_kernels.ops.self_modifying.eager_backward import fused_chunk
+from nl_kernels.ops.self_modifying.eager_backward import TwoLayerChunks
 from nl_kernels.ops.self_modifying.eager_linear import ChunkOptions, linear_footprint, run_linear
 from nl_kernels.ops.self_modifying.rows import (
     ABSENT,
@@ -107,23 +108,32 @@ def self_modifying_memory_eager(
     def plan(footprint: Footprint) -> list[Segment]:
         return plan_segments(placed.query.shape[1], chunk, placed.grid.offset, checkpoint_every, footprint)
 
-    if is_linear(state, detach_targets):
+    written_out = is_written_out(state, detach_targets)
+    if written_out and state.running.first is None:
         sequences = _rows(*inputs, applied)
         segments = plan(linear_footprint(state.running, chunk))
         o, carried = run_linear(options, segments, carried, constants, sequences)
     else:
-        sequences = _rows(torch.stack([*inputs, inputs[-1]], 3), placed.momentum, applied)
+        inputs = torch.stack([*inputs, inputs[-1]], 3)
         segments = plan(_footprint(state.running, chunk, anchor.last.shape[-1]))
-        o, carried = run_segments(_Chunks(options, detach_targets), segments, carried, constants, sequences)
+        if written_out:
+            sequences = _rows(inputs, applied)
+            weights = (*carried[:3], *carried[6:])
+            o, after = run_with_adjoint(TwoLayerChunks(options), segments, weights, constants, sequences)
+            carried = (*after[:3], *ABSENT, *after[3:])
+        else:
+            chunks = _Chunks(options, detach_targets)
+            sequences = _rows(inputs, placed.momentum, applied)
+            o, carried = run_segments(chunks, segments, carried, constants, sequences)
 
     o = collect_output(o.unflatten(0, (batch, heads)).transpose(1, 2), placed)
     stacks = (sequence_first(MemoryStack(*carried[i : i + 3]), batch, heads) for i in (0, 3, 6))
     return o, collect_state(*stacks, placed)
 
 
-def is_linear(state: SelfModifyingState, detach_targets: bool) -> bool:
-    """Whether ``eager_linear.py`` does this case."""
-    return state.running.first is None and state.momentum is None and detach_targets
+def is_written_out(state: SelfModifyingState, detach_targets: bool) -> bool:
+    """Whether the derivative is written out for this case; autograd does the others."""
+    return state.momentum is None and detach_targets
 
 
 def _rows(*sequences: torch.Tensor | None) -> State:
@@ -154,9 +164,8 @@ class _Chunks:
         anchor, gates = MemoryStack(*constants[:3]), constants[3:]
         inputs, momenta, applied = self._by_chunk(sequences, segment)
         outputs = []
-        advance = self._fused if self._is_fused(running, velocity) else self._generic
         for i in range(segment.chunks):
-            o, after, velocity_after = advance(
+            o, after, velocity_after = self._advance(
                 inputs[i], momenta[i], applied[i], running, velocity, snapshot, anchor, gates
             )
             outputs.append(o + inputs[i][2 * len(o) : 3 * len(o)] if self.options.rule.residual else o)
@@ -169,17 +178,7 @@ class _Chunks:
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return (*running, *velocity, *snapshot), output
 
-    def _is_fused(self, running: MemoryStack, velocity: MemoryStack) -> bool:
-        """Whether derivatives are written out for this case; autograd does the others."""
-        return running.first is not None and velocity.last is None and self.detach_targets
-
-    def _fused(self, inputs, momentum, applied, running, velocity, snapshot, anchor, gates):
-        o, after = fused_chunk(
-            inputs, gates, applied, running, snapshot, anchor, rule=self.options.rule, read=self.options.read
-        )
-        return o, after, velocity
-
-    def _generic(self, inputs, momentum, applied, running, velocity, snapshot, anchor, gates):
+    def _advance(self, inputs, momentum, applied, running, velocity, snapshot, anchor, gates):
         """M_memory's reads [N, c, D] without residual, and the stacks after the chunk."""
         base = running if snapshot.last is None else snapshot
         if anchor.last is not None:

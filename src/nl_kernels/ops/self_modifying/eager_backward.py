@@ -1,15 +1,17 @@
-"""One chunk of the self-modifying memory with its derivatives written out: one node of the autograd graph.
+"""The loop over chunks of the self-modifying memory with two-layer memories, its derivative written out.
 
-For two-layer memories without momentum and with constant targets. Layout as in ``eager.py``: the five
+Without momentum and with constant targets. Layout as in ``eager.py``: the five
 memories of N rows memory first. Names are those of the README; an adjoint is called ``at_…`` or ``grad_…``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
 
+from nl_kernels.chunk_recompute import Segment, State, chunk_of
 from nl_kernels.delta_adjoint import (
     Erase,
     Read,
@@ -38,27 +40,11 @@ from nl_kernels.hidden_layer import (
     signal_adjoint,
 )
 from nl_kernels.memory_rule import MemoryRule, inverse_norm
+from nl_kernels.ops.self_modifying.eager_linear import ChunkOptions
 from nl_kernels.ops.self_modifying.state import MemoryStack, map_stack
+from nl_kernels.snapshot import Met, snapshot_adjoint, take_snapshot
 
 MEMORIES, WIDE = 5, 3  # all memories, and those whose output is as wide as their input
-
-
-def fused_chunk(inputs, gates, applied, running, snapshot, anchor, *, rule: MemoryRule, read: str):
-    """What a chunk reads and writes: M_memory's reads [N, c, D] without residual, and the stack after it.
-
-    Args:
-        inputs: [5N, c, D], of key, value, memory (the query), rate and retention.
-        gates: largest rate, bias of the rate and of the retention, [N, 1] each.
-        applied: [N, c] bool, False in empty slots, or ``None``.
-        running: :class:`MemoryStack` that is written to.
-        snapshot: the one that is read; its entries are ``None`` where that is ``running``.
-        anchor: added to both; its entries are ``None`` for none.
-        rule, read: as in :func:`~nl_kernels.ops.self_modifying.api.self_modifying_memory`.
-    """
-    if not torch.is_grad_enabled():
-        return _forward(rule, read, inputs, gates, applied, running, snapshot, anchor, keep=False)[:2]
-    o, *after = _FusedChunk.apply(rule, read, inputs, *gates, applied, *running, *snapshot, *anchor)
-    return o, MemoryStack(*after)
 
 
 class _Made(NamedTuple):
@@ -88,37 +74,112 @@ class _Made(NamedTuple):
     reads: tuple[Read, Read] | None
 
 
-class _FusedChunk(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rule, read, inputs, rate_max, rate_bias, retention_bias, applied, *states):
-        stacks = (MemoryStack(*states[i : i + 3]) for i in (0, 3, 6))
-        o, after, made = _forward(
-            rule, read, inputs, (rate_max, rate_bias, retention_bias), applied, *stacks, keep=True
-        )
-        ctx.rule, ctx.read = rule, read
-        ctx.made = made  # no outputs among them, so no cycle
-        ctx.save_for_backward(inputs, rate_max, applied, *states)
-        ctx.set_materialize_grads(False)
-        return (o, *after)
+@dataclasses.dataclass(frozen=True)
+class TwoLayerChunks:
+    """For :func:`~nl_kernels.chunk_recompute.run_with_adjoint`.
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_o, *grad_after):
-        inputs, rate_max, applied, *saved = ctx.saved_tensors
-        running, _, anchor = (MemoryStack(*saved[i : i + 3]) for i in (0, 3, 6))
-        grad_after = MemoryStack(
-            *(torch.zeros_like(x) if g is None else g for x, g in zip(running, grad_after))
+    State: stacks of running weights and of the snapshot (its entries are ``None`` where it is the running
+    weights). Constants: the anchor's stack (or ``None`` in its places), then the gates' largest rate, bias of
+    the rate and of the retention [N, 1]. Sequences: inputs [N, S, 5, D] of key, value, memory (the query),
+    rate and retention, and ``applied`` [N, S] or ``None``.
+    """
+
+    options: ChunkOptions
+
+    def forward(self, segment: Segment, state: State, constants: State, sequences: State, keep: bool):
+        rule = self.options.rule
+        running, snapshot = MemoryStack(*state[:3]), MemoryStack(*state[3:])
+        anchor, gates = MemoryStack(*constants[:3]), constants[3:]
+        outputs, kept = [], []
+        for i in range(segment.chunks):
+            inputs, applied = _memory_first(*chunk_of(sequences, segment, i))
+            o, after, made = _forward(
+                rule, self.options.read, inputs, gates, applied, running, snapshot, anchor, keep=keep
+            )
+            outputs.append(o + inputs[2 * len(o) : 3 * len(o)] if rule.residual else o)
+            if keep:
+                kept.append((running, snapshot.last is None, made))
+            mets = self._mets(segment, i, len(o))
+            snapshot = MemoryStack(*(take_snapshot(*x) for x in zip(mets, after, running, snapshot)))
+            running = after
+        return (*running, *snapshot), outputs, kept
+
+    def backward(
+        self,
+        segment: Segment,
+        made: list,
+        constants: State,
+        sequences: State,
+        grad_state: State,
+        grad_output: torch.Tensor | None,
+        grad_constants: State,
+        grad_sequences: State,
+    ) -> State:
+        anchor, rate_max = MemoryStack(*constants[:3]), constants[3]
+        rows = len(rate_max)
+        grads, snapshot = grad_state[:3], grad_state[3:]
+        for i in reversed(range(segment.chunks)):
+            inputs, applied = _memory_first(*chunk_of(sequences, segment, i))
+            (grad_o,) = chunk_of((grad_output,), segment, i)
+            grads, snapshot = (self._remembered(segment, i, part) for part in (grads, snapshot))
+            mets = self._mets(segment, i, rows)
+            grads, old = zip(*(snapshot_adjoint(*x) for x in zip(mets, grads, snapshot)))
+            running, fresh, chunk = made[i]
+            made[i] = None
+            grads = MemoryStack(*(torch.zeros_like(x) if g is None else g for g, x in zip(grads, running)))
+            grad_inputs, grad_gates, grads, base, grad_anchor = _backward(
+                self.options.rule,
+                self.options.read,
+                inputs,
+                rate_max,
+                applied,
+                running,
+                anchor,
+                chunk,
+                grad_o,
+                grads,
+            )
+            if self.options.rule.residual and grad_o is not None:
+                grad_inputs[2 * rows : 3 * rows] += grad_o
+            (place,) = chunk_of(grad_sequences[:1], segment, i)
+            if place is not None:
+                place.copy_(grad_inputs.unflatten(0, (MEMORIES, rows)).permute(1, 2, 0, 3))
+            for total, grad in zip(grad_constants, (*grad_anchor, *grad_gates)):
+                if total is not None:
+                    total += grad
+            snapshot = [b if o is None else b + o for b, o in zip(base, old)]
+            if fresh:
+                grads = [g.add_(s) for g, s in zip(grads, snapshot)]
+                snapshot = [None] * 3
+        return (*grads, *snapshot)
+
+    def _mets(self, segment: Segment, i: int, rows: int) -> list[Met]:
+        """Where each part of the stack takes its snapshot anew after the i-th chunk."""
+        own, others = self.options.clocks(segment, i)
+        if isinstance(own, bool) and own is others:
+            return [own] * 3
+        device = self.options.grid.position.device
+        own, others = (
+            torch.as_tensor(met, device=device).reshape(-1, 1, 1).expand(rows, 1, 1) for met in (own, others)
         )
-        grad_inputs, grad_gates, grad_running, grad_base, grad_anchor = _backward(
-            ctx.rule, ctx.read, inputs, rate_max, applied, running, anchor, ctx.made, grad_o, grad_after
-        )
-        if ctx.needs_input_grad[10]:
-            grad_snapshot = grad_base
-        else:
-            grad_snapshot = (None, None, None)
-            if saved[3] is None:
-                grad_running = map_stack(torch.add, grad_running, grad_base)
-        return (None, None, grad_inputs, *grad_gates, None, *grad_running, *grad_snapshot, *grad_anchor)
+        met = torch.cat([others, others, own, others, others])
+        return [met, met[: WIDE * rows], met[WIDE * rows :]]
+
+    def _remembered(self, segment: Segment, i: int, grads) -> list[torch.Tensor | None]:
+        """Gradients after the i-th chunk without what the truncation cuts there."""
+        cut = self.options.truncated(segment, i)
+        if isinstance(cut, bool):
+            return [None] * 3 if cut else list(grads)
+        counts = (MEMORIES, WIDE, MEMORIES - WIDE)
+        return [
+            None if g is None else g.masked_fill(cut.repeat(count)[:, None, None], 0)
+            for g, count in zip(grads, counts)
+        ]
+
+
+def _memory_first(inputs: torch.Tensor, applied: torch.Tensor | None):
+    """A chunk's inputs [N, c, 5, D] in the order of the stack, [5N, c, D]."""
+    return inputs.permute(2, 0, 1, 3).flatten(0, 1), applied
 
 
 def _forward(rule, read, inputs, gates, applied, running, snapshot, anchor, *, keep: bool):

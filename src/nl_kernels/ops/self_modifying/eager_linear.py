@@ -52,6 +52,18 @@ class ChunkOptions:
     truncate_period: int | None
     grid: ChunkGrid
 
+    def clocks(self, segment: Segment, i: int) -> tuple[bool | torch.Tensor, bool | torch.Tensor]:
+        """Whether M_memory, and the others, meet a boundary after the i-th chunk: [N] bool if rows differ."""
+        end = segment.slot + (i + 1) * segment.length
+        periods = (self.chunk_size, self.generator_chunk_size)
+        own, others = (self.grid.meets_boundary(end, period) for period in periods)
+        return own, others
+
+    def truncated(self, segment: Segment, i: int) -> bool | torch.Tensor:
+        """Whether the outer gradient is cut after the i-th chunk, likewise."""
+        end = segment.slot + (i + 1) * segment.length
+        return self.truncate_period is not None and self.grid.meets_boundary(end, self.truncate_period)
+
 
 def run_linear(
     options: ChunkOptions, segments: list[Segment], state: State, constants: State, sequences: State
@@ -150,8 +162,8 @@ class LinearChunks:
             outputs.append(o + tokens.query if self.options.rule.residual else o)
             if keep:
                 made.append(found)
-            end = segment.slot + (i + 1) * segment.length
-            snapshot = take_snapshot(self._met(end, weights.shape[1]), after, weights, snapshot)
+            met = self._met(segment, i, weights.shape[1])
+            snapshot = take_snapshot(met, after, weights, snapshot)
             weights = after
         return (weights, snapshot), outputs, made
 
@@ -170,9 +182,10 @@ class LinearChunks:
         for i in reversed(range(segment.chunks)):
             tokens = _chunk(sequences, segment, i)
             (grad_o,) = chunk_of((grad_output,), segment, i)
-            end = segment.slot + (i + 1) * segment.length
-            grad_weights, grad_snapshot = (self._remembered(end, g) for g in (grad_weights, grad_snapshot))
-            met = self._met(end, made[i].weights.shape[1])
+            grad_weights, grad_snapshot = (
+                self._remembered(segment, i, g) for g in (grad_weights, grad_snapshot)
+            )
+            met = self._met(segment, i, made[i].weights.shape[1])
             grad_weights, grad_old = snapshot_adjoint(met, grad_weights, grad_snapshot)
             if grad_weights is None:
                 grad_weights = torch.zeros_like(made[i].weights)
@@ -364,10 +377,9 @@ class LinearChunks:
             grad_query += grad_o
         return (grad_key, grad_value, grad_query, grad_gate), grad_gates, grad_weights, grad_base, grad_anchor
 
-    def _met(self, end: int, rows: int) -> Met:
-        """Where the snapshot is taken anew after the chunk that ends at slot ``end``: by row of W."""
-        own = self.options.grid.meets_boundary(end, self.options.chunk_size)
-        others = self.options.grid.meets_boundary(end, self.options.generator_chunk_size)
+    def _met(self, segment: Segment, i: int, rows: int) -> Met:
+        """Where the snapshot is taken anew after the i-th chunk: by row of W."""
+        own, others = self.options.clocks(segment, i)
         if isinstance(own, bool) and own is others:
             return own
         row = torch.arange(rows, device=self.options.grid.position.device)[None, :, None]
@@ -376,14 +388,12 @@ class LinearChunks:
         own, others = (torch.as_tensor(met, device=row.device).reshape(-1, 1, 1) for met in (own, others))
         return torch.where(read, own, others)
 
-    def _remembered(self, end: int, grad: torch.Tensor | None) -> torch.Tensor | None:
-        """``grad`` at slot ``end``, without what the truncation cuts there."""
-        if grad is None or self.options.truncate_period is None:
-            return grad
-        met = self.options.grid.meets_boundary(end, self.options.truncate_period)
-        if isinstance(met, bool):
-            return None if met else grad
-        return grad.masked_fill(met[:, None, None], 0)
+    def _remembered(self, segment: Segment, i: int, grad: torch.Tensor | None) -> torch.Tensor | None:
+        """``grad`` after the i-th chunk, without what the truncation cuts there."""
+        cut = self.options.truncated(segment, i)
+        if grad is None or isinstance(cut, bool):
+            return None if cut is True else grad
+        return grad.masked_fill(cut[:, None, None], 0)
 
 
 def _chunk(sequences: State, segment: Segment, i: int) -> _Tokens:
