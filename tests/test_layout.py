@@ -13,6 +13,8 @@ ALLOWED = REQUIRED | {
     "triton_backward.py",
     "triton_step.py",
     "registration.py",
+    "triton_chunk.py",
+    "triton_linear.py",
     "launch.py",
     "rows.py",
     "eager_step.py",

@@ -28,7 +28,9 @@ from nl_kernels.memory_checks import (
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.self_modifying import eager_step
 from nl_kernels.ops.self_modifying.eager import self_modifying_memory_eager
+from nl_kernels.ops.self_modifying.launch import why_not
 from nl_kernels.ops.self_modifying.reference import self_modifying_memory_reference
+from nl_kernels.ops.self_modifying.registration import self_modifying_memory_triton
 from nl_kernels.ops.self_modifying.state import (
     MemoryStack,
     SelfModifyingState,
@@ -105,13 +107,15 @@ def self_modifying_memory(
             then have N in place of B. Excludes ``mask``.
         checkpoint_every: chunks between the states kept for the backward pass, which recomputes the rest; the
             default balances the two. It changes memory and time, never results.
-        impl: "eager" or "reference"; ``None`` picks.
+        impl: "triton", "eager" or "reference"; ``None`` picks Triton on CUDA where the kernels cover the call
+            (``why_not`` in ``launch.py``, and the op's README), else eager.
 
     Returns:
         o [B, T, H, D] in the dtype of query, and the final state (fp32; fp64 for fp64 inputs) or ``None``.
 
     Raises:
         TypeError, ValueError: an argument of another kind, shape, dtype, device or range.
+        NotImplementedError: ``impl="triton"`` for a call that the kernels do not cover.
     """
     rule = MemoryRule() if rule is None else rule
     generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
@@ -140,11 +144,23 @@ def self_modifying_memory(
     ]
     if query.device.type == "cpu":
         check_range("rate_max", gates[0], 0.0, 1.0)
-    chosen = choose_implementation("self_modifying_memory", impl, query.device, ("eager", "reference"))
-
     tensors = [query, key_input, value_input, gate_input, momentum]
     flat_weights = [layer for memory in weights for layer in memory]
     dtype = state_dtype(*tensors, *flat_weights, *_leaves(initial_state))
+    uncovered = why_not(
+        rule=rule,
+        dtype=dtype,
+        width=width,
+        hidden=None if weights.key.outer is None else weights.key.inner.shape[-2],
+        chunk=min(chunk_size, generator_chunk_size),
+        momentum=momentum is not None,
+        detach_targets=detach_targets,
+    )
+    if impl == "triton" and uncovered is not None:
+        raise NotImplementedError(uncovered)
+    available = ("eager", "reference") if uncovered is not None else ("triton", "eager", "reference")
+    chosen = choose_implementation("self_modifying_memory", impl, query.device, available)
+
     inputs = [None if x is None else x.to(dtype) for x in tensors]
     gates = [x.to(dtype) for x in gates]
     alignment = None
@@ -180,22 +196,23 @@ def self_modifying_memory(
         "read": read,
         "chunk_size": chunk_size,
         "generator_chunk_size": generator_chunk_size,
-        "detach_targets": detach_targets,
         "truncate_every": truncate_every,
         "mask": mask,
     }
+    chunked = {"at_boundary": initial_state is None, "checkpoint_every": checkpoint_every}
     # Autocast would round the products, and with them the state, to half precision.
     with torch.autocast(query.device.type, enabled=False):
         if chosen == "reference":
-            o, final = self_modifying_memory_reference(*inputs, anchor, state, **options)
+            o, final = self_modifying_memory_reference(
+                *inputs, anchor, state, **options, detach_targets=detach_targets
+            )
+        elif chosen == "triton":
+            o, final = self_modifying_memory_triton(
+                *inputs, anchor, state, **options, **chunked, dtype=query.dtype
+            )
         else:
             o, final = self_modifying_memory_eager(
-                *inputs,
-                anchor,
-                state,
-                **options,
-                at_boundary=initial_state is None,
-                checkpoint_every=checkpoint_every,
+                *inputs, anchor, state, **options, **chunked, detach_targets=detach_targets
             )
     if alignment is not None:
         o = alignment.scatter(o, 1, length)

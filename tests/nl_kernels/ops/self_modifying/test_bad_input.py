@@ -53,7 +53,12 @@ CASES = {
         ValueError,
         "initial_state.position: .*another chunk size",
     ),
-    "no triton": ({"impl": "triton"}, ValueError, "self_modifying_memory has no 'triton'"),
+    "not covered by the kernels": (
+        {"impl": "triton", "detach_targets": False},
+        NotImplementedError,
+        "constant targets alone; use impl='eager'",
+    ),
+    "no such implementation": ({"impl": "cuda"}, ValueError, "impl: expected one of"),
 }
 
 

@@ -1,0 +1,227 @@
+"""Launch parameters of ``self_modifying_memory``: pure functions of shapes, options and architecture.
+
+The numbers come from ahead-of-time compilation (registers, spills and shared memory against each
+architecture's limits), not from timings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.triton_support.kernel_call import KernelCall
+
+MAX_WIDTH = 128
+"""Widest head that the kernels take."""
+
+MAX_CHUNK = 64
+"""Longest chunk (of the faster clock) that the kernels take."""
+
+_MIN_TILE = 16  # the smallest extent of a tensor-core product
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the operators take besides tensors, in the order of their schema.
+
+    Attributes:
+        activation … proximal: of :class:`~nl_kernels.memory_rule.MemoryRule`.
+        error_bound: the same, 0 for no bound.
+        read, chunk_size, generator_chunk_size: of the public function.
+        truncate: tokens between cuts of the gradient, 0 for none.
+        checkpoint_every: chunks between the states kept for the backward pass; 0 keeps none.
+        precision: of the products, a name of :func:`nl_kernels.triton_support.language.matmul`.
+        offset: slot of the first token.
+        slots: slots of the grid, from the boundary before the first token.
+    """
+
+    activation: str
+    normalize_hidden: bool
+    residual: bool
+    projection_residual: bool
+    target_residual: bool
+    erase: str
+    proximal: bool
+    error_bound: float
+    read: str
+    chunk_size: int
+    generator_chunk_size: int
+    truncate: int
+    checkpoint_every: int
+    precision: str
+    offset: int
+    slots: int
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk: of the faster clock."""
+        return min(self.chunk_size, self.generator_chunk_size)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the grid."""
+        return -(-self.slots // self.chunk)
+
+    def as_tuple(self) -> tuple:
+        return dataclasses.astuple(self)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel runs: warps, and whether states stay in registers."""
+
+    num_warps: int
+    resident: bool
+
+
+def precision_of(dtype: torch.dtype, architecture: str) -> str:
+    """The precision of products for inputs of ``dtype``.
+
+    States are fp32 whatever the inputs, and so are all operands: 16-bit inputs use tf32, whose mantissa is no
+    shorter than theirs; fp32 inputs use three-pass tf32 on NVIDIA (about 2^-21 a product) and plain fp32
+    matrix instructions on AMD.
+    """
+    if architecture.startswith("gfx"):
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def padded(size: int) -> int:
+    """The tile that holds a whole width."""
+    return max(_MIN_TILE, 1 << (size - 1).bit_length())
+
+
+def config_of(
+    *, linear: bool, backward: bool, width: int, hidden: int, chunk: int, momentum: bool, architecture: str
+) -> Config:
+    """How the kernel of one kind of memory runs at these sizes."""
+    tile = padded(width) * padded(hidden)
+    resident = linear and not momentum and tile <= 64 * 64 and not architecture.startswith("gfx")
+    return Config(4 if tile < 64 * 64 else 8, resident)
+
+
+def why_not(
+    *, rule: MemoryRule, dtype: torch.dtype, width: int, hidden: int | None, chunk: int, momentum: bool,
+    detach_targets: bool,
+) -> str | None:  # fmt: skip
+    """What the kernels do not cover of a call, with the remedy; ``None`` if they cover it."""
+    if dtype == torch.float64:
+        return "query: the Triton kernels take bfloat16, float16 and float32, got float64; use impl='eager'"
+    if not detach_targets:
+        return "detach_targets: the Triton kernels have constant targets alone; use impl='eager'"
+    if momentum and rule.erase != "none":
+        return (
+            f"momentum: the Triton kernels have it with rule.erase='none' alone, got {rule.erase!r}; "
+            "use impl='eager'"
+        )
+    if width > MAX_WIDTH:
+        return f"query: the Triton kernels take heads up to {MAX_WIDTH} wide, got {width}; use impl='eager'"
+    if chunk > MAX_CHUNK:
+        return f"chunk_size: the Triton kernels take chunks up to {MAX_CHUNK}, got {chunk}; use impl='eager'"
+    if hidden is not None:
+        return "weights: the Triton kernels have linear memories alone; use impl='eager'"
+    if hidden is not None and padded(hidden) > widest_hidden(width, chunk):
+        return (
+            f"weights: at width {width} and chunks of {chunk} the Triton kernels take hidden widths up to "
+            f"{widest_hidden(width, chunk)}, got {hidden}; use impl='eager'"
+        )
+    return None
+
+
+def widest_hidden(width: int, chunk: int) -> int:
+    """The widest hidden layer whose tiles fit: a whole weight, and a chunk's activations."""
+    return min(128 * 128 // padded(width), 64 * 256 // padded(chunk), 256)
+
+
+def checkpoint_interval(chunks: int, every: int | None, ratio: int) -> int:
+    """Chunks between kept states: about their square root by default; whole periods of the slower clock."""
+    every = max(1, math.isqrt(chunks)) if every is None else min(every, chunks)
+    return -(-every // ratio) * ratio
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call runs, and what its kernels share."""
+
+    options: Options
+    batch: int
+    tokens: int
+    heads: int
+    width: int
+    hidden: int | None
+    momentum: bool
+    architecture: str
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.heads
+
+    @property
+    def ratio(self) -> int:
+        """Chunks of the slower clock's period."""
+        options = self.options
+        return max(options.chunk_size, options.generator_chunk_size) // options.chunk
+
+    def segments(self) -> list[tuple[int, int]]:
+        """First and stop of the chunks between kept states."""
+        every, chunks = self.options.checkpoint_every, self.options.chunks
+        return [(first, min(first + every, chunks)) for first in range(0, chunks, every)]
+
+    def call(self, kernel: Any, arguments: dict[str, Any], *, backward: bool) -> KernelCall:
+        """The call of ``kernel``: what it takes of ``arguments``, sizes and constants."""
+        options = self.options
+        linear = self.hidden is None
+        config = config_of(
+            linear=linear,
+            backward=backward,
+            width=self.width,
+            hidden=self.hidden or self.width,
+            chunk=options.chunk,
+            momentum=self.momentum,
+            architecture=self.architecture,
+        )
+        constants = {
+            "WIDTH": self.width,
+            "HIDDEN": self.hidden,
+            "CHUNK": options.chunk,
+            "MEMORY_CLOCK": options.chunk_size,
+            "OTHERS_CLOCK": options.generator_chunk_size,
+            "RUNNING": options.read == "running",
+            "ACTIVATION": options.activation,
+            "NORMALIZED": options.normalize_hidden,
+            "ERASES": options.erase != "none",
+            "ERASES_LAST": options.erase == "per_layer",
+            "PROXIMAL": options.proximal,
+            "RESIDUAL": options.residual,
+            "PROJECTION": options.projection_residual,
+            "TARGET": options.target_residual,
+            "BOUND": options.error_bound,
+            "TRUNCATE": options.truncate,
+            "RESIDENT": config.resident,
+            "BLOCK_C": padded(options.chunk),
+            "BLOCK_D": padded(self.width),
+            "BLOCK_H": padded(self.hidden or self.width),
+            "PRECISION": options.precision,
+        }
+        names = kernel.arg_names
+        arguments = {"T": self.tokens, "H": self.heads, "offset": options.offset, **arguments}
+        return KernelCall(
+            kernel=kernel,
+            grid=(self.rows,),
+            arguments={name: arguments[name] for name in names if name not in constants},
+            constants={name: value for name, value in constants.items() if name in names},
+            num_warps=config.num_warps,
+            num_stages=1,
+        )
+
+
+def plan_of(query, running_first, running_last, momentum, options: Options, architecture: str) -> Plan:
+    """The plan of a call on tokens [B, T, H, D] with states [B, H, ..]."""
+    batch, tokens, heads, width = query.shape
+    hidden = None if running_first is None else running_last.shape[-1]
+    return Plan(options, batch, tokens, heads, width, hidden, momentum is not None, architecture)
