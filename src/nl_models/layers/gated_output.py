@@ -24,7 +24,7 @@ class GatedOutput(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """``o [B, T, H, D]`` of the mixer and its input ``x [B, T, d]`` to ``[B, T, d]`` in x's dtype."""
+        """``o [.., H, D]`` of the mixer and its input ``x [.., d]`` to ``[.., d]`` in x's dtype."""
         if self.norm is None:
-            return self.o_proj(o.flatten(2).to(x.dtype))
-        return self.o_proj(self.norm(o.to(x.dtype)).flatten(2) * F.silu(self.g_proj(x)))
+            return self.o_proj(o.flatten(-2).to(x.dtype))
+        return self.o_proj(self.norm(o.to(x.dtype)).flatten(-2) * F.silu(self.g_proj(x)))

@@ -5,16 +5,23 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nl_kernels import MemoryRule, SelfModifyingState, SelfModifyingWeights, self_modifying_memory
+from nl_kernels import (
+    MemoryRule,
+    SelfModifyingState,
+    SelfModifyingWeights,
+    self_modifying_memory,
+    self_modifying_memory_step,
+)
 from nl_kernels.memory_rule import l2_normalize
 from nl_models.layers.gated_output import GatedOutput
 from nl_models.layers.initial_memory import InitialMemory
+from nl_models.layers.memory_layer import MemoryLayer, is_decoding
 
 GATE_INITIALIZER_RANGE = 0.25
 """Standard deviation of the gates' logits at the start, for inputs of unit length."""
 
 
-class SelfModifyingTitans(nn.Module):
+class SelfModifyingTitans(MemoryLayer):
     """Five memories per head, fed by slow projections, on the ``self_modifying_memory`` op.
 
     Keys are ``l2norm(M_key(n(W_k x)))``, values ``M_value(n(W_v x))``, and both gates' memories read
@@ -60,25 +67,20 @@ class SelfModifyingTitans(nn.Module):
         initializer_range: float = 0.02,
         eps: float = 1e-6,
     ):
-        super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(f"num_heads: expected a divisor of hidden_size={hidden_size}, got {num_heads}")
-        self.num_heads = num_heads
-        self.head_dim = hidden_size // num_heads
-        self.chunk_size = chunk_size
+        super().__init__(
+            hidden_size,
+            num_heads,
+            {"r_proj": hidden_size},
+            chunk_size=chunk_size,
+            read=read,
+            rule=rule,
+            rate_max=rate_max,
+            rate_bias=rate_bias,
+            retention_bias=retention_bias,
+            momentum=momentum,
+        )
         self.generator_chunk_size = generator_chunk_size
-        self.read = read
-        self.rule = MemoryRule() if rule is None else rule
-        self.rate_max = rate_max
         self.truncate_every = truncate_every
-        self.initial_biases = (rate_bias, retention_bias)
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.r_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.momentum_proj = nn.Linear(hidden_size, num_heads, bias=False) if momentum else None
-        self.rate_bias = nn.Parameter(torch.empty(num_heads))
-        self.retention_bias = nn.Parameter(torch.empty(num_heads))
         wide = (self.head_dim, initializer_range)
         gate = (1, GATE_INITIALIZER_RANGE)
         kinds = SelfModifyingWeights(wide, wide, wide, gate, gate)._asdict()
@@ -90,11 +92,6 @@ class SelfModifyingTitans(nn.Module):
         )
         self.output = GatedOutput(hidden_size, self.head_dim, eps=eps)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The gates start at their initial biases."""
-        nn.init.constant_(self.rate_bias, self.initial_biases[0])
-        nn.init.constant_(self.retention_bias, self.initial_biases[1])
 
     def forward(
         self,
@@ -114,34 +111,37 @@ class SelfModifyingTitans(nn.Module):
         Returns:
             ``y`` like ``x``, and the new state or ``None``.
         """
-        query, key_input, value_input, gate_input = (
-            projection(x).unflatten(-1, (self.num_heads, self.head_dim))
+        decoding = is_decoding(x, state)
+        if decoding:
+            x, mask = x[:, 0], None if mask is None else mask[:, 0]
+        exact = torch.promote_types(x.dtype, torch.float32)
+        query, *inputs = (
+            self.split_heads(projection, x)
             for projection in (self.q_proj, self.k_proj, self.v_proj, self.r_proj)
         )
-        exact = torch.promote_types(x.dtype, torch.float32)
-        key_input, value_input, gate_input = (
-            l2_normalize(each.to(exact)).to(each.dtype) for each in (key_input, value_input, gate_input)
-        )
-        momentum = None
-        if self.momentum_proj is not None:
-            momentum = self.momentum_proj(x).to(exact).sigmoid()
+        inputs = [l2_normalize(each.to(exact)).to(each.dtype) for each in inputs]
+        weights = SelfModifyingWeights(**{name: memory() for name, memory in self.memories.items()})
+        options = {
+            "chunk_size": self.chunk_size,
+            "generator_chunk_size": self.generator_chunk_size,
+            "momentum": self.momentum(x),
+            "rule": self.rule,
+            "rate_max": self.rate_max,
+            "rate_bias": self.rate_bias,
+            "retention_bias": self.retention_bias,
+            "read": self.read,
+            "mask": mask,
+        }
+        if decoding:
+            o, state = self_modifying_memory_step(query, *inputs, weights, state=state, **options)
+            return self.output(o, x).unsqueeze(1), state if output_state else None
         o, state = self_modifying_memory(
             query,
-            key_input,
-            value_input,
-            gate_input,
-            SelfModifyingWeights(**{name: memory() for name, memory in self.memories.items()}),
-            chunk_size=self.chunk_size,
-            generator_chunk_size=self.generator_chunk_size,
-            momentum=momentum,
-            rule=self.rule,
-            rate_max=self.rate_max,
-            rate_bias=self.rate_bias,
-            retention_bias=self.retention_bias,
-            read=self.read,
+            *inputs,
+            weights,
             truncate_every=self.truncate_every,
-            mask=mask,
             initial_state=state,
             output_final_state=output_state,
+            **options,
         )
         return self.output(o, x), state

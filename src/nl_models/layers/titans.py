@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from nl_kernels import DeepMemoryState, MemoryRule, deep_memory
+from nl_kernels import DeepMemoryState, MemoryRule, deep_memory, deep_memory_step
 from nl_kernels.memory_rule import l2_normalize
 from nl_models.layers.gated_output import GatedOutput
 from nl_models.layers.initial_memory import InitialMemory
+from nl_models.layers.memory_layer import MemoryLayer, is_decoding
 
 
-class Titans(nn.Module):
+class Titans(MemoryLayer):
     """One deep memory per head, on the ``deep_memory`` op: what is left without self-modification.
 
     Args:
@@ -44,34 +44,23 @@ class Titans(nn.Module):
         initializer_range: float = 0.02,
         eps: float = 1e-6,
     ):
-        super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(f"num_heads: expected a divisor of hidden_size={hidden_size}, got {num_heads}")
-        self.num_heads = num_heads
-        self.head_dim = hidden_size // num_heads
-        self.chunk_size = chunk_size
-        self.read = read
-        self.rule = MemoryRule() if rule is None else rule
-        self.rate_max = rate_max
-        self.initial_biases = (rate_bias, retention_bias)
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.rate_proj = nn.Linear(hidden_size, num_heads, bias=False)
-        self.retention_proj = nn.Linear(hidden_size, num_heads, bias=False)
-        self.momentum_proj = nn.Linear(hidden_size, num_heads, bias=False) if momentum else None
-        self.rate_bias = nn.Parameter(torch.empty(num_heads))
-        self.retention_bias = nn.Parameter(torch.empty(num_heads))
+        super().__init__(
+            hidden_size,
+            num_heads,
+            {"rate_proj": num_heads, "retention_proj": num_heads},
+            chunk_size=chunk_size,
+            read=read,
+            rule=rule,
+            rate_max=rate_max,
+            rate_bias=rate_bias,
+            retention_bias=retention_bias,
+            momentum=momentum,
+        )
         self.memory = InitialMemory(
             num_heads, self.head_dim, self.head_dim, memory_hidden_size, initializer_range
         )
         self.output = GatedOutput(hidden_size, self.head_dim, eps=eps)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The gates start at their initial biases."""
-        nn.init.constant_(self.rate_bias, self.initial_biases[0])
-        nn.init.constant_(self.retention_bias, self.initial_biases[1])
 
     def forward(
         self,
@@ -91,30 +80,26 @@ class Titans(nn.Module):
         Returns:
             ``y`` like ``x``, and the new state or ``None``.
         """
-        q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        decoding = is_decoding(x, state)
+        if decoding:
+            x, mask = x[:, 0], None if mask is None else mask[:, 0]
+        q, k, v = (self.split_heads(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
         # Norms and rates in fp32 (or better): a retention near 1 has too few digits in bf16.
         exact = torch.promote_types(x.dtype, torch.float32)
         rate = self.rate_max * torch.sigmoid(self.rate_proj(x).to(exact) + self.rate_bias)
         log_decay = F.logsigmoid(self.retention_proj(x).to(exact) + self.retention_bias)
-        momentum = None
-        if self.momentum_proj is not None:
-            momentum = self.momentum_proj(x).to(exact).sigmoid()
+        tokens = (l2_normalize(q.to(exact)), l2_normalize(k.to(exact)), v, rate, log_decay)
+        options = {
+            "chunk_size": self.chunk_size,
+            "momentum": self.momentum(x),
+            "rule": self.rule,
+            "read": self.read,
+            "mask": mask,
+        }
+        if decoding:
+            o, state = deep_memory_step(*tokens, self.memory(), state=state, **options)
+            return self.output(o, x).unsqueeze(1), state if output_state else None
         o, state = deep_memory(
-            l2_normalize(q.to(exact)),
-            l2_normalize(k.to(exact)),
-            v,
-            rate,
-            log_decay,
-            self.memory(),
-            chunk_size=self.chunk_size,
-            momentum=momentum,
-            rule=self.rule,
-            read=self.read,
-            mask=mask,
-            initial_state=state,
-            output_final_state=output_state,
+            *tokens, self.memory(), initial_state=state, output_final_state=output_state, **options
         )
         return self.output(o, x), state

@@ -8,6 +8,7 @@ import torch
 from nl_kernels import MemoryRule
 from nl_kernels.memory_rule import l2_normalize
 from nl_models.layers.self_modifying_titans import SelfModifyingTitans
+from nl_models.layers.state import state_tensors
 from nl_models.layers.titans import Titans
 
 
@@ -102,3 +103,26 @@ def test_momentum_changes_the_writes():
 def test_heads_divide_the_width(kind):
     with pytest.raises(ValueError, match="num_heads: expected a divisor of hidden_size=12, got 5"):
         kind(12, 5)
+
+
+@pytest.mark.parametrize("momentum", [False, True], ids=["", "momentum"])
+@pytest.mark.parametrize("kind", [Titans, SelfModifyingTitans])
+def test_decoding_takes_the_step_and_equals_the_forward_pass(kind, momentum, monkeypatch):
+    torch.manual_seed(0)
+    layer = kind(12, 2, memory_hidden_size=5, chunk_size=4, momentum=momentum).double()
+    x = torch.randn(2, 14, 12, dtype=torch.float64)
+    mask = torch.rand(2, 14) < 0.7
+    mask[:, 0] = True
+    with torch.no_grad():
+        expected, end = layer(x, mask=mask, output_state=True)
+        y, state = layer(x[:, :2], mask=mask[:, :2], output_state=True)
+        op = "deep_memory" if kind is Titans else "self_modifying_memory"
+        monkeypatch.setattr(f"{kind.__module__}.{op}", None)
+        outputs = [y]
+        for t in range(2, 14):
+            y, state = layer(x[:, t : t + 1], state, mask[:, t : t + 1], output_state=True)
+            outputs.append(y)
+        assert layer(x[:, :1], state)[1] is None
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=0, atol=1e-12)
+    for a, b in zip(state_tensors(state), state_tensors(end)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

@@ -250,7 +250,9 @@ class _SteppingLevel:
             pending = length % size
             position = torch.full((batch,), pending, device=grid.inputs.device)
             # state outlives the call: no views of parameters or of the whole sequence
-            pending_inputs = grid.inputs[:, length - pending :].clone()
+            pending_inputs = grid.inputs
+            if pending < length:
+                pending_inputs = pending_inputs[:, length - pending :].clone()
             pending_rates = grid.rates[:, length - pending :].clone()
         else:
             position = grid.lengths % size
