@@ -29,7 +29,7 @@ from nl_kernels.ops.deep_memory.eager_backward import WrittenChunks, supports
 from nl_kernels.ops.deep_memory.rows import run_on_rows
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
 
-KEPT_BYTES = 16 << 20  # of activations that are not recomputed
+KEPT_BYTES = 12 << 20  # of activations that are not recomputed
 
 
 def deep_memory_eager(
@@ -60,7 +60,7 @@ def deep_memory_eager(
 
     def compute(carried: State, constants: State, sequences: State, grid: ChunkGrid):
         rows, tokens = sequences[0].shape[:2]
-        footprint = _footprint(carried[:4], chunk_size, rows)
+        footprint = _footprint(carried[:4], chunk_size, rows, written_out)
         segments = plan_segments(tokens, chunk_size, grid.offset, checkpoint_every, footprint)
         run, chunks = (run_with_adjoint, WrittenChunks) if written_out else (run_segments, _Chunks)
         return run(chunks(rule, read, chunk_size, grid), segments, carried, constants, sequences)
@@ -82,14 +82,14 @@ def deep_memory_eager(
     )
 
 
-def _footprint(layers: State, size: int, rows: int) -> Footprint:
+def _footprint(layers: State, size: int, rows: int, written_out: bool) -> Footprint:
     """What the backward pass needs: counts of tensors of each kind in ``eager_backward.py``."""
     layers = [x for x in layers if x is not None]
     numbers = sum(x.numel() for x in layers)
-    widths = sum(layers[0].shape[-2:])
-    chunk = 2 * numbers + rows * size * (15 * widths + 8 * size)
+    hidden, width = layers[0].shape[-2:]
+    chunk = numbers + rows * size * (13 * hidden + 6 * width + 11 * size)
     item = layers[0].element_size()
-    return Footprint(item * numbers, item * chunk, KEPT_BYTES)
+    return Footprint(item * numbers, item * chunk * (1 if written_out else 2), KEPT_BYTES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,8 +80,6 @@ class _Prepared(NamedTuple):
 class _Served(NamedTuple):
     """What a chunk computes at its snapshot."""
 
-    base: list[torch.Tensor]
-    inputs: torch.Tensor  # k, and for snapshot reads then q
     hidden: Activated | None
     error: torch.Tensor
     factor: torch.Tensor | None
@@ -102,8 +100,8 @@ class _Layer(NamedTuple):
 class _Made(NamedTuple):
     """What the adjoint of a chunk needs."""
 
-    fresh: bool  # no snapshot of its own: it was the running weights
     running: list[torch.Tensor]
+    snapshot: list[torch.Tensor]  # empty where it was the running weights
     velocity: list[torch.Tensor]
     served: _Served
     layers: list[_Layer]
@@ -137,7 +135,8 @@ class WrittenChunks:
         outputs, made = [], []
         for i, shared in enumerate(_by_chunk(prepared, segment.chunks)):
             tokens = _Tokens(*chunk_of(sequences, segment, i))
-            served, o = self._serve(tokens, snapshot or running, anchor, keep)
+            base = _base(snapshot or running, anchor)
+            served, o = self._serve(tokens, base, keep)
             layers = self._layer_inputs(tokens, shared, served)
             layers, after, velocity_after = self._write(layers, running, velocity, shared.coefficients)
             probe, reads = None, []
@@ -145,7 +144,7 @@ class WrittenChunks:
                 o, probe, reads = self._read(tokens.q, running, anchor, layers, shared.coefficients, keep)
             outputs.append(o + tokens.q if self.rule.residual else o)
             if keep:
-                made.append(_Made(not snapshot, running, velocity, served, layers, probe, reads))
+                made.append(_Made(running, snapshot, velocity, served, layers, probe, reads))
             met = self._met(segment, i)
             old = snapshot or [None] * len(running)
             snapshot = _present([take_snapshot(met, *x) for x in zip(after, running, old)])
@@ -189,7 +188,7 @@ class WrittenChunks:
                 if total is not None:
                     total += grad
             snapshot = [b if o is None else b + o for b, o in zip(base, old)]
-            if chunk.fresh:
+            if not chunk.snapshot:
                 running = [g.add_(s) for g, s in zip(running, snapshot)]
                 snapshot = [None] * deep
         self._token_adjoints(segment, prepared, _joined(collected[::-1]), _Tokens(*sequences), grad_sequences)
@@ -217,13 +216,11 @@ class WrittenChunks:
             erase = erase_matrices(gram.clone(), used, coefficients.decay.strict)
         return _Prepared(coefficients, rate, used, gram if momentum is not None else None, erase)
 
-    def _serve(self, tokens: _Tokens, base, anchor, keep: bool) -> tuple[_Served, torch.Tensor]:
+    def _serve(self, tokens: _Tokens, base, keep: bool) -> tuple[_Served, torch.Tensor]:
         """At the snapshot: errors of the keys and what of them reaches the first layer, and the reads."""
-        q, k, v = tokens[:3]
+        k, v = tokens.k, tokens.v
         size = k.shape[1]
-        base = [x + a for x, a in zip(base, anchor)] if anchor else base
-        inputs = k if self.read == "running" else torch.cat([k, q], 1)
-        made, hidden = torch.bmm(inputs, base[0].mT), None
+        made, hidden = torch.bmm(self._inputs(tokens), base[0].mT), None
         if len(base) == 2:
             hidden = activated(made, self.rule, curved=slice(None, size) if keep else False)
             made = torch.bmm(hidden.value, base[1].mT)
@@ -237,7 +234,11 @@ class WrittenChunks:
         if hidden is not None:
             keys = hidden.rows(slice(None, size))
             signal = error_signal(torch.bmm(error, base[1]), keys, self.rule)
-        return _Served(base, inputs, hidden, error, factor, signal), made[:, size:]
+        return _Served(hidden, error, factor, signal), made[:, size:]
+
+    def _inputs(self, tokens: _Tokens) -> torch.Tensor:
+        """What the snapshot is applied to: keys, and then the queries of snapshot reads."""
+        return tokens.k if self.read == "running" else torch.cat([tokens.k, tokens.q], 1)
 
     def _layer_inputs(self, tokens: _Tokens, shared: _Prepared, served: _Served) -> list[_Layer]:
         """The layers' inputs, the first one's prepared."""
@@ -335,7 +336,10 @@ class WrittenChunks:
         grad_rate = torch.zeros_like(shared.rate)
         if len(parts) == 2:
             grad_rate = self._hidden_adjoint(made.layers[1], parts[1], velocities[1:], shared, at_inputs[1])
-        grad_q, at_k, at_error, base = self._serve_adjoint(made.served, parts, at_inputs, grad_o)
+        base = _base(made.snapshot or made.running, anchor)
+        grad_q, at_k, at_error, base = self._serve_adjoint(
+            tokens, made.served, base, parts, at_inputs, grad_o
+        )
         if reads:
             grad_q = reads[0].queries
         if self.rule.residual:
@@ -368,7 +372,7 @@ class WrittenChunks:
         at_keys += extra
         return grad_rate
 
-    def _serve_adjoint(self, served: _Served, parts, at_inputs, grad_o):
+    def _serve_adjoint(self, tokens, served: _Served, base, parts, at_inputs, grad_o):
         """Gradients of q, of k but for what :meth:`_token_adjoints` adds, the error, and the snapshot."""
         rule, at_k, size = self.rule, at_inputs[0], at_inputs[0].shape[1]
         grad_base, radial, at_slope = [], None, None
@@ -377,7 +381,7 @@ class WrittenChunks:
             keys = served.hidden.rows(slice(None, size))
             at_back, at_value, at_slope, radial = signal_adjoint(parts[0].signal, served.signal, keys, rule)
             at_keys = at_inputs[1] if at_value is None else at_inputs[1].add_(at_value)
-            at_error.baddbmm_(at_back, served.base[1].mT)
+            at_error.baddbmm_(at_back, base[1].mT)
             grad_base.append(torch.bmm(served.error.mT, at_back))
         at_error = bound_adjoint(at_error, served.error, served.factor, rule.error_bound)
         at_made = at_error
@@ -385,12 +389,12 @@ class WrittenChunks:
             at_made = torch.cat([at_error, torch.zeros_like(at_error) if grad_o is None else grad_o], 1)
         if served.hidden is not None:
             grad_base[0].baddbmm_(at_made.mT, served.hidden.value)
-            at_hidden = torch.bmm(at_made, served.base[1])
+            at_hidden = torch.bmm(at_made, base[1])
             at_hidden[:, :size] += at_keys
             at_made = hidden_adjoint(at_hidden, served.hidden, radial)
             at_made[:, :size] += at_slope
-        grad_base.insert(0, torch.bmm(at_made.mT, served.inputs))
-        at_tokens = torch.bmm(at_made, served.base[0])
+        grad_base.insert(0, torch.bmm(at_made.mT, self._inputs(tokens)))
+        at_tokens = torch.bmm(at_made, base[0])
         at_k += at_tokens[:, :size]
         return at_tokens[:, size:] if self.read == "snapshot" else None, at_k, at_error, grad_base
 
@@ -430,6 +434,10 @@ class WrittenChunks:
                 place.copy_(grad.flatten(1, 2))
         if grads[1] is not None and at_k is not None:
             grads[1].add_(at_k.flatten(1, 2))
+
+
+def _base(weights: list[torch.Tensor], anchor: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [x + a for x, a in zip(weights, anchor)] if anchor else weights
 
 
 def _present(pair) -> list[torch.Tensor]:

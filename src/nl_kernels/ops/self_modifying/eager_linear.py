@@ -37,7 +37,7 @@ from nl_kernels.ops.self_modifying.rows import ABSENT
 from nl_kernels.ops.self_modifying.state import MemoryStack
 from nl_kernels.snapshot import Met, snapshot_adjoint, take_snapshot
 
-KEPT_BYTES = 16 << 20  # of activations that are not recomputed
+KEPT_BYTES = 12 << 20  # of activations that are not recomputed
 WIDE = 3  # memories whose output is as wide as their input; the gates follow
 
 
@@ -86,7 +86,7 @@ def linear_footprint(state: MemoryStack, size: int) -> Footprint:
     """What the backward pass needs: counts of tensors of each kind in :class:`_Made`."""
     rows, width = state.last.shape[:2].numel(), state.last.shape[-1]
     numbers = sum(x.numel() for x in state if x is not None)
-    chunk = 2 * numbers + rows * size * (14 * width + 5 * size)
+    chunk = numbers + rows * size * (14 * width + 5 * size)
     item = state.last.element_size()
     return Footprint(item * numbers, item * chunk, KEPT_BYTES)
 
@@ -126,9 +126,8 @@ class _Tokens(NamedTuple):
 class _Made(NamedTuple):
     """What one chunk computes and its adjoint needs."""
 
-    fresh: bool  # no snapshot of its own: it was W
     weights: torch.Tensor
-    base: torch.Tensor
+    snapshot: torch.Tensor | None
     gate: torch.Tensor  # before the sigmoids [N, c, 2]
     key_scale: torch.Tensor
     k: torch.Tensor
@@ -156,9 +155,10 @@ class LinearChunks:
     def forward(self, segment: Segment, state: State, constants: State, sequences: State, keep: bool):
         weights, snapshot = state
         outputs, made = [], []
+        scratch = torch.empty_like(weights)
         for i in range(segment.chunks):
             tokens = _chunk(sequences, segment, i)
-            o, after, found = self._forward(tokens, weights, snapshot, *constants)
+            o, after, found = self._forward(tokens, weights, snapshot, *constants, scratch)
             outputs.append(o + tokens.query if self.options.rule.residual else o)
             if keep:
                 made.append(found)
@@ -179,38 +179,41 @@ class LinearChunks:
         grad_sequences: State,
     ) -> State:
         grad_weights, grad_snapshot = grad_state
+        scratch = torch.empty_like(made[0].weights), torch.empty_like(made[0].weights)
         for i in reversed(range(segment.chunks)):
             tokens = _chunk(sequences, segment, i)
             (grad_o,) = chunk_of((grad_output,), segment, i)
+            chunk, made[i] = made[i], None
             grad_weights, grad_snapshot = (
                 self._remembered(segment, i, g) for g in (grad_weights, grad_snapshot)
             )
-            met = self._met(segment, i, made[i].weights.shape[1])
+            met = self._met(segment, i, chunk.weights.shape[1])
             grad_weights, grad_old = snapshot_adjoint(met, grad_weights, grad_snapshot)
             if grad_weights is None:
-                grad_weights = torch.zeros_like(made[i].weights)
-            grad_inputs, grad_gates, grad_weights, grad_base, grad_anchor = self._backward(
-                tokens, made[i], *constants[:2], grad_o, grad_weights
+                grad_weights = torch.zeros_like(chunk.weights)
+            grad_inputs, grad_gates, grad_weights, grad_base = self._backward(
+                tokens, chunk, *constants[:2], grad_o, grad_weights, grad_constants[0], scratch
             )
             for place, grad in zip(chunk_of(grad_sequences, segment, i), grad_inputs):
                 if place is not None:
                     place.zero_() if grad is None else place.copy_(grad)
-            for total, grad in zip(grad_constants, (grad_anchor, *grad_gates)):
+            for total, grad in zip(grad_constants[1:], grad_gates):
                 if total is not None:
                     total += grad
-            grad_snapshot = grad_base if grad_old is None else grad_base + grad_old
-            if made[i].fresh:
-                grad_weights, grad_snapshot = grad_weights.add_(grad_snapshot), None
-            made[i] = None
+            if chunk.snapshot is None:
+                grad_weights += grad_base if grad_old is None else grad_old.add_(grad_base)
+                grad_snapshot = None
+            else:
+                grad_snapshot = grad_base.clone() if grad_old is None else grad_old.add_(grad_base)
         return grad_weights, grad_snapshot
 
-    def _forward(self, tokens: _Tokens, weights, snapshot, anchor, rate_max, rate_bias, retention_bias):
+    def _forward(
+        self, tokens: _Tokens, weights, snapshot, anchor, rate_max, rate_bias, retention_bias, scratch
+    ):
         """M_memory's reads [N, c, D] without residual, W after the chunk, and :class:`_Made`."""
         rule, width = self.options.rule, tokens.key.shape[-1]
         key_in, value_in, query, gate_in, applied = tokens
-        base = weights if snapshot is None else snapshot
-        if anchor is not None:
-            base = base + anchor
+        base = _base(weights, snapshot, anchor, scratch)
 
         # The memories make k, v and the gates.
         k, v = (torch.bmm(x, part.mT) for x, part in zip((key_in, value_in), base.split(width, 1)))
@@ -256,9 +259,8 @@ class LinearChunks:
         else:
             o = torch.bmm(query, base[:, 2 * width : WIDE * width].mT)
         made = _Made(
-            snapshot is None,
             weights,
-            base,
+            snapshot,
             gate,
             key_scale,
             k,
@@ -274,12 +276,15 @@ class LinearChunks:
         )
         return o, after, made
 
-    def _backward(self, tokens: _Tokens, made: _Made, anchor, rate_max, grad_o, grad_after):
-        """Gradients of inputs, gates, W, of the snapshot with the anchor, and of the anchor."""
+    def _backward(
+        self, tokens: _Tokens, made: _Made, anchor, rate_max, grad_o, grad_after, grad_anchor, scratch
+    ):
+        """Gradients of inputs, gates, W, and of the snapshot (in scratch); adds to that of the anchor."""
         rule, width = self.options.rule, tokens.key.shape[-1]
         own, gates = slice(2 * width, WIDE * width), slice(WIDE * width, None)
         key_in, value_in, query, gate_in, applied = tokens
-        k, difference, base = made.k, made.difference, made.base
+        k, difference = made.k, made.difference
+        base = _base(made.weights, made.snapshot, anchor, scratch[0])
         decay_parts: dict[str, torch.Tensor] = {}
 
         at_written = read = None
@@ -321,7 +326,7 @@ class LinearChunks:
         if made.factor is not None:
             by_memory.copy_(bound_adjoint(by_memory, bounded, made.factor, rule.error_bound))
             at_error[..., gates].masked_fill_(made.error[..., gates].abs() >= rule.error_bound, 0)
-        grad_base = torch.bmm(at_error.mT, difference)
+        grad_base = torch.bmm(at_error.mT, difference, out=scratch[1])
         at_v = torch.bmm(at_error, base)
         at_k += at_v
         at_v.neg_()
@@ -365,17 +370,17 @@ class LinearChunks:
             grad_key += at_k
             grad_value += at_v
 
-        grad_weights, grad_anchor = part.state, grad_base
-        grad_query = grad_query[0] if grad_query else None
+        if grad_anchor is not None:
+            grad_anchor += grad_base
+        grad_weights, grad_query = part.state, grad_query[0] if grad_query else None
         if read is not None:
             grad_query = read.queries
             grad_weights[:, own] += read.state
-            if read.anchor is not None:
-                grad_anchor = grad_base.clone()
+            if grad_anchor is not None:
                 grad_anchor[:, own] += read.anchor
         if rule.residual and grad_o is not None:
             grad_query += grad_o
-        return (grad_key, grad_value, grad_query, grad_gate), grad_gates, grad_weights, grad_base, grad_anchor
+        return (grad_key, grad_value, grad_query, grad_gate), grad_gates, grad_weights, grad_base
 
     def _met(self, segment: Segment, i: int, rows: int) -> Met:
         """Where the snapshot is taken anew after the i-th chunk: by row of W."""
@@ -394,6 +399,12 @@ class LinearChunks:
         if grad is None or isinstance(cut, bool):
             return None if cut is True else grad
         return grad.masked_fill(cut[:, None, None], 0)
+
+
+def _base(weights, snapshot, anchor, scratch: torch.Tensor) -> torch.Tensor:
+    """The weights at the snapshot; a sum is put into ``scratch``, which stays in the cache."""
+    base = weights if snapshot is None else snapshot
+    return base if anchor is None else torch.add(base, anchor, out=scratch)
 
 
 def _chunk(sequences: State, segment: Segment, i: int) -> _Tokens:
