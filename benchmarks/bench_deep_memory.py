@@ -18,8 +18,37 @@ from benchmarks import peers
 from benchmarks.baselines import PAST, decode_name, decode_provider, forward_backward
 from benchmarks.harness import Case, Factories, Provider
 from benchmarks.measure import Work, random_tensors
-from nl_kernels.memory_rule import DeepMemoryWeights
+from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the memory of a case learns and is read."""
+
+    rule: MemoryRule
+    read: str = "snapshot"
+    rate_max: float = 1.0
+
+
+# By name of the case: the default rule; titans-pytorch's own rule, without the delta rule and the safeguards,
+# and with its small rates; and the linear memories with running reads that Hope's layers have by default.
+SETTINGS = {
+    "Titans layer": Setting(MemoryRule()),
+    "plain Titans layer": Setting(
+        MemoryRule(
+            activation="gelu",
+            normalize_hidden=False,
+            residual=True,
+            erase="none",
+            anchored=False,
+            error_bound=None,
+        ),
+        rate_max=0.01,
+    ),
+    "linear Titans layer": Setting(MemoryRule(), read="running"),
+    "decode": Setting(MemoryRule()),
+}
 
 
 @dataclass(frozen=True)
@@ -28,16 +57,17 @@ class Layer:
 
     Attributes:
         project: ``[3·H·D, H·D]``: queries, keys, values. rates: ``[4·H, H·D]``. out: ``[H·D, H·D]``.
-        inner: ``[H, h, D]``. outer: ``[H, D, h]``.
+        inner: ``[H, h, D]``. outer: ``[H, D, h]``; a linear memory, h = 0, has ``[H, D, D]`` alone.
     """
 
     project: Tensor
     rates: Tensor
     out: Tensor
     inner: Tensor
-    outer: Tensor
+    outer: Tensor | None
     chunk: int
     momentum: bool
+    setting: Setting
 
     @classmethod
     def random(cls, case: Case, device: torch.device, dtype: torch.dtype) -> Layer:
@@ -50,7 +80,7 @@ class Layer:
                 "project": (3 * stream, stream),
                 "rates": (4 * heads, stream),
                 "out": (stream, stream),
-                "inner": (heads, hidden, width),
+                "inner": (heads, hidden or width, width),
                 "outer": (heads, width, hidden),
             },
             torch.device("cpu"),
@@ -59,12 +89,19 @@ class Layer:
         weights = {
             name: (x * x.shape[-1] ** -0.5).to(device=device, dtype=dtype).requires_grad_()
             for name, x in made.items()
+            if x.numel()
         }
-        return cls(**weights, chunk=case.shape["C"], momentum=bool(case.shape["momentum"]))
+        return cls(
+            **{"outer": None, **weights},
+            chunk=case.shape["C"],
+            momentum=bool(case.shape["momentum"]),
+            setting=SETTINGS[case.name],
+        )
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [self.project, self.rates, self.out, self.inner, self.outer]
+        layers = (self.project, self.rates, self.out, self.inner, self.outer)
+        return [x for x in layers if x is not None]
 
     def __call__(
         self, x: Tensor, state: DeepMemoryState | None = None, impl: str | None = None, keep: bool = False
@@ -77,11 +114,13 @@ class Layer:
             F.normalize(q, dim=-1),
             F.normalize(k, dim=-1),
             v,
-            rate.sigmoid(),
+            self.setting.rate_max * rate.sigmoid(),
             F.logsigmoid(decay + 4),
             DeepMemoryWeights(self.inner, self.outer),
             chunk_size=self.chunk,
             momentum=momentum.sigmoid() if self.momentum else None,
+            rule=self.setting.rule,
+            read=self.setting.read,
             initial_state=state,
             output_final_state=keep,
             impl=impl,
@@ -98,7 +137,7 @@ def stream_of(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Ten
 
 
 def training_providers(case: Case, device: torch.device) -> Factories:
-    """Forward and backward of the layer: the default rule (delta gradient descent in both layers)."""
+    """Forward and backward of the layer, with the setting that goes by the case's name."""
     sizes = case.shape
 
     def ours() -> Provider:
@@ -140,6 +179,8 @@ def training_work(sizes: dict[str, int], element_size: int) -> Work:
     """Products of the layer (forward; twice as many backward), and its input, output and weights once."""
     width, hidden, heads, chunk = (sizes[name] for name in ("D", "h", "H", "C"))
     stream = heads * width
+    if not hidden:  # a linear memory: half of two layers that are as wide, without the error's way back
+        return _linear_work(sizes, element_size)
     projections = 2 * stream * (4 * stream + 4 * heads)
     # Recall of keys, read of queries, the error's way back, the writes; then what the erase needs of a chunk.
     memory = 2 * width * hidden * 7 + 2 * chunk * (width + hidden) * 2
@@ -148,6 +189,15 @@ def training_work(sizes: dict[str, int], element_size: int) -> Work:
     return Work(
         3 * tokens * (projections + heads * memory), 3 * element_size * (2 * tokens * stream + weights)
     )
+
+
+def _linear_work(sizes: dict[str, int], element_size: int) -> Work:
+    width, heads, chunk, stream = sizes["D"], sizes["H"], sizes["C"], sizes["H"] * sizes["D"]
+    # Recall of keys at the snapshot and running, read of queries, the write; then erase and read in a chunk.
+    memory = 2 * width**2 * 4 + 2 * chunk * width * 4
+    tokens = sizes["B"] * sizes["T"]
+    flops = 3 * tokens * (2 * stream * (4 * stream + 4 * heads) + heads * memory)
+    return Work(flops, 3 * element_size * (2 * tokens * stream + 4 * stream**2 + heads * width**2))
 
 
 def decode_providers(case: Case, device: torch.device) -> Factories:
@@ -165,11 +215,13 @@ def decode_providers(case: Case, device: torch.device) -> Factories:
     return {decode_name("nl_kernels", past): lambda past=past: ours(past) for past in (1, PAST)}
 
 
-def training_case(device: str, quick: bool = False, memory: bool = False, **sizes: int) -> Case:
-    """One training case on one kind of device."""
+def training_case(
+    device: str, quick: bool = False, memory: bool = False, name: str = "Titans layer", **sizes: int
+) -> Case:
+    """One training case on one kind of device; ``name`` is one of :data:`SETTINGS`."""
     return Case(
         op="deep_memory",
-        name="Titans layer",
+        name=name,
         mode="forward+backward",
         shape=sizes,
         providers=training_providers,
@@ -193,6 +245,15 @@ CASES = [
         for hidden in (64, 128, 256)
     ),
     training_case("cpu", memory=True, B=1, T=2048, H=4, D=64, h=64, C=64, momentum=0),
+    *(
+        training_case(
+            "cpu", memory=True, name="plain Titans layer", B=1, T=2048, H=4, D=64, h=64, C=chunk, momentum=1
+        )
+        for chunk in (64, 16)
+    ),
+    training_case(
+        "cpu", memory=True, name="linear Titans layer", B=1, T=2048, H=4, D=64, h=0, C=16, momentum=0
+    ),
     training_case("cuda", quick=True, memory=True, B=4, T=2048, H=8, D=64, h=256, C=64, momentum=1),
     Case(
         op="deep_memory",

@@ -23,6 +23,8 @@ from nl_kernels.memory_rule import DeepMemoryWeights
 from nl_kernels.ops.self_modifying import SelfModifyingState, SelfModifyingWeights, self_modifying_memory
 
 WINDOW = 4
+# By name of the case: the read, and whether the memories are linear (h = 0), as Hope's are by default.
+READS = {"self-modifying layer": "snapshot", "Hope's default layer": "running", "decode": "snapshot"}
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,15 @@ class Layer:
     Attributes:
         conv: ``[H·D, 1, 4]``, depthwise and causal.
         project: ``[3·H·D, H·D]``: the query, and the inputs of the key and value memories.
-        weights: inner ``[H, h, D]`` and outer ``[H, D, h]`` (gates ``[H, 1, h]``) of the five memories.
+        weights: inner ``[H, h, D]`` and outer ``[H, D, h]`` (gates ``[H, 1, h]``) of the five memories; of
+            linear ones, h = 0, inner ``[H, D, D]`` (gates ``[H, 1, D]``) alone.
     """
 
     conv: Tensor
     project: Tensor
     weights: SelfModifyingWeights
     chunk: int
+    read: str
 
     @classmethod
     def random(cls, case: Case, device: torch.device, dtype: torch.dtype) -> Layer:
@@ -48,20 +52,23 @@ class Layer:
         shapes = {"conv": (stream, 1, WINDOW), "project": (3 * stream, stream)}
         for name in SelfModifyingWeights._fields:
             out = 1 if name in ("rate", "retention") else width
-            shapes |= {f"{name} inner": (heads, hidden, width), f"{name} outer": (heads, out, hidden)}
+            shapes |= {f"{name} inner": (heads, hidden or out, width), f"{name} outer": (heads, out, hidden)}
         made = {
             name: (x * x.shape[-1] ** -0.5).to(device=device, dtype=dtype).requires_grad_()
             for name, x in random_tensors(1, shapes, torch.device("cpu"), torch.float64).items()
+            if x.numel()
         }
         memories = (
-            DeepMemoryWeights(made[f"{name} inner"], made[f"{name} outer"])
+            DeepMemoryWeights(made[f"{name} inner"], made.get(f"{name} outer"))
             for name in SelfModifyingWeights._fields
         )
-        return cls(made["conv"], made["project"], SelfModifyingWeights(*memories), case.shape["C"])
+        weights = SelfModifyingWeights(*memories)
+        return cls(made["conv"], made["project"], weights, case.shape["C"], READS[case.name])
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [self.conv, self.project, *(layer for memory in self.weights for layer in memory)]
+        layers = (layer for memory in self.weights for layer in memory)
+        return [self.conv, self.project, *(layer for layer in layers if layer is not None)]
 
     def __call__(
         self,
@@ -81,6 +88,7 @@ class Layer:
             mixed.unflatten(-1, (heads, width)),
             self.weights,
             chunk_size=self.chunk,
+            read=self.read,
             initial_state=state,
             output_final_state=keep,
             impl=impl,
@@ -137,6 +145,12 @@ def training_work(sizes: dict[str, int], element_size: int) -> Work:
     stream = heads * width
     # Products of a layer's size: 8 to make keys, values and gates and to read, 8 for the recalls, 8 for the
     # targets, 3 for the errors' way back, 8 for the writes. Then what the erase needs of a chunk.
+    if not hidden:
+        # Keys, values, reads 3, recalls 3, targets 3, writes 3; then what erase and read need of a chunk.
+        memories = 2 * 12 * width**2 + 2 * chunk * width * 6
+        weights = 3 * stream**2 + 3 * heads * width**2
+        flops = 3 * sizes["B"] * sizes["T"] * (6 * stream**2 + heads * memories)
+        return Work(flops, 3 * element_size * (2 * sizes["B"] * sizes["T"] * stream + weights))
     memories = 2 * 35 * width * hidden + 2 * chunk * (width + 5 * hidden + 3 * (width + hidden))
     tokens = sizes["B"] * sizes["T"]
     weights = 3 * stream**2 + 8 * heads * width * hidden
@@ -159,11 +173,13 @@ def decode_providers(case: Case, device: torch.device) -> Factories:
     return {decode_name("nl_kernels", past): lambda past=past: ours(past) for past in (1, PAST)}
 
 
-def training_case(device: str, quick: bool = False, memory: bool = False, **sizes: int) -> Case:
-    """One training case on one kind of device."""
+def training_case(
+    device: str, quick: bool = False, memory: bool = False, name: str = "self-modifying layer", **sizes: int
+) -> Case:
+    """One training case on one kind of device; ``name`` is one of :data:`READS`."""
     return Case(
         op="self_modifying",
-        name="self-modifying layer",
+        name=name,
         mode="forward+backward",
         shape=sizes,
         providers=training_providers,
@@ -178,6 +194,21 @@ def training_case(device: str, quick: bool = False, memory: bool = False, **size
 CASES = [
     *(training_case("cpu", quick=chunk == 16, B=1, T=512, H=4, D=64, h=64, C=chunk) for chunk in (4, 16, 64)),
     training_case("cpu", memory=True, B=1, T=2048, H=4, D=64, h=64, C=16),
+    *(
+        training_case(
+            "cpu",
+            quick=tokens == 512,
+            memory=tokens == 2048,
+            name="Hope's default layer",
+            B=1,
+            T=tokens,
+            H=4,
+            D=64,
+            h=0,
+            C=16,
+        )
+        for tokens in (512, 2048)
+    ),
     training_case("cuda", quick=True, memory=True, B=4, T=2048, H=8, D=64, h=64, C=16),
     Case(
         op="self_modifying",

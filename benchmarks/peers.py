@@ -57,7 +57,7 @@ def titans_pytorch(
     projections from the stream, per-head output gate and output projection, momentum or not. Different: one
     rate, momentum and decay a *chunk* (of its mean token) where ours has one a token, one state a chunk as
     with ours at ``read="snapshot"``; plain decay instead of delta gradient descent; a LayerNorm on the
-    memory's output; RMSNorm on queries and keys instead of unit length.
+    memory's output; RMSNorm on queries and keys instead of unit length. ``hidden = 0`` is a linear memory.
 
     Args:
         fresh_gradients: take gradients at each chunk's first state (its option ``batch_size = chunk``), as
@@ -75,7 +75,9 @@ def titans_pytorch(
         batch_size=chunk if fresh_gradients else None,
         momentum=momentum,
         qk_rmsnorm=True,
-        default_model_kwargs={"depth": 2, "expansion_factor": hidden / (width // heads)},
+        default_model_kwargs=(
+            {"depth": 2, "expansion_factor": hidden / (width // heads)} if hidden else {"depth": 1}
+        ),
     ).to(device)
     x, cotangent = _layer_inputs(tokens, width, batch, device)
     leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
