@@ -26,10 +26,11 @@ from nl_kernels.memory_checks import (
     zero_padding,
 )
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
-from nl_kernels.ops.deep_memory import eager_step
+from nl_kernels.ops.deep_memory import eager_step, launch, registration
 from nl_kernels.ops.deep_memory.eager import deep_memory_eager
 from nl_kernels.ops.deep_memory.reference import deep_memory_reference
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
+from nl_kernels.triton_support.targets import architecture_of
 
 READS = ("snapshot", "running")
 _DEFAULT_RULE = MemoryRule()
@@ -80,13 +81,16 @@ def deep_memory(
             then have N in place of B. Excludes ``mask``.
         checkpoint_every: chunks between the states kept for the backward pass, which recomputes the rest; the
             default balances the two. It changes memory and time, never results.
-        impl: "eager" or "reference"; ``None`` picks.
+        impl: "triton", "eager" or "reference"; ``None`` picks by device: the kernels on CUDA, for calls that
+            they serve (see the op's README), else eager.
 
     Returns:
         o [B, T, H, Dv] in the dtype of q, and the final state (fp32; fp64 for fp64 inputs) or ``None``.
 
     Raises:
         TypeError, ValueError: an argument of another kind, shape, dtype, device or range.
+        NotImplementedError: ``impl="triton"`` for a call that the kernels do not serve.
+        RuntimeError: ``impl="triton"`` where it cannot run.
     """
     rule = MemoryRule() if rule is None else rule
     batch, length = _check(
@@ -98,7 +102,23 @@ def deep_memory(
     if initial_state is not None:
         _check_state("initial_state", initial_state, weights, batch, q.shape[2], momentum is not None, q)
         check_position("initial_state.position", initial_state.position, batch, chunk_size, q)
-    chosen = choose_implementation("deep_memory", impl, q.device, ("eager", "reference"))
+    operands = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    unsupported = None
+    if impl == "triton" or (impl is None and q.is_cuda):
+        unsupported = launch.unsupported(
+            key_dim=q.shape[-1],
+            value_dim=out_width,
+            hidden=None if weights.outer is None else weights.inner.shape[-2],
+            chunk_size=chunk_size,
+            rule=rule,
+            has_momentum=momentum is not None,
+            dtype=operands,
+            architecture=architecture_of(q.device),
+        )
+    available = ("eager", "reference") if unsupported and impl is None else ("triton", "eager", "reference")
+    chosen = choose_implementation("deep_memory", impl, q.device, available)
+    if chosen == "triton" and unsupported:
+        raise NotImplementedError(f"{unsupported}; use impl='eager'")
 
     dtype = state_dtype(q, k, v, rate, log_decay, momentum, *weights, *_leaves(initial_state))
     inputs = [None if x is None else x.to(dtype) for x in (q, k, v, rate, log_decay, momentum)]
@@ -127,17 +147,20 @@ def deep_memory(
                 *inputs, anchor, state, rule=rule, read=read, chunk_size=chunk_size, mask=mask
             )
         else:
-            o, final = deep_memory_eager(
-                *inputs,
-                anchor,
-                state,
-                rule=rule,
-                read=read,
-                chunk_size=chunk_size,
-                mask=mask,
-                at_boundary=initial_state is None,
-                checkpoint_every=checkpoint_every,
-            )
+            options = {
+                "anchor": anchor,
+                "state": state,
+                "rule": rule,
+                "read": read,
+                "chunk_size": chunk_size,
+                "mask": mask,
+                "at_boundary": initial_state is None,
+                "checkpoint_every": checkpoint_every,
+            }
+            if chosen == "triton":
+                o, final = registration.deep_memory_triton(*inputs, **options, dtype=operands)
+            else:
+                o, final = deep_memory_eager(*inputs, **options)
     if alignment is not None:
         o = alignment.scatter(o, 1, length)
     return o.reshape(q.shape[0], length, q.shape[2], out_width).to(

@@ -65,7 +65,11 @@ CASES = {
         TypeError,
         "initial_state.position: expected an int64",
     ),
-    "no triton": ({"impl": "triton"}, ValueError, "deep_memory has no 'triton'"),
+    "no device": (
+        {"impl": "triton"},
+        RuntimeError,
+        "impl='triton' for deep_memory: the tensors are on 'cpu'",
+    ),
     "impl": ({"impl": "fast"}, ValueError, "impl: expected one of"),
 }
 

@@ -1,0 +1,356 @@
+"""Launch parameters of ``deep_memory``: pure functions of shapes, options and architecture.
+
+The numbers come from ahead-of-time compilation (registers, spills and shared memory against each
+architecture's limits), not from timings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
+from nl_kernels.triton_support.kernel_call import KernelCall
+
+MAX_HEAD_DIM = 128
+"""Largest key or value width of a head that the kernels take."""
+
+MAX_CHUNK = 64
+"""Largest chunk that a program holds in registers."""
+
+HELD_TILE = 1024  # numbers of a chunk's hidden layer up to which the forward kernel holds it in registers
+KEPT_BYTES = 256 << 20  # of states at every chunk's start; beyond, some are recomputed
+
+_MIN_TILE = 16  # the smallest extent of a tensor-core product
+
+
+class Inputs(NamedTuple):
+    """What the kernels take, by row (see :mod:`nl_kernels.ops.deep_memory.rows`).
+
+    Attributes:
+        q, k, v: [N, S, ·]; rate, log_decay, momentum: [N, S]; momentum may be ``None``.
+        inner, outer: running weights [N, h, D] and [N, Dv, h], or [N, Dv, D] and ``None``; then, for both
+            layers, the velocity (with momentum), the snapshot (``None``: every row starts at a boundary) and
+            the anchor (of an anchored rule).
+        begin, stop: [N] int64, each row's slots are begin … stop − 1; ``None`` when all rows have the same.
+        origin: [N] int64, the slot of each row's first number; ``None``: 0, or the offset of all rows.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    rate: torch.Tensor
+    log_decay: torch.Tensor
+    momentum: torch.Tensor | None
+    inner: torch.Tensor
+    outer: torch.Tensor | None
+    inner_velocity: torch.Tensor | None
+    outer_velocity: torch.Tensor | None
+    inner_snapshot: torch.Tensor | None
+    outer_snapshot: torch.Tensor | None
+    inner_anchor: torch.Tensor | None
+    outer_anchor: torch.Tensor | None
+    begin: torch.Tensor | None
+    stop: torch.Tensor | None
+    origin: torch.Tensor | None
+
+
+class Results(NamedTuple):
+    """What the forward kernel fills: reads [N, S, Dv], the final state, and states at some chunks' starts.
+
+    ``None``: there is none; a snapshot that is ``None`` equals the running weights.
+    """
+
+    o: torch.Tensor
+    final_inner: torch.Tensor
+    final_outer: torch.Tensor | None
+    final_inner_velocity: torch.Tensor | None
+    final_outer_velocity: torch.Tensor | None
+    final_inner_snapshot: torch.Tensor | None
+    final_outer_snapshot: torch.Tensor | None
+    kept_inner: torch.Tensor | None
+    kept_outer: torch.Tensor | None
+    kept_inner_velocity: torch.Tensor | None
+    kept_outer_velocity: torch.Tensor | None
+
+
+class Options(NamedTuple):
+    """What the kernels are compiled for, but for shapes; plain values, as an operator's schema has them.
+
+    Attributes:
+        offset: slot of the first token where all rows have the same slots.
+        checkpoint_every: chunks between the states kept for the backward pass; 0 picks.
+        precision: of products, a name of :func:`nl_kernels.triton_support.language.matmul`.
+    """
+
+    offset: int
+    chunk_size: int
+    read: str
+    activation: str
+    normalize_hidden: bool
+    residual: bool
+    erase: str
+    proximal: bool
+    error_bound: float | None
+    checkpoint_every: int
+    precision: str
+
+    @classmethod
+    def of(
+        cls,
+        rule: MemoryRule,
+        *,
+        offset: int,
+        chunk_size: int,
+        read: str,
+        checkpoint_every: int | None,
+        precision: str,
+    ) -> Options:
+        return cls(
+            offset,
+            chunk_size,
+            read,
+            rule.activation,
+            rule.normalize_hidden,
+            rule.residual,
+            rule.erase,
+            rule.proximal,
+            rule.error_bound,
+            checkpoint_every or 0,
+            precision,
+        )
+
+
+def precision_of(dtype: torch.dtype, architecture: str) -> str:
+    """How products compute for callers of ``dtype``: operands are fp32 in any case.
+
+    tf32 has the mantissa of fp16 and two bits more than bf16. fp32: three-pass tf32 on NVIDIA (about 2^-21 a
+    product, on tensor cores), plain fp32 matrix instructions on AMD.
+    """
+    if architecture.startswith("gfx"):
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def padded(size: int) -> int:
+    """The tile that holds a whole width."""
+    return max(_MIN_TILE, 1 << (size - 1).bit_length())
+
+
+def contiguous(tensors: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:
+    """Each tensor in the row-major layout that the kernels index."""
+    return (None if x is None else x.contiguous() for x in tensors)
+
+
+def unsupported(
+    *,
+    key_dim: int,
+    value_dim: int,
+    hidden: int | None,
+    chunk_size: int,
+    rule: MemoryRule,
+    has_momentum: bool,
+    dtype: torch.dtype,
+    architecture: str,
+) -> str | None:
+    """Why the kernels do not serve a call, naming the argument and the limit; ``None`` when they do."""
+    for name, size in (("q, k", key_dim), ("v", value_dim)):
+        if size > MAX_HEAD_DIM:
+            return f"{name}: the Triton kernels take heads up to {MAX_HEAD_DIM} wide, got {size}"
+    if chunk_size > MAX_CHUNK:
+        return f"chunk_size: the Triton kernels take chunks up to {MAX_CHUNK}, got {chunk_size}"
+    if has_momentum and rule.erase != "none":
+        return f"momentum: the Triton kernels take it with rule.erase='none' alone, got {rule.erase!r}"
+    if dtype == torch.float64:
+        return "q, k, v: the Triton kernels take bfloat16, float16 and float32, got float64"
+    width = max(padded(key_dim), padded(value_dim))
+    limit = max_matrix(chunk_size, architecture) // width
+    if padded(hidden or value_dim) > limit:
+        what = f"hidden layers up to {limit} wide" if hidden else f"values up to {limit} wide"
+        return (
+            f"weights: on {architecture}, in chunks of {chunk_size} and with heads of {width}, "
+            f"the Triton kernels take {what}, got {hidden or value_dim}"
+        )
+    return None
+
+
+def max_matrix(chunk_size: int, architecture: str) -> int:
+    """Largest padded matrix of a layer: it is one tile of a program, by way of shared memory."""
+    if architecture.startswith("gfx"):
+        return 4096 if chunk_size <= 16 else 0
+    if chunk_size > 16:
+        return 4096
+    return 8192 if architecture == "sm_80" else 16384
+
+
+def warps_of(block_c: int, block_k: int, block_v: int, block_h: int) -> int:
+    """Warps of a program: enough that its matrices fit the registers of its threads.
+
+    A chunk of 64 tokens is one row of warp-group products, which more than four warps would compute twice.
+    """
+    largest = block_h * max(block_k, block_v)
+    return 4 if largest <= 1024 or (block_c == 64 and largest <= 4096) else 8
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlan:
+    """One call's sizes, and what its kernels share."""
+
+    rows: int
+    tokens: int
+    key_dim: int
+    value_dim: int
+    hidden: int
+    two_layer: bool
+    options: Options
+    checkpoint: int
+    kept: int
+    ends_at_boundary: bool
+
+    @property
+    def blocks(self) -> tuple[int, int, int, int]:
+        """Tiles of tokens, keys, values and the hidden layer."""
+        return tuple(map(padded, (self.options.chunk_size, self.key_dim, self.value_dim, self.hidden)))
+
+    @property
+    def forward_scratch(self) -> tuple[int, ...]:
+        """Shape of the memory by which the steps of a chunk hand on their tiles; empty: in registers."""
+        block_c, _, block_v, block_h = self.blocks
+        if not self.two_layer or block_c * block_h <= HELD_TILE:
+            return ()
+        return self.rows, block_c * (3 * block_h + 2 * block_v + block_c)
+
+    def call(self, kernel: Any, arguments: dict[str, torch.Tensor | int | None]) -> KernelCall:
+        """The call of ``kernel``: what it takes of ``arguments``, sizes, options and tiles."""
+        options = self.options
+        blocks = self.blocks
+        run_time = {**arguments, "tokens": self.tokens, "kept": self.kept}
+        constants = {
+            "KEY_DIM": self.key_dim,
+            "VALUE_DIM": self.value_dim,
+            "HIDDEN": self.hidden,
+            "TWO_LAYER": self.two_layer,
+            "CHUNK": options.chunk_size,
+            "CHECKPOINT": self.checkpoint,
+            "RUNNING": options.read == "running",
+            "ACTIVATION": options.activation,
+            "NORMALIZED": options.normalize_hidden,
+            "RESIDUAL": options.residual,
+            "ERASE_INNER": options.erase != "none",
+            "ERASE_OUTER": options.erase == "per_layer",
+            "PROXIMAL": options.proximal,
+            "BOUND": options.error_bound or 0.0,
+            **dict(zip(("BLOCK_C", "BLOCK_K", "BLOCK_V", "BLOCK_H"), blocks)),
+            "PRECISION": options.precision,
+        }
+        names = kernel.arg_names
+        return KernelCall(
+            kernel,
+            (self.rows,),
+            {name: value for name, value in run_time.items() if name in names},
+            {name: value for name, value in constants.items() if name in names},
+            warps_of(*blocks),
+            1,
+        )
+
+
+def plan_rows(inputs: Inputs, options: Options) -> RowPlan:
+    """The sizes of a call; how many chunks lie between the states kept for its backward pass."""
+    rows, tokens, key_dim = inputs.k.shape
+    value_dim = inputs.v.shape[-1]
+    size = options.chunk_size
+    uniform = inputs.begin is None
+    # Rows at different positions may touch one chunk more than their slots fill.
+    chunks = -(-(options.offset % size + tokens) // size) if uniform else -(-tokens // size) + 1
+    numbers = sum(x[0].numel() for x in inputs[6:10] if x is not None)
+    step = options.checkpoint_every
+    if not step:
+        step = 1 if 4 * rows * chunks * numbers <= KEPT_BYTES else math.isqrt(chunks)
+    return RowPlan(
+        rows=rows,
+        tokens=tokens,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        hidden=inputs.inner.shape[1],
+        two_layer=inputs.outer is not None,
+        options=options,
+        checkpoint=step,
+        kept=-(-chunks // step),
+        ends_at_boundary=uniform and (options.offset + tokens) % size == 0,
+    )
+
+
+def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
+    """Both kernels at the widths models use, with each rule and read: the calls of the launchers."""
+    default, literal = MemoryRule(), MemoryRule.literal()
+    titans = dataclasses.replace(literal, erase="none", proximal=False)
+    for width, hidden, chunk in ((64, 64, 16), (64, 128, 16), (64, 64, 64), (128, 128, 16)):
+        if max_matrix(chunk, architecture) >= width * hidden:
+            for read in ("snapshot", "running"):
+                sizes = (width, hidden, chunk)
+                yield from _entries(architecture, torch.bfloat16, *sizes, read, "default", default)
+    for dim, chunk in ((64, 16), (64, 64), (128, 16)):
+        if max_matrix(chunk, architecture) >= dim * dim:
+            yield from _entries(architecture, torch.bfloat16, dim, None, chunk, "running", "default", default)
+    for hidden in (64, None):
+        sizes = (64, hidden, 16)
+        yield from _entries(architecture, torch.float32, *sizes, "running", "default", default)
+        yield from _entries(architecture, torch.bfloat16, *sizes, "snapshot", "literal", literal)
+        yield from _entries(architecture, torch.bfloat16, *sizes, "running", "titans", titans, momentum=True)
+    gelu = MemoryRule(activation="gelu", erase="input")
+    yield from _entries(architecture, torch.bfloat16, 40, 24, 10, "snapshot", "gelu input", gelu)
+
+
+def _entries(
+    architecture: str,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int | None,
+    chunk_size: int,
+    read: str,
+    name: str,
+    rule: MemoryRule,
+    *,
+    momentum: bool = False,
+) -> Iterator[CatalogueEntry]:
+    from nl_kernels.ops.deep_memory.triton_backward import plan_backward
+    from nl_kernels.ops.deep_memory.triton_forward import plan_forward
+
+    rows, tokens = 8, 1024
+    options = Options.of(
+        rule,
+        offset=0,
+        chunk_size=chunk_size,
+        read=read,
+        checkpoint_every=4,
+        precision=precision_of(dtype, architecture),
+    )
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    inner = empty(rows, hidden or width, width)
+    outer = None if hidden is None else empty(rows, width, hidden)
+    layers, none = (inner, outer), (None, None)
+    inputs = Inputs(
+        *(empty(rows, tokens, width) for _ in range(3)),
+        *(empty(rows, tokens) for _ in range(2)),
+        empty(rows, tokens) if momentum else None,
+        *layers,
+        *(layers if momentum else none),
+        *none,
+        *(layers if rule.anchored else none),
+        None,
+        None,
+        None,
+    )
+    words = f"{str(dtype).removeprefix('torch.')} {width}x{hidden or 'linear'} C{chunk_size} {read} {name}"
+    forward, results = plan_forward(inputs, options, keep=True)
+    yield CatalogueEntry("deep_memory", words, forward)
+    backward, _ = plan_backward(results.o, results[1:5], results[5:7], inputs, results[7:], options)
+    yield CatalogueEntry("deep_memory", words, backward)

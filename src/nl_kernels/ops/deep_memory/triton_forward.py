@@ -1,0 +1,578 @@
+"""Triton forward of ``deep_memory`` for small chunks: one program a row walks over the row's chunks.
+
+The running weights live in the buffers of the final state, from which each chunk takes what it needs; they
+stay in the L2 cache. At a boundary they are the snapshot, so that only a partial first and last chunk has a
+copy of its own. The formulas of a layer are in :mod:`nl_kernels.chunk_kernels`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nl_kernels.chunk_kernels.forward import (
+    activated,
+    carry_state,
+    erase_matrices,
+    error_signal,
+    length_factor,
+    mixed_spread,
+    momentum_forward,
+    proximal_rate,
+    read_forward,
+    spread,
+    write_forward,
+)
+from nl_kernels.ops.deep_memory import launch
+from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
+from nl_kernels.triton_support.language import load_tile, matmul, store_tile
+
+_TINY: tl.constexpr = tl.constexpr(1e-30)  # delta_chunk.TINY
+
+
+@triton.jit
+def locate_row(begin, stop, origin, tokens, offset):
+    """First slot of this program's row, the slot after its last token, and the slot of its first number."""
+    row = tl.program_id(0).to(tl.int64)
+    if begin is None:
+        first = offset + 0 * row
+        last = first + tokens
+        zero = first
+    else:
+        first = tl.load(begin + row)
+        last = tl.load(stop + row)
+        zero = 0 * row
+        if origin is not None:
+            zero = tl.load(origin + row)
+    return row, first, last, zero
+
+
+@triton.jit
+def chunk_tokens(index, first, last, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Slots of the tokens of a row's chunk number ``index``, and which of the tile's rows hold one."""
+    start = (first // CHUNK + index) * CHUNK
+    slot = tl.maximum(start, first) + tl.arange(0, BLOCK_C)
+    return slot, slot < tl.minimum(start + CHUNK, last)
+
+
+@triton.jit
+def load_weight(
+    base, index, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr
+):
+    """Matrix number ``index`` of [.., out, in], as a padded tile."""
+    row = tl.arange(0, BLOCK_O)
+    return load_tile(base + index * (OUT * IN), row, row < OUT, tl.arange(0, BLOCK_I), IN)
+
+
+@triton.jit
+def store_weight(base, index, value, OUT: tl.constexpr, IN: tl.constexpr):
+    """The inverse of :func:`load_weight`."""
+    row = tl.arange(0, value.shape[0])
+    store_tile(base + index * (OUT * IN), row, row < OUT, tl.arange(0, value.shape[1]), IN, value)
+
+
+@triton.jit
+def copy_weight(
+    source, at, target, to, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr
+):
+    """Matrix ``to`` of ``target`` becomes matrix ``at`` of ``source``; absent ones are left alone."""
+    if target is not None:
+        store_weight(target, to, load_weight(source, at, OUT, IN, BLOCK_O, BLOCK_I), OUT, IN)
+
+
+@triton.jit
+def chunk_coefficients(log_decay, momentum, token, valid, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+    """Spreads of decay, of momentum, and of their mixture (after, full, to_end, final) for a chunk."""
+    decay = spread(tl.load(log_decay + token, mask=valid, other=0.0), BLOCK_C)
+    carried = decay
+    mixed = (decay[1], decay[3], decay[4], decay[5])
+    if momentum is not None:
+        carried = spread(tl.log(tl.load(momentum + token, mask=valid, other=1.0) + _TINY), BLOCK_C)
+        mixed = mixed_spread(decay[3], decay[4], carried[1], carried[3], valid, PRECISION)
+    return decay, carried, mixed
+
+
+@triton.jit
+def put(place, value):
+    """Hand the tile ``value`` on by way of the memory at ``place``, if there is any."""
+    if place is not None:
+        column = tl.arange(0, value.shape[1])
+        tl.store(place + tl.arange(0, value.shape[0])[:, None] * value.shape[1] + column[None, :], value)
+
+
+@triton.jit
+def take(place, value):
+    """What :func:`put` handed on; ``value`` itself, which stayed in registers, if there is no ``place``."""
+    if place is not None:
+        column = tl.arange(0, value.shape[1])
+        value = tl.load(place + tl.arange(0, value.shape[0])[:, None] * value.shape[1] + column[None, :])
+    return value
+
+
+@triton.jit
+def serve(
+    key,
+    target,
+    inner,
+    outer,
+    ACTIVATION: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BOUND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """At the snapshot's weights: z = W̄2 k and ``back`` = W̄1ᵀ e [C, h], the bounded error e [C, Dv].
+
+    The last result is what bounds it. Of a linear memory the first two are the error once more.
+    """
+    if outer is None:
+        made = matmul(key, tl.trans(inner), PRECISION)
+        error, factor = bounded_error(made, key, target, RESIDUAL, BOUND)
+        return error, error, error, factor
+    else:
+        z = matmul(key, tl.trans(inner), PRECISION)
+        value = activated(z, ACTIVATION, NORMALIZED)[0]
+        error, factor = bounded_error(matmul(value, tl.trans(outer), PRECISION), key, target, RESIDUAL, BOUND)
+        return z, matmul(error, outer, PRECISION), error, factor
+
+
+@triton.jit
+def bounded_error(made, key, target, RESIDUAL: tl.constexpr, BOUND: tl.constexpr):
+    """The error of what the memory made of the keys, bounded, and what bounds it."""
+    error = made - target
+    if RESIDUAL:
+        error += key
+    factor = length_factor(error, BOUND)
+    return error * factor[:, None], factor
+
+
+@triton.jit
+def erasing(
+    x,
+    rate,
+    strict,
+    ERASES: tl.constexpr,
+    PROXIMAL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What a layer with inputs ``x`` erases with: effective rate [C], K and its inverse [C, C]."""
+    gram = strict
+    inverse = strict
+    if ERASES:
+        if PROXIMAL:
+            rate = proximal_rate(rate, x)
+        gram, inverse = erase_matrices(matmul(x, tl.trans(x), PRECISION), rate, strict, BLOCK_C, PRECISION)
+    return rate, gram, inverse
+
+
+@triton.jit
+def write_layer(
+    states,
+    index,
+    x,
+    signal,
+    rate,
+    before,
+    inverse,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    ERASES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """ω, u and the recall [C, out] of a layer that is matrix ``index`` of ``states``."""
+    state = x
+    if ERASES:
+        state = load_weight(states, index, OUT, IN, signal.shape[1], x.shape[1])
+    return write_forward(state, x, signal, rate, before, inverse, ERASES, PRECISION)
+
+
+@triton.jit
+def read_layer(
+    states,
+    velocities,
+    index,
+    anchors,
+    row,
+    queries,
+    x,
+    written,
+    decay,
+    mixed,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Running reads [C, out] of a layer that is matrix ``index`` of ``states``."""
+    state = load_weight(states, index, OUT, IN, written.shape[1], x.shape[1])
+    y, _, _ = read_forward(queries, state, x, written, decay[1], mixed[1], PRECISION)
+    if velocities is not None:
+        velocity = load_weight(velocities, index, OUT, IN, written.shape[1], x.shape[1])
+        y += mixed[0][:, None] * matmul(queries, tl.trans(velocity), PRECISION)
+    if anchors is not None:
+        anchor = load_weight(anchors, row, OUT, IN, written.shape[1], x.shape[1])
+        y += matmul(queries, tl.trans(anchor), PRECISION)
+    return y
+
+
+@triton.jit
+def carry_layer(
+    states,
+    velocities,
+    index,
+    next_states,
+    next_velocities,
+    next_index,
+    x,
+    written,
+    signal,
+    rate,
+    decay,
+    carried,
+    mixed,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A layer after a chunk: from matrix ``index`` of ``states`` to ``next_index`` of ``next_states``."""
+    state = load_weight(states, index, OUT, IN, written.shape[1], x.shape[1])
+    if velocities is None:
+        after = carry_state(state, written, x, decay[4], decay[5], PRECISION)
+    else:
+        velocity = load_weight(velocities, index, OUT, IN, written.shape[1], x.shape[1])
+        after, velocity_after, _ = momentum_forward(
+            state, velocity, x, signal, rate, decay[5], mixed[2], mixed[3], carried[4], carried[5], PRECISION
+        )
+    # The state may be overwritten only when every thread has read it.
+    tl.debug_barrier()
+    store_weight(next_states, next_index, after, OUT, IN)
+    if velocities is not None:
+        store_weight(next_velocities, next_index, velocity_after, OUT, IN)
+
+
+@triton.jit
+def load_base(
+    running,
+    index,
+    snapshot,
+    anchors,
+    row,
+    is_first,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """The weights that a chunk takes its gradients at, with the anchor: at a boundary the running ones, but
+    for the first chunk the snapshot, if one is given."""
+    base = load_weight(running, index, OUT, IN, BLOCK_O, BLOCK_I)
+    if snapshot is not None and is_first:
+        base = load_weight(snapshot, row, OUT, IN, BLOCK_O, BLOCK_I)
+    if anchors is not None:
+        base += load_weight(anchors, row, OUT, IN, BLOCK_O, BLOCK_I)
+    return base
+
+
+@triton.jit
+def deep_memory_forward_kernel(
+    q,
+    k,
+    v,
+    rate,
+    log_decay,
+    momentum,
+    inner,
+    outer,
+    inner_velocity,
+    outer_velocity,
+    inner_snapshot,
+    outer_snapshot,
+    inner_anchor,
+    outer_anchor,
+    begin,
+    stop,
+    origin,
+    o,
+    final_inner,
+    final_outer,
+    final_inner_velocity,
+    final_outer_velocity,
+    final_inner_snapshot,
+    final_outer_snapshot,
+    kept_inner,
+    kept_outer,
+    kept_inner_velocity,
+    kept_outer_velocity,
+    scratch,
+    tokens,
+    offset,
+    kept,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHECKPOINT: tl.constexpr,
+    RUNNING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ERASE_INNER: tl.constexpr,
+    ERASE_OUTER: tl.constexpr,
+    PROXIMAL: tl.constexpr,
+    BOUND: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program a row. Of a linear memory, HIDDEN is the width of the values."""
+    row, first, last, zero = locate_row(begin, stop, origin, tokens, offset)
+    copy_weight(inner, row, final_inner, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
+    copy_weight(inner_velocity, row, final_inner_velocity, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
+    if inner_snapshot is not None:
+        copy_weight(inner_snapshot, row, final_inner_snapshot, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
+    else:
+        copy_weight(inner, row, final_inner_snapshot, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
+    if outer is not None:
+        copy_weight(outer, row, final_outer, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
+        copy_weight(outer_velocity, row, final_outer_velocity, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
+        if outer_snapshot is not None:
+            copy_weight(outer_snapshot, row, final_outer_snapshot, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
+        else:
+            copy_weight(outer, row, final_outer_snapshot, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
+    tl.debug_barrier()
+
+    key_column = tl.arange(0, BLOCK_K)
+    value_column = tl.arange(0, BLOCK_V)
+    z_place = None
+    back_place = None
+    error_place = None
+    inverse_place = None
+    written_place = None
+    read_place = None
+    if scratch is not None:
+        z_place = scratch + row * (BLOCK_C * (3 * BLOCK_H + 2 * BLOCK_V + BLOCK_C))
+        back_place = z_place + BLOCK_C * BLOCK_H
+        error_place = back_place + BLOCK_C * BLOCK_H
+        inverse_place = error_place + BLOCK_C * BLOCK_V
+        written_place = inverse_place + BLOCK_C * BLOCK_C
+        read_place = back_place
+    chunks = tl.cdiv(last, CHUNK) - first // CHUNK
+    for index in range(0, chunks):
+        slot, valid = chunk_tokens(index, first, last, CHUNK, BLOCK_C)
+        token = row * tokens + slot - zero
+        is_first = index == 0
+        if kept_inner is not None and index % CHECKPOINT == 0:
+            to = row * kept + index // CHECKPOINT
+            copy_weight(final_inner, row, kept_inner, to, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
+            copy_weight(final_outer, row, kept_outer, to, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
+            copy_weight(final_inner_velocity, row, kept_inner_velocity, to, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
+            copy_weight(
+                final_outer_velocity, row, kept_outer_velocity, to, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H
+            )
+        # A boundary precedes the last chunk, unless it is the first one as well.
+        if final_inner_snapshot is not None and (index == chunks - 1) & (index > 0):
+            copy_weight(final_inner, row, final_inner_snapshot, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
+            copy_weight(final_outer, row, final_outer_snapshot, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
+
+        # Barriers part the steps of a chunk, so that nothing is loaded, and held, before its step.
+        base = load_base(
+            final_inner, row, inner_snapshot, inner_anchor, row, is_first, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K
+        )
+        outer_base = None
+        if outer is not None:
+            outer_base = load_base(
+                final_outer,
+                row,
+                outer_snapshot,
+                outer_anchor,
+                row,
+                is_first,
+                VALUE_DIM,
+                HIDDEN,
+                BLOCK_V,
+                BLOCK_H,
+            )
+        query = load_tile(q, token, valid, key_column, KEY_DIM)
+        if not RUNNING:
+            y = matmul(query, tl.trans(base), PRECISION)
+            if outer is not None:
+                y = matmul(activated(y, ACTIVATION, NORMALIZED)[0], tl.trans(outer_base), PRECISION)
+            if RESIDUAL:
+                y += query
+            store_tile(o, token, valid, value_column, VALUE_DIM, y)
+            tl.debug_barrier()
+        key = load_tile(k, token, valid, key_column, KEY_DIM)
+        target = load_tile(v, token, valid, value_column, VALUE_DIM)
+        z, back, error, _ = serve(
+            key, target, base, outer_base, ACTIVATION, NORMALIZED, RESIDUAL, BOUND, PRECISION
+        )
+        if outer is not None:
+            put(z_place, z)
+            put(back_place, back)
+            put(error_place, error)
+        tl.debug_barrier()
+
+        decay, carried, mixed = chunk_coefficients(log_decay, momentum, token, valid, BLOCK_C, PRECISION)
+        eta = tl.load(rate + token, mask=valid, other=0.0)
+        key = load_tile(k, token, valid, key_column, KEY_DIM)
+        used, _, inverse = erasing(key, eta, decay[2], ERASE_INNER, PROXIMAL, BLOCK_C, PRECISION)
+        put(inverse_place, inverse)
+        tl.debug_barrier()
+        key = load_tile(k, token, valid, key_column, KEY_DIM)
+        signal = error
+        if outer is not None:
+            hidden = activated(take(z_place, z), ACTIVATION, NORMALIZED)
+            back = take(back_place, back)
+            signal = error_signal(back, hidden[0], hidden[1], hidden[3], NORMALIZED, BOUND)[0]
+        inverse = take(inverse_place, inverse)
+        _, written, _ = write_layer(
+            final_inner,
+            row,
+            key,
+            signal,
+            used,
+            decay[0],
+            inverse,
+            HIDDEN,
+            KEY_DIM,
+            ERASE_INNER,
+            PRECISION,
+        )
+        put(written_place, written)
+        if RUNNING:
+            tl.debug_barrier()
+            read = read_layer(
+                final_inner,
+                final_inner_velocity,
+                row,
+                inner_anchor,
+                row,
+                load_tile(q, token, valid, key_column, KEY_DIM),
+                load_tile(k, token, valid, key_column, KEY_DIM),
+                take(written_place, written),
+                decay,
+                mixed,
+                HIDDEN,
+                KEY_DIM,
+                PRECISION,
+            )
+            put(read_place, read)
+        tl.debug_barrier()
+        carry_layer(
+            final_inner,
+            final_inner_velocity,
+            row,
+            final_inner,
+            final_inner_velocity,
+            row,
+            load_tile(k, token, valid, key_column, KEY_DIM),
+            take(written_place, written),
+            signal,
+            used,
+            decay,
+            carried,
+            mixed,
+            HIDDEN,
+            KEY_DIM,
+            PRECISION,
+        )
+        if outer is not None:
+            tl.debug_barrier()
+            decay, carried, mixed = chunk_coefficients(log_decay, momentum, token, valid, BLOCK_C, PRECISION)
+            eta = tl.load(rate + token, mask=valid, other=0.0)
+            value = activated(take(z_place, z), ACTIVATION, NORMALIZED)[0]
+            used, _, inverse = erasing(value, eta, decay[2], ERASE_OUTER, PROXIMAL, BLOCK_C, PRECISION)
+            put(inverse_place, inverse)
+            tl.debug_barrier()
+            value = activated(take(z_place, z), ACTIVATION, NORMALIZED)[0]
+            error = take(error_place, error)
+            inverse = take(inverse_place, inverse)
+            _, written, _ = write_layer(
+                final_outer,
+                row,
+                value,
+                error,
+                used,
+                decay[0],
+                inverse,
+                VALUE_DIM,
+                HIDDEN,
+                ERASE_OUTER,
+                PRECISION,
+            )
+            put(written_place, written)
+            if RUNNING:
+                tl.debug_barrier()
+                read = read_layer(
+                    final_outer,
+                    final_outer_velocity,
+                    row,
+                    outer_anchor,
+                    row,
+                    activated(take(read_place, read), ACTIVATION, NORMALIZED)[0],
+                    activated(take(z_place, z), ACTIVATION, NORMALIZED)[0],
+                    take(written_place, written),
+                    decay,
+                    mixed,
+                    VALUE_DIM,
+                    HIDDEN,
+                    PRECISION,
+                )
+            tl.debug_barrier()
+            carry_layer(
+                final_outer,
+                final_outer_velocity,
+                row,
+                final_outer,
+                final_outer_velocity,
+                row,
+                activated(take(z_place, z), ACTIVATION, NORMALIZED)[0],
+                take(written_place, written),
+                take(error_place, error),
+                used,
+                decay,
+                carried,
+                mixed,
+                VALUE_DIM,
+                HIDDEN,
+                PRECISION,
+            )
+        if RUNNING:
+            if RESIDUAL:
+                read += load_tile(q, token, valid, key_column, KEY_DIM)
+            store_tile(o, token, valid, value_column, VALUE_DIM, read)
+        tl.debug_barrier()
+
+    if final_inner_snapshot is not None and (last % CHUNK == 0) & (last > first):
+        copy_weight(final_inner, row, final_inner_snapshot, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
+        copy_weight(final_outer, row, final_outer_snapshot, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
+
+
+def plan_forward(
+    inputs: launch.Inputs, options: launch.Options, *, keep: bool
+) -> tuple[KernelCall, launch.Results]:
+    """The kernel's call, and what it fills; ``keep`` also keeps the states that the backward pass needs."""
+    plan = launch.plan_rows(inputs, options)
+    new, like = inputs.q.new_empty, torch.empty_like
+    make = torch.empty if inputs.begin is None else torch.zeros  # slots without a token are not written
+    o = make(*inputs.q.shape[:2], plan.value_dim, dtype=inputs.q.dtype, device=inputs.q.device)
+    weights = inputs[6:10]
+    final = [None if x is None else like(x) for x in weights]
+    snapshot = [None if x is None or plan.ends_at_boundary else like(x) for x in weights[:2]]
+    shape = (plan.rows, plan.kept)
+    kept = [None if x is None or not keep else new((*shape, *x.shape[1:])) for x in weights]
+    results = launch.Results(o, *final, *snapshot, *kept)
+    scratch = new(plan.forward_scratch) if plan.forward_scratch else None
+    arguments = {**inputs._asdict(), **results._asdict(), "scratch": scratch, "offset": options.offset}
+    return plan.call(deep_memory_forward_kernel, arguments), results
+
+
+def deep_memory_forward(inputs: launch.Inputs, options: launch.Options, *, keep: bool) -> launch.Results:
+    """Run what :func:`plan_forward` plans."""
+    inputs = launch.Inputs(*launch.contiguous(inputs))
+    call, results = plan_forward(inputs, options, keep=keep)
+    run_calls([call], inputs.q.device)
+    return results

@@ -1,0 +1,68 @@
+"""The kernels compile for GPUs that are not here, within what those GPUs have."""
+
+import pytest
+
+from nl_kernels.ops.deep_memory import launch
+from nl_kernels.triton_support.ahead_of_time import compile_call
+from nl_kernels.triton_support.resources import resources_of
+from nl_kernels.triton_support.targets import TARGETS
+
+pytestmark = pytest.mark.aot
+
+
+def compiled(architecture, kernel, variant):
+    found = [e for e in launch.catalogue(architecture) if (e.kernel, e.variant) == (kernel, variant)]
+    assert len(found) == 1, f"the catalogue has {len(found)} of {kernel} {variant}"
+    resources = resources_of(compile_call(found[0].call, architecture))
+    assert resources.shared_bytes <= TARGETS[architecture].shared_memory
+    assert resources.scalar_products == 0
+    return resources
+
+
+# Products before unrolling: what must be on tensor cores.
+FORWARD = {"64xlinear C16 running": 9, "64x64 C16 snapshot": 13, "64x64 C16 running": 19}
+
+
+@pytest.mark.parametrize("sizes", FORWARD)
+def test_hopper_holds_small_chunks_in_registers(sizes):
+    found = compiled("sm_90", "deep_memory_forward", f"bfloat16 {sizes} default")
+    assert found.spill_bytes == 0
+    assert found.products == FORWARD[sizes]
+    assert "wgmma" in found.tensor_core
+
+
+def test_hopper_spills_little_in_larger_chunks():
+    found = compiled("sm_90", "deep_memory_forward", "bfloat16 64x64 C64 snapshot default")
+    assert found.spill_bytes <= 256
+    assert set(found.tensor_core) == {"wgmma"}
+
+
+def test_the_backward_kernel_of_a_linear_memory():
+    found = compiled("sm_90", "deep_memory_backward", "bfloat16 64xlinear C16 running default")
+    assert found.spill_bytes <= 256
+    assert found.products == 31
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [("sm_80", "mma"), ("sm_100", "tcgen05"), ("gfx942", "mfma")]
+)
+def test_other_architectures(architecture, kind):
+    found = compiled(architecture, "deep_memory_forward", "bfloat16 64x64 C16 running default")
+    assert kind in found.tensor_core
+
+
+def test_catalogue_has_both_kernels_and_every_rule_and_read():
+    catalogue = list(launch.catalogue("sm_90"))
+    assert {e.kernel for e in catalogue} == {"deep_memory_forward", "deep_memory_backward"}
+    words = {word for e in catalogue for word in e.variant.split()}
+    assert words >= {"bfloat16", "float32", "default", "literal", "titans", "gelu", "snapshot", "running"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_whole_catalogue(architecture):
+    for entry in launch.catalogue(architecture):
+        found = resources_of(compile_call(entry.call, architecture))
+        label = f"{entry.kernel} {entry.variant}"
+        assert found.shared_bytes <= TARGETS[architecture].shared_memory, label
+        assert found.scalar_products == 0, label

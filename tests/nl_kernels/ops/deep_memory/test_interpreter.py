@@ -1,0 +1,247 @@
+"""The Triton kernels, interpreted, against the token loop in fp64."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory
+from nl_kernels.ops.deep_memory import DeepMemoryState
+from nl_kernels.testing import GuardedBuffer, assert_within_budget, deep_memory_inputs, tensors_of
+
+pytestmark = pytest.mark.interpreter
+
+LITERAL = MemoryRule.literal()
+TITANS = dataclasses.replace(LITERAL, erase="none", proximal=False)
+RULES = {
+    "default": MemoryRule(),
+    "literal": LITERAL,
+    "titans": TITANS,
+    "gelu, input, tight bound": MemoryRule(activation="gelu", erase="input", error_bound=0.3),
+}
+C = 5  # no power of two
+
+
+def inputs(length, *, batch=1, heads=1, width=10, hidden=12, value_width=None, resumed_at=None, **options):
+    """Inputs, some tokens of which forget almost everything or drop their momentum; maybe a state."""
+    x = deep_memory_inputs(batch, length, heads, width, hidden, value_width, **options)
+    if length > 3:
+        x["log_decay"][:, 1] = -40.0
+        if x["momentum"] is not None:
+            x["momentum"][:, 2] = 0.0
+    if resumed_at is not None:
+        rng = torch.Generator().manual_seed(2)
+
+        def part():
+            return DeepMemoryWeights(
+                *(
+                    None if w is None else 0.2 * torch.randn(batch, *w.shape, generator=rng)
+                    for w in x["weights"]
+                )
+            )
+
+        velocity = None if x["momentum"] is None else part()
+        x["initial_state"] = DeepMemoryState(part(), part(), torch.tensor(resumed_at), velocity)
+    return x
+
+
+def convert(value, dtype=None):
+    """Nested tensors as new leaves, floating ones in ``dtype``."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_floating_point():
+            return value
+        return value.detach().to(dtype or value.dtype, copy=True).requires_grad_()
+    if isinstance(value, dict):
+        return {name: convert(x, dtype) for name, x in value.items()}
+    if value is None:
+        return None
+    return type(value)(*(convert(x, dtype) for x in value))
+
+
+def results_and_gradients(x, dtype=None, **options):
+    """Results, and all gradients under a cotangent for each of them, in order."""
+    x = convert(x, dtype)
+    o, state = deep_memory(**x, output_final_state=True, **options)
+    values, leaves = [o, *tensors_of(state)], tensors_of(x)
+    rng = torch.Generator().manual_seed(1)
+    cotangents = [(8 * torch.randn(r.shape, generator=rng)).round() / 8 for r in values]
+    loss = sum((r * c.to(r.dtype)).sum() for r, c in zip(values, cotangents))
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return [r.detach() for r in values], list(gradients)
+
+
+def assert_kernels_within_budget(x, **options):
+    triton = results_and_gradients(x, impl="triton", **options)
+    eager = results_and_gradients(x, impl="eager", **options)
+    options.pop("checkpoint_every", None)
+    expected = results_and_gradients(x, torch.float64, impl="reference", **options)
+    for kind, *parts in zip(("result", "gradient"), triton, eager, expected):
+        for index, (a, b, c) in enumerate(zip(*parts, strict=True)):
+            assert_within_budget(a, b, c, name=f"{kind} {index} of shape {tuple(c.shape)}")
+
+
+@pytest.mark.parametrize("hidden", [12, None], ids=["two layers", "linear"])
+@pytest.mark.parametrize("read", ["snapshot", "running"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_results_and_every_gradient(rule, read, hidden):
+    """Resumed within a chunk and left within another one."""
+    x = inputs(6, hidden=hidden, momentum=rule is TITANS, resumed_at=[3])
+    assert_kernels_within_budget(x, rule=rule, read=read, chunk_size=C)
+
+
+@pytest.mark.parametrize("length", [1, C - 1, C, C + 1, 3 * C + 7])
+def test_lengths(length):
+    x = inputs(length, heads=2, value_width=7)  # a single head has too few rates for a norm to mean much
+    assert_kernels_within_budget(x, read="running", chunk_size=C, checkpoint_every=2)
+
+
+def test_states_are_recomputed_with_momentum():
+    x = inputs(12, hidden=None, width=3, value_width=20, momentum=True)
+    rule = dataclasses.replace(TITANS, residual=False, anchored=True)
+    assert_kernels_within_budget(x, rule=rule, chunk_size=4, checkpoint_every=3)
+
+
+def test_fp16():
+    assert_kernels_within_budget(inputs(C + 1, dtype=torch.float16), chunk_size=C)
+
+
+def test_tiles_handed_on_by_memory():
+    """A chunk's hidden layer that the forward kernel does not hold in registers."""
+    x = inputs(20, hidden=20)
+    assert_kernels_within_budget(x, read="running", chunk_size=64)
+
+
+@pytest.mark.parametrize("hidden", [12, None], ids=["two layers", "linear"])
+def test_padding_moves_nothing(hidden):
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1], [0, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0]]) > 0
+    x = inputs(8, batch=3, hidden=hidden, resumed_at=[3, 4, 1])
+    assert_kernels_within_budget(x, mask=mask, chunk_size=C)
+
+
+def test_packed_sequences():
+    x = inputs(9, hidden=None)
+    cu_seqlens = torch.tensor([0, 1, 7, 9])
+    assert_kernels_within_budget(x, cu_seqlens=cu_seqlens, read="running", chunk_size=C)
+
+
+def test_one_token_each_at_different_positions():
+    x = inputs(1, batch=7, hidden=None, resumed_at=[0, 1, 2, 3, 4, 4, 0])
+    assert_kernels_within_budget(x, chunk_size=C)
+
+
+NAMES = ("q", "k", "v", "rate", "log_decay", "momentum", "inner", "outer", "state")
+
+
+@functools.cache
+def found():
+    """Gradients of the kernels, of eager and in fp64, by name, of a case that has all of them."""
+    x = inputs(C + 1, momentum=True, resumed_at=[3])
+    options = {"rule": dataclasses.replace(TITANS, anchored=True), "chunk_size": C}
+    calls = (("triton", None), ("eager", None), ("reference", torch.float64))
+    parts = [results_and_gradients(x, dtype, impl=impl, **options)[1] for impl, dtype in calls]
+    return [dict(zip(NAMES, gradients)) for gradients in parts]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistake_of_one_percent_in_any_gradient_is_seen(name):
+    triton, eager, expected = found()
+    assert_within_budget(triton[name], eager[name], expected[name])
+    with pytest.raises(AssertionError, match="exceeds the budget"):
+        assert_within_budget(1.01 * triton[name], eager[name], expected[name])
+
+
+def flat_inputs(hidden, momentum, rows=2, tokens=7):
+    """What the kernels take, as it comes from rows that start within a chunk, and the options."""
+    from nl_kernels.ops.deep_memory import launch
+
+    x = deep_memory_inputs(1, tokens, rows, 10, hidden, momentum=momentum)
+    sequences = [x[n] if x[n] is None else x[n][0].transpose(0, 1) for n in NAMES[:6]]
+    layers = [None if w is None else w.detach() for w in x["weights"]]
+    rule = TITANS if momentum else MemoryRule()
+    given = launch.Inputs(
+        *(None if s is None else s.contiguous() for s in sequences),
+        *(None if w is None else w.clone() for w in layers),
+        *(None if w is None or not momentum else w.clone() for w in layers),
+        *(None if w is None else w.clone() for w in layers),
+        *(None if w is None or not rule.anchored else w.clone() for w in layers),
+        None,
+        None,
+        None,
+    )
+    options = launch.Options.of(
+        rule, offset=2, chunk_size=C, read="running", checkpoint_every=2, precision="ieee"
+    )
+    return given, options
+
+
+def run_guarded(call, given, running=()):
+    """Run with every buffer between guard bands, all but the given ones full of NaN; check them after.
+
+    Those of ``running`` the kernel both reads and writes.
+    """
+    buffers = {}
+    for name, tensor in call.arguments.items():
+        if isinstance(tensor, torch.Tensor):
+            known = any(tensor is g for g in (*given, *running))
+            make = GuardedBuffer.holding(tensor) if known else GuardedBuffer(tensor.shape, dtype=tensor.dtype)
+            buffers[name] = (tensor, make)
+    arguments = {n: buffers[n][1].tensor if n in buffers else t for n, t in call.arguments.items()}
+    call.kernel[call.grid](**arguments, **call.constants)
+    for name, (tensor, buffer) in buffers.items():
+        if name != "scratch":
+            buffer.check(name)
+        assert not any(tensor is g for g in given) or torch.equal(buffer.tensor, tensor), (
+            f"{name} was changed"
+        )
+    return len(buffers)
+
+
+@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
+def test_every_element_is_written_and_nothing_else(momentum):
+    from nl_kernels.ops.deep_memory import triton_backward, triton_forward
+
+    given, options = flat_inputs(None if momentum else 12, momentum)
+    call, results = triton_forward.plan_forward(given, options, keep=True)
+    assert run_guarded(call, given) > 12
+    states = [None if x is None else torch.randn(x.shape) for x in results]
+    call, gradients = triton_backward.plan_backward(
+        states[0], states[1:5], states[5:7], given, states[7:], options
+    )
+    assert run_guarded(call, [*given, *states], running=gradients[6:10]) > 20
+
+
+def test_refuses_what_the_kernels_do_not_serve():
+    cases = {
+        "up to 128 wide, got 129": (inputs(2, width=129), {}),
+        "hidden layers up to 1024": (inputs(2, hidden=4096), {}),
+        "chunks up to 64, got 65": (inputs(2), {"chunk_size": 65}),
+        "rule.erase='none' alone": (inputs(2, momentum=True), {}),
+        "got float64": (inputs(2, dtype=torch.float64), {}),
+    }
+    for message, (x, options) in cases.items():
+        with pytest.raises(NotImplementedError, match=f"{message}.*; use impl='eager'"):
+            deep_memory(**x, **{"chunk_size": 4, **options}, impl="triton")
+
+
+def test_operators_pass_opcheck():
+    given, options = flat_inputs(None, True, rows=1, tokens=2)
+    tests = ("test_schema", "test_faketensor")
+    ops = torch.ops.nl_kernels
+    torch.library.opcheck(ops.deep_memory_forward, (*given, *options, True), test_utils=tests)
+    results = ops.deep_memory_forward(*given, *options, True)
+    present = [x if x.numel() else None for x in results]
+    torch.library.opcheck(
+        ops.deep_memory_backward, (*present[:7], *given, *present[7:], *options), test_utils=tests
+    )
+
+
+def test_compiles_without_a_graph_break():
+    x = inputs(4)
+    options = {"impl": "triton", "chunk_size": 4}
+    expected = results_and_gradients(x, **options)
+    compiled = torch.compile(deep_memory, fullgraph=True, backend="aot_eager")
+    x = convert(x)
+    o, state = compiled(**x, output_final_state=True, **options)
+    for value, wanted in zip([o, *tensors_of(state)], expected[0], strict=True):
+        assert torch.equal(value, wanted)
