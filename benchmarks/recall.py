@@ -112,6 +112,13 @@ def show(rows: list[dict]) -> None:
     console.print(table)
 
 
+def newest(rows: list[dict]) -> list[dict]:
+    """Of runs with the same options the last one: the file also holds those of older code."""
+    outcome = {"curve", "seconds", "parameters", "torch", "date"}
+    latest = {json.dumps({k: row[k] for k in sorted(row.keys() - outcome)}): row for row in rows}
+    return sorted(latest.values(), key=lambda row: (row["model"], row["pairs"], row["seed"]))
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """Accuracy against steps, one panel for each number of pairs, one line for each run."""
     import matplotlib
@@ -201,7 +208,7 @@ def main(
             file.write(json.dumps(row) + "\n")
     if not output.is_file():
         raise typer.BadParameter(f"{output}: nothing to show yet", param_hint="--output")
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    rows = newest([json.loads(line) for line in output.read_text().splitlines()])
     show(rows)
     plot(rows, picture or output.with_suffix(".png"))
 
