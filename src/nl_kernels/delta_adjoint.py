@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.delta_chunk import TINY, ChunkCoefficients, Spread, spread, whole_matrix
+from nl_kernels.delta_chunk import LOG2_E, TINY, ChunkCoefficients, Spread, spread, whole_matrix
 from nl_kernels.hidden_layer import row_dot
 
 
@@ -382,12 +382,12 @@ def _along_logs(matrix: torch.Tensor) -> torch.Tensor:
 def decay_products(log: torch.Tensor) -> Spread:
     """The spread of finite log decays [.., c]: from sums and not from differences of sums."""
     size = log.shape[-1]
-    lower = log.new_ones(size, size + 1).tril_()
+    lower = log.new_full((size, size + 1), LOG2_E).tril_()
     matrix = log.new_empty(*log.shape[:-1], size + 1, size + 1)
     matrix[..., 0, :] = 0
     matrix[..., 0, 0] = 1
     rows = torch.cumsum(log[..., None] * lower, -2, out=matrix[..., 1:, :])
-    rows.exp_().tril_(1)
+    rows.exp2_().tril_(1)
     return spread(matrix)
 
 
