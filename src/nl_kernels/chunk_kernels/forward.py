@@ -119,7 +119,7 @@ def proximal_rate(rate, x):
 def erase_matrices(gram, rate, strict, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
     """``K = strict ∘ gram`` and ``(I + K diag(η))⁻¹`` [C, C], from x xᵀ, η [C] and decays ``strict``."""
     gram = gram * strict
-    return gram, invert_unit_lower(gram * rate[None, :], BLOCK_C, PRECISION)
+    return gram, invert_unit_lower(gram * rate[None, :], BLOCK_C, PRECISION, 4)
 
 
 @triton.jit

@@ -126,22 +126,23 @@ def locate_sequence(sequence, cu_seqlens, chunk_offsets, T, BLOCK_C: tl.constexp
 
 
 @triton.jit
-def invert_unit_lower(A, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+def invert_unit_lower(A, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, BASE: tl.constexpr = 16):
     """``(I + A)^{-1}`` of a strictly lower triangular ``A`` [C, C], C a power of two ≥ 16.
 
-    Forward substitution inside the 16×16 diagonal blocks (all of them at once), then pairs of inverted
-    blocks are merged by products, ``[[P, 0], [-Q L P, Q]]``. Squaring a nilpotent A instead would need no
-    substitution, but its powers grow like binomials when keys repeat (10^17 at C = 64).
+    Forward substitution inside the diagonal blocks of BASE × BASE (all of them at once), then pairs of
+    inverted blocks are merged by products, ``[[P, 0], [-Q L P, Q]]``. Squaring a nilpotent A instead would
+    need no substitution, but its powers grow like binomials when keys repeat (10^17 at C = 64). A step of the
+    substitution waits for the one before: a small BASE, 4 or 8, is for programs that are a chain of chunks.
     """
-    BLOCKS: tl.constexpr = BLOCK_C // 16
+    BLOCKS: tl.constexpr = BLOCK_C // BASE
     block = tl.arange(0, BLOCKS)
-    row = tl.arange(0, 16)
+    row = tl.arange(0, BASE)
     same_block = block[:, None] == block[None, :]
-    tiles = tl.reshape(A, [BLOCKS, 16, BLOCKS, 16])
+    tiles = tl.reshape(A, [BLOCKS, BASE, BLOCKS, BASE])
     diagonal = tl.sum(tl.where(same_block[:, None, :, None], tiles, 0.0), 2)
     identity = (row[:, None] == row[None, :]).to(tl.float32)
-    inverse = tl.broadcast_to(identity[None, :, :], [BLOCKS, 16, 16])
-    for i in range(1, 16):
+    inverse = tl.broadcast_to(identity[None, :, :], [BLOCKS, BASE, BASE])
+    for i in range(1, BASE):
         is_row = (row == i)[None, :, None]
         coefficients = tl.sum(tl.where(is_row, diagonal, 0.0), 1)
         eliminated = tl.sum(coefficients[:, :, None] * inverse, 1)
@@ -151,6 +152,10 @@ def invert_unit_lower(A, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
 
     rows = tl.arange(0, BLOCK_C)[:, None]
     columns = tl.arange(0, BLOCK_C)[None, :]
+    if BASE <= 4:
+        result = _merge_inverses(result, A, rows, columns, 4, PRECISION)
+    if BASE <= 8:
+        result = _merge_inverses(result, A, rows, columns, 8, PRECISION)
     if BLOCK_C >= 32:
         result = _merge_inverses(result, A, rows, columns, 16, PRECISION)
     if BLOCK_C >= 64:

@@ -17,9 +17,9 @@ pytestmark = pytest.mark.interpreter
 
 
 @triton.jit
-def _invert(a, out, SIZE: tl.constexpr):
+def _invert(a, out, SIZE: tl.constexpr, BASE: tl.constexpr):
     at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    tl.store(out + at, invert_unit_lower(tl.load(a + at), SIZE, "ieee"))
+    tl.store(out + at, invert_unit_lower(tl.load(a + at), SIZE, "ieee", BASE))
 
 
 @triton.jit
@@ -45,19 +45,21 @@ def _product(a, out, SIZE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
-def test_triangular_inverse(size):
+@pytest.mark.parametrize("base", [4, 8, 16])
+def test_triangular_inverse(base, size):
     a = torch.randn(size, size).tril(-1) / size**0.5
     out = torch.empty_like(a)
-    _invert[(1,)](a, out, size)
+    _invert[(1,)](a, out, size, base)
     expected = torch.linalg.inv(torch.eye(size) + a.double())
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
-def test_triangular_inverse_of_repeated_keys():
+@pytest.mark.parametrize("base", [4, 16])
+def test_triangular_inverse_of_repeated_keys(base):
     """All ones below the diagonal: powers of A reach 10^17, the inverse is a bidiagonal."""
     a = torch.ones(64, 64).tril(-1)
     out = torch.empty_like(a)
-    _invert[(1,)](a, out, 64)
+    _invert[(1,)](a, out, 64, base)
     assert torch.equal(out, torch.eye(64) - torch.diag(torch.ones(63), -1))
 
 
