@@ -23,6 +23,7 @@ MAX_HEAD_DIM = 128
 MAX_CHUNK = 64
 """Largest chunk that a program holds in registers."""
 
+HELD_MATRIX = 4096  # numbers of a linear memory up to which the forward kernel holds it in registers
 HELD_TILE = 1024  # numbers of a chunk's hidden layer up to which the forward kernel holds it in registers
 KEPT_BYTES = 256 << 20  # of states at every chunk's start; beyond, some are recomputed
 
@@ -207,6 +208,7 @@ class RowPlan:
     value_dim: int
     hidden: int
     two_layer: bool
+    has_momentum: bool
     options: Options
     checkpoint: int
     kept: int
@@ -221,9 +223,16 @@ class RowPlan:
     def forward_scratch(self) -> tuple[int, ...]:
         """Shape of the memory by which the steps of a chunk hand on their tiles; empty: in registers."""
         block_c, _, block_v, block_h = self.blocks
-        if not self.two_layer or block_c * block_h <= HELD_TILE:
+        if block_c * max(block_v, block_h) <= HELD_TILE:
             return ()
         return self.rows, block_c * (3 * block_h + 2 * block_v + block_c)
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether the forward kernel holds the running weights in registers; two layers of 64 × 64 spill."""
+        _, block_k, block_v, _ = self.blocks
+        narrow = block_k * block_v <= HELD_MATRIX
+        return narrow and not (self.two_layer or self.has_momentum or self.forward_scratch)
 
     def call(self, kernel: Any, arguments: dict[str, torch.Tensor | int | None]) -> KernelCall:
         """The call of ``kernel``: what it takes of ``arguments``, sizes, options and tiles."""
@@ -237,6 +246,7 @@ class RowPlan:
             "TWO_LAYER": self.two_layer,
             "CHUNK": options.chunk_size,
             "CHECKPOINT": self.checkpoint,
+            "HELD": self.holds_weights,
             "RUNNING": options.read == "running",
             "ACTIVATION": options.activation,
             "NORMALIZED": options.normalize_hidden,
@@ -278,6 +288,7 @@ def plan_rows(inputs: Inputs, options: Options) -> RowPlan:
         value_dim=value_dim,
         hidden=inputs.inner.shape[1],
         two_layer=inputs.outer is not None,
+        has_momentum=inputs.momentum is not None,
         options=options,
         checkpoint=step,
         kept=-(-chunks // step),

@@ -114,7 +114,7 @@ def rerun_layer(
     """The writes of a layer again: ω, the recall and the inverse go to the tiles at ``place``."""
     used, _, inverse = erasing(x, eta, decay[2], ERASES, PROXIMAL, x.shape[0], PRECISION)
     surprise, _, recalled = write_layer(
-        states, index, x, signal, used, decay[0], inverse, OUT, IN, ERASES, PRECISION
+        None, states, index, x, signal, used, decay[0], inverse, OUT, IN, ERASES, PRECISION
     )
     put(place + _SURPRISE * SLOT, surprise)
     if ERASES:
@@ -330,11 +330,22 @@ def rerun_chunk(
 ):
     """A chunk's errors and writes again, into ``scratch``; what bounds the errors [C]."""
     base = load_base(
-        inner_states, index, inner_snapshot, inner_anchor, row, is_first, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K
+        None,
+        inner_states,
+        index,
+        inner_snapshot,
+        inner_anchor,
+        row,
+        is_first,
+        HIDDEN,
+        KEY_DIM,
+        BLOCK_H,
+        BLOCK_K,
     )
     outer_base = None
     if outer_states is not None:
         outer_base = load_base(
+            None,
             outer_states,
             index,
             outer_snapshot,
@@ -424,6 +435,7 @@ def carry_again(
     decay, carried, mixed = chunk_coefficients(log_decay, momentum, token, valid, x.shape[0], PRECISION)
     surprise, written, used = written_again(place, x, eta, SLOT, BLOCK_O, ERASES, PROXIMAL)
     carry_layer(
+        None,
         states,
         velocities,
         index,
@@ -571,6 +583,7 @@ def chunk_adjoint(
                 scratch + _INNER * SLOT, key, eta, SLOT, BLOCK_H, ERASE_INNER, PROXIMAL
             )
             probe = read_layer(
+                None,
                 inner_states,
                 inner_velocities,
                 index,
@@ -779,10 +792,21 @@ def chunk_adjoint(
     # The error, and the weights that it was taken at.
     at_signal = take(scratch + _AT_SIGNAL * SLOT, like_hidden)
     base = load_base(
-        inner_states, index, inner_snapshot, inner_anchor, row, is_first, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K
+        None,
+        inner_states,
+        index,
+        inner_snapshot,
+        inner_anchor,
+        row,
+        is_first,
+        HIDDEN,
+        KEY_DIM,
+        BLOCK_H,
+        BLOCK_K,
     )
     if TWO_LAYER:
         outer_base = load_base(
+            None,
             outer_states,
             index,
             outer_snapshot,
@@ -850,6 +874,7 @@ def chunk_adjoint(
         query = load_tile(q, token, valid, key_column, KEY_DIM)
         grad = load_tile(do, token, valid, value_column, VALUE_DIM)
         base = load_base(
+            None,
             inner_states,
             index,
             inner_snapshot,
@@ -863,6 +888,7 @@ def chunk_adjoint(
         )
         if TWO_LAYER:
             outer_base = load_base(
+                None,
                 outer_states,
                 index,
                 outer_snapshot,

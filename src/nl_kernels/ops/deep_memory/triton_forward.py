@@ -1,8 +1,9 @@
 """Triton forward of ``deep_memory`` for small chunks: one program a row walks over the row's chunks.
 
-The running weights live in the buffers of the final state, from which each chunk takes what it needs; they
-stay in the L2 cache. At a boundary they are the snapshot, so that only a partial first and last chunk has a
-copy of its own. The formulas of a layer are in :mod:`nl_kernels.chunk_kernels`.
+Small memories stay in registers, tokens are loaded a chunk ahead. Of larger ones the running weights live in
+the buffers of the final state, from which each step takes what it needs; they stay in the L2 cache. At a
+boundary they are the snapshot, so that only a partial first and last chunk has a copy of its own. Formulas of
+a layer are in :mod:`nl_kernels.chunk_kernels`.
 """
 
 from __future__ import annotations
@@ -82,13 +83,53 @@ def copy_weight(
 
 
 @triton.jit
+def save_weight(
+    held,
+    source,
+    at,
+    target,
+    to,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """As :func:`copy_weight`, of the tile ``held`` in registers, if there is one."""
+    if held is None:
+        copy_weight(source, at, target, to, OUT, IN, BLOCK_O, BLOCK_I)
+    elif target is not None:
+        store_weight(target, to, held, OUT, IN)
+
+
+@triton.jit
+def weight_of(
+    held, states, index, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr
+):
+    """The tile ``held`` in registers, or, if there is none, matrix ``index`` of ``states``."""
+    if held is None:
+        return load_weight(states, index, OUT, IN, BLOCK_O, BLOCK_I)
+    else:
+        return held
+
+
+@triton.jit
 def chunk_coefficients(log_decay, momentum, token, valid, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
     """Spreads of decay, of momentum, and of their mixture (after, full, to_end, final) for a chunk."""
-    decay = spread(tl.load(log_decay + token, mask=valid, other=0.0), BLOCK_C)
+    log = tl.load(log_decay + token, mask=valid, other=0.0)
+    mu = None
+    if momentum is not None:
+        mu = tl.load(momentum + token, mask=valid, other=1.0)
+    return coefficients_of(log, mu, valid, BLOCK_C, PRECISION)
+
+
+@triton.jit
+def coefficients_of(log, mu, valid, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+    """As :func:`chunk_coefficients`, from log decays and momenta [C] (or ``None``)."""
+    decay = spread(log, BLOCK_C)
     carried = decay
     mixed = (decay[1], decay[3], decay[4], decay[5])
-    if momentum is not None:
-        carried = spread(tl.log(tl.load(momentum + token, mask=valid, other=1.0) + _TINY), BLOCK_C)
+    if mu is not None:
+        carried = spread(tl.log(mu + _TINY), BLOCK_C)
         mixed = mixed_spread(decay[3], decay[4], carried[1], carried[3], valid, PRECISION)
     return decay, carried, mixed
 
@@ -169,6 +210,7 @@ def erasing(
 
 @triton.jit
 def write_layer(
+    held,
     states,
     index,
     x,
@@ -181,15 +223,16 @@ def write_layer(
     ERASES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """ω, u and the recall [C, out] of a layer that is matrix ``index`` of ``states``."""
+    """ω, u and the recall [C, out] of a layer: :func:`weight_of` ``held``, ``states`` and ``index``."""
     state = x
     if ERASES:
-        state = load_weight(states, index, OUT, IN, signal.shape[1], x.shape[1])
+        state = weight_of(held, states, index, OUT, IN, signal.shape[1], x.shape[1])
     return write_forward(state, x, signal, rate, before, inverse, ERASES, PRECISION)
 
 
 @triton.jit
 def read_layer(
+    held,
     states,
     velocities,
     index,
@@ -204,8 +247,8 @@ def read_layer(
     IN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Running reads [C, out] of a layer that is matrix ``index`` of ``states``."""
-    state = load_weight(states, index, OUT, IN, written.shape[1], x.shape[1])
+    """Running reads [C, out] of a layer: :func:`weight_of` ``held``, ``states`` and ``index``."""
+    state = weight_of(held, states, index, OUT, IN, written.shape[1], x.shape[1])
     y, _, _ = read_forward(queries, state, x, written, decay[1], mixed[1], PRECISION)
     if velocities is not None:
         velocity = load_weight(velocities, index, OUT, IN, written.shape[1], x.shape[1])
@@ -218,6 +261,7 @@ def read_layer(
 
 @triton.jit
 def carry_layer(
+    held,
     states,
     velocities,
     index,
@@ -235,8 +279,8 @@ def carry_layer(
     IN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A layer after a chunk: from matrix ``index`` of ``states`` to ``next_index`` of ``next_states``."""
-    state = load_weight(states, index, OUT, IN, written.shape[1], x.shape[1])
+    """A layer after a chunk; one that is not ``held`` becomes matrix ``next_index`` of ``next_states``."""
+    state = weight_of(held, states, index, OUT, IN, written.shape[1], x.shape[1])
     if velocities is None:
         after = carry_state(state, written, x, decay[4], decay[5], PRECISION)
     else:
@@ -244,15 +288,18 @@ def carry_layer(
         after, velocity_after, _ = momentum_forward(
             state, velocity, x, signal, rate, decay[5], mixed[2], mixed[3], carried[4], carried[5], PRECISION
         )
-    # The state may be overwritten only when every thread has read it.
-    tl.debug_barrier()
-    store_weight(next_states, next_index, after, OUT, IN)
+    if held is None:
+        # The state may be overwritten only when every thread has read it.
+        tl.debug_barrier()
+        store_weight(next_states, next_index, after, OUT, IN)
     if velocities is not None:
         store_weight(next_velocities, next_index, velocity_after, OUT, IN)
+    return after
 
 
 @triton.jit
 def load_base(
+    held,
     running,
     index,
     snapshot,
@@ -266,7 +313,7 @@ def load_base(
 ):
     """The weights that a chunk takes its gradients at, with the anchor: at a boundary the running ones, but
     for the first chunk the snapshot, if one is given."""
-    base = load_weight(running, index, OUT, IN, BLOCK_O, BLOCK_I)
+    base = weight_of(held, running, index, OUT, IN, BLOCK_O, BLOCK_I)
     if snapshot is not None and is_first:
         base = load_weight(snapshot, row, OUT, IN, BLOCK_O, BLOCK_I)
     if anchors is not None:
@@ -313,6 +360,7 @@ def deep_memory_forward_kernel(
     HIDDEN: tl.constexpr,
     CHUNK: tl.constexpr,
     CHECKPOINT: tl.constexpr,
+    HELD: tl.constexpr,
     RUNNING: tl.constexpr,
     ACTIVATION: tl.constexpr,
     NORMALIZED: tl.constexpr,
@@ -327,17 +375,28 @@ def deep_memory_forward_kernel(
     BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program a row. Of a linear memory, HIDDEN is the width of the values."""
+    """One program a row. Of a linear memory, HIDDEN is the width of the values.
+
+    Without ``scratch`` the steps of a chunk hand their tiles on in registers.
+    """
     row, first, last, zero = locate_row(begin, stop, origin, tokens, offset)
-    copy_weight(inner, row, final_inner, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
-    copy_weight(inner_velocity, row, final_inner_velocity, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
+    inner_held = None
+    outer_held = None
+    if HELD:
+        inner_held = load_weight(inner, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
+        if outer is not None:
+            outer_held = load_weight(outer, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
+    else:
+        copy_weight(inner, row, final_inner, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
+        copy_weight(inner_velocity, row, final_inner_velocity, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
+        if outer is not None:
+            copy_weight(outer, row, final_outer, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
+            copy_weight(outer_velocity, row, final_outer_velocity, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
     if inner_snapshot is not None:
         copy_weight(inner_snapshot, row, final_inner_snapshot, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
     else:
         copy_weight(inner, row, final_inner_snapshot, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
     if outer is not None:
-        copy_weight(outer, row, final_outer, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
-        copy_weight(outer_velocity, row, final_outer_velocity, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
         if outer_snapshot is not None:
             copy_weight(outer_snapshot, row, final_outer_snapshot, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
         else:
@@ -351,39 +410,72 @@ def deep_memory_forward_kernel(
     error_place = None
     inverse_place = None
     written_place = None
-    read_place = None
     if scratch is not None:
         z_place = scratch + row * (BLOCK_C * (3 * BLOCK_H + 2 * BLOCK_V + BLOCK_C))
-        back_place = z_place + BLOCK_C * BLOCK_H
+        back_place = z_place + BLOCK_C * BLOCK_H  # then the running read of the first layer
         error_place = back_place + BLOCK_C * BLOCK_H
         inverse_place = error_place + BLOCK_C * BLOCK_V
         written_place = inverse_place + BLOCK_C * BLOCK_C
-        read_place = back_place
+    slot, valid = chunk_tokens(0, first, last, CHUNK, BLOCK_C)
+    token = row * tokens + slot - zero
+    next_key = load_tile(k, token, valid, key_column, KEY_DIM)
+    next_query = load_tile(q, token, valid, key_column, KEY_DIM)
+    next_target = load_tile(v, token, valid, value_column, VALUE_DIM)
+    next_eta = tl.load(rate + token, mask=valid, other=0.0)
+    next_log = tl.load(log_decay + token, mask=valid, other=0.0)
     chunks = tl.cdiv(last, CHUNK) - first // CHUNK
     for index in range(0, chunks):
         slot, valid = chunk_tokens(index, first, last, CHUNK, BLOCK_C)
         token = row * tokens + slot - zero
         is_first = index == 0
+        if scratch is None:
+            key = next_key
+            query = next_query
+            target = next_target
+            eta = next_eta
+            log = next_log
+            slot, later = chunk_tokens(index + 1, first, last, CHUNK, BLOCK_C)
+            ahead = row * tokens + slot - zero
+            next_key = load_tile(k, ahead, later, key_column, KEY_DIM)
+            next_query = load_tile(q, ahead, later, key_column, KEY_DIM)
+            next_target = load_tile(v, ahead, later, value_column, VALUE_DIM)
+            next_eta = tl.load(rate + ahead, mask=later, other=0.0)
+            next_log = tl.load(log_decay + ahead, mask=later, other=0.0)
         if kept_inner is not None and index % CHECKPOINT == 0:
             to = row * kept + index // CHECKPOINT
-            copy_weight(final_inner, row, kept_inner, to, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
-            copy_weight(final_outer, row, kept_outer, to, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
+            save_weight(inner_held, final_inner, row, kept_inner, to, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
+            save_weight(outer_held, final_outer, row, kept_outer, to, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
             copy_weight(final_inner_velocity, row, kept_inner_velocity, to, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
             copy_weight(
                 final_outer_velocity, row, kept_outer_velocity, to, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H
             )
         # A boundary precedes the last chunk, unless it is the first one as well.
         if final_inner_snapshot is not None and (index == chunks - 1) & (index > 0):
-            copy_weight(final_inner, row, final_inner_snapshot, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
-            copy_weight(final_outer, row, final_outer_snapshot, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
+            save_weight(
+                inner_held, final_inner, row, final_inner_snapshot, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K
+            )
+            save_weight(
+                outer_held, final_outer, row, final_outer_snapshot, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H
+            )
 
         # Barriers part the steps of a chunk, so that nothing is loaded, and held, before its step.
         base = load_base(
-            final_inner, row, inner_snapshot, inner_anchor, row, is_first, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K
+            inner_held,
+            final_inner,
+            row,
+            inner_snapshot,
+            inner_anchor,
+            row,
+            is_first,
+            HIDDEN,
+            KEY_DIM,
+            BLOCK_H,
+            BLOCK_K,
         )
         outer_base = None
         if outer is not None:
             outer_base = load_base(
+                outer_held,
                 final_outer,
                 row,
                 outer_snapshot,
@@ -395,33 +487,45 @@ def deep_memory_forward_kernel(
                 BLOCK_V,
                 BLOCK_H,
             )
-        query = load_tile(q, token, valid, key_column, KEY_DIM)
         if not RUNNING:
+            if scratch is not None:
+                query = load_tile(q, token, valid, key_column, KEY_DIM)
             y = matmul(query, tl.trans(base), PRECISION)
             if outer is not None:
                 y = matmul(activated(y, ACTIVATION, NORMALIZED)[0], tl.trans(outer_base), PRECISION)
             if RESIDUAL:
                 y += query
             store_tile(o, token, valid, value_column, VALUE_DIM, y)
-            tl.debug_barrier()
-        key = load_tile(k, token, valid, key_column, KEY_DIM)
-        target = load_tile(v, token, valid, value_column, VALUE_DIM)
+            if not HELD:
+                tl.debug_barrier()
+        if scratch is not None:
+            key = load_tile(k, token, valid, key_column, KEY_DIM)
+            target = load_tile(v, token, valid, value_column, VALUE_DIM)
         z, back, error, _ = serve(
             key, target, base, outer_base, ACTIVATION, NORMALIZED, RESIDUAL, BOUND, PRECISION
         )
+        put(error_place, error)
         if outer is not None:
             put(z_place, z)
             put(back_place, back)
-            put(error_place, error)
-        tl.debug_barrier()
-
-        decay, carried, mixed = chunk_coefficients(log_decay, momentum, token, valid, BLOCK_C, PRECISION)
-        eta = tl.load(rate + token, mask=valid, other=0.0)
-        key = load_tile(k, token, valid, key_column, KEY_DIM)
+        if not HELD:
+            tl.debug_barrier()
+        if scratch is not None:
+            log = tl.load(log_decay + token, mask=valid, other=0.0)
+            eta = tl.load(rate + token, mask=valid, other=0.0)
+            key = load_tile(k, token, valid, key_column, KEY_DIM)
+        mu = None
+        if momentum is not None:
+            mu = tl.load(momentum + token, mask=valid, other=1.0)
+        decay, carried, mixed = coefficients_of(log, mu, valid, BLOCK_C, PRECISION)
         used, _, inverse = erasing(key, eta, decay[2], ERASE_INNER, PROXIMAL, BLOCK_C, PRECISION)
-        put(inverse_place, inverse)
-        tl.debug_barrier()
-        key = load_tile(k, token, valid, key_column, KEY_DIM)
+        if scratch is not None:
+            put(inverse_place, inverse)
+        if not HELD:
+            tl.debug_barrier()
+        if scratch is not None:
+            key = load_tile(k, token, valid, key_column, KEY_DIM)
+        error = take(error_place, error)
         signal = error
         if outer is not None:
             hidden = activated(take(z_place, z), ACTIVATION, NORMALIZED)
@@ -429,6 +533,7 @@ def deep_memory_forward_kernel(
             signal = error_signal(back, hidden[0], hidden[1], hidden[3], NORMALIZED, BOUND)[0]
         inverse = take(inverse_place, inverse)
         _, written, _ = write_layer(
+            inner_held,
             final_inner,
             row,
             key,
@@ -442,16 +547,22 @@ def deep_memory_forward_kernel(
             PRECISION,
         )
         put(written_place, written)
-        if RUNNING:
+        if not HELD:
             tl.debug_barrier()
+        if scratch is not None:
+            key = load_tile(k, token, valid, key_column, KEY_DIM)
+        if RUNNING:
+            if scratch is not None:
+                query = load_tile(q, token, valid, key_column, KEY_DIM)
             read = read_layer(
+                inner_held,
                 final_inner,
                 final_inner_velocity,
                 row,
                 inner_anchor,
                 row,
-                load_tile(q, token, valid, key_column, KEY_DIM),
-                load_tile(k, token, valid, key_column, KEY_DIM),
+                query,
+                key,
                 take(written_place, written),
                 decay,
                 mixed,
@@ -459,16 +570,21 @@ def deep_memory_forward_kernel(
                 KEY_DIM,
                 PRECISION,
             )
-            put(read_place, read)
-        tl.debug_barrier()
-        carry_layer(
+            if outer is not None:
+                put(back_place, read)
+            if not HELD:
+                tl.debug_barrier()
+            if scratch is not None:
+                key = load_tile(k, token, valid, key_column, KEY_DIM)
+        after = carry_layer(
+            inner_held,
             final_inner,
             final_inner_velocity,
             row,
             final_inner,
             final_inner_velocity,
             row,
-            load_tile(k, token, valid, key_column, KEY_DIM),
+            key,
             take(written_place, written),
             signal,
             used,
@@ -479,40 +595,49 @@ def deep_memory_forward_kernel(
             KEY_DIM,
             PRECISION,
         )
+        if HELD:
+            inner_held = after
         if outer is not None:
-            tl.debug_barrier()
-            decay, carried, mixed = chunk_coefficients(log_decay, momentum, token, valid, BLOCK_C, PRECISION)
-            eta = tl.load(rate + token, mask=valid, other=0.0)
+            if not HELD:
+                tl.debug_barrier()
+            if scratch is not None:
+                decay, carried, mixed = chunk_coefficients(
+                    log_decay, momentum, token, valid, BLOCK_C, PRECISION
+                )
+                eta = tl.load(rate + token, mask=valid, other=0.0)
             value = activated(take(z_place, z), ACTIVATION, NORMALIZED)[0]
             used, _, inverse = erasing(value, eta, decay[2], ERASE_OUTER, PROXIMAL, BLOCK_C, PRECISION)
-            put(inverse_place, inverse)
-            tl.debug_barrier()
+            if scratch is not None:
+                put(inverse_place, inverse)
+            if not HELD:
+                tl.debug_barrier()
             value = activated(take(z_place, z), ACTIVATION, NORMALIZED)[0]
-            error = take(error_place, error)
-            inverse = take(inverse_place, inverse)
             _, written, _ = write_layer(
+                outer_held,
                 final_outer,
                 row,
                 value,
-                error,
+                take(error_place, error),
                 used,
                 decay[0],
-                inverse,
+                take(inverse_place, inverse),
                 VALUE_DIM,
                 HIDDEN,
                 ERASE_OUTER,
                 PRECISION,
             )
             put(written_place, written)
-            if RUNNING:
+            if not HELD:
                 tl.debug_barrier()
+            if RUNNING:
                 read = read_layer(
+                    outer_held,
                     final_outer,
                     final_outer_velocity,
                     row,
                     outer_anchor,
                     row,
-                    activated(take(read_place, read), ACTIVATION, NORMALIZED)[0],
+                    activated(take(back_place, read), ACTIVATION, NORMALIZED)[0],
                     activated(take(z_place, z), ACTIVATION, NORMALIZED)[0],
                     take(written_place, written),
                     decay,
@@ -521,8 +646,10 @@ def deep_memory_forward_kernel(
                     HIDDEN,
                     PRECISION,
                 )
-            tl.debug_barrier()
-            carry_layer(
+                if not HELD:
+                    tl.debug_barrier()
+            after = carry_layer(
+                outer_held,
                 final_outer,
                 final_outer_velocity,
                 row,
@@ -540,15 +667,26 @@ def deep_memory_forward_kernel(
                 HIDDEN,
                 PRECISION,
             )
+            if HELD:
+                outer_held = after
         if RUNNING:
             if RESIDUAL:
                 read += load_tile(q, token, valid, key_column, KEY_DIM)
             store_tile(o, token, valid, value_column, VALUE_DIM, read)
-        tl.debug_barrier()
+        if not HELD:
+            tl.debug_barrier()
 
+    if HELD:
+        store_weight(final_inner, row, inner_held, HIDDEN, KEY_DIM)
+        if outer is not None:
+            store_weight(final_outer, row, outer_held, VALUE_DIM, HIDDEN)
     if final_inner_snapshot is not None and (last % CHUNK == 0) & (last > first):
-        copy_weight(final_inner, row, final_inner_snapshot, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
-        copy_weight(final_outer, row, final_outer_snapshot, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
+        save_weight(
+            inner_held, final_inner, row, final_inner_snapshot, row, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K
+        )
+        save_weight(
+            outer_held, final_outer, row, final_outer_snapshot, row, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H
+        )
 
 
 def plan_forward(
