@@ -8,7 +8,6 @@ the state along its key: its write less what it erases. See the README beside th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 
 # exp(−1000) is 0 in fp32 and in fp64, so a clamped log decay still forgets everything, −inf included.
 _LOWEST_LOG = -1000.0
-_LOG2_E = math.log2(math.e)  # exp2 takes a fourth of the time of exp on the CPU
 
 
 def delta_memory_forward(
@@ -379,13 +377,12 @@ def _decay_between(at_read: torch.Tensor, at_token: torch.Tensor, seen: torch.Te
     The fp64 logs are split in two numbers of that dtype: their difference keeps its accuracy where it is
     small, without a matrix in fp64.
     """
-    at_read, at_token = at_read * _LOG2_E, at_token * _LOG2_E
     read, token = at_read.to(seen.dtype), at_token.to(seen.dtype)
     decay = read[:, :, None] - token[:, None, :]
     decay += (at_read - read).to(seen.dtype)[:, :, None]
     decay -= (at_token - token).to(seen.dtype)[:, None, :]
     # Clamping before the exponential and masking after it is faster than the exponential of −inf.
-    return decay.clamp_max_(0).exp2_().mul_(seen)
+    return decay.clamp_max_(0).exp_().mul_(seen)
 
 
 def _seen_by_read(chunk: int, read: str, like: torch.Tensor) -> torch.Tensor:
