@@ -3,7 +3,8 @@
     python -m benchmarks.run --op deep_memory
 
 Both sides are timed as a whole layer on the same input ``x``: RMS norm, projections of queries, keys and
-values, learned rates, the memory, a gate per head, the output projection.
+values, learned rates, the memory, a gate per head, the output projection. On CUDA the op is also timed alone,
+its kernels beside eager.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from benchmarks.harness import Case, Factories, Provider
 from benchmarks.measure import Work, random_tensors
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory
+from nl_kernels.testing import deep_memory_inputs, tensors_of
+
+EAGER_LIMIT = 8192  # beyond, its loop over chunks takes seconds for the launches of its kernels alone
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,73 @@ def decode_providers(case: Case, device: torch.device) -> Factories:
     return {decode_name("nl_kernels", past): lambda past=past: ours(past) for past in (1, PAST)}
 
 
+def op_inputs(case: Case, device: torch.device) -> dict[str, object]:
+    """Keyword arguments of the op: the default rule, running reads."""
+    sizes = case.shape
+    made = deep_memory_inputs(
+        sizes["B"], sizes["T"], sizes["H"], sizes["D"], sizes["h"] or None, outer_scale=0.1, dtype=case.dtype
+    )
+    moved = {name: x.to(device).requires_grad_() for name, x in made.items() if isinstance(x, Tensor)}
+    weights = (None if w is None else w.to(device).requires_grad_() for w in made["weights"])
+    return {**moved, "weights": DeepMemoryWeights(*weights), "chunk_size": sizes["C"], "read": "running"}
+
+
+def op_providers(case: Case, device: torch.device) -> Factories:
+    """The op itself, no projections: the kernels, and where its loop over chunks is short, eager."""
+
+    def ours(impl: str | None, role: str) -> Provider:
+        inputs = op_inputs(case, device)
+        if case.mode == "forward":
+
+            def run() -> tuple[Tensor, ...]:
+                with torch.no_grad():
+                    return deep_memory(**inputs, impl=impl)[:1]
+
+        else:
+            cotangent = random_tensors(1, {"o": tuple(inputs["v"].shape)}, device, case.dtype)["o"]
+            run = forward_backward(lambda: deep_memory(**inputs, impl=impl)[0], tensors_of(inputs), cotangent)
+        return Provider(run, role=role, comparable=True)
+
+    factories = {"nl_kernels": lambda: ours(None, "ours")}
+    if case.shape["T"] <= EAGER_LIMIT:
+        factories["nl_kernels eager"] = lambda: ours("eager", "variant")
+    return factories
+
+
+def op_reference(case: Case, tokens: int) -> Tensor:
+    """The token loop in fp64 on the first tokens."""
+    inputs = op_inputs(case, torch.device("cpu"))
+    weights = DeepMemoryWeights(*(None if w is None else w.detach().double() for w in inputs["weights"]))
+    prefix = {n: x.detach()[:, :tokens].double() if isinstance(x, Tensor) else x for n, x in inputs.items()}
+    return deep_memory(**{**prefix, "weights": weights}, impl="reference")[0]
+
+
+def op_work(sizes: dict[str, int], passes: int) -> Work:
+    """The op README's counts: products forward (twice as many backward), tokens and their gradients once."""
+    width, hidden, chunk = sizes["D"], sizes["h"], sizes["C"]
+    tokens = sizes["B"] * sizes["T"] * sizes["H"]
+    layers, matrix = (2, width * hidden) if hidden else (1, width * width)
+    forward = 2 * matrix * (layers * 4 + (1 if hidden else 0)) + layers * 8 * chunk * width
+    return Work(passes * tokens * forward, passes * tokens * 2 * (4 * width + 2))
+
+
+def op_case(mode: str, *, quick: bool = False, **sizes: int) -> Case:
+    """One case of the op itself on CUDA, in bf16."""
+    return Case(
+        op="deep_memory",
+        name="two-layer memory" if sizes["h"] else "linear memory",
+        mode=mode,
+        shape=sizes,
+        providers=op_providers,
+        work=op_work(sizes, 1 if mode == "forward" else 3),
+        reference=op_reference,
+        dtype=torch.bfloat16,
+        memory=True,
+        quick=quick,
+        devices=("cuda",),
+    )
+
+
 def training_case(
     device: str, quick: bool = False, memory: bool = False, name: str = "Titans layer", **sizes: int
 ) -> Case:
@@ -253,6 +324,16 @@ CASES = [
     ),
     training_case(
         "cpu", memory=True, name="linear Titans layer", B=1, T=2048, H=4, D=64, h=0, C=16, momentum=0
+    ),
+    *(
+        op_case(mode, quick=True, B=8, T=8192, H=16, D=64, h=hidden, C=16)
+        for hidden in (0, 64)
+        for mode in ("forward", "forward+backward")
+    ),
+    *(
+        op_case("forward+backward", B=max(1, 65536 // tokens), T=tokens, H=16, D=64, h=hidden, C=16)
+        for hidden in (0, 64)
+        for tokens in (4096, 16384, 65536, 262144)
     ),
     training_case("cuda", quick=True, memory=True, B=4, T=2048, H=8, D=64, h=256, C=64, momentum=1),
     Case(

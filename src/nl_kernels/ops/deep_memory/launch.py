@@ -238,14 +238,14 @@ class RowPlan:
         """The call of ``kernel``: what it takes of ``arguments``, sizes, options and tiles."""
         options = self.options
         blocks = self.blocks
-        run_time = {**arguments, "tokens": self.tokens, "kept": self.kept}
+        run_time = {**arguments, "tokens": self.tokens, "kept": self.kept, "checkpoint": self.checkpoint}
         constants = {
             "KEY_DIM": self.key_dim,
             "VALUE_DIM": self.value_dim,
             "HIDDEN": self.hidden,
             "TWO_LAYER": self.two_layer,
             "CHUNK": options.chunk_size,
-            "CHECKPOINT": self.checkpoint,
+            "RECOMPUTES": self.checkpoint > 1,
             "HELD": self.holds_weights,
             "RUNNING": options.read == "running",
             "ACTIVATION": options.activation,

@@ -916,7 +916,7 @@ def chunk_adjoint(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "offset", "kept", "checkpoint"])
 def deep_memory_backward_kernel(
     do,
     d_inner_snapshot_after,
@@ -964,12 +964,13 @@ def deep_memory_backward_kernel(
     tokens,
     offset,
     kept,
+    checkpoint,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HIDDEN: tl.constexpr,
     TWO_LAYER: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHECKPOINT: tl.constexpr,
+    RECOMPUTES: tl.constexpr,
     RUNNING: tl.constexpr,
     ACTIVATION: tl.constexpr,
     NORMALIZED: tl.constexpr,
@@ -1012,16 +1013,16 @@ def deep_memory_backward_kernel(
 
     for back_index in range(0, chunks):
         index = chunks - 1 - back_index
-        number = index % CHECKPOINT
-        if CHECKPOINT > 1:
-            place = row * CHECKPOINT + number
+        number = index % checkpoint
+        if RECOMPUTES:
+            place = row * checkpoint + number
             inner_states = inner_stack
             outer_states = outer_stack
             inner_velocities = inner_velocity_stack
             outer_velocities = outer_velocity_stack
-            if (back_index == 0) | (number == CHECKPOINT - 1):
-                bottom = row * CHECKPOINT
-                source = row * kept + index // CHECKPOINT
+            if (back_index == 0) | (number == checkpoint - 1):
+                bottom = row * checkpoint
+                source = row * kept + index // checkpoint
                 copy_weight(kept_inner, source, inner_stack, bottom, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
                 copy_weight(
                     kept_inner_velocity,

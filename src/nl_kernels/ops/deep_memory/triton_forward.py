@@ -321,7 +321,7 @@ def load_base(
     return base
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "offset", "kept", "checkpoint"])
 def deep_memory_forward_kernel(
     q,
     k,
@@ -355,11 +355,11 @@ def deep_memory_forward_kernel(
     tokens,
     offset,
     kept,
+    checkpoint,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HIDDEN: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHECKPOINT: tl.constexpr,
     HELD: tl.constexpr,
     RUNNING: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -441,8 +441,8 @@ def deep_memory_forward_kernel(
             next_target = load_tile(v, ahead, later, value_column, VALUE_DIM)
             next_eta = tl.load(rate + ahead, mask=later, other=0.0)
             next_log = tl.load(log_decay + ahead, mask=later, other=0.0)
-        if kept_inner is not None and index % CHECKPOINT == 0:
-            to = row * kept + index // CHECKPOINT
+        if kept_inner is not None and index % checkpoint == 0:
+            to = row * kept + index // checkpoint
             save_weight(inner_held, final_inner, row, kept_inner, to, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)
             save_weight(outer_held, final_outer, row, kept_outer, to, VALUE_DIM, HIDDEN, BLOCK_V, BLOCK_H)
             copy_weight(final_inner_velocity, row, kept_inner_velocity, to, HIDDEN, KEY_DIM, BLOCK_H, BLOCK_K)

@@ -36,14 +36,18 @@ def results_and_gradients(x, dtype=None, **options):
     return [*(r.detach() for r in values), *gradients]
 
 
-@pytest.mark.parametrize(
-    ("width", "hidden", "chunk"), [(64, 64, 16), (64, None, 64), (48, 96, 16), (64, 64, 64)]
-)
-@pytest.mark.parametrize("read", ["snapshot", "running"])
-@pytest.mark.parametrize(
-    "rule", [MemoryRule(), MemoryRule.literal(), TITANS], ids=["default", "literal", "titans"]
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+# Compiling a pair of kernels takes some ten seconds: few cases, each with something of its own.
+CASES = {
+    "default": (torch.bfloat16, MemoryRule(), "running", 64, 64, 16),
+    "default linear": (torch.bfloat16, MemoryRule(), "snapshot", 64, None, 16),
+    "default linear fp32": (torch.float32, MemoryRule(), "running", 48, None, 16),
+    "large chunks": (torch.bfloat16, MemoryRule(), "running", 64, None, 64),
+    "literal": (torch.bfloat16, MemoryRule.literal(), "snapshot", 64, 64, 16),
+    "titans": (torch.bfloat16, TITANS, "running", 64, 32, 16),
+}
+
+
+@pytest.mark.parametrize(("dtype", "rule", "read", "width", "hidden", "chunk"), CASES.values(), ids=CASES)
 def test_error_budget(dtype, rule, read, width, hidden, chunk):
     x = deep_memory_inputs(2, 150, 2, width, hidden, momentum=rule is TITANS, outer_scale=0.1, dtype=dtype)
     with torch.no_grad():
@@ -72,8 +76,8 @@ def test_the_default_is_triton_where_it_serves(caplog):
 
 def test_deterministic():
     x = deep_memory_inputs(2, 500, 4, 64, 64, dtype=torch.bfloat16)
-    first = results_and_gradients(x, chunk_size=16, impl="triton")
-    second = results_and_gradients(x, chunk_size=16, impl="triton")
+    first = results_and_gradients(x, chunk_size=16, read="running", impl="triton")
+    second = results_and_gradients(x, chunk_size=16, read="running", impl="triton")
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -98,8 +102,8 @@ def test_offsets_beyond_32_bits():
         for n, x in one.items()
     }
     with torch.no_grad():
-        expected, _ = deep_memory(**one, chunk_size=64, impl="triton")
-        actual, _ = deep_memory(**many, chunk_size=64, impl="triton")
+        expected, _ = deep_memory(**one, chunk_size=64, read="running", impl="triton")
+        actual, _ = deep_memory(**many, chunk_size=64, read="running", impl="triton")
     assert torch.equal(actual[-1], expected[0])
 
 
@@ -111,5 +115,5 @@ def test_memory_ceiling():
     given = sum(t.nbytes for t in tensors_of(x))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    deep_memory(**x, chunk_size=16, impl="triton")[0].sum().backward()
+    deep_memory(**x, chunk_size=16, read="running", impl="triton")[0].sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 10 * given + KEPT_BYTES
