@@ -15,6 +15,7 @@ ALLOWED = REQUIRED | {
     "registration.py",
     "triton_chunk.py",
     "triton_linear.py",
+    "triton_two_layer.py",
     "launch.py",
     "rows.py",
     "eager_step.py",

@@ -123,8 +123,6 @@ def why_not(
         return f"query: the Triton kernels take heads up to {MAX_WIDTH} wide, got {width}; use impl='eager'"
     if chunk > MAX_CHUNK:
         return f"chunk_size: the Triton kernels take chunks up to {MAX_CHUNK}, got {chunk}; use impl='eager'"
-    if hidden is not None:
-        return "weights: the Triton kernels have linear memories alone; use impl='eager'"
     if hidden is not None and padded(hidden) > widest_hidden(width, chunk):
         return (
             f"weights: at width {width} and chunks of {chunk} the Triton kernels take hidden widths up to "

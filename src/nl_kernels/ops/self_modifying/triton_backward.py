@@ -12,6 +12,7 @@ import torch
 from nl_kernels.ops.self_modifying import launch
 from nl_kernels.ops.self_modifying.triton_forward import forward_kernel, kept_states, kernel_arguments
 from nl_kernels.ops.self_modifying.triton_linear import linear_backward_kernel
+from nl_kernels.ops.self_modifying.triton_two_layer import two_layer_backward_kernel
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
 from nl_kernels.triton_support.targets import architecture_of
 
@@ -79,7 +80,7 @@ def plan_backward(
     }
     calls = []
     for index, (first, stop) in reversed(list(enumerate(segments))):
-        span = {"first_chunk": first, "stop_chunk": stop, "kept_first": first, "kept_slots": longest}
+        span = {"first_chunk": first, "stop_chunk": stop, "kept_first_slot": first, "kept_slots": longest}
         states = kernel_arguments(["kept", "kept_velocity"], chunk_states)
         # Rows may begin after the first chunk, so the first segment takes the states before the call.
         initial = {"initial_slots": 1, "initial_slot": 0}
@@ -110,7 +111,8 @@ def plan_backward(
 
 
 def backward_kernel(plan: launch.Plan):
-    return linear_backward_kernel
+    """The kernel for the plan's kind of memory."""
+    return linear_backward_kernel if plan.hidden is None else two_layer_backward_kernel
 
 
 def self_modifying_backward(

@@ -19,14 +19,16 @@ from nl_kernels.chunk_kernels.adjoint import (
 )
 from nl_kernels.chunk_kernels.forward import (
     carry_state,
+    erase_matrices,
     mixed_spread,
     momentum_forward,
+    proximal_rate,
     read_forward,
     row_dot,
     spread,
     write_forward,
 )
-from nl_kernels.triton_support.language import load_tile, matmul
+from nl_kernels.triton_support.language import load_tile, matmul, store_tile
 
 _NORM_EPS: tl.constexpr = tl.constexpr(1e-6)  # memory_rule.NORM_EPS
 _TINY: tl.constexpr = tl.constexpr(1e-30)  # delta_chunk.TINY
@@ -237,3 +239,100 @@ def rates_adjoint(
     else:
         at_log = decay_adjoint(before, after, strict, full, to_end, final, BLOCK_C, PRECISION)
     return tl.where(valid, at_log, 0.0), tl.where(valid, at_mu, 0.0)
+
+
+@triton.jit
+def residual(k, v, KEY: tl.constexpr, TARGET: tl.constexpr):
+    """What residuals add to f(k) − f(v)."""
+    result = tl.zeros(k.shape, tl.float32)
+    if KEY:
+        result += k
+    if TARGET:
+        result -= v
+    return result
+
+
+@triton.jit
+def share_keys(
+    k, rate, strict, ERASES: tl.constexpr, PROXIMAL: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The effective rate, K and the inverse of all layers that write to the keys ``k``."""
+    gram = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    inverse = gram
+    if ERASES:
+        if PROXIMAL:
+            rate = proximal_rate(rate, k)
+        gram, inverse = erase_matrices(matmul(k, tl.trans(k), PRECISION), rate, strict, BLOCK_C, PRECISION)
+    return rate, gram, inverse
+
+
+@triton.jit
+def take(base, offset, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr):
+    """The matrix at ``offset`` of a buffer as a tile."""
+    return load_tile(base + offset, rows, rows < ROWS, columns, COLUMNS)
+
+
+@triton.jit
+def put(base, offset, flag, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr, value):
+    """Store a tile as the matrix at ``offset`` of a buffer where ``flag``."""
+    store_tile(base + offset, rows, (rows < ROWS) & flag, columns, COLUMNS, value)
+
+
+@triton.jit
+def increase(base, at, flag, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr, value):
+    """Add to a matrix in memory where ``flag``."""
+    value += load_tile(base + at, rows, (rows < ROWS) & flag, columns, COLUMNS)
+    put(base, at, flag, rows, ROWS, columns, COLUMNS, value)
+
+
+@triton.jit
+def clear(base, at, flag, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr):
+    """Set a matrix in memory to zero where ``flag``."""
+    zeros = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    put(base, at, flag, rows, ROWS, columns, COLUMNS, zeros)
+
+
+@triton.jit
+def merge(grads, snapshot_grads, at, flag, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr):
+    """Move a snapshot's gradient to the running state's where ``flag``."""
+    moved = load_tile(snapshot_grads + at, rows, (rows < ROWS) & flag, columns, COLUMNS)
+    tl.debug_barrier()
+    increase(grads, at, flag, rows, ROWS, columns, COLUMNS, moved)
+    clear(snapshot_grads, at, flag, rows, ROWS, columns, COLUMNS)
+
+
+@triton.jit
+def settle(
+    at_state, at_base, by_anchor, held, held_anchor, grads, snapshot_grads, anchor_grads, at, fresh, leaves,
+    FIRST: tl.constexpr, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr,
+    SNAPSHOTS: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Add up the gradients of a matrix in a chunk: the first share with ``at_state``, later ones without.
+
+    ``at_base`` is that of what it served as. A fresh chunk serves from the running state, whose snapshot's
+    gradient then joins, too. Returns the new ``held`` and ``held_anchor`` of resident gradients.
+    """
+    if FIRST:
+        total = at_state + load_tile(snapshot_grads + at, rows, (rows < ROWS) & leaves, columns, COLUMNS)
+        tl.debug_barrier()
+        clear(snapshot_grads, at, leaves, rows, ROWS, columns, COLUMNS)
+    elif RESIDENT:
+        total = held
+    else:
+        tl.debug_barrier()
+        total = take(grads, at, rows, ROWS, columns, COLUMNS)
+    if SNAPSHOTS:
+        tl.debug_barrier()
+        increase(snapshot_grads, at, not fresh, rows, ROWS, columns, COLUMNS, at_base)
+        at_base = tl.where(fresh, at_base, 0.0)
+    total += at_base
+    if RESIDENT:
+        held = total
+        if anchor_grads is not None:
+            held_anchor += by_anchor
+    else:
+        put(grads, at, True, rows, ROWS, columns, COLUMNS, total)
+        if anchor_grads is not None:
+            increase(anchor_grads, at, True, rows, ROWS, columns, COLUMNS, by_anchor)
+    return held, held_anchor

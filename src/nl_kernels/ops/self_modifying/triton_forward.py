@@ -6,6 +6,7 @@ import torch
 
 from nl_kernels.ops.self_modifying import launch
 from nl_kernels.ops.self_modifying.triton_linear import linear_forward_kernel
+from nl_kernels.ops.self_modifying.triton_two_layer import two_layer_forward_kernel
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
 from nl_kernels.triton_support.targets import architecture_of
 
@@ -70,7 +71,7 @@ def plan_forward(
             "initial_slots": 1,
             "initial_slot": 0,
             "kept_every": max(1, options.checkpoint_every),
-            "kept_first": 0,
+            "kept_first_slot": 0,
             "kept_slots": slots,
         },
         backward=False,
@@ -86,7 +87,8 @@ def kept_states(state: torch.Tensor | None, slots: int) -> torch.Tensor | None:
 
 
 def forward_kernel(plan: launch.Plan):
-    return linear_forward_kernel
+    """The kernel for the plan's kind of memory."""
+    return linear_forward_kernel if plan.hidden is None else two_layer_forward_kernel
 
 
 def self_modifying_forward(*tensors: torch.Tensor | None, options: launch.Options):

@@ -10,18 +10,26 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.adjoint import bound_adjoint, gram_adjoint, proximal_adjoint
-from nl_kernels.chunk_kernels.forward import erase_matrices, length_factor, proximal_rate
+from nl_kernels.chunk_kernels.forward import length_factor
 from nl_kernels.ops.self_modifying.triton_chunk import (
     base_again,
+    clear,
     clock,
     coefficients,
     column_of,
+    increase,
     locate_row,
     locate_tokens,
     log_sigmoid,
+    merge,
+    put,
     rates_adjoint,
     read_layer,
     read_layer_adjoint,
+    residual,
+    settle,
+    share_keys,
+    take,
     unit,
     unit_adjoint,
     write_layer,
@@ -34,20 +42,10 @@ _BLOCK_G: tl.constexpr = tl.constexpr(16)  # rows of the gates' tile
 
 
 @triton.jit
-def _matrix(base, offset, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr):
-    return load_tile(base + offset, rows, rows < ROWS, columns, COLUMNS)
-
-
-@triton.jit
-def _put(base, offset, flag, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr, value):
-    store_tile(base + offset, rows, (rows < ROWS) & flag, columns, COLUMNS, value)
-
-
-@triton.jit
 def _held(tile, base, offset, rows, columns, COLUMNS: tl.constexpr, RESIDENT: tl.constexpr):
     """A square matrix from registers, or from memory."""
     if not RESIDENT:
-        tile = _matrix(base, offset, rows, COLUMNS, columns, COLUMNS)
+        tile = take(base, offset, rows, COLUMNS, columns, COLUMNS)
     return tile
 
 
@@ -81,36 +79,10 @@ def _served(
     return k, key_scale, v, z_rate, z_retention, rate, log_decay
 
 
-@triton.jit
-def _residual(k, v, KEY: tl.constexpr, TARGET: tl.constexpr):
-    """What residuals add to f(k) − f(v)."""
-    result = tl.zeros(k.shape, tl.float32)
-    if KEY:
-        result += k
-    if TARGET:
-        result -= v
-    return result
-
-
-@triton.jit
-def _erase(
-    k, rate, strict, ERASES: tl.constexpr, PROXIMAL: tl.constexpr, BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The effective rate, K and the inverse that all memories share."""
-    gram = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
-    inverse = gram
-    if ERASES:
-        if PROXIMAL:
-            rate = proximal_rate(rate, k)
-        gram, inverse = erase_matrices(matmul(k, tl.trans(k), PRECISION), rate, strict, BLOCK_C, PRECISION)
-    return rate, gram, inverse
-
-
 @triton.jit(
     do_not_specialize=[
         "T", "H", "offset", "first_chunk", "stop_chunk", "initial_slots", "initial_slot",
-        "kept_every", "kept_first", "kept_slots",
+        "kept_every", "kept_first_slot", "kept_slots",
     ]
 )  # fmt: skip
 def linear_forward_kernel(
@@ -150,7 +122,7 @@ def linear_forward_kernel(
     initial_slots,
     initial_slot,
     kept_every,
-    kept_first,
+    kept_first_slot,
     kept_slots,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -194,34 +166,34 @@ def linear_forward_kernel(
     key_state, value_state, memory_state = 0.0, 0.0, 0.0
     key_anchor, value_anchor, memory_anchor = 0.0, 0.0, 0.0
     if RESIDENT:
-        key_state = _matrix(initial_last, source * 3 * MATRIX, d, WIDTH, d, WIDTH)
-        value_state = _matrix(initial_last, source * 3 * MATRIX + MATRIX, d, WIDTH, d, WIDTH)
-        memory_state = _matrix(initial_last, source * 3 * MATRIX + 2 * MATRIX, d, WIDTH, d, WIDTH)
+        key_state = take(initial_last, source * 3 * MATRIX, d, WIDTH, d, WIDTH)
+        value_state = take(initial_last, source * 3 * MATRIX + MATRIX, d, WIDTH, d, WIDTH)
+        memory_state = take(initial_last, source * 3 * MATRIX + 2 * MATRIX, d, WIDTH, d, WIDTH)
         if anchor_last is not None:
-            key_anchor = _matrix(anchor_last, at, d, WIDTH, d, WIDTH)
-            value_anchor = _matrix(anchor_last, at + MATRIX, d, WIDTH, d, WIDTH)
-            memory_anchor = _matrix(anchor_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
+            key_anchor = take(anchor_last, at, d, WIDTH, d, WIDTH)
+            value_anchor = take(anchor_last, at + MATRIX, d, WIDTH, d, WIDTH)
+            memory_anchor = take(anchor_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
     for m in range(3):
         tile_at = at + m * MATRIX
         if not RESIDENT:
-            tile = _matrix(initial_last, source * 3 * MATRIX + m * MATRIX, d, WIDTH, d, WIDTH)
-            _put(final_last, tile_at, True, d, WIDTH, d, WIDTH, tile)
+            tile = take(initial_last, source * 3 * MATRIX + m * MATRIX, d, WIDTH, d, WIDTH)
+            put(final_last, tile_at, True, d, WIDTH, d, WIDTH, tile)
         if MOMENTUM:
-            tile = _matrix(initial_velocity_last, source * 3 * MATRIX + m * MATRIX, d, WIDTH, d, WIDTH)
-            _put(final_velocity_last, tile_at, True, d, WIDTH, d, WIDTH, tile)
+            tile = take(initial_velocity_last, source * 3 * MATRIX + m * MATRIX, d, WIDTH, d, WIDTH)
+            put(final_velocity_last, tile_at, True, d, WIDTH, d, WIDTH, tile)
         if RESUMED:
-            tile = _matrix(resumed_last, tile_at, d, WIDTH, d, WIDTH)
-            _put(snapshot_last, tile_at, True, d, WIDTH, d, WIDTH, tile)
-    gate_state = _matrix(initial_gate, source * _GATES * WIDTH, g, _GATES, d, WIDTH)
+            tile = take(resumed_last, tile_at, d, WIDTH, d, WIDTH)
+            put(snapshot_last, tile_at, True, d, WIDTH, d, WIDTH, tile)
+    gate_state = take(initial_gate, source * _GATES * WIDTH, g, _GATES, d, WIDTH)
     gate_anchor = tl.zeros([_BLOCK_G, BLOCK_D], tl.float32)
     if anchor_gate is not None:
-        gate_anchor = _matrix(anchor_gate, gate_at, g, _GATES, d, WIDTH)
+        gate_anchor = take(anchor_gate, gate_at, g, _GATES, d, WIDTH)
     gate_velocity = gate_anchor
     if MOMENTUM:
-        gate_velocity = _matrix(initial_velocity_gate, source * _GATES * WIDTH, g, _GATES, d, WIDTH)
+        gate_velocity = take(initial_velocity_gate, source * _GATES * WIDTH, g, _GATES, d, WIDTH)
     if RESUMED:
-        tile = _matrix(resumed_gate, gate_at, g, _GATES, d, WIDTH)
-        _put(snapshot_gate, gate_at, True, g, _GATES, d, WIDTH, tile)
+        tile = take(resumed_gate, gate_at, g, _GATES, d, WIDTH)
+        put(snapshot_gate, gate_at, True, g, _GATES, d, WIDTH, tile)
     tl.debug_barrier()
 
     row_first = tl.maximum(first_chunk, begin // CHUNK)
@@ -235,7 +207,7 @@ def linear_forward_kernel(
         kept = 0 * program
         if kept_last is not None:
             keep = chunk % kept_every == 0
-            kept = program * kept_slots + (chunk // kept_every - kept_first)
+            kept = program * kept_slots + (chunk // kept_every - kept_first_slot)
         mu = tl.full([BLOCK_C], 1.0, tl.float32)
         if MOMENTUM:
             mu = tl.load(momentum + token, mask=valid, other=1.0)
@@ -262,9 +234,9 @@ def linear_forward_kernel(
             PROJECTION, PRECISION,
         )  # fmt: skip
         spreads = coefficients(log_decay, mu, valid, MOMENTUM, BLOCK_C, PRECISION)
-        rate, _, inverse = _erase(k, rate, spreads[0][2], ERASES, PROXIMAL, BLOCK_C, PRECISION)
+        rate, _, inverse = share_keys(k, rate, spreads[0][2], ERASES, PROXIMAL, BLOCK_C, PRECISION)
         difference = k - v
-        projected = _residual(k, v, PROJECTION, TARGET)
+        projected = residual(k, v, PROJECTION, TARGET)
 
         # Every memory takes its errors in.
         error = matmul(difference, tl.trans(key_base), PRECISION) + projected
@@ -277,7 +249,7 @@ def linear_forward_kernel(
         if RESIDENT:
             key_state = state
         else:
-            _put(final_last, at, True, d, WIDTH, d, WIDTH, state)
+            put(final_last, at, True, d, WIDTH, d, WIDTH, state)
 
         error = matmul(difference, tl.trans(value_base), PRECISION) + projected
         error *= length_factor(error, BOUND)[:, None]
@@ -290,14 +262,14 @@ def linear_forward_kernel(
         if RESIDENT:
             value_state = state
         else:
-            _put(final_last, at + MATRIX, True, d, WIDTH, d, WIDTH, state)
+            put(final_last, at + MATRIX, True, d, WIDTH, d, WIDTH, state)
 
         state = _held(memory_state, final_last, at + 2 * MATRIX, d, d, WIDTH, RESIDENT)
         base = _base(
             state, memory_anchor, anchor_last, snapshot_last, own_fresh, at + 2 * MATRIX, d, WIDTH, SNAPSHOTS,
             RESIDENT,
         )  # fmt: skip
-        error = matmul(difference, tl.trans(base), PRECISION) + _residual(k, v, RESIDUAL, TARGET)
+        error = matmul(difference, tl.trans(base), PRECISION) + residual(k, v, RESIDUAL, TARGET)
         error *= length_factor(error, BOUND)[:, None]
         if o is not None:
             q, _ = unit(load_tile(query, token, valid, d, WIDTH))
@@ -305,7 +277,7 @@ def linear_forward_kernel(
                 y = matmul(q, tl.trans(base), PRECISION)
         velocity = state
         if MOMENTUM:
-            velocity = _matrix(final_velocity_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
+            velocity = take(final_velocity_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
         after, written = _take_in(
             state, final_velocity_last, kept_last, kept_velocity_last, snapshot_last, at + 2 * MATRIX,
             kept * 3 * MATRIX + 2 * MATRIX, keep, own_leaves, d, WIDTH, k, error, rate, spreads, inverse,
@@ -323,15 +295,15 @@ def linear_forward_kernel(
         if RESIDENT:
             memory_state = after
         else:
-            _put(final_last, at + 2 * MATRIX, True, d, WIDTH, d, WIDTH, after)
+            put(final_last, at + 2 * MATRIX, True, d, WIDTH, d, WIDTH, after)
 
         error = matmul(difference, tl.trans(gate_base), PRECISION)
         error *= _elementwise_factor(error, BOUND)
-        _put(snapshot_gate, gate_at, leaves, g, _GATES, d, WIDTH, gate_state)
+        put(snapshot_gate, gate_at, leaves, g, _GATES, d, WIDTH, gate_state)
         if kept_last is not None:
-            _put(kept_gate, kept * _GATES * WIDTH, keep, g, _GATES, d, WIDTH, gate_state)
+            put(kept_gate, kept * _GATES * WIDTH, keep, g, _GATES, d, WIDTH, gate_state)
             if MOMENTUM:
-                _put(kept_velocity_gate, kept * _GATES * WIDTH, keep, g, _GATES, d, WIDTH, gate_velocity)
+                put(kept_velocity_gate, kept * _GATES * WIDTH, keep, g, _GATES, d, WIDTH, gate_velocity)
         gate_state, gate_velocity, _, _, _ = write_layer(
             gate_state, gate_velocity, k, error, rate, spreads, inverse, ERASES, MOMENTUM, PRECISION
         )
@@ -341,19 +313,19 @@ def linear_forward_kernel(
     if o is not None:
         arrives = (stop > begin) | (not RESUMED)
         if RESIDENT:
-            _put(final_last, at, True, d, WIDTH, d, WIDTH, key_state)
-            _put(final_last, at + MATRIX, True, d, WIDTH, d, WIDTH, value_state)
-            _put(final_last, at + 2 * MATRIX, True, d, WIDTH, d, WIDTH, memory_state)
-        _put(final_gate, gate_at, True, g, _GATES, d, WIDTH, gate_state)
+            put(final_last, at, True, d, WIDTH, d, WIDTH, key_state)
+            put(final_last, at + MATRIX, True, d, WIDTH, d, WIDTH, value_state)
+            put(final_last, at + 2 * MATRIX, True, d, WIDTH, d, WIDTH, memory_state)
+        put(final_gate, gate_at, True, g, _GATES, d, WIDTH, gate_state)
         if MOMENTUM:
-            _put(final_velocity_gate, gate_at, True, g, _GATES, d, WIDTH, gate_velocity)
+            put(final_velocity_gate, gate_at, True, g, _GATES, d, WIDTH, gate_velocity)
         state = _held(key_state, final_last, at, d, d, WIDTH, RESIDENT)
-        _put(snapshot_last, at, arrives & (stop % OTHERS_CLOCK == 0), d, WIDTH, d, WIDTH, state)
+        put(snapshot_last, at, arrives & (stop % OTHERS_CLOCK == 0), d, WIDTH, d, WIDTH, state)
         state = _held(value_state, final_last, at + MATRIX, d, d, WIDTH, RESIDENT)
-        _put(snapshot_last, at + MATRIX, arrives & (stop % OTHERS_CLOCK == 0), d, WIDTH, d, WIDTH, state)
+        put(snapshot_last, at + MATRIX, arrives & (stop % OTHERS_CLOCK == 0), d, WIDTH, d, WIDTH, state)
         state = _held(memory_state, final_last, at + 2 * MATRIX, d, d, WIDTH, RESIDENT)
-        _put(snapshot_last, at + 2 * MATRIX, arrives & (stop % MEMORY_CLOCK == 0), d, WIDTH, d, WIDTH, state)
-        _put(snapshot_gate, gate_at, arrives & (stop % OTHERS_CLOCK == 0), g, _GATES, d, WIDTH, gate_state)
+        put(snapshot_last, at + 2 * MATRIX, arrives & (stop % MEMORY_CLOCK == 0), d, WIDTH, d, WIDTH, state)
+        put(snapshot_gate, gate_at, arrives & (stop % OTHERS_CLOCK == 0), g, _GATES, d, WIDTH, gate_state)
 
 
 @triton.jit
@@ -377,24 +349,33 @@ def _take_in(
     k, error, rate, spreads, inverse, ERASES: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A wide memory's state after the chunk and what it wrote; copies of the state before it where wanted."""
-    _put(snapshot, at, leaves, d, WIDTH, d, WIDTH, state)
+    put(snapshot, at, leaves, d, WIDTH, d, WIDTH, state)
     if kept is not None:
-        _put(kept, kept_at, keep, d, WIDTH, d, WIDTH, state)
+        put(kept, kept_at, keep, d, WIDTH, d, WIDTH, state)
     velocity = state
     if MOMENTUM:
-        velocity = _matrix(velocities, at, d, WIDTH, d, WIDTH)
+        velocity = take(velocities, at, d, WIDTH, d, WIDTH)
         if kept is not None:
-            _put(kept_velocities, kept_at, keep, d, WIDTH, d, WIDTH, velocity)
+            put(kept_velocities, kept_at, keep, d, WIDTH, d, WIDTH, velocity)
     state, velocity, _, written, _ = write_layer(
         state, velocity, k, error, rate, spreads, inverse, ERASES, MOMENTUM, PRECISION
     )
     if MOMENTUM:
-        _put(velocities, at, True, d, WIDTH, d, WIDTH, velocity)
+        put(velocities, at, True, d, WIDTH, d, WIDTH, velocity)
     return state, written
 
 
 @triton.jit(
-    do_not_specialize=["T", "H", "offset", "first_chunk", "stop_chunk", "kept_first", "kept_slots", "is_last"]
+    do_not_specialize=[
+        "T",
+        "H",
+        "offset",
+        "first_chunk",
+        "stop_chunk",
+        "kept_first_slot",
+        "kept_slots",
+        "is_last",
+    ]
 )
 def linear_backward_kernel(
     query,
@@ -434,7 +415,7 @@ def linear_backward_kernel(
     offset,
     first_chunk,
     stop_chunk,
-    kept_first,
+    kept_first_slot,
     kept_slots,
     is_last,
     WIDTH: tl.constexpr,
@@ -479,29 +460,29 @@ def linear_backward_kernel(
     arrives = (is_last != 0) & ((stop > begin) | (not RESUMED))
     others = arrives & (stop % OTHERS_CLOCK == 0)
     own = arrives & (stop % MEMORY_CLOCK == 0)
-    _merge(grad_last, grad_snapshot_last, at, others, d, WIDTH, d, WIDTH)
-    _merge(grad_last, grad_snapshot_last, at + MATRIX, others, d, WIDTH, d, WIDTH)
-    _merge(grad_last, grad_snapshot_last, at + 2 * MATRIX, own, d, WIDTH, d, WIDTH)
-    _merge(grad_gate, grad_snapshot_gate, gate_at, others, g, _GATES, d, WIDTH)
+    merge(grad_last, grad_snapshot_last, at, others, d, WIDTH, d, WIDTH)
+    merge(grad_last, grad_snapshot_last, at + MATRIX, others, d, WIDTH, d, WIDTH)
+    merge(grad_last, grad_snapshot_last, at + 2 * MATRIX, own, d, WIDTH, d, WIDTH)
+    merge(grad_gate, grad_snapshot_gate, gate_at, others, g, _GATES, d, WIDTH)
     tl.debug_barrier()
 
     key_grad, value_grad, memory_grad = 0.0, 0.0, 0.0
     key_anchor_grad, value_anchor_grad, memory_anchor_grad = 0.0, 0.0, 0.0
     if RESIDENT:
-        key_grad = _matrix(grad_last, at, d, WIDTH, d, WIDTH)
-        value_grad = _matrix(grad_last, at + MATRIX, d, WIDTH, d, WIDTH)
-        memory_grad = _matrix(grad_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
+        key_grad = take(grad_last, at, d, WIDTH, d, WIDTH)
+        value_grad = take(grad_last, at + MATRIX, d, WIDTH, d, WIDTH)
+        memory_grad = take(grad_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
         if anchor_last is not None:
-            key_anchor_grad = _matrix(grad_anchor_last, at, d, WIDTH, d, WIDTH)
-            value_anchor_grad = _matrix(grad_anchor_last, at + MATRIX, d, WIDTH, d, WIDTH)
-            memory_anchor_grad = _matrix(grad_anchor_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
-    gates_grad = _matrix(grad_gate, gate_at, g, _GATES, d, WIDTH)
+            key_anchor_grad = take(grad_anchor_last, at, d, WIDTH, d, WIDTH)
+            value_anchor_grad = take(grad_anchor_last, at + MATRIX, d, WIDTH, d, WIDTH)
+            memory_anchor_grad = take(grad_anchor_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
+    gates_grad = take(grad_gate, gate_at, g, _GATES, d, WIDTH)
     gates_anchor_grad = tl.zeros([_BLOCK_G, BLOCK_D], tl.float32)
     if anchor_gate is not None:
-        gates_anchor_grad = _matrix(grad_anchor_gate, gate_at, g, _GATES, d, WIDTH)
+        gates_anchor_grad = take(grad_anchor_gate, gate_at, g, _GATES, d, WIDTH)
     gates_velocity_grad = gates_anchor_grad
     if MOMENTUM:
-        gates_velocity_grad = _matrix(grad_velocity_gate, gate_at, g, _GATES, d, WIDTH)
+        gates_velocity_grad = take(grad_velocity_gate, gate_at, g, _GATES, d, WIDTH)
     largest_sum, bias_sum, retention_sum = 0.0, 0.0, 0.0
 
     row_first = tl.maximum(first_chunk, begin // CHUNK)
@@ -512,7 +493,7 @@ def linear_backward_kernel(
         fresh, leaves = clock(start, begin, stop, OTHERS_CLOCK, CHUNK, RESUMED)
         own_fresh, own_leaves = clock(start, begin, stop, MEMORY_CLOCK, CHUNK, RESUMED)
         token, valid = locate_tokens(start, origin, begin, stop, sequence, head, T, H, CHUNK, BLOCK_C)
-        slot = program * kept_slots + (chunk - kept_first)
+        slot = program * kept_slots + (chunk - kept_first_slot)
         kept = slot * 3 * MATRIX
         period = slot - (start % OTHERS_CLOCK) // CHUNK
         own_period = slot - (start % MEMORY_CLOCK) // CHUNK
@@ -529,13 +510,13 @@ def linear_backward_kernel(
             reaches = tl.where(cut, 0.0, 1.0)
             gates_grad *= reaches
             gates_velocity_grad *= reaches
-            _clear(grad_snapshot_last, at, cut, d, WIDTH, d, WIDTH)
-            _clear(grad_snapshot_last, at + MATRIX, cut, d, WIDTH, d, WIDTH)
-            _clear(grad_snapshot_last, at + 2 * MATRIX, cut, d, WIDTH, d, WIDTH)
-            _clear(grad_snapshot_gate, gate_at, cut, g, _GATES, d, WIDTH)
+            clear(grad_snapshot_last, at, cut, d, WIDTH, d, WIDTH)
+            clear(grad_snapshot_last, at + MATRIX, cut, d, WIDTH, d, WIDTH)
+            clear(grad_snapshot_last, at + 2 * MATRIX, cut, d, WIDTH, d, WIDTH)
+            clear(grad_snapshot_gate, gate_at, cut, g, _GATES, d, WIDTH)
 
         # The chunk again, up to the errors.
-        gate_state = _matrix(kept_gate, slot * _GATES * WIDTH, g, _GATES, d, WIDTH)
+        gate_state = take(kept_gate, slot * _GATES * WIDTH, g, _GATES, d, WIDTH)
         gate_base = base_again(
             kept_gate,
             resumed_gate,
@@ -550,7 +531,7 @@ def linear_backward_kernel(
         )
         gate_velocity = gate_state
         if MOMENTUM:
-            gate_velocity = _matrix(kept_velocity_gate, slot * _GATES * WIDTH, g, _GATES, d, WIDTH)
+            gate_velocity = take(kept_velocity_gate, slot * _GATES * WIDTH, g, _GATES, d, WIDTH)
         key_base = base_again(
             kept_last, resumed_last, anchor_last, period * 3 * MATRIX, at, inside, d, WIDTH, d, WIDTH
         )
@@ -574,12 +555,12 @@ def linear_backward_kernel(
             PROJECTION, PRECISION,
         )  # fmt: skip
         spreads = coefficients(log_decay, mu, valid, MOMENTUM, BLOCK_C, PRECISION)
-        effective, gram, inverse = _erase(k, rate, spreads[0][2], ERASES, PROXIMAL, BLOCK_C, PRECISION)
+        effective, gram, inverse = share_keys(k, rate, spreads[0][2], ERASES, PROXIMAL, BLOCK_C, PRECISION)
         difference = k - v
 
         # M_memory: its read, then its write.
         memory_at = at + 2 * MATRIX
-        state = _matrix(kept_last, kept + 2 * MATRIX, d, WIDTH, d, WIDTH)
+        state = take(kept_last, kept + 2 * MATRIX, d, WIDTH, d, WIDTH)
         base = base_again(
             kept_last,
             resumed_last,
@@ -592,12 +573,12 @@ def linear_backward_kernel(
             d,
             WIDTH,
         )
-        error = matmul(difference, tl.trans(base), PRECISION) + _residual(k, v, RESIDUAL, TARGET)
+        error = matmul(difference, tl.trans(base), PRECISION) + residual(k, v, RESIDUAL, TARGET)
         factor = length_factor(error, BOUND)
         error *= factor[:, None]
         velocity = state
         if MOMENTUM:
-            velocity = _matrix(kept_velocity_last, kept + 2 * MATRIX, d, WIDTH, d, WIDTH)
+            velocity = take(kept_velocity_last, kept + 2 * MATRIX, d, WIDTH, d, WIDTH)
         _, _, surprise, written, recalled = write_layer(
             state, velocity, k, error, effective, spreads, inverse, ERASES, MOMENTUM, PRECISION
         )
@@ -611,7 +592,7 @@ def linear_backward_kernel(
             )
             at_q, by_state, by_velocity, at_k, by_written = by_read
             if anchor_last is not None:
-                at_q += matmul(at_y, _matrix(anchor_last, memory_at, d, WIDTH, d, WIDTH), PRECISION)
+                at_q += matmul(at_y, take(anchor_last, memory_at, d, WIDTH, d, WIDTH), PRECISION)
         else:
             at_q = matmul(at_y, base, PRECISION)
             by_state = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
@@ -645,10 +626,10 @@ def linear_backward_kernel(
             at_k += at_error
         if TARGET:
             at_v -= at_error
-        memory_grad, memory_anchor_grad = _settle(
+        memory_grad, memory_anchor_grad = settle(
             at_state + by_state, at_base, by_anchor, memory_grad, memory_anchor_grad, grad_last,
-            grad_snapshot_last, grad_anchor_last, memory_at, own_fresh, own_leaves, True, d, WIDTH, SNAPSHOTS,
-            RESIDENT,
+            grad_snapshot_last, grad_anchor_last, memory_at, own_fresh, own_leaves, True, d, WIDTH, d, WIDTH,
+            SNAPSHOTS, RESIDENT,
         )  # fmt: skip
 
         # M_key and M_value.
@@ -661,11 +642,11 @@ def linear_backward_kernel(
                 base = value_base
                 held = value_grad
                 held_anchor = value_anchor_grad
-            state = _matrix(kept_last, kept + m * MATRIX, d, WIDTH, d, WIDTH)
+            state = take(kept_last, kept + m * MATRIX, d, WIDTH, d, WIDTH)
             velocity = state
             if MOMENTUM:
-                velocity = _matrix(kept_velocity_last, kept + m * MATRIX, d, WIDTH, d, WIDTH)
-            error = matmul(difference, tl.trans(base), PRECISION) + _residual(k, v, PROJECTION, TARGET)
+                velocity = take(kept_velocity_last, kept + m * MATRIX, d, WIDTH, d, WIDTH)
+            error = matmul(difference, tl.trans(base), PRECISION) + residual(k, v, PROJECTION, TARGET)
             factor = length_factor(error, BOUND)
             error *= factor[:, None]
             _, _, surprise, written, recalled = write_layer(
@@ -695,9 +676,10 @@ def linear_backward_kernel(
                 at_k += at_error
             if TARGET:
                 at_v -= at_error
-            held, held_anchor = _settle(
+            held, held_anchor = settle(
                 at_state, at_base, at_base, held, held_anchor, grad_last, grad_snapshot_last,
-                grad_anchor_last, at + m * MATRIX, fresh, leaves, True, d, WIDTH, SNAPSHOTS, RESIDENT,
+                grad_anchor_last, at + m * MATRIX, fresh, leaves, True, d, WIDTH, d, WIDTH, SNAPSHOTS,
+                RESIDENT,
             )  # fmt: skip
             if m == 0:
                 key_grad = held
@@ -754,18 +736,18 @@ def linear_backward_kernel(
             at_x += at_made
         store_tile(grad_key_input, token, valid, d, WIDTH, at_x)
         at_base = matmul(tl.trans(at_made), xk, PRECISION)
-        key_grad, key_anchor_grad = _settle(
+        key_grad, key_anchor_grad = settle(
             None, at_base, at_base, key_grad, key_anchor_grad, grad_last, grad_snapshot_last,
-            grad_anchor_last, at, fresh, leaves, False, d, WIDTH, SNAPSHOTS, RESIDENT,
+            grad_anchor_last, at, fresh, leaves, False, d, WIDTH, d, WIDTH, SNAPSHOTS, RESIDENT,
         )  # fmt: skip
         at_x = matmul(at_v, value_base, PRECISION)
         if PROJECTION:
             at_x += at_v
         store_tile(grad_value_input, token, valid, d, WIDTH, at_x)
         at_base = matmul(tl.trans(at_v), xv, PRECISION)
-        value_grad, value_anchor_grad = _settle(
+        value_grad, value_anchor_grad = settle(
             None, at_base, at_base, value_grad, value_anchor_grad, grad_last, grad_snapshot_last,
-            grad_anchor_last, at + MATRIX, fresh, leaves, False, d, WIDTH, SNAPSHOTS, RESIDENT,
+            grad_anchor_last, at + MATRIX, fresh, leaves, False, d, WIDTH, d, WIDTH, SNAPSHOTS, RESIDENT,
         )  # fmt: skip
         at_z = tl.where((g == 0)[None, :], at_z_rate[:, None], 0.0)
         at_z += tl.where((g == 1)[None, :], at_z_retention[:, None], 0.0)
@@ -774,27 +756,27 @@ def linear_backward_kernel(
         gates_anchor_grad += at_gates_base
         moved = load_tile(grad_snapshot_gate + gate_at, g, (g < _GATES) & leaves, d, WIDTH)
         tl.debug_barrier()
-        _clear(grad_snapshot_gate, gate_at, leaves, g, _GATES, d, WIDTH)
+        clear(grad_snapshot_gate, gate_at, leaves, g, _GATES, d, WIDTH)
         gates_grad += moved
         if SNAPSHOTS:
-            _increase(grad_snapshot_gate, gate_at, not fresh, g, _GATES, d, WIDTH, at_gates_base)
+            increase(grad_snapshot_gate, gate_at, not fresh, g, _GATES, d, WIDTH, at_gates_base)
             at_gates_base = tl.where(fresh, at_gates_base, 0.0)
         gates_grad += at_gates_base
         tl.debug_barrier()
 
     if RESIDENT:
-        _put(grad_last, at, True, d, WIDTH, d, WIDTH, key_grad)
-        _put(grad_last, at + MATRIX, True, d, WIDTH, d, WIDTH, value_grad)
-        _put(grad_last, at + 2 * MATRIX, True, d, WIDTH, d, WIDTH, memory_grad)
+        put(grad_last, at, True, d, WIDTH, d, WIDTH, key_grad)
+        put(grad_last, at + MATRIX, True, d, WIDTH, d, WIDTH, value_grad)
+        put(grad_last, at + 2 * MATRIX, True, d, WIDTH, d, WIDTH, memory_grad)
         if anchor_last is not None:
-            _put(grad_anchor_last, at, True, d, WIDTH, d, WIDTH, key_anchor_grad)
-            _put(grad_anchor_last, at + MATRIX, True, d, WIDTH, d, WIDTH, value_anchor_grad)
-            _put(grad_anchor_last, at + 2 * MATRIX, True, d, WIDTH, d, WIDTH, memory_anchor_grad)
-    _put(grad_gate, gate_at, True, g, _GATES, d, WIDTH, gates_grad)
+            put(grad_anchor_last, at, True, d, WIDTH, d, WIDTH, key_anchor_grad)
+            put(grad_anchor_last, at + MATRIX, True, d, WIDTH, d, WIDTH, value_anchor_grad)
+            put(grad_anchor_last, at + 2 * MATRIX, True, d, WIDTH, d, WIDTH, memory_anchor_grad)
+    put(grad_gate, gate_at, True, g, _GATES, d, WIDTH, gates_grad)
     if anchor_gate is not None:
-        _put(grad_anchor_gate, gate_at, True, g, _GATES, d, WIDTH, gates_anchor_grad)
+        put(grad_anchor_gate, gate_at, True, g, _GATES, d, WIDTH, gates_anchor_grad)
     if MOMENTUM:
-        _put(grad_velocity_gate, gate_at, True, g, _GATES, d, WIDTH, gates_velocity_grad)
+        put(grad_velocity_gate, gate_at, True, g, _GATES, d, WIDTH, gates_velocity_grad)
     rates_at = grad_rates + 3 * program
     tl.store(rates_at, tl.load(rates_at) + largest_sum)
     tl.store(rates_at + 1, tl.load(rates_at + 1) + bias_sum)
@@ -810,7 +792,7 @@ def _write_again(
     """:func:`write_layer_adjoint` of a wide memory, whose gradient of U is updated in memory."""
     velocity_grad = grad
     if MOMENTUM:
-        velocity_grad = _matrix(velocity_grads, at, d, WIDTH, d, WIDTH) * reaches
+        velocity_grad = take(velocity_grads, at, d, WIDTH, d, WIDTH) * reaches
     found, parts = write_layer_adjoint(
         grad, velocity_grad, by_written, state, velocity, k, error, surprise, written, recalled, rate,
         spreads, gram, inverse, ERASES, MOMENTUM, PRECISION,
@@ -819,63 +801,5 @@ def _write_again(
     if MOMENTUM:
         if by_velocity is not None:
             at_velocity += by_velocity
-        _put(velocity_grads, at, True, d, WIDTH, d, WIDTH, at_velocity)
+        put(velocity_grads, at, True, d, WIDTH, d, WIDTH, at_velocity)
     return (at_state, at_k, at_error, at_rate, at_gram), parts
-
-
-@triton.jit
-def _settle(
-    at_state, at_base, by_anchor, held, held_anchor, grads, snapshot_grads, anchor_grads, at, fresh, leaves,
-    FIRST: tl.constexpr, d, WIDTH: tl.constexpr, SNAPSHOTS: tl.constexpr, RESIDENT: tl.constexpr,
-):  # fmt: skip
-    """Add up the gradients of a matrix: ``at_state`` (absent unless ``FIRST``) and ``at_base``.
-
-    ``at_base`` is that of what it served as. A fresh chunk serves from the running state; its snapshot's
-    gradient then joins, too. Returns the new ``held`` and ``held_anchor`` of resident gradients.
-    """
-    if FIRST:
-        total = at_state + load_tile(snapshot_grads + at, d, (d < WIDTH) & leaves, d, WIDTH)
-        tl.debug_barrier()
-        _clear(snapshot_grads, at, leaves, d, WIDTH, d, WIDTH)
-    elif RESIDENT:
-        total = held
-    else:
-        tl.debug_barrier()
-        total = _matrix(grads, at, d, WIDTH, d, WIDTH)
-    if SNAPSHOTS:
-        tl.debug_barrier()
-        _increase(snapshot_grads, at, not fresh, d, WIDTH, d, WIDTH, at_base)
-        at_base = tl.where(fresh, at_base, 0.0)
-    total += at_base
-    if RESIDENT:
-        held = total
-        if anchor_grads is not None:
-            held_anchor += by_anchor
-    else:
-        _put(grads, at, True, d, WIDTH, d, WIDTH, total)
-        if anchor_grads is not None:
-            _increase(anchor_grads, at, True, d, WIDTH, d, WIDTH, by_anchor)
-    return held, held_anchor
-
-
-@triton.jit
-def _merge(grads, snapshot_grads, at, flag, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr):
-    """Move a snapshot's gradient to the running state's where ``flag``."""
-    moved = load_tile(snapshot_grads + at, rows, (rows < ROWS) & flag, columns, COLUMNS)
-    tl.debug_barrier()
-    _increase(grads, at, flag, rows, ROWS, columns, COLUMNS, moved)
-    _clear(snapshot_grads, at, flag, rows, ROWS, columns, COLUMNS)
-
-
-@triton.jit
-def _increase(base, at, flag, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr, value):
-    """Add to a matrix in memory where ``flag``."""
-    value += load_tile(base + at, rows, (rows < ROWS) & flag, columns, COLUMNS)
-    _put(base, at, flag, rows, ROWS, columns, COLUMNS, value)
-
-
-@triton.jit
-def _clear(base, at, flag, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr):
-    """Set a matrix in memory to zero where ``flag``."""
-    zeros = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
-    _put(base, at, flag, rows, ROWS, columns, COLUMNS, zeros)

@@ -23,7 +23,7 @@ RULES = {
     "titans": MemoryRule(erase="none", projection_residual=False, target_residual=False),
 }
 SHARED = ("weights", "rate_max", "rate_bias", "retention_bias")
-KINDS = [pytest.param(None, id="linear")]
+KINDS = [pytest.param(None, id="linear"), pytest.param(5, id="two layers")]
 
 
 def make(length, hidden, batch=1, heads=1, width=7, **options):
@@ -52,14 +52,14 @@ def values_and_gradients(inputs, **options):
     gradients = torch.autograd.grad(
         values, leaves, [c.to(x.dtype) for x, c in zip(values, cotangents)], materialize_grads=True
     )
+    # A gate parameter's gradient is one number, a sum that cancels: the three are compared as one tensor.
+    numbers = torch.cat([x for x in gradients if x.ndim == 1])
+    gradients = [*(x for x in gradients if x.ndim > 1), numbers]
     return [*(x.detach() for x in values), *gradients], state
 
 
 def assert_kernels_within_budget(inputs, factor=4.0, **options):
-    """Each result errs at most ``factor`` times as much as the worst one of eager, and one rounding.
-
-    Single numbers (a head's bias) are right by luck in either, so there is one budget for all.
-    """
+    """Each result errs at most ``factor`` times as much as eager's worst one, and one rounding."""
     triton, state = values_and_gradients(inputs, impl="triton", **options)
     eager, _ = values_and_gradients(inputs, impl="eager", **options)
     expected, final = values_and_gradients(in_float64(inputs), impl="reference", **options)
@@ -73,18 +73,30 @@ def assert_kernels_within_budget(inputs, factor=4.0, **options):
         assert error <= budget, f"tensor {index} of shape {tuple(true.shape)}: {error:.2e} > {budget:.2e}"
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 55])
-@pytest.mark.parametrize("hidden", KINDS)
+@pytest.mark.parametrize(
+    ("hidden", "length"), [*((None, n) for n in (1, 15, 16, 17, 55)), *((5, n) for n in (1, 17, 35))]
+)
 def test_results_and_every_gradient(hidden, length):
-    if hidden is not None and length in (15, 16):
-        pytest.skip("one length short of a chunk and one past it are enough for this kind")
     assert_kernels_within_budget(make(length, hidden), read="running", chunk_size=16)
 
 
-@pytest.mark.parametrize("read", ["snapshot", "running"])
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-@pytest.mark.parametrize("hidden", KINDS)
-def test_rules(hidden, rule, read):
+@pytest.mark.parametrize(
+    ("hidden", "name", "read"),
+    [
+        (None, "default", "snapshot"),
+        (None, "literal", "snapshot"),
+        (None, "literal", "running"),
+        (None, "gelu, input", "running"),
+        (None, "titans", "snapshot"),
+        (None, "titans", "running"),
+        (5, "default", "snapshot"),
+        (5, "literal", "running"),
+        (5, "gelu, input", "running"),
+        (5, "titans", "running"),
+    ],
+)
+def test_rules(hidden, name, read):
+    rule = RULES[name]
     inputs = make(6, hidden, momentum=rule.erase == "none", outer_scale=0.3)
     if rule.erase == "none":
         with torch.no_grad():
@@ -92,23 +104,22 @@ def test_rules(hidden, rule, read):
     assert_kernels_within_budget(inputs, rule=rule, read=read, chunk_size=4)
 
 
-@pytest.mark.parametrize("hidden", KINDS)
+@pytest.mark.parametrize("hidden", [None, 33])
 def test_chunks_of_several_blocks_and_sequences(hidden):
-    inputs = make(23, hidden, batch=2, heads=3 if hidden is None else 1, width=17)
+    inputs = make(23, hidden, batch=1 if hidden else 2, heads=1 if hidden else 3, width=17)
     assert_kernels_within_budget(inputs, read="running", chunk_size=20)
 
 
 MASK = torch.tensor([[1] * 9, [0, 0, 1, 1, 0, 1, 1, 1, 0]], dtype=torch.bool)
 
 
-@pytest.mark.parametrize("clocks", [(4, 4), (2, 4), (4, 2)])
-@pytest.mark.parametrize("hidden", KINDS)
+@pytest.mark.parametrize(("hidden", "clocks"), [(None, (4, 4)), (None, (2, 4)), (None, (4, 2)), (5, (2, 4))])
 def test_padding_resumed_apart(hidden, clocks):
     """Sequences at different positions of both clocks, gradients into every part of the initial state."""
     options = {"chunk_size": clocks[0], "generator_chunk_size": clocks[1], "read": "running"}
     if clocks == (2, 4):
         options |= {"truncate_every": 3, "rule": dataclasses.replace(MemoryRule(), anchored=False)}
-    inputs = make(9, hidden, batch=2, heads=1)
+    inputs = make(9, hidden, batch=2)
     _, state = self_modifying_memory(
         **tokens(inputs, 0, 4, SHARED), **options, mask=MASK[:, :4], output_final_state=True, impl="eager"
     )
@@ -119,20 +130,19 @@ def test_padding_resumed_apart(hidden, clocks):
         assert_kernels_within_budget(one, mask=MASK[:, 4:5], **options)
 
 
-@pytest.mark.parametrize("hidden", KINDS)
-def test_packed_sequences(hidden):
-    cu_seqlens = torch.tensor([0, 4, 5, 11])
-    assert_kernels_within_budget(make(11, hidden), cu_seqlens=cu_seqlens, chunk_size=3, read="running")
+def test_packed_sequences():
+    cu_seqlens = torch.tensor([0, 3, 4, 8])
+    assert_kernels_within_budget(make(8, None, heads=2), cu_seqlens=cu_seqlens, chunk_size=3, read="running")
 
 
 @pytest.mark.parametrize("hidden", KINDS)
 def test_few_checkpoints(hidden):
     options = {"chunk_size": 2, "generator_chunk_size": 4, "read": "snapshot", "checkpoint_every": 1}
-    assert_kernels_within_budget(make(11, hidden), **options)
+    assert_kernels_within_budget(make(7, hidden), **options)
 
 
 def test_states_in_memory_equal_states_in_registers(monkeypatch):
-    inputs = make(11, None)
+    inputs = make(6, None)
     expected, _ = values_and_gradients(inputs, impl="triton", chunk_size=4, read="running")
     config_of = launch.config_of
     monkeypatch.setattr(
@@ -170,9 +180,10 @@ def test_refuses_wide_heads_and_fp64():
         self_modifying_memory(**make(2, None, dtype=torch.float64), chunk_size=4, impl="triton")
 
 
-def operator_arguments(hidden, *, momentum=False, length=7, chunk=4):
+def operator_arguments(hidden, *, momentum=False, length=7):
     """Arguments of the forward operator: two sequences that lie differently, resumed."""
     generator = torch.Generator().manual_seed(0)
+    chunk = 4 if hidden is None else 6
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator) * 0.5
@@ -270,7 +281,7 @@ MISTAKES = {
     "rates": ("at_rate * largest_rate * fraction", "1.01 * at_rate * largest_rate * fraction"),
     "states": ("at_state + by_state, at_base, by_anchor", "at_state + 1.01 * by_state, at_base, by_anchor"),
     "anchor": ("by_anchor = at_base + at_anchor", "by_anchor = at_base + 1.01 * at_anchor"),
-    "snapshot": ("total += at_base", "total += 1.01 * at_base"),
+    "weights": ("at_base = matmul(tl.trans(at_v), xv", "at_base = 1.01 * matmul(tl.trans(at_v), xv"),
 }
 
 
