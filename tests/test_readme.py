@@ -14,7 +14,9 @@ def test_there_is_an_example_of_each_op_and_of_the_model():
     for name in (
         "delta_memory",
         "deep_memory",
+        "deep_memory_step",
         "self_modifying_memory",
+        "self_modifying_memory_step",
         "continuum_memory",
         "HopeForCausalLM",
     ):

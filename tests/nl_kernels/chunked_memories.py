@@ -60,21 +60,34 @@ def tokens(inputs, start, stop, skip=("weights", "rate_max", "rate_bias", "reten
     return {name: x if x is None or name in skip else x[:, start:stop] for name, x in inputs.items()}
 
 
-def assert_steps_equal_the_definition(op, step, inputs, starts, steps, *, masked, inplace, **options):
+def cast(value, dtype):
+    """Nested tuples and dicts with their floating tensors in ``dtype``."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: cast(x, dtype) for name, x in value.items()}
+    return type(value)(*(cast(x, dtype) for x in value)) if isinstance(value, tuple) else value
+
+
+def assert_steps_equal_the_definition(
+    op, step, inputs, starts, steps, *, masked, inplace, tolerance=1e-10, impl=None, **options
+):
     """One-token steps of sequences at different places, some with gaps, against the definition of each alone.
 
     Sequence i starts ``starts[i]`` tokens into its row of ``inputs``. With ``masked``, a step brings some
-    sequences no token but NaN.
+    sequences no token but NaN. The definition runs in fp64 whatever the dtype of ``inputs``.
     """
     shared = ("weights", "rate_max", "rate_bias", "retention_bias")
     batch = len(starts)
     rows = [
-        {n: x if n in shared or x is None else x[i : i + 1] for n, x in inputs.items()} for i in range(batch)
+        {n: x if n in shared or x is None else x[i : i + 1] for n, x in cast(inputs, torch.float64).items()}
+        for i in range(batch)
     ]
     definition = {**options, "impl": "reference", "output_final_state": True}
     outputs = [op(**row, **definition)[0] for row in rows]
-    begin = [op(**tokens(row, 0, start), **definition)[1] for row, start in zip(rows, starts)]
-    state = join(begin).clone()
+    state = join([op(**tokens(row, 0, start), **definition)[1] for row, start in zip(rows, starts)]).clone()
+    dtypes = {x.dtype for x in tensors_of(inputs)}
+    state = cast(state, torch.float64 if torch.float64 in dtypes else torch.float32)
     places = list(starts)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -87,13 +100,17 @@ def assert_steps_equal_the_definition(op, step, inputs, starts, steps, *, masked
             if name not in shared and x is not None:
                 x[~mask] = torch.nan
         addresses = [x.data_ptr() for x in tensors_of(state)]
-        o, state = step(**token, state=state, mask=mask if masked else None, inplace=inplace, **options)
+        o, state = step(
+            **token, state=state, mask=mask if masked else None, inplace=inplace, impl=impl, **options
+        )
         if inplace:
             assert [x.data_ptr() for x in tensors_of(state)] == addresses
         for i in range(batch):
             expected = outputs[i][0, places[i]] if mask[i] else torch.zeros_like(o[i])
-            torch.testing.assert_close(o[i], expected, rtol=1e-10, atol=1e-10)
+            found = o[i].to(expected.dtype)
+            assert o.dtype == next(iter(inputs.values())).dtype
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
         places = [place + int(m) for place, m in zip(places, mask)]
-    ends = [op(**tokens(row, 0, place), **definition)[1] for row, place in zip(rows, places)]
-    assert_same(tensors_of(state), tensors_of(join(ends)))
-    assert state.position.tolist() == join(ends).position.tolist()
+    ends = join([op(**tokens(row, 0, place), **definition)[1] for row, place in zip(rows, places)])
+    assert_same(tensors_of(state), tensors_of(ends), tolerance)
+    assert state.position.tolist() == ends.position.tolist()

@@ -12,6 +12,7 @@ from nl_kernels.checks import (
     has_readable_data,
 )
 from nl_kernels.chunk_alignment import align_packed
+from nl_kernels.chunk_kernels import step_launch
 from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
 from nl_kernels.memory_checks import (
     check_gates,
@@ -201,7 +202,8 @@ def deep_memory_step(
         o [B, H, Dv] in the dtype of q, and the state after the token.
 
     Raises:
-        TypeError, ValueError: as :func:`deep_memory`; ``inplace`` where gradients are needed.
+        TypeError, ValueError, RuntimeError: as :func:`deep_memory`; ``inplace`` where gradients are needed.
+        NotImplementedError: ``impl="triton"`` for heads or hidden layers wider than the kernel takes.
     """
     rule = _DEFAULT_RULE if rule is None else rule
     _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, state)
@@ -209,7 +211,14 @@ def deep_memory_step(
         check_own_memory(_by_name(state))
     tensors = (q, k, v, rate, log_decay, momentum)
     leaves = [*weights, *_leaves(state)]
-    chosen = choose_implementation("deep_memory_step", impl, q.device, ("eager", "reference"))
+    unsupported = None
+    if impl == "triton" or (impl is None and q.is_cuda):
+        hidden = None if weights.outer is None else weights.inner.shape[-2]
+        unsupported = step_launch.why_not("q, k, v", max(q.shape[-1], v.shape[-1]), hidden, q.dtype)
+    available = ("eager", "reference") if unsupported and impl is None else ("triton", "eager", "reference")
+    chosen = choose_implementation("deep_memory_step", impl, q.device, available)
+    if chosen == "triton" and unsupported:
+        raise NotImplementedError(f"{unsupported}; use impl='eager'")
     if chosen == "reference" or needs_gradient(*tensors, *leaves):
         if inplace:
             raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
@@ -232,7 +241,8 @@ def deep_memory_step(
         mask = None
     options = {"rule": rule, "read": read, "chunk_size": chunk_size, "mask": mask, "inplace": inplace}
     with without_autocast(q.device.type):
-        o, state = eager_step.deep_memory_step(*tensors, weights, state, **options)
+        step = registration.deep_memory_step if chosen == "triton" else eager_step.deep_memory_step
+        o, state = step(*tensors, weights, state, **options)
     return o.to(q.dtype), state
 
 

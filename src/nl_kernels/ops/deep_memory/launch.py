@@ -80,6 +80,35 @@ class Results(NamedTuple):
     kept_outer_velocity: torch.Tensor | None
 
 
+class StepInputs(NamedTuple):
+    """What the one-token kernel takes; it writes into the state's tensors, which are contiguous.
+
+    Attributes:
+        q, k, v: [B, H, ·]; rate, log_decay, momentum: [B, H]; momentum may be ``None``.
+        inner_anchor, outer_anchor: of an anchored rule, shared [H, ..] or by sequence [B, H, ..].
+        inner_snapshot, outer_snapshot, inner, outer: [B, H, ..], the outer ones ``None`` if linear.
+        inner_velocity, outer_velocity: with momentum.
+        position: [B] int64. mask: [B] uint8, 0 where there is no token; ``None``: all have one.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    rate: torch.Tensor
+    log_decay: torch.Tensor
+    momentum: torch.Tensor | None
+    inner_anchor: torch.Tensor | None
+    outer_anchor: torch.Tensor | None
+    inner_snapshot: torch.Tensor
+    outer_snapshot: torch.Tensor | None
+    inner: torch.Tensor
+    outer: torch.Tensor | None
+    inner_velocity: torch.Tensor | None
+    outer_velocity: torch.Tensor | None
+    position: torch.Tensor
+    mask: torch.Tensor | None
+
+
 class Options(NamedTuple):
     """What the kernels are compiled for, but for shapes; plain values, as an operator's schema has them.
 
@@ -313,6 +342,11 @@ def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
         yield from _entries(architecture, torch.float32, *sizes, "running", "default", default)
         yield from _entries(architecture, torch.bfloat16, *sizes, "snapshot", "literal", literal)
         yield from _entries(architecture, torch.bfloat16, *sizes, "running", "titans", titans, momentum=True)
+    for sizes in ((64, 64), (64, 256), (128, 128), (64, None), (128, None)):
+        for momentum in (False, True):
+            yield _step_entry(architecture, torch.bfloat16, *sizes, "running", "default", default, momentum)
+    for dtype, read in ((torch.float32, "snapshot"), (torch.float16, "running")):
+        yield _step_entry(architecture, dtype, 40, 24, read, "literal", literal, False)
     gelu = MemoryRule(activation="gelu", erase="input")
     yield from _entries(architecture, torch.bfloat16, 40, 24, 10, "snapshot", "gelu input", gelu)
 
@@ -365,3 +399,41 @@ def _entries(
     yield CatalogueEntry("deep_memory", words, forward)
     backward, _ = plan_backward(results.o, results[1:5], results[5:7], inputs, results[7:], options)
     yield CatalogueEntry("deep_memory", words, backward)
+
+
+def _step_entry(
+    architecture: str,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int | None,
+    read: str,
+    name: str,
+    rule: MemoryRule,
+    momentum: bool,
+) -> CatalogueEntry:
+    from nl_kernels.ops.deep_memory.triton_step import plan_step
+
+    batch, heads = 2, 4
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def layers(*lead: int) -> list[torch.Tensor | None]:
+        outer = None if hidden is None else empty(*lead, width, hidden)
+        return [empty(*lead, hidden or width, width), outer]
+
+    inputs = StepInputs(
+        *(empty(batch, heads, width, dtype=dtype) for _ in range(3)),
+        *(empty(batch, heads) for _ in range(2)),
+        empty(batch, heads) if momentum else None,
+        *(layers(heads) if rule.anchored else (None, None)),
+        *layers(batch, heads),
+        *layers(batch, heads),
+        *(layers(batch, heads) if momentum else (None, None)),
+        empty(batch, dtype=torch.int64),
+        empty(batch, dtype=torch.uint8),
+    )
+    options = Options.of(rule, offset=0, chunk_size=16, read=read, checkpoint_every=None, precision="ieee")
+    words = [str(dtype).removeprefix("torch."), f"{width}x{hidden or 'linear'}", read, name]
+    calls, _ = plan_step(inputs, options)
+    return CatalogueEntry("deep_memory", " ".join(words + ["momentum"] * momentum), calls[0])

@@ -10,9 +10,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nl_kernels.chunk_alignment import ChunkGrid
+from nl_kernels.chunk_kernels.step_launch import together
 from nl_kernels.chunk_recompute import State
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
-from nl_kernels.ops.deep_memory.launch import Inputs, Options, Results, precision_of
+from nl_kernels.ops.deep_memory.launch import Inputs, Options, Results, StepInputs, precision_of
 from nl_kernels.ops.deep_memory.rows import run_on_rows
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
 from nl_kernels.triton_support.targets import architecture_of
@@ -29,6 +30,13 @@ _OPTIONS = (
     "int offset, int chunk_size, str read, str activation, bool normalize_hidden, bool residual, str erase, "
     "bool proximal, float? error_bound, int checkpoint_every, str precision"
 )
+_STEP = "nl_kernels::deep_memory_step"
+_STEP_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor rate, Tensor log_decay, Tensor? momentum, Tensor? inner_anchor, "
+    "Tensor? outer_anchor, Tensor(a!) inner_snapshot, Tensor(b!)? outer_snapshot, Tensor(c!) inner, "
+    "Tensor(d!)? outer, Tensor(e!)? inner_velocity, Tensor(f!)? outer_velocity, Tensor(g!) position, "
+    "Tensor? mask"
+)
 _TENSORS = len(Inputs._fields)
 _DIFFERENTIABLE = 14  # of the inputs
 _VISIBLE = 7  # of the results: reads and final state; the others are kept for the backward pass
@@ -43,6 +51,7 @@ torch.library.define(
     "Tensor? kept_inner_velocity, Tensor? kept_outer_velocity, "
     f"{_OPTIONS}) -> ({', '.join(['Tensor'] * _DIFFERENTIABLE)})",
 )
+torch.library.define(_STEP, f"({_STEP_INPUTS}, {_OPTIONS}) -> Tensor")
 
 
 def deep_memory_triton(
@@ -88,6 +97,42 @@ def deep_memory_triton(
         mask=mask,
         at_boundary=at_boundary,
     )
+
+
+def deep_memory_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rate: torch.Tensor,
+    log_decay: torch.Tensor,
+    momentum: torch.Tensor | None,
+    weights: DeepMemoryWeights,
+    state: DeepMemoryState,
+    *,
+    rule: MemoryRule,
+    read: str,
+    chunk_size: int,
+    mask: torch.Tensor | None,
+    inplace: bool,
+) -> tuple[torch.Tensor, DeepMemoryState]:
+    """As :func:`nl_kernels.ops.deep_memory.eager_step.deep_memory_step`, by the kernel.
+
+    The kernel writes where the state lies; not in place, that is a copy.
+    """
+    state = state if inplace else state.clone()
+    inputs = StepInputs(
+        *(None if x is None else x.contiguous() for x in (q, k, v, rate, log_decay, momentum)),
+        *(together(weights, q.shape[:2]) if rule.anchored else (None, None)),
+        *state.snapshot,
+        *state.running,
+        *(state.momentum or (None, None)),
+        state.position,
+        None if mask is None else mask.contiguous().view(torch.uint8),
+    )
+    options = Options.of(
+        rule, offset=0, chunk_size=chunk_size, read=read, checkpoint_every=None, precision="ieee"
+    )
+    return torch.ops.nl_kernels.deep_memory_step(*inputs, *options), state
 
 
 def apply(inputs: Inputs, options: Options) -> list[torch.Tensor | None]:
@@ -239,3 +284,16 @@ def _(*args):
 def _(do, *args):
     inputs, _ = _split(args[6:])
     return _filled((None if x is None else x.new_empty(x.shape) for x in inputs[:_DIFFERENTIABLE]), do)
+
+
+@torch.library.impl(_STEP, "CompositeExplicitAutograd")
+def _step(*args):
+    from nl_kernels.ops.deep_memory.triton_step import deep_memory_step
+
+    count = len(StepInputs._fields)
+    return deep_memory_step(StepInputs(*args[:count]), Options(*args[count:]))
+
+
+@torch.library.register_fake(_STEP)
+def _(q, k, v, *rest):
+    return q.new_empty(v.shape)

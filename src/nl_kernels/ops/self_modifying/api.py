@@ -13,6 +13,7 @@ from nl_kernels.checks import (
     has_readable_data,
 )
 from nl_kernels.chunk_alignment import align_packed
+from nl_kernels.chunk_kernels import step_launch
 from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
 from nl_kernels.memory_checks import (
     check_mask,
@@ -26,11 +27,10 @@ from nl_kernels.memory_checks import (
     zero_padding,
 )
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
-from nl_kernels.ops.self_modifying import eager_step
+from nl_kernels.ops.self_modifying import eager_step, registration
 from nl_kernels.ops.self_modifying.eager import self_modifying_memory_eager
 from nl_kernels.ops.self_modifying.launch import why_not
 from nl_kernels.ops.self_modifying.reference import self_modifying_memory_reference
-from nl_kernels.ops.self_modifying.registration import self_modifying_memory_triton
 from nl_kernels.ops.self_modifying.state import (
     MemoryStack,
     SelfModifyingState,
@@ -207,7 +207,7 @@ def self_modifying_memory(
                 *inputs, anchor, state, **options, detach_targets=detach_targets
             )
         elif chosen == "triton":
-            o, final = self_modifying_memory_triton(
+            o, final = registration.self_modifying_memory_triton(
                 *inputs, anchor, state, **options, **chunked, dtype=query.dtype
             )
         else:
@@ -256,7 +256,10 @@ def self_modifying_memory_step(
         o [B, H, D] in the dtype of query, and the state after the token.
 
     Raises:
-        TypeError, ValueError: as :func:`self_modifying_memory`; ``inplace`` where gradients are needed.
+        TypeError, ValueError, RuntimeError: as :func:`self_modifying_memory`; ``inplace`` where gradients are
+            needed.
+        NotImplementedError: ``impl="triton"`` for wider heads or hidden layers than the kernel takes, or
+            targets that learn.
     """
     rule = _DEFAULT_RULE if rule is None else rule
     generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
@@ -280,11 +283,19 @@ def self_modifying_memory_step(
         "read": read,
         "chunk_size": chunk_size,
         "generator_chunk_size": generator_chunk_size,
-        "detach_targets": detach_targets,
     }
     leaves = [*(layer for memory in weights for layer in memory), *_leaves(state)]
     parameters = (x for x in (rate_max, rate_bias, retention_bias) if isinstance(x, torch.Tensor))
-    chosen = choose_implementation("self_modifying_memory_step", impl, query.device, ("eager", "reference"))
+    unsupported = None
+    if impl == "triton" or (impl is None and query.is_cuda):
+        hidden = None if weights.key.outer is None else weights.key.inner.shape[-2]
+        unsupported = step_launch.why_not("query", width, hidden, query.dtype)
+        if not detach_targets:
+            unsupported = "detach_targets: the Triton kernels have constant targets alone"
+    available = ("eager", "reference") if unsupported and impl is None else ("triton", "eager", "reference")
+    chosen = choose_implementation("self_modifying_memory_step", impl, query.device, available)
+    if chosen == "triton" and unsupported:
+        raise NotImplementedError(f"{unsupported}; use impl='eager'")
     if chosen == "reference" or needs_gradient(*inputs, *leaves, *parameters):
         if inplace:
             raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
@@ -296,6 +307,7 @@ def self_modifying_memory_step(
             mask=None if mask is None else mask[:, None],
             initial_state=state,
             output_final_state=True,
+            detach_targets=detach_targets,
             impl=impl,
             **options,
         )
@@ -304,9 +316,14 @@ def self_modifying_memory_step(
     if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
         mask = None
     with without_autocast(query.device.type):
-        o, state = eager_step.self_modifying_memory_step(
-            *inputs, weights, state, **options, mask=mask, inplace=inplace
-        )
+        if chosen == "triton":
+            o, state = registration.self_modifying_memory_step(
+                *inputs, weights, state, **options, mask=mask, inplace=inplace
+            )
+        else:
+            o, state = eager_step.self_modifying_memory_step(
+                *inputs, weights, state, **options, detach_targets=detach_targets, mask=mask, inplace=inplace
+            )
     return o.to(query.dtype), state
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
 from nl_kernels.triton_support.kernel_call import KernelCall
 
 MAX_WIDTH = 128
@@ -69,6 +71,71 @@ class Options:
 
     def as_tuple(self) -> tuple:
         return dataclasses.astuple(self)
+
+
+class StepInputs(NamedTuple):
+    """What the one-token kernel takes; it writes into the state's tensors, which are contiguous.
+
+    Attributes:
+        query, key_input, value_input, gate_input: [B, H, D]; momentum: [B, H] or ``None``.
+        rate_max, rate_bias, retention_bias: [H].
+        key_inner … retention_outer: the anchors of an anchored rule, shared [H, ..] or by sequence
+            [B, H, ..]; the outer ones ``None`` if linear.
+        first_snapshot … gate_velocity: the parts of the state's stacks; velocities with momentum.
+        position: [B] int64. mask: [B] uint8, 0 where there is no token; ``None``: all have one.
+    """
+
+    query: torch.Tensor
+    key_input: torch.Tensor
+    value_input: torch.Tensor
+    gate_input: torch.Tensor
+    momentum: torch.Tensor | None
+    rate_max: torch.Tensor
+    rate_bias: torch.Tensor
+    retention_bias: torch.Tensor
+    key_inner: torch.Tensor | None
+    key_outer: torch.Tensor | None
+    value_inner: torch.Tensor | None
+    value_outer: torch.Tensor | None
+    memory_inner: torch.Tensor | None
+    memory_outer: torch.Tensor | None
+    rate_inner: torch.Tensor | None
+    rate_outer: torch.Tensor | None
+    retention_inner: torch.Tensor | None
+    retention_outer: torch.Tensor | None
+    first_snapshot: torch.Tensor | None
+    last_snapshot: torch.Tensor
+    gate_snapshot: torch.Tensor
+    first: torch.Tensor | None
+    last: torch.Tensor
+    gate: torch.Tensor
+    first_velocity: torch.Tensor | None
+    last_velocity: torch.Tensor | None
+    gate_velocity: torch.Tensor | None
+    position: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def step_options(rule: MemoryRule, *, read: str, chunk_size: int, generator_chunk_size: int) -> Options:
+    """The options of one token: no grid, no gradient, plain fp32 arithmetic."""
+    return Options(
+        activation=rule.activation,
+        normalize_hidden=rule.normalize_hidden,
+        residual=rule.residual,
+        projection_residual=rule.projection_residual,
+        target_residual=rule.target_residual,
+        erase=rule.erase,
+        proximal=rule.proximal,
+        error_bound=float(rule.error_bound or 0),
+        read=read,
+        chunk_size=chunk_size,
+        generator_chunk_size=generator_chunk_size,
+        truncate=0,
+        checkpoint_every=0,
+        precision="ieee",
+        offset=0,
+        slots=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -223,3 +290,61 @@ def plan_of(query, running_first, running_last, momentum, options: Options, arch
     batch, tokens, heads, width = query.shape
     hidden = None if running_first is None else running_last.shape[-1]
     return Plan(options, batch, tokens, heads, width, hidden, momentum is not None, architecture)
+
+
+def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
+    """Every kernel at the widths models use: the calls of the launchers."""
+    yield from _step_entries(architecture)
+
+
+def _step_entries(architecture: str) -> Iterator[CatalogueEntry]:
+    """The one-token kernel, planned on meta tensors."""
+    default, literal = MemoryRule(), MemoryRule.literal()
+    for sizes in ((64, None), (128, None), (64, 64), (64, 128), (128, 128)):
+        for momentum in (False, True):
+            yield _step_entry(architecture, torch.bfloat16, *sizes, "running", "default", default, momentum)
+    for dtype, read in ((torch.float32, "snapshot"), (torch.float16, "running")):
+        for hidden in (None, 24):
+            yield _step_entry(architecture, dtype, 40, hidden, read, "literal", literal, False)
+
+
+def _step_entry(
+    architecture: str,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int | None,
+    read: str,
+    name: str,
+    rule: MemoryRule,
+    momentum: bool,
+) -> CatalogueEntry:
+    from nl_kernels.ops.self_modifying.triton_step import plan_step
+
+    batch, heads = 2, 4
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def anchor(out: int) -> list[torch.Tensor | None]:
+        return [empty(heads, hidden or out, width), None if hidden is None else empty(heads, out, hidden)]
+
+    def stack() -> list[torch.Tensor | None]:
+        first = None if hidden is None else empty(batch, heads, 5, hidden, width)
+        inner = hidden or width
+        return [first, empty(batch, heads, 3, width, inner), empty(batch, heads, 2, inner)]
+
+    inputs = StepInputs(
+        *(empty(batch, heads, width, dtype=dtype) for _ in range(4)),
+        empty(batch, heads) if momentum else None,
+        *(empty(heads) for _ in range(3)),
+        *([x for out in (width, width, width, 1, 1) for x in anchor(out)] if rule.anchored else [None] * 10),
+        *stack(),
+        *stack(),
+        *(stack() if momentum else [None] * 3),
+        empty(batch, dtype=torch.int64),
+        empty(batch, dtype=torch.uint8),
+    )
+    options = step_options(rule, read=read, chunk_size=16, generator_chunk_size=16)
+    words = [str(dtype).removeprefix("torch."), f"{width}x{hidden or 'linear'}", read, name]
+    calls, _ = plan_step(inputs, options)
+    return CatalogueEntry("self_modifying", " ".join(words + ["momentum"] * momentum), calls[0])

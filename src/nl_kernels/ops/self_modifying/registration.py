@@ -12,10 +12,17 @@ import contextlib
 import torch
 from torch.autograd.function import once_differentiable
 
+from nl_kernels.chunk_kernels.step_launch import together
 from nl_kernels.memory_rule import MemoryRule
-from nl_kernels.ops.self_modifying.launch import Options, checkpoint_interval, precision_of
+from nl_kernels.ops.self_modifying.launch import (
+    Options,
+    StepInputs,
+    checkpoint_interval,
+    precision_of,
+    step_options,
+)
 from nl_kernels.ops.self_modifying.rows import ABSENT, Placed, collect_output, collect_state, place_tokens
-from nl_kernels.ops.self_modifying.state import MemoryStack, SelfModifyingState
+from nl_kernels.ops.self_modifying.state import MemoryStack, SelfModifyingState, SelfModifyingWeights
 from nl_kernels.triton_support.targets import architecture_of
 
 _FORWARD = "nl_kernels::self_modifying_forward"
@@ -51,6 +58,20 @@ torch.library.define(
     _BACKWARD,
     f"(Tensor grad_o, {_COTANGENTS}, {_INPUTS}, {_KEPT}, {_OPTIONS}) -> {_results(_GRADIENTS)}",
 )
+
+
+_STEP = "nl_kernels::self_modifying_step"
+_STEP_STATE = StepInputs._fields[StepInputs._fields.index("first_snapshot") : -1]
+_STEP_INPUTS = ", ".join(
+    [
+        "Tensor query, Tensor key_input, Tensor value_input, Tensor gate_input, Tensor? momentum",
+        "Tensor rate_max, Tensor rate_bias, Tensor retention_bias",
+        *(f"Tensor? {name}" for name in StepInputs._fields if name.endswith(("_inner", "_outer"))),
+        *(f"Tensor({chr(ord('a') + i)}!)? {name}" for i, name in enumerate(_STEP_STATE)),
+        "Tensor? mask",
+    ]
+)
+torch.library.define(_STEP, f"({_STEP_INPUTS}, {_OPTIONS}) -> Tensor")
 
 
 def apply(*tensors: torch.Tensor | None, options: Options) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
@@ -133,6 +154,51 @@ def self_modifying_memory_triton(
     o, made = apply(*tensors, options=options)
     stacks = (MemoryStack(*made[i : i + 3]) for i in (0, 3, 6))
     return collect_output(o, placed), collect_state(*stacks, placed)
+
+
+def self_modifying_memory_step(
+    query: torch.Tensor,
+    key_input: torch.Tensor,
+    value_input: torch.Tensor,
+    gate_input: torch.Tensor,
+    momentum: torch.Tensor | None,
+    weights: SelfModifyingWeights,
+    state: SelfModifyingState,
+    *,
+    rule: MemoryRule,
+    rate_max: torch.Tensor | float,
+    rate_bias: torch.Tensor | float,
+    retention_bias: torch.Tensor | float,
+    read: str,
+    chunk_size: int,
+    generator_chunk_size: int,
+    mask: torch.Tensor | None,
+    inplace: bool,
+) -> tuple[torch.Tensor, SelfModifyingState]:
+    """As :func:`nl_kernels.ops.self_modifying.eager_step.self_modifying_memory_step`, by the kernel.
+
+    The kernel writes where the state lies; not in place, that is a copy.
+    """
+    state = state if inplace else state.clone()
+    heads = query.shape[1]
+    gates = (
+        x.contiguous() if isinstance(x, torch.Tensor) else torch.full((heads,), float(x), device=query.device)
+        for x in (rate_max, rate_bias, retention_bias)
+    )
+    anchors = [layer for memory in weights for layer in memory] if rule.anchored else [None] * 10
+    tokens = (query, key_input, value_input, gate_input, momentum)
+    inputs = StepInputs(
+        *(None if x is None else x.contiguous() for x in tokens),
+        *gates,
+        *together(anchors, query.shape[:2]),
+        *state.snapshot,
+        *state.running,
+        *(state.momentum or ABSENT),
+        state.position,
+        None if mask is None else mask.contiguous().view(torch.uint8),
+    )
+    options = step_options(rule, read=read, chunk_size=chunk_size, generator_chunk_size=generator_chunk_size)
+    return torch.ops.nl_kernels.self_modifying_step(*inputs, *options.as_tuple()), state
 
 
 def _spans(placed: Placed, period: int) -> tuple[torch.Tensor | None, int, int]:
@@ -232,3 +298,16 @@ def _(grad_o, *args):
     # The snapshot after the call has a cotangent even where the call had none before it.
     inputs[-3:] = (x if x is not None else None for x in tensors[12:15])
     return _present([None if x is None else x.new_empty(x.shape) for x in inputs], grad_o)
+
+
+@torch.library.impl(_STEP, "CompositeExplicitAutograd")
+def _step(*args):
+    from nl_kernels.ops.self_modifying.triton_step import self_modifying_step
+
+    count = len(StepInputs._fields)
+    return self_modifying_step(StepInputs(*args[:count]), Options(*args[count:]))
+
+
+@torch.library.register_fake(_STEP)
+def _(query, *rest):
+    return query.new_empty(query.shape)

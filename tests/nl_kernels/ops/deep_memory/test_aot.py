@@ -51,9 +51,26 @@ def test_other_architectures(architecture, kind):
     assert kind in found.tensor_core
 
 
-def test_catalogue_has_both_kernels_and_every_rule_and_read():
+# Bytes a thread may spill; matrices of 128 x 128 fill the registers.
+STEPS = {"64xlinear": 0, "64x64": 0, "128x128": 128}
+
+
+@pytest.mark.parametrize("momentum", ["", " momentum"])
+@pytest.mark.parametrize("sizes", STEPS)
+def test_the_step_holds_whole_matrices_in_registers(sizes, momentum):
+    found = compiled("sm_90", "step", f"bfloat16 {sizes} running default{momentum}")
+    assert found.spill_bytes <= STEPS[sizes]
+    assert found.products == 0
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "gfx942"])
+def test_the_step_on_other_architectures(architecture):
+    assert compiled(architecture, "step", "bfloat16 64x64 running default").spill_bytes == 0
+
+
+def test_catalogue_has_every_kernel_and_every_rule_and_read():
     catalogue = list(launch.catalogue("sm_90"))
-    assert {e.kernel for e in catalogue} == {"deep_memory_forward", "deep_memory_backward"}
+    assert {e.kernel for e in catalogue} == {"deep_memory_forward", "deep_memory_backward", "step"}
     words = {word for e in catalogue for word in e.variant.split()}
     assert words >= {"bfloat16", "float32", "default", "literal", "titans", "gelu", "snapshot", "running"}
 
