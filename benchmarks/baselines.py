@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Case, Provider
+from benchmarks.harness import Case, Factories, Provider
 from benchmarks.measure import Work, random_tensors
 
 PAST = 100_000
 PREFILL = 2_000
+DECODED = 64  # tokens decoded before the one that is timed: the state then lies as decoding leaves it
 
 
 def forward_backward(
@@ -61,6 +62,37 @@ def attention_decode(case: Case, device: torch.device, past: int) -> Provider:
     )
 
 
+def stream_of(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A layer's input ``[B, T, H·D]`` and the cotangent of its output."""
+    shape = (case.shape["B"], case.shape["T"], case.shape["H"] * case.shape["D"])
+    made = random_tensors(0, {"x": shape, "cotangent": shape}, device, dtype)
+    return made["x"].requires_grad_(), made["cotangent"]
+
+
+def decode_case(
+    op: str, name: str, random_layer: Callable[[Case, torch.device, torch.dtype], Callable], **shape: int
+) -> Case:
+    """One token of one sequence through a layer of ours, after 1 token and after 100,000.
+
+    Args:
+        random_layer: makes ``(x [B, T, d], state, keep=True) -> (y, state)`` for a case; state None at first.
+    """
+
+    def providers(case: Case, device: torch.device) -> Factories:
+        def ours(past: int) -> Provider:
+            layer = random_layer(case, device, case.dtype)
+            x, _ = stream_of(case.with_tokens(PREFILL), device, case.dtype)
+            return decode_provider(
+                lambda state: layer(x[:, :1], state, keep=True),
+                lambda state, tokens: layer(x[:, :tokens], state, keep=True)[1],
+                past,
+            )
+
+        return {decode_name("nl_kernels", past): lambda past=past: ours(past) for past in (1, PAST)}
+
+    return Case(op=op, name=name, mode="step", shape={"B": 1, "T": 1, **shape}, providers=providers)
+
+
 def decode_name(method: str, past: int) -> str:
     """``nl_kernels after 100,000 tokens``."""
     return f"{method} after {past:,} token{'s' * (past > 1)}"
@@ -83,6 +115,8 @@ def decode_provider(
         while left:
             state = prefill(state, min(left, PREFILL))
             left -= min(left, PREFILL)
+        for _ in range(DECODED):
+            state = step(state)[1]
 
     def run() -> tuple[Tensor, ...]:
         with torch.no_grad():

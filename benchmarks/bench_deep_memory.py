@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.baselines import PAST, decode_name, decode_provider, forward_backward
+from benchmarks.baselines import decode_case, forward_backward, stream_of
 from benchmarks.harness import Case, Factories, Provider
 from benchmarks.measure import Work, random_tensors
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
-from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory
+from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory, deep_memory_step
 from nl_kernels.testing import deep_memory_inputs, tensors_of
 
 EAGER_LIMIT = 8192  # beyond, its loop over chunks takes seconds for the launches of its kernels alone
@@ -52,6 +52,7 @@ SETTINGS = {
     ),
     "linear Titans layer": Setting(MemoryRule(), read="running"),
     "decode": Setting(MemoryRule()),
+    "linear decode": Setting(MemoryRule(), read="running"),
 }
 
 
@@ -114,30 +115,31 @@ class Layer:
         normed = F.rms_norm(x, x.shape[-1:])
         q, k, v = F.linear(normed, self.project).unflatten(-1, (3, heads, width)).unbind(2)
         rate, decay, momentum, gate = F.linear(normed, self.rates).unflatten(-1, (4, heads)).unbind(2)
-        read, final = deep_memory(
+        tokens = (
             F.normalize(q, dim=-1),
             F.normalize(k, dim=-1),
             v,
             self.setting.rate_max * rate.sigmoid(),
             F.logsigmoid(decay + 4),
-            DeepMemoryWeights(self.inner, self.outer),
-            chunk_size=self.chunk,
-            momentum=momentum.sigmoid() if self.momentum else None,
-            rule=self.setting.rule,
-            read=self.setting.read,
-            initial_state=state,
-            output_final_state=keep,
-            impl=impl,
         )
+        weights = DeepMemoryWeights(self.inner, self.outer)
+        options = {
+            "chunk_size": self.chunk,
+            "momentum": momentum.sigmoid() if self.momentum else None,
+            "rule": self.setting.rule,
+            "read": self.setting.read,
+            "impl": impl,
+        }
+        if state is not None and x.shape[1] == 1:
+            options["momentum"] = None if options["momentum"] is None else options["momentum"][:, 0]
+            read, final = deep_memory_step(*(t[:, 0] for t in tokens), weights, state=state, **options)
+            read = read[:, None]
+        else:
+            read, final = deep_memory(
+                *tokens, weights, initial_state=state, output_final_state=keep, **options
+            )
         gated = read * gate.sigmoid()[..., None]
         return F.linear(gated.flatten(2), self.out), final
-
-
-def stream_of(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The layer's input and the cotangent of its output."""
-    shape = (case.shape["B"], case.shape["T"], case.shape["H"] * case.shape["D"])
-    made = random_tensors(0, {"x": shape, "cotangent": shape}, device, dtype)
-    return made["x"].requires_grad_(), made["cotangent"]
 
 
 def training_providers(case: Case, device: torch.device) -> Factories:
@@ -202,21 +204,6 @@ def _linear_work(sizes: dict[str, int], element_size: int) -> Work:
     tokens = sizes["B"] * sizes["T"]
     flops = 3 * tokens * (2 * stream * (4 * stream + 4 * heads) + heads * memory)
     return Work(flops, 3 * element_size * (2 * tokens * stream + 4 * stream**2 + heads * width**2))
-
-
-def decode_providers(case: Case, device: torch.device) -> Factories:
-    """One token through the layer, after 1 token and after 100,000."""
-
-    def ours(past: int) -> Provider:
-        layer = Layer.random(case, device, case.dtype)
-        x, _ = stream_of(case.with_tokens(2_000), device, case.dtype)
-        return decode_provider(
-            lambda state: layer(x[:, :1], state, keep=True),
-            lambda state, tokens: layer(x[:, :tokens], state, keep=True)[1],
-            past,
-        )
-
-    return {decode_name("nl_kernels", past): lambda past=past: ours(past) for past in (1, PAST)}
 
 
 def op_inputs(case: Case, device: torch.device) -> dict[str, object]:
@@ -336,11 +323,6 @@ CASES = [
         for tokens in (4096, 16384, 65536, 262144)
     ),
     training_case("cuda", quick=True, memory=True, B=4, T=2048, H=8, D=64, h=256, C=64, momentum=1),
-    Case(
-        op="deep_memory",
-        name="decode",
-        mode="step",
-        shape={"B": 1, "T": 1, "H": 4, "D": 64, "h": 64, "C": 64, "momentum": 1},
-        providers=decode_providers,
-    ),
+    decode_case("deep_memory", "decode", Layer.random, H=4, D=64, h=64, C=64, momentum=1),
+    decode_case("deep_memory", "linear decode", Layer.random, H=4, D=64, h=0, C=16, momentum=0),
 ]

@@ -16,15 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.baselines import PAST, decode_name, decode_provider, forward_backward
+from benchmarks.baselines import decode_case, forward_backward, stream_of
 from benchmarks.harness import Case, Factories, Provider
 from benchmarks.measure import Work, random_tensors
 from nl_kernels.memory_rule import DeepMemoryWeights
-from nl_kernels.ops.self_modifying import SelfModifyingState, SelfModifyingWeights, self_modifying_memory
+from nl_kernels.ops.self_modifying import (
+    SelfModifyingState,
+    SelfModifyingWeights,
+    self_modifying_memory,
+    self_modifying_memory_step,
+)
 
 WINDOW = 4
 # By name of the case: the read, and whether the memories are linear (h = 0), as Hope's are by default.
-READS = {"self-modifying layer": "snapshot", "Hope's default layer": "running", "decode": "snapshot"}
+READS = {
+    "self-modifying layer": "snapshot",
+    "Hope's default layer": "running",
+    "decode": "snapshot",
+    "Hope's default decode": "running",
+}
 
 
 @dataclass(frozen=True)
@@ -81,26 +91,17 @@ class Layer:
         padded = F.pad(x.mT, (WINDOW - 1, 0))
         mixed = F.conv1d(padded, self.conv, groups=self.conv.shape[0]).mT
         query, key, value = F.linear(mixed, self.project).unflatten(-1, (3, heads, width)).unbind(2)
+        tokens = (query, key, value, mixed.unflatten(-1, (heads, width)))
+        options = {"chunk_size": self.chunk, "read": self.read, "impl": impl}
+        if state is not None and x.shape[1] == 1:
+            out, final = self_modifying_memory_step(
+                *(t[:, 0] for t in tokens), self.weights, state=state, **options
+            )
+            return out.flatten(1)[:, None], final
         out, final = self_modifying_memory(
-            query,
-            key,
-            value,
-            mixed.unflatten(-1, (heads, width)),
-            self.weights,
-            chunk_size=self.chunk,
-            read=self.read,
-            initial_state=state,
-            output_final_state=keep,
-            impl=impl,
+            *tokens, self.weights, initial_state=state, output_final_state=keep, **options
         )
         return out.flatten(2), final
-
-
-def stream_of(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The layer's input and the cotangent of its output."""
-    shape = (case.shape["B"], case.shape["T"], case.shape["H"] * case.shape["D"])
-    made = random_tensors(0, {"x": shape, "cotangent": shape}, device, dtype)
-    return made["x"].requires_grad_(), made["cotangent"]
 
 
 def training_providers(case: Case, device: torch.device) -> Factories:
@@ -158,21 +159,6 @@ def training_work(sizes: dict[str, int], element_size: int) -> Work:
     return Work(flops, 3 * element_size * (2 * tokens * stream + weights))
 
 
-def decode_providers(case: Case, device: torch.device) -> Factories:
-    """One token through the layer, after 1 token and after 100,000; the convolution's tail is left out."""
-
-    def ours(past: int) -> Provider:
-        layer = Layer.random(case, device, case.dtype)
-        x, _ = stream_of(case.with_tokens(2_000), device, case.dtype)
-        return decode_provider(
-            lambda state: layer(x[:, :1], state, keep=True),
-            lambda state, tokens: layer(x[:, :tokens], state, keep=True)[1],
-            past,
-        )
-
-    return {decode_name("nl_kernels", past): lambda past=past: ours(past) for past in (1, PAST)}
-
-
 def training_case(
     device: str, quick: bool = False, memory: bool = False, name: str = "self-modifying layer", **sizes: int
 ) -> Case:
@@ -210,11 +196,6 @@ CASES = [
         for tokens in (512, 2048)
     ),
     training_case("cuda", quick=True, memory=True, B=4, T=2048, H=8, D=64, h=64, C=16),
-    Case(
-        op="self_modifying",
-        name="decode",
-        mode="step",
-        shape={"B": 1, "T": 1, "H": 4, "D": 64, "h": 64, "C": 16},
-        providers=decode_providers,
-    ),
+    decode_case("self_modifying", "decode", Layer.random, H=4, D=64, h=64, C=16),
+    decode_case("self_modifying", "Hope's default decode", Layer.random, H=4, D=64, h=0, C=16),
 ]
