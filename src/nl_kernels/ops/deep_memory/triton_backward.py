@@ -83,6 +83,7 @@ def add_to_weight(target, index, value, OUT: tl.constexpr, IN: tl.constexpr):
     """Matrix ``index`` of ``target``, if there is one, grows by ``value``."""
     if target is not None:
         held = load_weight(target, index, OUT, IN, value.shape[0], value.shape[1])
+        tl.debug_barrier()  # whoever loads a number need not be the one who stores it
         store_weight(target, index, held + value, OUT, IN)
 
 
