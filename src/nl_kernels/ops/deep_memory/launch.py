@@ -239,6 +239,7 @@ class RowPlan:
     two_layer: bool
     has_momentum: bool
     options: Options
+    chunks: int
     checkpoint: int
     kept: int
     ends_at_boundary: bool
@@ -263,11 +264,24 @@ class RowPlan:
         narrow = block_k * block_v <= HELD_MATRIX
         return narrow and not (self.two_layer or self.has_momentum or self.forward_scratch)
 
-    def call(self, kernel: Any, arguments: dict[str, torch.Tensor | int | None]) -> KernelCall:
-        """The call of ``kernel``: what it takes of ``arguments``, sizes, options and tiles."""
+    def call(
+        self, kernel: Any, arguments: dict[str, torch.Tensor | int | None], *, by_chunk: bool = False
+    ) -> KernelCall:
+        """The call of ``kernel``: what it takes of ``arguments``, sizes, options and tiles.
+
+        One program a row, or, ``by_chunk``, one a row and chunk.
+        """
         options = self.options
         blocks = self.blocks
-        run_time = {**arguments, "tokens": self.tokens, "kept": self.kept, "checkpoint": self.checkpoint}
+        run_time = {
+            **arguments,
+            "tokens": self.tokens,
+            "kept": self.kept,
+            "checkpoint": self.checkpoint,
+            "offset": options.offset,
+            "chunks": self.chunks,
+            "chunk_places": self.chunks,
+        }
         constants = {
             "KEY_DIM": self.key_dim,
             "VALUE_DIM": self.value_dim,
@@ -290,10 +304,10 @@ class RowPlan:
         names = kernel.arg_names
         return KernelCall(
             kernel,
-            (self.rows,),
+            (self.rows * self.chunks if by_chunk else self.rows,),
             {name: value for name, value in run_time.items() if name in names},
             {name: value for name, value in constants.items() if name in names},
-            warps_of(*blocks),
+            4 if by_chunk else warps_of(*blocks),
             1,
         )
 
@@ -319,6 +333,7 @@ def plan_rows(inputs: Inputs, options: Options) -> RowPlan:
         two_layer=inputs.outer is not None,
         has_momentum=inputs.momentum is not None,
         options=options,
+        chunks=chunks,
         checkpoint=step,
         kept=-(-chunks // step),
         ends_at_boundary=uniform and (options.offset + tokens) % size == 0,
@@ -396,9 +411,9 @@ def _entries(
     )
     words = f"{str(dtype).removeprefix('torch.')} {width}x{hidden or 'linear'} C{chunk_size} {read} {name}"
     forward, results = plan_forward(inputs, options, keep=True)
-    yield CatalogueEntry("deep_memory", words, forward)
     backward, _ = plan_backward(results.o, results[1:5], results[5:7], inputs, results[7:], options)
-    yield CatalogueEntry("deep_memory", words, backward)
+    for call in (*forward, backward[-1]):
+        yield CatalogueEntry("deep_memory", words, call)
 
 
 def _step_entry(

@@ -41,6 +41,7 @@ from nl_kernels.ops.deep_memory.triton_forward import (
     load_base,
     load_weight,
     locate_row,
+    plan_erase,
     put,
     read_layer,
     serve,
@@ -105,6 +106,8 @@ def rerun_layer(
     eta,
     decay,
     place,
+    inverse_place,
+    READY: tl.constexpr,
     SLOT: tl.constexpr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
@@ -112,15 +115,27 @@ def rerun_layer(
     PROXIMAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The writes of a layer again: ω, the recall and the inverse go to the tiles at ``place``."""
-    used, _, inverse = erasing(x, eta, decay[2], ERASES, PROXIMAL, x.shape[0], PRECISION)
+    """The writes of a layer again: ω and the recall go to the tiles at ``place``.
+
+    The inverse is at ``inverse_place``, where it has to be put first if it is not ``READY``.
+    """
+    if READY:
+        inverse = decay[2]
+        used = eta
+        if ERASES:
+            inverse = take(inverse_place, inverse)
+            if PROXIMAL:
+                used = proximal_rate(eta, x)
+    else:
+        used, _, inverse = erasing(x, eta, decay[2], ERASES, PROXIMAL, x.shape[0], PRECISION)
+        if ERASES:
+            put(inverse_place, inverse)
     surprise, _, recalled = write_layer(
         None, states, index, x, signal, used, decay[0], inverse, OUT, IN, ERASES, PRECISION
     )
     put(place + _SURPRISE * SLOT, surprise)
     if ERASES:
         put(place + _RECALLED * SLOT, recalled)
-        put(place + _INVERSE * SLOT, inverse)
 
 
 @triton.jit
@@ -199,6 +214,7 @@ def layer_write_adjoint(
     eta,
     at_written,
     place,
+    inverse_place,
     decay,
     carried,
     mixed,
@@ -226,7 +242,7 @@ def layer_write_adjoint(
         recalled = signal
         if ERASES:
             gram = decay[2] * matmul(x, tl.trans(x), PRECISION)
-            inverse = take(place + _INVERSE * SLOT, decay[2])
+            inverse = take(inverse_place, decay[2])
             recalled = take(place + _RECALLED * SLOT, signal)
         at_state, at_x, at_signal, at_eta, at_strict, at_gram, at_before, at_to_end, at_final = write_adjoint(
             grad,
@@ -311,6 +327,7 @@ def rerun_chunk(
     outer_anchor,
     row,
     is_first,
+    inverse_place,
     scratch,
     SLOT: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -383,6 +400,8 @@ def rerun_chunk(
         eta,
         decay,
         scratch + _INNER * SLOT,
+        inverse_place,
+        True,
         SLOT,
         HIDDEN,
         KEY_DIM,
@@ -401,6 +420,8 @@ def rerun_chunk(
             eta,
             decay,
             scratch + _OUTER * SLOT,
+            scratch + (_OUTER + _INVERSE) * SLOT,
+            False,
             SLOT,
             VALUE_DIM,
             HIDDEN,
@@ -505,6 +526,7 @@ def chunk_adjoint(
     pending_outer,
     pending_inner_velocity,
     pending_outer_velocity,
+    inverse_place,
     scratch,
     index,
     row,
@@ -552,6 +574,7 @@ def chunk_adjoint(
         outer_anchor,
         row,
         is_first,
+        inverse_place,
         scratch,
         SLOT,
         KEY_DIM,
@@ -694,6 +717,7 @@ def chunk_adjoint(
             eta,
             at_written,
             scratch + _OUTER * SLOT,
+            scratch + (_OUTER + _INVERSE) * SLOT,
             decay,
             carried,
             mixed,
@@ -734,6 +758,7 @@ def chunk_adjoint(
         eta,
         at_written,
         scratch + _INNER * SLOT,
+        inverse_place,
         decay,
         carried,
         mixed,
@@ -917,7 +942,7 @@ def chunk_adjoint(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["tokens", "offset", "kept", "checkpoint"])
+@triton.jit(do_not_specialize=["tokens", "offset", "kept", "checkpoint", "chunk_places"])
 def deep_memory_backward_kernel(
     do,
     d_inner_snapshot_after,
@@ -961,11 +986,13 @@ def deep_memory_backward_kernel(
     pending_outer,
     pending_inner_velocity,
     pending_outer_velocity,
+    inverses,
     scratch,
     tokens,
     offset,
     kept,
     checkpoint,
+    chunk_places,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -988,7 +1015,8 @@ def deep_memory_backward_kernel(
 ):
     """One program a row. ``d_inner`` … ``d_outer_velocity`` come holding the gradients of the final state."""
     SLOT: tl.constexpr = BLOCK_C * max(BLOCK_C, BLOCK_K, BLOCK_V, BLOCK_H)
-    row, first, last, zero = locate_row(begin, stop, origin, tokens, offset)
+    row = tl.program_id(0).to(tl.int64)
+    first, last, zero = locate_row(row, begin, stop, origin, tokens, offset)
     scratch += row * (16 * SLOT)
     chunks = tl.cdiv(last, CHUNK) - first // CHUNK
     ends_at_boundary = (last % CHUNK == 0) & (last > first)
@@ -1052,6 +1080,9 @@ def deep_memory_backward_kernel(
                     again = index - number + below
                     slot, valid = chunk_tokens(again, first, last, CHUNK, BLOCK_C)
                     token = row * tokens + slot - zero
+                    again_inverse = None
+                    if ERASE_INNER:
+                        again_inverse = inverses + (row * chunk_places + again) * (BLOCK_C * BLOCK_C)
                     rerun_chunk(
                         k,
                         v,
@@ -1068,6 +1099,7 @@ def deep_memory_backward_kernel(
                         outer_anchor,
                         row,
                         again == 0,
+                        again_inverse,
                         scratch,
                         SLOT,
                         KEY_DIM,
@@ -1136,6 +1168,9 @@ def deep_memory_backward_kernel(
             outer_velocities = kept_outer_velocity
         slot, valid = chunk_tokens(index, first, last, CHUNK, BLOCK_C)
         token = row * tokens + slot - zero
+        inverse_place = None
+        if ERASE_INNER:
+            inverse_place = inverses + (row * chunk_places + index) * (BLOCK_C * BLOCK_C)
         chunk_adjoint(
             do,
             q,
@@ -1170,6 +1205,7 @@ def deep_memory_backward_kernel(
             pending_outer,
             pending_inner_velocity,
             pending_outer_velocity,
+            inverse_place,
             scratch,
             place,
             row,
@@ -1235,8 +1271,8 @@ def plan_backward(
     inputs: launch.Inputs,
     kept: Sequence[torch.Tensor | None],
     options: launch.Options,
-) -> tuple[KernelCall, Gradients]:
-    """The kernel's call, and what it fills.
+) -> tuple[list[KernelCall], Gradients]:
+    """The kernels' calls, and what they fill.
 
     Args:
         do: gradient of the reads. final, snapshot: of the final running weights and velocities (four) and the
@@ -1260,6 +1296,7 @@ def plan_backward(
         for x in weights
     ]
     pending = [None if x is None or options.read != "running" else torch.empty_like(x) for x in weights]
+    calls, inverses = plan_erase(inputs, plan)
     block_c, *widths = plan.blocks
     scratch = new((plan.rows, SCRATCH_TILES, block_c * max(block_c, *widths)))
     names = ("inner", "outer", "inner_velocity", "outer_velocity")
@@ -1272,10 +1309,10 @@ def plan_backward(
         **{f"kept_{name}": x for name, x in zip(names, kept)},
         **{f"{name}_stack": x for name, x in zip(names, stack)},
         **{f"pending_{name}": x for name, x in zip(names, pending)},
+        "inverses": inverses,
         "scratch": scratch,
-        "offset": options.offset,
     }
-    return plan.call(deep_memory_backward_kernel, arguments), gradients
+    return [*calls, plan.call(deep_memory_backward_kernel, arguments)], gradients
 
 
 def deep_memory_backward(
@@ -1289,6 +1326,6 @@ def deep_memory_backward(
     """Run what :func:`plan_backward` plans."""
     inputs = launch.Inputs(*launch.contiguous(inputs))
     cotangents = list(launch.contiguous((do, *final, *snapshot)))
-    call, gradients = plan_backward(cotangents[0], cotangents[1:5], cotangents[5:], inputs, kept, options)
-    run_calls([call], inputs.q.device)
+    calls, gradients = plan_backward(cotangents[0], cotangents[1:5], cotangents[5:], inputs, kept, options)
+    run_calls(calls, inputs.q.device)
     return gradients

@@ -33,9 +33,8 @@ _TINY: tl.constexpr = tl.constexpr(1e-30)  # delta_chunk.TINY
 
 
 @triton.jit
-def locate_row(begin, stop, origin, tokens, offset):
-    """First slot of this program's row, the slot after its last token, and the slot of its first number."""
-    row = tl.program_id(0).to(tl.int64)
+def locate_row(row, begin, stop, origin, tokens, offset):
+    """First slot of a row, the slot after its last token, and the slot of its first number."""
     if begin is None:
         first = offset + 0 * row
         last = first + tokens
@@ -46,7 +45,7 @@ def locate_row(begin, stop, origin, tokens, offset):
         zero = 0 * row
         if origin is not None:
             zero = tl.load(origin + row)
-    return row, first, last, zero
+    return first, last, zero
 
 
 @triton.jit
@@ -321,7 +320,39 @@ def load_base(
     return base
 
 
-@triton.jit(do_not_specialize=["tokens", "offset", "kept", "checkpoint"])
+@triton.jit(do_not_specialize=["tokens", "offset", "chunks"])
+def erase_chunks_kernel(
+    k,
+    rate,
+    log_decay,
+    begin,
+    stop,
+    origin,
+    inverses,
+    tokens,
+    offset,
+    chunks,
+    KEY_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PROXIMAL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program a row and chunk: the inverse by which the first layer erases, which needs no state."""
+    place = tl.program_id(0).to(tl.int64)
+    row = place // chunks
+    first, last, zero = locate_row(row, begin, stop, origin, tokens, offset)
+    slot, valid = chunk_tokens(place % chunks, first, last, CHUNK, BLOCK_C)
+    token = row * tokens + slot - zero
+    decay = spread(tl.load(log_decay + token, mask=valid, other=0.0), BLOCK_C)
+    eta = tl.load(rate + token, mask=valid, other=0.0)
+    key = load_tile(k, token, valid, tl.arange(0, BLOCK_K), KEY_DIM)
+    _, _, inverse = erasing(key, eta, decay[2], True, PROXIMAL, BLOCK_C, PRECISION)
+    put(inverses + place * (BLOCK_C * BLOCK_C), inverse)
+
+
+@triton.jit(do_not_specialize=["tokens", "offset", "kept", "checkpoint", "chunk_places"])
 def deep_memory_forward_kernel(
     q,
     k,
@@ -351,11 +382,13 @@ def deep_memory_forward_kernel(
     kept_outer,
     kept_inner_velocity,
     kept_outer_velocity,
+    inverses,
     scratch,
     tokens,
     offset,
     kept,
     checkpoint,
+    chunk_places,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -379,7 +412,8 @@ def deep_memory_forward_kernel(
 
     Without ``scratch`` the steps of a chunk hand their tiles on in registers.
     """
-    row, first, last, zero = locate_row(begin, stop, origin, tokens, offset)
+    row = tl.program_id(0).to(tl.int64)
+    first, last, zero = locate_row(row, begin, stop, origin, tokens, offset)
     inner_held = None
     outer_held = None
     if HELD:
@@ -423,6 +457,10 @@ def deep_memory_forward_kernel(
     next_target = load_tile(v, token, valid, value_column, VALUE_DIM)
     next_eta = tl.load(rate + token, mask=valid, other=0.0)
     next_log = tl.load(log_decay + token, mask=valid, other=0.0)
+    next_inverse = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    if ERASE_INNER:
+        inverses += row * chunk_places * (BLOCK_C * BLOCK_C)
+        next_inverse = take(inverses, next_inverse)
     chunks = tl.cdiv(last, CHUNK) - first // CHUNK
     for index in range(0, chunks):
         slot, valid = chunk_tokens(index, first, last, CHUNK, BLOCK_C)
@@ -434,6 +472,10 @@ def deep_memory_forward_kernel(
             target = next_target
             eta = next_eta
             log = next_log
+            inverse = next_inverse
+            if ERASE_INNER:
+                following = tl.minimum(index + 1, chunks - 1)
+                next_inverse = take(inverses + following * (BLOCK_C * BLOCK_C), next_inverse)
             slot, later = chunk_tokens(index + 1, first, last, CHUNK, BLOCK_C)
             ahead = row * tokens + slot - zero
             next_key = load_tile(k, ahead, later, key_column, KEY_DIM)
@@ -518,20 +560,20 @@ def deep_memory_forward_kernel(
         if momentum is not None:
             mu = tl.load(momentum + token, mask=valid, other=1.0)
         decay, carried, mixed = coefficients_of(log, mu, valid, BLOCK_C, PRECISION)
-        used, _, inverse = erasing(key, eta, decay[2], ERASE_INNER, PROXIMAL, BLOCK_C, PRECISION)
-        if scratch is not None:
-            put(inverse_place, inverse)
-        if not HELD:
-            tl.debug_barrier()
-        if scratch is not None:
-            key = load_tile(k, token, valid, key_column, KEY_DIM)
+        used = eta
+        if ERASE_INNER:
+            if PROXIMAL:
+                used = proximal_rate(eta, key)
+            if scratch is not None:
+                inverse = take(inverses + index * (BLOCK_C * BLOCK_C), next_inverse)
+        else:
+            inverse = next_inverse
         error = take(error_place, error)
         signal = error
         if outer is not None:
             hidden = activated(take(z_place, z), ACTIVATION, NORMALIZED)
             back = take(back_place, back)
             signal = error_signal(back, hidden[0], hidden[1], hidden[3], NORMALIZED, BOUND)[0]
-        inverse = take(inverse_place, inverse)
         _, written, _ = write_layer(
             inner_held,
             final_inner,
@@ -689,10 +731,20 @@ def deep_memory_forward_kernel(
         )
 
 
+def plan_erase(inputs: launch.Inputs, plan: launch.RowPlan) -> tuple[list[KernelCall], torch.Tensor | None]:
+    """The call that makes the first layer's inverses, and these: [N, chunks, C, C]; none without erasing."""
+    if plan.options.erase == "none":
+        return [], None
+    block_c = plan.blocks[0]
+    inverses = inputs.q.new_empty((plan.rows, plan.chunks, block_c, block_c))
+    arguments = {**inputs._asdict(), "inverses": inverses}
+    return [plan.call(erase_chunks_kernel, arguments, by_chunk=True)], inverses
+
+
 def plan_forward(
     inputs: launch.Inputs, options: launch.Options, *, keep: bool
-) -> tuple[KernelCall, launch.Results]:
-    """The kernel's call, and what it fills; ``keep`` also keeps the states that the backward pass needs."""
+) -> tuple[list[KernelCall], launch.Results]:
+    """The kernels' calls, and what they fill; ``keep`` also keeps the states that the backward pass needs."""
     plan = launch.plan_rows(inputs, options)
     new, like = inputs.q.new_empty, torch.empty_like
     make = torch.empty if inputs.begin is None else torch.zeros  # slots without a token are not written
@@ -703,14 +755,15 @@ def plan_forward(
     shape = (plan.rows, plan.kept)
     kept = [None if x is None or not keep else new((*shape, *x.shape[1:])) for x in weights]
     results = launch.Results(o, *final, *snapshot, *kept)
+    calls, inverses = plan_erase(inputs, plan)
     scratch = new(plan.forward_scratch) if plan.forward_scratch else None
-    arguments = {**inputs._asdict(), **results._asdict(), "scratch": scratch, "offset": options.offset}
-    return plan.call(deep_memory_forward_kernel, arguments), results
+    arguments = {**inputs._asdict(), **results._asdict(), "inverses": inverses, "scratch": scratch}
+    return [*calls, plan.call(deep_memory_forward_kernel, arguments)], results
 
 
 def deep_memory_forward(inputs: launch.Inputs, options: launch.Options, *, keep: bool) -> launch.Results:
     """Run what :func:`plan_forward` plans."""
     inputs = launch.Inputs(*launch.contiguous(inputs))
-    call, results = plan_forward(inputs, options, keep=keep)
-    run_calls([call], inputs.q.device)
+    calls, results = plan_forward(inputs, options, keep=keep)
+    run_calls(calls, inputs.q.device)
     return results

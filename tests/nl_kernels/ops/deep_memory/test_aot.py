@@ -20,7 +20,7 @@ def compiled(architecture, kernel, variant):
 
 
 # Products before unrolling: what must be on tensor cores.
-FORWARD = {"64xlinear C16 running": 13, "64x64 C16 snapshot": 21, "64x64 C16 running": 27}
+FORWARD = {"64xlinear C16 running": 8, "64x64 C16 snapshot": 16, "64x64 C16 running": 22}
 
 
 @pytest.mark.parametrize("sizes", FORWARD)
@@ -33,14 +33,14 @@ def test_hopper_spills_nothing_in_small_chunks(sizes):
 
 def test_hopper_spills_little_in_larger_chunks():
     found = compiled("sm_90", "deep_memory_forward", "bfloat16 64x64 C64 snapshot default")
-    assert found.spill_bytes <= 320
+    assert found.spill_bytes <= 128
     assert set(found.tensor_core) == {"wgmma"}
 
 
 def test_the_backward_kernel_of_a_linear_memory():
     found = compiled("sm_90", "deep_memory_backward", "bfloat16 64xlinear C16 running default")
-    assert found.spill_bytes <= 256
-    assert found.products == 39
+    assert found.spill_bytes == 0
+    assert found.products == 29
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,8 @@ def test_the_step_on_other_architectures(architecture):
 
 def test_catalogue_has_every_kernel_and_every_rule_and_read():
     catalogue = list(launch.catalogue("sm_90"))
-    assert {e.kernel for e in catalogue} == {"deep_memory_forward", "deep_memory_backward", "step"}
+    kernels = {"erase_chunks", "deep_memory_forward", "deep_memory_backward", "step"}
+    assert {e.kernel for e in catalogue} == kernels
     words = {word for e in catalogue for word in e.variant.split()}
     assert words >= {"bfloat16", "float32", "default", "literal", "titans", "gelu", "snapshot", "running"}
 

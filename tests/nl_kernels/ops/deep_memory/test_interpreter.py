@@ -24,10 +24,10 @@ C = 5  # no power of two
 
 
 def inputs(length, *, batch=1, heads=1, width=10, hidden=12, value_width=None, resumed_at=None, **options):
-    """Inputs, some tokens of which forget almost everything or drop their momentum; maybe a state."""
+    """Inputs, some tokens of which forget much or drop their momentum; maybe a state."""
     x = deep_memory_inputs(batch, length, heads, width, hidden, value_width, **options)
     if length > 3:
-        x["log_decay"][:, 1] = -40.0
+        x["log_decay"][:, 1] = -3.0
         if x["momentum"] is not None:
             x["momentum"][:, 2] = 0.0
     if resumed_at is not None:
@@ -78,7 +78,9 @@ def assert_kernels_within_budget(x, **options):
     expected = results_and_gradients(x, torch.float64, impl="reference", **options)
     for kind, *parts in zip(("result", "gradient"), triton, eager, expected):
         for index, (a, b, c) in enumerate(zip(*parts, strict=True)):
-            assert_within_budget(a, b, c, name=f"{kind} {index} of shape {tuple(c.shape)}")
+            # Of a handful of numbers eager gets some right by luck.
+            factor = 2.0 if c.numel() >= 32 else 6.0
+            assert_within_budget(a, b, c, factor=factor, name=f"{kind} {index} of shape {tuple(c.shape)}")
 
 
 @pytest.mark.parametrize("hidden", [12, None], ids=["two layers", "linear"])
@@ -92,7 +94,7 @@ def test_results_and_every_gradient(rule, read, hidden):
 
 @pytest.mark.parametrize("length", [1, C - 1, C, C + 1, 3 * C + 7])
 def test_lengths(length):
-    x = inputs(length, heads=2, value_width=7)  # a single head has too few rates for a norm to mean much
+    x = inputs(length, value_width=7)
     assert_kernels_within_budget(x, read="running", chunk_size=C, checkpoint_every=2)
 
 
@@ -100,6 +102,17 @@ def test_states_are_recomputed_with_momentum():
     x = inputs(12, hidden=None, width=3, value_width=20, momentum=True)
     rule = dataclasses.replace(TITANS, residual=False, anchored=True)
     assert_kernels_within_budget(x, rule=rule, chunk_size=4, checkpoint_every=3)
+
+
+def test_forgetting_everything_is_exact():
+    x = inputs(7, hidden=None)
+    x["log_decay"][:, [2, 3, 6]] = -torch.inf
+    options = {"read": "running", "chunk_size": C}
+    triton = results_and_gradients(x, impl="triton", **options)
+    x["log_decay"] = x["log_decay"].clamp(min=-200.0)  # e^-200 is no number of fp32 either
+    expected = results_and_gradients(x, torch.float64, impl="reference", **options)
+    for a, b in zip((*triton[0], *triton[1]), (*expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_fp16():
@@ -175,20 +188,27 @@ def flat_inputs(hidden, momentum, rows=2, tokens=7):
     return given, options
 
 
-def run_guarded(call, given, running=()):
+def run_guarded(calls, given, running=()):
     """Run with every buffer between guard bands, all but the given ones full of NaN; check them after.
 
     Those of ``running`` the kernel both reads and writes.
     """
     buffers = {}
-    for name, tensor in call.arguments.items():
-        if isinstance(tensor, torch.Tensor):
-            known = any(tensor is g for g in (*given, *running))
-            make = GuardedBuffer.holding(tensor) if known else GuardedBuffer(tensor.shape, dtype=tensor.dtype)
-            buffers[name] = (tensor, make)
-    arguments = {n: buffers[n][1].tensor if n in buffers else t for n, t in call.arguments.items()}
-    call.kernel[call.grid](**arguments, **call.constants)
-    for name, (tensor, buffer) in buffers.items():
+    for call in calls:
+        for name, tensor in call.arguments.items():
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in buffers:
+                known = any(tensor is g for g in (*given, *running))
+                make = (
+                    GuardedBuffer.holding(tensor)
+                    if known
+                    else GuardedBuffer(tensor.shape, dtype=tensor.dtype)
+                )
+                buffers[id(tensor)] = (name, tensor, make)
+        call.kernel[call.grid](
+            **{n: buffers[id(t)][2].tensor if id(t) in buffers else t for n, t in call.arguments.items()},
+            **call.constants,
+        )
+    for name, tensor, buffer in buffers.values():
         if name != "scratch":
             buffer.check(name)
         assert not any(tensor is g for g in given) or torch.equal(buffer.tensor, tensor), (
@@ -202,13 +222,13 @@ def test_every_element_is_written_and_nothing_else(momentum):
     from nl_kernels.ops.deep_memory import triton_backward, triton_forward
 
     given, options = flat_inputs(None if momentum else 12, momentum)
-    call, results = triton_forward.plan_forward(given, options, keep=True)
-    assert run_guarded(call, given) > 12
+    calls, results = triton_forward.plan_forward(given, options, keep=True)
+    assert run_guarded(calls, given) > 12
     states = [None if x is None else torch.randn(x.shape) for x in results]
-    call, gradients = triton_backward.plan_backward(
+    calls, gradients = triton_backward.plan_backward(
         states[0], states[1:5], states[5:7], given, states[7:], options
     )
-    assert run_guarded(call, [*given, *states], running=gradients[6:10]) > 20
+    assert run_guarded(calls, [*given, *states], running=gradients[6:10]) > 20
 
 
 def test_refuses_what_the_kernels_do_not_serve():
