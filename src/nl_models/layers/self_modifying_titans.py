@@ -119,7 +119,7 @@ class SelfModifyingTitans(MemoryLayer):
             self.split_heads(projection, x)
             for projection in (self.q_proj, self.k_proj, self.v_proj, self.r_proj)
         )
-        inputs = [l2_normalize(each.to(exact)).to(each.dtype) for each in inputs]
+        inputs = l2_normalize(torch.stack(inputs).to(exact)).to(query.dtype).unbind()
         weights = SelfModifyingWeights(**{name: memory() for name, memory in self.memories.items()})
         options = {
             "chunk_size": self.chunk_size,

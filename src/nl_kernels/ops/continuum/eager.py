@@ -282,7 +282,7 @@ def _ragged_alignment(
 ) -> ChunkAlignment | None:
     """Where the tokens go on the grid; None where all rows are full and go on from the same position."""
     if mask is None:
-        if before is None or bool((before.position == before.position[0]).all()):
+        if before is None or len(set(before.position.tolist())) == 1:
             return None
         mask = torch.ones(inner.shape[:2], dtype=torch.bool, device=inner.device)
     position = mask.new_zeros(mask.shape[0], dtype=torch.int64) if before is None else before.position
