@@ -38,6 +38,7 @@ from nl_kernels.ops.self_modifying.state import (
     map_stack,
     stack_memories,
 )
+from nl_kernels.triton_support.targets import architecture_of
 
 READS = ("snapshot", "running")
 _DEFAULT_RULE = MemoryRule()
@@ -108,7 +109,7 @@ def self_modifying_memory(
         checkpoint_every: chunks between the states kept for the backward pass, which recomputes the rest; the
             default balances the two. It changes memory and time, never results.
         impl: "triton", "eager" or "reference"; ``None`` picks Triton on CUDA where the kernels cover the call
-            (``why_not`` in ``launch.py``, and the op's README), else eager.
+            (the table in the op's README), else eager.
 
     Returns:
         o [B, T, H, D] in the dtype of query, and the final state (fp32; fp64 for fp64 inputs) or ``None``.
@@ -155,6 +156,7 @@ def self_modifying_memory(
         chunk=min(chunk_size, generator_chunk_size),
         momentum=momentum is not None,
         detach_targets=detach_targets,
+        architecture=architecture_of(query.device),
     )
     if impl == "triton" and uncovered is not None:
         raise NotImplementedError(uncovered)

@@ -18,11 +18,12 @@ from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
 from nl_kernels.triton_support.kernel_call import KernelCall
 
-MAX_WIDTH = 128
-"""Widest head that the kernels take."""
-
-MAX_CHUNK = 64
-"""Longest chunk (of the faster clock) that the kernels take."""
+# By architecture and by whether memories are linear: the widest head and hidden layer by length of chunks.
+_LIMITS = {
+    "sm_90": {True: {16: 128, 32: 64}, False: {16: 64}},
+    "sm_80": {True: {16: 64, 32: 32}, False: {16: 64}},
+    "gfx942": {True: {16: 64, 32: 32}, False: {16: 32}},
+}
 
 _MIN_TILE = 16  # the smallest extent of a tensor-core product
 
@@ -174,7 +175,7 @@ def config_of(
 
 def why_not(
     *, rule: MemoryRule, dtype: torch.dtype, width: int, hidden: int | None, chunk: int, momentum: bool,
-    detach_targets: bool,
+    detach_targets: bool, architecture: str,
 ) -> str | None:  # fmt: skip
     """What the kernels do not cover of a call, with the remedy; ``None`` if they cover it."""
     if dtype == torch.float64:
@@ -186,21 +187,33 @@ def why_not(
             f"momentum: the Triton kernels have it with rule.erase='none' alone, got {rule.erase!r}; "
             "use impl='eager'"
         )
-    if width > MAX_WIDTH:
-        return f"query: the Triton kernels take heads up to {MAX_WIDTH} wide, got {width}; use impl='eager'"
-    if chunk > MAX_CHUNK:
-        return f"chunk_size: the Triton kernels take chunks up to {MAX_CHUNK}, got {chunk}; use impl='eager'"
-    if hidden is not None and padded(hidden) > widest_hidden(width, chunk):
+    if not fits(width=width, hidden=hidden, chunk=chunk, architecture=architecture):
+        longest, widest = limits_of(linear=hidden is None, chunk=chunk, architecture=architecture)
+        if widest == 0:
+            return (
+                f"chunk_size: the Triton kernels take chunks up to {longest}, got {chunk}; use impl='eager'"
+            )
+        kind = "linear" if hidden is None else "two-layer"
         return (
-            f"weights: at width {width} and chunks of {chunk} the Triton kernels take hidden widths up to "
-            f"{widest_hidden(width, chunk)}, got {hidden}; use impl='eager'"
+            f"weights: on {architecture} with chunks of {chunk} the Triton kernels take heads and hidden "
+            f"layers of {kind} memories up to {widest} wide, got {max(width, hidden or 0)}; use impl='eager'"
         )
     return None
 
 
-def widest_hidden(width: int, chunk: int) -> int:
-    """The widest hidden layer whose tiles fit: a whole weight, and a chunk's activations."""
-    return min(128 * 128 // padded(width), 64 * 256 // padded(chunk), 256)
+def limits_of(*, linear: bool, chunk: int, architecture: str) -> tuple[int, int]:
+    """The longest chunk at all, and the widest head and hidden layer with chunks of ``chunk`` (0: none).
+
+    What decides is the shared memory of the backward kernels.
+    """
+    table = _LIMITS["sm_90" if architecture == "sm_100" else architecture][linear]
+    return max(table), next((width for most, width in sorted(table.items()) if padded(chunk) <= most), 0)
+
+
+def fits(*, width: int, hidden: int | None, chunk: int, architecture: str) -> bool:
+    """Whether the kernels take these sizes."""
+    _, widest = limits_of(linear=hidden is None, chunk=chunk, architecture=architecture)
+    return max(padded(width), padded(hidden or width)) <= widest
 
 
 def checkpoint_interval(chunks: int, every: int | None, ratio: int) -> int:
@@ -294,6 +307,7 @@ def plan_of(query, running_first, running_last, momentum, options: Options, arch
 
 def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
     """Every kernel at the widths models use: the calls of the launchers."""
+    yield from _chunk_entries(architecture)
     yield from _step_entries(architecture)
 
 
@@ -348,3 +362,93 @@ def _step_entry(
     words = [str(dtype).removeprefix("torch."), f"{width}x{hidden or 'linear'}", read, name]
     calls, _ = plan_step(inputs, options)
     return CatalogueEntry("self_modifying", " ".join(words + ["momentum"] * momentum), calls[0])
+
+
+def _chunk_entries(architecture: str) -> Iterator[CatalogueEntry]:
+    """The chunked kernels of both kinds of memory, with each rule and read."""
+    default, literal = MemoryRule(), MemoryRule.literal()
+    titans = dataclasses.replace(default, erase="none")
+    gelu = MemoryRule(activation="gelu", erase="input")
+    bf16, fp32 = torch.bfloat16, torch.float32
+    cases = [
+        (bf16, 64, None, 16, "running", "default", default),
+        (bf16, 64, None, 32, "running", "default", default),
+        (bf16, 128, None, 16, "running", "default", default),
+        (fp32, 64, None, 16, "running", "default", default),
+        (bf16, 64, None, 16, "snapshot", "literal", literal),
+        (bf16, 64, None, 16, "running", "titans", titans),
+        (bf16, 40, None, 10, "running", "gelu", gelu),
+        (bf16, 64, 64, 16, "running", "default", default),
+        (bf16, 64, 64, 16, "snapshot", "literal", literal),
+        (bf16, 40, 24, 10, "running", "gelu", gelu),
+    ]
+    for dtype, width, hidden, chunk, read, name, rule in cases:
+        if fits(width=width, hidden=hidden, chunk=chunk, architecture=architecture):
+            words = [
+                str(dtype).removeprefix("torch."),
+                f"{width}x{hidden or 'linear'}",
+                f"C{chunk}",
+                read,
+                name,
+            ]
+            for call in _chunk_calls(
+                architecture, dtype, width, hidden, chunk, read, rule, resumed=name == "gelu"
+            ):
+                yield CatalogueEntry("self_modifying", " ".join(words), call)
+
+
+def _chunk_calls(
+    architecture: str,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int | None,
+    chunk: int,
+    read: str,
+    rule: MemoryRule,
+    *,
+    resumed: bool,
+) -> list[KernelCall]:
+    """The forward and the backward call; a resumed one has two clocks, and sequences that lie differently."""
+    from nl_kernels.ops.self_modifying.triton_backward import plan_backward
+    from nl_kernels.ops.self_modifying.triton_forward import plan_forward
+
+    batch, heads, tokens = 2, 4, 128 * chunk
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    def stack(present: bool) -> list[torch.Tensor | None]:
+        if not present:
+            return [None] * 3
+        inner = hidden or width
+        first = None if hidden is None else empty(batch, heads, 5, inner, width)
+        return [first, empty(batch, heads, 3, width, inner), empty(batch, heads, 2, inner)]
+
+    has_momentum = rule.erase == "none"
+    spans = torch.empty(batch, 3, device="meta", dtype=torch.int64) if resumed else None
+    momentum = empty(batch, tokens, heads) if has_momentum else None
+    sequences = [*(empty(batch, tokens, heads, width) for _ in range(4)), momentum, spans]
+    stacks = [*stack(rule.anchored), *stack(True), *stack(has_momentum), *stack(resumed)]
+    arguments = [*sequences, *(empty(heads) for _ in range(3)), *stacks]
+    options = Options(
+        activation=rule.activation,
+        normalize_hidden=rule.normalize_hidden,
+        residual=rule.residual,
+        projection_residual=rule.projection_residual,
+        target_residual=rule.target_residual,
+        erase=rule.erase,
+        proximal=rule.proximal,
+        error_bound=float(rule.error_bound or 0),
+        read=read,
+        chunk_size=chunk,
+        generator_chunk_size=chunk * (2 if resumed else 1),
+        truncate=0,
+        checkpoint_every=16,
+        precision=precision_of(dtype, architecture),
+        offset=0,
+        slots=tokens,
+    )
+    shared = {"options": options, "architecture": architecture}
+    (forward,), (o, *made) = plan_forward(*arguments, **shared)
+    (_, backward, *_), _ = plan_backward(o, made[:9], *arguments, *made[9:], **shared)
+    return [forward, backward]

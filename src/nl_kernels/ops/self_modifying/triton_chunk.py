@@ -283,6 +283,7 @@ def put(base, offset, flag, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.const
 def increase(base, at, flag, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr, value):
     """Add to a matrix in memory where ``flag``."""
     value += load_tile(base + at, rows, (rows < ROWS) & flag, columns, COLUMNS)
+    tl.debug_barrier()  # whoever loads a number need not be the one who stores it
     put(base, at, flag, rows, ROWS, columns, COLUMNS, value)
 
 

@@ -104,9 +104,8 @@ def test_rules(hidden, name, read):
     assert_kernels_within_budget(inputs, rule=rule, read=read, chunk_size=4)
 
 
-@pytest.mark.parametrize("hidden", [None, 33])
-def test_chunks_of_several_blocks_and_sequences(hidden):
-    inputs = make(23, hidden, batch=1 if hidden else 2, heads=1 if hidden else 3, width=17)
+def test_chunks_of_several_blocks_and_sequences():
+    inputs = make(23, None, batch=2, heads=3, width=17)
     assert_kernels_within_budget(inputs, read="running", chunk_size=20)
 
 
@@ -133,6 +132,10 @@ def test_padding_resumed_apart(hidden, clocks):
 def test_packed_sequences():
     cu_seqlens = torch.tensor([0, 3, 4, 8])
     assert_kernels_within_budget(make(8, None, heads=2), cu_seqlens=cu_seqlens, chunk_size=3, read="running")
+
+
+def test_two_layers_wider_than_a_tile():
+    assert_kernels_within_budget(make(5, 20, width=17), read="running", chunk_size=4)
 
 
 @pytest.mark.parametrize("hidden", KINDS)
@@ -165,7 +168,8 @@ def test_16_bit_inputs():
     [
         ({"momentum": 0.5 * torch.ones(1, 2, 1)}, "erase='none' alone"),
         ({"detach_targets": False}, "constant targets alone"),
-        ({"chunk_size": 65}, "chunks up to 64, got 65"),
+        ({"chunk_size": 33}, "chunks up to 32, got 33"),
+        (make(2, 65), "two-layer memories up to 64 wide, got 65"),
     ],
 )
 def test_refuses_what_the_kernels_do_not_cover(change, message):
@@ -174,7 +178,7 @@ def test_refuses_what_the_kernels_do_not_cover(change, message):
 
 
 def test_refuses_wide_heads_and_fp64():
-    with pytest.raises(NotImplementedError, match="up to 128 wide, got 129"):
+    with pytest.raises(NotImplementedError, match="linear memories up to 128 wide, got 129"):
         self_modifying_memory(**make(2, None, width=129), chunk_size=4, impl="triton")
     with pytest.raises(NotImplementedError, match="float64"):
         self_modifying_memory(**make(2, None, dtype=torch.float64), chunk_size=4, impl="triton")
