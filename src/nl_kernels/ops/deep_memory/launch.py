@@ -318,8 +318,7 @@ def plan_rows(inputs: Inputs, options: Options) -> RowPlan:
     value_dim = inputs.v.shape[-1]
     size = options.chunk_size
     uniform = inputs.begin is None
-    # Rows at different positions may touch one chunk more than their slots fill.
-    chunks = -(-(options.offset % size + tokens) // size) if uniform else -(-tokens // size) + 1
+    chunks = -(-(options.offset % size + tokens) // size)
     numbers = sum(x[0].numel() for x in inputs[6:10] if x is not None)
     step = options.checkpoint_every
     if not step:

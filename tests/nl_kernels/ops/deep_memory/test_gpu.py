@@ -116,4 +116,4 @@ def test_memory_ceiling():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     deep_memory(**x, chunk_size=16, read="running", impl="triton")[0].sum().backward()
-    assert torch.cuda.max_memory_allocated() - before < 10 * given + KEPT_BYTES
+    assert torch.cuda.max_memory_allocated() - before < 14 * given + KEPT_BYTES
