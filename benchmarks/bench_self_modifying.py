@@ -4,7 +4,8 @@
 
 Both sides are timed as a layer on the same kind of input: causal depthwise convolution, query projection,
 all memories with their writes. Ours also projects the inputs of keys and values, and its gradients flow
-through the writes into every memory's initial state.
+through the writes into every memory's initial state. On CUDA the op is also timed alone, its kernels beside
+eager.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from nl_kernels.ops.self_modifying import (
     self_modifying_memory,
     self_modifying_memory_step,
 )
+from nl_kernels.testing import self_modifying_inputs, tensors_of
 
+EAGER_LIMIT = 8192  # beyond, its loop over chunks takes seconds for the launches of its kernels alone
 WINDOW = 4
 # By name of the case: the read, and whether the memories are linear (h = 0), as Hope's are by default.
 READS = {
@@ -177,7 +180,96 @@ def training_case(
     )
 
 
+def op_inputs(case: Case, device: torch.device) -> dict[str, object]:
+    """Keyword arguments of the op: the default rule, running reads."""
+    sizes = case.shape
+    made = self_modifying_inputs(
+        sizes["B"], sizes["T"], sizes["H"], sizes["D"], sizes["h"] or None, outer_scale=0.1, dtype=case.dtype
+    )
+    moved = {name: x.to(device).requires_grad_() for name, x in made.items() if isinstance(x, Tensor)}
+    weights = (
+        DeepMemoryWeights(*(None if w is None else w.to(device).requires_grad_() for w in memory))
+        for memory in made["weights"]
+    )
+    return {**moved, "weights": SelfModifyingWeights(*weights), "chunk_size": sizes["C"], "read": "running"}
+
+
+def op_providers(case: Case, device: torch.device) -> Factories:
+    """The op itself, no projections: the kernels, and where its loop over chunks is short, eager."""
+
+    def ours(impl: str | None, role: str) -> Provider:
+        inputs = op_inputs(case, device)
+        if case.mode == "forward":
+
+            def run() -> tuple[Tensor, ...]:
+                with torch.no_grad():
+                    return self_modifying_memory(**inputs, impl=impl)[:1]
+
+        else:
+            cotangent = random_tensors(1, {"o": tuple(inputs["query"].shape)}, device, case.dtype)["o"]
+            run = forward_backward(
+                lambda: self_modifying_memory(**inputs, impl=impl)[0], tensors_of(inputs), cotangent
+            )
+        return Provider(run, role=role, comparable=True)
+
+    factories = {"nl_kernels": lambda: ours(None, "ours")}
+    if case.shape["T"] <= EAGER_LIMIT:
+        factories["nl_kernels eager"] = lambda: ours("eager", "variant")
+    return factories
+
+
+def op_reference(case: Case, tokens: int) -> Tensor:
+    """The token loop in fp64 on the first tokens."""
+    inputs = op_inputs(case, torch.device("cpu"))
+    prefix = {
+        name: (x[:, :tokens] if x.ndim == 4 else x).detach().double() if isinstance(x, Tensor) else x
+        for name, x in inputs.items()
+    }
+    prefix["weights"] = SelfModifyingWeights(
+        *(
+            DeepMemoryWeights(*(None if w is None else w.detach().double() for w in memory))
+            for memory in inputs["weights"]
+        )
+    )
+    return self_modifying_memory(**prefix, impl="reference")[0]
+
+
+def op_work(sizes: dict[str, int], passes: int) -> Work:
+    """The op README's counts of products, twice as many backward; tokens and their gradients once."""
+    width, hidden = sizes["D"], sizes["h"]
+    tokens = sizes["B"] * sizes["T"] * sizes["H"]
+    forward = 2 * (43 * width * hidden if hidden else 13 * width * width)
+    return Work(passes * tokens * forward, passes * tokens * 2 * 5 * width)
+
+
+def op_case(mode: str, *, quick: bool = False, **sizes: int) -> Case:
+    """One case of the op itself on CUDA, in bf16."""
+    return Case(
+        op="self_modifying",
+        name="two-layer memories" if sizes["h"] else "linear memories",
+        mode=mode,
+        shape=sizes,
+        providers=op_providers,
+        work=op_work(sizes, 1 if mode == "forward" else 3),
+        reference=op_reference,
+        dtype=torch.bfloat16,
+        memory=True,
+        quick=quick,
+        devices=("cuda",),
+    )
+
+
 CASES = [
+    *(
+        op_case(mode, quick=True, B=8, T=8192, H=16, D=64, h=hidden, C=16)
+        for hidden in (0, 64)
+        for mode in ("forward", "forward+backward")
+    ),
+    *(
+        op_case("forward+backward", B=max(1, 65536 // tokens), T=tokens, H=16, D=64, h=hidden, C=16)
+        for hidden in (0, 64)
+        for tokens in (4096, 16384, 65536, 262144)
+    ),
     *(training_case("cpu", quick=chunk == 16, B=1, T=512, H=4, D=64, h=64, C=chunk) for chunk in (4, 16, 64)),
     training_case("cpu", memory=True, B=1, T=2048, H=4, D=64, h=64, C=16),
     *(
