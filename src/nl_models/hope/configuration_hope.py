@@ -12,6 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from nl_kernels import MemoryRule
+from nl_kernels.dispatch import IMPLEMENTATIONS
 from nl_models.layers.attention import ATTENTION_IMPLEMENTATIONS
 from nl_models.layers.continuum import LevelConfig
 
@@ -51,6 +52,8 @@ class HopeConfig(PreTrainedConfig):
         memory_rule: options of :class:`nl_kernels.memory_rule.MemoryRule` that differ from its default.
         memory_truncate_every: the outer gradient does not cross every n-th chunk boundary (self-modifying);
             ``None`` for full backpropagation through time.
+        memory_implementation: of the memories' ops: "auto" (Triton kernels on CUDA where they serve the options,
+            eager elsewhere), "triton", "eager" or "reference". An explicit choice never falls back.
         memory_initializer_range: standard deviation of the initial last layer of every memory.
         continuum_levels: the levels of the continuum memory system, fast to slow, as options of
             :class:`nl_models.layers.continuum.LevelConfig`. By default a level of width ``hidden_size`` that
@@ -92,6 +95,7 @@ class HopeConfig(PreTrainedConfig):
     memory_momentum: bool = False
     memory_rule: dict | None = None
     memory_truncate_every: int | None = None
+    memory_implementation: str = "auto"
     memory_initializer_range: float | int = 0.02
     continuum_levels: list[dict] | None = None
     rms_norm_eps: float | int = 1e-6
@@ -186,6 +190,11 @@ class HopeConfig(PreTrainedConfig):
             raise ValueError(f"memory_read: expected 'snapshot' or 'running', got {self.memory_read!r}")
         if not 0 <= self.memory_rate_max <= 1:
             raise ValueError(f"memory_rate_max: expected a number in [0, 1], got {self.memory_rate_max}")
+        if self.memory_implementation not in ("auto", *IMPLEMENTATIONS):
+            raise ValueError(
+                f"memory_implementation: expected 'auto' or one of {IMPLEMENTATIONS}, "
+                f"got {self.memory_implementation!r}"
+            )
         try:
             self.make_memory_rule()
         except TypeError as error:

@@ -92,8 +92,9 @@ def _make_mixer(config: HopeConfig, layer_type: str) -> nn.Module:
             gated=config.attention_output_gate,
             implementation=config.attention_implementation,
         )
+    implementation = None if config.memory_implementation == "auto" else config.memory_implementation
     if layer_type == "gated_delta_net":
-        return GatedDeltaNet(**sizes)
+        return GatedDeltaNet(**sizes, implementation=implementation)
     memory = {
         **sizes,
         "memory_hidden_size": config.memory_hidden_size,
@@ -105,6 +106,7 @@ def _make_mixer(config: HopeConfig, layer_type: str) -> nn.Module:
         "retention_bias": config.memory_retention_bias,
         "momentum": config.memory_momentum,
         "initializer_range": config.memory_initializer_range,
+        "implementation": implementation,
     }
     if layer_type == "titans":
         return Titans(**memory)

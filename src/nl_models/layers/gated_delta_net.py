@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nl_kernels import delta_memory
+from nl_kernels import delta_memory, delta_memory_step
 from nl_kernels.memory_rule import l2_normalize
 from nl_models.layers.gated_output import GatedOutput
+from nl_models.layers.memory_layer import is_decoding
 
 
 class GatedDeltaNet(nn.Module):
@@ -22,13 +23,17 @@ class GatedDeltaNet(nn.Module):
         hidden_size: width ``d``.
         num_heads: heads; divides ``d``.
         eps: of the output norm.
+        implementation: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, eps: float = 1e-6):
+    def __init__(
+        self, hidden_size: int, num_heads: int, eps: float = 1e-6, implementation: str | None = None
+    ):
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_size={hidden_size}, got {num_heads}")
         self.num_heads = num_heads
+        self.implementation = implementation
         self.head_dim = hidden_size // num_heads
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -64,6 +69,9 @@ class GatedDeltaNet(nn.Module):
         Returns:
             ``y`` like ``x``, and the new state or ``None``.
         """
+        decoding = is_decoding(x, state)
+        if decoding:
+            x, mask = x[:, 0], None if mask is None else mask[:, 0]
         q, k, v = (
             F.silu(projection(x)).unflatten(-1, (self.num_heads, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -75,15 +83,14 @@ class GatedDeltaNet(nn.Module):
         rate = self.b_proj(x).to(exact).sigmoid()
         if mask is not None:
             log_decay, rate = log_decay * mask[..., None], rate * mask[..., None]
-        o, state = delta_memory(
-            q,
-            k,
-            rate[..., None].to(v.dtype) * v,
-            log_decay,
-            rate * log_decay.exp(),
-            initial_state=state,
-            output_final_state=output_state,
-        )
+        tokens = (q, k, rate[..., None].to(v.dtype) * v, log_decay, rate * log_decay.exp())
+        if decoding:
+            o, state = delta_memory_step(*tokens, state=state, impl=self.implementation)
+        else:
+            o, state = delta_memory(
+                *tokens, initial_state=state, output_final_state=output_state, impl=self.implementation
+            )
         if mask is not None:
             o = o * mask[..., None, None]
-        return self.output(o, x), state
+        y = self.output(o, x)
+        return (y[:, None], state if output_state else None) if decoding else (y, state)

@@ -24,6 +24,7 @@ class MemoryLayer(nn.Module):
         rate_max: largest rate, in [0, 1]; 0 switches writing off.
         rate_bias, retention_bias: initial biases of the gates' logits.
         momentum: whether writes have momentum.
+        implementation: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class MemoryLayer(nn.Module):
         rate_bias: float,
         retention_bias: float,
         momentum: bool,
+        implementation: str | None,
     ):
         super().__init__()
         if hidden_size % num_heads:
@@ -49,6 +51,7 @@ class MemoryLayer(nn.Module):
         self.read = read
         self.rule = MemoryRule() if rule is None else rule
         self.rate_max = rate_max
+        self.implementation = implementation
         self.initial_biases = (rate_bias, retention_bias)
         for name, width in {
             **dict.fromkeys(("q_proj", "k_proj", "v_proj"), hidden_size),

@@ -48,6 +48,7 @@ class SelfModifyingTitans(MemoryLayer):
         initializer_range: standard deviation of the initial last layers of the memories with a residual and
             of the one that is read.
         eps: of the output norm.
+        implementation: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class SelfModifyingTitans(MemoryLayer):
         truncate_every: int | None = None,
         initializer_range: float = 0.02,
         eps: float = 1e-6,
+        implementation: str | None = None,
     ):
         super().__init__(
             hidden_size,
@@ -78,6 +80,7 @@ class SelfModifyingTitans(MemoryLayer):
             rate_bias=rate_bias,
             retention_bias=retention_bias,
             momentum=momentum,
+            implementation=implementation,
         )
         self.generator_chunk_size = generator_chunk_size
         self.truncate_every = truncate_every
@@ -131,6 +134,7 @@ class SelfModifyingTitans(MemoryLayer):
             "retention_bias": self.retention_bias,
             "read": self.read,
             "mask": mask,
+            "impl": self.implementation,
         }
         if decoding:
             o, state = self_modifying_memory_step(query, *inputs, weights, state=state, **options)

@@ -27,6 +27,7 @@ class Titans(MemoryLayer):
         momentum: whether writes have momentum.
         initializer_range: standard deviation of the memory's initial last layer.
         eps: of the output norm.
+        implementation: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Titans(MemoryLayer):
         momentum: bool = False,
         initializer_range: float = 0.02,
         eps: float = 1e-6,
+        implementation: str | None = None,
     ):
         super().__init__(
             hidden_size,
@@ -55,6 +57,7 @@ class Titans(MemoryLayer):
             rate_bias=rate_bias,
             retention_bias=retention_bias,
             momentum=momentum,
+            implementation=implementation,
         )
         self.memory = InitialMemory(
             num_heads, self.head_dim, self.head_dim, memory_hidden_size, initializer_range
@@ -95,6 +98,7 @@ class Titans(MemoryLayer):
             "rule": self.rule,
             "read": self.read,
             "mask": mask,
+            "impl": self.implementation,
         }
         if decoding:
             o, state = deep_memory_step(*tokens, self.memory(), state=state, **options)
