@@ -52,8 +52,8 @@ class HopeConfig(PreTrainedConfig):
         memory_rule: options of :class:`nl_kernels.memory_rule.MemoryRule` that differ from its default.
         memory_truncate_every: the outer gradient does not cross every n-th chunk boundary (self-modifying);
             ``None`` for full backpropagation through time.
-        memory_implementation: of the memories' ops: "auto" (Triton kernels on CUDA where they serve the options,
-            eager elsewhere), "triton", "eager" or "reference". An explicit choice never falls back.
+        memory_implementation: of the memories' ops: "auto" (Triton kernels on CUDA where they serve the
+            options, eager elsewhere), "triton", "eager" or "reference". An explicit choice never falls back.
         memory_initializer_range: standard deviation of the initial last layer of every memory.
         continuum_levels: the levels of the continuum memory system, fast to slow, as options of
             :class:`nl_models.layers.continuum.LevelConfig`. By default a level of width ``hidden_size`` that
