@@ -17,8 +17,8 @@ from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
 from nl_kernels.triton_support.kernel_call import KernelCall
 
-MAX_HEAD_DIM = 128
-"""Largest key or value width of a head that the kernels take."""
+MAX_WIDTH = 128
+"""Widest head or hidden layer that the kernels take, on any architecture."""
 
 MAX_CHUNK = 64
 """Largest chunk that a program holds in registers."""
@@ -189,33 +189,32 @@ def unsupported(
     architecture: str,
 ) -> str | None:
     """Why the kernels do not serve a call, naming the argument and the limit; ``None`` when they do."""
-    for name, size in (("q, k", key_dim), ("v", value_dim)):
-        if size > MAX_HEAD_DIM:
-            return f"{name}: the Triton kernels take heads up to {MAX_HEAD_DIM} wide, got {size}"
     if chunk_size > MAX_CHUNK:
         return f"chunk_size: the Triton kernels take chunks up to {MAX_CHUNK}, got {chunk_size}"
     if has_momentum and rule.erase != "none":
         return f"momentum: the Triton kernels take it with rule.erase='none' alone, got {rule.erase!r}"
     if dtype == torch.float64:
         return "q, k, v: the Triton kernels take bfloat16, float16 and float32, got float64"
-    width = max(padded(key_dim), padded(value_dim))
-    limit = max_matrix(chunk_size, architecture) // width
-    if padded(hidden or value_dim) > limit:
-        what = f"hidden layers up to {limit} wide" if hidden else f"values up to {limit} wide"
-        return (
-            f"weights: on {architecture}, in chunks of {chunk_size} and with heads of {width}, "
-            f"the Triton kernels take {what}, got {hidden or value_dim}"
-        )
+    limit = widest(chunk_size, architecture)
+    for name, size in (("q, k", key_dim), ("v", value_dim), ("weights", hidden or 1)):
+        if size > limit:
+            what = "hidden layers" if name == "weights" else "heads"
+            return (
+                f"{name}: on {architecture}, in chunks of {chunk_size}, the Triton kernels take {what} up to "
+                f"{limit} wide, got {size}"
+            )
     return None
 
 
-def max_matrix(chunk_size: int, architecture: str) -> int:
-    """Largest padded matrix of a layer: it is one tile of a program, by way of shared memory."""
-    if architecture.startswith("gfx"):
-        return 4096 if chunk_size <= 16 else 0
-    if chunk_size > 16:
-        return 4096
-    return 8192 if architecture == "sm_80" else 16384
+def widest(chunk_size: int, architecture: str) -> int:
+    """Widest head or hidden layer: a layer's matrix is one tile, and so is a chunk's hidden layer.
+
+    What limits them is shared memory; on sm_80 spills, and on sm_100 tensor memory.
+    """
+    small = chunk_size <= 16
+    if architecture == "sm_90":
+        return MAX_WIDTH if small else 64
+    return 64 if small or architecture == "sm_80" else 0
 
 
 def warps_of(block_c: int, block_k: int, block_v: int, block_h: int) -> int:
@@ -344,12 +343,12 @@ def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
     default, literal = MemoryRule(), MemoryRule.literal()
     titans = dataclasses.replace(literal, erase="none", proximal=False)
     for width, hidden, chunk in ((64, 64, 16), (64, 128, 16), (64, 64, 64), (128, 128, 16)):
-        if max_matrix(chunk, architecture) >= width * hidden:
+        if widest(chunk, architecture) >= max(width, hidden):
             for read in ("snapshot", "running"):
                 sizes = (width, hidden, chunk)
                 yield from _entries(architecture, torch.bfloat16, *sizes, read, "default", default)
     for dim, chunk in ((64, 16), (64, 64), (128, 16)):
-        if max_matrix(chunk, architecture) >= dim * dim:
+        if widest(chunk, architecture) >= dim:
             yield from _entries(architecture, torch.bfloat16, dim, None, chunk, "running", "default", default)
     for hidden in (64, None):
         sizes = (64, hidden, 16)

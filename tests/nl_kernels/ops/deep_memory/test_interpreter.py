@@ -233,8 +233,9 @@ def test_every_element_is_written_and_nothing_else(momentum):
 
 def test_refuses_what_the_kernels_do_not_serve():
     cases = {
-        "up to 128 wide, got 129": (inputs(2, width=129), {}),
-        "hidden layers up to 1024": (inputs(2, hidden=4096), {}),
+        "heads up to 128 wide, got 129": (inputs(2, width=129), {}),
+        "hidden layers up to 128 wide, got 256": (inputs(2, hidden=256), {}),
+        "chunks of 64, .* up to 64 wide, got 65": (inputs(2, value_width=65), {"chunk_size": 64}),
         "chunks up to 64, got 65": (inputs(2), {"chunk_size": 65}),
         "rule.erase='none' alone": (inputs(2, momentum=True), {}),
         "got float64": (inputs(2, dtype=torch.float64), {}),
