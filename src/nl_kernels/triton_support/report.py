@@ -1,7 +1,7 @@
 """``python -m nl_kernels.triton_support.report``: compile every kernel for every target, without a GPU.
 
 Prints registers, spills, shared memory and matrix instructions of each, and fails if a kernel does not
-compile, exceeds its target's shared memory, or computes a product without matrix instructions.
+compile, exceeds its target's shared or tensor memory, or computes a product without matrix instructions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, collect_catalogue, compile_call
 from nl_kernels.triton_support.resources import Resources, resources_of
-from nl_kernels.triton_support.targets import TARGETS
+from nl_kernels.triton_support.targets import TARGETS, TENSOR_MEMORY
 
 _FILE_WIDTH = 180  # of a table in a file or pipe
 
@@ -59,6 +59,8 @@ def _compile(entry: CatalogueEntry, target: str) -> Row:
         limit = TARGETS[target].shared_memory
         if resources.shared_bytes > limit:
             problems.append(f"needs {resources.shared_bytes} of {limit} bytes of shared memory")
+        if resources.tensor_memory > TENSOR_MEMORY:
+            problems.append(f"needs {resources.tensor_memory} of {TENSOR_MEMORY} columns of tensor memory")
         if resources.scalar_products:
             problems.append(f"{resources.scalar_products} products without matrix instructions")
     return Row(

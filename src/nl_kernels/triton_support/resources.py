@@ -26,6 +26,7 @@ class Resources:
         registers: 32-bit registers a thread.
         spill_bytes: bytes a thread keeps in local memory (stack included) for want of registers.
         shared_bytes: shared memory.
+        tensor_memory: columns of tensor memory, where there is any (sm_100).
         products: matrix products in the kernel, before unrolling.
         scalar_products: those of them compiled to scalar multiply-adds instead of matrix instructions.
         tensor_core: matrix instructions by kind.
@@ -34,6 +35,7 @@ class Resources:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    tensor_memory: int
     products: int
     scalar_products: int
     tensor_core: dict[str, int]
@@ -55,6 +57,7 @@ def resources_of(compiled: Any) -> Resources:
         registers=registers,
         spill_bytes=spills,
         shared_bytes=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         products=products,
         scalar_products=scalar,
         tensor_core={name: count for name, count in counts.items() if count},

@@ -22,6 +22,8 @@ class Target:
     shared_memory: int
 
 
+TENSOR_MEMORY = 512  # columns a program may use, where there is tensor memory (sm_100)
+
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 163 * 1024),
     "sm_90": Target("cuda", 90, 32, 227 * 1024),

@@ -5,7 +5,7 @@ import pytest
 from nl_kernels.ops.deep_memory import launch
 from nl_kernels.triton_support.ahead_of_time import compile_call
 from nl_kernels.triton_support.resources import resources_of
-from nl_kernels.triton_support.targets import TARGETS
+from nl_kernels.triton_support.targets import TARGETS, TENSOR_MEMORY
 
 pytestmark = pytest.mark.aot
 
@@ -15,6 +15,7 @@ def compiled(architecture, kernel, variant):
     assert len(found) == 1, f"the catalogue has {len(found)} of {kernel} {variant}"
     resources = resources_of(compile_call(found[0].call, architecture))
     assert resources.shared_bytes <= TARGETS[architecture].shared_memory
+    assert resources.tensor_memory <= TENSOR_MEMORY
     assert resources.scalar_products == 0
     return resources
 
@@ -83,4 +84,5 @@ def test_whole_catalogue(architecture):
         found = resources_of(compile_call(entry.call, architecture))
         label = f"{entry.kernel} {entry.variant}"
         assert found.shared_bytes <= TARGETS[architecture].shared_memory, label
+        assert found.tensor_memory <= TENSOR_MEMORY, label
         assert found.scalar_products == 0, label
