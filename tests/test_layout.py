@@ -22,6 +22,8 @@ ALLOWED = REQUIRED | {
     "state.py",
     "eager_backward.py",
     "eager_linear.py",
+    "coefficients.py",
+    "stack.py",
 }
 
 

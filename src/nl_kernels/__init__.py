@@ -4,6 +4,7 @@ from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.continuum import ContinuumLevel, ContinuumLevelState, ContinuumState, continuum_memory
 from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory, deep_memory_step
 from nl_kernels.ops.delta_memory import chunk_gated_delta_rule, delta_memory, delta_memory_step
+from nl_kernels.ops.newton_schulz import newton_schulz, optimal_coefficients
 from nl_kernels.ops.self_modifying import (
     MemoryStack,
     SelfModifyingState,
@@ -30,6 +31,8 @@ __all__ = [
     "deep_memory_step",
     "delta_memory",
     "delta_memory_step",
+    "newton_schulz",
+    "optimal_coefficients",
     "self_modifying_memory",
     "self_modifying_memory_step",
 ]
