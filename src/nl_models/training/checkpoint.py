@@ -3,7 +3,7 @@
 A checkpoint is a folder ``step-00000100`` with
 
 * ``model.safetensors``: parameters and persistent buffers, tied weights once;
-* ``optimizer.safetensors``: AdamW's moments and step counts, as ``<parameter name>/<kind>``;
+* ``optimizer.safetensors``: the optimiser's moments and step counts, as ``<parameter name>/<kind>``;
 * ``random.safetensors``: the states of PyTorch's random generators;
 * ``state.json``: format, step, validation loss at that step if it was evaluated, and the size and SHA-256 of
   each other file.
@@ -108,7 +108,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         for name, target in targets.items():
             target.copy_(tensors[name])
     for parameter, values in grouped.items():
-        # AdamW keeps its step counts beside the moments: on the device of the parameter when fused.
+        # Fused AdamW keeps its step counts on the device of the parameter; M3 takes its own back to the host.
         optimizer.state[parameter] = {kind: value.to(parameter.device) for kind, value in values.items()}
     torch.set_rng_state(random["cpu"])
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

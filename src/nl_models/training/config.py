@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nl_models.data.prepare import DataOptions
 
+OPTIMIZERS = ("adamw", "muon", "m3")
 MODELS = ("hope", "titans", "gated_delta_net", "attention")
 
 _DATA = "Data"
@@ -52,7 +53,12 @@ class TrainConfig:
     batch_size: int = _option(8, _OPTIMISATION, "Windows in one forward pass.")
     sequence_length: int = _option(512, _OPTIMISATION, "Tokens in a window.")
     gradient_accumulation: int = _option(1, _OPTIMISATION, "Forward passes in one optimiser step.")
-    learning_rate: float = _option(2e-3, _OPTIMISATION, "Peak learning rate of AdamW.")
+    optimizer: str = _option(
+        "adamw",
+        _OPTIMISATION,
+        f"One of {', '.join(OPTIMIZERS)}; 'muon' and 'm3' are for hidden matrices, AdamW has the rest.",
+    )
+    learning_rate: float = _option(2e-3, _OPTIMISATION, "Peak learning rate.")
     final_learning_rate: float = _option(0.1, _OPTIMISATION, "Last learning rate, as a share of the peak.")
     warmup_steps: int = _option(100, _OPTIMISATION, "Steps of linear warm-up; a cosine follows.")
     weight_decay: float = _option(
@@ -103,6 +109,8 @@ class TrainConfig:
             )
         if self.model not in MODELS:
             raise ValueError(f"model: expected one of {MODELS}, got {self.model!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer: expected one of {OPTIMIZERS}, got {self.optimizer!r}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision: expected 'auto', 'fp32' or 'bf16', got {self.precision!r}")
         _ = self.data_options

@@ -1,4 +1,4 @@
-"""AdamW with decay where it belongs, and a learning rate that is a function of the step."""
+"""The optimiser of a run, decay where it belongs, and a learning rate that is a function of the step."""
 
 from __future__ import annotations
 
@@ -7,32 +7,53 @@ import math
 import torch
 from torch import nn
 
+from nl_models.optim import M3, Muon
 from nl_models.training.config import TrainConfig
 
 # Maps and memories whose output is a rate, a retention or a momentum.
 _MEMORY_GATES = frozenset(
     {"rate", "retention", "rate_proj", "retention_proj", "momentum_proj", "a_proj", "b_proj"}
 )
+# Kernels of depthwise convolutions: [channels, taps], but no map between channels.
+_CONVOLUTION = "convolution"
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over two groups, with and without weight decay (see :func:`decays`)."""
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """``config.optimizer`` over groups with and without weight decay (see :func:`decays`).
+
+    Muon and M3 have the hidden matrices and stacks of them: what decays, but for convolutions and an output
+    head of its own, which are left to AdamW with the rest.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed, free = [], []
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    matrices, decayed, free = [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            keep = decays(name, parameter) and id(parameter) not in embeddings
-            (decayed if keep else free).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if not decays(name, parameter) or id(parameter) in embeddings:
+            free.append((name, parameter))
+        else:
+            is_head = head is not None and parameter is head.weight
+            is_matrix = parameter.ndim <= 3 and _CONVOLUTION not in name.split(".") and not is_head
+            (matrices if is_matrix else decayed).append((name, parameter))
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "adamw":
+        groups = [
+            {"params": matrices + decayed, "weight_decay": config.weight_decay},
+            {"params": free, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(_filled(groups), lr=config.learning_rate, betas=betas, fused=True)
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": free, "weight_decay": 0.0},
+        {"params": matrices, "rule": "matrix", "weight_decay": config.weight_decay},
+        {"params": decayed, "rule": "adamw", "weight_decay": config.weight_decay},
+        {"params": free, "rule": "adamw", "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
+    kind = {"muon": Muon, "m3": M3}[config.optimizer]
+    return kind(_filled(groups), lr=config.learning_rate, adamw_betas=betas)
+
+
+def _filled(groups: list[dict[str, object]]) -> list[dict[str, object]]:
+    return [group for group in groups if group["params"]]
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

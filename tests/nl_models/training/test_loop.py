@@ -83,6 +83,22 @@ def test_a_killed_run_continues_to_the_same_curve(step, uninterrupted, tmp_path,
     assert curve(folder) == uninterrupted
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "m3"])
+def test_a_run_with_another_optimizer_continues_to_the_same_curve(optimizer, tmp_path, config, make_trainer):
+    config = dataclasses.replace(config, optimizer=optimizer)
+    run(make_trainer(tmp_path / "whole", config))
+    whole = curve(tmp_path / "whole")
+    losses = [r["loss"] for r in whole if r["kind"] == "validation"]
+    assert losses[-1] < losses[0]
+    trainer = make_trainer(tmp_path / "killed", config)
+    with pytest.raises(SystemExit):
+        run(trainer, StopAt(11, trainer, as_kill=True))
+    trainer = make_trainer(tmp_path / "killed", config)
+    assert trainer.resume() == 10
+    run(trainer)
+    assert curve(tmp_path / "killed") == whole
+
+
 def test_a_stopped_run_saves_its_last_step(uninterrupted, tmp_path, config, make_trainer):
     folder = tmp_path / "stopped"
     trainer = make_trainer(folder, config)

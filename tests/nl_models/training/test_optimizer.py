@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from nl_models.optim import M3, Muon
 from nl_models.training.config import TrainConfig
+from nl_models.training.model import build_model
 from nl_models.training.optimizer import build_optimizer, learning_rate_at
 
 
@@ -44,3 +46,44 @@ def test_a_frozen_parameter_is_left_out():
     groups = build_optimizer(model, TrainConfig()).param_groups
     assert [p for g in groups for p in g["params"]] == [model.weight]
     assert isinstance(build_optimizer(model, TrainConfig()), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("muon", Muon), ("m3", M3)])
+def test_muon_and_m3_have_the_hidden_matrices_and_adamw_the_rest(name, kind):
+    config = TrainConfig(model="titans", layers=1, hidden_size=32, heads=2, optimizer=name, weight_decay=0.3)
+    optimizer = build_optimizer(build_model(config, 64, 0), config)
+    assert isinstance(optimizer, kind)
+    rules = {
+        parameter.removeprefix("model.layers.0."): (group["rule"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["param_names"]
+    }
+    assert {n for n, (rule, _) in rules.items() if rule == "matrix"} == {
+        "mixer.q_proj.weight", "mixer.k_proj.weight", "mixer.v_proj.weight", "mixer.memory.inner",
+        "mixer.output.g_proj.weight", "mixer.output.o_proj.weight", "continuum.levels.0.up",
+        "continuum.levels.0.down", "continuum.levels.0.key", "continuum.levels.0.value",
+        "continuum.levels.1.up", "continuum.levels.1.down",
+    }  # fmt: skip
+    assert rules["convolution.weight"] == ("adamw", 0.3)
+    assert rules["mixer.q_proj.weight"] == ("matrix", 0.3)
+    assert rules["model.embed_tokens.weight"] == ("adamw", 0.0)
+    assert rules["mixer.rate_proj.weight"] == ("adamw", 0.0)
+    assert "Muon" in optimizer.describe() or "M3" in optimizer.describe()
+
+
+def test_an_untied_head_is_left_to_adamw():
+    class WithHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.head = nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+
+        def get_output_embeddings(self):
+            return self.head
+
+    groups = build_optimizer(WithHead(), TrainConfig(optimizer="muon")).param_groups
+    assert [g["param_names"] for g in groups] == [["hidden.weight"], ["head.weight"], ["hidden.bias"]]
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="optimizer: expected one of"):
+        TrainConfig(optimizer="sgd")
