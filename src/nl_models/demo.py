@@ -54,7 +54,7 @@ class DemoSettings:
         validation_windows: windows of the validation set.
         sample_tokens: tokens to generate.
         lengths, decode_after: contexts of the profile, tokens.
-        threads: CPU threads.
+        threads: CPU threads. Two are little faster, and many times slower where another process wants a core.
         device: ``"auto"`` (CUDA when there), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         seed: of weights, data order and sampling.
     """
@@ -65,7 +65,7 @@ class DemoSettings:
     layers: int = 2
     heads: int = 2
     initializer_range: float = 0.02
-    steps: int = 300
+    steps: int = 400
     batch_size: int = 4
     sequence_length: int = 256
     hope_learning_rate: float = 6e-3
@@ -77,7 +77,7 @@ class DemoSettings:
     sample_tokens: int = 160
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
     decode_after: tuple[int, ...] = (1, 100, 1_000, 10_000)
-    threads: int = 2
+    threads: int = 1
     device: str = "auto"
     seed: int = 0
 
