@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nl_kernels.testing import relative_error
 from nl_models.optim import M3, Muon
 from tests.nl_models.optim.problems import PLAIN, PlainAdamW, groups_of, parameters, set_gradients
 
@@ -85,3 +86,22 @@ def test_equal_shapes_and_transposes_share_one_call(kind, options, monkeypatch):
     per_step = [(3, 4, 7), (1, 5, 5), (2, 3, 6)]
     # M3 orthogonalises its slow momentum in the third step, when the first window has ended.
     assert sorted(calls) == sorted(per_step * (4 if kind is M3 else 3))
+
+
+@pytest.mark.parametrize("kind", [Muon, M3])
+def test_the_dtype_of_the_products_is_an_option(kind):
+    results = {}
+    for dtype in (None, torch.float32, torch.bfloat16):
+        matrices, _ = parameters(torch.float32)
+        before = [p.detach().clone() for p in matrices]
+        options = {"frequency": 2} if kind is M3 else {}
+        optimizer = kind(matrices, lr=0.05, weight_decay=0.0, ns_dtype=dtype, **options)
+        for seed in range(4):
+            for p in matrices:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+        results[dtype] = torch.cat([(p.detach() - old).flatten() for p, old in zip(matrices, before)])
+        if kind is M3:
+            assert {s["slow_direction"].dtype for s in optimizer.state.values()} == {dtype or torch.float32}
+    assert torch.equal(results[None], results[torch.float32])  # the CPU's default
+    assert 1e-4 < relative_error(results[torch.bfloat16], results[None]) < 3e-2
