@@ -39,7 +39,7 @@ MODELS = ("hope", "transformer", "hope-attention")
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of the demo. The defaults take about four minutes on two slow cores.
+    """Sizes of the demo. The defaults take under four minutes on one slow core.
 
     Attributes:
         corpus: folder of text files; ``None``: Python's own library.
@@ -72,7 +72,7 @@ class DemoSettings:
     transformer_learning_rate: float = 4e-3
     attention_learning_rate: float = 4e-3
     warmup_steps: int = 30
-    evaluations: int = 6
+    evaluations: int = 8
     validation_windows: int = 48
     sample_tokens: int = 160
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
@@ -240,7 +240,7 @@ def main(
 ) -> None:
     """Train a small Hope and attention models of equal size on real text, generate, and compare them.
 
-    About four minutes on two cores with the defaults. Writes plots and a report (Markdown and HTML).
+    Under four minutes on one core with the defaults. Writes plots and a report (Markdown and HTML).
     """
     console = Console()
     folder = fresh_folder(output)
