@@ -106,7 +106,7 @@ def markdown_headlines(cases: Sequence[Sequence[Row]]) -> str:
             )
         body.append(
             (
-                f"`{ours['op']}`, {ours['mode']}, {shape_text(ours['shape'])}",
+                f"`{ours['op']}`: {ours['case']}, {ours['mode']}, {shape_text(ours['shape'])}",
                 significant(ours["us_per_token"]),
                 f"{significant(other['us_per_token'])} ({other['provider']})",
                 f"**{times(line.speedup)}**",

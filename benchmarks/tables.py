@@ -171,7 +171,7 @@ def plot_headlines(folder: Path, cases: Sequence[Sequence[Row]]) -> list[Path]:
         if not lines:
             continue
         labels = [
-            f"{line.ours['op']}, {line.ours['mode']}, {shape_text(line.ours['shape'])}\n"
+            f"{line.ours['op']}: {line.ours['case']}, {line.ours['mode']}, {shape_text(line.ours['shape'])}\n"
             f"against {line.other['provider']}"
             for line in lines
         ]
