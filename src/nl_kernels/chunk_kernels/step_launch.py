@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from nl_kernels.triton_support.kernel_call import KernelCall
+from nl_kernels.triton_support.tiles import power_of_two
 
 MAX_WIDTH = 128
 """Widest head that the one-token kernels take."""
@@ -20,14 +21,9 @@ MAX_TILE = 16384
 _ADVANCED = 128  # sequences whose position one program advances
 
 
-def tile_of(size: int) -> int:
-    """The tile that holds a whole width: the next power of two."""
-    return 1 << (size - 1).bit_length()
-
-
 def warps_of(*widths: int | None) -> int:
     """Warps of a program whose matrices have these widths on their sides: 16 to 32 numbers a thread."""
-    sides = sorted(tile_of(width or 1) for width in widths)
+    sides = sorted(power_of_two(width or 1) for width in widths)
     return max(1, min(16, sides[-1] * sides[-2] // 512))
 
 
@@ -37,8 +33,8 @@ def why_not(name: str, width: int, hidden: int | None, dtype: torch.dtype) -> st
         return f"{name}: the Triton kernels take bfloat16, float16 and float32, got float64"
     if width > MAX_WIDTH:
         return f"{name}: the Triton kernels take heads up to {MAX_WIDTH} wide, got {width}"
-    widest = MAX_TILE // tile_of(width)
-    if hidden is not None and tile_of(hidden) > widest:
+    widest = MAX_TILE // power_of_two(width)
+    if hidden is not None and power_of_two(hidden) > widest:
         limit = f"at heads of {width} the Triton step takes hidden layers up to {widest} wide"
         return f"weights: {limit}, got {hidden}"
     return None

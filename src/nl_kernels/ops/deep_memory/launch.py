@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
 from nl_kernels.triton_support.kernel_call import KernelCall
+from nl_kernels.triton_support.tiles import padded
 
 MAX_WIDTH = 128
 """Widest head or hidden layer that the kernels take, on any architecture."""
@@ -26,8 +28,6 @@ MAX_CHUNK = 64
 HELD_MATRIX = 4096  # numbers of a linear memory up to which the forward kernel holds it in registers
 HELD_TILE = 1024  # numbers of a chunk's hidden layer up to which the forward kernel holds it in registers
 KEPT_BYTES = 256 << 20  # of states at every chunk's start; beyond, some are recomputed
-
-_MIN_TILE = 16  # the smallest extent of a tensor-core product
 
 
 class Inputs(NamedTuple):
@@ -154,22 +154,6 @@ class Options(NamedTuple):
             checkpoint_every or 0,
             precision,
         )
-
-
-def precision_of(dtype: torch.dtype, architecture: str) -> str:
-    """How products compute for callers of ``dtype``: operands are fp32 in any case.
-
-    tf32 has the mantissa of fp16 and two bits more than bf16. fp32: three-pass tf32 on NVIDIA (about 2^-21 a
-    product, on tensor cores), plain fp32 matrix instructions on AMD.
-    """
-    if architecture.startswith("gfx"):
-        return "ieee"
-    return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
-def padded(size: int) -> int:
-    """The tile that holds a whole width."""
-    return max(_MIN_TILE, 1 << (size - 1).bit_length())
 
 
 def contiguous(tensors: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:

@@ -10,10 +10,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nl_kernels.chunk_alignment import ChunkGrid
+from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.chunk_kernels.step_launch import together
 from nl_kernels.chunk_recompute import State
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
-from nl_kernels.ops.deep_memory.launch import Inputs, Options, Results, StepInputs, precision_of
+from nl_kernels.ops.deep_memory.launch import Inputs, Options, Results, StepInputs
 from nl_kernels.ops.deep_memory.rows import run_on_rows
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
 from nl_kernels.triton_support.targets import architecture_of

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.one_token import learn, load_row, store_row
-from nl_kernels.chunk_kernels.step_launch import plan_advance, tile_of, warps_of
+from nl_kernels.chunk_kernels.step_launch import plan_advance, warps_of
 from nl_kernels.ops.deep_memory.launch import Options, StepInputs
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
+from nl_kernels.triton_support.tiles import power_of_two
 
 
 @triton.jit
@@ -122,9 +123,9 @@ def plan_step(inputs: StepInputs, options: Options) -> tuple[list[KernelCall], t
         "ERASE_OUTER": options.erase == "per_layer",
         "PROXIMAL": options.proximal,
         "BOUND": options.error_bound or 0.0,
-        "BLOCK_K": tile_of(key_dim),
-        "BLOCK_V": tile_of(value_dim),
-        "BLOCK_H": tile_of(hidden or 1),
+        "BLOCK_K": power_of_two(key_dim),
+        "BLOCK_V": power_of_two(value_dim),
+        "BLOCK_H": power_of_two(hidden or 1),
     }
     step = KernelCall(
         step_kernel,

@@ -14,11 +14,10 @@ import torch
 
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
 from nl_kernels.triton_support.kernel_call import KernelCall
+from nl_kernels.triton_support.tiles import MIN_TILE, padded, power_of_two
 
 MAX_HEAD_DIM = 256
 """Largest key or value width of a head that the kernels take."""
-
-_MIN_TILE = 16  # the smallest extent of a tensor-core product
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,7 @@ def chunk_rows(chunk_size: int, dtype: torch.dtype) -> int:
     """Tokens a kernel takes at once. The result does not depend on it, so ``chunk_size`` is a hint here:
     rounded up to a power of two from 16, and capped by what fits."""
     cap = 64 if dtype == torch.bfloat16 else 32
-    return max(_MIN_TILE, min(cap, _power_of_two(chunk_size)))
-
-
-def padded(size: int) -> int:
-    """The tile that holds a whole head width."""
-    return max(_MIN_TILE, _power_of_two(size))
+    return max(MIN_TILE, min(cap, power_of_two(chunk_size)))
 
 
 def config_of(
@@ -355,7 +349,3 @@ def _entries(
     # Of the recomputed forward, only the solve differs (it keeps the inverse).
     for call in (*forward, backward[0], *backward[2:], step):
         yield CatalogueEntry("delta_memory", " ".join(words), call)
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
 from nl_kernels.triton_support.kernel_call import KernelCall
+from nl_kernels.triton_support.tiles import padded
 
 # By architecture and by whether memories are linear: the widest head and hidden layer by length of chunks.
 _LIMITS = {
@@ -24,8 +26,6 @@ _LIMITS = {
     "sm_80": {True: {16: 64, 32: 32}, False: {16: 64}},
     "gfx942": {True: {16: 64, 32: 32}, False: {16: 32}},
 }
-
-_MIN_TILE = 16  # the smallest extent of a tensor-core product
 
 
 @dataclass(frozen=True)
@@ -145,23 +145,6 @@ class Config:
 
     num_warps: int
     resident: bool
-
-
-def precision_of(dtype: torch.dtype, architecture: str) -> str:
-    """The precision of products for inputs of ``dtype``.
-
-    States are fp32 whatever the inputs, and so are all operands: 16-bit inputs use tf32, whose mantissa is no
-    shorter than theirs; fp32 inputs use three-pass tf32 on NVIDIA (about 2^-21 a product) and plain fp32
-    matrix instructions on AMD.
-    """
-    if architecture.startswith("gfx"):
-        return "ieee"
-    return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
-def padded(size: int) -> int:
-    """The tile that holds a whole width."""
-    return max(_MIN_TILE, 1 << (size - 1).bit_length())
 
 
 def config_of(

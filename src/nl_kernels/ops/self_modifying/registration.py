@@ -12,13 +12,13 @@ import contextlib
 import torch
 from torch.autograd.function import once_differentiable
 
+from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.chunk_kernels.step_launch import together
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.self_modifying.launch import (
     Options,
     StepInputs,
     checkpoint_interval,
-    precision_of,
     step_options,
 )
 from nl_kernels.ops.self_modifying.rows import ABSENT, Placed, collect_output, collect_state, place_tokens

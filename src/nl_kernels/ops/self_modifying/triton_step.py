@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.one_token import learn, load_row, normalized, serve, store_row
-from nl_kernels.chunk_kernels.step_launch import plan_advance, tile_of, warps_of
+from nl_kernels.chunk_kernels.step_launch import plan_advance, warps_of
 from nl_kernels.ops.self_modifying.launch import Options, StepInputs
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
+from nl_kernels.triton_support.tiles import power_of_two
 
 
 @triton.jit
@@ -264,8 +265,8 @@ def plan_step(inputs: StepInputs, options: Options) -> tuple[list[KernelCall], t
         "ERASE_OUTER": options.erase == "per_layer",
         "PROXIMAL": options.proximal,
         "BOUND": options.error_bound,
-        "BLOCK_D": tile_of(width),
-        "BLOCK_H": tile_of(hidden or 1),
+        "BLOCK_D": power_of_two(width),
+        "BLOCK_H": power_of_two(hidden or 1),
     }
     arguments = {**inputs._asdict(), "o": o, "H": heads}
     step = KernelCall(

@@ -1,17 +1,29 @@
-"""One token on a GPU: as the definition, in a graph, in half precision."""
+"""One token of either chunked memory on a GPU: as the definition, in a graph, in half precision."""
 
 import pytest
 import torch
 
-from nl_kernels import deep_memory as op
-from nl_kernels import deep_memory_step as step
-from nl_kernels.testing import deep_memory_inputs as make
-from nl_kernels.testing import tensors_of
+import nl_kernels
+from nl_kernels.testing import deep_memory_inputs, self_modifying_inputs, tensors_of
 from tests.nl_kernels.chunked_memories import assert_same, cast, tokens
 
 pytestmark = pytest.mark.gpu
 
+OPS = {
+    "deep_memory": (nl_kernels.deep_memory, nl_kernels.deep_memory_step, deep_memory_inputs),
+    "self_modifying_memory": (
+        nl_kernels.self_modifying_memory,
+        nl_kernels.self_modifying_memory_step,
+        self_modifying_inputs,
+    ),
+}
 SHARED = ("weights", "rate_max", "rate_bias", "retention_bias")
+
+
+@pytest.fixture(params=OPS)
+def memory(request):
+    """An op, its step, and what makes inputs of both."""
+    return OPS[request.param]
 
 
 def move(value):
@@ -29,7 +41,8 @@ def token(inputs, t):
 @pytest.mark.parametrize("hidden", [None, 64, 128], ids=["linear", "64", "128"])
 @pytest.mark.parametrize("width", [40, 64, 128])
 @pytest.mark.parametrize("momentum", [False, True], ids=["", "momentum"])
-def test_steps_equal_the_definition(width, hidden, momentum):
+def test_steps_equal_the_definition(memory, width, hidden, momentum):
+    op, step, make = memory
     inputs = make(3, 40, 4, width, hidden, momentum=momentum)
     options = {"chunk_size": 8, "read": "running"}
     wide = cast(inputs, torch.float64)
@@ -44,8 +57,9 @@ def test_steps_equal_the_definition(width, hidden, momentum):
 
 
 @pytest.mark.parametrize("hidden", [None, 64], ids=["linear", "two-layer"])
-def test_in_a_graph(hidden):
+def test_in_a_graph(memory, hidden):
     """Positions advance, and snapshots are taken, from replay to replay, at fixed addresses."""
+    op, step, make = memory
     inputs = move(make(2, 24, 4, 64, hidden))
     options = {"chunk_size": 4, "read": "running"}
     _, start = op(**tokens(inputs, 0, 2), **options, impl="eager", output_final_state=True)
@@ -70,7 +84,8 @@ def test_in_a_graph(hidden):
     assert state.position.tolist() == expected.position.tolist()
 
 
-def test_half_precision_is_the_default_on_a_gpu():
+def test_half_precision_is_the_default_on_a_gpu(memory):
+    op, step, make = memory
     inputs = move(cast(make(2, 12, 4, 64, None), torch.bfloat16))
     options = {"chunk_size": 4, "read": "running"}
     _, state = op(**tokens(inputs, 0, 3), **options, impl="eager", output_final_state=True)
