@@ -11,8 +11,8 @@ import torch
 
 from nl_kernels.ops.self_modifying import launch
 from nl_kernels.ops.self_modifying.triton_forward import forward_kernel, kept_states, kernel_arguments
-from nl_kernels.ops.self_modifying.triton_linear import linear_backward_kernel
-from nl_kernels.ops.self_modifying.triton_two_layer import two_layer_backward_kernel
+from nl_kernels.ops.self_modifying.triton_linear_backward import linear_backward_kernel
+from nl_kernels.ops.self_modifying.triton_two_layer_backward import two_layer_backward_kernel
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
 from nl_kernels.triton_support.targets import architecture_of
 

@@ -291,9 +291,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("source", "mistake"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_in_any_gradient_is_seen(source, mistake, tmp_path, monkeypatch):
-    from nl_kernels.ops.self_modifying import triton_backward, triton_linear
+    from nl_kernels.ops.self_modifying import triton_backward, triton_linear_backward
 
-    text = inspect.getsource(triton_linear)
+    text = inspect.getsource(triton_linear_backward)
     assert source in text
     path = tmp_path / "mistaken.py"
     path.write_text(text.replace(source, mistake))
