@@ -1,0 +1,71 @@
+"""The fast weights of a converted model: what each sequence has added to the weights of the MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class LayerFastWeights(NamedTuple):
+    """What is added to the weights of the first n hidden units of one MLP, for each of B sequences.
+
+    fp32, or fp64 for a model in fp64. Changes rather than weights: a bf16 weight would round most steps away,
+    and what stands on the model's own path (adapters, quantised weights) keeps working.
+    """
+
+    up: torch.Tensor  # [B, n, D]
+    down: torch.Tensor  # [B, D, n]
+    gate: torch.Tensor | None  # [B, n, D]; None for an MLP without a gate
+
+
+class FastWeights:
+    """The fast weights of all layers, for B sequences. Never changed in place: a step makes new ones.
+
+    A plain class on purpose: what wraps modules (FSDP2) casts tensors that it finds in containers.
+
+    Args:
+        layers: one for each decoder layer; ``None`` where the MLP has no levels.
+    """
+
+    def __init__(self, layers: Sequence[LayerFastWeights | None]):
+        self.layers = tuple(layers)
+        sizes = {tensor.shape[0] for layer in self.layers for tensor in layer or () if tensor is not None}
+        if len(sizes) != 1:
+            raise ValueError(f"layers: expected tensors of one batch size, got {sorted(sizes)}")
+        self.batch_size = sizes.pop()
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> FastWeights:
+        """``function`` of every tensor."""
+        return FastWeights(
+            None if layer is None else LayerFastWeights(*(None if t is None else function(t) for t in layer))
+            for layer in self.layers
+        )
+
+    def select(self, rows: torch.Tensor) -> FastWeights:
+        """The sequences ``rows`` (int64, any number of times)."""
+        return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raise ``ValueError`` unless ``batch_size`` rows can be served (see :func:`fast_product`)."""
+        if batch_size % self.batch_size:
+            raise ValueError(
+                f"fast_weights: those of {self.batch_size} sequences cannot serve a batch of {batch_size}; "
+                "expected one for each row, or for each of equally many rows that follow one another"
+            )
+
+
+def fast_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x [N, T, in]`` times the weight ``[B, out, in]`` of its sequence, in the dtype of ``x``.
+
+    ``N = B r``: r rows that follow one another share a sequence's weights, as beams of one prompt do.
+    """
+    rows = x.reshape(weight.shape[0], -1, x.shape[-1])
+    return (rows @ weight.to(x.dtype).mT).view(*x.shape[:-1], weight.shape[1])
+
+
+def add_to_first(y: torch.Tensor, addition: torch.Tensor) -> torch.Tensor:
+    """``y [.., H]`` with ``addition [.., n]`` added to its first n units."""
+    return y + F.pad(addition, (0, y.shape[-1] - addition.shape[-1]))

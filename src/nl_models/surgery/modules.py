@@ -1,0 +1,176 @@
+"""What turns a family's modules into those of a converted model: mixins, one for each kind of module."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from transformers.cache_utils import Cache
+
+from nl_models.surgery.cache import ContinuumCache
+from nl_models.surgery.fast_weights import FastWeights, LayerFastWeights, add_to_first, fast_product
+
+
+class ContinuumMLP:
+    """An MLP whose first hidden units have fast weights while a layer serves a call with them.
+
+    ``y = down σ(up x)``, every matrix with its sequence's fast weights added. Between two steps the levels are
+    one product: Eq. 74's sum over levels, Σ_ℓ down_ℓ σ(up_ℓ x), is the product over all units. Without fast
+    weights the family's own forward runs.
+    """
+
+    parts: ClassVar[dict[str, str]]
+    """Names of the linear modules of "up", "down" and, with a gate, "gate"."""
+
+    fast: LayerFastWeights | None = None
+
+    def linear(self, part: str, x: torch.Tensor) -> torch.Tensor:
+        """The module of ``part`` on ``x``, whatever it is by now, and the fast weights on top."""
+        y = self.get_submodule(self.parts[part])(x)
+        weight = getattr(self.fast, part)
+        if part == "down":
+            return y + fast_product(x[..., : weight.shape[2]], weight)
+        return add_to_first(y, fast_product(x, weight))
+
+
+class GatedContinuumMLP(ContinuumMLP):
+    """``down(act(gate x) ∘ up x)``, as in Llama and Qwen."""
+
+    parts: ClassVar = {"up": "up_proj", "down": "down_proj", "gate": "gate_proj"}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [B, T, D]`` to the same."""
+        if self.fast is None:
+            return super().forward(x)
+        return self.linear("down", self.act_fn(self.linear("gate", x)) * self.linear("up", x))
+
+
+class PlainContinuumMLP(ContinuumMLP):
+    """``down(act(up x))``, as in GPT-2 and GPT-NeoX, with their biases and GPT-2's dropout."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [B, T, D]`` to the same."""
+        if self.fast is None:
+            return super().forward(x)
+        y = self.linear("down", self.act(self.linear("up", x)))
+        return self.dropout(y) if hasattr(self, "dropout") else y
+
+
+class ContinuumDecoderLayer:
+    """A decoder layer that hands its MLP the fast weights of the call.
+
+    A function of its arguments, so that activation checkpointing may replay it.
+    """
+
+    layer_index: int
+
+    def forward(self, hidden_states, *args, fast_weights: FastWeights | None = None, **kwargs):
+        """The family's forward, with ``fast_weights`` of the whole model, or ``None``."""
+        fast = None if fast_weights is None else fast_weights.layers[self.layer_index]
+        if fast is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        self.mlp.fast = fast
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            self.mlp.fast = None
+
+
+class ContinuumBackbone:
+    """The model without its output layer: finds the fast weights of a call."""
+
+    layers_name: ClassVar[str] = "layers"
+    layer_class: ClassVar[type]
+    mlp_class: ClassVar[type]
+
+    def __init__(self, config):
+        super().__init__(config)
+        # The layers stay the objects that the family built, with classes of a converted model.
+        for index, layer in enumerate(self.decoder_layers()):
+            layer.__class__ = self.layer_class
+            layer.layer_index = index
+            layer.mlp.__class__ = self.mlp_class
+
+    def decoder_layers(self) -> torch.nn.ModuleList:
+        """The decoder layers in order."""
+        return getattr(self, self.layers_name)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        *,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        fast_weights: FastWeights | None = None,
+        **kwargs,
+    ):
+        """The family's forward with the fast weights given, else those in the cache, else none.
+
+        Raises:
+            TypeError: ``fast_weights`` of another type.
+            ValueError: fast weights for another number of layers, or that cannot serve the batch.
+        """
+        if fast_weights is None and isinstance(past_key_values, ContinuumCache):
+            fast_weights = past_key_values.fast_weights
+        if fast_weights is not None:
+            self._check(fast_weights, input_ids if inputs_embeds is None else inputs_embeds)
+            kwargs["fast_weights"] = fast_weights
+            replaying = self.training and self.gradient_checkpointing
+            if past_key_values is None and not replaying:
+                if self.config.use_cache if use_cache is None else use_cache:
+                    past_key_values = ContinuumCache(self.config, fast_weights)
+        return super().forward(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _check(self, fast_weights: FastWeights, inputs: torch.Tensor) -> None:
+        if not isinstance(fast_weights, FastWeights):
+            raise TypeError(f"fast_weights: expected FastWeights, got {type(fast_weights).__name__}")
+        if len(fast_weights.layers) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"fast_weights: expected those of {self.config.num_hidden_layers} layers, "
+                f"got {len(fast_weights.layers)}"
+            )
+        fast_weights.check_batch(inputs.shape[0])
+
+
+class ContinuumCausalLM:
+    """A converted language model. ``fast_weights`` go to ``forward`` by that name, or come with the cache."""
+
+    backbone_class: ClassVar[type]
+
+    def __init__(self, config):
+        super().__init__(config)
+        # transformers notes at construction which outputs of a model it can record: no class swap here.
+        setattr(self, self.base_model_prefix, self.backbone_class(config))
+        self.post_init()
+
+    def initial_fast_weights(self, batch_size: int = 1) -> FastWeights:
+        """Fast weights before any step: zeros, for ``batch_size`` sequences.
+
+        Raises:
+            ValueError: no MLP of this model has levels.
+        """
+        units = self.config.level_units()
+        if not units:
+            raise ValueError("initial_fast_weights: this model's MLPs have no levels")
+        learned, width = units[-1].stop, self.config.hidden_size
+        layers: list[LayerFastWeights | None] = []
+        for index, layer in enumerate(self.base_model.decoder_layers()):
+            if index not in self.config.continuum_layers:
+                layers.append(None)
+                continue
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            device = next(layer.mlp.parameters()).device
+
+            def zeros(*shape: int, dtype=dtype, device=device) -> torch.Tensor:
+                return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
+
+            gate = zeros(learned, width) if "gate" in layer.mlp.parts else None
+            layers.append(LayerFastWeights(zeros(learned, width), zeros(width, learned), gate))
+        return FastWeights(layers)
