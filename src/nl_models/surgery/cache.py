@@ -40,13 +40,12 @@ class ContinuumCache(DynamicCache):
             return
         before = self.layers[0].keys.shape[0]
         shared = before // fast.batch_size
-        sequences = rows // shared
         if shared == 1:
             self.fast_weights = fast.select(rows)
-        elif len(rows) != before or bool(
-            (sequences != torch.arange(before, device=rows.device) // shared).any()
-        ):
+            return
+        own = torch.arange(before, device=rows.device) // shared
+        if len(rows) != before or bool((rows // shared != own).any()):
             raise ValueError(
-                f"rows: {shared} rows share the fast weights of each of {fast.batch_size} sequences; they may "
+                f"rows: {shared} share the fast weights of each of {fast.batch_size} sequences; they may "
                 f"change places among themselves only, got {rows.tolist()}"
             )

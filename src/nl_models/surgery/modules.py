@@ -14,9 +14,9 @@ from nl_models.surgery.fast_weights import FastWeights, LayerFastWeights, add_to
 class ContinuumMLP:
     """An MLP whose first hidden units have fast weights while a layer serves a call with them.
 
-    ``y = down σ(up x)``, every matrix with its sequence's fast weights added. Between two steps the levels are
-    one product: Eq. 74's sum over levels, Σ_ℓ down_ℓ σ(up_ℓ x), is the product over all units. Without fast
-    weights the family's own forward runs.
+    ``y = down σ(up x)``, every matrix with its sequence's fast weights added. Between two steps the levels
+    are one product: Eq. 74's sum over levels, Σ_ℓ down_ℓ σ(up_ℓ x), is the product over all units. Without
+    fast weights the family's own forward runs.
     """
 
     parts: ClassVar[dict[str, str]]
@@ -116,10 +116,10 @@ class ContinuumBackbone:
         if fast_weights is not None:
             self._check(fast_weights, input_ids if inputs_embeds is None else inputs_embeds)
             kwargs["fast_weights"] = fast_weights
-            replaying = self.training and self.gradient_checkpointing
-            if past_key_values is None and not replaying:
-                if self.config.use_cache if use_cache is None else use_cache:
-                    past_key_values = ContinuumCache(self.config, fast_weights)
+            wants_cache = self.config.use_cache if use_cache is None else use_cache
+            checkpointing = self.training and self.gradient_checkpointing  # keeps no cache
+            if past_key_values is None and wants_cache and not checkpointing:
+                past_key_values = ContinuumCache(self.config, fast_weights)
         return super().forward(
             input_ids=input_ids,
             past_key_values=past_key_values,

@@ -1,4 +1,4 @@
-"""A converted model is the model it came from until something is learned, and then has weights per sequence."""
+"""A converted model is its source until something is learned, and then has weights for each sequence."""
 
 import copy
 
