@@ -28,6 +28,8 @@ ALLOWED = REQUIRED | {
     "eager_linear.py",
     "coefficients.py",
     "stack.py",
+    "update.py",
+    "orthogonal.py",
 }
 
 

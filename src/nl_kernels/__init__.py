@@ -1,7 +1,13 @@
 """Kernels of Nested Learning: functions on tensors, with no modules and no state of their own."""
 
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
-from nl_kernels.ops.continuum import ContinuumLevel, ContinuumLevelState, ContinuumState, continuum_memory
+from nl_kernels.ops.continuum import (
+    ContinuumLevel,
+    ContinuumLevelState,
+    ContinuumState,
+    continuum_memory,
+    continuum_update,
+)
 from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory, deep_memory_step
 from nl_kernels.ops.delta_memory import chunk_gated_delta_rule, delta_memory, delta_memory_step
 from nl_kernels.ops.newton_schulz import newton_schulz, optimal_coefficients
@@ -27,6 +33,7 @@ __all__ = [
     "__version__",
     "chunk_gated_delta_rule",
     "continuum_memory",
+    "continuum_update",
     "deep_memory",
     "deep_memory_step",
     "delta_memory",

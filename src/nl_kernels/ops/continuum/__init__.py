@@ -2,5 +2,12 @@
 
 from nl_kernels.ops.continuum.api import continuum_memory
 from nl_kernels.ops.continuum.state import ContinuumLevel, ContinuumLevelState, ContinuumState
+from nl_kernels.ops.continuum.update import continuum_update
 
-__all__ = ["ContinuumLevel", "ContinuumLevelState", "ContinuumState", "continuum_memory"]
+__all__ = [
+    "ContinuumLevel",
+    "ContinuumLevelState",
+    "ContinuumState",
+    "continuum_memory",
+    "continuum_update",
+]

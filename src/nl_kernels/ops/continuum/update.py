@@ -1,0 +1,152 @@
+"""One step of one fast weight by a rule, from what a chunk's backward pass yields."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nl_kernels.checks import check_choice, check_range, check_tensor
+from nl_kernels.ops.continuum.orthogonal import orthogonalised
+
+UPDATE_RULES = ("sgd", "dgd", "momentum", "muon")
+_WITH_MOMENTUM = ("momentum", "muon")
+
+
+def continuum_update(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    *,
+    rule: str,
+    gram: torch.Tensor | None = None,
+    inputs: torch.Tensor | None = None,
+    rates: torch.Tensor | None = None,
+    momentum: torch.Tensor | None = None,
+    momentum_decay: float = 0.9,
+    norms: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight of a linear layer after one step on a chunk (Nested Learning, arXiv 2512.24695, Eq. 71).
+
+    With the layer's inputs x_t, its output gradients δ_t, rates η_t, and G = Σ_t η_t δ_t x_tᵀ::
+
+        sgd        W − G
+        dgd        (W − G) (I + Σ_t η_t x_t x_tᵀ)⁻¹
+        momentum   M ← decay·M + G,  W − M
+        muon       M ← decay·M + G,  W − (‖M‖_F / ‖O‖_F) O  with O = newton_schulz(M)
+
+    Muon's step evens out M's singular values and keeps its Frobenius norm, so it has M's root mean square:
+    it follows the rates as the other rules' steps do, and a rank-one M is stepped by as it is.
+    Differentiable in every tensor; muon's step once.
+
+    Args:
+        weight: W [.., out, in], fp32 or fp64; leading dimensions (sequences) as the gradient's, or such that
+            they broadcast to them.
+        gradient: G [.., out, in], rates included.
+        rule: ``"sgd"``, ``"dgd"``, ``"momentum"`` or ``"muon"``.
+        gram: of dgd: Σ_t η_t x_t x_tᵀ [.., in, in]; or
+        inputs, rates: of dgd: x_t [.., N, in] and η_t [.., N], ≥ 0, which take the smaller of the two solves.
+        momentum: M [.., out, in] of ``momentum`` and ``muon`` from the step before; None: zero.
+        momentum_decay: in [0, 1).
+        norms: [out] or [.., out], the Euclidean norm that each row gets back after the step (LaCT,
+            arXiv 2505.23884); rows of zeros stay. None: rows are as the step leaves them.
+
+    Returns:
+        The new weight, and the new momentum or None for a rule without.
+
+    Raises:
+        TypeError: an argument that is no tensor, or of another dtype than ``weight``.
+        ValueError: another shape, device or value than said, or an argument that the rule does not take.
+    """
+    _check(weight, gradient, rule, gram, inputs, rates, momentum, momentum_decay, norms)
+    if rule in _WITH_MOMENTUM:
+        momentum = gradient if momentum is None else torch.add(gradient, momentum, alpha=momentum_decay)
+    step = momentum if rule == "momentum" else evened_out(momentum) if rule == "muon" else gradient
+    new = weight - step
+    if rule == "dgd":
+        new = _erased(new, gram, inputs, rates)
+    return new if norms is None else with_row_norms(new, norms), momentum
+
+
+def evened_out(momentum: torch.Tensor) -> torch.Tensor:
+    """Muon's step: ``newton_schulz(M)`` with the Frobenius norm of each M [.., out, in]."""
+    direction = orthogonalised(momentum)
+    norm, length = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (momentum, direction))
+    return direction * (norm / torch.where(length > 0, length, 1.0))
+
+
+def with_row_norms(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Every row of ``weight`` [.., out, in] scaled to its norm in [.., out]; rows of zeros as they are."""
+    length = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+    return weight * (norms[..., None] / torch.where(length > 0, length, 1.0))
+
+
+def _erased(
+    weight: torch.Tensor, gram: torch.Tensor | None, inputs: torch.Tensor | None, rates: torch.Tensor | None
+) -> torch.Tensor:
+    """``A (I + Xᵀ D X)⁻¹``, which is ``A − (A Xᵀ) (I + D X Xᵀ)⁻¹ D X``. No square root of the rates: its
+    derivative at 0 is infinite."""
+    if gram is None:
+        rated = inputs * rates[..., None]
+        tokens, width = inputs.shape[-2:]
+        if tokens < width:
+            eye = torch.eye(tokens, dtype=inputs.dtype, device=inputs.device)
+            return weight - weight @ inputs.mT @ torch.linalg.solve(eye + rated @ inputs.mT, rated)
+        gram = inputs.mT @ rated
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(eye + gram, weight, left=False)
+
+
+def _check(weight, gradient, rule, gram, inputs, rates, momentum, momentum_decay, norms) -> None:
+    check_choice("rule", rule, UPDATE_RULES)
+    _check_matrix("gradient", gradient)
+    _check_matrix("weight", weight)
+    *leading, out, width = gradient.shape
+    if not _broadcasts(weight.shape, gradient.shape) or weight.shape[-2:] != gradient.shape[-2:]:
+        raise ValueError(
+            f"weight: expected shape {tuple(gradient.shape)}, the gradient's, or one that broadcasts to it, "
+            f"got {tuple(weight.shape)}"
+        )
+    _check_like("gradient", gradient, gradient.shape, weight)
+    given = [name for name, x in (("gram", gram), ("inputs", inputs), ("rates", rates)) if x is not None]
+    if rule == "dgd":
+        if given not in (["gram"], ["inputs", "rates"]):
+            raise ValueError(f"gram: dgd needs either gram, or inputs with rates, got {given or None}")
+    elif given:
+        raise ValueError(f"{given[0]}: of rule 'dgd' only, got it with {rule!r}")
+    if gram is not None:
+        _check_like("gram", gram, (*leading, width, width), weight)
+    if inputs is not None:
+        if not isinstance(inputs, torch.Tensor) or inputs.ndim < 2:
+            raise ValueError(f"inputs: expected a tensor of shape {(*leading, 'N', width)}")
+        tokens = inputs.shape[-2]
+        _check_like("inputs", inputs, (*leading, tokens, width), weight)
+        _check_like("rates", rates, (*leading, tokens), weight)
+        if rates.device.type == "cpu":  # reading them on an accelerator would wait for the device
+            check_range("rates", rates, 0.0, float("inf"), closed_high=False)
+    if momentum is not None:
+        if rule not in _WITH_MOMENTUM:
+            raise ValueError(f"momentum: of rules {_WITH_MOMENTUM} only, got it with {rule!r}")
+        _check_like("momentum", momentum, gradient.shape, weight)
+    if not 0 <= momentum_decay < 1:
+        raise ValueError(f"momentum_decay: expected a number in [0, 1), got {momentum_decay!r}")
+    if norms is not None:
+        _check_like("norms", norms, (out,) if getattr(norms, "ndim", 0) == 1 else (*leading, out), weight)
+
+
+def _check_matrix(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float32 or float64, in which steps add up, got {value.dtype}")
+    if value.ndim < 2:
+        raise ValueError(f"{name}: expected shape [.., out, in], got {tuple(value.shape)}")
+
+
+def _check_like(name: str, value: object, shape: Sequence[int], weight: torch.Tensor) -> None:
+    check_tensor(name, value, shape, like=weight)
+    if value.dtype != weight.dtype:
+        raise TypeError(f"{name}: expected {weight.dtype}, the weight's, got {value.dtype}")
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to)))
