@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -45,9 +46,10 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise
 
 
-def remove_incomplete(folder: Path) -> None:
-    """Remove what killed processes left half written in ``folder`` (see :func:`new_directory`)."""
-    for left_over in Path(folder).glob(f"{_TEMPORARY_PREFIX}*"):
+def remove_incomplete(folder: Path, *, name: str | None = None) -> None:
+    """Remove what killed processes left half written in ``folder``: all, or only of the file ``name``."""
+    of_name = "" if name is None else f"{glob.escape(name)}-"
+    for left_over in Path(folder).glob(f"{_TEMPORARY_PREFIX}{of_name}*"):
         if left_over.is_dir():
             shutil.rmtree(left_over, ignore_errors=True)
         else:

@@ -21,7 +21,7 @@ from nl_kernels import (
     SelfModifyingState,
 )
 from nl_models.layers.attention import AttentionState
-from nl_models.layers.state import State, map_state, state_tensors
+from nl_models.layers.state import State, describe_state, map_state, rebuild_state, state_tensors
 
 if TYPE_CHECKING:
     from nl_models.hope.configuration_hope import HopeConfig
@@ -162,7 +162,7 @@ class HopeCache(Cache):
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to a safetensors file; the file appears whole or not at all."""
         tensors: dict[str, torch.Tensor] = {}
-        structure = [_describe(layer.state, str(i), tensors) for i, layer in enumerate(self.layers)]
+        structure = [describe_state(layer.state, str(i), tensors) for i, layer in enumerate(self.layers)]
         metadata = {
             "format": FILE_FORMAT,
             "fingerprint": self.fingerprint,
@@ -208,30 +208,7 @@ class HopeCache(Cache):
                 seen, structure = json.loads(metadata["seen"]), json.loads(metadata["structure"])
                 for layer, tokens, description in zip(cache.layers, seen, structure, strict=True):
                     if description is not None:
-                        layer.commit(_rebuild(description, file), tokens)
+                        layer.commit(rebuild_state(description, file.get_tensor, STATE_TYPES), tokens)
         except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"path: {path} is truncated or no saved HopeCache: {error}") from error
         return cache
-
-
-def _describe(state: State, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """The structure of ``state`` as JSON: a tensor is its name, to which ``tensors`` is extended."""
-    if state is None:
-        return None
-    if isinstance(state, torch.Tensor):
-        # A copy: safetensors writes no views, and no two names for the same memory.
-        tensors[name] = state.detach().clone(memory_format=torch.contiguous_format)
-        return name
-    parts = [_describe(part, f"{name}.{i}", tensors) for i, part in enumerate(state)]
-    return {"type": type(state).__name__, "parts": parts} if hasattr(state, "_fields") else parts
-
-
-def _rebuild(description: Any, file: Any) -> State:
-    if description is None:
-        return None
-    if isinstance(description, str):
-        return file.get_tensor(description)
-    if isinstance(description, list):
-        return tuple(_rebuild(part, file) for part in description)
-    parts = [_rebuild(part, file) for part in description["parts"]]
-    return STATE_TYPES[description["type"]](*parts)

@@ -1,0 +1,152 @@
+"""The fast parameters of a converted model: the levels of its MLPs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from nl_models.continual.fast_parameters import Context, FastParameter, FastParameters, ModelOutput
+from nl_models.surgery import ContinuumCache, FastWeights, LayerFastWeights
+
+
+class ConvertedParameters(FastParameters):
+    """See :class:`FastParameters`; the model is one that ``convert_mlp_to_continuum`` gave."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.units = model.config.level_units()
+        if not self.units:
+            raise ValueError("model: its MLPs have no levels; convert it with convert_mlp_to_continuum")
+        self.chunk_sizes = tuple(units.chunk_size for units in self.units)
+        self._mlps = {
+            index: layer.mlp
+            for index, layer in enumerate(model.base_model.decoder_layers())
+            if index in model.config.continuum_layers
+        }
+        self._places: dict[str, tuple[int, int, str]] = {}
+        parameters = []
+        for layer, mlp in self._mlps.items():
+            for level in range(len(self.units)):
+                for part in mlp.parts:
+                    name = f"layers.{layer}.levels.{level}.{part}"
+                    read = f"{layer}.{level}.hidden" if part == "down" else f"{layer}.inner"
+                    self._places[name] = (layer, level, part)
+                    parameters.append(FastParameter(name, level, read))
+        self.parameters = tuple(parameters)
+
+    def weight(self, parameter: FastParameter) -> torch.Tensor:
+        layer, level, part = self._places[parameter.name]
+        units, mlp = self.units[level], self._mlps[layer]
+        weight = matrix_of(mlp.get_submodule(mlp.parts[part]))
+        rows = weight[:, units.start : units.stop] if part == "down" else weight[units.start : units.stop]
+        return rows.to(self.dtype)
+
+    def fast_weights(self, changes: Mapping[str, torch.Tensor]) -> FastWeights:
+        """The changes as the model takes them."""
+        layers: list[LayerFastWeights | None] = [None] * self.model.config.num_hidden_layers
+        for index, mlp in self._mlps.items():
+            joined = {
+                part: torch.cat(
+                    [changes[f"layers.{index}.levels.{level}.{part}"] for level in range(len(self.units))],
+                    dim=2 if part == "down" else 1,
+                )
+                for part in mlp.parts
+            }
+            layers[index] = LayerFastWeights(joined["up"], joined["down"], joined.get("gate"))
+        return FastWeights(layers)
+
+    def run(
+        self,
+        changes: Mapping[str, torch.Tensor],
+        ids: torch.Tensor,
+        context: Context,
+        *,
+        keep_inputs: bool = False,
+    ) -> ModelOutput:
+        cache = ContinuumCache(self.model.config) if context is None else _shallow_copy(context)
+        inputs: dict[str, torch.Tensor] = {}
+        hooks = self._watch(inputs) if keep_inputs else []
+        try:
+            output = self.model(
+                input_ids=ids,
+                fast_weights=self.fast_weights(changes),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return ModelOutput(output.logits, cache, inputs)
+
+    def _watch(self, inputs: dict[str, torch.Tensor]) -> list:
+        """Hooks that keep what the MLPs' matrices multiply, by input name."""
+        hooks = []
+        for index, mlp in self._mlps.items():
+
+            def inner(module, arguments, index=index):
+                inputs[f"{index}.inner"] = arguments[0].to(self.dtype)
+
+            def hidden(module, arguments, index=index):
+                for level, units in enumerate(self.units):
+                    inputs[f"{index}.{level}.hidden"] = arguments[0][..., units.start : units.stop].to(
+                        self.dtype
+                    )
+
+            hooks.append(mlp.get_submodule(mlp.parts["up"]).register_forward_pre_hook(inner))
+            hooks.append(mlp.get_submodule(mlp.parts["down"]).register_forward_pre_hook(hidden))
+        return hooks
+
+    def generate(
+        self, changes: Mapping[str, torch.Tensor], ids: torch.Tensor, options: Mapping[str, Any]
+    ) -> torch.Tensor:
+        cache = ContinuumCache(self.model.config, self.fast_weights(changes))
+        options = {"attention_mask": torch.ones_like(ids), **options}
+        return self.model.generate(ids, past_key_values=cache, **options)
+
+    def detach(self, context: Context) -> Context:
+        cache = _shallow_copy(context)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.detach().contiguous(), layer.values.detach().contiguous()
+        return cache
+
+    def describe_context(self, context: Context) -> tuple[Any, dict[str, torch.Tensor]]:
+        tensors, seen = {}, []
+        for index, layer in enumerate(context.layers):
+            tensors |= {f"{index}.keys": layer.keys, f"{index}.values": layer.values}
+            seen.append(layer.get_seq_length())
+        return seen, tensors
+
+    def rebuild_context(self, description: Any, tensors: Mapping[str, torch.Tensor]) -> Context:
+        cache = ContinuumCache(self.model.config)
+        for index, (layer, seen) in enumerate(zip(cache.layers, description, strict=True)):
+            keys, values = tensors[f"{index}.keys"], tensors[f"{index}.values"]
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            if layer.is_sliding:
+                layer.cumulative_length = seen
+        return cache
+
+
+def matrix_of(module: nn.Module) -> torch.Tensor:
+    """The weight ``[out, in]`` that a linear module applies, adapters and all."""
+    if type(module) is nn.Linear:
+        return module.weight
+    if type(module) is Conv1D:
+        return module.weight.T
+    # Whatever it is by now (LoRA, a quantised layer), what it does to the unit vectors is its matrix.
+    width = module.in_features
+    parameter = next(p for p in module.parameters() if p.is_floating_point())
+    vectors = torch.eye(width, dtype=parameter.dtype, device=parameter.device)
+    return (module(vectors) - module(torch.zeros_like(vectors[:1]))).T
+
+
+def _shallow_copy(cache: ContinuumCache) -> ContinuumCache:
+    """Another cache with the same tensors, which its updates replace and do not modify."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied

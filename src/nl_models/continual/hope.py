@@ -1,0 +1,170 @@
+"""The fast parameters of Hope: the levels of its continuum memories that do not step by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from nl_models.continual.fast_parameters import Context, FastParameter, FastParameters, ModelOutput
+from nl_models.hope import HopeForCausalLM
+from nl_models.hope.cache_hope import STATE_TYPES, HopeCache
+from nl_models.layers.continuum import ContinuumMemory
+from nl_models.layers.state import describe_state, rebuild_state
+
+
+class HopeParameters(FastParameters):
+    """See :class:`FastParameters`; sequences run one after the other, each with parameters of its own."""
+
+    def __init__(self, model: HopeForCausalLM):
+        self.model = model
+        levels = model.config.make_continuum_levels()
+        places = [i for i, level in enumerate(levels) if level.chunk_size is not None and not level.steps]
+        if not places:
+            raise ValueError(
+                "model: every level of its continuum memory is static or steps by itself; "
+                "give those that the learner shall step a chunk_size and max_rate=0"
+            )
+        self.chunk_sizes = tuple(levels[place].chunk_size for place in places)
+        self._parts: dict[str, nn.Parameter] = {}
+        self._names: dict[str, str] = {}
+        parameters = []
+        for layer, block in enumerate(model.model.layers):
+            for level, place in enumerate(places):
+                memory = block.continuum.levels[place]
+                for part in ("up", "down", "gate"):
+                    if getattr(memory, part) is None:
+                        continue
+                    name = f"layers.{layer}.levels.{level}.{part}"
+                    read = f"{layer}.{place}.{'hidden' if part == 'down' else 'inner'}"
+                    self._parts[name] = getattr(memory, part)
+                    self._names[name] = f"model.layers.{layer}.continuum.levels.{place}.{part}"
+                    parameters.append(FastParameter(name, level, read))
+        self.parameters = tuple(parameters)
+
+    def weight(self, parameter: FastParameter) -> torch.Tensor:
+        return self._parts[parameter.name].to(self.dtype)
+
+    def _of_row(self, changes: Mapping[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+        return {
+            self._names[name]: (weight + changes[name][row]).to(weight.dtype)
+            for name, weight in self._parts.items()
+        }
+
+    def run(
+        self,
+        changes: Mapping[str, torch.Tensor],
+        ids: torch.Tensor,
+        context: Context,
+        *,
+        keep_inputs: bool = False,
+    ) -> ModelOutput:
+        shared = len(ids) // len(next(iter(changes.values())))
+        logits, caches, kept = [], [], []
+        for row, row_ids in enumerate(ids.split(shared)):
+            cache = HopeCache(self.model.config)
+            if context is not None:
+                for layer, before in zip(cache.layers, context[row].layers, strict=True):
+                    layer.commit(before.state, before.seen)
+            inputs: dict[str, torch.Tensor] = {}
+            hooks = self._watch(inputs) if keep_inputs else []
+            try:
+                output = functional_call(
+                    self.model,
+                    self._of_row(changes, row),
+                    kwargs={"input_ids": row_ids, "past_key_values": cache},
+                )
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            logits.append(output.logits)
+            caches.append(cache)
+            kept.append(inputs)
+        joined = {name: torch.cat([inputs[name] for inputs in kept]) for name in kept[0]}
+        return ModelOutput(torch.cat(logits), caches, joined)
+
+    def _watch(self, inputs: dict[str, torch.Tensor]) -> list:
+        """Hooks that compute what the matrices of every level multiply, by input name."""
+        hooks = []
+        for index, block in enumerate(self.model.model.layers):
+
+            def watch(module: ContinuumMemory, arguments, index=index):
+                for place, inner, hidden in _level_inputs(module, arguments[0]):
+                    inputs[f"{index}.{place}.inner"] = inner.to(self.dtype)
+                    inputs[f"{index}.{place}.hidden"] = hidden.to(self.dtype)
+
+            hooks.append(block.continuum.register_forward_pre_hook(watch))
+        return hooks
+
+    def generate(
+        self, changes: Mapping[str, torch.Tensor], ids: torch.Tensor, options: Mapping[str, Any]
+    ) -> torch.Tensor:
+        shared = len(ids) // len(next(iter(changes.values())))
+        mask = options.get("attention_mask", torch.ones_like(ids))
+        rows = []
+        for row, (row_ids, row_mask) in enumerate(zip(ids.split(shared), mask.split(shared), strict=True)):
+            weights = {f"model.{name}": weight for name, weight in self._of_row(changes, row).items()}
+            arguments = (row_ids, {**options, "attention_mask": row_mask})
+            rows.append(functional_call(_Generation(self.model), weights, arguments))
+        longest = max(row.shape[1] for row in rows)
+        padding = options.get("pad_token_id", self.model.generation_config.pad_token_id) or 0
+        return torch.cat([F.pad(row, (0, longest - row.shape[1]), value=padding) for row in rows])
+
+    def detach(self, context: Context) -> Context:
+        for cache in context:
+            for layer in cache.layers:
+                layer.map(lambda tensor: tensor.detach().contiguous())
+        return context
+
+    def describe_context(self, context: Context) -> tuple[Any, dict[str, torch.Tensor]]:
+        tensors: dict[str, torch.Tensor] = {}
+        description = [
+            [
+                [layer.seen, describe_state(layer.state, f"{row}.{i}", tensors)]
+                for i, layer in enumerate(cache.layers)
+            ]
+            for row, cache in enumerate(context)
+        ]
+        return description, tensors
+
+    def rebuild_context(self, description: Any, tensors: Mapping[str, torch.Tensor]) -> Context:
+        get: Callable[[str], torch.Tensor] = tensors.__getitem__
+        caches = []
+        for layers in description:
+            cache = HopeCache(self.model.config)
+            for layer, (seen, state) in zip(cache.layers, layers, strict=True):
+                layer.commit(rebuild_state(state, get, STATE_TYPES), seen)
+            caches.append(cache)
+        return caches
+
+
+class _Generation(nn.Module):
+    """``generate`` as the ``forward`` that ``functional_call`` runs with other parameters."""
+
+    def __init__(self, model: HopeForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        return self.model.generate(ids, **options)
+
+
+def _level_inputs(memory: ContinuumMemory, x: torch.Tensor):
+    """Place, input of the block and of its last layer, for every level up to the last that does not step.
+
+    The chain is run once more as plain MLPs: the op keeps these values to itself.
+    """
+    for place, level in enumerate(memory.levels):
+        if level.config.steps:
+            raise ValueError(
+                "rule='dgd': a level that steps by itself stands among the learner's; its output is not known"
+            )
+        inner = F.rms_norm(x, x.shape[-1:], level.norm, memory.norm_eps)
+        hidden = F.linear(inner, level.up)
+        hidden = F.gelu(hidden) if level.gate is None else F.silu(F.linear(inner, level.gate)) * hidden
+        yield place, inner, hidden
+        x = x + F.linear(hidden, level.down)

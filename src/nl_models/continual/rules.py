@@ -1,0 +1,84 @@
+"""How a level steps: the rule, its rate, and what bounds it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nl_kernels.checks import check_choice
+
+STEP_RULES = ("sgd", "dgd", "momentum", "muon")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StepRule:
+    """One level's step on the summed gradient of its chunk (Eq. 71).
+
+    Attributes:
+        rule: ``"sgd"``, ``"dgd"`` (delta gradient descent, exact for the chunk), ``"momentum"`` or ``"muon"``
+            (orthogonalised momentum). See :func:`nl_kernels.continuum_update`.
+        rate: η of every token, at least 0; a scalar tensor may be trained
+            (:func:`nl_models.continual.next_token_loss_through_steps`).
+        momentum_decay: of ``"momentum"`` and ``"muon"``, in [0, 1).
+        restore_norms: whether every row of a weight gets its initial norm back after the step, which bounds
+            how far a stream can carry it.
+    """
+
+    rule: str = "sgd"
+    rate: float | torch.Tensor = 0.0
+    momentum_decay: float = 0.9
+    restore_norms: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("rule", self.rule, STEP_RULES)
+        if isinstance(self.rate, torch.Tensor):
+            if self.rate.numel() != 1:
+                raise ValueError(f"rate: expected one number, got shape {tuple(self.rate.shape)}")
+        elif isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)):
+            raise TypeError(f"rate: expected a number or a tensor, got {self.rate!r}")
+        elif not 0 <= self.rate < math.inf:
+            raise ValueError(f"rate: expected a finite number, at least 0, got {self.rate}")
+        if not 0 <= self.momentum_decay < 1:
+            raise ValueError(f"momentum_decay: expected a number in [0, 1), got {self.momentum_decay}")
+
+    @property
+    def steps(self) -> bool:
+        """Whether the level ever changes."""
+        return isinstance(self.rate, torch.Tensor) or self.rate > 0
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the step depends on the weight itself."""
+        return self.rule == "dgd" or self.restore_norms
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether a momentum is carried from step to step."""
+        return self.rule in ("momentum", "muon")
+
+    def description(self) -> dict[str, object]:
+        """What a state of this rule depends on: all but the rate, which may change at any time."""
+        return {
+            "rule": self.rule,
+            "momentum_decay": self.momentum_decay if self.has_momentum else None,
+            "restore_norms": self.restore_norms,
+        }
+
+
+def rules_of_levels(rules: StepRule | Sequence[StepRule], count: int) -> tuple[StepRule, ...]:
+    """One rule for each of ``count`` levels; a single one serves all.
+
+    Raises:
+        TypeError: something else.
+        ValueError: another number of rules.
+    """
+    if isinstance(rules, StepRule):
+        return (rules,) * count
+    if not isinstance(rules, Sequence) or not all(isinstance(rule, StepRule) for rule in rules):
+        raise TypeError(f"rules: expected a StepRule or a sequence of them, got {rules!r:.200}")
+    if len(rules) != count:
+        raise ValueError(f"rules: expected one, or one for each of {count} levels, got {len(rules)}")
+    return tuple(rules)

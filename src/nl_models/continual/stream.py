@@ -1,0 +1,213 @@
+"""Reading a stream: predict a piece, then let every level whose chunk is full take its step.
+
+Pure functions of a :class:`StreamState`, first order or with the graph of every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from nl_kernels import continuum_update
+from nl_models.continual.fast_parameters import Context, FastParameter, FastParameters
+from nl_models.continual.rules import StepRule
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """All that is carried along B streams, which run side by side. Nothing in it is changed in place.
+
+    A stream is learned from in pieces, each of which ends where the fastest level's chunk, or the context
+    ends. One that is not full yet waits, so that a stream may be cut anywhere.
+
+    Attributes:
+        changes: by name of a fast parameter, what is added to the model's weight, ``[B, out, in]``.
+        gradients: of the tokens since the level's last step, where there are any.
+        grams: Σ x xᵀ of their inputs ``[B, in, in]``, by level and input name (``dgd``).
+        momenta: of the rules that have one, from the first step on.
+        learned: tokens learned from so far. Level ℓ has stepped ``learned // chunk_size`` times.
+        read: tokens of the stream taken in, the first of every context and those that wait too.
+        documents: contexts begun.
+        context: the model's, before the piece that waits.
+        context_tokens: how many tokens it has seen.
+        waiting: ``[B, 1 + P]``, the token before the piece, and the P tokens of it that were read; ``None``
+            before the first of a context.
+    """
+
+    changes: Tensors
+    gradients: Tensors = field(default_factory=dict)
+    grams: Tensors = field(default_factory=dict)
+    momenta: Tensors = field(default_factory=dict)
+    learned: int = 0
+    read: int = 0
+    documents: int = 0
+    context: Context = None
+    context_tokens: int = 0
+    waiting: torch.Tensor | None = None
+
+
+class Piece(NamedTuple):
+    """What reading some tokens of every stream did.
+
+    Attributes:
+        loss: ``[B]``, nats summed over the tokens, predicted before they were learned.
+        tokens: how many.
+        steps: the levels that stepped after them, and how far: mean over the batch of ‖ΔW‖ / ‖W‖.
+    """
+
+    loss: torch.Tensor
+    tokens: int
+    steps: dict[int, float]
+
+
+def begin_context(
+    model: FastParameters, rules: Sequence[StepRule], state: StreamState, *, create_graph: bool = False
+) -> StreamState:
+    """The state before the first token of another document: nothing of the text, all that was learned."""
+    if state.waiting is not None and state.waiting.shape[1] > 1:
+        state, _, _ = _learn(model, rules, state, create_graph)
+    return replace(state, context=None, context_tokens=0, waiting=None, documents=state.documents + 1)
+
+
+def advance(
+    model: FastParameters,
+    rules: Sequence[StepRule],
+    state: StreamState,
+    tokens: torch.Tensor,
+    *,
+    context_length: int | None,
+    create_graph: bool = False,
+) -> Iterator[tuple[StreamState, Piece | None]]:
+    """Read ``tokens [B, T]`` piece by piece: the state after each, and what happened.
+
+    Every level's gradient is that of the summed next-token loss of its chunk at the weights that served the
+    tokens (Eq. 71); what the context holds of earlier pieces is a constant in it. With ``create_graph`` the
+    result is the same, and the graph of every step is kept.
+    """
+    while tokens.shape[1]:
+        if state.waiting is None:
+            state = replace(state, waiting=tokens[:, :1], read=state.read + 1)
+            tokens = tokens[:, 1:]
+            yield state, None
+            continue
+        if context_length is not None and state.context_tokens == context_length:
+            state = replace(state, context=None, context_tokens=0)
+        fastest = model.chunk_sizes[0]
+        length = fastest - state.learned % fastest
+        if context_length is not None:
+            length = min(length, context_length - state.context_tokens)
+        waited = state.waiting.shape[1] - 1
+        new, tokens = tokens.tensor_split([length - waited], dim=1)
+        count = new.shape[1]
+        state = replace(state, waiting=torch.cat([state.waiting, new], dim=1), read=state.read + count)
+        sizes: dict[int, float] = {}
+        if waited + count == length:
+            state, losses, sizes = _learn(model, rules, state, create_graph)
+        else:
+            with torch.set_grad_enabled(create_graph):
+                output = model.run(state.changes, state.waiting[:, :-1], state.context)
+                losses = token_losses(output.logits, state.waiting[:, 1:])
+        yield state, Piece(losses[:, waited:].sum(1), count, sizes)
+
+
+def _learn(
+    model: FastParameters, rules: Sequence[StepRule], state: StreamState, create_graph: bool
+) -> tuple[StreamState, torch.Tensor, dict[int, float]]:
+    """Learn from the piece that waits: the state after it, its losses ``[B, P]``, the steps that followed."""
+    inputs, targets = state.waiting[:, :-1], state.waiting[:, 1:]
+    learning = [parameter for parameter in model.parameters if rules[parameter.level].steps]
+    # Fresh tensors for every piece: the context of earlier ones leads back to others, whose part in this
+    # piece's loss is thereby left out of the step, with and without a graph.
+    served = {
+        name: change.clone() if create_graph and change.requires_grad else change.detach().requires_grad_()
+        for name, change in state.changes.items()
+    }
+    with torch.set_grad_enabled(create_graph or bool(learning)):
+        keep_inputs = any(rule.rule == "dgd" for rule in rules)
+        output = model.run(served, inputs, state.context, keep_inputs=keep_inputs)
+        losses = token_losses(output.logits, targets)
+        found: tuple[torch.Tensor, ...] = ()
+        if learning:
+            leaves = [served[parameter.name] for parameter in learning]
+            found = torch.autograd.grad(losses.sum(), leaves, create_graph=create_graph)
+    gradients = dict(state.gradients)
+    for parameter, gradient in zip(learning, found, strict=True):
+        _accumulate(gradients, parameter.name, gradient)
+    grams = dict(state.grams)
+    erasing = {gram_name(p): p.input_name for p in learning if rules[p.level].rule == "dgd"}
+    for name, input_name in erasing.items():
+        x = output.inputs[input_name] if create_graph else output.inputs[input_name].detach()
+        _accumulate(grams, name, x.mT @ x)
+    count = targets.shape[1]
+    state = replace(
+        state,
+        gradients=gradients,
+        grams=grams,
+        learned=state.learned + count,
+        context=output.context if create_graph else model.detach(output.context),
+        context_tokens=state.context_tokens + count,
+        waiting=targets[:, -1:],
+    )
+    sizes = {}
+    for level, (chunk_size, rule) in enumerate(zip(model.chunk_sizes, rules, strict=True)):
+        if rule.steps and state.learned % chunk_size == 0:
+            state, sizes[level] = step_level(model, rule, state, level, create_graph=create_graph)
+    return state, losses if create_graph else losses.detach(), sizes
+
+
+def step_level(
+    model: FastParameters, rule: StepRule, state: StreamState, level: int, *, create_graph: bool
+) -> tuple[StreamState, float]:
+    """The state after one step of ``level``, and its size: mean over the batch of ‖ΔW‖ / ‖W‖."""
+    changes, gradients, momenta = dict(state.changes), dict(state.gradients), dict(state.momenta)
+    grams = {name: gram for name, gram in state.grams.items() if not name.startswith(f"{level}/")}
+    squares = 0.0
+    for parameter in model.parameters:
+        if parameter.level != level:
+            continue
+        before, gradient = changes[parameter.name], rule.rate * gradients.pop(parameter.name)
+        options = {}
+        if rule.has_momentum:
+            options = {
+                "momentum": momenta.get(parameter.name),
+                "momentum_decay": rule.momentum_decay,
+            }
+        # A step that does not read the weight is the same on the change alone, and loses no digits there.
+        initial = torch.zeros((), dtype=before.dtype, device=before.device)
+        if rule.reads_weight:
+            initial = model.weight(parameter)
+            initial = initial if create_graph else initial.detach()
+        if rule.rule == "dgd":
+            options["gram"] = rule.rate * state.grams[gram_name(parameter)]
+        if rule.restore_norms:
+            options["norms"] = torch.linalg.vector_norm(initial, dim=-1)
+        new, momentum = continuum_update(initial + before, gradient, rule=rule.rule, **options)
+        changes[parameter.name] = (new - initial).contiguous()
+        if momentum is not None:
+            momenta[parameter.name] = momentum.contiguous()
+        squares = squares + (changes[parameter.name] - before).detach().square().sum((1, 2))
+    size = float(squares.sqrt().mean()) / model.level_norms[level]
+    return replace(state, changes=changes, gradients=gradients, grams=grams, momenta=momenta), size
+
+
+def gram_name(parameter: FastParameter) -> str:
+    """The name of the sum of outer products that a matrix's inputs have had since its level's last step."""
+    return f"{parameter.level}/{parameter.input_name}"
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Nats ``[B, T]`` of ``targets [B, T]``, in fp32 or better."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def _accumulate(sums: Tensors, name: str, addition: torch.Tensor) -> None:
+    # In one layout, as after a load: products of other layouts round otherwise.
+    addition = addition.contiguous()
+    sums[name] = sums[name] + addition if name in sums else addition

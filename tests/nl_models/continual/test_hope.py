@@ -1,0 +1,157 @@
+"""Hope learns by its next-token loss as the loop over tokens does, beside what its memories keep."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nl_models import HopeCache, HopeConfig, HopeForCausalLM
+from nl_models.continual import ContinuumLearner, StepRule
+from nl_models.continual.hope import HopeParameters
+from tests.nl_models.continual.token_loop import Matrix, read
+
+VOCABULARY = 43
+LEVELS = [
+    {"hidden_size": 12, "chunk_size": 4, "max_rate": 0.0, "gated": True},
+    {"hidden_size": 10, "chunk_size": 8, "max_rate": 0.0},
+    {"hidden_size": 8},
+]
+RULES = {
+    "sgd": StepRule(rate=0.2),
+    "dgd": StepRule(rule="dgd", rate=0.05),
+    "muon": StepRule(rule="muon", rate=0.1, restore_norms=True),
+}
+
+
+def make_model(levels=LEVELS, layer_types=("self_modifying_titans", "full_attention")) -> HopeForCausalLM:
+    torch.manual_seed(2)
+    config = HopeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        layer_types=list(layer_types),
+        memory_chunk_size=4,
+        continuum_levels=levels,
+    )
+    return HopeForCausalLM(config).double().eval()
+
+
+def stream(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(8))
+
+
+def matrices(model: HopeForCausalLM) -> list[Matrix]:
+    every = slice(None)
+    return [
+        Matrix(
+            name=f"layers.{layer}.levels.{level}.{part}",
+            level=level,
+            parameter=f"model.layers.{layer}.continuum.levels.{level}.{part}",
+            rows=every,
+            columns=every,
+            transposed=False,
+            module=f"model.layers.{layer}.continuum",
+        )
+        for layer in range(2)
+        for level in range(2)
+        for part in ("up", "down", *(("gate",) if level == 0 else ()))
+    ]
+
+
+@pytest.mark.parametrize("rule", ["sgd", "muon"])
+def test_it_is_the_loop_over_tokens(rule):
+    model = make_model()
+    learner = ContinuumLearner(model, RULES[rule], batch_size=2)
+    tokens = stream(2, 20)
+    report = learner.learn(tokens)
+    for row in range(2):
+        losses, weights = read(
+            model,
+            matrices(model),
+            learner.chunk_sizes,
+            learner.rules,
+            tokens[row],
+            new_cache=lambda: HopeCache(model.config),
+        )
+        torch.testing.assert_close(report.loss[row], losses.mean(), atol=1e-9, rtol=0)
+        for m in matrices(model):
+            learned = model.get_parameter(m.parameter).detach() + learner.state.changes[m.name][row]
+            torch.testing.assert_close(learned, weights[m.parameter], atol=1e-8, rtol=0)
+
+
+def test_dgd_erases_what_the_levels_read():
+    """One step of every level against the definition, with the inputs that the blocks' own formula gives."""
+    model = make_model(layer_types=("full_attention", "full_attention"))
+    rate = 0.05
+    plain, erasing = (ContinuumLearner(model, StepRule(rule=rule, rate=rate)) for rule in ("sgd", "dgd"))
+    tokens = stream(1, 9)
+    seen = []
+    for block in model.model.layers:
+        block.continuum.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0][0]))
+    model(tokens[:, :4])
+    plain.learn(tokens[:, :5])
+    erasing.learn(tokens[:, :5])
+    for layer, x in enumerate(seen[:2]):
+        level = model.model.layers[layer].continuum.levels[0]
+        inner = F.rms_norm(x, x.shape[-1:], level.norm, model.config.rms_norm_eps)
+        hidden = F.silu(inner @ level.gate.T) * (inner @ level.up.T)
+        for part, inputs in (("up", inner), ("gate", inner), ("down", hidden)):
+            name, weight = f"layers.{layer}.levels.0.{part}", getattr(level, part)
+            eye = torch.eye(inputs.shape[1], dtype=torch.float64)
+            expected = weight + plain.state.changes[name][0]
+            expected = expected @ torch.linalg.inv(eye + rate * inputs.T @ inputs)
+            found = weight + erasing.state.changes[name][0]
+            torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("cut_at", [1, 3, 7, 12])
+def test_a_cut_and_saved_stream_is_the_uncut_one(cut_at, tmp_path):
+    tokens = stream(2, 19)
+    whole, cut, loaded = (ContinuumLearner(make_model(), RULES["dgd"], batch_size=2) for _ in range(3))
+    whole.learn(tokens)
+    cut.learn(tokens[:, :cut_at])
+    cut.save(tmp_path / "memory.safetensors")
+    loaded.load(tmp_path / "memory.safetensors").learn(tokens[:, cut_at:])
+    assert loaded.tokens_read == whole.tokens_read
+    for name, change in whole.state.changes.items():
+        torch.testing.assert_close(loaded.state.changes[name], change, atol=1e-10, rtol=0)
+
+
+def test_before_the_first_step_it_is_the_model():
+    model = make_model().float()
+    learner = ContinuumLearner(model, StepRule(rate=0.1), batch_size=2)
+    tokens = stream(2, 12)
+    with torch.no_grad():
+        assert torch.equal(learner.predict(tokens), model(tokens).logits)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(learner.generate(tokens, **options), model.generate(tokens, **options))
+
+
+def test_it_learns_what_repeats_and_generates_it():
+    model = make_model().float()
+    learner = ContinuumLearner(model, StepRule(rate=0.2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pattern = torch.arange(5).repeat(60)
+    first = learner.loss(pattern[:30])
+    learner.learn(pattern)
+    assert learner.loss(pattern[:30]) < 0.5 * first
+    generated = learner.generate(pattern[:10], max_new_tokens=6, do_sample=False)
+    greedy = learner.predict(generated)[0].argmax(-1)
+    assert generated[0, 10:].tolist() == greedy[9:15].tolist()
+    assert not torch.equal(generated, model.generate(pattern[None, :10], max_new_tokens=6, do_sample=False))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_levels_that_step_by_themselves_are_left_alone():
+    own = [{"hidden_size": 12, "chunk_size": 4}, {"hidden_size": 10, "chunk_size": 8, "max_rate": 0.0}]
+    learner = ContinuumLearner(make_model(own), StepRule(rate=0.1))
+    assert learner.chunk_sizes == (8,)
+    assert {p.name.split(".")[-1] for p in learner.parameters.parameters} == {"up", "down"}
+    learner.learn(stream(1, 30))
+    assert all(change.abs().sum() > 0 for change in learner.state.changes.values())
+    with pytest.raises(ValueError, match="steps by itself stands among the learner's"):
+        ContinuumLearner(make_model(own), StepRule(rule="dgd", rate=0.1)).learn(stream(1, 30))
+    with pytest.raises(ValueError, match="give those that the learner shall step"):
+        HopeParameters(make_model([{"hidden_size": 12, "chunk_size": 4}]))
+    with pytest.raises(TypeError, match="only converted models take them"):
+        learner.fast_weights()

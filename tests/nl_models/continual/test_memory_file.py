@@ -1,0 +1,244 @@
+"""A memory comes back from disk as it was; what is no such memory is refused, and changes nothing."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from nl_models.continual import ContinuumLearner, MemoryFileError, StepRule
+from nl_models.surgery import convert_mlp_to_continuum
+from tests.nl_models.surgery.models import CONFIGS, LEVELS, VOCABULARY, make_model
+
+RULE = StepRule(rule="momentum", rate=0.02)
+
+
+def stream(length: int, rows: int = 1) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(4))
+
+
+def make_learner(family: str = "llama", **options) -> ContinuumLearner:
+    options = {"rules": RULE, **options}
+    return ContinuumLearner(convert_mlp_to_continuum(make_model(family), LEVELS), **options)
+
+
+def assert_same_state(one: ContinuumLearner, other: ContinuumLearner) -> None:
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours["header"] == theirs["header"]
+    assert ours["tensors"].keys() == theirs["tensors"].keys()
+    for name, tensor in ours["tensors"].items():
+        assert torch.equal(tensor, theirs["tensors"][name]), name
+
+
+@pytest.mark.parametrize("rule", ["sgd", "dgd", "momentum", "muon"])
+@pytest.mark.parametrize("length", [0, 7, 25])
+def test_reading_goes_on_bit_for_bit(rule, length, tmp_path):
+    rules = StepRule(rule=rule, rate=0.02)
+    learner = make_learner(rules=rules, batch_size=2)
+    tokens = stream(40, rows=2)
+    if length:
+        learner.learn(tokens[:, :length])
+    learner.save(tmp_path / "memory.safetensors")
+    loaded = make_learner(rules=rules, batch_size=2).load(tmp_path / "memory.safetensors")
+    assert_same_state(loaded, learner)
+    assert loaded.tokens_read == length
+    reports = [candidate.learn(tokens[:, length:]) for candidate in (learner, loaded)]
+    assert all(torch.equal(a, b) for a, b in zip(*(report.losses for report in reports), strict=True))
+    assert_same_state(loaded, learner)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_context_of_every_family_comes_back(family, tmp_path):
+    learner = make_learner(family)
+    tokens = stream(30)
+    learner.learn(tokens[:, :17])
+    learner.save(tmp_path / "memory.safetensors")
+    loaded = make_learner(family).load(tmp_path / "memory.safetensors")
+    for candidate in (learner, loaded):
+        candidate.learn(tokens[:, 17:])
+    assert_same_state(loaded, learner)
+
+
+def test_sliding_windows_come_back(tmp_path):
+    options = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+    for name, value in options.items():
+        setattr(CONFIGS["qwen2"], name, value)
+    layer_types = CONFIGS["qwen2"].layer_types
+    CONFIGS["qwen2"].layer_types = ["full_attention", "sliding_attention"]
+    try:
+        learner, loaded = make_learner("qwen2"), make_learner("qwen2")
+        tokens = stream(30)
+        learner.learn(tokens[:, :17])
+        learner.save(tmp_path / "memory.safetensors")
+        loaded.load(tmp_path / "memory.safetensors")
+        for candidate in (learner, loaded):
+            candidate.learn(tokens[:, 17:])
+        assert_same_state(loaded, learner)
+    finally:
+        CONFIGS["qwen2"].layer_types = layer_types
+        CONFIGS["qwen2"].sliding_window = None
+
+
+def test_the_header_says_what_is_inside(tmp_path):
+    learner = make_learner()
+    learner.learn(stream(30))
+    learner.save(tmp_path / "memory.safetensors")
+    with safetensors.safe_open(tmp_path / "memory.safetensors", framework="pt") as file:
+        header = json.loads(file.metadata()["header"])
+    assert header["format"] == "nl_models.ContinuumLearner.1"
+    assert header["tokens_per_level"] == list(learner.tokens_per_level) == [28, 24]
+    assert len(header["config"]) == 64
+
+
+def test_what_is_damaged_or_foreign_is_refused(tmp_path):
+    path = tmp_path / "memory.safetensors"
+    learner = make_learner()
+    learner.learn(stream(20))
+    learner.save(path)
+    whole = path.read_bytes()
+    victim = make_learner()
+    victim.learn(stream(9))
+    before = victim.state
+
+    def assert_refused(message, error=MemoryFileError):
+        with pytest.raises(error, match=message):
+            victim.load(path)
+        assert victim.state is before
+
+    for cut in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        assert_refused("truncated")
+    for place in (len(whole) - 1, len(whole) // 2):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert_refused("SHA-256 differs")
+    path.write_bytes(random.Random(0).randbytes(1000))
+    assert_refused("truncated, or no saved memory")
+    save_file({"x": torch.zeros(3)}, path)
+    assert_refused("no saved memory")
+    path.write_bytes(whole)
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    metadata["header"] = metadata["header"].replace('"learned": 16', '"learned": 12')
+    save_file(load_file(path), path, metadata=metadata)
+    assert_refused("SHA-256 differs")
+    path.unlink()
+    assert_refused("no such file", FileNotFoundError)
+    with pytest.raises(MemoryFileError, match="damaged or no saved memory"):
+        victim.load_state_dict({"header": {"format": "nl_models.ContinuumLearner.1"}, "tensors": {}})
+    with pytest.raises(MemoryFileError, match="format 'other'"):
+        victim.load_state_dict({"header": {"format": "other"}, "tensors": {}})
+
+
+def test_a_memory_of_another_learner_is_refused(tmp_path):
+    path = tmp_path / "memory.safetensors"
+    learner = make_learner()
+    learner.learn(stream(20))
+    learner.save(path)
+    other = convert_mlp_to_continuum(make_model("llama"), LEVELS)
+    with torch.no_grad():
+        other.lm_head.weight += 1e-3
+    longer = [LEVELS[0], {"fraction": 0.25, "chunk_size": 16}]
+    for victim, message in (
+        (ContinuumLearner(other, RULE), "another model"),
+        (make_learner("gpt2"), "another model"),
+        (make_learner(batch_size=2), "batch_size = 1"),
+        (make_learner(rules=StepRule(rate=0.02)), "rules = "),
+        (make_learner(context_length=9), "context_length = "),
+        (
+            ContinuumLearner(convert_mlp_to_continuum(make_model("llama"), longer), RULE),
+            "chunk_sizes = ",
+        ),
+    ):
+        with pytest.raises(MemoryFileError, match=message):
+            victim.load(path)
+        assert victim.tokens_read == 0
+    make_learner(rules=StepRule(rule="momentum", rate=0.5)).load(path)  # a rate may change
+
+
+def test_rollback_undoes_the_last_stream():
+    learner = make_learner()
+    learner.learn(stream(20))
+    before = learner.state
+    learner.learn(stream(20))
+    learner.rollback()
+    assert learner.state is before
+    with pytest.raises(RuntimeError, match="nothing was learned"):
+        learner.rollback()
+
+
+def test_forks_learn_apart():
+    learner = make_learner()
+    learner.learn(stream(20))
+    fork = learner.fork()
+    assert all(float(level.distance) == 0 for level in learner.compare(fork))
+    before = learner.loss(stream(12))
+    fork.learn(stream(33).flip(1))
+    assert torch.equal(learner.loss(stream(12)), before)
+    apart = learner.compare(fork)
+    assert [level.chunk_size for level in apart] == [4, 8]
+    assert all(float(level.distance) > 1e-3 for level in apart)
+    # The distance of a fork that rolled back is that of nothing.
+    fork.rollback()
+    assert all(float(level.distance) == 0 for level in learner.compare(fork))
+    with pytest.raises(ValueError, match="other: expected a learner with the same levels"):
+        learner.compare(make_learner(batch_size=2))
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "memory.safetensors"
+    learner = make_learner()
+    learner.save(path)
+    before = path.read_bytes()
+    learner.learn(stream(10))
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("nl_models.files.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        learner.save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+KILLS = [pytest.param(4, id="4"), pytest.param(50, id="50", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_a_killed_reader_loses_nothing_that_was_saved(kills, tmp_path):
+    """Documents are read by processes that are killed at random moments, most often while they save."""
+    path = tmp_path / "memory.safetensors"
+    documents = [stream(50 + 11 * i) for i in range(max(3, kills // 4))]
+    learner = make_learner()
+
+    def read_on(save_every: int) -> None:
+        if path.exists():
+            learner.load(path)
+        learner.learn(documents, skip=learner.tokens_read, save_to=path, save_every=save_every)
+
+    chance, read = random.Random(kills), 0
+    for _ in range(kills):
+        child = os.fork()
+        if child == 0:
+            try:
+                read_on(save_every=3)
+            finally:
+                os._exit(0)
+        time.sleep(chance.uniform(0.02, 0.4))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if path.exists():
+            found = make_learner().load(path).tokens_read
+            assert found >= read
+            read = found
+    assert read > 0
+    read_on(save_every=3)
+    uninterrupted = make_learner()
+    uninterrupted.learn(documents)
+    assert_same_state(learner, uninterrupted)
+    assert os.listdir(tmp_path) == [path.name]
