@@ -29,6 +29,7 @@ ALLOWED = REQUIRED | {
     "coefficients.py",
     "stack.py",
     "update.py",
+    "chunk_step.py",
     "orthogonal.py",
 }
 

@@ -5,7 +5,11 @@ from nl_kernels.ops.continuum import (
     ContinuumLevel,
     ContinuumLevelState,
     ContinuumState,
+    continuum_clone,
+    continuum_detach,
+    continuum_flush,
     continuum_memory,
+    continuum_reset,
     continuum_update,
 )
 from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory, deep_memory_step
@@ -32,7 +36,11 @@ __all__ = [
     "SelfModifyingWeights",
     "__version__",
     "chunk_gated_delta_rule",
+    "continuum_clone",
+    "continuum_detach",
+    "continuum_flush",
     "continuum_memory",
+    "continuum_reset",
     "continuum_update",
     "deep_memory",
     "deep_memory_step",

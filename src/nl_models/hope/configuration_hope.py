@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from nl_kernels import MemoryRule
 from nl_kernels.dispatch import IMPLEMENTATIONS
+from nl_kernels.ops.continuum.state import VARIANTS
 from nl_models.layers.attention import ATTENTION_IMPLEMENTATIONS
 from nl_models.layers.continuum import LevelConfig
 
@@ -59,6 +60,10 @@ class HopeConfig(PreTrainedConfig):
             :class:`nl_models.layers.continuum.LevelConfig`. By default a level of width ``hidden_size`` that
             learns every 64 tokens, and a plain one twice as wide. A single level without ``chunk_size``
             is the MLP of a transformer.
+        continuum_variant: how the levels are put together: ``"sequential"``, ``"nested"`` or
+            ``"independent"``; see :func:`nl_kernels.continuum_memory`.
+        continuum_detach_updates: no outer gradient through the levels' steps; their rates and projections
+            then stay as initialised.
         rms_norm_eps: of all norms.
         initializer_range: standard deviation of the initial embeddings and projections; by default
             √(0.4 / hidden_size), which is 0.02 at a width of 1,000.
@@ -98,6 +103,8 @@ class HopeConfig(PreTrainedConfig):
     memory_implementation: str = "auto"
     memory_initializer_range: float | int = 0.02
     continuum_levels: list[dict] | None = None
+    continuum_variant: str = "sequential"
+    continuum_detach_updates: bool = False
     rms_norm_eps: float | int = 1e-6
     initializer_range: float | None = None
     tie_word_embeddings: bool = True
@@ -137,6 +144,8 @@ class HopeConfig(PreTrainedConfig):
     def fingerprint(self) -> str:
         """A digest of all fields that shape the recurrent state: equal for models that can share a cache."""
         shaping = {name: getattr(self, name) for name in _STATE_FIELDS}
+        if self.continuum_variant != "sequential":  # digests of saved caches are older than the option
+            shaping["continuum_variant"] = self.continuum_variant
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 
     def validate_layer_type(self) -> None:
@@ -201,6 +210,8 @@ class HopeConfig(PreTrainedConfig):
             raise ValueError(f"memory_rule: expected options of MemoryRule: {error}") from error
 
     def _check_continuum(self) -> None:
+        if self.continuum_variant not in VARIANTS:
+            raise ValueError(f"continuum_variant: expected one of {VARIANTS}, got {self.continuum_variant!r}")
         try:
             levels = self.make_continuum_levels()
         except TypeError as error:

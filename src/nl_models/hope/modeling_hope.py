@@ -52,7 +52,11 @@ class HopeBlock(GradientCheckpointingLayer):
         )
         self.mixer = _make_mixer(config, config.layer_types[layer_idx])
         self.continuum = ContinuumMemory(
-            config.hidden_size, config.make_continuum_levels(), norm_eps=config.rms_norm_eps
+            config.hidden_size,
+            config.make_continuum_levels(),
+            variant=config.continuum_variant,
+            detach_updates=config.continuum_detach_updates,
+            norm_eps=config.rms_norm_eps,
         )
 
     def forward(
@@ -124,6 +128,7 @@ LAYERS_WITH_PARAMETERS = (
     SelfModifyingTitans,
     InitialMemory,
     ContinuumBlock,
+    ContinuumMemory,
 )
 """Layers with parameters of their own beside those of their linear children."""
 

@@ -9,9 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nl_kernels import ContinuumLevel, ContinuumState, continuum_memory
+from nl_kernels import ContinuumLevel, ContinuumState, continuum_flush, continuum_memory
 from nl_kernels.checks import check_choice, check_positive_int
-from nl_kernels.ops.continuum.state import RULES, check_chunk_sizes, state_dtype
+from nl_kernels.ops.continuum.state import (
+    RULES,
+    RULES_WITH_MOMENTUM,
+    VARIANTS,
+    check_chunk_sizes,
+    state_dtype,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +28,16 @@ class LevelConfig:
         hidden_size: width H of the MLP's hidden layer.
         chunk_size: tokens between two steps of the fast weights; None: they never change, a plain MLP.
         gated: SwiGLU with a gate matrix, as in Llama, instead of GELU.
-        rule: ``"sgd"`` or ``"dgd"``.
+        rule: ``"sgd"``, ``"dgd"``, ``"momentum"`` or ``"muon"``; see :func:`nl_kernels.continuum_update`.
         max_rate: the largest *relative* rate r. The level learns one r in (0, max_rate), and every token's
             rate is ``η = r / (D · chunk_size)``. Keys have unit root mean square, so r is the gain of the
-            first layer's step on a chunk of one repeated token, whatever the chunk size.
+            first layer's step on a chunk of one repeated token, whatever the chunk size. With momentum
+            ``η = r (1 − momentum_decay) / (D · chunk_size)``, so that it is that of all steps that follow.
             0: the level never changes.
         initial_rate: r at initialisation, less than ``max_rate``.
-        error_bound: see :class:`nl_kernels.ContinuumLevel`.
+        error_bound, momentum_decay, restore_norms: see :class:`nl_kernels.ContinuumLevel`.
+        key_projection: keys are learned projections of what the block reads; False: they are what it reads,
+            which costs the least.
     """
 
     hidden_size: int
@@ -38,6 +47,9 @@ class LevelConfig:
     max_rate: float = 1.0
     initial_rate: float = 0.5
     error_bound: float | None = 1.0
+    momentum_decay: float = 0.9
+    restore_norms: bool = False
+    key_projection: bool = True
 
     def __post_init__(self) -> None:
         check_positive_int("hidden_size", self.hidden_size)
@@ -50,6 +62,8 @@ class LevelConfig:
             raise ValueError(f"initial_rate: expected between 0 and {self.max_rate}, got {self.initial_rate}")
         if self.error_bound is not None and not self.error_bound > 0:
             raise ValueError(f"error_bound: expected more than 0 or None, got {self.error_bound}")
+        if not 0 <= self.momentum_decay < 1:
+            raise ValueError(f"momentum_decay: expected a number in [0, 1), got {self.momentum_decay}")
 
     @property
     def steps(self) -> bool:
@@ -58,7 +72,7 @@ class LevelConfig:
 
 
 class ContinuumMemory(nn.Module):
-    """A chain of pre-norm residual MLP blocks, fast to slow, whose weights learn within each sequence.
+    """Pre-norm residual MLP blocks, fast to slow, whose weights learn within each sequence.
 
     Takes the place of a transformer block's MLP together with its norm and its residual connection. With
     levels that never step it is exactly that: ``x + down(act(up(n(x))))``, bit for bit.
@@ -67,9 +81,16 @@ class ContinuumMemory(nn.Module):
     through the steps. Fast weights are never parameters or buffers: they live in the state that
     ``forward`` takes and returns.
 
+    Levels whose weights step in *training* time, every C tokens of accumulated gradient, are no part of this:
+    they are a matter of the optimiser (``nl_models.optim``).
+
     Args:
         hidden_size: width D of the stream.
         levels: fast to slow; every chunk size a multiple of the one before, levels that never step last.
+        variant: how levels are put together, see :func:`nl_kernels.continuum_memory`. ``"independent"`` has
+            learned weights of the levels, 1 at the start.
+        detach_updates: no gradient through the steps. Rates and projections then stay as initialised, and do
+            not require gradients; the initial fast weights learn.
         norm_eps: added to the mean square inside the norms.
         checkpoint_every: see :func:`nl_kernels.continuum_memory`.
         impl: see :func:`nl_kernels.continuum_memory`.
@@ -80,6 +101,8 @@ class ContinuumMemory(nn.Module):
         hidden_size: int,
         levels: Sequence[LevelConfig],
         *,
+        variant: str = "sequential",
+        detach_updates: bool = False,
         norm_eps: float = 1e-6,
         checkpoint_every: int | None = None,
         impl: str | None = None,
@@ -89,11 +112,26 @@ class ContinuumMemory(nn.Module):
         if not levels:
             raise ValueError("levels: expected at least one, got none")
         check_chunk_sizes([config.chunk_size for config in levels])
+        check_choice("variant", variant, VARIANTS)
         self.hidden_size = hidden_size
+        self.variant = variant
+        self.detach_updates = detach_updates
         self.norm_eps = norm_eps
         self.checkpoint_every = checkpoint_every
         self.impl = impl
         self.levels = nn.ModuleList(ContinuumBlock(hidden_size, config) for config in levels)
+        self.level_weights = nn.Parameter(torch.empty(len(levels))) if variant == "independent" else None
+        self.reset_parameters()
+        if detach_updates:
+            for level in self.levels:
+                for parameter in (level.key, level.value, level.rate_logit):
+                    if parameter is not None:
+                        parameter.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """All levels count the same."""
+        if self.level_weights is not None:
+            nn.init.ones_(self.level_weights)
 
     def forward(
         self,
@@ -116,11 +154,25 @@ class ContinuumMemory(nn.Module):
         return continuum_memory(
             x,
             [level.definition() for level in self.levels],
+            variant=self.variant,
+            level_weights=self.level_weights,
             mask=mask,
             initial_state=state,
             output_final_state=output_state,
+            detach_updates=self.detach_updates,
             norm_eps=self.norm_eps,
             checkpoint_every=self.checkpoint_every,
+            impl=self.impl,
+        )
+
+    def flush(self, state: ContinuumState) -> ContinuumState:
+        """The state after a step on the tokens that wait for one; see :func:`nl_kernels.continuum_flush`."""
+        return continuum_flush(
+            state,
+            [level.definition() for level in self.levels],
+            variant=self.variant,
+            detach_updates=self.detach_updates,
+            norm_eps=self.norm_eps,
             impl=self.impl,
         )
 
@@ -136,7 +188,8 @@ class ContinuumBlock(nn.Module):
         self.up = nn.Parameter(torch.empty(hidden, width))
         self.gate = nn.Parameter(torch.empty(hidden, width)) if config.gated else None
         self.down = nn.Parameter(torch.empty(width, hidden))
-        self.key = nn.Parameter(torch.empty(width, width)) if config.steps else None
+        keyed = config.steps and config.key_projection
+        self.key = nn.Parameter(torch.empty(width, width)) if keyed else None
         self.value = nn.Parameter(torch.empty(width, width)) if config.steps else None
         # Of one dimension: FSDP2 shards no scalars.
         self.rate_logit = nn.Parameter(torch.empty(1)) if config.steps else None
@@ -149,7 +202,8 @@ class ContinuumBlock(nn.Module):
             if weight is not None:
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         if self.config.steps:
-            nn.init.eye_(self.key)
+            if self.key is not None:
+                nn.init.eye_(self.key)
             nn.init.kaiming_uniform_(self.value, a=math.sqrt(5))
             share = self.config.initial_rate / self.config.max_rate
             nn.init.constant_(self.rate_logit, math.log(share / (1 - share)))
@@ -160,6 +214,8 @@ class ContinuumBlock(nn.Module):
         if not config.steps:
             return 0.0
         scale = config.max_rate / (self.up.shape[1] * config.chunk_size)
+        if config.rule in RULES_WITH_MOMENTUM:
+            scale *= 1 - config.momentum_decay
         return scale * torch.sigmoid(self.rate_logit[0].to(state_dtype(self.rate_logit.dtype)))
 
     def definition(self) -> ContinuumLevel:
@@ -174,5 +230,7 @@ class ContinuumBlock(nn.Module):
             key=self.key,
             value=self.value,
             rule=self.config.rule,
+            momentum_decay=self.config.momentum_decay,
+            restore_norms=self.config.restore_norms,
             error_bound=self.config.error_bound,
         )

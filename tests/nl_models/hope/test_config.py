@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig
 
 import nl_models
-from nl_models import HopeCache, HopeForCausalLM
+from nl_models import HopeCache, HopeConfig, HopeForCausalLM
 from nl_models.hope.configuration_hope import LAYER_TYPES
 
 
@@ -27,6 +27,8 @@ from nl_models.hope.configuration_hope import LAYER_TYPES
         ({"memory_rule": {"erase": "all"}}, "erase: expected one of"),
         ({"memory_rule": {"forget": True}}, "memory_rule: expected options"),
         ({"memory_chunks": 4}, "memory_chunks: HopeConfig has no such option"),
+        ({"continuum_variant": "parallel"}, "continuum_variant: expected one of"),
+        ({"continuum_levels": [{"hidden_size": 8, "rule": "adam"}]}, "rule: expected one of"),
         ({"continuum_levels": []}, "continuum_levels: expected at least one"),
         ({"continuum_levels": [{"width": 8}]}, "continuum_levels: expected options"),
         ({"continuum_levels": [{"hidden_size": 8}, {"hidden_size": 8, "chunk_size": 4}]}, "no multiple"),
@@ -55,6 +57,18 @@ def test_the_fingerprint_follows_what_shapes_the_state(make_config):
     assert make_config(initializer_range=0.5).fingerprint() == base.fingerprint()
     for change in ({"memory_chunk_size": 8}, {"hidden_size": 32}, {"memory_rule": {"erase": "none"}}):
         assert make_config(**change).fingerprint() != base.fingerprint()
+    assert make_config(continuum_variant="nested").fingerprint() != base.fingerprint()
+
+
+def test_conversations_saved_before_an_option_existed_still_fit():
+    config = HopeConfig(
+        vocab_size=37,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        continuum_levels=[{"hidden_size": 12, "chunk_size": 3}, {"hidden_size": 14}],
+    )
+    assert config.fingerprint() == "a82e203867fe341d529f67bd6c3a552f55d965b110732fa341b7e2c1e069b08b"
 
 
 def test_a_transformer_is_a_config(make_config, tokens):

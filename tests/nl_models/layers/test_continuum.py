@@ -72,7 +72,7 @@ def test_forward_changes_neither_parameters_nor_buffers():
     assert all(torch.equal(value, before[name]) for name, value in memory.state_dict().items())
 
 
-@pytest.mark.parametrize("rule", ["sgd", "dgd"])
+@pytest.mark.parametrize("rule", ["sgd", "dgd", "momentum", "muon"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_parameter_learns_through_the_steps(rule, gated):
     memory = build(rule=rule, gated=gated).double()
@@ -93,6 +93,22 @@ def test_every_parameter_learns_through_the_steps(rule, gated):
             parameter += 1e-5 * direction
         assert expected.abs() > 1e-6, name
         torch.testing.assert_close((above - below) / 2e-5, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_level_weights_learn():
+    levels = [LevelConfig(hidden_size=24, chunk_size=4), LevelConfig(hidden_size=24)]
+    memory = ContinuumMemory(WIDTH, levels, variant="independent")
+    assert torch.equal(memory.level_weights, torch.ones(2))
+    memory(tokens(2, 9))[0].square().sum().backward()
+    assert memory.level_weights.grad.abs().min() > 0
+
+
+def test_a_flush_steps_on_what_is_pending():
+    memory = build(rule="momentum")
+    _, state = memory(tokens(2, 6), output_state=True)
+    flushed = memory.flush(state)
+    assert [int(level.position.max()) for level in flushed] == [0, 0]
+    assert all((f.up - s.up).abs().max() > 0 for f, s in zip(flushed, state))
 
 
 def test_state_and_mask_reach_the_memory():
@@ -131,6 +147,8 @@ def test_rates_are_bounded_and_start_where_they_should():
         with torch.no_grad():
             level.rate_logit.fill_(100.0)
         torch.testing.assert_close(level.rate() * WIDTH * chunk_size, torch.tensor(1.5))
+    slow = build(initial_rate=0.5, rule="momentum", momentum_decay=0.8).levels[0]
+    torch.testing.assert_close(slow.rate() * WIDTH * 4, torch.tensor(0.1))  # five steps' worth
 
 
 @pytest.mark.parametrize(
@@ -142,6 +160,7 @@ def test_rates_are_bounded_and_start_where_they_should():
         ({"hidden_size": 4, "max_rate": -1.0}, "max_rate"),
         ({"hidden_size": 4, "chunk_size": 2, "initial_rate": 7.0}, "initial_rate"),
         ({"hidden_size": 4, "error_bound": 0.0}, "error_bound"),
+        ({"hidden_size": 4, "momentum_decay": 1.0}, "momentum_decay"),
     ],
 )
 def test_bad_configurations_are_named(options, message):

@@ -1,13 +1,24 @@
 """Continuum memory: a chain of MLP blocks whose weights learn within the context, each at its own period."""
 
-from nl_kernels.ops.continuum.api import continuum_memory
-from nl_kernels.ops.continuum.state import ContinuumLevel, ContinuumLevelState, ContinuumState
+from nl_kernels.ops.continuum.api import continuum_flush, continuum_memory
+from nl_kernels.ops.continuum.state import (
+    ContinuumLevel,
+    ContinuumLevelState,
+    ContinuumState,
+    continuum_clone,
+    continuum_detach,
+    continuum_reset,
+)
 from nl_kernels.ops.continuum.update import continuum_update
 
 __all__ = [
     "ContinuumLevel",
     "ContinuumLevelState",
     "ContinuumState",
+    "continuum_clone",
+    "continuum_detach",
+    "continuum_flush",
     "continuum_memory",
+    "continuum_reset",
     "continuum_update",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -9,10 +10,12 @@ import torch
 
 from nl_kernels.checks import check_choice, check_positive_int, check_range, check_tensor
 from nl_kernels.dispatch import choose_implementation
-from nl_kernels.ops.continuum.eager import continuum_memory_eager
-from nl_kernels.ops.continuum.reference import continuum_memory_reference
+from nl_kernels.ops.continuum.eager import continuum_flush_eager, continuum_memory_eager
+from nl_kernels.ops.continuum.reference import continuum_flush_reference, continuum_memory_reference
 from nl_kernels.ops.continuum.state import (
     RULES,
+    RULES_WITH_MOMENTUM,
+    VARIANTS,
     ContinuumLevel,
     ContinuumLevelState,
     ContinuumState,
@@ -27,23 +30,27 @@ def continuum_memory(
     x: torch.Tensor,
     levels: Sequence[ContinuumLevel],
     *,
+    variant: str = "sequential",
+    level_weights: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     initial_state: ContinuumState | None = None,
     output_final_state: bool = False,
+    detach_updates: bool = False,
     norm_eps: float = 1e-6,
     checkpoint_every: int | None = None,
     impl: str | None = None,
 ) -> tuple[torch.Tensor, ContinuumState | None]:
-    """A chain of MLP blocks whose weights learn within the context, from the fastest level to the slowest.
+    """MLP blocks whose weights learn within the context, each level at a period of its own, fast to slow.
 
-    Every level is a pre-norm residual MLP block, ``x + f_θ(n(x))``, and feeds the next (Nested Learning,
-    arXiv 2512.24695, Eqs. 70-73). After every ``chunk_size`` tokens of a sequence a level takes one step
-    on those tokens, all gradients at the weights that served them (Eq. 71), on the regression loss
-    ``½‖f_θ(k_t) − v_t‖²`` with ``k_t = n(key n(x_t))`` and ``v_t = value n(x_t)``. Each linear layer W with
-    its own inputs x_t and output gradients δ_t then becomes::
+    Every level is a pre-norm MLP ``f_θ(n(x))`` (Nested Learning, arXiv 2512.24695, Eqs. 70-74)::
 
-        sgd   W − Σ_t η_t δ_t x_tᵀ
-        dgd   (W − Σ_t η_t δ_t x_tᵀ) (I + Σ_t η_t x_t x_tᵀ)^{-1}
+        sequential    x ← x + f_ℓ(n_ℓ(x)), level after level (Eq. 70)
+        nested        the same; whenever a level steps, the next faster one goes back to its initial weights
+        independent   x + Σ_ℓ w_ℓ f_ℓ(n_ℓ(x)) (Eq. 74)
+
+    After every ``chunk_size`` tokens of a sequence a level takes one step on those tokens, all gradients at
+    the weights that served them (Eq. 71), on the regression loss ``½‖f_θ(k_t) − v_t‖²`` with
+    ``k_t = n(key n(x_t))`` and ``v_t = value n(x_t)``, by its rule: see :func:`nl_kernels.continuum_update`.
 
     Between steps it is an ordinary MLP. Fast weights belong to one sequence. Gradients flow through the
     steps into everything that a level holds, and into the state.
@@ -51,11 +58,15 @@ def continuum_memory(
     Args:
         x: [B, T, D], fp16, bf16, fp32 or fp64.
         levels: at least one; every chunk size a multiple of the one before, levels that never step last.
+        variant: ``"sequential"``, ``"nested"`` or ``"independent"``.
+        level_weights: of ``"independent"``: w [levels]; None: all 1.
         mask: [B, T] bool, True for tokens, anywhere in the row; None: all are tokens. Padding is neither
             learned from nor counted, and its outputs are zero.
         initial_state: the state returned by an earlier call on the preceding tokens of the same sequences;
             None: the levels' own weights. Weights in a state replace the levels' ``up``, ``gate``, ``down``.
         output_final_state: also return the state after the last token.
+        detach_updates: take every step as a constant in the backward pass (first-order), so that what only
+            steps depend on (``key``, ``value``, ``rate``, momenta) gets no gradient.
         norm_eps: added to the mean square inside the norms.
         checkpoint_every: keep for the backward only the fast weights of every so many steps of a level, and
             recompute the rest; None: keep everything.
@@ -74,22 +85,67 @@ def continuum_memory(
     """
     _check_x(x)
     _check_levels(levels, x)
+    _check_variant(variant, level_weights, levels, x)
     if mask is not None:
         _check_mask(mask, x)
     if initial_state is not None:
-        _check_state(initial_state, levels, x)
+        _check_state("initial_state", initial_state, levels, x.shape[0], x, variant)
     if checkpoint_every is not None:
         check_positive_int("checkpoint_every", checkpoint_every)
+    _check_bool("detach_updates", detach_updates)
     _check_non_negative("norm_eps", norm_eps)
     options = {
+        "variant": variant,
+        "level_weights": level_weights,
         "mask": mask,
         "initial_state": initial_state,
         "output_final_state": output_final_state,
+        "detach_updates": detach_updates,
         "norm_eps": norm_eps,
     }
     if choose_implementation("continuum_memory", impl, x.device, AVAILABLE) == "reference":
         return continuum_memory_reference(x, levels, **options)
     return continuum_memory_eager(x, levels, checkpoint_every=checkpoint_every, **options)
+
+
+def continuum_flush(
+    state: ContinuumState,
+    levels: Sequence[ContinuumLevel],
+    *,
+    variant: str = "sequential",
+    detach_updates: bool = False,
+    norm_eps: float = 1e-6,
+    impl: str | None = None,
+) -> ContinuumState:
+    """Every level takes a step on the tokens that wait for one: the flush of a last, partial chunk.
+
+    The step is that of a whole chunk with fewer tokens. A level and sequence without pending tokens takes
+    none. Afterwards every sequence stands at the start of a chunk. :func:`continuum_memory` never does this
+    by itself: a cut sequence goes on as if it were whole.
+
+    Args:
+        state: from :func:`continuum_memory`; it stays as it is.
+        levels, variant, detach_updates, norm_eps: as in the call that made the state. Of ``"nested"``, a
+            level goes back to its start where the next slower one steps.
+        impl: ``"eager"`` or ``"reference"``; None: eager.
+
+    Raises:
+        TypeError, ValueError: as :func:`continuum_memory`.
+    """
+    if not isinstance(state, tuple) or not any(isinstance(level, ContinuumLevelState) for level in state):
+        raise TypeError(f"state: expected a ContinuumState with a level that steps, got {state!r:.200}")
+    like = next(level for level in state if level is not None).pending_inputs
+    if like.ndim != 3:
+        raise ValueError(f"state: expected pending_inputs of shape [B, P, D], got {tuple(like.shape)}")
+    _check_levels(levels, like, rates_of_tokens=True)
+    _check_variant(variant, None, levels, like)
+    _check_state("state", state, levels, like.shape[0], like, variant)
+    _check_bool("detach_updates", detach_updates)
+    _check_non_negative("norm_eps", norm_eps)
+    options = {"variant": variant, "detach_updates": detach_updates, "norm_eps": norm_eps}
+    if choose_implementation("continuum_flush", impl, like.device, AVAILABLE) == "reference":
+        return continuum_flush_reference(state, levels, **options)
+    return continuum_flush_eager(state, levels, **options)
 
 
 def _check_x(x: torch.Tensor) -> None:
@@ -100,17 +156,30 @@ def _check_x(x: torch.Tensor) -> None:
     check_tensor("x", x, x.shape)
 
 
-def _check_levels(levels: Sequence[ContinuumLevel], x: torch.Tensor) -> None:
+def _check_variant(
+    variant: str, level_weights: torch.Tensor | None, levels: Sequence[ContinuumLevel], x: torch.Tensor
+) -> None:
+    check_choice("variant", variant, VARIANTS)
+    if level_weights is None:
+        return
+    if variant != "independent":
+        raise ValueError(f"level_weights: of variant 'independent' only, got them with {variant!r}")
+    check_tensor("level_weights", level_weights, (len(levels),), like=x)
+
+
+def _check_levels(
+    levels: Sequence[ContinuumLevel], x: torch.Tensor, *, rates_of_tokens: bool = False
+) -> None:
     if not isinstance(levels, Sequence) or not all(isinstance(level, ContinuumLevel) for level in levels):
         raise TypeError(f"levels: expected a sequence of ContinuumLevel, got {levels!r:.200}")
     if not levels:
         raise ValueError("levels: expected at least one, got none")
     for index, level in enumerate(levels):
-        _check_level(f"levels[{index}]", level, x)
+        _check_level(f"levels[{index}]", level, x, rates_of_tokens)
     check_chunk_sizes([level.chunk_size for level in levels])
 
 
-def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor) -> None:
+def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor, rates_of_tokens: bool) -> None:
     width = x.shape[2]
     if not isinstance(level.up, torch.Tensor) or level.up.ndim != 2:
         raise ValueError(f"{name}.up: expected a tensor of shape [H, {width}], got {_describe(level.up)}")
@@ -129,16 +198,22 @@ def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor) -> None:
             raise ValueError(f"{name}.error_bound: expected more than 0 or None, got 0")
     if isinstance(level.rate, torch.Tensor):
         shape = () if level.rate.ndim == 0 else x.shape[:2]
+        if rates_of_tokens:  # those of an earlier call, which are in its state
+            shape = level.rate.shape
         check_tensor(f"{name}.rate", level.rate, shape, like=x)
         if x.device.type == "cpu":  # reading it on an accelerator would wait for the device
             check_range(f"{name}.rate", level.rate, 0.0, math.inf, closed_high=False)
     else:
         _check_non_negative(f"{name}.rate", level.rate)
+    _check_bool(f"{name}.restore_norms", level.restore_norms)
+    _check_non_negative(f"{name}.momentum_decay", level.momentum_decay)
+    if level.momentum_decay >= 1:
+        raise ValueError(f"{name}.momentum_decay: expected less than 1, got {level.momentum_decay}")
     for part in ("key", "value"):
         matrix = getattr(level, part)
         if matrix is not None:
             check_tensor(f"{name}.{part}", matrix, (width, width), like=x)
-        elif level.steps:
+        elif level.steps and part == "value":
             raise ValueError(
                 f"{name}.{part}: expected a tensor of shape {(width, width)} for a level that steps, got None"
             )
@@ -151,42 +226,84 @@ def _check_mask(mask: torch.Tensor, x: torch.Tensor) -> None:
         raise ValueError(f"mask: expected shape {tuple(x.shape[:2])} on {x.device}, got {_describe(mask)}")
 
 
-def _check_state(state: ContinuumState, levels: Sequence[ContinuumLevel], x: torch.Tensor) -> None:
+def _check_state(
+    name: str,
+    state: ContinuumState,
+    levels: Sequence[ContinuumLevel],
+    batch: int,
+    x: torch.Tensor,
+    variant: str,
+) -> None:
     if not isinstance(state, tuple) or len(state) != len(levels):
-        raise ValueError(f"initial_state: expected a tuple of {len(levels)} level states, got {state!r:.200}")
-    batch, _, width = x.shape
+        raise ValueError(f"{name}: expected a tuple of {len(levels)} level states, got {state!r:.200}")
     for index, (before, level) in enumerate(zip(state, levels)):
-        name = f"initial_state[{index}]"
         expected = ContinuumLevelState if level.steps else type(None)
         if not isinstance(before, expected):
-            raise TypeError(f"{name}: expected {expected.__name__}, got {type(before).__name__}")
-        if before is None:
+            raise TypeError(f"{name}[{index}]: expected {expected.__name__}, got {type(before).__name__}")
+        if before is not None:
+            _check_level_state(f"{name}[{index}]", before, f"levels[{index}]", level, batch, x)
+    if variant != "nested" or x.device.type != "cpu":
+        return
+    for index, (fast, slow) in enumerate(itertools.pairwise(state)):
+        if fast is None or slow is None:
             continue
-        for part in ("up", "down", "gate"):
-            initial, fast = getattr(level, part), getattr(before, part)
-            if (initial is None) != (fast is None):
-                raise ValueError(f"{name}.{part}: expected None exactly where levels[{index}].{part} is")
-            if initial is not None:
-                _check_fp32(f"{name}.{part}", fast, (batch, *initial.shape), x)
-        if not isinstance(before.position, torch.Tensor) or before.position.dtype != torch.int64:
-            raise TypeError(f"{name}.position: expected a tensor of int64, got {_describe(before.position)}")
-        if before.position.shape != (batch,):
-            raise ValueError(f"{name}.position: expected shape {(batch,)}, got {_describe(before.position)}")
-        longest = before.pending_rates.shape[-1]
-        _check_fp32(f"{name}.pending_inputs", before.pending_inputs, (batch, longest, width), x)
-        _check_fp32(f"{name}.pending_rates", before.pending_rates, (batch, longest), x)
-        if longest >= level.chunk_size:
+        ahead = slow.position - fast.position
+        if bool(((ahead < 0) | (ahead % levels[index].chunk_size != 0)).any()):
             raise ValueError(
-                f"{name}.pending_rates: expected fewer than a chunk's {level.chunk_size}, got {longest}"
+                f"{name}[{index}].position: expected the place of {name}[{index + 1}].position in a chunk of "
+                f"{levels[index].chunk_size}, got {fast.position.tolist()} beside {slow.position.tolist()}"
             )
-        if x.device.type == "cpu":
-            check_range(f"{name}.position", before.position, 0, longest)
+
+
+def _check_level_state(
+    name: str,
+    state: ContinuumLevelState,
+    level_name: str,
+    level: ContinuumLevel,
+    batch: int,
+    x: torch.Tensor,
+) -> None:
+    for part in ("up", "down", "gate"):
+        initial, fast, momentum = (
+            getattr(level, part),
+            getattr(state, part),
+            getattr(state, f"{part}_momentum"),
+        )
+        if (initial is None) != (fast is None):
+            raise ValueError(f"{name}.{part}: expected None exactly where {level_name}.{part} is")
+        if (momentum is not None) != (fast is not None and level.rule in RULES_WITH_MOMENTUM):
+            raise ValueError(
+                f"{name}.{part}_momentum: expected a tensor exactly where {level_name} has {part} and a rule "
+                f"of {RULES_WITH_MOMENTUM}, got {_describe(momentum)}"
+            )
+        if initial is not None:
+            _check_fp32(f"{name}.{part}", fast, (batch, *initial.shape), x)
+        if momentum is not None:
+            _check_fp32(f"{name}.{part}_momentum", momentum, (batch, *initial.shape), x)
+    if not isinstance(state.position, torch.Tensor) or state.position.dtype != torch.int64:
+        raise TypeError(f"{name}.position: expected a tensor of int64, got {_describe(state.position)}")
+    if state.position.shape != (batch,):
+        raise ValueError(f"{name}.position: expected shape {(batch,)}, got {_describe(state.position)}")
+    longest = state.pending_rates.shape[-1]
+    _check_fp32(f"{name}.pending_inputs", state.pending_inputs, (batch, longest, x.shape[2]), x)
+    _check_fp32(f"{name}.pending_rates", state.pending_rates, (batch, longest), x)
+    if longest >= level.chunk_size:
+        raise ValueError(
+            f"{name}.pending_rates: expected fewer than a chunk's {level.chunk_size}, got {longest}"
+        )
+    if x.device.type == "cpu":
+        check_range(f"{name}.position", state.position, 0, longest)
 
 
 def _check_fp32(name: str, value: object, shape: tuple[int, ...], x: torch.Tensor) -> None:
     check_tensor(name, value, shape, like=x)
     if value.dtype != state_dtype(x.dtype):
         raise TypeError(f"{name}: expected {state_dtype(x.dtype)} for x of {x.dtype}, got {value.dtype}")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def _check_non_negative(name: str, value: object) -> None:

@@ -1,48 +1,38 @@
-"""Level by level, chunk by chunk, batched over sequences; backward by autograd through the steps."""
+"""Level by level, chunk by chunk, batched over sequences; exact gradients by autograd through the steps."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nl_kernels.chunk_alignment import ChunkAlignment, align_batch
-from nl_kernels.ops.continuum.state import ContinuumLevel, ContinuumLevelState, ContinuumState, state_dtype
+from nl_kernels.dispatch import needs_gradient
+from nl_kernels.ops.continuum.chunk_step import Weights, learn, mlp, serve
+from nl_kernels.ops.continuum.eager_backward import serve_detached
+from nl_kernels.ops.continuum.rows import Grid, pending_tokens, place_on_grid
+from nl_kernels.ops.continuum.state import (
+    RULES_WITH_MOMENTUM,
+    ContinuumLevel,
+    ContinuumLevelState,
+    ContinuumState,
+    state_dtype,
+)
+
+NO_MOMENTA = Weights(None, None, None)
 
 
-class _Weights(NamedTuple):
-    """Shared by all sequences ([H, D], …) until the first step, of each one ([B, H, D], …) from then on."""
-
-    up: torch.Tensor
-    down: torch.Tensor
-    gate: torch.Tensor | None
-
-
-class _Grid(NamedTuple):
-    """The tokens of a call, behind those that came with the state, by their place since a chunk's start.
-
-    Slot s of every sequence belongs to chunk s // C, so that all sequences step together.
-    """
-
-    inputs: torch.Tensor  # [B, L, D], fp32: n(x) of all tokens
-    rates: torch.Tensor  # [B, L], 0 in empty slots
-    reads: torch.Tensor  # [B, L - first, D]: n(x) as it is read
-    first: int  # the first slot that is read
-    lengths: torch.Tensor | None  # [B]: how many slots are taken; None: all of every sequence
-
-
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """The slots of one chunk; what is learned from them is None where no step follows."""
 
-    reads: torch.Tensor  # [B, ≤ C, D]
-    keys: torch.Tensor | None  # [B, C, D]
+    read: int  # how many of its slots are read: the last ones
+    keys: torch.Tensor | None  # [B, C, D]; None also where the keys are what is read
     targets: torch.Tensor | None  # [B, C, D]
     rates: torch.Tensor | None  # [B, C]
+    number: int  # since the first slot
     stop: int  # the slot after its last
 
 
@@ -50,259 +40,303 @@ def continuum_memory_eager(
     x: torch.Tensor,
     levels: Sequence[ContinuumLevel],
     *,
+    variant: str,
+    level_weights: torch.Tensor | None,
     mask: torch.Tensor | None,
     initial_state: ContinuumState | None,
     output_final_state: bool,
+    detach_updates: bool,
     norm_eps: float,
     checkpoint_every: int | None,
 ) -> tuple[torch.Tensor, ContinuumState | None]:
     """See :func:`nl_kernels.continuum_memory`."""
     if mask is not None and bool(mask.all()):
         mask = None
-    state = []
+    state, total = [], x
     for index, level in enumerate(levels):
         inner = F.rms_norm(x, x.shape[-1:], level.norm.to(x.dtype), norm_eps)
-        initial = _Weights(level.up, level.down, level.gate)
+        initial = Weights(level.up, level.down, level.gate)
         if not level.steps:
-            x, after = x + _mlp(inner, initial), None
+            y, after = mlp(inner, initial), None
         else:
-            run = _SteppingLevel(level, norm_eps, checkpoint_every, output_final_state)
+            resets = Resets.of(levels, index, variant, initial_state)
+            run = SteppingLevel(level, resets, norm_eps, checkpoint_every, output_final_state, detach_updates)
             y, after = run(inner, initial, None if initial_state is None else initial_state[index], mask)
-            x = x + y
         state.append(after)
+        if level_weights is not None:
+            y = level_weights[index].to(y.dtype) * y
+        total = total + y
+        if variant != "independent":
+            x = total
     if mask is not None:
-        x = x.masked_fill(~mask[..., None], 0.0)
-    return x, tuple(state) if output_final_state else None
+        total = total.masked_fill(~mask[..., None], 0.0)
+    return total, tuple(state) if output_final_state else None
 
 
-def _mlp(inner: torch.Tensor, weights: _Weights) -> torch.Tensor:
-    up = _product(inner, weights.up)
-    hidden = F.gelu(up) if weights.gate is None else F.silu(_product(inner, weights.gate)) * up
-    return _product(hidden, weights.down)
+def continuum_flush_eager(
+    state: ContinuumState,
+    levels: Sequence[ContinuumLevel],
+    *,
+    variant: str,
+    detach_updates: bool,
+    norm_eps: float,
+) -> ContinuumState:
+    """See :func:`nl_kernels.continuum_flush`."""
+    flushed = []
+    for index, (level, before) in enumerate(zip(levels, state)):
+        if before is None:
+            flushed.append(None)
+            continue
+        run = SteppingLevel(level, None, norm_eps, None, True, detach_updates)
+        weights, momenta = run.flushed(before)
+        if variant == "nested" and index + 1 < len(levels) and state[index + 1] is not None:
+            slower_steps = (state[index + 1].position > 0)[:, None, None]
+            weights = chosen(slower_steps, Weights(level.up, level.down, level.gate), weights)
+            momenta = chosen(slower_steps, NO_MOMENTA, momenta)
+        nothing = before.pending_inputs[:, :0], before.pending_rates[:, :0], before.position * 0
+        flushed.append(run.state_of(weights, momenta, *nothing))
+    return tuple(flushed)
 
 
-def _product(inner: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    weight = weight.to(inner.dtype)
-    return F.linear(inner, weight) if weight.ndim == 2 else inner @ weight.mT
+class Resets(NamedTuple):
+    """When a level of the nested variant goes back to its start: after chunks number, number + period, …
+
+    ``first`` is how many chunks it has had since the last time: of all sequences, or of each, [B].
+    """
+
+    period: int
+    first: int | torch.Tensor
+
+    @classmethod
+    def of(
+        cls, levels: Sequence[ContinuumLevel], index: int, variant: str, state: ContinuumState | None
+    ) -> Resets | None:
+        """Those of a level, whenever the next slower one steps; None: never."""
+        if variant != "nested" or index + 1 == len(levels) or not levels[index + 1].steps:
+            return None
+        size = levels[index].chunk_size
+        first = 0
+        if state is not None:
+            first = (state[index + 1].position - state[index].position) // size
+            if len(set(first.tolist())) == 1:
+                first = int(first[0])
+        return cls(levels[index + 1].chunk_size // size, first)
+
+    def after(self, number: int) -> bool | torch.Tensor:
+        """Whether the level is reset after the chunk of this number: one answer, or that of each, [B]."""
+        return (self.first + number + 1) % self.period == 0
 
 
-@dataclass(frozen=True)
-class _SteppingLevel:
+class SteppingLevel(NamedTuple):
+    """A level that learns, in one call."""
+
     level: ContinuumLevel
+    resets: Resets | None
     norm_eps: float
     checkpoint_every: int | None
     keep_state: bool
+    detach_updates: bool
 
     def __call__(
         self,
         inner: torch.Tensor,
-        weights: _Weights,
+        weights: Weights,
         before: ContinuumLevelState | None,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ContinuumLevelState | None]:
         """The MLP's outputs [B, T, D] (at padding: anything) and the state after them."""
         rates = torch.as_tensor(self.level.rate, dtype=state_dtype(inner.dtype), device=inner.device)
         rates = rates.expand(inner.shape[:2])
+        momenta = NO_MOMENTA
         if before is not None:
-            weights = _Weights(before.up, before.down, before.gate)
-        alignment = _ragged_alignment(before, mask, inner)
-        grid = (
-            _aligned_grid(inner, rates, before)
-            if alignment is None
-            else _ragged_grid(inner, rates, before, alignment)
-        )
+            weights, momenta = self.fast_part(before)
+        grid = place_on_grid(inner, rates, before, mask)
         length, size = grid.inputs.shape[1], self.level.chunk_size
         # the step after the last token changes only the state
         steps = (length if self.keep_state else length - 1) // size
-        chunks = self.split(grid, steps)
-        if length <= size:
+        if not steps:
             # no step between the tokens: they are read where they lie
-            y = _mlp(inner, weights)
-            if steps:
-                weights = self.stepped(weights, chunks[0], grid.lengths)
+            y = mlp(inner, weights)
         else:
-            y, weights = self.walk(weights, chunks, grid.lengths)
-            if alignment is not None:
-                y = alignment.scatter(F.pad(y, (0, 0, grid.first, 0)), *inner.shape[:2])
-        return y, self.state_after(weights, grid) if self.keep_state else None
+            y, weights, momenta = self.walk(weights, momenta, grid, self.split(grid, steps))
+            y = grid.restored(y, *inner.shape[:2])
+        if not self.keep_state:
+            return y, None
+        return y, self.state_of(weights, momenta, *pending_tokens(grid, size))
 
-    def split(self, grid: _Grid, steps: int) -> list[_Chunk]:
+    def split(self, grid: Grid, steps: int) -> list[Chunk]:
         """The chunks of the grid, with keys and targets for the first ``steps``."""
         length, size = grid.inputs.shape[1], self.level.chunk_size
         stops = [*range(size, length, size), length]
-        reads = grid.reads.split(
-            [stops[0] - grid.first, *(b - a for a, b in itertools.pairwise(stops))], dim=1
-        )
-        if not steps:
-            return [_Chunk(r, None, None, None, stop) for r, stop in zip(reads, stops)]
-        dtype = grid.inputs.dtype
+        reads = [stops[0] - grid.first, *(b - a for a, b in itertools.pairwise(stops))]
         inputs = grid.inputs[:, : steps * size]
-        with torch.autocast(inputs.device.type, enabled=False):
-            keys = F.linear(inputs, self.level.key.to(dtype))
-            keys = F.rms_norm(keys, keys.shape[-1:], None, self.norm_eps)
-            targets = F.linear(inputs, self.level.value.to(dtype))
-        # split, not slices: the gradient of a slice is as long as the sequence
-        learned = (part.split(size, dim=1) for part in (keys, targets, grid.rates[:, : steps * size]))
-        return [_Chunk(*parts, stop) for *parts, stop in itertools.zip_longest(reads, *learned, stops)]
+        with torch.autocast(inputs.device.type, enabled=False), self.recording():
+            # split, not slices: the gradient of a slice is as long as the sequence
+            keys = self.keys(inputs).split(size, dim=1)
+            targets = F.linear(inputs, self.level.value.to(inputs.dtype)).split(size, dim=1)
+            rates = grid.rates[:, : steps * size].split(size, dim=1)
+        if self.level.key is None and grid.reads.dtype == inputs.dtype and not autocasting(inputs):
+            keys = [key if read < size else None for key, read in zip(keys, reads)]
+        return [
+            Chunk(read, *parts, number, stop)
+            for number, (read, *parts, stop) in enumerate(
+                itertools.zip_longest(reads, keys, targets, rates, stops)
+            )
+        ]
+
+    def recording(self) -> torch.autograd.grad_mode.set_grad_enabled:
+        """Whether what a step is made of is recorded for the backward pass."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_updates)
+
+    def keys(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.level.key is None:
+            return inputs
+        keys = F.linear(inputs, self.level.key.to(inputs.dtype))
+        return F.rms_norm(keys, keys.shape[-1:], None, self.norm_eps)
 
     def walk(
-        self, weights: _Weights, chunks: Sequence[_Chunk], lengths: torch.Tensor | None
-    ) -> tuple[torch.Tensor, _Weights]:
-        """Outputs for all slots that are read, and the last weights."""
-        if self.checkpoint_every is None or not torch.is_grad_enabled():
-            outputs, weights = self.serve(chunks, lengths, *weights)
-            return torch.cat(outputs, dim=1), weights
+        self, weights: Weights, momenta: Weights, grid: Grid, chunks: Sequence[Chunk]
+    ) -> tuple[torch.Tensor, Weights, Weights]:
+        """Outputs for all slots that are read, and the last weights and momenta."""
+        every = self.checkpoint_every
+        if every is None or not torch.is_grad_enabled():
+            return self.serve(chunks, grid.lengths, grid.reads, weights, momenta)
+        groups = [chunks[begin : begin + every] for begin in range(0, len(chunks), every)]
         outputs = []
-        for begin in range(0, len(chunks), self.checkpoint_every):
-            group = chunks[begin : begin + self.checkpoint_every]
-            served, weights = checkpoint(
-                self.serve, group, lengths, *weights, use_reentrant=False, preserve_rng_state=False
+        for group, reads in zip(groups, grid.reads.split([sum(c.read for c in g) for g in groups], dim=1)):
+            y, weights, momenta = checkpoint(
+                self.serve,
+                group,
+                grid.lengths,
+                reads,
+                weights,
+                momenta,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
-            outputs += served
-        return torch.cat(outputs, dim=1), weights
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), weights, momenta
 
     def serve(
-        self, chunks: Sequence[_Chunk], lengths: torch.Tensor | None, *weights: torch.Tensor | None
-    ) -> tuple[list[torch.Tensor], _Weights]:
+        self,
+        chunks: Sequence[Chunk],
+        lengths: torch.Tensor | None,
+        reads: torch.Tensor,
+        weights: Weights,
+        momenta: Weights,
+    ) -> tuple[torch.Tensor, Weights, Weights]:
         """Reads each chunk, then steps."""
-        weights, outputs = _Weights(*weights), []
-        for chunk in chunks:
-            if chunk.reads.shape[1]:
-                outputs.append(_mlp(chunk.reads, weights))
-            if chunk.keys is not None:
-                weights = self.stepped(weights, chunk, lengths)
-        return outputs, weights
+        level = self.level
+        if self.detach_updates and needs_gradient(reads, *weights, level.up, level.down, level.gate):
+            return serve_detached(self, chunks, lengths, reads, weights, momenta)
+        norms, outputs = self.norms(), []
+        for chunk, inner in zip(chunks, reads.split([c.read for c in chunks], dim=1)):
+            shared = None
+            if chunk.targets is not None and chunk.keys is None:
+                shared = serve(inner, weights)
+                outputs.append(shared.outputs.down)
+            elif chunk.read:
+                outputs.append(mlp(inner, weights))
+            if chunk.targets is not None:
+                weights, momenta = self.stepped(weights, momenta, norms, chunk, inner, shared, lengths)
+        return torch.cat(outputs, dim=1) if outputs else reads, weights, momenta
 
-    def stepped(self, weights: _Weights, chunk: _Chunk, lengths: torch.Tensor | None) -> _Weights:
-        """The weights after a chunk: of those sequences that fill it; the others keep theirs."""
-        weights = _Weights(*(None if w is None else w.to(chunk.keys.dtype) for w in weights))
+    def stepped(
+        self,
+        weights: Weights,
+        momenta: Weights,
+        norms: Weights | None,
+        chunk: Chunk,
+        inner: torch.Tensor,
+        served: object,
+        lengths: torch.Tensor | None,
+    ) -> tuple[Weights, Weights]:
+        """Weights and momenta after a chunk: of those sequences that fill it; the others keep theirs."""
+        reset = self.resets is not None and self.resets.after(chunk.number)
+        start = Weights(self.level.up, self.level.down, self.level.gate)
+        if reset is True and lengths is None:
+            return start, NO_MOMENTA
+        weights = Weights(*(None if w is None else w.to(chunk.targets.dtype) for w in weights))
         # reduced precision is for the reads: steps accumulate
-        with torch.autocast(chunk.keys.device.type, enabled=False):
-            new = self.step(weights, chunk.keys, chunk.targets, chunk.rates)
+        with torch.autocast(chunk.targets.device.type, enabled=False):
+            keys = inner if chunk.keys is None else chunk.keys
+            served = serve(keys, weights) if served is None else served
+            new, after = learn(self.level, weights, momenta, norms, served, keys, chunk.targets, chunk.rates)
+        if reset is not False:
+            reset = torch.as_tensor(reset, device=inner.device).view(-1, 1, 1)
+            new, after = chosen(reset, start, new), chosen(reset, NO_MOMENTA, after)
         if lengths is None:
-            return new
+            return new, after
         full = (lengths >= chunk.stop)[:, None, None]
-        return _Weights(*(None if n is None else torch.where(full, n, w) for n, w in zip(new, weights)))
+        return chosen(full, new, weights), chosen(full, after, momenta)
 
-    def step(
-        self, weights: _Weights, keys: torch.Tensor, targets: torch.Tensor, rates: torch.Tensor
-    ) -> _Weights:
-        """One step on a chunk: ``keys`` and ``targets`` [B, C, D], ``rates`` [B, C]."""
-        up = _product(keys, weights.up)
-        if weights.gate is None:
-            hidden = F.gelu(up)
-        else:
-            gate = _product(keys, weights.gate)
-            opening = torch.sigmoid(gate)
-            opened = gate * opening
-            hidden = opened * up
-        output = _product(hidden, weights.down)
-        error = self.bounded(output - targets)
-        back = error @ weights.down
-
-        writes = self.writes(keys, rates)
-        if weights.gate is None:
-            new_gate, signal = None, torch.ops.aten.gelu_backward(back, up)
-        else:
-            signal = back * opened
-            gate_signal = self.bounded(back * up * (opening + opened * (1 - opening)))
-            new_gate = self.written(weights.gate, gate, gate_signal, writes)
-        return _Weights(
-            up=self.written(weights.up, up, self.bounded(signal), writes),
-            down=self.written(weights.down, output, error, self.writes(hidden, rates)),
-            gate=new_gate,
-        )
-
-    def bounded(self, signal: torch.Tensor) -> torch.Tensor:
-        """``signal`` with rows scaled down to a root mean square of at most the bound."""
-        bound = self.level.error_bound
-        if bound is None:
-            return signal
-        mean_square = signal.square().mean(-1, keepdim=True)
-        return signal * (bound * mean_square.clamp_min(bound**2).rsqrt())
-
-    def writes(self, inputs: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-        """The rows R [B, C, in] along which a layer with these inputs is written.
-
-        With D = diag(rates): D X for sgd, and D X (I + Xᵀ D X)^{-1} = (I + D X Xᵀ)^{-1} D X for dgd, by the
-        smaller of the two systems. No square root of the rates: its derivative at 0 is infinite.
-        """
-        rated = inputs * rates[..., None]
-        if self.level.rule == "sgd":
-            return rated
-        tokens, width = inputs.shape[-2:]
-        eye = torch.eye(min(tokens, width), dtype=inputs.dtype, device=inputs.device)
-        if tokens < width:
-            return torch.linalg.inv(eye + rated @ inputs.mT) @ rated
-        return rated @ torch.linalg.inv(eye + inputs.mT @ rated)
-
-    def written(
-        self, weight: torch.Tensor, output: torch.Tensor, signal: torch.Tensor, writes: torch.Tensor
-    ) -> torch.Tensor:
-        """W − Gᵀ R for sgd, W − (X Wᵀ + G)ᵀ R for dgd, whose erased part X Wᵀ is the layer's own output."""
-        pulled = signal if self.level.rule == "sgd" else output + signal
-        return torch.baddbmm(weight, pulled.mT, writes, alpha=-1)
-
-    def state_after(self, weights: _Weights, grid: _Grid) -> ContinuumLevelState:
-        batch, length, width = grid.inputs.shape
-        size = self.level.chunk_size
-        if grid.lengths is None:
-            pending = length % size
-            position = torch.full((batch,), pending, device=grid.inputs.device)
-            # state outlives the call: no views of parameters or of the whole sequence
-            pending_inputs = grid.inputs
-            if pending < length:
-                pending_inputs = pending_inputs[:, length - pending :].clone()
-            pending_rates = grid.rates[:, length - pending :].clone()
-        else:
-            position = grid.lengths % size
-            place = torch.arange(int(position.max()), device=position.device)
-            taken = place < position[:, None]
-            slots = ((grid.lengths - position)[:, None] + place).clamp_max(length - 1)
-            pending_inputs = grid.inputs.gather(1, slots[..., None].expand(-1, -1, width)) * taken[..., None]
-            pending_rates = grid.rates.gather(1, slots) * taken
-        fast = (
-            w if w is None or w.ndim == 3 else w.to(grid.inputs.dtype).expand(batch, -1, -1).clone()
-            for w in weights
-        )
-        return ContinuumLevelState(*fast, pending_inputs, pending_rates, position)
-
-
-def _aligned_grid(inner: torch.Tensor, rates: torch.Tensor, before: ContinuumLevelState | None) -> _Grid:
-    inputs = inner.to(rates.dtype)
-    first = 0 if before is None else int(before.position[0])
-    if first:
-        inputs = torch.cat((before.pending_inputs, inputs), dim=1)
-        rates = torch.cat((before.pending_rates, rates), dim=1)
-    return _Grid(inputs, rates, inner, first, None)
-
-
-def _ragged_alignment(
-    before: ContinuumLevelState | None, mask: torch.Tensor | None, inner: torch.Tensor
-) -> ChunkAlignment | None:
-    """Where the tokens go on the grid; None where all rows are full and go on from the same position."""
-    if mask is None:
-        if before is None or len(set(before.position.tolist())) == 1:
+    def norms(self) -> Weights | None:
+        """The row norms to restore after each step."""
+        if not self.level.restore_norms:
             return None
-        mask = torch.ones(inner.shape[:2], dtype=torch.bool, device=inner.device)
-    position = mask.new_zeros(mask.shape[0], dtype=torch.int64) if before is None else before.position
-    return align_batch(mask, position)
+        dtype = state_dtype(self.level.up.dtype)
+        return Weights(
+            *(
+                None if w is None else torch.linalg.vector_norm(w.to(dtype), dim=-1)
+                for w in (self.level.up, self.level.down, self.level.gate)
+            )
+        )
 
+    def fast_part(self, state: ContinuumLevelState) -> tuple[Weights, Weights]:
+        """Weights and momenta of a state."""
+        momenta = Weights(state.up_momentum, state.down_momentum, state.gate_momentum)
+        if self.detach_updates:
+            momenta = Weights(*(None if m is None else m.detach() for m in momenta))
+        return Weights(state.up, state.down, state.gate), momenta
 
-def _ragged_grid(
-    inner: torch.Tensor,
-    rates: torch.Tensor,
-    before: ContinuumLevelState | None,
-    alignment: ChunkAlignment,
-) -> _Grid:
-    inputs, rates = alignment.gather(inner.to(rates.dtype)), alignment.gather(rates)
-    first = 0
-    if before is not None:
-        first = int(before.position.min())
+    def flushed(self, before: ContinuumLevelState) -> tuple[Weights, Weights]:
+        """Weights and momenta after a step on the pending tokens, of those sequences that have any."""
+        weights, momenta = self.fast_part(before)
         pending = before.pending_rates.shape[1]
-        taken = torch.arange(pending, device=inner.device) < before.position[:, None]
-        empty = inputs.shape[1] - pending
-        # tokens of the state and of this call have different slots
-        inputs = inputs + F.pad(before.pending_inputs * taken[..., None], (0, 0, 0, empty))
-        rates = rates + F.pad(before.pending_rates * taken, (0, empty))
-    return _Grid(inputs, rates, inputs[:, first:].to(inner.dtype), first, alignment.stop)
+        if not pending:
+            return weights, momenta
+        taken = torch.arange(pending, device=before.position.device) < before.position[:, None]
+        inputs, rates = before.pending_inputs * taken[..., None], before.pending_rates * taken
+        grid = Grid(inputs, rates, inputs[:, :0], pending, None, None)
+        chunk = Chunk(0, self.keys(inputs), F.linear(inputs, self.level.value.to(inputs.dtype)), rates, 0, 1)
+        _, weights, momenta = self.serve([chunk], before.position, grid.reads, weights, momenta)
+        return weights, momenta
+
+    def state_of(
+        self,
+        weights: Weights,
+        momenta: Weights,
+        inputs: torch.Tensor,
+        rates: torch.Tensor,
+        position: torch.Tensor,
+    ) -> ContinuumLevelState:
+        batch = len(position)
+        fast = [
+            w if w is None or w.ndim == 3 else w.to(inputs.dtype).expand(batch, -1, -1).clone()
+            for w in weights
+        ]
+        if self.level.rule in RULES_WITH_MOMENTUM:
+            momenta = [
+                None if w is None else torch.zeros_like(w) if m is None else m for w, m in zip(fast, momenta)
+            ]
+        return ContinuumLevelState(*fast, inputs, rates, position, *momenta)
+
+
+def autocasting(x: torch.Tensor) -> bool:
+    """Whether products of x are rounded to a shorter dtype."""
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def chosen(condition: torch.Tensor, new: Weights, old: Weights) -> Weights:
+    """``new`` where the condition [B, 1, 1] holds, else ``old``; an absent momentum is zero."""
+    return Weights(*(_where(condition, n, o) for n, o in zip(new, old)))
+
+
+def _where(
+    condition: torch.Tensor, new: torch.Tensor | None, old: torch.Tensor | None
+) -> torch.Tensor | None:
+    if new is None and old is None:
+        return None
+    like = new if old is None else old
+    new, old = (torch.zeros((), dtype=like.dtype, device=like.device) if w is None else w for w in (new, old))
+    return torch.where(condition, new.to(like.dtype), old)

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from nl_kernels.ops.continuum.state import ContinuumLevel, ContinuumLevelState, ContinuumState, state_dtype
+from nl_kernels.ops.continuum.state import (
+    RULES_WITH_MOMENTUM,
+    ContinuumLevel,
+    ContinuumLevelState,
+    ContinuumState,
+    state_dtype,
+)
+from nl_kernels.ops.newton_schulz import MUON_COEFFICIENTS
 
 
 class _Weights(NamedTuple):
@@ -17,45 +24,124 @@ class _Weights(NamedTuple):
     gate: torch.Tensor | None
 
 
+class _Sequence(NamedTuple):
+    """One sequence's state at one level."""
+
+    weights: _Weights
+    momenta: _Weights
+    pending: list[tuple[torch.Tensor, torch.Tensor]]  # input and rate of each token since the last step
+    slower: int  # tokens since the last step of the next slower level
+
+
 def continuum_memory_reference(
     x: torch.Tensor,
     levels: Sequence[ContinuumLevel],
     *,
+    variant: str,
+    level_weights: torch.Tensor | None,
     mask: torch.Tensor | None,
     initial_state: ContinuumState | None,
     output_final_state: bool,
+    detach_updates: bool,
     norm_eps: float,
 ) -> tuple[torch.Tensor, ContinuumState | None]:
     """See :func:`nl_kernels.continuum_memory`."""
-    state = []
+    state, total = [], x
     for index, level in enumerate(levels):
-        before = None if initial_state is None else initial_state[index]
-        rows = [_sequence(x[b], level, b, mask, before, norm_eps) for b in range(x.shape[0])]
-        x = torch.stack([row[0] for row in rows])
-        state.append(_stack_states([row[1:] for row in rows], x) if level.steps else None)
-    return x, tuple(state) if output_final_state else None
+        rows = []
+        for b in range(x.shape[0]):
+            start = _start(initial_state, levels, index, b, state_dtype(x.dtype), detach_updates)
+            period = _reset_period(levels, index, variant)
+            rows.append(_run(x[b], level, b, mask, start, period, norm_eps, detach_updates))
+        y = torch.stack([row[0] for row in rows])
+        state.append(_stack_states(level, [row[1] for row in rows], x) if level.steps else None)
+        if variant == "independent":
+            total = total + (y if level_weights is None else level_weights[index].to(y.dtype) * y)
+        else:
+            total = x = x + y
+    if mask is not None:
+        total = total.masked_fill(~mask[..., None], 0.0)
+    return total, tuple(state) if output_final_state else None
 
 
-def _sequence(
+def continuum_flush_reference(
+    state: ContinuumState,
+    levels: Sequence[ContinuumLevel],
+    *,
+    variant: str,
+    detach_updates: bool,
+    norm_eps: float,
+) -> ContinuumState:
+    """See :func:`nl_kernels.continuum_flush`."""
+    flushed = []
+    for index, level in enumerate(levels):
+        if not level.steps:
+            flushed.append(None)
+            continue
+        dtype, rows = state[index].up.dtype, []
+        for b in range(state[index].position.shape[0]):
+            start = _start(state, levels, index, b, dtype, detach_updates)
+            weights, momenta = start.weights, start.momenta
+            if start.pending:
+                weights, momenta = _step(level, weights, momenta, start.pending, norm_eps, detach_updates)
+            if _reset_period(levels, index, variant) and start.slower:
+                weights, momenta = _initial(level, dtype)
+            rows.append(_Sequence(weights, momenta, [], 0))
+        flushed.append(_stack_states(level, rows, state[index].pending_inputs))
+    return tuple(flushed)
+
+
+def _reset_period(levels: Sequence[ContinuumLevel], index: int, variant: str) -> int | None:
+    """The tokens after which the next slower level steps, and takes this one back to its start."""
+    if variant != "nested" or index + 1 == len(levels) or not levels[index + 1].steps:
+        return None
+    return levels[index + 1].chunk_size
+
+
+def _initial(level: ContinuumLevel, dtype: torch.dtype) -> tuple[_Weights, _Weights]:
+    weights = _Weights(*(None if w is None else w.to(dtype) for w in (level.up, level.down, level.gate)))
+    return weights, _Weights(*(None if w is None else torch.zeros_like(w) for w in weights))
+
+
+def _start(
+    state: ContinuumState | None,
+    levels: Sequence[ContinuumLevel],
+    index: int,
+    b: int,
+    dtype: torch.dtype,
+    detach_updates: bool,
+) -> _Sequence:
+    level = levels[index]
+    weights, momenta = _initial(level, dtype)
+    if state is None or state[index] is None:
+        return _Sequence(weights, momenta, [], 0)
+    before = state[index]
+    weights = _Weights(before.up[b], before.down[b], None if before.gate is None else before.gate[b])
+    if level.rule in RULES_WITH_MOMENTUM:
+        given = (before.up_momentum, before.down_momentum, before.gate_momentum)
+        momenta = _Weights(*(None if m is None else m[b] for m in given))
+        if detach_updates:
+            momenta = _Weights(*(None if m is None else m.detach() for m in momenta))
+    pending = [
+        (before.pending_inputs[b, p], before.pending_rates[b, p]) for p in range(int(before.position[b]))
+    ]
+    after = state[index + 1] if index + 1 < len(levels) else None
+    return _Sequence(weights, momenta, pending, 0 if after is None else int(after.position[b]))
+
+
+def _run(
     x: torch.Tensor,
     level: ContinuumLevel,
     b: int,
     mask: torch.Tensor | None,
-    before: ContinuumLevelState | None,
+    start: _Sequence,
+    reset_period: int | None,
     norm_eps: float,
-) -> tuple[torch.Tensor, _Weights, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """One sequence [T, D] through one level: outputs, weights, and (input, rate) of pending tokens."""
+    detach_updates: bool,
+) -> tuple[torch.Tensor, _Sequence]:
+    """The MLP's outputs [T, D] for one sequence [T, D], and its state after them."""
     compute = state_dtype(x.dtype)
-    if before is None:
-        weights = _Weights(
-            *(None if w is None else w.to(compute) for w in (level.up, level.down, level.gate))
-        )
-        pending = []
-    else:
-        weights = _Weights(before.up[b], before.down[b], None if before.gate is None else before.gate[b])
-        pending = [
-            (before.pending_inputs[b, p], before.pending_rates[b, p]) for p in range(int(before.position[b]))
-        ]
+    weights, momenta, pending, slower = start.weights, start.momenta, list(start.pending), start.slower
     rates = torch.as_tensor(level.rate, dtype=compute, device=x.device)
     outputs = []
     for t in range(x.shape[0]):
@@ -63,12 +149,18 @@ def _sequence(
             outputs.append(torch.zeros_like(x[t]))
             continue
         inner = F.rms_norm(x[t], x.shape[-1:], level.norm, norm_eps)
-        outputs.append(x[t] + _mlp(inner.to(compute), weights).to(x.dtype))
-        if level.steps:
-            pending.append((inner.to(compute), rates[b, t] if rates.ndim else rates))
-            if len(pending) == level.chunk_size:
-                weights, pending = _step(level, weights, pending, norm_eps), []
-    return torch.stack(outputs), weights, pending
+        outputs.append(_mlp(inner.to(compute), weights).to(x.dtype))
+        if not level.steps:
+            continue
+        pending.append((inner.to(compute), rates[b, t] if rates.ndim else rates))
+        slower += 1
+        if len(pending) == level.chunk_size:
+            weights, momenta = _step(level, weights, momenta, pending, norm_eps, detach_updates)
+            pending = []
+        if slower == reset_period:
+            weights, momenta = _initial(level, compute)
+            slower = 0
+    return torch.stack(outputs), _Sequence(weights, momenta, pending, slower)
 
 
 def _mlp(inner: torch.Tensor, weights: _Weights, shifts: Sequence[torch.Tensor] = (0.0, 0.0, 0.0)):
@@ -81,33 +173,64 @@ def _mlp(inner: torch.Tensor, weights: _Weights, shifts: Sequence[torch.Tensor] 
 def _step(
     level: ContinuumLevel,
     weights: _Weights,
+    momenta: _Weights,
     pending: list[tuple[torch.Tensor, torch.Tensor]],
     norm_eps: float,
-) -> _Weights:
-    """The weights after one step on the tokens of a chunk, all gradients at ``weights`` (Eq. 71)."""
+    detach_updates: bool,
+) -> tuple[_Weights, _Weights]:
+    """Weights and momenta after one step on the tokens of a chunk, all gradients at ``weights`` (Eq. 71)."""
     sums = [None if w is None else torch.zeros_like(w) for w in weights]
     grams = [None if w is None else torch.eye(w.shape[1], dtype=w.dtype, device=w.device) for w in weights]
     for inner, rate in pending:
         for i, (signal, layer_input) in enumerate(_signals(level, weights, inner, norm_eps)):
             sums[i] = sums[i] + rate * torch.outer(signal, layer_input)
             grams[i] = grams[i] + rate * torch.outer(layer_input, layer_input)
-    stepped = []
-    for w, total, gram in zip(weights, sums, grams):
+    stepped, after = [], []
+    for w, total, gram, m, start in zip(weights, sums, grams, momenta, (level.up, level.down, level.gate)):
         if w is None:
             stepped.append(None)
-        elif level.rule == "sgd":
-            stepped.append(w - total)
-        else:
+            after.append(None)
+            continue
+        if level.rule == "dgd":
             # argmin over W of ½‖W − w‖² + Σ_t η_t (δ_tᵀ W x_t + ½‖W x_t‖²)
-            stepped.append(torch.linalg.solve(gram, w - total, left=False))
-    return _Weights(*stepped)
+            new = torch.linalg.solve(gram, w - total, left=False)
+        elif level.rule == "sgd":
+            new = w - total
+        else:
+            m = level.momentum_decay * m + total
+            new = w - (m if level.rule == "momentum" else _evened_out(m))
+        if level.restore_norms:
+            lengths = start.to(new.dtype).norm(dim=1, keepdim=True)
+            new = (
+                lengths
+                * new
+                / torch.where(new.norm(dim=1, keepdim=True) > 0, new.norm(dim=1, keepdim=True), 1)
+            )
+        if detach_updates:
+            new, m = new.detach() + (w - w.detach()), m.detach()
+        stepped.append(new)
+        after.append(m)
+    return _Weights(*stepped), _Weights(*after)
+
+
+def _evened_out(momentum: torch.Tensor) -> torch.Tensor:
+    """Five of Muon's quintics on M / ‖M‖_F, then scaled to the norm of M."""
+    if not momentum.any():
+        return 0 * momentum
+    a, b, c = MUON_COEFFICIENTS
+    x = momentum / momentum.norm()
+    for _ in range(5):
+        x = a * x + b * x @ x.mT @ x + c * x @ x.mT @ x @ x.mT @ x
+    return x * (momentum.norm() / x.norm())
 
 
 def _signals(
     level: ContinuumLevel, weights: _Weights, inner: torch.Tensor, norm_eps: float
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For up, down and gate: the loss's gradient at the layer's output, bounded, and the input."""
-    key = F.rms_norm(level.key.to(inner.dtype) @ inner, inner.shape, None, norm_eps)
+    key = inner
+    if level.key is not None:
+        key = F.rms_norm(level.key.to(inner.dtype) @ inner, inner.shape, None, norm_eps)
     target = level.value.to(inner.dtype) @ inner
     with torch.enable_grad():
         shifts = [torch.zeros_like(w[:, 0]).requires_grad_() for w in weights if w is not None]
@@ -136,19 +259,26 @@ def _bounded(signal: torch.Tensor, bound: float | None) -> torch.Tensor:
     return signal * (bound / mean_square.sqrt())
 
 
-def _stack_states(
-    rows: list[tuple[_Weights, list[tuple[torch.Tensor, torch.Tensor]]]], x: torch.Tensor
-) -> ContinuumLevelState:
-    longest = max(len(pending) for _, pending in rows)
+def _stack_states(level: ContinuumLevel, rows: list[_Sequence], x: torch.Tensor) -> ContinuumLevelState:
+    longest = max(len(row.pending) for row in rows)
     empty = x.new_zeros(x.shape[-1], dtype=state_dtype(x.dtype))
-    padded = [pending + [(empty, empty[0])] * (longest - len(pending)) for _, pending in rows]
+    padded = [row.pending + [(empty, empty[0])] * (longest - len(row.pending)) for row in rows]
+
+    def stack(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+        return None if parts[0] is None else torch.stack(parts)
+
+    fast = [stack(list(parts)) for parts in zip(*(row.weights for row in rows))]
+    momenta = [stack(list(parts)) for parts in zip(*(row.momenta for row in rows))]
     return ContinuumLevelState(
-        up=torch.stack([w.up for w, _ in rows]),
-        down=torch.stack([w.down for w, _ in rows]),
-        gate=None if rows[0][0].gate is None else torch.stack([w.gate for w, _ in rows]),
+        *fast,
         pending_inputs=torch.stack(
             [torch.stack([i for i, _ in p]) if p else empty[None, :][:0] for p in padded]
         ),
         pending_rates=torch.stack([torch.stack([r for _, r in p]) if p else empty[:0] for p in padded]),
-        position=torch.tensor([len(pending) for _, pending in rows], device=x.device),
+        position=torch.tensor([len(row.pending) for row in rows], device=x.device),
+        **(
+            dict(zip(("up_momentum", "down_momentum", "gate_momentum"), momenta))
+            if level.rule in RULES_WITH_MOMENTUM
+            else {}
+        ),
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
 
-RULES = ("sgd", "dgd")
+RULES = ("sgd", "dgd", "momentum", "muon")
+RULES_WITH_MOMENTUM = ("momentum", "muon")
+VARIANTS = ("sequential", "nested", "independent")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,9 +31,13 @@ class ContinuumLevel:
         rate: η, the rate of every token: a number, or a tensor [] or [B, T]; finite and not negative.
             The number 0 makes the level exactly the plain block. May need a gradient.
         key: [D, D], makes the keys ``n(key n(x))`` (this ``n`` without a weight: unit root mean square).
-            Needed unless the level never steps, as is ``value``.
-        value: [D, D], makes the targets ``value n(x)``.
-        rule: ``"sgd"`` or ``"dgd"`` (delta gradient descent, in its exact mini-batch form).
+            None: the keys are what the block reads, ``n(x)``, so that what it read serves its step too.
+        value: [D, D], makes the targets ``value n(x)``. Needed unless the level never steps.
+        rule: ``"sgd"``, ``"dgd"`` (delta gradient descent, in its exact mini-batch form), ``"momentum"`` or
+            ``"muon"``; see :func:`nl_kernels.continuum_update`.
+        momentum_decay: of ``"momentum"`` and ``"muon"``, in [0, 1).
+        restore_norms: after each step, every row of the matrices gets back the norm that it has in ``up``,
+            ``gate``, ``down`` (LaCT, arXiv 2505.23884).
         error_bound: the largest root mean square that each linear layer's error signal may have; longer ones
             are scaled down, which for the last layer is a Huber loss. None: no bound, the plain square.
     """
@@ -45,6 +51,8 @@ class ContinuumLevel:
     key: torch.Tensor | None = None
     value: torch.Tensor | None = None
     rule: str = "sgd"
+    momentum_decay: float = 0.9
+    restore_norms: bool = False
     error_bound: float | None = 1.0
 
     @property
@@ -65,6 +73,9 @@ class ContinuumLevelState(NamedTuple):
     pending_inputs: torch.Tensor  # [B, P, D]: n(x) of the tokens not yet learned from, then padding
     pending_rates: torch.Tensor  # [B, P]: their rates
     position: torch.Tensor  # [B], int64: tokens since the last step, < chunk_size
+    up_momentum: torch.Tensor | None = None  # of rules with momentum, in the shapes of the weights
+    down_momentum: torch.Tensor | None = None
+    gate_momentum: torch.Tensor | None = None
 
 
 #: One entry for each level; None for a level that never steps.
@@ -74,6 +85,67 @@ ContinuumState: TypeAlias = tuple[ContinuumLevelState | None, ...]
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of fast weights and of everything that changes them: fp32, or fp64 for fp64 inputs."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def continuum_detach(state: ContinuumState) -> ContinuumState:
+    """The state cut from the graph that made it, as truncated backpropagation does between segments."""
+    return _map(torch.Tensor.detach, state)
+
+
+def continuum_clone(state: ContinuumState) -> ContinuumState:
+    """A copy that shares no memory with the state; gradients flow through it."""
+    return _map(torch.clone, state)
+
+
+def continuum_reset(
+    state: ContinuumState, levels: Sequence[ContinuumLevel], *, rows: torch.Tensor | None = None
+) -> ContinuumState:
+    """The state with some sequences at their start again: initial weights, nothing pending, no momentum.
+
+    Args:
+        state: of B sequences, from :func:`nl_kernels.continuum_memory` with the same levels.
+        levels: whose weights are the start; gradients flow into them.
+        rows: [B] bool, the sequences to reset; None: all.
+
+    Raises:
+        TypeError, ValueError: ``rows`` is no such tensor, or the state is one of other levels.
+    """
+    if len(state) != len(levels):
+        raise ValueError(f"state: expected that of {len(levels)} levels, got {len(state)}")
+    return tuple(None if s is None else _reset_level(s, lv, rows) for s, lv in zip(state, levels))
+
+
+def _reset_level(
+    state: ContinuumLevelState, level: ContinuumLevel, rows: torch.Tensor | None
+) -> ContinuumLevelState:
+    position = state.position
+    if rows is None:
+        rows = torch.ones_like(position, dtype=torch.bool)
+    if not isinstance(rows, torch.Tensor) or rows.dtype != torch.bool:
+        raise TypeError(f"rows: expected a tensor of torch.bool or None, got {rows!r:.100}")
+    if rows.shape != position.shape or rows.device != position.device:
+        raise ValueError(
+            f"rows: expected shape {tuple(position.shape)} on {position.device}, got {tuple(rows.shape)} "
+            f"on {rows.device}"
+        )
+    changed = {"position": position.masked_fill(rows, 0)}
+    for name in ("up", "down", "gate"):
+        fast, momentum = getattr(state, name), getattr(state, f"{name}_momentum")
+        if fast is not None:
+            initial = getattr(level, name).to(fast.dtype)
+            changed[name] = torch.where(rows[:, None, None], initial, fast)
+        if momentum is not None:
+            changed[f"{name}_momentum"] = momentum.masked_fill(rows[:, None, None], 0.0)
+    changed["pending_inputs"] = state.pending_inputs.masked_fill(rows[:, None, None], 0.0)
+    changed["pending_rates"] = state.pending_rates.masked_fill(rows[:, None], 0.0)
+    return state._replace(**changed)
+
+
+def _map(function: Callable[[torch.Tensor], torch.Tensor], state: ContinuumState) -> ContinuumState:
+    return tuple(
+        None if level is None else level._make(None if x is None else function(x) for x in level)
+        for level in state
+    )
 
 
 def check_chunk_sizes(sizes: Sequence[int | None]) -> None:

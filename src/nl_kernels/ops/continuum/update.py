@@ -8,9 +8,7 @@ import torch
 
 from nl_kernels.checks import check_choice, check_range, check_tensor
 from nl_kernels.ops.continuum.orthogonal import orthogonalised
-
-UPDATE_RULES = ("sgd", "dgd", "momentum", "muon")
-_WITH_MOMENTUM = ("momentum", "muon")
+from nl_kernels.ops.continuum.state import RULES, RULES_WITH_MOMENTUM
 
 
 def continuum_update(
@@ -58,7 +56,7 @@ def continuum_update(
         ValueError: another shape, device or value than said, or an argument that the rule does not take.
     """
     _check(weight, gradient, rule, gram, inputs, rates, momentum, momentum_decay, norms)
-    if rule in _WITH_MOMENTUM:
+    if rule in RULES_WITH_MOMENTUM:
         momentum = gradient if momentum is None else torch.add(gradient, momentum, alpha=momentum_decay)
     step = momentum if rule == "momentum" else evened_out(momentum) if rule == "muon" else gradient
     new = weight - step
@@ -97,7 +95,7 @@ def _erased(
 
 
 def _check(weight, gradient, rule, gram, inputs, rates, momentum, momentum_decay, norms) -> None:
-    check_choice("rule", rule, UPDATE_RULES)
+    check_choice("rule", rule, RULES)
     _check_matrix("gradient", gradient)
     _check_matrix("weight", weight)
     *leading, out, width = gradient.shape
@@ -124,8 +122,8 @@ def _check(weight, gradient, rule, gram, inputs, rates, momentum, momentum_decay
         if rates.device.type == "cpu":  # reading them on an accelerator would wait for the device
             check_range("rates", rates, 0.0, float("inf"), closed_high=False)
     if momentum is not None:
-        if rule not in _WITH_MOMENTUM:
-            raise ValueError(f"momentum: of rules {_WITH_MOMENTUM} only, got it with {rule!r}")
+        if rule not in RULES_WITH_MOMENTUM:
+            raise ValueError(f"momentum: of rules {RULES_WITH_MOMENTUM} only, got it with {rule!r}")
         _check_like("momentum", momentum, gradient.shape, weight)
     if not 0 <= momentum_decay < 1:
         raise ValueError(f"momentum_decay: expected a number in [0, 1), got {momentum_decay!r}")

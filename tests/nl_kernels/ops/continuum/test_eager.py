@@ -7,94 +7,21 @@ import torch
 from torch.nn import functional as F
 
 from nl_kernels import ContinuumLevel, continuum_memory
-from nl_kernels.ops.continuum import eager
-
-WIDTH = 6
-TENSORS = ("norm", "up", "down", "gate", "key", "value", "rate")
-
-
-def random_tensor(*shape, scale=1.0, shift=0.0, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return shift + scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def make_level(seed, *, hidden=5, gated=False, rate=0.05, **options):
-    s = 10 * seed
-    return ContinuumLevel(
-        norm=random_tensor(WIDTH, scale=0.1, shift=1.0, seed=s),
-        up=random_tensor(hidden, WIDTH, scale=0.4, seed=s + 1),
-        down=random_tensor(WIDTH, hidden, scale=0.4, seed=s + 2),
-        gate=random_tensor(hidden, WIDTH, scale=0.4, seed=s + 3) if gated else None,
-        key=random_tensor(WIDTH, WIDTH, scale=0.4, seed=s + 4),
-        value=random_tensor(WIDTH, WIDTH, scale=0.4, seed=s + 5),
-        rate=rate if isinstance(rate, (float, torch.Tensor)) else rate(s + 6),
-        **options,
-    )
-
-
-def rates(batch, length):
-    return lambda seed: torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)).double()
-
-
-def require_grad(levels):
-    """The levels with leaves in the place of their tensors, and the leaves."""
-    copies, leaves = [], []
-    for level in levels:
-        own = {
-            name: getattr(level, name).clone().requires_grad_()
-            for name in TENSORS
-            if isinstance(getattr(level, name), torch.Tensor)
-        }
-        leaves += own.values()
-        copies.append(dataclasses.replace(level, **own))
-    return copies, leaves
-
-
-def flat(state):
-    """All tensors of a state but the positions, which are compared by their own."""
-    return [
-        t for level in state if level is not None for t in level if t is not None and t.is_floating_point()
-    ]
-
-
-def close(found, expected, tolerance=1e-10):
-    """Errors at most ``tolerance`` of the largest element of each tensor."""
-    assert len(found) == len(expected)
-    for f, e in zip(found, expected):
-        assert f.shape == e.shape
-        if e.numel():
-            assert (f - e).abs().max() <= tolerance * max(1.0, e.abs().max().item())
-
-
-def run_with_gradients(x, levels, impl, *, state=None, **options):
-    """y, final state and the gradients of a random functional of both, of everything that goes in."""
-    x = x.clone().requires_grad_()
-    levels, leaves = require_grad(levels)
-    if state is not None:
-        given = [
-            None
-            if s is None
-            else [t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in s]
-            for s in state
-        ]
-        leaves += [t for s in given if s is not None for t in s if t is not None and t.requires_grad]
-        state = tuple(None if s is None else type(old)(*s) for s, old in zip(given, state))
-    y, final = continuum_memory(x, levels, initial_state=state, output_final_state=True, impl=impl, **options)
-    results = [y, *flat(final)]
-    functional = sum((r * random_tensor(*r.shape, seed=i)).sum() for i, r in enumerate(results))
-    gradients = torch.autograd.grad(functional, [x, *leaves], allow_unused=True, materialize_grads=True)
-    return results, [s.position for s in final if s is not None], gradients
-
-
-def assert_same(x, levels, **options):
-    found = run_with_gradients(x, levels, "eager", **options)
-    expected = run_with_gradients(
-        x, levels, "reference", **{k: v for k, v in options.items() if k != "checkpoint_every"}
-    )
-    close(found[0], expected[0])
-    assert all(torch.equal(f, e) for f, e in zip(found[1], expected[1]))
-    close(found[2], expected[2])
-    return found
+from nl_kernels.ops.continuum import chunk_step, eager
+from tests.nl_kernels.continuum_levels import (
+    PADDINGS,
+    TENSORS,
+    WIDTH,
+    assert_same,
+    chain,
+    close,
+    flat,
+    make_level,
+    random_tensor,
+    rates,
+    require_grad,
+    run_with_gradients,
+)
 
 
 @pytest.mark.parametrize("length", [1, 4, 7, 17])
@@ -114,22 +41,6 @@ def test_equals_the_reference(rule, gated, length):
 def test_equals_the_reference_at_every_chunk_size(rule, chunk_size):
     level = make_level(4, rule=rule, chunk_size=chunk_size, rate=0.03, error_bound=None)
     assert_same(random_tensor(1, 13, WIDTH, seed=2), [level])
-
-
-PADDINGS = {
-    "left": [[0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1]],
-    "right": [[1, 1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1]],
-    "anywhere": [[1, 0, 1, 1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 1, 1, 1, 1, 0]],
-    "short": [[0, 0, 0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0]],
-}
-
-
-def chain(length, batch=3, rule="dgd"):
-    return [
-        make_level(1, rule=rule, chunk_size=2, rate=rates(batch, length), error_bound=0.3),
-        make_level(2, rule=rule, gated=True, chunk_size=4, rate=0.04, hidden=3),
-        make_level(3),
-    ]
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -346,10 +257,10 @@ def test_rounding_stays_within_its_budget(rule, dtype):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kind", ["random", "few", "one"])
 @pytest.mark.parametrize("chunk_size", [1, 16])
-@pytest.mark.parametrize("rule", ["sgd", "dgd"])
+@pytest.mark.parametrize("rule", ["sgd", "dgd", "momentum", "muon"])
 def test_weights_stay_bounded_on_a_long_stream(rule, chunk_size, kind, gated):
-    """At large rates: sgd with a gain of 1 for a whole chunk, dgd with one of 1 for every token."""
-    width, hidden, length = 16, 32, {1: 768, 16: 4096}[chunk_size]
+    """At large rates: a gain of 1 for a whole chunk (of momentum in all steps), of dgd for every token."""
+    width, hidden, length = 16, 32, {1: 200 if rule == "muon" else 768, 16: 4096}[chunk_size]
     generator = torch.Generator().manual_seed(0)
     distinct = {"random": length, "few": 8, "one": 1}[kind]
     table = torch.randn(distinct, width, generator=generator)
@@ -366,7 +277,7 @@ def test_weights_stay_bounded_on_a_long_stream(rule, chunk_size, kind, gated):
         key=torch.eye(width),
         value=normal(width, width),
         chunk_size=chunk_size,
-        rate=1.0 / width / chunk_size if rule == "sgd" else 1.0 / width,
+        rate={"sgd": 1.0 / chunk_size, "dgd": 1.0}.get(rule, 0.1 / chunk_size) / width,
         rule=rule,
     )
     y, (state,) = continuum_memory(x, [level], output_final_state=True)
@@ -375,34 +286,46 @@ def test_weights_stay_bounded_on_a_long_stream(rule, chunk_size, kind, gated):
         assert fast.norm() < 10 * initial.norm()
 
 
-def break_method(name, change):
-    """A mutation: the eager method ``name`` with its result changed."""
-    original = getattr(eager._SteppingLevel, name)
-    return name, lambda self, *args: change(original(self, *args), *args)
+def changed(owner, name, change):
+    """A mutation: the function ``name`` of ``owner`` with its result changed."""
+    original = getattr(owner, name)
+    return owner, name, lambda *args: change(original(*args), *args)
+
+
+def rates_ignored(rule, level, rates):
+    rule.rule, rule.decay, rule.rates = (
+        level.rule,
+        level.momentum_decay,
+        torch.full_like(rates, 0.05)[..., None],
+    )
 
 
 MUTATIONS = {
-    "writes turned round": break_method("written", lambda new, weight, *_: 2 * weight - new),
-    "bound forgotten": ("bounded", lambda self, signal: signal),
-    "rates ignored": break_method("writes", lambda rows, inputs, rates: 0.05 * inputs),
-    "hidden layer not learned": break_method("step", lambda new, weights, *_: new._replace(up=weights.up)),
-    "learned from the wrong chunk": break_method(
+    "writes turned round": changed(
+        chunk_step._Rule, "step", lambda made, rule, weight, *_: (2 * weight - made[0], made[1])
+    ),
+    "bound forgotten": (chunk_step, "_bounding", lambda signal, bound: None),
+    "rates ignored": (chunk_step._Rule, "__init__", rates_ignored),
+    "hidden layer not learned": changed(
+        eager, "learn", lambda made, level, weights, *_: (made[0]._replace(up=weights.up), made[1])
+    ),
+    "learned from the wrong chunk": changed(
+        eager.SteppingLevel,
         "split",
         lambda chunks, *_: [c if c.rates is None else c._replace(targets=chunks[0].targets) for c in chunks],
     ),
-    "pending rates lost": break_method(
-        "state_after", lambda s, *_: s._replace(pending_rates=torch.zeros_like(s.pending_rates))
+    "pending rates lost": changed(
+        eager, "pending_tokens", lambda pending, *_: (pending[0], torch.zeros_like(pending[1]), pending[2])
     ),
 }
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_comparison_notices_a_broken_implementation(mutation, monkeypatch):
-    name, broken = MUTATIONS[mutation]
     x = 3 * random_tensor(1, 7, WIDTH, seed=0)
     levels = [make_level(1, rule="dgd", chunk_size=2, rate=rates(1, 7), error_bound=0.3)]
     assert_same(x, levels)
-    monkeypatch.setattr(eager._SteppingLevel, name, broken)
+    monkeypatch.setattr(*MUTATIONS[mutation])
     with pytest.raises(AssertionError):
         assert_same(x, levels)
 
@@ -440,8 +363,18 @@ BAD_CALLS = {
     r"levels\[1\].down": (ValueError, with_level(1, down=torch.ones(WIDTH, 4))),
     r"levels\[0\].gate": (ValueError, with_level(gate=torch.ones(4, WIDTH))),
     r"levels\[0\].norm": (ValueError, with_level(norm=torch.ones(1))),
-    r"levels\[0\].key: .* got None": (ValueError, with_level(key=None)),
-    r"levels\[0\].value": (ValueError, with_level(value=torch.ones(2, 2))),
+    r"levels\[0\].value: .* got None": (ValueError, with_level(value=None)),
+    r"levels\[0\].value: expected shape": (ValueError, with_level(value=torch.ones(2, 2))),
+    r"levels\[0\].key": (ValueError, with_level(key=torch.ones(2, 2))),
+    r"levels\[0\].momentum_decay: expected less": (ValueError, with_level(momentum_decay=1.0)),
+    r"levels\[0\].restore_norms": (TypeError, with_level(restore_norms=1)),
+    "variant": (ValueError, lambda c: c.update(variant="parallel")),
+    "level_weights: of variant": (ValueError, lambda c: c.update(level_weights=torch.ones(2))),
+    "level_weights: expected shape": (
+        ValueError,
+        lambda c: c.update(level_weights=torch.ones(3), variant="independent"),
+    ),
+    "detach_updates": (TypeError, lambda c: c.update(detach_updates="yes")),
     r"levels\[0\].chunk_size: expected at least 1": (ValueError, with_level(chunk_size=0)),
     r"levels\[0\].chunk_size: expected an int": (TypeError, with_level(chunk_size=2.0)),
     r"levels\[1\].chunk_size: expected a multiple of 2": (ValueError, with_level(1, chunk_size=3)),
@@ -462,6 +395,10 @@ BAD_CALLS = {
     r"initial_state\[0\].up: expected shape": (ValueError, with_state(up=torch.ones(1, 5, WIDTH))),
     r"initial_state\[0\].gate: expected None": (ValueError, with_state(gate=torch.ones(2, 5, WIDTH))),
     r"initial_state\[0\].down: expected torch.float64": (TypeError, with_state(down=torch.ones(2, WIDTH, 5))),
+    r"initial_state\[0\].up_momentum: expected a tensor exactly": (
+        ValueError,
+        with_state(up_momentum=torch.ones(2, 5, WIDTH)),
+    ),
     r"initial_state\[0\].position: expected a tensor": (TypeError, with_state(position=torch.ones(2))),
     r"initial_state\[0\].position: expected shape": (ValueError, with_state(position=torch.ones(1).long())),
     r"initial_state\[0\].position: expected values": (ValueError, with_state(position=torch.tensor([0, 2]))),

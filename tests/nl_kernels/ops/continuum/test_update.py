@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nl_kernels import continuum_update
-from nl_kernels.ops.continuum import update
+from nl_kernels.ops.continuum.state import RULES
 from nl_kernels.ops.newton_schulz import MUON_COEFFICIENTS, singular_value_band
 
 SHAPES = [(4, 7), (7, 4), (5, 5)]
@@ -100,7 +100,7 @@ def test_a_rank_one_step_of_muon_is_that_of_sgd():
     torch.testing.assert_close(new, weight - gradient, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("rule", update.UPDATE_RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_nothing_to_learn_changes_nothing(rule):
     weight, zero = normal(4, 7, seed=0), torch.zeros(4, 7, dtype=torch.float64, requires_grad=True)
     new, _ = continuum_update(weight, zero, rule=rule, **extra(rule, zero.new_zeros(7, 7)))
@@ -113,7 +113,7 @@ def extra(rule, gram):
     return {"gram": gram} if rule == "dgd" else {}
 
 
-@pytest.mark.parametrize("rule", update.UPDATE_RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_rows_get_their_norms_back(rule):
     weight, signals, inputs, rates = chunk(4, 7)
     gradient, gram = gradient_of(signals, inputs, rates), gradient_of(inputs, inputs, rates)
@@ -132,7 +132,7 @@ def test_rows_of_zeros_stay():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rule", update.UPDATE_RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_gradients(rule, shape):
     out, width = shape
     weight, signals, inputs, rates = chunk(out, width, tokens=2, batch=())
@@ -159,7 +159,7 @@ def test_a_weight_may_be_shared():
     assert torch.equal(new, weight[None] - gradient)
 
 
-@pytest.mark.parametrize("rule", update.UPDATE_RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_sequences_do_not_know_of_each_other(rule):
     weight, signals, inputs, rates = chunk(4, 7, batch=(3,))
     gradient, gram = gradient_of(signals, inputs, rates), gradient_of(inputs, inputs, rates)
@@ -169,7 +169,7 @@ def test_sequences_do_not_know_of_each_other(rule):
         torch.testing.assert_close(together[b], alone, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", update.UPDATE_RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_fp32_errs_by_rounding_only(rule):
     weight, signals, inputs, rates = chunk(24, 40, tokens=64)
     gradient, gram = gradient_of(signals, inputs, rates), gradient_of(inputs, inputs, rates)

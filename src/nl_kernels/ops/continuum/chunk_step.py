@@ -1,0 +1,157 @@
+"""A level's MLP on the tokens of one chunk, and the step of its weights that these tokens make."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from nl_kernels.ops.continuum.state import ContinuumLevel
+from nl_kernels.ops.continuum.update import evened_out, with_row_norms
+
+
+class Weights(NamedTuple):
+    """Shared by all sequences ([H, D], …) until the first step, of each one ([B, H, D], …) from then on.
+
+    Also momenta (None: zero) and row norms, in the same places.
+    """
+
+    up: torch.Tensor | None
+    down: torch.Tensor | None
+    gate: torch.Tensor | None
+
+
+class Served(NamedTuple):
+    """What the MLP makes of the inputs of a chunk: what a step and a backward pass need of it."""
+
+    outputs: Weights  # [B, C, H], [B, C, D], [B, C, H]: of the linear layers
+    hidden: torch.Tensor  # [B, C, H]
+    slopes: tuple[torch.Tensor, ...]  # ∂hidden/∂up's output, and with a gate ∂hidden/∂gate's output
+
+
+def mlp(inner: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """``down σ(up x)`` with GELU, or ``down (SiLU(gate x) ∘ up x)``."""
+    up = product(inner, weights.up)
+    hidden = F.gelu(up) if weights.gate is None else F.silu(product(inner, weights.gate)) * up
+    return product(hidden, weights.down)
+
+
+def product(inner: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x Wᵀ`` in the dtype of x, with one W for all sequences or one for each."""
+    weight = weight.to(inner.dtype)
+    return F.linear(inner, weight) if weight.ndim == 2 else inner @ weight.mT
+
+
+def serve(inner: torch.Tensor, weights: Weights) -> Served:
+    """:func:`mlp` with its intermediate values."""
+    up = product(inner, weights.up)
+    if weights.gate is None:
+        gate, hidden = None, F.gelu(up)
+        slopes = (torch.ops.aten.gelu_backward(torch.ones_like(up), up),)
+    else:
+        gate = product(inner, weights.gate)
+        opening = torch.sigmoid(gate)
+        opened = gate * opening
+        hidden = opened * up
+        slopes = (opened, up * (opening + opened * (1 - opening)))
+    return Served(Weights(up, product(hidden, weights.down), gate), hidden, slopes)
+
+
+def learn(
+    level: ContinuumLevel,
+    weights: Weights,
+    momenta: Weights,
+    norms: Weights | None,
+    served: Served,
+    keys: torch.Tensor,
+    targets: torch.Tensor,
+    rates: torch.Tensor,
+) -> tuple[Weights, Weights]:
+    """Weights and momenta after one step on a chunk, all gradients at ``weights`` (Eq. 71).
+
+    Args:
+        served: the MLP on ``keys`` at ``weights``.
+        norms: row norms to restore; None: rows are as the step leaves them.
+        keys, targets: [B, C, D].
+        rates: [B, C].
+    """
+    error = served.outputs.down - targets
+    scale = _bounding(error, level.error_bound)
+    if scale is not None:
+        error = error * scale
+    back = error @ weights.down
+    rule = _Rule(level, rates)
+    keyed = rule.written_along(keys)
+    signals = {"down": (error, None, rule.written_along(served.hidden))}
+    for name, slope in zip(("up", "gate"), served.slopes):
+        signal = back * slope
+        signals[name] = (signal, _bounding(signal, level.error_bound), keyed)
+    new, after = {"gate": None}, {"gate": None}
+    for name, (signal, scale, along) in signals.items():
+        new[name], after[name] = rule.step(
+            getattr(weights, name),
+            getattr(momenta, name),
+            signal,
+            scale,
+            getattr(served.outputs, name),
+            along,
+        )
+        if norms is not None:
+            new[name] = with_row_norms(new[name], getattr(norms, name))
+    return Weights(**new), Weights(**after)
+
+
+class _Rule:
+    """How a matrix W changes, given its inputs X, outputs X Wᵀ and bounded output gradients G of a chunk."""
+
+    def __init__(self, level: ContinuumLevel, rates: torch.Tensor) -> None:
+        self.rule, self.decay = level.rule, level.momentum_decay
+        self.rates = rates[..., None]
+
+    def written_along(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The rows [B, C, in] along which a layer with these inputs is written.
+
+        With D = diag(rates): X, as the rates go with the signals; for dgd D X (I + Xᵀ D X)^{-1} =
+        (I + D X Xᵀ)^{-1} D X, by the smaller of the two systems. No square root of the rates: its derivative
+        at 0 is infinite.
+        """
+        if self.rule != "dgd":
+            return inputs
+        rated = inputs * self.rates
+        tokens, width = inputs.shape[-2:]
+        eye = torch.eye(min(tokens, width), dtype=inputs.dtype, device=inputs.device)
+        if tokens < width:
+            return torch.linalg.inv(eye + rated @ inputs.mT) @ rated
+        return rated @ torch.linalg.inv(eye + inputs.mT @ rated)
+
+    def step(
+        self,
+        weight: torch.Tensor,
+        momentum: torch.Tensor | None,
+        signal: torch.Tensor,
+        scale: torch.Tensor | None,
+        output: torch.Tensor,
+        along: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The new weight and momentum; ``scale`` [B, C, 1] bounds the signal and None leaves it."""
+        if self.rule == "dgd":
+            # the erased part X Wᵀ is the layer's own output
+            pulled = output + signal if scale is None else torch.addcmul(output, signal, scale)
+            return torch.baddbmm(weight, pulled.mT, along, alpha=-1), None
+        rated = signal * (self.rates if scale is None else self.rates * scale)
+        if self.rule == "sgd":
+            return torch.baddbmm(weight, rated.mT, along, alpha=-1), None
+        if momentum is None:
+            momentum = rated.mT @ along
+        else:
+            momentum = torch.baddbmm(momentum, rated.mT, along, beta=self.decay)
+        return weight - (momentum if self.rule == "momentum" else evened_out(momentum)), momentum
+
+
+def _bounding(signal: torch.Tensor, bound: float | None) -> torch.Tensor | None:
+    """What scales a signal [B, C, width] down to a root mean square of ``bound`` where it is longer."""
+    if bound is None:
+        return None
+    mean_square = signal.square().mean(-1, keepdim=True)
+    return bound * mean_square.clamp_min(bound**2).rsqrt()

@@ -1,0 +1,97 @@
+"""How a level's tokens lie on its grid of chunks, and what of them is left for the next call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from nl_kernels.chunk_alignment import ChunkAlignment, align_batch
+from nl_kernels.ops.continuum.state import ContinuumLevelState
+
+
+class Grid(NamedTuple):
+    """The tokens of a call, behind those that came with the state, by their place since a chunk's start.
+
+    Slot s of every sequence belongs to chunk s // C, so that all sequences step together.
+    """
+
+    inputs: torch.Tensor  # [B, L, D], fp32: n(x) of all tokens
+    rates: torch.Tensor  # [B, L], 0 in empty slots
+    reads: torch.Tensor  # [B, L - first, D]: n(x) as it is read
+    first: int  # the first slot that is read
+    lengths: torch.Tensor | None  # [B]: how many slots are taken; None: all of every sequence
+    alignment: ChunkAlignment | None  # how tokens moved; None: they lie as they came
+
+    def restored(self, y: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+        """Outputs of the slots that are read, back in the places of the call's tokens."""
+        if self.alignment is None:
+            return y
+        return self.alignment.scatter(F.pad(y, (0, 0, self.first, 0)), batch, length)
+
+
+def place_on_grid(
+    inner: torch.Tensor, rates: torch.Tensor, before: ContinuumLevelState | None, mask: torch.Tensor | None
+) -> Grid:
+    """The grid of ``inner`` [B, T, D] with ``rates`` [B, T] in the dtype of the steps."""
+    alignment = _ragged_alignment(before, mask, inner)
+    if alignment is not None:
+        return _ragged_grid(inner, rates, before, alignment)
+    inputs = inner.to(rates.dtype)
+    first = 0 if before is None else int(before.position[0])
+    if first:
+        inputs = torch.cat((before.pending_inputs[:, :first], inputs), dim=1)
+        rates = torch.cat((before.pending_rates[:, :first], rates), dim=1)
+    return Grid(inputs, rates, inner, first, None, None)
+
+
+def pending_tokens(grid: Grid, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs [B, P, D] and rates [B, P] of the tokens after each sequence's last step, and how many [B]."""
+    batch, length, width = grid.inputs.shape
+    if grid.lengths is None:
+        pending = length % chunk_size
+        position = torch.full((batch,), pending, device=grid.inputs.device)
+        # state outlives the call: no views of parameters or of the whole sequence
+        inputs = grid.inputs
+        if pending < length:
+            inputs = inputs[:, length - pending :].clone()
+        return inputs, grid.rates[:, length - pending :].clone(), position
+    position = grid.lengths % chunk_size
+    place = torch.arange(int(position.max()), device=position.device)
+    taken = place < position[:, None]
+    slots = ((grid.lengths - position)[:, None] + place).clamp_max(length - 1)
+    inputs = grid.inputs.gather(1, slots[..., None].expand(-1, -1, width)) * taken[..., None]
+    return inputs, grid.rates.gather(1, slots) * taken, position
+
+
+def _ragged_alignment(
+    before: ContinuumLevelState | None, mask: torch.Tensor | None, inner: torch.Tensor
+) -> ChunkAlignment | None:
+    """Where the tokens go on the grid; None where all rows are full and go on from the same position."""
+    if mask is None:
+        if before is None or len(set(before.position.tolist())) == 1:
+            return None
+        mask = torch.ones(inner.shape[:2], dtype=torch.bool, device=inner.device)
+    position = mask.new_zeros(mask.shape[0], dtype=torch.int64) if before is None else before.position
+    return align_batch(mask, position)
+
+
+def _ragged_grid(
+    inner: torch.Tensor,
+    rates: torch.Tensor,
+    before: ContinuumLevelState | None,
+    alignment: ChunkAlignment,
+) -> Grid:
+    inputs, rates = alignment.gather(inner.to(rates.dtype)), alignment.gather(rates)
+    first = 0
+    if before is not None:
+        first = int(before.position.min())
+        pending = min(before.pending_rates.shape[1], inputs.shape[1])
+        taken = torch.arange(pending, device=inner.device) < before.position[:, None]
+        empty = inputs.shape[1] - pending
+        # tokens of the state and of this call have different slots
+        earlier = before.pending_inputs[:, :pending] * taken[..., None]
+        inputs = inputs + F.pad(earlier, (0, 0, 0, empty))
+        rates = rates + F.pad(before.pending_rates[:, :pending] * taken, (0, empty))
+    return Grid(inputs, rates, inputs[:, first:].to(inner.dtype), first, alignment.stop, alignment)

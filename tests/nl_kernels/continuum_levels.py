@@ -1,0 +1,114 @@
+"""Levels, calls and comparisons for the tests of the continuum memory."""
+
+import dataclasses
+
+import torch
+
+from nl_kernels import ContinuumLevel, continuum_memory
+
+WIDTH = 6
+TENSORS = ("norm", "up", "down", "gate", "key", "value", "rate")
+
+
+def random_tensor(*shape, scale=1.0, shift=0.0, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return shift + scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def make_level(seed, *, hidden=5, gated=False, rate=0.05, **options):
+    s = 10 * seed
+    return ContinuumLevel(
+        norm=random_tensor(WIDTH, scale=0.1, shift=1.0, seed=s),
+        up=random_tensor(hidden, WIDTH, scale=0.4, seed=s + 1),
+        down=random_tensor(WIDTH, hidden, scale=0.4, seed=s + 2),
+        gate=random_tensor(hidden, WIDTH, scale=0.4, seed=s + 3) if gated else None,
+        key=random_tensor(WIDTH, WIDTH, scale=0.4, seed=s + 4),
+        value=random_tensor(WIDTH, WIDTH, scale=0.4, seed=s + 5),
+        rate=rate if isinstance(rate, (float, torch.Tensor)) else rate(s + 6),
+        **options,
+    )
+
+
+def rates(batch, length):
+    return lambda seed: torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def require_grad(levels):
+    """The levels with leaves in the place of their tensors, and the leaves."""
+    copies, leaves = [], []
+    for level in levels:
+        own = {
+            name: getattr(level, name).clone().requires_grad_()
+            for name in TENSORS
+            if isinstance(getattr(level, name), torch.Tensor)
+        }
+        leaves += own.values()
+        copies.append(dataclasses.replace(level, **own))
+    return copies, leaves
+
+
+def flat(state):
+    """All tensors of a state but the positions, which are compared by their own."""
+    return [
+        t for level in state if level is not None for t in level if t is not None and t.is_floating_point()
+    ]
+
+
+def close(found, expected, tolerance=1e-10):
+    """Errors at most ``tolerance`` of the largest element of each tensor."""
+    assert len(found) == len(expected)
+    for f, e in zip(found, expected):
+        assert f.shape == e.shape
+        if e.numel():
+            assert (f - e).abs().max() <= tolerance * max(1.0, e.abs().max().item())
+
+
+def run_with_gradients(x, levels, impl, *, state=None, level_weights=None, **options):
+    """y, final state and the gradients of a random functional of both, of everything that goes in."""
+    x = x.clone().requires_grad_()
+    levels, leaves = require_grad(levels)
+    if level_weights is not None:
+        level_weights = level_weights.clone().requires_grad_()
+        leaves.append(level_weights)
+        options["level_weights"] = level_weights
+    if state is not None:
+        given = [
+            None
+            if s is None
+            else [t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in s]
+            for s in state
+        ]
+        leaves += [t for s in given if s is not None for t in s if t is not None and t.requires_grad]
+        state = tuple(None if s is None else type(old)(*s) for s, old in zip(given, state))
+    y, final = continuum_memory(x, levels, initial_state=state, output_final_state=True, impl=impl, **options)
+    results = [y, *flat(final)]
+    functional = sum((r * random_tensor(*r.shape, seed=i)).sum() for i, r in enumerate(results))
+    gradients = torch.autograd.grad(functional, [x, *leaves], allow_unused=True, materialize_grads=True)
+    return results, [s.position for s in final if s is not None], gradients
+
+
+def assert_same(x, levels, *, tolerance=1e-10, **options):
+    found = run_with_gradients(x, levels, "eager", **options)
+    expected = run_with_gradients(
+        x, levels, "reference", **{k: v for k, v in options.items() if k != "checkpoint_every"}
+    )
+    close(found[0], expected[0], tolerance)
+    assert all(torch.equal(f, e) for f, e in zip(found[1], expected[1]))
+    close(found[2], expected[2], tolerance)
+    return found
+
+
+PADDINGS = {
+    "left": [[0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1]],
+    "right": [[1, 1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1]],
+    "anywhere": [[1, 0, 1, 1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 1, 1, 1, 1, 0]],
+    "short": [[0, 0, 0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0]],
+}
+
+
+def chain(length, batch=3, rule="dgd"):
+    return [
+        make_level(1, rule=rule, chunk_size=2, rate=rates(batch, length), error_bound=0.3),
+        make_level(2, rule=rule, gated=True, chunk_size=4, rate=0.04, hidden=3),
+        make_level(3),
+    ]
