@@ -1,14 +1,16 @@
-"""Launch parameters of the tiled kernels: pure functions of shapes, precision and architecture; calls in order."""
+"""Launch parameters of the tiled kernels, pure functions of shapes and architecture; and calls in order."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from nl_kernels.chunk_kernels.launch import precision_of
+from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, signature_of
 from nl_kernels.triton_support.kernel_call import KernelCall
 from nl_kernels.triton_support.tiles import padded, power_of_two
 
@@ -25,7 +27,7 @@ MOVED_NUMBERS = 2048  # numbers of a program that moves weights
 
 
 def tiled_precision(dtype: torch.dtype, architecture: str) -> str:
-    """How products compute for callers of ``dtype``: bf16 ones round operands to bf16, others as small chunks do."""
+    """How products compute for callers of ``dtype``: bf16 ones round operands to bf16."""
     return "bf16" if dtype == torch.bfloat16 else precision_of(dtype, architecture)
 
 
@@ -40,7 +42,7 @@ def operand_dtype(precision: str) -> torch.dtype:
 
 
 def length_of(chunk_size: int, tokens: int) -> int:
-    """Rows of a chunk's matrices: a power of two up to 64, or whole blocks of 64; few where tokens are few."""
+    """Rows of a chunk's matrices: a power of two up to 64, or blocks of 64; few where tokens are few."""
     size = min(chunk_size, power_of_two(tokens))
     return padded(size) if size <= SOLVE_BLOCK else -(-size // SOLVE_BLOCK) * SOLVE_BLOCK
 
@@ -89,7 +91,7 @@ class Term(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a result's rows go, or an addend's come from: ``limit`` of them, from row ``start`` of ``rows`` a batch."""
+    """Where a result goes, or an addend comes from: ``limit`` rows from ``start`` on, of ``rows`` a batch."""
 
     tensor: torch.Tensor
     rows: int
@@ -109,7 +111,7 @@ def every_row(tensor: torch.Tensor | None) -> Place | None:
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """How a call's tokens fall into chunks; ``begin``, ``stop`` and ``origin`` [batches] where rows differ in it."""
+    """How a call's tokens fall into chunks; ``begin``, ``stop``, ``origin`` [batches] where those differ."""
 
     batches: int
     tokens: int
@@ -180,7 +182,7 @@ class Schedule:
         warps: int = 4,
         stages: int = 1,
     ) -> None:
-        """One call; of ``arguments`` and ``constants`` what the kernel takes, with tensors absent if not named."""
+        """One call: what the kernel takes of ``arguments`` and ``constants``; other tensors are absent."""
         grid = self.grid
         common = {
             **grid.arguments(),
@@ -220,11 +222,12 @@ class Schedule:
         inner: torch.Tensor | None = None,
         add1: Place | None = None,
     ) -> None:
-        """A sum of products; see :func:`.tiled_products.product_kernel`. ``scaled``: ``add0`` by the chunk's decay."""
+        """See :func:`.tiled_products.product_kernel`; ``scaled``: ``add0``, by the chunk's decay."""
         from nl_kernels.chunk_kernels.tiled_products import product_kernel
 
         tiles = tiles_of(m, n, max((t.k for t in terms), default=16), self.precision, self.architecture)
         given: dict[str, Any] = {"final": self.final if scaled else None, "aside": aside, "copy": copy}
+        given |= {f"k{i}": terms[i].k if i < len(terms) else 0 for i in range(4)}
         for i, term in enumerate(terms):
             for side, operand in (("a", term.a), ("b", term.b)):
                 given |= {
@@ -265,14 +268,26 @@ class Schedule:
 
     def rows(self, name: str, kernel: Any, width: int, arguments: dict[str, Any], **constants: Any) -> None:
         """A kernel that takes whole rows of a chunk's matrices."""
-        block, rows, warps = row_tiles(width)
+        block, rows, warps = row_tiles(width, self.grid.length)
         programs = self.grid.batches * self.grid.length // rows
         constants = {"WIDTH": width, "ROWS": rows, "BLOCK": block, **constants}
         self.add(name, kernel, programs, arguments, constants, warps)
 
 
-def row_tiles(width: int) -> tuple[int, int, int]:
-    """Block of columns, rows and warps of a program that takes whole rows."""
+def row_tiles(width: int, length: int) -> tuple[int, int, int]:
+    """Block of columns, rows and warps of a program that takes whole rows, all of one chunk."""
     block = padded(width)
-    rows = max(1, min(16, ROW_NUMBERS // block))
+    rows = max(1, min(SOLVE_BLOCK, length, ROW_NUMBERS // block))
     return block, rows, 8 if block * rows >= ROW_NUMBERS else 4
+
+
+def entries_of(op: str, words: str, schedules: dict[str, Schedule]) -> Iterator[CatalogueEntry]:
+    """One call of each kind in the schedules, to compile ahead of time; what it is for ends the variant."""
+    seen = set()
+    for kind, schedule in schedules.items():
+        for name, call in zip(schedule.names, schedule.calls):
+            signature = tuple(signature_of(call).items()), tuple(call.constants.items())
+            key = call.kernel.__name__, signature, call.num_warps
+            if key not in seen:
+                seen.add(key)
+                yield CatalogueEntry(op, f"{words} {kind}: {name}", call)

@@ -1,7 +1,7 @@
-"""One layer of a memory over one chunk as a handful of tiled kernels: writes, running reads, and their adjoints.
+"""One layer of a memory over one chunk as a handful of tiled kernels: writes, running reads, their adjoints.
 
-The formulas of :mod:`nl_kernels.delta_adjoint`, planned into a :class:`~.tiled_launch.Schedule`; one layer a batch. The
-buffers of a layer hold one chunk and serve every chunk in turn.
+The formulas of :mod:`nl_kernels.delta_adjoint`, planned into a :class:`~.tiled_launch.Schedule`; one layer a
+batch. The buffers of a layer hold one chunk and serve every chunk in turn.
 """
 
 from __future__ import annotations
@@ -194,9 +194,7 @@ def read(
     if layer.anchor is not None:
         terms.append(Term(queries, layer.anchor.t, layer.into))
     terms.append(Term(whole(layer.scores), whole(layer.written), length, "l"))
-    s.product(
-        "read", length, layer.out, terms, factor=AFTER, aside=layer.recalled, add1=residual, out=out
-    )
+    s.product("read", length, layer.out, terms, factor=AFTER, aside=layer.recalled, add1=residual, out=out)
 
 
 @dataclass
@@ -207,12 +205,15 @@ class LayerAdjoint:
         grad: adjoint of the running weights [batches, out, into], carried from chunk to chunk.
         weights: it, as an operand.
         at_written, at_end: that of u, and its part from the state after the chunk.
-        at_surprise: of ω. solved: of the error signal, and as an operand, and times the decay before each token.
+        at_surprise: of ω. solved: of the error signal, and as an operand, and times the decay before each
+            token.
         pairs: of x xᵀ, plus its transpose. strict_rows, strict_columns: sums by tile.
         at_x: of the layer's input.
-        read_weighted: of a running read times the decay. read_pairs: of q xᵀ. full_rows, full_columns: sums by tile.
+        read_weighted: of a running read times the decay. read_pairs: of q xᵀ. full_rows, full_columns: sums
+            by tile.
         before, to_end, after: of the decays, by token, times themselves. inner: of those over the chunk.
-        at_rate: of the rate, but for the sums over columns. coefficient: what a proximal rate gives its input.
+        at_rate: of the rate, but for the sums over columns. coefficient: what a proximal rate gives its
+            input.
     """
 
     grad: torch.Tensor
@@ -330,6 +331,7 @@ def _pairs(s: Schedule, layer, adjoint, name, a: Operand, b: torch.Tensor, weigh
         s.grid.batches * tiles * tiles,
         {
             "a": a.tensor,
+            "extent": layer.out,
             "a_rows": a.rows,
             "a_start": a.start,
             "b": b,
@@ -411,7 +413,14 @@ def write_adjoint(
             transposed=True,
         )
         _pairs(
-            s, layer, adjoint, "gram pairs", whole(adjoint.solved_operand), layer.surprise, layer.gram, "strict"
+            s,
+            layer,
+            adjoint,
+            "gram pairs",
+            whole(adjoint.solved_operand),
+            layer.surprise,
+            layer.gram,
+            "strict",
         )
         terms += [
             Term(whole(adjoint.solved_weighted), layer.weights, layer.out),
@@ -457,8 +466,8 @@ def state_adjoint(
     Args:
         queries: of the running read, or ``None``.
         before: the running weights, fp32.
-        base_terms: the adjoint of the snapshot. It is added to ``at_anchor``, and goes to ``at_snapshot`` or, where
-            that is ``None``, as the running weights were the snapshot, to theirs.
+        base_terms: the adjoint of the snapshot. It is added to ``at_anchor``, and goes to ``at_snapshot`` or,
+            where that is ``None``, as the running weights were the snapshot, to theirs.
     """
     length, place = s.grid.length, every_row(adjoint.grad)
     terms = []
@@ -540,7 +549,7 @@ def move(
     adds: bool = False,
     index: int = 0,
 ) -> None:
-    """Copy, or add, a weight of each batch that is at a certain place; see :func:`.tiled_weights.move_kernel`."""
+    """Copy, or add, a weight of each batch that is at some place; see :func:`.tiled_weights.move_kernel`."""
     from nl_kernels.chunk_kernels.tiled_weights import move_kernel
 
     size = shape[0] * shape[1]
@@ -582,13 +591,13 @@ def coefficients_of(s: Schedule, rate: torch.Tensor, log_decay: torch.Tensor) ->
 
 
 def place_tokens(s: Schedule, x: torch.Tensor, *, proximal: bool = False):
-    """Tokens [batches, tokens, width] by chunk, as operands; their proximal rate [batches, pitch] or ``None``."""
+    """Tokens [batches, tokens, width] by chunk, as operands; proximal rates [batches, pitch] or ``None``."""
     from nl_kernels.chunk_kernels.tiled_tokens import place_tokens_kernel
 
     grid, width = s.grid, x.shape[-1]
     placed = x.new_empty((grid.batches, grid.pitch, width), dtype=operand_dtype(s.precision))
     effective = x.new_empty((grid.batches, grid.pitch)) if proximal else None
-    block, rows, warps = row_tiles(width)
+    block, rows, warps = row_tiles(width, grid.length)
     s.add(
         "place tokens",
         place_tokens_kernel,
@@ -616,7 +625,16 @@ def decay_adjoint(
     constants = {"TILES": -(-length // pair_tile(length)), "BLOCK": power_of_two(length)}
     for i in range(2):
         constants |= {f"WEIGHT_TILES{i}": 0, f"WEIGHT_BLOCK{i}": 0}
-    names = ("before", "to_end", "after", "strict_rows", "strict_columns", "full_rows", "full_columns", "inner")
+    names = (
+        "before",
+        "to_end",
+        "after",
+        "strict_rows",
+        "strict_columns",
+        "full_rows",
+        "full_columns",
+        "inner",
+    )
     for i, (layer, adjoint) in enumerate(zip(layers, adjoints)):
         given |= {f"{name}{i}": getattr(adjoint, name) for name in names}
         given[f"rate{i}"] = layer.rate

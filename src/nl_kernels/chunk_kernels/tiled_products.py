@@ -1,8 +1,9 @@
-"""Batched products over tiles with fused element-wise work: what chunks too large for one program are made of.
+"""Batched products over tiles with fused element-wise work, of which large chunks are made.
 
-An operand is a matrix a batch of [batches, rows, WIDTH] in memory, from row ``start`` of its batch on; *turned*
-ones are read as their transpose. Matrices of a chunk have all LENGTH rows, with zeros where there is no token.
-Per-token numbers of a chunk, ``coefficients`` [batches, 8, pitch], are listed in :mod:`.tiled_tokens`.
+An operand is a matrix a batch of [batches, rows, WIDTH] in memory, from row ``start`` of its batch on;
+*turned* ones are read as their transpose. Matrices of a chunk have all LENGTH rows, with zeros where there is
+no token. Per-token numbers of a chunk, ``coefficients`` [batches, 8, pitch], are listed in
+:mod:`.tiled_tokens`.
 """
 
 import triton
@@ -18,7 +19,7 @@ RESIDUE_BEFORE: tl.constexpr = tl.constexpr(3)
 
 @triton.jit
 def add_product(acc, a, b, PRECISION: tl.constexpr):
-    """``acc + a @ b`` with operands in the named precision (see :mod:`nl_kernels.triton_support.language`)."""
+    """``acc + a @ b``, operands in the named precision (see :mod:`nl_kernels.triton_support.language`)."""
     if PRECISION == "bf16":
         acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
     else:
@@ -28,7 +29,7 @@ def add_product(acc, a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_operand(place, row, column, ROWS, COLUMNS, WIDTH: tl.constexpr, TURNED: tl.constexpr):
-    """The tile [row, column] of a matrix of ROWS × COLUMNS at ``place``, or of the transpose of what lies there."""
+    """A tile of the ROWS × COLUMNS matrix at ``place``, or of the transpose of what is there."""
     if TURNED:
         mask = (column < COLUMNS)[:, None] & (row < ROWS)[None, :]
         tile = tl.trans(tl.load(place + column[:, None] * WIDTH + row[None, :], mask=mask, other=0.0))
@@ -86,7 +87,9 @@ def decay_tile(coefficients, m, n, LENGTH: tl.constexpr, pitch, DECAY: tl.conste
     return tl.where(below, decay, 0.0)
 
 
+# Extents to loop over come at run time too: loops of known length are unrolled, at a minute a compilation.
 _INTEGERS = [
+    *(f"k{i}" for i in range(4)),
     *(f"{x}{i}_{kind}" for i in range(4) for x in "ab" for kind in ("rows", "start")),
     *(f"{x}_{kind}" for x in ("add0", "add1", "out") for kind in ("rows", "start", "limit")),
     "against_rows",
@@ -117,6 +120,10 @@ def product_kernel(
     copy,
     against,
     inner,
+    k0,
+    k1,
+    k2,
+    k3,
     a0_rows,
     a0_start,
     b0_rows,
@@ -169,10 +176,11 @@ def product_kernel(
     """``out = ((a0 b0) · factor + a1 b1 + a2 b2 + a3 b3) · decay ± add0 + add1``, one program a tile.
 
     ``TURNED`` has two letters a term, "t" for a turned operand. ``SPANS`` has one: "l" where a is lower
-    triangular, "u" where it is upper triangular, "d" where the product is needed on and below the diagonal alone, "-" elsewhere. ``FACTOR`` scales the rows of the first term by
-    those of the coefficients (−1: does not). The sum of the first ``ASIDE_TERMS`` terms goes to ``aside``, added to
-    what it holds with ``ASIDE_ADDS``. With ``final`` [batches, chunks], ``add0`` is scaled by it, and ``inner``
-    [batches, chunks, tiles] gets its inner product with ``against``. ``copy`` is another rounding of ``out``.
+    triangular, "u" where it is upper triangular, "d" where the product is needed on and below the diagonal
+    alone, "-" elsewhere. ``FACTOR`` scales the rows of the first term by those of the coefficients (−1: does
+    not). The sum of the first ``ASIDE_TERMS`` terms goes to ``aside``, added to what it holds with
+    ``ASIDE_ADDS``. With ``final`` [batches, chunks], ``add0`` is scaled by it, and ``inner`` [batches,
+    chunks, tiles] gets its inner product with ``against``. ``copy`` is another rounding of ``out``.
     """
     TILES_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -188,7 +196,7 @@ def product_kernel(
 
     if a0 is not None:
         acc = _next_term(
-            acc, a0, b0, batch, a0_rows, a0_start, b0_rows, b0_start, m, n, first_m, first_n < first_m + BLOCK_M,
+            acc, a0, b0, batch, a0_rows, a0_start, b0_rows, b0_start, m, n, first_m, first_n, k0,
             M, N, K0, TURNED[0], TURNED[1], SPANS[0], BLOCK_M, BLOCK_K, PRECISION,
         )  # fmt: skip
     if FACTOR >= 0:
@@ -198,21 +206,21 @@ def product_kernel(
         _put_aside(aside, batch, acc, m, n, inside, M, N, ASIDE_ADDS)
     if a1 is not None:
         acc = _next_term(
-            acc, a1, b1, batch, a1_rows, a1_start, b1_rows, b1_start, m, n, first_m, True,
+            acc, a1, b1, batch, a1_rows, a1_start, b1_rows, b1_start, m, n, first_m, first_n, k1,
             M, N, K1, TURNED[2], TURNED[3], SPANS[1], BLOCK_M, BLOCK_K, PRECISION,
         )  # fmt: skip
     if ASIDE_TERMS == 2:
         _put_aside(aside, batch, acc, m, n, inside, M, N, ASIDE_ADDS)
     if a2 is not None:
         acc = _next_term(
-            acc, a2, b2, batch, a2_rows, a2_start, b2_rows, b2_start, m, n, first_m, True,
+            acc, a2, b2, batch, a2_rows, a2_start, b2_rows, b2_start, m, n, first_m, first_n, k2,
             M, N, K2, TURNED[4], TURNED[5], SPANS[2], BLOCK_M, BLOCK_K, PRECISION,
         )  # fmt: skip
     if ASIDE_TERMS == 3:
         _put_aside(aside, batch, acc, m, n, inside, M, N, ASIDE_ADDS)
     if a3 is not None:
         acc = _next_term(
-            acc, a3, b3, batch, a3_rows, a3_start, b3_rows, b3_start, m, n, first_m, True,
+            acc, a3, b3, batch, a3_rows, a3_start, b3_rows, b3_start, m, n, first_m, first_n, k3,
             M, N, K3, TURNED[6], TURNED[7], SPANS[3], BLOCK_M, BLOCK_K, PRECISION,
         )  # fmt: skip
 
@@ -260,7 +268,8 @@ def _next_term(
     m,
     n,
     first_m,
-    counts,
+    first_n,
+    extent,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -271,18 +280,18 @@ def _next_term(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One term's part of a tile; none where it does not ``count``."""
+    """One term's part of a tile; ``extent`` is K at run time."""
     # An operand that is not turned has its contracted (a) or its outer (b) extent as its width.
     A_WIDTH: tl.constexpr = M if A_TURNED == "t" else K
     B_WIDTH: tl.constexpr = K if B_TURNED == "t" else N
     k_from = 0
-    k_stop = K
+    k_stop = extent
     if SPAN == "l":
-        k_stop = tl.minimum(first_m + BLOCK_M, K)
+        k_stop = tl.minimum(first_m + BLOCK_M, extent)
     if SPAN == "u":
         k_from = (first_m // BLOCK_K) * BLOCK_K
     if SPAN == "d":
-        k_stop = tl.where(counts, K, 0)
+        k_stop = tl.where(first_n < first_m + BLOCK_M, extent, 0)
     return add_term(
         acc,
         a + (batch * a_rows + a_start) * A_WIDTH,
@@ -303,7 +312,7 @@ def _next_term(
     )
 
 
-@triton.jit(do_not_specialize=["a_rows", "a_start", "pitch", "start"])
+@triton.jit(do_not_specialize=["extent", "a_rows", "a_start", "pitch", "start"])
 def pair_adjoint_kernel(
     a,
     b,
@@ -313,6 +322,7 @@ def pair_adjoint_kernel(
     out,
     row_sums,
     column_sums,
+    extent,
     a_rows,
     a_start,
     pitch,
@@ -324,7 +334,7 @@ def pair_adjoint_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The adjoint of a matrix ``decay ∘ x yᵀ`` of pairs of tokens, ``weights`` [batches, LENGTH, LENGTH], from a bᵀ.
+    """From a bᵀ, the adjoint of a matrix ``decay ∘ x yᵀ`` of pairs of tokens: ``weights`` [batches, c, c].
 
     ``out`` gets that of x yᵀ. With ``rate`` (the pairs of what is erased) its columns are scaled by −η, and
     ``out`` is the sum of it and its transpose. ``row_sums`` and ``column_sums`` [batches, tiles, LENGTH] get,
@@ -339,7 +349,7 @@ def pair_adjoint_kernel(
     n = tile_n * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (m < LENGTH)[:, None] & (n < LENGTH)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
-    stop = tl.where(tile_n <= tile_m, K, 0)
+    stop = tl.where(tile_n <= tile_m, extent, 0)
     acc = add_term(
         acc,
         a + (batch * a_rows + a_start) * K,

@@ -1,8 +1,8 @@
-"""Element-wise work on the tokens of a chunk between its products: the hidden layer, errors, and their adjoints.
+"""Element-wise work on the tokens of a chunk between products: the hidden layer, errors, and their adjoints.
 
-A program takes ROWS whole rows of matrices [batches, LENGTH, WIDTH]; what is stored in 16 bits is an operand of a
-product. Numbers by token are [batches, LENGTH], coefficients as in :mod:`.tiled_tokens`. ``NOTHING`` is an absent
-tensor. The formulas are those of :mod:`.forward` and :mod:`.adjoint`.
+A program takes ROWS whole rows of matrices [batches, LENGTH, WIDTH]; what is stored in 16 bits is an operand
+of a product. Numbers by token are [batches, LENGTH], coefficients as in :mod:`.tiled_tokens`. ``NOTHING`` is
+an absent tensor. The formulas are those of :mod:`.forward` and :mod:`.adjoint`.
 """
 
 import triton
@@ -41,7 +41,17 @@ def _coefficient(coefficients, batch, t, pitch, start, KIND: tl.constexpr):
 
 @triton.jit
 def _store_written(
-    written, weighted, row, signal, coefficients, batch, t, pitch, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    written,
+    weighted,
+    row,
+    signal,
+    coefficients,
+    batch,
+    t,
+    pitch,
+    start,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """u = −η δ of a layer that does not erase, and u times the decay to the chunk's end."""
     if written is not None:
@@ -91,7 +101,7 @@ def error_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The error bounded; its factor is made anew where it is needed. ``operand`` is another rounding of it."""
+    """The error bounded; its factor is made anew where needed. ``operand`` is another rounding of it."""
     row, batch, t = _rows(LENGTH, ROWS)
     tile = _load(raw, row, WIDTH, BLOCK)
     tile *= forward.length_factor(tile, BOUND)[:, None]
@@ -149,8 +159,8 @@ def read_adjoint_rows_kernel(
 ):
     """From the adjoint of a read's input layer, that of the read, ready for products.
 
-    ``z`` NOTHING: ``grad`` is that of the read itself, else of n(σ(z)). ``operand`` gets the adjoint of the read,
-    ``weighted`` it times the decay from the chunk's start, ``after`` that of this decay times itself.
+    ``z`` NOTHING: ``grad`` is that of the read itself, else of n(σ(z)). ``operand`` gets the adjoint of the
+    read, ``weighted`` it times the decay from the chunk's start, ``after`` that of this decay times itself.
     """
     row, batch, t = _rows(LENGTH, ROWS)
     tile = _load(grad, batch * grad_rows + grad_start + t, WIDTH, BLOCK)
@@ -180,9 +190,10 @@ def written_adjoint_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """From the adjoint of u = −η ω that of ω; of η but for the erase; and of the decay to the chunk's end, times itself.
+    """From the adjoint of u = −η ω those of ω, of η but for the erase, and of ``to_end`` times itself.
 
-    ``at_end`` is the part of ``at_written`` that comes from the state after the chunk. ``rate`` [batches, pitch].
+    ``at_end`` is the part of ``at_written`` that comes from the state after the chunk. ``rate`` [batches,
+    pitch].
     """
     row, batch, t = _rows(LENGTH, ROWS)
     grad = _load(at_written, row, WIDTH, BLOCK)
@@ -215,12 +226,12 @@ def signal_adjoint_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adjoints of ``back``, of n(σ(z)) in all, of z through σ', and ``radial`` (see :func:`.adjoint.signal_adjoint`).
+    """Adjoints of ``back``, n(σ(z)) in all, z through σ', and ``radial`` (:func:`.adjoint.signal_adjoint`).
 
-    ``right`` is what the layer's solve was given: the adjoint of the decay from the chunk's start, times itself, goes
-    to ``before``. ``coefficient`` times n(σ(z)) is what the second layer's proximal rate adds.
+    ``right`` is what the layer's solve was given: the adjoint of the decay from the chunk's start, times
+    itself, goes to ``before``. ``coefficient`` times n(σ(z)) is what the second layer's proximal rate adds.
     """
-    row, batch, t = _rows(LENGTH, ROWS)
+    row, _, _ = _rows(LENGTH, ROWS)
     value, slope, curvature, scale = forward.activated(_load(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
     given = _load(back, row, WIDTH, BLOCK)
     signal, tangent, along, factor = forward.error_signal(given, value, slope, scale, NORMALIZED, BOUND)
@@ -293,8 +304,8 @@ def hidden_adjoint_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The adjoint of z, for products, from that of n(σ(z)) and what :func:`signal_adjoint_rows_kernel` left."""
-    row, batch, t = _rows(LENGTH, ROWS)
+    """The adjoint of z from that of n(σ(z)) and what :func:`signal_adjoint_rows_kernel` left."""
+    row, _, _ = _rows(LENGTH, ROWS)
     value, slope, _, scale = forward.activated(_load(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
     grad = _load(at_value, row, WIDTH, BLOCK)
     grad = adjoint.hidden_adjoint(grad, value, slope, scale, tl.load(radial + row), NORMALIZED)

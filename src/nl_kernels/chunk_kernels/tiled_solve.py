@@ -1,7 +1,7 @@
 """The unit lower-triangular system of a chunk's erases, block by block of tokens.
 
-With K [LENGTH, LENGTH] of :mod:`nl_kernels.delta_adjoint` the system is ``(I + K diag(η)) ω = r``. Blocks on the
-diagonal are inverted, all at once; then each program takes some columns of r through the blocks in turn.
+With K [LENGTH, LENGTH] of :mod:`nl_kernels.delta_adjoint` the system is ``(I + K diag(η)) ω = r``. Blocks on
+the diagonal are inverted, all at once; then each program takes some columns of r through the blocks in turn.
 """
 
 import triton
@@ -57,8 +57,8 @@ def solve_kernel(
 ):
     """``solution`` [batches, LENGTH, WIDTH]; one program a batch and BLOCK_N columns.
 
-    ``scaled`` is what the blocks hand on: u = −η ω, or, ``TRANSPOSED``, the solution itself; ``weighted`` is it times
-    those of the coefficients that ``FACTOR`` names.
+    ``scaled`` is what the blocks hand on: u = −η ω, or, ``TRANSPOSED``, the solution itself; ``weighted`` is
+    it times those of the coefficients that ``FACTOR`` names.
     """
     BLOCKS: tl.constexpr = LENGTH // BLOCK
     COLUMNS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N

@@ -1,9 +1,10 @@
 """What a call's tokens give every chunk before any state is known, and what its decays get back.
 
-Tokens are brought into chunks of LENGTH rows each, [batches, chunks · LENGTH, ·], with zeros in rows that hold no
-token. ``coefficients`` [batches, 8, chunks · LENGTH] has one number a token: the cumulated log decay, its residue, both
-before the token itself (see :mod:`nl_kernels.triton_support.language`), ``before``, ``after`` and ``to_end`` of
-:class:`nl_kernels.delta_chunk.Spread`, and the rate. ``final`` is [batches, chunks].
+Tokens are brought into chunks of LENGTH rows each, [batches, chunks · LENGTH, ·], with zeros in rows that
+hold no token. ``coefficients`` [batches, 8, chunks · LENGTH] has one number a token: the cumulated log decay,
+its residue, both before the token itself (see :mod:`nl_kernels.triton_support.language`), ``before``,
+``after`` and ``to_end`` of :class:`nl_kernels.delta_chunk.Spread`, and the rate. ``final`` is [batches,
+chunks].
 """
 
 import triton
@@ -52,7 +53,7 @@ def coefficients_kernel(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a batch and chunk; ``plain_rate`` [batches, pitch] is the last of the coefficients alone."""
+    """One program a batch and chunk; ``plain_rate`` [batches, pitch] is the last coefficient alone."""
     program = tl.program_id(0)
     batch = (program // chunks).to(tl.int64)
     chunk = program % chunks
@@ -132,8 +133,8 @@ def rate_adjoint_kernel(
 ):
     """A layer's adjoint of the given rate, into ``total`` [batches, LENGTH]; one program a batch.
 
-    ``direct`` [batches, LENGTH] less ``column_sums`` [batches, TILES, LENGTH] is that of the rate it erases with.
-    ``coefficient`` times its input is what the input gets where that is the proximal rate.
+    ``direct`` [batches, LENGTH] less ``column_sums`` [batches, TILES, LENGTH] is that of the rate it erases
+    with. ``coefficient`` times its input is what the input gets where that is the proximal rate.
     """
     batch = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, BLOCK)
@@ -253,10 +254,11 @@ def decay_adjoint_kernel(
 ):
     """Gradients of log decays and rates of one chunk, one program a batch.
 
-    By layer come adjoints of the parts of the decays' spread, each times the part itself: ``before``, ``to_end`` and
-    ``after`` [batches, LENGTH], sums over rows and columns of ``strict`` (columns still without −``rate``) and ``full``
-    [batches, TILES, LENGTH], and ``inner`` [batches, chunks, tiles of the weight], of ``final``. A span from token j to i
-    holds the logs of j + 1 … i: a sum over instants of what begins there less what ends there.
+    By layer come adjoints of the parts of the decays' spread, each times the part itself: ``before``,
+    ``to_end`` and ``after`` [batches, LENGTH], sums over rows and columns of ``strict`` (columns still
+    without −``rate``) and ``full`` [batches, TILES, LENGTH], and ``inner`` [batches, chunks, tiles of the
+    weight], of ``final``. A span from token j to i holds the logs of j + 1 … i: a sum over instants of what
+    begins there less what ends there.
     """
     batch = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, BLOCK)

@@ -18,7 +18,8 @@ def operands_kernel(
 ):
     """The running weights, and those of the snapshot plus the anchor, rounded as operands.
 
-    Matrices of SIZE numbers a batch; those of ``running`` lie ``running_pitch`` apart from ``running_start`` on.
+    Matrices of SIZE numbers a batch; those of ``running`` lie ``running_pitch`` apart from ``running_start``
+    on.
     """
     PARTS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -57,8 +58,8 @@ def move_kernel(
 ):
     """Copy or add matrices of the batches that are at a certain place.
 
-    ``WHEN``: "always"; "met", where the call ends at a boundary of the batch; "last", where ``index`` is its last
-    chunk; "left", where it is and the call ends within that chunk.
+    ``WHEN``: "always"; "met", where the call ends at a boundary of the batch; "last", where ``index`` is its
+    last chunk; "left", where it is and the call ends within that chunk.
     """
     PARTS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     program = tl.program_id(0)

@@ -1,7 +1,7 @@
 """Chunks too large for one program: the backward pass as tiled products, a fixed number of kernels a chunk.
 
-A chunk is computed again from the state that was kept at its start, and then differentiated; an adjoint is called
-``at_…``. The formulas are those of ``eager_backward.py``.
+A chunk is computed again from the state that was kept at its start, and then differentiated; an adjoint is
+called ``at_…``. The formulas are those of ``eager_backward.py``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TiledAdjoint:
         return Operand(self._do, self.chunks.grid.pitch, self.chunks.schedule.start)
 
     def chunk_adjoint(self, before: list[Operand]) -> None:
-        """Gradients of the present chunk's tokens, and of its weights in place; ``before`` are the running ones."""
+        """Gradients of the present chunk's tokens and, in place, weights; ``before``: the running ones."""
         chunks, s = self.chunks, self.chunks.schedule
         for layer, adjoint, buffer in zip(chunks.layers, self.layers, self._weights):
             adjoint.weights, _ = tiled_layer.operands_of(
@@ -371,9 +371,7 @@ def _run_again(chunks: TiledChunks, kept, stack, first: int, count: int, shapes)
     step = stack[0].shape[1]
     weights = range(len(chunks.layers))
     for i in weights:
-        tiled_layer.move(
-            chunks.schedule, slot_of(kept[i], first // step), slot_of(stack[i], 0), shapes[i]
-        )
+        tiled_layer.move(chunks.schedule, slot_of(kept[i], first // step), slot_of(stack[i], 0), shapes[i])
     for below in range(count):
         before, after = ([slot_of(stack[i], below + ahead) for i in weights] for ahead in (0, 1))
         chunks.take_weights(before, first + below)

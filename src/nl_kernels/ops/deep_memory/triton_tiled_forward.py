@@ -96,7 +96,7 @@ class TiledChunks:
         return self.inputs.q.new_empty((self.grid.batches, layer.out, layer.into), dtype=self.operand)
 
     def _weight_buffers(self, i: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Room for a layer's running weights as an operand, and for the snapshot's; none where fp32 ones serve."""
+        """Room for a layer's running weights as an operand, and the snapshot's; none if fp32 ones serve."""
         rounds = self.operand != torch.float32
         apart = self.inputs[10] is not None or self.inputs[12] is not None
         layer = self.layers[i]
@@ -106,9 +106,9 @@ class TiledChunks:
         if anchor is None or self.operand == torch.float32:
             return whole(anchor)
         rounded = self.new_weight(layer)
-        return tiled_layer.operands_of(
-            self.schedule, layer.shape, whole(anchor), None, None, rounded, None
-        )[0]
+        return tiled_layer.operands_of(self.schedule, layer.shape, whole(anchor), None, None, rounded, None)[
+            0
+        ]
 
     @property
     def keys(self) -> Operand:
