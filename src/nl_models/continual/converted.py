@@ -11,6 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nl_models.continual.fast_parameters import Context, FastParameter, FastParameters, ModelOutput
+from nl_models.hope.cache_hope import STATE_TYPES
+from nl_models.layers.state import describe_state, rebuild_state
+from nl_models.layers.state_cache import StateCacheLayer
 from nl_models.surgery import ContinuumCache, FastWeights, LayerFastWeights
 
 
@@ -111,25 +114,37 @@ class ConvertedParameters(FastParameters):
     def detach(self, context: Context) -> Context:
         cache = _shallow_copy(context)
         for layer in cache.layers:
-            layer.keys, layer.values = layer.keys.detach().contiguous(), layer.values.detach().contiguous()
+            if isinstance(layer, StateCacheLayer):
+                layer.map(_plain)
+            else:
+                layer.keys, layer.values = _plain(layer.keys), _plain(layer.values)
         return cache
 
     def describe_context(self, context: Context) -> tuple[Any, dict[str, torch.Tensor]]:
-        tensors, seen = {}, []
+        tensors: dict[str, torch.Tensor] = {}
+        description = []
         for index, layer in enumerate(context.layers):
-            tensors |= {f"{index}.keys": layer.keys, f"{index}.values": layer.values}
-            seen.append(layer.get_seq_length())
-        return seen, tensors
+            memory = isinstance(layer, StateCacheLayer)
+            state = layer.state if memory else (layer.keys, layer.values)
+            description.append([layer.get_seq_length(), describe_state(state, str(index), tensors)])
+        return description, tensors
 
     def rebuild_context(self, description: Any, tensors: Mapping[str, torch.Tensor]) -> Context:
         cache = ContinuumCache(self.model.config)
-        for index, (layer, seen) in enumerate(zip(cache.layers, description, strict=True)):
-            keys, values = tensors[f"{index}.keys"], tensors[f"{index}.values"]
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
+        for layer, (seen, described) in zip(cache.layers, description, strict=True):
+            state = rebuild_state(described, tensors.__getitem__, STATE_TYPES)
+            if isinstance(layer, StateCacheLayer):
+                layer.commit(state, seen)
+                continue
+            layer.lazy_initialization(*state)
+            layer.keys, layer.values = state
             if layer.is_sliding:
                 layer.cumulative_length = seen
         return cache
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous()
 
 
 def matrix_of(module: nn.Module) -> torch.Tensor:

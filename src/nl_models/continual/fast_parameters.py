@@ -44,11 +44,13 @@ class FastParameters(ABC):
         model: whose parameters are read and never changed.
         chunk_sizes: of the levels, fast to slow, each a multiple of the one before.
         parameters: every fast matrix.
+        nested: whether a step of a level puts the faster ones back to the model's own weights (Eq. 72).
     """
 
     model: nn.Module
     chunk_sizes: tuple[int, ...]
     parameters: tuple[FastParameter, ...]
+    nested: bool = False
 
     @abstractmethod
     def weight(self, parameter: FastParameter) -> torch.Tensor:

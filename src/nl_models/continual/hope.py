@@ -30,6 +30,7 @@ class HopeParameters(FastParameters):
                 "give those that the learner shall step a chunk_size and max_rate=0"
             )
         self.chunk_sizes = tuple(levels[place].chunk_size for place in places)
+        self.nested = model.config.continuum_variant == "nested"
         self._parts: dict[str, nn.Parameter] = {}
         self._names: dict[str, str] = {}
         parameters = []
@@ -167,4 +168,5 @@ def _level_inputs(memory: ContinuumMemory, x: torch.Tensor):
         hidden = F.linear(inner, level.up)
         hidden = F.gelu(hidden) if level.gate is None else F.silu(F.linear(inner, level.gate)) * hidden
         yield place, inner, hidden
-        x = x + F.linear(hidden, level.down)
+        if memory.variant != "independent":
+            x = x + F.linear(hidden, level.down)

@@ -158,6 +158,8 @@ def _learn(
     for level, (chunk_size, rule) in enumerate(zip(model.chunk_sizes, rules, strict=True)):
         if rule.steps and state.learned % chunk_size == 0:
             state, sizes[level] = step_level(model, rule, state, level, create_graph=create_graph)
+            if model.nested:
+                state = _reset_faster(model, state, level)
     return state, losses if create_graph else losses.detach(), sizes
 
 
@@ -194,6 +196,15 @@ def step_level(
         squares = squares + (changes[parameter.name] - before).detach().square().sum((1, 2))
     size = float(squares.sqrt().mean()) / model.level_norms[level]
     return replace(state, changes=changes, gradients=gradients, grams=grams, momenta=momenta), size
+
+
+def _reset_faster(model: FastParameters, state: StreamState, level: int) -> StreamState:
+    faster = {parameter.name for parameter in model.parameters if parameter.level < level}
+    return replace(
+        state,
+        changes={n: torch.zeros_like(t) if n in faster else t for n, t in state.changes.items()},
+        momenta={n: t for n, t in state.momenta.items() if n not in faster},
+    )
 
 
 def gram_name(parameter: FastParameter) -> str:

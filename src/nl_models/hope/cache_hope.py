@@ -6,12 +6,12 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import safetensors
 import torch
 from safetensors.torch import save_file
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from nl_kernels import (
     ContinuumLevelState,
@@ -21,7 +21,8 @@ from nl_kernels import (
     SelfModifyingState,
 )
 from nl_models.layers.attention import AttentionState
-from nl_models.layers.state import State, describe_state, map_state, rebuild_state, state_tensors
+from nl_models.layers.state import State, describe_state, rebuild_state, state_tensors
+from nl_models.layers.state_cache import StateCacheLayer
 
 if TYPE_CHECKING:
     from nl_models.hope.configuration_hope import HopeConfig
@@ -59,58 +60,6 @@ STATE_TYPES = {
 """The named tuples that a saved cache may hold, by name."""
 
 
-class HopeCacheLayer(CacheLayerMixin):
-    """The state of one block, and how many columns of the input it has seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.state: BlockState | None = None
-        self.seen = 0
-
-    def commit(self, state: BlockState, tokens: int) -> None:
-        """Replace the state by that after ``tokens`` more columns (padding included)."""
-        self.state = state
-        self.seen += tokens
-        self.is_initialized = True
-
-    def map(self, function) -> None:
-        """Apply ``function`` to every tensor of the state."""
-        self.state = map_state(function, self.state)
-
-    def reset(self) -> None:
-        self.state, self.seen, self.is_initialized = None, 0, False
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.map(lambda t: t[indices.to(t.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.map(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.20
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise TypeError("a Hope block commits its whole state; it has no keys and values to initialize")
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
-        raise TypeError("a Hope block commits its whole state with `commit`, not keys and values")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError("a recurrent state cannot forget its last tokens; keep a copy of the cache")
-
-
 class HopeCache(Cache):
     """The states of all blocks of a :class:`HopeModel`, for one batch of conversations.
 
@@ -122,7 +71,7 @@ class HopeCache(Cache):
     """
 
     def __init__(self, config: HopeConfig):
-        super().__init__(layers=[HopeCacheLayer() for _ in range(config.num_hidden_layers)])
+        super().__init__(layers=[StateCacheLayer() for _ in range(config.num_hidden_layers)])
         self.fingerprint = config.fingerprint()
         self._config = config
 

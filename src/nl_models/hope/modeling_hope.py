@@ -18,7 +18,7 @@ from nl_models.layers.attention import Attention
 from nl_models.layers.continuum import ContinuumBlock, ContinuumMemory
 from nl_models.layers.gated_delta_net import GatedDeltaNet
 from nl_models.layers.initial_memory import InitialMemory
-from nl_models.layers.packing import Packing
+from nl_models.layers.packing import Packing, current_mask, refuse_packed_positions
 from nl_models.layers.self_modifying_titans import SelfModifyingTitans
 from nl_models.layers.short_convolution import ShortConvolution
 from nl_models.layers.titans import Titans
@@ -216,8 +216,9 @@ class HopeModel(HopePreTrainedModel):
             raise ValueError(
                 f"past_key_values: holds {past_key_values.batch_size} sequences, the input has {B}"
             )
-        mask = _current_mask(attention_mask, B, T, past)
-        _refuse_packed_positions(position_ids, mask, cu_seqlens)
+        mask = current_mask(attention_mask, B, T, past)
+        if cu_seqlens is None:
+            refuse_packed_positions(position_ids, mask, "pass packed sequences with cu_seqlens")
         packing = None
         if cu_seqlens is not None:
             if mask is not None or past or use_cache:
@@ -335,29 +336,3 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
 
 def _default(value: bool | None, default: bool | None) -> bool:
     return bool(default if value is None else value)
-
-
-def _current_mask(attention_mask: torch.Tensor | None, B: int, T: int, past: int) -> torch.Tensor | None:
-    """The mask ``[B, T]`` bool of the current tokens, or ``None`` where all are real."""
-    if attention_mask is None:
-        return None
-    if tuple(attention_mask.shape) not in ((B, T), (B, past + T)):
-        raise ValueError(
-            f"attention_mask: expected shape {(B, T)}, or {(B, past + T)} with the past, "
-            f"got {tuple(attention_mask.shape)}"
-        )
-    mask = attention_mask[:, -T:].bool()
-    return None if bool(mask.all()) else mask
-
-
-def _refuse_packed_positions(
-    position_ids: torch.Tensor | None, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
-) -> None:
-    """Positions that start anew mean packed sequences, which the memories can tell apart by bounds only."""
-    if position_ids is None or cu_seqlens is not None or position_ids.shape[1] < 2:
-        return
-    restarts = position_ids[:, 1:] <= position_ids[:, :-1]
-    if mask is not None:
-        restarts = restarts & mask[:, 1:] & mask[:, :-1]
-    if bool(restarts.any()):
-        raise ValueError("position_ids: they start anew within a row; pass packed sequences with cu_seqlens")

@@ -1,4 +1,4 @@
-"""Packed sequences as a padded batch, so that every layer keeps them apart by its treatment of padding."""
+"""Padding, and packed sequences as a padded batch: layers keep them apart by their treatment of padding."""
 
 from __future__ import annotations
 
@@ -38,3 +38,33 @@ class Packing:
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """``[N, longest, …]`` to ``[1, T, …]``."""
         return padded[self._real][None]
+
+
+def current_mask(attention_mask: torch.Tensor | None, B: int, T: int, past: int) -> torch.Tensor | None:
+    """The mask ``[B, T]`` bool of the current tokens, or ``None`` where all are real."""
+    if attention_mask is None:
+        return None
+    if tuple(attention_mask.shape) not in ((B, T), (B, past + T)):
+        raise ValueError(
+            f"attention_mask: expected shape {(B, T)}, or {(B, past + T)} with the past, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    mask = attention_mask[:, -T:].bool()
+    return None if bool(mask.all()) else mask
+
+
+def refuse_packed_positions(
+    position_ids: torch.Tensor | None, mask: torch.Tensor | None, remedy: str
+) -> None:
+    """Positions that start anew mean packed sequences, which memories can tell apart by bounds only.
+
+    Raises:
+        ValueError: they do, at a real token.
+    """
+    if position_ids is None or position_ids.shape[1] < 2:
+        return
+    restarts = position_ids[:, 1:] <= position_ids[:, :-1]
+    if mask is not None:
+        restarts = restarts & mask[:, 1:] & mask[:, :-1]
+    if bool(restarts.any()):
+        raise ValueError(f"position_ids: they start anew within a row; {remedy}")

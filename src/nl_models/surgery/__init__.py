@@ -1,7 +1,7 @@
 """Conversion of pre-trained transformers into models with memories, without a change of their outputs."""
 
 from nl_models.surgery.cache import ContinuumCache
-from nl_models.surgery.convert import convert_mlp_to_continuum
+from nl_models.surgery.convert import convert_attention, convert_mlp_to_continuum
 from nl_models.surgery.families import register_families
 from nl_models.surgery.fast_weights import FastWeights, LayerFastWeights
 from nl_models.surgery.levels import DEFAULT_LEVELS, ConversionLevel
@@ -12,6 +12,7 @@ __all__ = [
     "ConversionLevel",
     "FastWeights",
     "LayerFastWeights",
+    "convert_attention",
     "convert_mlp_to_continuum",
     "register_families",
 ]

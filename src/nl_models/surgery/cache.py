@@ -1,15 +1,17 @@
-"""The cache of a converted model: keys and values, and the fast weights that served them."""
+"""The cache of a converted model: keys and values, states of memories, and the fast weights that served."""
 
 from __future__ import annotations
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
+from nl_models.layers.state import state_tensors
+from nl_models.layers.state_cache import StateCacheLayer
 from nl_models.surgery.fast_weights import FastWeights
 
 
 class ContinuumCache(DynamicCache):
-    """A :class:`transformers.DynamicCache` that carries fast weights along.
+    """A :class:`transformers.DynamicCache` that carries fast weights along, and the states of memories.
 
     ``model.generate(ids, past_key_values=ContinuumCache(model.config, fast_weights))`` reads with them;
     they follow their sequences when beams are reordered.
@@ -21,6 +23,8 @@ class ContinuumCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig, fast_weights: FastWeights | None = None):
         super().__init__(config=config)
+        for index in config.memory_layers or {}:
+            self.layers[int(index)] = StateCacheLayer()
         self.fast_weights = fast_weights
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -38,7 +42,9 @@ class ContinuumCache(DynamicCache):
         fast = self.fast_weights
         if fast is None or fast.batch_size == 1:
             return
-        before = self.layers[0].keys.shape[0]
+        first = self.layers[0]
+        held = state_tensors(first.state) if isinstance(first, StateCacheLayer) else iter([first.keys])
+        before = next(held).shape[0]
         shared = before // fast.batch_size
         if shared == 1:
             self.fast_weights = fast.select(rows)

@@ -48,6 +48,7 @@ class ContinuumLlamaConfig(ContinuumConfigMixin, LlamaConfig):
 
     continuum_levels: list[dict] | None = None
     continuum_layers: list[int] | None = None
+    memory_layers: dict[str, dict] | None = None
 
 
 class ContinuumLlamaMLP(GatedContinuumMLP, LlamaMLP):
@@ -83,6 +84,7 @@ class ContinuumQwen2Config(ContinuumConfigMixin, Qwen2Config):
 
     continuum_levels: list[dict] | None = None
     continuum_layers: list[int] | None = None
+    memory_layers: dict[str, dict] | None = None
 
 
 class ContinuumQwen2MLP(GatedContinuumMLP, Qwen2MLP):
@@ -118,6 +120,7 @@ class ContinuumQwen3Config(ContinuumConfigMixin, Qwen3Config):
 
     continuum_levels: list[dict] | None = None
     continuum_layers: list[int] | None = None
+    memory_layers: dict[str, dict] | None = None
 
 
 class ContinuumQwen3MLP(GatedContinuumMLP, Qwen3MLP):
@@ -153,6 +156,7 @@ class ContinuumGPTNeoXConfig(ContinuumConfigMixin, GPTNeoXConfig):
 
     continuum_levels: list[dict] | None = None
     continuum_layers: list[int] | None = None
+    memory_layers: dict[str, dict] | None = None
 
 
 class ContinuumGPTNeoXMLP(PlainContinuumMLP, GPTNeoXMLP):
@@ -172,6 +176,7 @@ class ContinuumGPTNeoXModel(ContinuumBackbone, GPTNeoXModel):
     _no_split_modules: ClassVar = ["ContinuumGPTNeoXLayer"]
     layer_class = ContinuumGPTNeoXLayer
     mlp_class = ContinuumGPTNeoXMLP
+    attention_name = "attention"
 
 
 class ContinuumGPTNeoXForCausalLM(ContinuumCausalLM, GPTNeoXForCausalLM):
@@ -190,6 +195,7 @@ class ContinuumGPT2Config(ContinuumConfigMixin, GPT2Config):
 
     continuum_levels: list[dict] | None = None
     continuum_layers: list[int] | None = None
+    memory_layers: dict[str, dict] | None = None
 
     @property
     def mlp_width(self) -> int:
@@ -215,6 +221,7 @@ class ContinuumGPT2Model(ContinuumBackbone, GPT2Model):
     layers_name = "h"
     layer_class = ContinuumGPT2Block
     mlp_class = ContinuumGPT2MLP
+    attention_name = "attn"
 
 
 class ContinuumGPT2LMHeadModel(ContinuumCausalLM, GPT2LMHeadModel):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from nl_kernels.checks import check_positive_int
 from nl_kernels.ops.continuum.state import check_chunk_sizes
+from nl_models.surgery.mixers import check_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def share_units(levels: Sequence[ConversionLevel], width: int) -> tuple[LevelUni
 class ContinuumConfigMixin:
     """What a converted model's config knows beside its family's.
 
-    Subclasses declare the fields ``continuum_levels`` and ``continuum_layers``.
+    Subclasses declare the fields ``continuum_levels``, ``continuum_layers`` and ``memory_layers``.
     """
 
     def __post_init__(self, **kwargs):
@@ -104,6 +105,10 @@ class ContinuumConfigMixin:
             levels = make_levels(self.continuum_levels)
             self.continuum_levels = [asdict(level) for level in levels]
             self.continuum_layers = check_layers("continuum_layers", self.continuum_layers, self)
+        if self.memory_layers is not None:
+            check_layers("memory_layers", [int(index) for index in self.memory_layers], self)
+            for options in self.memory_layers.values():
+                check_kind(options.get("kind"), options.get("chunk_size"))
         super().__post_init__(**kwargs)
         if self.continuum_levels is not None:
             self.level_units()

@@ -6,9 +6,12 @@ from typing import ClassVar
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationConfig, GenerationMode
 
+from nl_models.layers.packing import current_mask, refuse_packed_positions
 from nl_models.surgery.cache import ContinuumCache
 from nl_models.surgery.fast_weights import FastWeights, LayerFastWeights, add_to_first, fast_product
+from nl_models.surgery.mixers import MemoryMixer
 
 
 class ContinuumMLP:
@@ -63,9 +66,22 @@ class ContinuumDecoderLayer:
     """
 
     layer_index: int
+    has_memory: bool
 
-    def forward(self, hidden_states, *args, fast_weights: FastWeights | None = None, **kwargs):
-        """The family's forward, with ``fast_weights`` of the whole model, or ``None``."""
+    def forward(
+        self,
+        hidden_states,
+        *args,
+        fast_weights: FastWeights | None = None,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """The family's forward, with ``fast_weights`` of the whole model, or ``None``.
+
+        ``padding_mask [B, T]`` is for a memory in the place of the attention.
+        """
+        if padding_mask is not None and self.has_memory:
+            kwargs["padding_mask"] = padding_mask
         fast = None if fast_weights is None else fast_weights.layers[self.layer_index]
         if fast is None:
             return super().forward(hidden_states, *args, **kwargs)
@@ -82,6 +98,7 @@ class ContinuumBackbone:
     layers_name: ClassVar[str] = "layers"
     layer_class: ClassVar[type]
     mlp_class: ClassVar[type]
+    attention_name: ClassVar[str] = "self_attn"
 
     def __init__(self, config):
         super().__init__(config)
@@ -90,6 +107,10 @@ class ContinuumBackbone:
             layer.__class__ = self.layer_class
             layer.layer_index = index
             layer.mlp.__class__ = self.mlp_class
+            options = (config.memory_layers or {}).get(str(index))
+            layer.has_memory = options is not None
+            if options is not None:
+                setattr(layer, self.attention_name, MemoryMixer(config, index, **options))
 
     def decoder_layers(self) -> torch.nn.ModuleList:
         """The decoder layers in order."""
@@ -99,6 +120,7 @@ class ContinuumBackbone:
         self,
         input_ids: torch.LongTensor | None = None,
         *,
+        attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -109,24 +131,53 @@ class ContinuumBackbone:
 
         Raises:
             TypeError: ``fast_weights`` of another type.
-            ValueError: fast weights for another number of layers, or that cannot serve the batch.
+            ValueError: fast weights for another number of layers, or that cannot serve the batch; with
+                memories in the place of attention, a cache that has no place for their states, a mask of
+                another shape than ``[B, T]`` or ``[B, S]`` with the past, or packed sequences.
         """
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
         if fast_weights is None and isinstance(past_key_values, ContinuumCache):
             fast_weights = past_key_values.fast_weights
         if fast_weights is not None:
-            self._check(fast_weights, input_ids if inputs_embeds is None else inputs_embeds)
+            self._check(fast_weights, inputs)
             kwargs["fast_weights"] = fast_weights
+        if self.config.memory_layers:
+            kwargs["padding_mask"] = self._memory_mask(
+                inputs, attention_mask, past_key_values, kwargs.get("position_ids")
+            )
+        if past_key_values is None and (fast_weights is not None or self.config.memory_layers):
             wants_cache = self.config.use_cache if use_cache is None else use_cache
             checkpointing = self.training and self.gradient_checkpointing  # keeps no cache
-            if past_key_values is None and wants_cache and not checkpointing:
+            if wants_cache and not checkpointing:
                 past_key_values = ContinuumCache(self.config, fast_weights)
         return super().forward(
             input_ids=input_ids,
+            attention_mask=attention_mask,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _memory_mask(
+        self,
+        inputs: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        positions: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """The mask ``[B, T]`` of the current tokens, which decoder layers do not get to see otherwise."""
+        if cache is not None and not isinstance(cache, ContinuumCache):
+            raise ValueError(
+                f"past_key_values: a {type(cache).__name__} has no place for the states of memories; "
+                "make a ContinuumCache(model.config)"
+            )
+        if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+            raise ValueError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = current_mask(attention_mask, inputs.shape[0], inputs.shape[1], past)
+        refuse_packed_positions(positions, mask, "a converted model reads one sequence in a row")
+        return mask
 
     def _check(self, fast_weights: FastWeights, inputs: torch.Tensor) -> None:
         if not isinstance(fast_weights, FastWeights):
@@ -149,6 +200,30 @@ class ContinuumCausalLM:
         # transformers notes at construction which outputs of a model it can record: no class swap here.
         setattr(self, self.base_model_prefix, self.backbone_class(config))
         self.post_init()
+        # A memory cannot take back a token: no assisted generation.
+        self._is_stateful = bool(config.memory_layers)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Start ``generate`` with a :class:`ContinuumCache` where there are states of memories to keep."""
+        if not self.config.memory_layers:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation: the states of memories have their own cache, got "
+                f"{generation_config.cache_implementation!r}; leave it unset"
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = ContinuumCache(self.config)
+        return None
 
     def initial_fast_weights(self, batch_size: int = 1) -> FastWeights:
         """Fast weights before any step: zeros, for ``batch_size`` sequences.

@@ -22,7 +22,9 @@ RULES = {
 }
 
 
-def make_model(levels=LEVELS, layer_types=("self_modifying_titans", "full_attention")) -> HopeForCausalLM:
+def make_model(
+    levels=LEVELS, layer_types=("self_modifying_titans", "full_attention"), variant="sequential"
+) -> HopeForCausalLM:
     torch.manual_seed(2)
     config = HopeConfig(
         vocab_size=VOCABULARY,
@@ -32,6 +34,7 @@ def make_model(levels=LEVELS, layer_types=("self_modifying_titans", "full_attent
         layer_types=list(layer_types),
         memory_chunk_size=4,
         continuum_levels=levels,
+        continuum_variant=variant,
     )
     return HopeForCausalLM(config).double().eval()
 
@@ -79,9 +82,11 @@ def test_it_is_the_loop_over_tokens(rule):
             torch.testing.assert_close(learned, weights[m.parameter], atol=1e-8, rtol=0)
 
 
-def test_dgd_erases_what_the_levels_read():
+@pytest.mark.parametrize("variant", ["sequential", "independent"])
+def test_dgd_erases_what_the_levels_read(variant):
     """One step of every level against the definition, with the inputs that the blocks' own formula gives."""
-    model = make_model(layer_types=("full_attention", "full_attention"))
+    levels = [LEVELS[0], {**LEVELS[1], "chunk_size": 4}, LEVELS[2]]
+    model = make_model(levels, layer_types=("full_attention", "full_attention"), variant=variant)
     rate = 0.05
     plain, erasing = (ContinuumLearner(model, StepRule(rule=rule, rate=rate)) for rule in ("sgd", "dgd"))
     tokens = stream(1, 9)
@@ -92,11 +97,19 @@ def test_dgd_erases_what_the_levels_read():
     plain.learn(tokens[:, :5])
     erasing.learn(tokens[:, :5])
     for layer, x in enumerate(seen[:2]):
-        level = model.model.layers[layer].continuum.levels[0]
-        inner = F.rms_norm(x, x.shape[-1:], level.norm, model.config.rms_norm_eps)
-        hidden = F.silu(inner @ level.gate.T) * (inner @ level.up.T)
-        for part, inputs in (("up", inner), ("gate", inner), ("down", hidden)):
-            name, weight = f"layers.{layer}.levels.0.{part}", getattr(level, part)
+        first, second, _ = model.model.layers[layer].continuum.levels
+        inner = F.rms_norm(x, x.shape[-1:], first.norm, model.config.rms_norm_eps)
+        hidden = F.silu(inner @ first.gate.T) * (inner @ first.up.T)
+        x = x if variant == "independent" else x + hidden @ first.down.T
+        below = F.rms_norm(x, x.shape[-1:], second.norm, model.config.rms_norm_eps)
+        for place, level, part, inputs in (
+            (0, first, "up", inner),
+            (0, first, "gate", inner),
+            (0, first, "down", hidden),
+            (1, second, "up", below),
+            (1, second, "down", F.gelu(below @ second.up.T)),
+        ):
+            name, weight = f"layers.{layer}.levels.{place}.{part}", getattr(level, part)
             eye = torch.eye(inputs.shape[1], dtype=torch.float64)
             expected = weight + plain.state.changes[name][0]
             expected = expected @ torch.linalg.inv(eye + rate * inputs.T @ inputs)
@@ -140,6 +153,20 @@ def test_it_learns_what_repeats_and_generates_it():
     assert generated[0, 10:].tolist() == greedy[9:15].tolist()
     assert not torch.equal(generated, model.generate(pattern[None, :10], max_new_tokens=6, do_sample=False))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_step_of_a_nested_level_takes_the_faster_ones_back():
+    nested, apart = (
+        ContinuumLearner(make_model(variant=variant), RULES["muon"]) for variant in ("nested", "sequential")
+    )
+    for learner in (nested, apart):
+        learner.learn(stream(1, 9))  # the slow level's first step
+    for name, change in nested.state.changes.items():
+        slow = ".levels.1." in name
+        torch.testing.assert_close(change, apart.state.changes[name] if slow else torch.zeros_like(change))
+        assert (name in nested.state.momenta) == slow
+    nested.learn(stream(1, 4))
+    assert all(change.abs().sum() > 0 for change in nested.state.changes.values())
 
 
 def test_levels_that_step_by_themselves_are_left_alone():

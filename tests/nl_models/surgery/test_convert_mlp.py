@@ -252,8 +252,10 @@ def test_levels_that_do_not_fit_are_refused(levels, layers, message):
 def test_arguments_of_other_types_are_refused(tokens):
     model = make_model("llama")
     converted = convert_mlp_to_continuum(model, LEVELS)
-    with pytest.raises(TypeError, match="model: expected one of LlamaForCausalLM"):
+    with pytest.raises(TypeError, match="model: expected one whose MLPs are not converted yet"):
         convert_mlp_to_continuum(converted, LEVELS)
+    with pytest.raises(TypeError, match="model: expected one of LlamaForCausalLM"):
+        convert_mlp_to_continuum(model.model, LEVELS)
     with pytest.raises(TypeError, match="levels: expected a sequence"):
         convert_mlp_to_continuum(model, "fast")
     with pytest.raises(TypeError, match=r"levels\[0\]: expected options"):

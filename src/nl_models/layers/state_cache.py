@@ -1,0 +1,62 @@
+"""The layer of a transformers cache that holds a whole state in the place of keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from nl_models.layers.state import State, map_state
+
+
+class StateCacheLayer(CacheLayerMixin):
+    """The state of one layer, and how many columns of the input it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.state: State = None
+        self.seen = 0
+
+    def commit(self, state: State, tokens: int) -> None:
+        """Replace the state by that after ``tokens`` more columns (padding included)."""
+        self.state = state
+        self.seen += tokens
+        self.is_initialized = True
+
+    def map(self, function) -> None:
+        """Apply ``function`` to every tensor of the state."""
+        self.state = map_state(function, self.state)
+
+    def reset(self) -> None:
+        self.state, self.seen, self.is_initialized = None, 0, False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.map(lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise TypeError("this layer commits its whole state; it has no keys and values to initialize")
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        raise TypeError("this layer commits its whole state with `commit`, not keys and values")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("a recurrent state cannot forget its last tokens; keep a copy of the cache")

@@ -1,0 +1,105 @@
+"""Memories in the place of softmax attention: the modules, their projections, and how they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from nl_models.layers.gated_delta_net import GatedDeltaNet
+from nl_models.layers.self_modifying_titans import SelfModifyingTitans
+
+MIXER_KINDS = ("self_modifying_titans", "delta_memory")
+
+
+class MemoryMixer(nn.Module):
+    """A memory that is called as the attention of its family is.
+
+    Its state is carried by the cache: :class:`nl_models.surgery.ContinuumCache` has a layer for it. Positions
+    and causal masks are no concern of a memory; padding writes nothing.
+
+    Args:
+        config: of the converted model.
+        layer_index: of the decoder layer.
+        kind: one of :data:`MIXER_KINDS`.
+        chunk_size: of the memories of ``"self_modifying_titans"``.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, layer_index: int, *, kind: str, chunk_size: int | None = None
+    ):
+        super().__init__()
+        self.layer_index = layer_index
+        sizes = (config.hidden_size, config.num_attention_heads)
+        if kind == "self_modifying_titans":
+            self.memory = SelfModifyingTitans(*sizes, chunk_size=chunk_size)
+        else:
+            self.memory = GatedDeltaNet(*sizes)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: object = None,
+        past_key_values: Cache | None = None,
+        layer_past: Cache | None = None,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """``hidden_states [B, T, d]`` to the same, and no attention weights.
+
+        ``padding_mask [B, T]`` is True at real tokens. The state after the tokens replaces that in the cache.
+        """
+        cache = past_key_values if layer_past is None else layer_past
+        carried = None if cache is None else cache.layers[self.layer_index]
+        y, state = self.memory(
+            hidden_states, None if carried is None else carried.state, padding_mask, carried is not None
+        )
+        if carried is not None:
+            carried.commit(state, hidden_states.shape[1])
+        return y, None
+
+
+def projections(attention: nn.Module, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """The weights ``[d, d]`` of an attention's query, key, value and output projections, where they have one.
+
+    Keys and values that several heads share are repeated for each. A projection of another width is left out.
+    """
+    heads, width = config.num_attention_heads, config.hidden_size
+    if hasattr(attention, "c_attn"):  # GPT-2: one Conv1D [in, out]
+        q, k, v = attention.c_attn.weight.T.chunk(3)
+        found = {"q": q, "k": k, "v": v, "o": attention.c_proj.weight.T}
+    elif hasattr(attention, "query_key_value"):  # GPT-NeoX: [heads, (q, k, v), head width]
+        fused = attention.query_key_value.weight.view(heads, 3, width // heads, width)
+        q, k, v = (fused[:, i].flatten(0, 1) for i in range(3))
+        found = {"q": q, "k": k, "v": v, "o": attention.dense.weight}
+    else:
+        found = {"q": attention.q_proj.weight, "o": attention.o_proj.weight}
+        for name, projection in (("k", attention.k_proj), ("v", attention.v_proj)):
+            shared = projection.weight.unflatten(0, (config.num_key_value_heads, -1))
+            repeats = heads // config.num_key_value_heads
+            found[name] = shared.repeat_interleave(repeats, dim=0).flatten(0, 1)
+    return {name: weight.detach() for name, weight in found.items() if weight.shape == (width, width)}
+
+
+def take_over(mixer: MemoryMixer, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy the projections of an attention into a memory."""
+    memory = mixer.memory
+    targets = {"q": memory.q_proj, "k": memory.k_proj, "v": memory.v_proj, "o": memory.output.o_proj}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            targets[name].weight.copy_(weight)
+
+
+def check_kind(kind: object, chunk_size: object) -> None:
+    """Raise ``ValueError`` unless there is such a memory with such chunks."""
+    if kind not in MIXER_KINDS:
+        raise ValueError(f"kind: expected one of {MIXER_KINDS}, got {kind!r}")
+    if kind == "self_modifying_titans":
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"chunk_size: expected an integer of at least 1, got {chunk_size!r}")
+    elif chunk_size is not None:
+        raise ValueError(f"chunk_size: a {kind} has no chunks, got {chunk_size!r}")
