@@ -42,6 +42,7 @@ setup(
             "ruff>=0.9",
             "ninja>=1.11",
             "build>=1.2",
+            "scikit-learn>=1.4",
         ],
     },
     classifiers=[

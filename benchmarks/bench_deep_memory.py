@@ -252,7 +252,8 @@ def op_work(sizes: dict[str, int], passes: int) -> Work:
     width, hidden, chunk = sizes["D"], sizes["h"], sizes["C"]
     tokens = sizes["B"] * sizes["T"] * sizes["H"]
     layers, matrix = (2, width * hidden) if hidden else (1, width * width)
-    forward = 2 * matrix * (layers * 4 + (1 if hidden else 0)) + layers * 8 * chunk * width
+    pairs = layers * 2 * chunk * (width + (hidden or width))  # triangular: half of [C, C] matrices
+    forward = 2 * matrix * (layers * 5 + (1 if hidden else 0)) + pairs
     return Work(passes * tokens * forward, passes * tokens * 2 * (4 * width + 2))
 
 
@@ -321,6 +322,15 @@ CASES = [
         op_case("forward+backward", B=max(1, 65536 // tokens), T=tokens, H=16, D=64, h=hidden, C=16)
         for hidden in (0, 64)
         for tokens in (4096, 16384, 65536, 262144)
+    ),
+    *(
+        op_case(mode, B=batch, T=tokens, H=heads, D=width, h=hidden, C=chunk)
+        for batch, tokens, heads, width, hidden, chunk in (
+            (8, 8192, 16, 64, 256, 64),
+            (8, 8192, 8, 128, 512, 64),
+            (4, 8192, 2, 512, 1536, 2048),
+        )
+        for mode in ("forward", "forward+backward")
     ),
     training_case("cuda", quick=True, memory=True, B=4, T=2048, H=8, D=64, h=256, C=64, momentum=1),
     decode_case("deep_memory", "decode", Layer.random, H=4, D=64, h=64, C=64, momentum=1),

@@ -16,6 +16,8 @@ ALLOWED = REQUIRED | {
     "triton_chunk.py",
     "triton_rerun.py",
     "triton_adjoint.py",
+    "triton_tiled_forward.py",
+    "triton_tiled_backward.py",
     "triton_linear.py",
     "triton_linear_backward.py",
     "triton_two_layer.py",

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from nl_models.optim.matrix_optimizer import (
-    Group,
     MatrixOptimizer,
-    check_betas,
-    check_positive,
-    gradients_of,
     hashable_coefficients,
     orthogonalise_groups,
     rms_scale,
+)
+from nl_models.optim.mixed_optimizer import (
+    Group,
+    check_betas,
+    check_positive,
+    gradients_of,
     state_dtype,
 )
 from nl_models.optim.orthogonalise import compute_dtype_of
@@ -138,6 +140,8 @@ class M3(MatrixOptimizer):
         if group["second_moment"] or group["literal"]:
             self.state[p]["second_moment"] = torch.zeros_like(p, dtype=dtype)
 
+    # Traced, torch.compile credits every parameter's step to the first (torch 2.13).
+    @torch.compiler.disable
     def _count(self, p: torch.Tensor) -> int:
         """Steps that ``p`` has taken before this one; adds this one."""
         state = self.state[p]

@@ -1,103 +1,23 @@
-"""What Muon and M3 share: two rules in one optimiser, checks, state that survives saving."""
+"""What Muon and M3 share: steps along orthogonalised directions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from nl_kernels import newton_schulz
+from nl_models.optim.mixed_optimizer import Group, MixedOptimizer, check_positive
 from nl_models.optim.orthogonalise import orthogonalise
 
-RULES = ("matrix", "adamw")
 
-Group = dict[str, Any]
-
-
-class MatrixOptimizer(Optimizer):
-    """Matrices by the subclass's rule, everything else by AdamW; a group's ``"rule"`` says which.
-
-    A subclass implements :meth:`directions` and names its options of groups in ``defaults``.
-    """
-
-    def __init__(self, params: Iterable[Any], defaults: Group) -> None:
-        super().__init__(params, {"rule": "matrix", **defaults})
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group; nothing has changed if it is refused.
-
-        Raises:
-            ValueError: an option out of range, or a parameter that is no matrix under the matrix rule.
-        """
-        super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step on every parameter that has a gradient; nothing is read from the device.
-
-        Raises:
-            RuntimeError: a sparse gradient; nothing has changed then.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        for group, params in work:
-            for p in params:
-                if p.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__}: the gradient of {self._name_of(group, p)} is sparse, which "
-                        "is not supported; make it with sparse=False"
-                    )
-        for group, params in work:
-            if params and group["rule"] == "adamw":
-                self._adamw_step(group, params)
-        matrices = [(group, params) for group, params in work if params and group["rule"] == "matrix"]
-        if matrices:
-            self._matrix_step(matrices)
-        return loss
+class MatrixOptimizer(MixedOptimizer):
+    """A subclass implements :meth:`directions`; its options of groups include those of Newton–Schulz."""
 
     def directions(self, matrices: list[tuple[Group, list[torch.Tensor]]]) -> list[list[torch.Tensor]]:
         """Update the states of all parameters; for each group what is to be subtracted, ``lr`` apart."""
         raise NotImplementedError
-
-    def describe(self) -> str:
-        """A line for each parameter: its rule, learning rate, weight decay, shape and name."""
-        rows = [("rule", "lr", "weight decay", "shape", "parameter")]
-        for group in self.param_groups:
-            rule = type(self).__name__ if group["rule"] == "matrix" else "AdamW"
-            rows += [
-                (
-                    rule,
-                    f"{group['lr']:g}",
-                    f"{group['weight_decay']:g}",
-                    str(tuple(p.shape)),
-                    self._name_of(group, p),
-                )
-                for p in group["params"]
-            ]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join("  ".join((*map(str.ljust, row[:4], widths), row[4])) for row in rows)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in PyTorch, but the state keeps its dtypes: momenta of 16-bit matrices are fp32."""
-        super().load_state_dict(state_dict)
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for number, p in zip(saved, own):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, torch.Tensor):
-                    self.state[p][name] = value.to(device=p.device, copy=True)
 
     def _matrix_step(self, matrices: list[tuple[Group, list[torch.Tensor]]]) -> None:
         for (group, params), directions in zip(matrices, self.directions(matrices)):
@@ -106,47 +26,10 @@ class MatrixOptimizer(Optimizer):
             for p, direction in zip(params, directions):
                 p.add_(direction, alpha=-group["lr"])
 
-    def _adamw_step(self, group: Group, params: list[torch.Tensor]) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-        states = [self.state[p] for p in params]
-        adamw(
-            params,
-            [p.grad for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=group["adamw_betas"][0],
-            beta2=group["adamw_betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["adamw_eps"],
-            maximize=False,
-        )
-
     def _check_group(self, group: Group) -> None:
-        if group["rule"] not in RULES:
-            raise ValueError(f"rule: expected one of {RULES}, got {group['rule']!r}")
-        for name in ("lr", "weight_decay"):
-            if isinstance(group[name], torch.Tensor) or not 0 <= group[name] < math.inf:
-                raise ValueError(f"{name}: expected a number of at least 0, got {group[name]!r}")
-        for name in ("adamw_eps", "ns_eps", "rms"):
+        for name in ("ns_eps", "rms"):
             check_positive(name, group[name])
-        check_betas("adamw_betas", group["adamw_betas"], 2)
-        for p in group["params"]:
-            if group["rule"] == "matrix" and p.ndim < 2:
-                raise ValueError(
-                    f"params: {self._name_of(group, p)} of shape {tuple(p.shape)} is no matrix; put it in a "
-                    f"group with rule='adamw': {type(self).__name__}(split_parameters(model))"
-                )
+        super()._check_group(group)
         if group["rule"] == "matrix":
             # Refuses a bad schedule now rather than in the first step.
             newton_schulz(
@@ -157,12 +40,6 @@ class MatrixOptimizer(Optimizer):
                 compute_dtype=group["ns_dtype"],
                 impl="reference",
             )
-
-    @staticmethod
-    def _name_of(group: Group, parameter: torch.Tensor) -> str:
-        """Its name where the groups were made from named parameters, else its number in the group."""
-        number = next(i for i, p in enumerate(group["params"]) if p is parameter)
-        return group["param_names"][number] if "param_names" in group else f"parameter {number}"
 
 
 def orthogonalise_groups(groups: list[Group], tensors: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
@@ -186,16 +63,6 @@ def orthogonalise_groups(groups: list[Group], tensors: list[list[torch.Tensor]])
     return results
 
 
-def state_dtype(parameter: torch.Tensor) -> torch.dtype:
-    """Of momenta: fp32, or fp64 for fp64 parameters."""
-    return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def gradients_of(params: list[torch.Tensor]) -> list[torch.Tensor]:
-    """In the dtype of the state."""
-    return [p.grad.to(state_dtype(p)) for p in params]
-
-
 def rms_scale(parameter: torch.Tensor, rms: float) -> float:
     """``rms · √max(m, n)``: an orthogonal matrix [m, n] times this has elements of that root mean square."""
     return rms * math.sqrt(max(parameter.shape[-2:]))
@@ -206,15 +73,3 @@ def hashable_coefficients(coefficients: Any) -> Any:
     return (
         coefficients if isinstance(coefficients, str) else tuple(tuple(map(float, t)) for t in coefficients)
     )
-
-
-def check_positive(name: str, value: float) -> None:
-    """Check a positive finite number."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
-
-
-def check_betas(name: str, values: tuple[float, ...], count: int) -> None:
-    """Check ``count`` numbers in [0, 1)."""
-    if len(values) != count or not all(0 <= beta < 1 for beta in values):
-        raise ValueError(f"{name}: expected {count} numbers in [0, 1), got {values!r}")

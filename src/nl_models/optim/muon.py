@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from nl_models.optim.matrix_optimizer import (
-    Group,
     MatrixOptimizer,
-    check_betas,
-    gradients_of,
     hashable_coefficients,
     orthogonalise_groups,
     rms_scale,
+)
+from nl_models.optim.mixed_optimizer import (
+    Group,
+    check_betas,
+    gradients_of,
     state_dtype,
 )
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nl_kernels.testing import relative_error
-from nl_models.optim import M3, Muon
+from nl_models.optim import M3, DeepMomentum, DeltaMomentum, Muon
 from tests.nl_models.optim.problems import PLAIN, PlainAdamW, groups_of, parameters, set_gradients
 
 OPTIONS = [
@@ -24,6 +24,19 @@ OPTIONS = [
     (M3, {"frequency": 4, "literal": True}),
     (M3, {"frequency": 5, "literal": True, "betas": (0.1, 0.2, 0.3), "alpha": 2.0, "eps": 1e-3}),
     (M3, {"frequency": 2, "ns_steps": 3, "ns_coefficients": "optimal", "adamw_betas": (0.0, 0.5)}),
+    (DeltaMomentum, {}),
+    (DeltaMomentum, {"momentum": 0.5, "erase": 1.4, "weight_decay": 0.3, "adamw_lr": 0.2}),
+    (DeltaMomentum, {"erase": 0.0}),
+    (DeltaMomentum, {"preconditioner": "rms"}),
+    (DeltaMomentum, {"preconditioner": "rms", "beta2": 0.5, "eps": 0.1}),
+    (DeltaMomentum, {"literal": True}),
+    (DeltaMomentum, {"literal": True, "momentum": 0.3, "preconditioner": "rms"}),
+    (DeepMomentum, {}),
+    (DeepMomentum, {"hidden": 1, "momentum": 0.0, "weight_decay": 0.0}),
+    (DeepMomentum, {"hidden": 7, "momentum": 0.5, "memory_lr": 0.7, "adamw_betas": (0.5, 0.9)}),
+    (DeepMomentum, {"objective": "regression"}),
+    (DeepMomentum, {"objective": "regression", "hidden": 3, "memory_lr": 0.05}),
+    (DeepMomentum, {"literal": True, "memory_lr": 0.01}),
 ]
 
 
@@ -54,6 +67,83 @@ def test_the_adamw_rule_is_pytorchs_bit_for_bit():
         first.step()
         second.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_delta_momentum_without_erasing_is_sgd_with_momentum():
+    (ours, _), (theirs, _) = parameters(), parameters()
+    first = DeltaMomentum(ours, lr=0.05, momentum=0.8, erase=0.0, weight_decay=0.0)
+    second = torch.optim.SGD(theirs, lr=0.05, momentum=0.8)
+    for seed in range(10):
+        set_gradients(ours, torch.Generator().manual_seed(seed))
+        set_gradients(theirs, torch.Generator().manual_seed(seed))
+        first.step()
+        second.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_delta_momentum_forgets_what_it_held_along_a_gradient():
+    """With erase = α and a gradient of rank one, nothing of the old momentum is left along it."""
+    w = torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
+    optimizer = DeltaMomentum([w], lr=1.0, momentum=0.9, erase=0.9)
+    rng = torch.Generator().manual_seed(0)
+    w.grad = torch.randn(3, 4, generator=rng, dtype=torch.float64)
+    optimizer.step()
+    held = optimizer.state[w]["momentum"].clone()
+    left, right = (torch.randn(n, generator=rng, dtype=torch.float64) for n in (3, 4))
+    w.grad = 1e-9 * torch.outer(left, right)
+    optimizer.step()
+    held, right = optimizer.state[w]["momentum"], right / right.norm()
+    assert (held @ right).norm() < 1e-8 < 0.1 < held.norm()
+
+
+def test_printed_delta_momentum_diverges_where_the_bounded_one_does_not():
+    norms = {}
+    for literal in (True, False):
+        w = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+        optimizer = DeltaMomentum([w], lr=1.0, momentum=0.9, literal=literal, erase=1.8)
+        for _ in range(200):
+            w.grad = 1.45 * torch.eye(2, dtype=torch.float64)  # ‖G‖₂² = 2.1 > 1 + α
+            optimizer.step()
+        norms[literal] = optimizer.state[w]["momentum"].norm()
+    assert norms[True] > 1e6
+    assert norms[False] < 10
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize(("kind", "options"), [(DeltaMomentum, {"lr": 0.0}), (DeepMomentum, {"lr": 0.1})])
+def test_the_unit_of_the_gradient_does_not_matter(kind, options, scale):
+    """Squares of fp32 gradients under- and overflow. (The write of delta momentum does scale with it.)"""
+    found = []
+    for factor in (1.0, scale):
+        matrices, _ = parameters(torch.float32)
+        optimizer = kind(matrices, **options)
+        if kind is DeltaMomentum:
+            for p in matrices:
+                optimizer.state[p] = {"momentum": p.detach().clone()}
+        rng = torch.Generator().manual_seed(0)
+        for p in matrices:
+            p.grad = torch.randn(p.shape, generator=rng) * factor
+        optimizer.step()
+        found.append([p.detach().clone() for p in matrices])
+    for a, b in zip(*found):
+        assert torch.isfinite(b).all()
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["dot", "regression"])
+def test_the_deep_memory_settles_at_a_step_against_the_gradient(objective):
+    w = torch.nn.Parameter(torch.zeros(100, 100))
+    optimizer = DeepMomentum([w], lr=0.0, objective=objective)
+    for seed in range(100):
+        w.grad = torch.randn(100, 100, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+    a, b = optimizer.state[w]["memory"]
+    u = torch.tensor([-2.0, -1.0, 1.0, 2.0])
+    m = (b * torch.tanh(a * u[:, None])).mean(1)
+    assert (m * u < -0.1).all()
+    if objective == "dot":
+        torch.testing.assert_close(m, -1.08 * torch.tanh(0.77 * u), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("kind", [Muon, M3])

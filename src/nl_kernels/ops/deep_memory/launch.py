@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nl_kernels.chunk_kernels import tiled_launch
 from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
@@ -20,10 +21,13 @@ from nl_kernels.triton_support.kernel_call import KernelCall
 from nl_kernels.triton_support.tiles import padded
 
 MAX_WIDTH = 128
-"""Widest head or hidden layer that the kernels take, on any architecture."""
+"""Widest head or hidden layer that one program takes, on any architecture."""
 
 MAX_CHUNK = 64
-"""Largest chunk that a program holds in registers."""
+"""Largest chunk that one program takes."""
+
+MIN_TILED_CHUNK = 16
+"""Smallest chunk for the tiled kernels: a product of fewer rows is mostly padding."""
 
 HELD_MATRIX = 4096  # numbers of a linear memory up to which the forward kernel holds it in registers
 HELD_TILE = 1024  # numbers of a chunk's hidden layer up to which the forward kernel holds it in registers
@@ -116,6 +120,7 @@ class Options(NamedTuple):
         offset: slot of the first token where all rows have the same slots.
         checkpoint_every: chunks between the states kept for the backward pass; 0 picks.
         precision: of products, a name of :func:`nl_kernels.triton_support.language.matmul`.
+        regime: of :func:`regime_of`.
     """
 
     offset: int
@@ -129,6 +134,7 @@ class Options(NamedTuple):
     error_bound: float | None
     checkpoint_every: int
     precision: str
+    regime: str
 
     @classmethod
     def of(
@@ -140,6 +146,7 @@ class Options(NamedTuple):
         read: str,
         checkpoint_every: int | None,
         precision: str,
+        regime: str = "row",
     ) -> Options:
         return cls(
             offset,
@@ -153,12 +160,31 @@ class Options(NamedTuple):
             rule.error_bound,
             checkpoint_every or 0,
             precision,
+            regime,
         )
 
 
 def contiguous(tensors: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:
     """Each tensor in the row-major layout that the kernels index."""
     return (None if x is None else x.contiguous() for x in tensors)
+
+
+def regime_of(*, key_dim: int, value_dim: int, hidden: int | None, chunk_size: int, architecture: str) -> str:
+    """Which kernels are for these sizes.
+
+    "row": one program a row walks over its chunks, and a layer's matrix is one tile. "tiled": a chunk is a
+    number of products that are cut into tiles, so that it may be as large as memory allows.
+    """
+    if chunk_size <= MAX_CHUNK and max(key_dim, value_dim, hidden or 1) <= widest(chunk_size, architecture):
+        return "row"
+    return "tiled"
+
+
+def precision_for(dtype: torch.dtype, regime: str, architecture: str) -> str:
+    """How products compute for callers of ``dtype``."""
+    if regime == "tiled":
+        return tiled_launch.tiled_precision(dtype, architecture)
+    return precision_of(dtype, architecture)
 
 
 def unsupported(
@@ -173,25 +199,33 @@ def unsupported(
     architecture: str,
 ) -> str | None:
     """Why the kernels do not serve a call, naming the argument and the limit; ``None`` when they do."""
-    if chunk_size > MAX_CHUNK:
-        return f"chunk_size: the Triton kernels take chunks up to {MAX_CHUNK}, got {chunk_size}"
     if has_momentum and rule.erase != "none":
         return f"momentum: the Triton kernels take it with rule.erase='none' alone, got {rule.erase!r}"
     if dtype == torch.float64:
         return "q, k, v: the Triton kernels take bfloat16, float16 and float32, got float64"
-    limit = widest(chunk_size, architecture)
+    sizes = {"key_dim": key_dim, "value_dim": value_dim, "hidden": hidden}
+    if regime_of(**sizes, chunk_size=chunk_size, architecture=architecture) == "row":
+        return None
+    longest, limit = tiled_launch.MAX_LENGTH, tiled_launch.MAX_WIDTH
+    if not MIN_TILED_CHUNK <= chunk_size <= longest:
+        return (
+            f"chunk_size: on {architecture}, for these widths, the Triton kernels take chunks from "
+            f"{MIN_TILED_CHUNK} to {longest}, got {chunk_size}"
+        )
     for name, size in (("q, k", key_dim), ("v", value_dim), ("weights", hidden or 1)):
         if size > limit:
             what = "hidden layers" if name == "weights" else "heads"
-            return (
-                f"{name}: on {architecture}, in chunks of {chunk_size}, the Triton kernels take {what} up to "
-                f"{limit} wide, got {size}"
-            )
+            return f"{name}: the Triton kernels take {what} up to {limit} wide, got {size}"
+    if has_momentum:
+        return (
+            f"momentum: on {architecture} the Triton kernels take it in chunks up to {MAX_CHUNK}, with heads "
+            f"and hidden layers up to {widest(chunk_size, architecture)} wide"
+        )
     return None
 
 
 def widest(chunk_size: int, architecture: str) -> int:
-    """Widest head or hidden layer: a layer's matrix is one tile, and so is a chunk's hidden layer.
+    """Widest head or hidden layer for one program: a layer's matrix is a tile, so is a chunk's hidden one.
 
     What limits them is shared memory; on sm_80 spills, and on sm_100 tensor memory.
     """
@@ -346,6 +380,11 @@ def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
         yield _step_entry(architecture, dtype, 40, 24, read, "literal", literal, False)
     gelu = MemoryRule(activation="gelu", erase="input")
     yield from _entries(architecture, torch.bfloat16, 40, 24, 10, "snapshot", "gelu input", gelu)
+    for sizes in ((64, 256, 64), (128, 512, 64), (512, 1536, 2048), (128, None, 64)):
+        yield from _tiled_entries(architecture, torch.bfloat16, *sizes, "running", "default", default)
+    yield from _tiled_entries(architecture, torch.bfloat16, 128, 512, 64, "snapshot", "literal", literal)
+    yield from _tiled_entries(architecture, torch.float32, 128, 512, 64, "running", "default", default)
+    yield from _tiled_entries(architecture, torch.float32, 40, 200, 100, "snapshot", "gelu input", gelu)
 
 
 def _entries(
@@ -363,15 +402,56 @@ def _entries(
     from nl_kernels.ops.deep_memory.triton_backward import plan_backward
     from nl_kernels.ops.deep_memory.triton_forward import plan_forward
 
-    rows, tokens = 8, 1024
-    options = Options.of(
+    options = _options(architecture, dtype, chunk_size, read, rule, "row")
+    inputs = _inputs(width, hidden, 1024, rule, momentum)
+    words = f"{str(dtype).removeprefix('torch.')} {width}x{hidden or 'linear'} C{chunk_size} {read} {name}"
+    forward, results = plan_forward(inputs, options, keep=True)
+    backward, _ = plan_backward(results.o, results[1:5], results[5:7], inputs, results[7:], options)
+    for call in (*forward, backward[-1]):
+        yield CatalogueEntry("deep_memory", words, call)
+
+
+def _tiled_entries(
+    architecture: str,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int | None,
+    chunk_size: int,
+    read: str,
+    name: str,
+    rule: MemoryRule,
+) -> Iterator[CatalogueEntry]:
+    """Of every kind of call one."""
+    from nl_kernels.ops.deep_memory.triton_tiled_backward import plan_backward
+    from nl_kernels.ops.deep_memory.triton_tiled_forward import plan_forward
+
+    options = _options(architecture, dtype, chunk_size, read, rule, "tiled")
+    inputs = _inputs(width, hidden, 2 * chunk_size, rule, False)
+    words = f"{str(dtype).removeprefix('torch.')} {width}x{hidden or 'linear'} C{chunk_size} {read} {name}"
+    forward, results = plan_forward(inputs, options, keep=True, architecture=architecture)
+    backward, _ = plan_backward(
+        results.o, results[1:5], results[5:7], inputs, results[7:], options, architecture=architecture
+    )
+    yield from tiled_launch.entries_of("deep_memory", words, {"forward": forward, "backward": backward})
+
+
+def _options(
+    architecture: str, dtype: torch.dtype, chunk_size: int, read: str, rule: MemoryRule, regime: str
+) -> Options:
+    return Options.of(
         rule,
         offset=0,
         chunk_size=chunk_size,
         read=read,
         checkpoint_every=4,
-        precision=precision_of(dtype, architecture),
+        precision=precision_for(dtype, regime, architecture),
+        regime=regime,
     )
+
+
+def _inputs(width: int, hidden: int | None, tokens: int, rule: MemoryRule, momentum: bool) -> Inputs:
+    """Eight rows on no device."""
+    rows = 8
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device="meta")
@@ -379,7 +459,7 @@ def _entries(
     inner = empty(rows, hidden or width, width)
     outer = None if hidden is None else empty(rows, width, hidden)
     layers, none = (inner, outer), (None, None)
-    inputs = Inputs(
+    return Inputs(
         *(empty(rows, tokens, width) for _ in range(3)),
         *(empty(rows, tokens) for _ in range(2)),
         empty(rows, tokens) if momentum else None,
@@ -391,11 +471,6 @@ def _entries(
         None,
         None,
     )
-    words = f"{str(dtype).removeprefix('torch.')} {width}x{hidden or 'linear'} C{chunk_size} {read} {name}"
-    forward, results = plan_forward(inputs, options, keep=True)
-    backward, _ = plan_backward(results.o, results[1:5], results[5:7], inputs, results[7:], options)
-    for call in (*forward, backward[-1]):
-        yield CatalogueEntry("deep_memory", words, call)
 
 
 def _step_entry(

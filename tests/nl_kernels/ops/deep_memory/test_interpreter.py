@@ -196,7 +196,8 @@ def run_guarded(calls, given, running=()):
     buffers = {}
     for call in calls:
         for name, tensor in call.arguments.items():
-            if isinstance(tensor, torch.Tensor) and id(tensor) not in buffers:
+            floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+            if floating and id(tensor) not in buffers:
                 known = any(tensor is g for g in (*given, *running))
                 make = (
                     GuardedBuffer.holding(tensor)
@@ -233,10 +234,10 @@ def test_every_element_is_written_and_nothing_else(momentum):
 
 def test_refuses_what_the_kernels_do_not_serve():
     cases = {
-        "heads up to 128 wide, got 129": (inputs(2, width=129), {}),
-        "hidden layers up to 128 wide, got 256": (inputs(2, hidden=256), {}),
-        "chunks of 64, .* up to 64 wide, got 65": (inputs(2, value_width=65), {"chunk_size": 64}),
-        "chunks up to 64, got 65": (inputs(2), {"chunk_size": 65}),
+        "chunks from 16 to 4096, got 4": (inputs(2, width=129), {}),
+        "chunks from 16 to 4096, got 5000": (inputs(2), {"chunk_size": 5000}),
+        "hidden layers up to 4096 wide, got 5000": (inputs(2, hidden=5000), {"chunk_size": 64}),
+        "momentum: .* chunks up to 64": (inputs(2, momentum=True), {"chunk_size": 65, "rule": TITANS}),
         "rule.erase='none' alone": (inputs(2, momentum=True), {}),
         "got float64": (inputs(2, dtype=torch.float64), {}),
     }

@@ -1,0 +1,336 @@
+"""Element-wise work on the tokens of a chunk between products: the hidden layer, errors, and their adjoints.
+
+A program takes ROWS whole rows of matrices [batches, LENGTH, WIDTH]; what is stored in 16 bits is an operand
+of a product. Numbers by token are [batches, LENGTH], coefficients as in :mod:`.tiled_tokens`. ``NOTHING`` is
+an absent tensor. The formulas are those of :mod:`.forward` and :mod:`.adjoint`.
+"""
+
+import triton
+import triton.language as tl
+
+from nl_kernels.chunk_kernels import adjoint, forward
+from nl_kernels.chunk_kernels.tiled_tokens import AFTER, RATE, TO_END
+
+
+@triton.jit
+def _rows(LENGTH: tl.constexpr, ROWS: tl.constexpr):
+    """The program's rows among all, its batch, and their places among the chunk's tokens."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    return first + tl.arange(0, ROWS), first // LENGTH, first % LENGTH + tl.arange(0, ROWS)
+
+
+@triton.jit
+def _load(x, row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    place = x + row[:, None] * WIDTH + column[None, :]
+    return tl.load(place, mask=(column < WIDTH)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(x, row, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    if x is not None:
+        column = tl.arange(0, BLOCK)
+        place = x + row[:, None] * WIDTH + column[None, :]
+        tl.store(place, value.to(x.dtype.element_ty), mask=(column < WIDTH)[None, :])
+
+
+@triton.jit
+def _coefficient(coefficients, batch, t, pitch, start, KIND: tl.constexpr):
+    return tl.load(coefficients + (batch * 8 + KIND) * pitch + start + t)
+
+
+@triton.jit
+def _store_written(
+    written,
+    weighted,
+    row,
+    signal,
+    coefficients,
+    batch,
+    t,
+    pitch,
+    start,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """u = −η δ of a layer that does not erase, and u times the decay to the chunk's end."""
+    if written is not None:
+        handed = signal * -_coefficient(coefficients, batch, t, pitch, start, RATE)[:, None]
+        _store(written, row, handed, WIDTH, BLOCK)
+        end = _coefficient(coefficients, batch, t, pitch, start, TO_END)
+        _store(weighted, row, handed * end[:, None], WIDTH, BLOCK)
+
+
+@triton.jit(do_not_specialize=["pitch", "start"])
+def hidden_rows_kernel(
+    z,
+    coefficients,
+    value,
+    effective,
+    pitch,
+    start,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``n(σ(z))``, and the proximal rate of a layer with that input."""
+    row, batch, t = _rows(LENGTH, ROWS)
+    hidden, _, _, _ = forward.activated(_load(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
+    _store(value, row, hidden, WIDTH, BLOCK)
+    if effective is not None:
+        eta = _coefficient(coefficients, batch, t, pitch, start, RATE)
+        tl.store(effective + batch * pitch + start + t, forward.proximal_rate(eta, hidden))
+
+
+@triton.jit(do_not_specialize=["pitch", "start"])
+def error_rows_kernel(
+    raw,
+    coefficients,
+    error,
+    operand,
+    written,
+    weighted,
+    pitch,
+    start,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BOUND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The error bounded; its factor is made anew where needed. ``operand`` is another rounding of it."""
+    row, batch, t = _rows(LENGTH, ROWS)
+    tile = _load(raw, row, WIDTH, BLOCK)
+    tile *= forward.length_factor(tile, BOUND)[:, None]
+    _store(error, row, tile, WIDTH, BLOCK)
+    _store(operand, row, tile, WIDTH, BLOCK)
+    _store_written(written, weighted, row, tile, coefficients, batch, t, pitch, start, WIDTH, BLOCK)
+
+
+@triton.jit(do_not_specialize=["pitch", "start"])
+def signal_rows_kernel(
+    z,
+    back,
+    coefficients,
+    signal,
+    written,
+    weighted,
+    pitch,
+    start,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    BOUND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The error signal at z from ``back``, the one at n(σ(z))."""
+    row, batch, t = _rows(LENGTH, ROWS)
+    value, slope, _, scale = forward.activated(_load(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
+    given = _load(back, row, WIDTH, BLOCK)
+    found, _, _, _ = forward.error_signal(given, value, slope, scale, NORMALIZED, BOUND)
+    _store(signal, row, found, WIDTH, BLOCK)
+    _store_written(written, weighted, row, found, coefficients, batch, t, pitch, start, WIDTH, BLOCK)
+
+
+@triton.jit(do_not_specialize=["grad_rows", "grad_start", "pitch", "start"])
+def read_adjoint_rows_kernel(
+    grad,
+    z,
+    recalled,
+    coefficients,
+    operand,
+    weighted,
+    after,
+    grad_rows,
+    grad_start,
+    pitch,
+    start,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """From the adjoint of a read's input layer, that of the read, ready for products.
+
+    ``z`` NOTHING: ``grad`` is that of the read itself, else of n(σ(z)). ``operand`` gets the adjoint of the
+    read, ``weighted`` it times the decay from the chunk's start, ``after`` that of this decay times itself.
+    """
+    row, batch, t = _rows(LENGTH, ROWS)
+    tile = _load(grad, batch * grad_rows + grad_start + t, WIDTH, BLOCK)
+    if z is not None:
+        value, slope, _, scale = forward.activated(_load(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
+        tile = adjoint.hidden_adjoint(tile, value, slope, scale, None, NORMALIZED)
+    _store(operand, row, tile, WIDTH, BLOCK)
+    if weighted is not None:
+        since = _coefficient(coefficients, batch, t, pitch, start, AFTER)
+        _store(weighted, row, tile * since[:, None], WIDTH, BLOCK)
+        tl.store(after + row, forward.row_dot(tile, _load(recalled, row, WIDTH, BLOCK)))
+
+
+@triton.jit(do_not_specialize=["pitch", "start"])
+def written_adjoint_rows_kernel(
+    at_written,
+    at_end,
+    surprise,
+    rate,
+    at_surprise,
+    at_rate,
+    to_end,
+    pitch,
+    start,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """From the adjoint of u = −η ω those of ω, of η but for the erase, and of ``to_end`` times itself.
+
+    ``at_end`` is the part of ``at_written`` that comes from the state after the chunk. ``rate`` [batches,
+    pitch].
+    """
+    row, batch, t = _rows(LENGTH, ROWS)
+    grad = _load(at_written, row, WIDTH, BLOCK)
+    omega = _load(surprise, row, WIDTH, BLOCK)
+    eta = tl.load(rate + batch * pitch + start + t)
+    tl.store(at_rate + row, -forward.row_dot(grad, omega))
+    tl.store(to_end + row, -eta * forward.row_dot(_load(at_end, row, WIDTH, BLOCK), omega))
+    grad *= -eta[:, None]
+    _store(at_surprise, row, grad, WIDTH, BLOCK)
+
+
+@triton.jit
+def signal_adjoint_rows_kernel(
+    at_signal,
+    z,
+    back,
+    right,
+    at_value,
+    coefficient,
+    at_back,
+    at_value_after,
+    at_slope,
+    radial,
+    before,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    BOUND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adjoints of ``back``, n(σ(z)) in all, z through σ', and ``radial`` (:func:`.adjoint.signal_adjoint`).
+
+    ``right`` is what the layer's solve was given: the adjoint of the decay from the chunk's start, times
+    itself, goes to ``before``. ``coefficient`` times n(σ(z)) is what the second layer's proximal rate adds.
+    """
+    row, _, _ = _rows(LENGTH, ROWS)
+    value, slope, curvature, scale = forward.activated(_load(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
+    given = _load(back, row, WIDTH, BLOCK)
+    signal, tangent, along, factor = forward.error_signal(given, value, slope, scale, NORMALIZED, BOUND)
+    grad = _load(at_signal, row, WIDTH, BLOCK)
+    if right is not None:
+        tl.store(before + row, forward.row_dot(grad, _load(right, row, WIDTH, BLOCK) - signal))
+    to_back, to_value, to_slope, to_radial = adjoint.signal_adjoint(
+        grad, signal, tangent, along, factor, given, value, slope, curvature, scale, NORMALIZED, BOUND
+    )
+    _store(at_back, row, to_back, WIDTH, BLOCK)
+    _store(at_slope, row, to_slope, WIDTH, BLOCK)
+    to_value += _load(at_value, row, WIDTH, BLOCK)
+    if coefficient is not None:
+        to_value += value * tl.load(coefficient + row)[:, None]
+    _store(at_value_after, row, to_value, WIDTH, BLOCK)
+    tl.store(radial + row, to_radial)
+
+
+@triton.jit(do_not_specialize=["out_rows", "out_start", "out_limit"])
+def error_adjoint_rows_kernel(
+    at_error,
+    raw,
+    error,
+    right,
+    solved,
+    operand,
+    plain,
+    d_target,
+    before,
+    out_rows,
+    out_start,
+    out_limit,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BOUND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The adjoint of the error before its bound, for products, plain, and negated as that of the targets.
+
+    ``right`` and ``solved``, the adjoint that the solve gave, are of the last layer, where it erases.
+    """
+    row, batch, t = _rows(LENGTH, ROWS)
+    bounded = _load(error, row, WIDTH, BLOCK)
+    grad = _load(at_error, row, WIDTH, BLOCK)
+    if right is not None:
+        recalled = _load(right, row, WIDTH, BLOCK) - bounded
+        tl.store(before + row, forward.row_dot(_load(solved, row, WIDTH, BLOCK), recalled))
+    if BOUND > 0:
+        factor = forward.length_factor(_load(raw, row, WIDTH, BLOCK), BOUND)
+        grad = adjoint.bound_adjoint(grad, bounded, factor, BOUND)
+    _store(operand, row, grad, WIDTH, BLOCK)
+    _store(plain, row, grad, WIDTH, BLOCK)
+    column = tl.arange(0, BLOCK)
+    place = d_target + (batch * out_rows + out_start + t)[:, None] * WIDTH + column[None, :]
+    tl.store(place, -grad, mask=(t < out_limit)[:, None] & (column < WIDTH)[None, :])
+
+
+@triton.jit
+def hidden_adjoint_rows_kernel(
+    at_value,
+    z,
+    radial,
+    at_slope,
+    operand,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The adjoint of z from that of n(σ(z)) and what :func:`signal_adjoint_rows_kernel` left."""
+    row, _, _ = _rows(LENGTH, ROWS)
+    value, slope, _, scale = forward.activated(_load(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
+    grad = _load(at_value, row, WIDTH, BLOCK)
+    grad = adjoint.hidden_adjoint(grad, value, slope, scale, tl.load(radial + row), NORMALIZED)
+    _store(operand, row, grad + _load(at_slope, row, WIDTH, BLOCK), WIDTH, BLOCK)
+
+
+@triton.jit(do_not_specialize=["out_rows", "out_start", "out_limit", "x_rows", "x_start"])
+def add_scaled_rows_kernel(
+    x,
+    coefficient,
+    out,
+    out_rows,
+    out_start,
+    out_limit,
+    x_rows,
+    x_start,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add ``coefficient`` times the rows of x to ``out`` [batches, out_rows, WIDTH]."""
+    row, batch, t = _rows(LENGTH, ROWS)
+    tile = _load(x, batch * x_rows + x_start + t, WIDTH, BLOCK) * tl.load(coefficient + row)[:, None]
+    column = tl.arange(0, BLOCK)
+    place = out + (batch * out_rows + out_start + t)[:, None] * WIDTH + column[None, :]
+    mask = (t < out_limit)[:, None] & (column < WIDTH)[None, :]
+    tl.store(place, tl.load(place, mask=mask, other=0.0) + tile, mask=mask)

@@ -1,0 +1,90 @@
+"""The tiled kernels compile for GPUs that are not here, within what those GPUs have."""
+
+import pytest
+import torch
+
+from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.ops.deep_memory import launch
+from nl_kernels.triton_support.ahead_of_time import compile_call
+from nl_kernels.triton_support.resources import resources_of
+from nl_kernels.triton_support.targets import TARGETS, TENSOR_MEMORY
+
+pytestmark = pytest.mark.aot
+
+KIND = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+SPILLS = {"sm_90": 0, "sm_80": 0, "sm_100": 64, "gfx942": 0}
+"""Bytes a thread may spill in bf16, forward and backward."""
+
+
+LAUNCHES = [(256, "running", 23, 52), (256, "snapshot", 21, 44), (None, "running", 10, 24)]
+"""Hidden layer, read, and kernels a chunk forward and backward."""
+
+
+def check(architecture, words, names=None):
+    """Compile what the catalogue has of ``words``, and hold it to the architecture's limits."""
+    entries = [e for e in launch.catalogue(architecture) if e.variant.startswith(words)]
+    if names is not None:
+        entries = [e for e in entries if e.variant.rsplit(": ")[1] in names]
+        assert len({e.variant for e in entries}) == len(names)
+    assert entries
+    for entry in entries:
+        found = resources_of(compile_call(entry.call, architecture))
+        assert found.shared_bytes <= TARGETS[architecture].shared_memory, entry.variant
+        assert found.tensor_memory <= TENSOR_MEMORY, entry.variant
+        assert found.scalar_products == 0, entry.variant
+        assert found.spill_bytes <= SPILLS[architecture], f"{entry.variant}: {found.spill_bytes}"
+        if entry.kernel == "product":
+            assert set(found.tensor_core) == {KIND[architecture]}, entry.variant
+            assert found.products >= sum(entry.call.constants[f"K{i}"] > 0 for i in range(4))
+
+
+def test_hopper_spills_nothing_forward():
+    check("sm_90", "bfloat16 64x256 C64 running default forward")
+
+
+def test_hopper_spills_nothing_in_the_largest_products():
+    names = ("hidden layer", "error", "gram", "solve", "read", "carry")
+    check("sm_90", "bfloat16 512x1536 C2048 running default forward", names)
+
+
+def test_hopper_spills_nothing_backward():
+    names = (
+        "read to queries",
+        "read pairs",
+        "gram pairs",
+        "write to input",
+        "solve adjoint",
+        "state adjoint",
+    )
+    check("sm_90", "bfloat16 64x256 C64 running default backward", names)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "gfx942"])
+def test_other_architectures(architecture):
+    names = ("gram", "invert blocks", "solve", "read", "carry")
+    check(architecture, "bfloat16 128x512 C64 running default forward", names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("sizes", ["64x256 C64", "128x512 C64", "512x1536 C2048"])
+def test_every_kernel_in_bfloat16(architecture, sizes):
+    check(architecture, f"bfloat16 {sizes} running default")
+
+
+@pytest.mark.parametrize(("hidden", "read", "forward", "backward"), LAUNCHES)
+def test_kernels_are_launched_a_fixed_number_of_times_a_chunk(hidden, read, forward, backward):
+    from nl_kernels.ops.deep_memory.triton_tiled_backward import plan_backward
+    from nl_kernels.ops.deep_memory.triton_tiled_forward import plan_forward
+
+    options = launch._options("sm_90", torch.bfloat16, 64, read, MemoryRule(), "tiled")
+    options = options._replace(checkpoint_every=1)
+    counts = []
+    for chunks in (2, 3):
+        inputs = launch._inputs(64, hidden, 64 * chunks, MemoryRule(), False)
+        ahead, results = plan_forward(inputs, options, keep=True, architecture="sm_90")
+        back, _ = plan_backward(
+            results.o, results[1:5], results[5:7], inputs, results[7:], options, architecture="sm_90"
+        )
+        counts.append((len(ahead.calls), len(back.calls)))
+    assert [b - a for a, b in zip(*counts)] == [forward, backward]
