@@ -4,6 +4,7 @@ from nl_models.optim.deep_momentum import DeepMomentum
 from nl_models.optim.delta_momentum import DeltaMomentum
 from nl_models.optim.groups import split_parameters
 from nl_models.optim.m3 import M3
+from nl_models.optim.multi_frequency import MultiFrequency
 from nl_models.optim.muon import Muon
 
-__all__ = ["M3", "DeepMomentum", "DeltaMomentum", "Muon", "split_parameters"]
+__all__ = ["M3", "DeepMomentum", "DeltaMomentum", "MultiFrequency", "Muon", "split_parameters"]
