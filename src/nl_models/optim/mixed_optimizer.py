@@ -53,19 +53,15 @@ class MixedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        for group, params in work:
-            for p in params:
-                if p.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__}: the gradient of {self._name_of(group, p)} is sparse, which "
-                        "is not supported; make it with sparse=False"
-                    )
+        self._check_gradients(work)
         for group, params in work:
             if params and group["rule"] == "adamw":
                 self._adamw_step(group, params)
         matrices = [(group, params) for group, params in work if params and group["rule"] == "matrix"]
         if matrices:
-            self._matrix_step(matrices)
+            # A step within autocast would round its products.
+            with torch.autocast(matrices[0][1][0].device.type, enabled=False):
+                self._matrix_step(matrices)
         return loss
 
     def describe(self) -> str:
@@ -95,6 +91,16 @@ class MixedOptimizer(Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, torch.Tensor):
                     self.state[p][name] = value.to(device=p.device, copy=True)
+
+    def _check_gradients(self, work: list[tuple[Group, list[torch.Tensor]]]) -> None:
+        """Refuse gradients before anything has changed."""
+        for group, params in work:
+            for p in params:
+                if p.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: the gradient of {self._name_of(group, p)} is sparse, which "
+                        "is not supported; make it with sparse=False"
+                    )
 
     def _matrix_step(self, matrices: list[tuple[Group, list[torch.Tensor]]]) -> None:
         """Step all parameters of groups of the subclass's rule; every one of them has a gradient."""
