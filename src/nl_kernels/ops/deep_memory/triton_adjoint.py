@@ -18,15 +18,14 @@ from nl_kernels.chunk_kernels.adjoint import (
     write_adjoint,
 )
 from nl_kernels.chunk_kernels.forward import activated, error_signal, read_forward
+from nl_kernels.chunk_kernels.scratch import hand_on, take_back
 from nl_kernels.ops.deep_memory.triton_chunk import (
     add_to_weight,
     chunk_coefficients,
     load_base,
     load_weight,
-    put,
     read_layer,
     store_weight,
-    take,
 )
 from nl_kernels.ops.deep_memory.triton_rerun import (
     AT_ERROR,
@@ -140,8 +139,8 @@ def layer_write_adjoint(
         recalled = signal
         if ERASES:
             gram = decay[2] * matmul(x, tl.trans(x), PRECISION)
-            inverse = take(inverse_place, decay[2])
-            recalled = take(place + RECALLED * SLOT, signal)
+            inverse = take_back(inverse_place, decay[2])
+            recalled = take_back(place + RECALLED * SLOT, signal)
         at_state, at_x, at_signal, at_eta, at_strict, at_gram, at_before, at_to_end, at_final = write_adjoint(
             grad,
             at_written,
@@ -353,13 +352,13 @@ def chunk_adjoint(
                 KEY_DIM,
                 PRECISION,
             )
-            put(scratch + PROBE * SLOT, probe)
+            hand_on(scratch + PROBE * SLOT, probe)
             tl.debug_barrier()
-            value = activated(take(scratch + Z * SLOT, like_hidden), ACTIVATION, NORMALIZED)[0]
+            value = activated(take_back(scratch + Z * SLOT, like_hidden), ACTIVATION, NORMALIZED)[0]
             _, written, _ = written_again(
                 scratch + OUTER * SLOT, value, eta, SLOT, BLOCK_V, ERASE_OUTER, PROXIMAL
             )
-            probed = activated(take(scratch + PROBE * SLOT, like_hidden), ACTIVATION, NORMALIZED)
+            probed = activated(take_back(scratch + PROBE * SLOT, like_hidden), ACTIVATION, NORMALIZED)
             at_probe, at_value, at_written, more_log, more_after, more_full = layer_read_adjoint(
                 load_tile(do, token, valid, value_column, VALUE_DIM),
                 probed[0],
@@ -384,13 +383,13 @@ def chunk_adjoint(
             if momentum is not None:
                 at_mixed_after += more_after
                 at_mixed_full += more_full
-            put(scratch + (OUTER + AT_WRITTEN) * SLOT, at_written)
-            put(scratch + AT_VALUE * SLOT, at_value)
+            hand_on(scratch + (OUTER + AT_WRITTEN) * SLOT, at_written)
+            hand_on(scratch + AT_VALUE * SLOT, at_value)
             at_probe = hidden_adjoint(at_probe, probed[0], probed[1], probed[3], None, NORMALIZED)
             tl.debug_barrier()
-            put(scratch + PROBE * SLOT, at_probe)
+            hand_on(scratch + PROBE * SLOT, at_probe)
             tl.debug_barrier()
-            grad = take(scratch + PROBE * SLOT, at_probe)
+            grad = take_back(scratch + PROBE * SLOT, at_probe)
         else:
             grad = load_tile(do, token, valid, value_column, VALUE_DIM)
         key = load_tile(k, token, valid, key_column, KEY_DIM)
@@ -419,8 +418,8 @@ def chunk_adjoint(
         if momentum is not None:
             at_mixed_after += more_after
             at_mixed_full += more_full
-        put(scratch + (INNER + AT_WRITTEN) * SLOT, at_written)
-        put(scratch + AT_KEY * SLOT, at_key)
+        hand_on(scratch + (INNER + AT_WRITTEN) * SLOT, at_written)
+        hand_on(scratch + AT_KEY * SLOT, at_key)
         if RESIDUAL:
             at_query += load_tile(do, token, valid, key_column, KEY_DIM)
         store_tile(dq, token, valid, key_column, KEY_DIM, at_query)
@@ -433,7 +432,7 @@ def chunk_adjoint(
     at_written = None
     if TWO_LAYER:
         if RUNNING:
-            at_written = take(scratch + (OUTER + AT_WRITTEN) * SLOT, like_value)
+            at_written = take_back(scratch + (OUTER + AT_WRITTEN) * SLOT, like_value)
         at_value, at_error, at_eta, more_log, outer_parts = layer_write_adjoint(
             outer_states,
             outer_velocities,
@@ -443,8 +442,8 @@ def chunk_adjoint(
             pending_outer,
             pending_outer_velocity,
             row,
-            activated(take(scratch + Z * SLOT, like_hidden), ACTIVATION, NORMALIZED)[0],
-            take(scratch + ERROR * SLOT, like_value),
+            activated(take_back(scratch + Z * SLOT, like_hidden), ACTIVATION, NORMALIZED)[0],
+            take_back(scratch + ERROR * SLOT, like_value),
             eta,
             at_written,
             scratch + OUTER * SLOT,
@@ -462,19 +461,19 @@ def chunk_adjoint(
             PRECISION,
         )
         if RUNNING:
-            at_value += take(scratch + AT_VALUE * SLOT, like_hidden)
+            at_value += take_back(scratch + AT_VALUE * SLOT, like_hidden)
         at_log += more_log
-        put(scratch + AT_ERROR * SLOT, at_error)
+        hand_on(scratch + AT_ERROR * SLOT, at_error)
         tl.debug_barrier()
-        put(scratch + AT_VALUE * SLOT, at_value)
+        hand_on(scratch + AT_VALUE * SLOT, at_value)
         tl.debug_barrier()
-        hidden = activated(take(scratch + Z * SLOT, like_hidden), ACTIVATION, NORMALIZED)
-        back = take(scratch + BACK * SLOT, like_hidden)
+        hidden = activated(take_back(scratch + Z * SLOT, like_hidden), ACTIVATION, NORMALIZED)
+        back = take_back(scratch + BACK * SLOT, like_hidden)
         signal = error_signal(back, hidden[0], hidden[1], hidden[3], NORMALIZED, BOUND)[0]
     else:
-        signal = take(scratch + ERROR * SLOT, like_hidden)
+        signal = take_back(scratch + ERROR * SLOT, like_hidden)
     if RUNNING:
-        at_written = take(scratch + (INNER + AT_WRITTEN) * SLOT, like_hidden)
+        at_written = take_back(scratch + (INNER + AT_WRITTEN) * SLOT, like_hidden)
     at_key, at_signal, more_eta, more_log, parts = layer_write_adjoint(
         inner_states,
         inner_velocities,
@@ -505,10 +504,10 @@ def chunk_adjoint(
     at_log += more_log
     at_eta += more_eta
     if RUNNING:
-        at_key += take(scratch + AT_KEY * SLOT, like_key)
+        at_key += take_back(scratch + AT_KEY * SLOT, like_key)
     tl.debug_barrier()
-    put(scratch + AT_KEY * SLOT, at_key)
-    put(scratch + AT_SIGNAL * SLOT, at_signal)
+    hand_on(scratch + AT_KEY * SLOT, at_key)
+    hand_on(scratch + AT_SIGNAL * SLOT, at_signal)
     if momentum is not None:
         at_mixed_to_end = parts[0]
         at_mixed_final = parts[1]
@@ -547,7 +546,7 @@ def chunk_adjoint(
     tl.debug_barrier()
 
     # The error, and the weights that it was taken at.
-    at_signal = take(scratch + AT_SIGNAL * SLOT, like_hidden)
+    at_signal = take_back(scratch + AT_SIGNAL * SLOT, like_hidden)
     base = load_base(
         None,
         inner_states,
@@ -575,8 +574,8 @@ def chunk_adjoint(
             BLOCK_V,
             BLOCK_H,
         )
-        hidden = activated(take(scratch + Z * SLOT, like_hidden), ACTIVATION, NORMALIZED)
-        back = take(scratch + BACK * SLOT, like_hidden)
+        hidden = activated(take_back(scratch + Z * SLOT, like_hidden), ACTIVATION, NORMALIZED)
+        back = take_back(scratch + BACK * SLOT, like_hidden)
         signals = error_signal(back, hidden[0], hidden[1], hidden[3], NORMALIZED, BOUND)
         at_back, at_value, at_slope, radial = signal_adjoint(
             at_signal,
@@ -592,22 +591,22 @@ def chunk_adjoint(
             NORMALIZED,
             BOUND,
         )
-        error = take(scratch + ERROR * SLOT, like_value)
-        at_error = take(scratch + AT_ERROR * SLOT, like_value)
+        error = take_back(scratch + ERROR * SLOT, like_value)
+        at_error = take_back(scratch + AT_ERROR * SLOT, like_value)
         at_error += matmul(at_back, tl.trans(outer_base), PRECISION)
         at_error = bound_adjoint(at_error, error, factor, BOUND)
         at_outer = matmul(tl.trans(error), at_back, PRECISION)
         at_outer += matmul(tl.trans(at_error), hidden[0], PRECISION)
-        at_value += take(scratch + AT_VALUE * SLOT, like_hidden)
+        at_value += take_back(scratch + AT_VALUE * SLOT, like_hidden)
         at_value += matmul(at_error, outer_base, PRECISION)
         at_z = hidden_adjoint(at_value, hidden[0], hidden[1], hidden[3], radial, NORMALIZED) + at_slope
         add_to_base(d_outer, d_outer_snapshot, d_outer_anchor, row, is_first, at_outer, VALUE_DIM, HIDDEN)
     else:
-        error = take(scratch + ERROR * SLOT, like_value)
+        error = take_back(scratch + ERROR * SLOT, like_value)
         at_error = bound_adjoint(at_signal, error, factor, BOUND)
         at_z = at_error
     store_tile(dv, token, valid, value_column, VALUE_DIM, -at_error)
-    at_key = take(scratch + AT_KEY * SLOT, like_key)
+    at_key = take_back(scratch + AT_KEY * SLOT, like_key)
     if RESIDUAL:
         at_key += at_error
     tl.debug_barrier()

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.forward import activated
+from nl_kernels.chunk_kernels.scratch import take_back
 from nl_kernels.ops.deep_memory import launch
 from nl_kernels.ops.deep_memory.triton_adjoint import chunk_adjoint
 from nl_kernels.ops.deep_memory.triton_chunk import (
@@ -25,7 +26,6 @@ from nl_kernels.ops.deep_memory.triton_chunk import (
     copy_weight,
     fill_weight,
     locate_row,
-    take,
 )
 from nl_kernels.ops.deep_memory.triton_forward import plan_erase
 from nl_kernels.ops.deep_memory.triton_rerun import INNER, OUTER, SCRATCH_TILES, Z, carry_again, rerun_chunk
@@ -230,7 +230,7 @@ def deep_memory_backward_kernel(
                         PRECISION,
                     )
                     if TWO_LAYER:
-                        z = take(scratch + Z * SLOT, tl.zeros([BLOCK_C, BLOCK_H], tl.float32))
+                        z = take_back(scratch + Z * SLOT, tl.zeros([BLOCK_C, BLOCK_H], tl.float32))
                         carry_again(
                             outer_stack,
                             outer_velocity_stack,

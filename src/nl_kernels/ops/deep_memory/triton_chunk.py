@@ -152,23 +152,6 @@ def coefficients_of(log, mu, valid, BLOCK_C: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
-def put(place, value):
-    """Hand the tile ``value`` on by way of the memory at ``place``, if there is any."""
-    if place is not None:
-        column = tl.arange(0, value.shape[1])
-        tl.store(place + tl.arange(0, value.shape[0])[:, None] * value.shape[1] + column[None, :], value)
-
-
-@triton.jit
-def take(place, value):
-    """What :func:`put` handed on; ``value`` itself, which stayed in registers, if there is no ``place``."""
-    if place is not None:
-        column = tl.arange(0, value.shape[1])
-        value = tl.load(place + tl.arange(0, value.shape[0])[:, None] * value.shape[1] + column[None, :])
-    return value
-
-
-@triton.jit
 def serve(
     key,
     target,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.forward import activated, error_signal, proximal_rate, spread
+from nl_kernels.chunk_kernels.scratch import hand_on, take_back
 from nl_kernels.ops.deep_memory import launch
 from nl_kernels.ops.deep_memory.triton_chunk import (
     carry_layer,
@@ -24,12 +25,10 @@ from nl_kernels.ops.deep_memory.triton_chunk import (
     load_base,
     load_weight,
     locate_row,
-    put,
     read_layer,
     save_weight,
     serve,
     store_weight,
-    take,
     write_layer,
 )
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
@@ -65,7 +64,7 @@ def erase_chunks_kernel(
     eta = tl.load(rate + token, mask=valid, other=0.0)
     key = load_tile(k, token, valid, tl.arange(0, BLOCK_K), KEY_DIM)
     _, _, inverse = erasing(key, eta, decay[2], True, PROXIMAL, BLOCK_C, PRECISION)
-    put(inverses + place * (BLOCK_C * BLOCK_C), inverse)
+    hand_on(inverses + place * (BLOCK_C * BLOCK_C), inverse)
 
 
 @triton.jit(do_not_specialize=["tokens", "offset", "kept", "checkpoint", "chunk_places"])
@@ -176,7 +175,7 @@ def deep_memory_forward_kernel(
     next_inverse = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     if ERASE_INNER:
         inverses += row * chunk_places * (BLOCK_C * BLOCK_C)
-        next_inverse = take(inverses, next_inverse)
+        next_inverse = take_back(inverses, next_inverse)
     chunks = tl.cdiv(last, CHUNK) - first // CHUNK
     for index in range(0, chunks):
         slot, valid = chunk_tokens(index, first, last, CHUNK, BLOCK_C)
@@ -191,7 +190,7 @@ def deep_memory_forward_kernel(
             inverse = next_inverse
             if ERASE_INNER:
                 following = tl.minimum(index + 1, chunks - 1)
-                next_inverse = take(inverses + following * (BLOCK_C * BLOCK_C), next_inverse)
+                next_inverse = take_back(inverses + following * (BLOCK_C * BLOCK_C), next_inverse)
             slot, later = chunk_tokens(index + 1, first, last, CHUNK, BLOCK_C)
             ahead = row * tokens + slot - zero
             next_key = load_tile(k, ahead, later, key_column, KEY_DIM)
@@ -262,10 +261,10 @@ def deep_memory_forward_kernel(
         z, back, error, _ = serve(
             key, target, base, outer_base, ACTIVATION, NORMALIZED, RESIDUAL, BOUND, PRECISION
         )
-        put(error_place, error)
+        hand_on(error_place, error)
         if outer is not None:
-            put(z_place, z)
-            put(back_place, back)
+            hand_on(z_place, z)
+            hand_on(back_place, back)
         if not HELD:
             tl.debug_barrier()
         if scratch is not None:
@@ -281,14 +280,14 @@ def deep_memory_forward_kernel(
             if PROXIMAL:
                 used = proximal_rate(eta, key)
             if scratch is not None:
-                inverse = take(inverses + index * (BLOCK_C * BLOCK_C), next_inverse)
+                inverse = take_back(inverses + index * (BLOCK_C * BLOCK_C), next_inverse)
         else:
             inverse = next_inverse
-        error = take(error_place, error)
+        error = take_back(error_place, error)
         signal = error
         if outer is not None:
-            hidden = activated(take(z_place, z), ACTIVATION, NORMALIZED)
-            back = take(back_place, back)
+            hidden = activated(take_back(z_place, z), ACTIVATION, NORMALIZED)
+            back = take_back(back_place, back)
             signal = error_signal(back, hidden[0], hidden[1], hidden[3], NORMALIZED, BOUND)[0]
         _, written, _ = write_layer(
             inner_held,
@@ -304,7 +303,7 @@ def deep_memory_forward_kernel(
             ERASE_INNER,
             PRECISION,
         )
-        put(written_place, written)
+        hand_on(written_place, written)
         if not HELD:
             tl.debug_barrier()
         if scratch is not None:
@@ -321,7 +320,7 @@ def deep_memory_forward_kernel(
                 row,
                 query,
                 key,
-                take(written_place, written),
+                take_back(written_place, written),
                 decay,
                 mixed,
                 HIDDEN,
@@ -329,7 +328,7 @@ def deep_memory_forward_kernel(
                 PRECISION,
             )
             if outer is not None:
-                put(back_place, read)
+                hand_on(back_place, read)
             if not HELD:
                 tl.debug_barrier()
             if scratch is not None:
@@ -343,7 +342,7 @@ def deep_memory_forward_kernel(
             final_inner_velocity,
             row,
             key,
-            take(written_place, written),
+            take_back(written_place, written),
             signal,
             used,
             decay,
@@ -363,28 +362,28 @@ def deep_memory_forward_kernel(
                     log_decay, momentum, token, valid, BLOCK_C, PRECISION
                 )
                 eta = tl.load(rate + token, mask=valid, other=0.0)
-            value = activated(take(z_place, z), ACTIVATION, NORMALIZED)[0]
+            value = activated(take_back(z_place, z), ACTIVATION, NORMALIZED)[0]
             used, _, inverse = erasing(value, eta, decay[2], ERASE_OUTER, PROXIMAL, BLOCK_C, PRECISION)
             if scratch is not None:
-                put(inverse_place, inverse)
+                hand_on(inverse_place, inverse)
             if not HELD:
                 tl.debug_barrier()
-            value = activated(take(z_place, z), ACTIVATION, NORMALIZED)[0]
+            value = activated(take_back(z_place, z), ACTIVATION, NORMALIZED)[0]
             _, written, _ = write_layer(
                 outer_held,
                 final_outer,
                 row,
                 value,
-                take(error_place, error),
+                take_back(error_place, error),
                 used,
                 decay[0],
-                take(inverse_place, inverse),
+                take_back(inverse_place, inverse),
                 VALUE_DIM,
                 HIDDEN,
                 ERASE_OUTER,
                 PRECISION,
             )
-            put(written_place, written)
+            hand_on(written_place, written)
             if not HELD:
                 tl.debug_barrier()
             if RUNNING:
@@ -395,9 +394,9 @@ def deep_memory_forward_kernel(
                     row,
                     outer_anchor,
                     row,
-                    activated(take(back_place, read), ACTIVATION, NORMALIZED)[0],
-                    activated(take(z_place, z), ACTIVATION, NORMALIZED)[0],
-                    take(written_place, written),
+                    activated(take_back(back_place, read), ACTIVATION, NORMALIZED)[0],
+                    activated(take_back(z_place, z), ACTIVATION, NORMALIZED)[0],
+                    take_back(written_place, written),
                     decay,
                     mixed,
                     VALUE_DIM,
@@ -414,9 +413,9 @@ def deep_memory_forward_kernel(
                 final_outer,
                 final_outer_velocity,
                 row,
-                activated(take(z_place, z), ACTIVATION, NORMALIZED)[0],
-                take(written_place, written),
-                take(error_place, error),
+                activated(take_back(z_place, z), ACTIVATION, NORMALIZED)[0],
+                take_back(written_place, written),
+                take_back(error_place, error),
                 used,
                 decay,
                 carried,

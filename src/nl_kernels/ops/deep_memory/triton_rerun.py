@@ -4,14 +4,13 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.forward import activated, error_signal, proximal_rate
+from nl_kernels.chunk_kernels.scratch import hand_on, take_back
 from nl_kernels.ops.deep_memory.triton_chunk import (
     carry_layer,
     chunk_coefficients,
     erasing,
     load_base,
-    put,
     serve,
-    take,
     write_layer,
 )
 from nl_kernels.triton_support.language import load_tile
@@ -60,19 +59,19 @@ def rerun_layer(
         inverse = decay[2]
         used = eta
         if ERASES:
-            inverse = take(inverse_place, inverse)
+            inverse = take_back(inverse_place, inverse)
             if PROXIMAL:
                 used = proximal_rate(eta, x)
     else:
         used, _, inverse = erasing(x, eta, decay[2], ERASES, PROXIMAL, x.shape[0], PRECISION)
         if ERASES:
-            put(inverse_place, inverse)
+            hand_on(inverse_place, inverse)
     surprise, _, recalled = write_layer(
         None, states, index, x, signal, used, decay[0], inverse, OUT, IN, ERASES, PRECISION
     )
-    put(place + SURPRISE * SLOT, surprise)
+    hand_on(place + SURPRISE * SLOT, surprise)
     if ERASES:
-        put(place + RECALLED * SLOT, recalled)
+        hand_on(place + RECALLED * SLOT, recalled)
 
 
 @triton.jit
@@ -80,7 +79,7 @@ def written_again(
     place, x, eta, SLOT: tl.constexpr, WIDTH: tl.constexpr, ERASES: tl.constexpr, PROXIMAL: tl.constexpr
 ):
     """ω and u [C, WIDTH] of :func:`rerun_layer`, and the effective rate [C]."""
-    surprise = take(place + SURPRISE * SLOT, tl.zeros([x.shape[0], WIDTH], tl.float32))
+    surprise = take_back(place + SURPRISE * SLOT, tl.zeros([x.shape[0], WIDTH], tl.float32))
     used = eta
     if ERASES and PROXIMAL:
         used = proximal_rate(eta, x)
@@ -157,17 +156,17 @@ def rerun_chunk(
     z, back, error, factor = serve(
         key, target, base, outer_base, ACTIVATION, NORMALIZED, RESIDUAL, BOUND, PRECISION
     )
-    put(scratch + Z * SLOT, z)
-    put(scratch + BACK * SLOT, back)
-    put(scratch + ERROR * SLOT, error)
+    hand_on(scratch + Z * SLOT, z)
+    hand_on(scratch + BACK * SLOT, back)
+    hand_on(scratch + ERROR * SLOT, error)
     tl.debug_barrier()
     decay, _, _ = chunk_coefficients(log_decay, None, token, valid, BLOCK_C, PRECISION)
     eta = tl.load(rate + token, mask=valid, other=0.0)
     key = load_tile(k, token, valid, tl.arange(0, BLOCK_K), KEY_DIM)
-    signal = take(scratch + Z * SLOT, z)
+    signal = take_back(scratch + Z * SLOT, z)
     if outer_states is not None:
         hidden = activated(signal, ACTIVATION, NORMALIZED)
-        back = take(scratch + BACK * SLOT, back)
+        back = take_back(scratch + BACK * SLOT, back)
         signal = error_signal(back, hidden[0], hidden[1], hidden[3], NORMALIZED, BOUND)[0]
     rerun_layer(
         inner_states,
@@ -192,8 +191,8 @@ def rerun_chunk(
         rerun_layer(
             outer_states,
             index,
-            activated(take(scratch + Z * SLOT, z), ACTIVATION, NORMALIZED)[0],
-            take(scratch + ERROR * SLOT, error),
+            activated(take_back(scratch + Z * SLOT, z), ACTIVATION, NORMALIZED)[0],
+            take_back(scratch + ERROR * SLOT, error),
             eta,
             decay,
             scratch + OUTER * SLOT,

@@ -152,7 +152,8 @@ def config_of(
 ) -> Config:
     """How the kernel of one kind of memory runs at these sizes."""
     tile = padded(width) * padded(hidden)
-    resident = linear and not momentum and tile <= 64 * 64 and not architecture.startswith("gfx")
+    # The forward kernel would spill what the states leave no registers for.
+    resident = backward and linear and not momentum and tile <= 64 * 64 and not architecture.startswith("gfx")
     return Config(4 if tile < 64 * 64 else 8, resident)
 
 
@@ -232,6 +233,12 @@ class Plan:
         """First and stop of the chunks between kept states."""
         every, chunks = self.options.checkpoint_every, self.options.chunks
         return [(first, min(first + every, chunks)) for first in range(0, chunks, every)]
+
+    def scratch(self, like: torch.Tensor) -> torch.Tensor | None:
+        """Memory for the chunk's keys and values, which the memories of two layers take in turn."""
+        if self.hidden is None:
+            return None
+        return like.new_empty(self.rows, 2, padded(self.options.chunk), padded(self.width))
 
     def call(self, kernel: Any, arguments: dict[str, Any], *, backward: bool) -> KernelCall:
         """The call of ``kernel``: what it takes of ``arguments``, sizes and constants."""

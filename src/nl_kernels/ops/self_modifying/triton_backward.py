@@ -78,6 +78,7 @@ def plan_backward(
         **kernel_arguments(["grad", "grad_velocity", "grad_snapshot"], grad_stacks),
         **kernel_arguments(["grad_anchor"], grad_anchor),
     }
+    scratch = plan.scratch(query)
     calls = []
     for index, (first, stop) in reversed(list(enumerate(segments))):
         span = {"first_chunk": first, "stop_chunk": stop, "kept_first_slot": first, "kept_slots": longest}
@@ -99,6 +100,7 @@ def plan_backward(
                     **states,
                     **span,
                     "kept_every": 1,
+                    "scratch": scratch,
                 },
                 backward=False,
             )

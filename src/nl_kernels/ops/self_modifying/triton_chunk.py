@@ -75,6 +75,23 @@ def locate_tokens(
 
 
 @triton.jit
+def base_of(
+    running, snapshot, anchor, at, fresh, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr,
+    SNAPSHOTS: tl.constexpr,
+):  # fmt: skip
+    """The matrix that a layer serves with: its snapshot, with the anchor."""
+    within = rows < ROWS
+    if SNAPSHOTS:
+        base = load_tile(running + at, rows, within & fresh, columns, COLUMNS)
+        base += load_tile(snapshot + at, rows, within & (not fresh), columns, COLUMNS)
+    else:
+        base = load_tile(running + at, rows, within, columns, COLUMNS)
+    if anchor is not None:
+        base += load_tile(anchor + at, rows, within, columns, COLUMNS)
+    return base
+
+
+@triton.jit
 def base_again(
     kept, resumed, anchor, kept_at, at, inside, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr
 ):

@@ -73,6 +73,7 @@ def plan_forward(
             "kept_every": max(1, options.checkpoint_every),
             "kept_first_slot": 0,
             "kept_slots": slots,
+            "scratch": plan.scratch(query),
         },
         backward=False,
     )

@@ -1,9 +1,9 @@
 """The kernels for linear memories, ``f(x) = W x``: one program a row.
 
 The three wide memories (key, value, memory) are [D, D]; the two gates are rows of one [2, D] matrix. All
-share the keys, and with them one gram matrix and one inverse a chunk. With ``RESIDENT`` their states,
-anchors and gradients stay in registers for the whole row; otherwise they are read and written a matrix at a
-time, and stay in the L2 cache.
+share the keys, and with them one gram matrix and one inverse a chunk. States and anchors are read and written
+a matrix at a time, and stay in the caches; steps of a chunk are parted by barriers, so that nothing is loaded
+and held before its step. In registers for the whole row they would spill.
 """
 
 import triton
@@ -11,6 +11,7 @@ import triton.language as tl
 
 from nl_kernels.chunk_kernels.forward import length_factor
 from nl_kernels.ops.self_modifying.triton_chunk import (
+    base_of,
     clock,
     coefficients,
     column_of,
@@ -28,17 +29,7 @@ from nl_kernels.ops.self_modifying.triton_chunk import (
 from nl_kernels.triton_support.language import load_tile, matmul, store_tile
 
 GATES: tl.constexpr = tl.constexpr(2)
-
-
 BLOCK_G: tl.constexpr = tl.constexpr(16)  # rows of the gates' tile
-
-
-@triton.jit
-def held_tile(tile, base, offset, rows, columns, COLUMNS: tl.constexpr, RESIDENT: tl.constexpr):
-    """A square matrix from registers, or from memory."""
-    if not RESIDENT:
-        tile = take(base, offset, rows, COLUMNS, columns, COLUMNS)
-    return tile
 
 
 @triton.jit
@@ -127,7 +118,6 @@ def linear_forward_kernel(
     PROJECTION: tl.constexpr,
     TARGET: tl.constexpr,
     BOUND: tl.constexpr,
-    RESIDENT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -154,22 +144,11 @@ def linear_forward_kernel(
     gate_at = program * GATES * WIDTH
     source = program * initial_slots + initial_slot
 
-    # The states: in registers, or in the buffers of the final ones.
-    key_state, value_state, memory_state = 0.0, 0.0, 0.0
-    key_anchor, value_anchor, memory_anchor = 0.0, 0.0, 0.0
-    if RESIDENT:
-        key_state = take(initial_last, source * 3 * MATRIX, d, WIDTH, d, WIDTH)
-        value_state = take(initial_last, source * 3 * MATRIX + MATRIX, d, WIDTH, d, WIDTH)
-        memory_state = take(initial_last, source * 3 * MATRIX + 2 * MATRIX, d, WIDTH, d, WIDTH)
-        if anchor_last is not None:
-            key_anchor = take(anchor_last, at, d, WIDTH, d, WIDTH)
-            value_anchor = take(anchor_last, at + MATRIX, d, WIDTH, d, WIDTH)
-            memory_anchor = take(anchor_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
+    # The states lie in the buffers of the final ones.
     for m in range(3):
         tile_at = at + m * MATRIX
-        if not RESIDENT:
-            tile = take(initial_last, source * 3 * MATRIX + m * MATRIX, d, WIDTH, d, WIDTH)
-            put(final_last, tile_at, True, d, WIDTH, d, WIDTH, tile)
+        tile = take(initial_last, source * 3 * MATRIX + m * MATRIX, d, WIDTH, d, WIDTH)
+        put(final_last, tile_at, True, d, WIDTH, d, WIDTH, tile)
         if MOMENTUM:
             tile = take(initial_velocity_last, source * 3 * MATRIX + m * MATRIX, d, WIDTH, d, WIDTH)
             put(final_velocity_last, tile_at, True, d, WIDTH, d, WIDTH, tile)
@@ -205,13 +184,9 @@ def linear_forward_kernel(
             mu = tl.load(momentum + token, mask=valid, other=1.0)
 
         # The memories make k, v and the gates.
-        state = held_tile(key_state, final_last, at, d, d, WIDTH, RESIDENT)
-        key_base = _base(
-            state, key_anchor, anchor_last, snapshot_last, fresh, at, d, WIDTH, SNAPSHOTS, RESIDENT
-        )
-        state = held_tile(value_state, final_last, at + MATRIX, d, d, WIDTH, RESIDENT)
-        value_base = _base(
-            state, value_anchor, anchor_last, snapshot_last, fresh, at + MATRIX, d, WIDTH, SNAPSHOTS, RESIDENT
+        key_base = base_of(final_last, snapshot_last, anchor_last, at, fresh, d, WIDTH, d, WIDTH, SNAPSHOTS)
+        value_base = base_of(
+            final_last, snapshot_last, anchor_last, at + MATRIX, fresh, d, WIDTH, d, WIDTH, SNAPSHOTS
         )
         gate_base = gate_state
         if SNAPSHOTS:
@@ -231,42 +206,45 @@ def linear_forward_kernel(
         projected = residual(k, v, PROJECTION, TARGET)
 
         # Every memory takes its errors in.
+        tl.debug_barrier()
+        key_base = base_of(final_last, snapshot_last, anchor_last, at, fresh, d, WIDTH, d, WIDTH, SNAPSHOTS)
         error = matmul(difference, tl.trans(key_base), PRECISION) + projected
         error *= length_factor(error, BOUND)[:, None]
-        state = held_tile(key_state, final_last, at, d, d, WIDTH, RESIDENT)
+        tl.debug_barrier()
+        state = take(final_last, at, d, WIDTH, d, WIDTH)
         state, _ = _take_in(
             state, final_velocity_last, kept_last, kept_velocity_last, snapshot_last, at, kept * 3 * MATRIX,
             keep, leaves, d, WIDTH, k, error, rate, spreads, inverse, ERASES, MOMENTUM, PRECISION,
         )  # fmt: skip
-        if RESIDENT:
-            key_state = state
-        else:
-            put(final_last, at, True, d, WIDTH, d, WIDTH, state)
+        put(final_last, at, True, d, WIDTH, d, WIDTH, state)
 
+        tl.debug_barrier()
+        value_base = base_of(
+            final_last, snapshot_last, anchor_last, at + MATRIX, fresh, d, WIDTH, d, WIDTH, SNAPSHOTS
+        )
         error = matmul(difference, tl.trans(value_base), PRECISION) + projected
         error *= length_factor(error, BOUND)[:, None]
-        state = held_tile(value_state, final_last, at + MATRIX, d, d, WIDTH, RESIDENT)
+        tl.debug_barrier()
+        state = take(final_last, at + MATRIX, d, WIDTH, d, WIDTH)
         state, _ = _take_in(
             state, final_velocity_last, kept_last, kept_velocity_last, snapshot_last, at + MATRIX,
             kept * 3 * MATRIX + MATRIX, keep, leaves, d, WIDTH, k, error, rate, spreads, inverse,
             ERASES, MOMENTUM, PRECISION,
         )  # fmt: skip
-        if RESIDENT:
-            value_state = state
-        else:
-            put(final_last, at + MATRIX, True, d, WIDTH, d, WIDTH, state)
+        put(final_last, at + MATRIX, True, d, WIDTH, d, WIDTH, state)
 
-        state = held_tile(memory_state, final_last, at + 2 * MATRIX, d, d, WIDTH, RESIDENT)
-        base = _base(
-            state, memory_anchor, anchor_last, snapshot_last, own_fresh, at + 2 * MATRIX, d, WIDTH, SNAPSHOTS,
-            RESIDENT,
-        )  # fmt: skip
+        tl.debug_barrier()
+        base = base_of(
+            final_last, snapshot_last, anchor_last, at + 2 * MATRIX, own_fresh, d, WIDTH, d, WIDTH, SNAPSHOTS
+        )
         error = matmul(difference, tl.trans(base), PRECISION) + residual(k, v, RESIDUAL, TARGET)
         error *= length_factor(error, BOUND)[:, None]
         if o is not None:
             q, _ = unit(load_tile(query, token, valid, d, WIDTH))
             if not RUNNING:
                 y = matmul(q, tl.trans(base), PRECISION)
+        tl.debug_barrier()
+        state = take(final_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
         velocity = state
         if MOMENTUM:
             velocity = take(final_velocity_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
@@ -277,18 +255,20 @@ def linear_forward_kernel(
         )  # fmt: skip
         if o is not None:
             if RUNNING:
+                tl.debug_barrier()
+                q, _ = unit(load_tile(query, token, valid, d, WIDTH))
+                state = take(final_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
                 y, _, _ = read_layer(q, state, velocity, k, written, spreads, MOMENTUM, PRECISION)
                 if anchor_last is not None:
-                    fixed = held_tile(memory_anchor, anchor_last, at + 2 * MATRIX, d, d, WIDTH, RESIDENT)
+                    fixed = take(anchor_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
                     y += matmul(q, tl.trans(fixed), PRECISION)
             if RESIDUAL:
                 y += q
             store_tile(o, token, valid, d, WIDTH, y)
-        if RESIDENT:
-            memory_state = after
-        else:
-            put(final_last, at + 2 * MATRIX, True, d, WIDTH, d, WIDTH, after)
+        tl.debug_barrier()
+        put(final_last, at + 2 * MATRIX, True, d, WIDTH, d, WIDTH, after)
 
+        tl.debug_barrier()
         error = matmul(difference, tl.trans(gate_base), PRECISION)
         error *= elementwise_factor(error, BOUND)
         put(snapshot_gate, gate_at, leaves, g, GATES, d, WIDTH, gate_state)
@@ -299,40 +279,20 @@ def linear_forward_kernel(
         gate_state, gate_velocity, _, _, _ = write_layer(
             gate_state, gate_velocity, k, error, rate, spreads, inverse, ERASES, MOMENTUM, PRECISION
         )
-        if (not RESIDENT) or SNAPSHOTS or MOMENTUM:
-            tl.debug_barrier()  # the next chunk reads what other threads of the program have stored
+        tl.debug_barrier()  # the next chunk reads what other threads of the program have stored
 
     if o is not None:
         arrives = (stop > begin) | (not RESUMED)
-        if RESIDENT:
-            put(final_last, at, True, d, WIDTH, d, WIDTH, key_state)
-            put(final_last, at + MATRIX, True, d, WIDTH, d, WIDTH, value_state)
-            put(final_last, at + 2 * MATRIX, True, d, WIDTH, d, WIDTH, memory_state)
         put(final_gate, gate_at, True, g, GATES, d, WIDTH, gate_state)
         if MOMENTUM:
             put(final_velocity_gate, gate_at, True, g, GATES, d, WIDTH, gate_velocity)
-        state = held_tile(key_state, final_last, at, d, d, WIDTH, RESIDENT)
+        state = take(final_last, at, d, WIDTH, d, WIDTH)
         put(snapshot_last, at, arrives & (stop % OTHERS_CLOCK == 0), d, WIDTH, d, WIDTH, state)
-        state = held_tile(value_state, final_last, at + MATRIX, d, d, WIDTH, RESIDENT)
+        state = take(final_last, at + MATRIX, d, WIDTH, d, WIDTH)
         put(snapshot_last, at + MATRIX, arrives & (stop % OTHERS_CLOCK == 0), d, WIDTH, d, WIDTH, state)
-        state = held_tile(memory_state, final_last, at + 2 * MATRIX, d, d, WIDTH, RESIDENT)
+        state = take(final_last, at + 2 * MATRIX, d, WIDTH, d, WIDTH)
         put(snapshot_last, at + 2 * MATRIX, arrives & (stop % MEMORY_CLOCK == 0), d, WIDTH, d, WIDTH, state)
         put(snapshot_gate, gate_at, arrives & (stop % OTHERS_CLOCK == 0), g, GATES, d, WIDTH, gate_state)
-
-
-@triton.jit
-def _base(
-    state, anchor, anchor_last, snapshot, fresh, at, d, WIDTH: tl.constexpr, SNAPSHOTS: tl.constexpr,
-    RESIDENT: tl.constexpr,
-):  # fmt: skip
-    """The matrix that a memory serves with: its snapshot, with the anchor."""
-    base = state
-    if SNAPSHOTS:
-        other = load_tile(snapshot + at, d, (d < WIDTH) & (not fresh), d, WIDTH)
-        base = tl.where(fresh, state, other)
-    if anchor_last is not None:
-        base += held_tile(anchor, anchor_last, at, d, d, WIDTH, RESIDENT)
-    return base
 
 
 @triton.jit
@@ -352,6 +312,7 @@ def _take_in(
     state, velocity, _, written, _ = write_layer(
         state, velocity, k, error, rate, spreads, inverse, ERASES, MOMENTUM, PRECISION
     )
+    tl.debug_barrier()  # whoever loads a number need not be the one who stores it
     if MOMENTUM:
         put(velocities, at, True, d, WIDTH, d, WIDTH, velocity)
     return state, written

@@ -31,10 +31,17 @@ from nl_kernels.ops.self_modifying.triton_linear import (
     BLOCK_G,
     GATES,
     elementwise_factor,
-    held_tile,
     serve_memories,
 )
 from nl_kernels.triton_support.language import load_tile, matmul, store_tile
+
+
+@triton.jit
+def held_tile(tile, base, offset, rows, columns, COLUMNS: tl.constexpr, RESIDENT: tl.constexpr):
+    """A square matrix from registers, or from memory."""
+    if not RESIDENT:
+        tile = take(base, offset, rows, COLUMNS, columns, COLUMNS)
+    return tile
 
 
 @triton.jit(

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.forward import activated, error_signal, length_factor
+from nl_kernels.chunk_kernels.scratch import hand_on, take_back
 from nl_kernels.ops.self_modifying.triton_chunk import (
+    base_of,
     clock,
     coefficients,
     locate_row,
@@ -26,23 +28,6 @@ from nl_kernels.ops.self_modifying.triton_chunk import (
 from nl_kernels.triton_support.language import load_tile, matmul, store_tile
 
 BLOCK_G: tl.constexpr = tl.constexpr(16)  # rows of a gate's last layer, of which one is used
-
-
-@triton.jit
-def _base(
-    running, snapshot, anchor, at, fresh, rows, ROWS: tl.constexpr, columns, COLUMNS: tl.constexpr,
-    SNAPSHOTS: tl.constexpr,
-):  # fmt: skip
-    """The matrix that a layer serves with: its snapshot, with the anchor."""
-    within = rows < ROWS
-    if SNAPSHOTS:
-        base = load_tile(running + at, rows, within & fresh, columns, COLUMNS)
-        base += load_tile(snapshot + at, rows, within & (not fresh), columns, COLUMNS)
-    else:
-        base = load_tile(running + at, rows, within, columns, COLUMNS)
-    if anchor is not None:
-        base += load_tile(anchor + at, rows, within, columns, COLUMNS)
-    return base
 
 
 @triton.jit
@@ -75,57 +60,93 @@ def errors_of(
 
 @triton.jit
 def _take_in(
-    k, v, remainder, rate, key_rate, inverse, spreads,
+    query, token, valid, handed, rate, key_rate, inverse, spreads,
     anchor_first, anchor_last, final_first, final_last, final_velocity_first, final_velocity_last,
     snapshot_first, snapshot_last, kept_first_, kept_last_, kept_velocity_first, kept_velocity_last,
     first_at, last_at, kept_first_at, kept_last_at, keep, fresh, leaves,
     rows, ROWS: tl.constexpr, d, WIDTH: tl.constexpr, h, HIDDEN: tl.constexpr,
     ACTIVATION: tl.constexpr, NORMALIZED: tl.constexpr, ERASES: tl.constexpr, ERASES_LAST: tl.constexpr,
     PROXIMAL: tl.constexpr, BOUND: tl.constexpr, SNAPSHOTS: tl.constexpr, MOMENTUM: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    KEY: tl.constexpr, TARGET: tl.constexpr, READS: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One memory over the chunk: its states are updated in memory, with copies of those before where wanted.
 
-    Returns what its read needs: both states before, both momenta before, the hidden keys and both writes.
+    ``handed`` are k and then v; ``KEY`` and ``TARGET`` say what of them residuals add to f(k) − f(v). Returns
+    the running reads of the unit queries if it ``READS``, else the errors. Steps are parted by barriers, so
+    that nothing is loaded and held before its step.
     """
-    first = _base(final_first, snapshot_first, anchor_first, first_at, fresh, h, HIDDEN, d, WIDTH, SNAPSHOTS)
-    last = _base(final_last, snapshot_last, anchor_last, last_at, fresh, rows, ROWS, h, HIDDEN, SNAPSHOTS)
-    hidden, _, error, _, _, signal = errors_of(
-        k, v, first, last, remainder, ACTIVATION, NORMALIZED, BOUND, PRECISION
+    tile = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    k = take_back(handed, tile)
+    v = take_back(handed + BLOCK_C * BLOCK_D, tile)
+    remainder = None
+    if KEY or TARGET:
+        remainder = residual(k, v, KEY, TARGET)
+    first = base_of(
+        final_first, snapshot_first, anchor_first, first_at, fresh, h, HIDDEN, d, WIDTH, SNAPSHOTS
     )
-    last_rate, _, last_inverse = share_keys(
-        hidden[0], rate, spreads[0][2], ERASES_LAST, PROXIMAL, BLOCK_C, PRECISION
-    )
-    first_state = take(final_first, first_at, h, HIDDEN, d, WIDTH)
-    last_state = take(final_last, last_at, rows, ROWS, h, HIDDEN)
-    first_velocity, last_velocity = first_state, last_state
-    if MOMENTUM:
-        first_velocity = take(final_velocity_first, first_at, h, HIDDEN, d, WIDTH)
-        last_velocity = take(final_velocity_last, last_at, rows, ROWS, h, HIDDEN)
-    put(snapshot_first, first_at, leaves, h, HIDDEN, d, WIDTH, first_state)
-    put(snapshot_last, last_at, leaves, rows, ROWS, h, HIDDEN, last_state)
+    hidden = activated(matmul(k, tl.trans(first), PRECISION), ACTIVATION, NORMALIZED)
+    other, _, _, _ = activated(matmul(v, tl.trans(first), PRECISION), ACTIVATION, NORMALIZED)
+    tl.debug_barrier()
+    last = base_of(final_last, snapshot_last, anchor_last, last_at, fresh, rows, ROWS, h, HIDDEN, SNAPSHOTS)
+    x = hidden[0]
+    error = matmul(x - other, tl.trans(last), PRECISION)
+    if remainder is not None:
+        error += remainder
+    error *= length_factor(error, BOUND)[:, None]
+    signal = error_signal(matmul(error, last, PRECISION), x, hidden[1], hidden[3], NORMALIZED, BOUND)
+    tl.debug_barrier()
+    k = take_back(handed, tile)
+    state = take(final_first, first_at, h, HIDDEN, d, WIDTH)
+    velocity = state
+    put(snapshot_first, first_at, leaves, h, HIDDEN, d, WIDTH, state)
     if kept_first_ is not None:
-        put(kept_first_, kept_first_at, keep, h, HIDDEN, d, WIDTH, first_state)
-        put(kept_last_, kept_last_at, keep, rows, ROWS, h, HIDDEN, last_state)
-        if MOMENTUM:
-            put(kept_velocity_first, kept_first_at, keep, h, HIDDEN, d, WIDTH, first_velocity)
-            put(kept_velocity_last, kept_last_at, keep, rows, ROWS, h, HIDDEN, last_velocity)
-    after, velocity, _, first_written, _ = write_layer(
-        first_state, first_velocity, k, signal[0], key_rate, spreads, inverse, ERASES, MOMENTUM, PRECISION
+        put(kept_first_, kept_first_at, keep, h, HIDDEN, d, WIDTH, state)
+    if MOMENTUM:
+        velocity = take(final_velocity_first, first_at, h, HIDDEN, d, WIDTH)
+        if kept_first_ is not None:
+            put(kept_velocity_first, kept_first_at, keep, h, HIDDEN, d, WIDTH, velocity)
+    after, velocity_after, _, written, _ = write_layer(
+        state, velocity, k, signal[0], key_rate, spreads, inverse, ERASES, MOMENTUM, PRECISION
     )
+    y = error
+    if READS:
+        q, _ = unit(load_tile(query, token, valid, d, WIDTH))
+        y, _, _ = read_layer(q, state, velocity, k, written, spreads, MOMENTUM, PRECISION)
+    tl.debug_barrier()
     put(final_first, first_at, True, h, HIDDEN, d, WIDTH, after)
     if MOMENTUM:
-        put(final_velocity_first, first_at, True, h, HIDDEN, d, WIDTH, velocity)
-    after, velocity, _, last_written, _ = write_layer(
-        last_state, last_velocity, hidden[0], error, last_rate, spreads, last_inverse, ERASES_LAST, MOMENTUM,
-        PRECISION,
-    )  # fmt: skip
+        put(final_velocity_first, first_at, True, h, HIDDEN, d, WIDTH, velocity_after)
+    if READS:
+        if anchor_first is not None:
+            y += matmul(q, tl.trans(take(anchor_first, first_at, h, HIDDEN, d, WIDTH)), PRECISION)
+        y, _, _, _ = activated(y, ACTIVATION, NORMALIZED)
+    tl.debug_barrier()
+
+    last_rate, _, last_inverse = share_keys(x, rate, spreads[0][2], ERASES_LAST, PROXIMAL, BLOCK_C, PRECISION)
+    state = take(final_last, last_at, rows, ROWS, h, HIDDEN)
+    velocity = state
+    put(snapshot_last, last_at, leaves, rows, ROWS, h, HIDDEN, state)
+    if kept_first_ is not None:
+        put(kept_last_, kept_last_at, keep, rows, ROWS, h, HIDDEN, state)
+    if MOMENTUM:
+        velocity = take(final_velocity_last, last_at, rows, ROWS, h, HIDDEN)
+        if kept_first_ is not None:
+            put(kept_velocity_last, kept_last_at, keep, rows, ROWS, h, HIDDEN, velocity)
+    after, velocity_after, _, written, _ = write_layer(
+        state, velocity, x, error, last_rate, spreads, last_inverse, ERASES_LAST, MOMENTUM, PRECISION
+    )
+    if READS:
+        probe = y
+        y, _, _ = read_layer(probe, state, velocity, x, written, spreads, MOMENTUM, PRECISION)
+    tl.debug_barrier()
     put(final_last, last_at, True, rows, ROWS, h, HIDDEN, after)
     if MOMENTUM:
-        put(final_velocity_last, last_at, True, rows, ROWS, h, HIDDEN, velocity)
-    return (
-        first_state, last_state, first_velocity, last_velocity, hidden[0], first_written, last_written
-    )  # fmt: skip
+        put(final_velocity_last, last_at, True, rows, ROWS, h, HIDDEN, velocity_after)
+    if READS and anchor_last is not None:
+        y += matmul(probe, tl.trans(take(anchor_last, last_at, rows, ROWS, h, HIDDEN)), PRECISION)
+    tl.debug_barrier()
+    return y
 
 
 @triton.jit(
@@ -172,6 +193,7 @@ def two_layer_forward_kernel(
     kept_velocity_first,
     kept_velocity_last,
     kept_velocity_gate,
+    scratch,
     T,
     H,
     offset,
@@ -263,95 +285,92 @@ def two_layer_forward_kernel(
 
         # The memories make k, v and the gates.
         x = load_tile(key_input, token, valid, d, WIDTH)
-        first = _base(
+        first = base_of(
             final_first, snapshot_first, anchor_first, firsts_at, fresh, h, HIDDEN, d, WIDTH, SNAPSHOTS
         )
-        last = _base(final_last, snapshot_last, anchor_last, lasts_at, fresh, d, WIDTH, h, HIDDEN, SNAPSHOTS)
+        last = base_of(
+            final_last, snapshot_last, anchor_last, lasts_at, fresh, d, WIDTH, h, HIDDEN, SNAPSHOTS
+        )
         made, _, _, _ = serve_rows(x, first, last, ACTIVATION, NORMALIZED, PRECISION)
         if PROJECTION:
             made += x
         k, _ = unit(made)
         x = load_tile(value_input, token, valid, d, WIDTH)
         at = firsts_at + MATRIX
-        first = _base(final_first, snapshot_first, anchor_first, at, fresh, h, HIDDEN, d, WIDTH, SNAPSHOTS)
+        first = base_of(final_first, snapshot_first, anchor_first, at, fresh, h, HIDDEN, d, WIDTH, SNAPSHOTS)
         at = lasts_at + MATRIX
-        last = _base(final_last, snapshot_last, anchor_last, at, fresh, d, WIDTH, h, HIDDEN, SNAPSHOTS)
+        last = base_of(final_last, snapshot_last, anchor_last, at, fresh, d, WIDTH, h, HIDDEN, SNAPSHOTS)
         v, _, _, _ = serve_rows(x, first, last, ACTIVATION, NORMALIZED, PRECISION)
         if PROJECTION:
             v += x
         x = load_tile(gate_input, token, valid, d, WIDTH)
         at = firsts_at + 3 * MATRIX
-        first = _base(final_first, snapshot_first, anchor_first, at, fresh, h, HIDDEN, d, WIDTH, SNAPSHOTS)
-        last = _base(final_gate, snapshot_gate, anchor_gate, gates_at, fresh, g, 1, h, HIDDEN, SNAPSHOTS)
+        first = base_of(final_first, snapshot_first, anchor_first, at, fresh, h, HIDDEN, d, WIDTH, SNAPSHOTS)
+        last = base_of(final_gate, snapshot_gate, anchor_gate, gates_at, fresh, g, 1, h, HIDDEN, SNAPSHOTS)
         made, _, _, _ = serve_rows(x, first, last, ACTIVATION, NORMALIZED, PRECISION)
         rate = tl.where(valid, largest_rate * tl.sigmoid(tl.sum(made, 1) + bias), 0.0)
         at = firsts_at + 4 * MATRIX
-        first = _base(final_first, snapshot_first, anchor_first, at, fresh, h, HIDDEN, d, WIDTH, SNAPSHOTS)
+        first = base_of(final_first, snapshot_first, anchor_first, at, fresh, h, HIDDEN, d, WIDTH, SNAPSHOTS)
         at = gates_at + HIDDEN
-        last = _base(final_gate, snapshot_gate, anchor_gate, at, fresh, g, 1, h, HIDDEN, SNAPSHOTS)
+        last = base_of(final_gate, snapshot_gate, anchor_gate, at, fresh, g, 1, h, HIDDEN, SNAPSHOTS)
         made, _, _, _ = serve_rows(x, first, last, ACTIVATION, NORMALIZED, PRECISION)
         log_decay = tl.where(valid, log_sigmoid(tl.sum(made, 1) + retention), 0.0)
         spreads = coefficients(log_decay, mu, valid, MOMENTUM, BLOCK_C, PRECISION)
+        tl.debug_barrier()
         key_rate, _, inverse = share_keys(k, rate, spreads[0][2], ERASES, PROXIMAL, BLOCK_C, PRECISION)
         if o is not None:
             q, _ = unit(load_tile(query, token, valid, d, WIDTH))
             if not RUNNING:
                 at = firsts_at + 2 * MATRIX
-                first = _base(
+                first = base_of(
                     final_first, snapshot_first, anchor_first, at, own_fresh, h, HIDDEN, d, WIDTH, SNAPSHOTS
                 )
                 at = lasts_at + 2 * MATRIX
-                last = _base(
+                last = base_of(
                     final_last, snapshot_last, anchor_last, at, own_fresh, d, WIDTH, h, HIDDEN, SNAPSHOTS
                 )
                 y, _, _, _ = serve_rows(q, first, last, ACTIVATION, NORMALIZED, PRECISION)
 
         # Every memory takes its errors in.
-        remainder = residual(k, v, PROJECTION, TARGET)
+        handed = scratch + program * (2 * BLOCK_C * BLOCK_D)
+        hand_on(handed, k)
+        hand_on(handed + BLOCK_C * BLOCK_D, v)
+        tl.debug_barrier()
         for m in range(2):
             _take_in(
-                k, v, remainder, rate, key_rate, inverse, spreads,
+                query, token, valid, handed, rate, key_rate, inverse, spreads,
                 anchor_first, anchor_last, final_first, final_last, final_velocity_first, final_velocity_last,
                 snapshot_first, snapshot_last, kept_first, kept_last, kept_velocity_first, kept_velocity_last,
                 firsts_at + m * MATRIX, lasts_at + m * MATRIX, kept * 5 * MATRIX + m * MATRIX,
                 kept * 3 * MATRIX + m * MATRIX, keep, fresh, leaves, d, WIDTH, d, WIDTH, h, HIDDEN,
-                ACTIVATION, NORMALIZED, ERASES, ERASES_LAST, PROXIMAL, BOUND, SNAPSHOTS, MOMENTUM, BLOCK_C,
-                PRECISION,
+                ACTIVATION, NORMALIZED, ERASES, ERASES_LAST, PROXIMAL, BOUND, SNAPSHOTS, MOMENTUM,
+                PROJECTION, TARGET, False, BLOCK_C, BLOCK_D, PRECISION,
             )  # fmt: skip
         found = _take_in(
-            k, v, residual(k, v, RESIDUAL, TARGET), rate, key_rate, inverse, spreads,
+            query, token, valid, handed, rate, key_rate, inverse, spreads,
             anchor_first, anchor_last, final_first, final_last, final_velocity_first, final_velocity_last,
             snapshot_first, snapshot_last, kept_first, kept_last, kept_velocity_first, kept_velocity_last,
             firsts_at + 2 * MATRIX, lasts_at + 2 * MATRIX, kept * 5 * MATRIX + 2 * MATRIX,
             kept * 3 * MATRIX + 2 * MATRIX, keep, own_fresh, own_leaves, d, WIDTH, d, WIDTH, h, HIDDEN,
-            ACTIVATION, NORMALIZED, ERASES, ERASES_LAST, PROXIMAL, BOUND, SNAPSHOTS, MOMENTUM, BLOCK_C,
-            PRECISION,
+            ACTIVATION, NORMALIZED, ERASES, ERASES_LAST, PROXIMAL, BOUND, SNAPSHOTS, MOMENTUM,
+            RESIDUAL, TARGET, RUNNING and o is not None, BLOCK_C, BLOCK_D, PRECISION,
         )  # fmt: skip
         if o is not None:
             if RUNNING:
-                z, _, _ = read_layer(q, found[0], found[2], k, found[5], spreads, MOMENTUM, PRECISION)
-                if anchor_first is not None:
-                    fixed = take(anchor_first, firsts_at + 2 * MATRIX, h, HIDDEN, d, WIDTH)
-                    z += matmul(q, tl.trans(fixed), PRECISION)
-                probe, _, _, _ = activated(z, ACTIVATION, NORMALIZED)
-                y, _, _ = read_layer(
-                    probe, found[1], found[3], found[4], found[6], spreads, MOMENTUM, PRECISION
-                )
-                if anchor_last is not None:
-                    fixed = take(anchor_last, lasts_at + 2 * MATRIX, d, WIDTH, h, HIDDEN)
-                    y += matmul(probe, tl.trans(fixed), PRECISION)
+                y = found
             if RESIDUAL:
+                q, _ = unit(load_tile(query, token, valid, d, WIDTH))
                 y += q
             store_tile(o, token, valid, d, WIDTH, y)
         for i in range(2):
             _take_in(
-                k, v, None, rate, key_rate, inverse, spreads,
+                query, token, valid, handed, rate, key_rate, inverse, spreads,
                 anchor_first, anchor_gate, final_first, final_gate, final_velocity_first, final_velocity_gate,
                 snapshot_first, snapshot_gate, kept_first, kept_gate, kept_velocity_first, kept_velocity_gate,
                 firsts_at + (3 + i) * MATRIX, gates_at + i * HIDDEN, kept * 5 * MATRIX + (3 + i) * MATRIX,
                 kept * 2 * HIDDEN + i * HIDDEN, keep, fresh, leaves, g, 1, d, WIDTH, h, HIDDEN,
-                ACTIVATION, NORMALIZED, ERASES, ERASES_LAST, PROXIMAL, BOUND, SNAPSHOTS, MOMENTUM, BLOCK_C,
-                PRECISION,
+                ACTIVATION, NORMALIZED, ERASES, ERASES_LAST, PROXIMAL, BOUND, SNAPSHOTS, MOMENTUM,
+                False, False, False, BLOCK_C, BLOCK_D, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()  # the next chunk reads what other threads of the program have stored
 
