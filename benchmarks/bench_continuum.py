@@ -2,7 +2,7 @@
 
     python -m benchmarks.run --op continuum
 
-The MLP's hidden width is shared out among the levels, so that all have the same matrices in all.
+The MLP's hidden width is shared out among the levels, in multiples of 16: all have as many weights.
 """
 
 from __future__ import annotations
@@ -24,13 +24,18 @@ PAST = 98 * CHUNKS[-1] + 1
 RATE = 0.1  # relative; a token's rate is this over the width
 
 
+def hidden_widths(case: Case) -> list[int]:
+    """The hidden width of each level: multiples of 16, the last one takes what is left."""
+    share = case.shape["h"] // len(CHUNKS) // 16 * 16
+    return [*[share] * (len(CHUNKS) - 1), case.shape["h"] - share * (len(CHUNKS) - 1)]
+
+
 def levels_of(
-    case: Case, device: torch.device, dtype: torch.dtype, rule: str = "dgd"
+    case: Case, device: torch.device, dtype: torch.dtype, rule: str = "sgd", *, projected_keys: bool = True
 ) -> list[ContinuumLevel]:
     """Levels with weights as initialised; the same for every dtype."""
-    width, hidden = case.shape["D"], case.shape["h"] // len(CHUNKS)
-    levels = []
-    for number, chunk in enumerate(CHUNKS):
+    width, levels = case.shape["D"], []
+    for number, (chunk, hidden) in enumerate(zip(CHUNKS, hidden_widths(case))):
         shapes = {
             "up": (hidden, width),
             "down": (width, hidden),
@@ -41,6 +46,8 @@ def levels_of(
         weights = {name: x * x.shape[-1] ** -0.5 for name, x in made.items()}
         weights["norm"] = torch.ones(width, dtype=torch.float64)
         weights = {name: x.to(device, dtype).requires_grad_() for name, x in weights.items()}
+        if not projected_keys:
+            del weights["key"]
         # The mini-batch form of sgd adds up a whole chunk's steps; dgd's solve bounds them.
         rate = RATE / width if rule == "dgd" else RATE / width / chunk
         levels.append(ContinuumLevel(**weights, chunk_size=chunk, rate=rate, rule=rule))
@@ -55,32 +62,43 @@ def stream_of(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Ten
 
 
 def static_block(x: Tensor, norm: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """``x + down GELU(up n(x))``."""
+    """The MLP block of a transformer, ``x + down GELU(up n(x))``."""
     return x + F.linear(F.gelu(F.linear(F.rms_norm(x, x.shape[-1:], norm, 1e-6), up)), down)
 
 
 def training_providers(case: Case, device: torch.device) -> Factories:
     """Forward and backward, gradients of the input and of everything that a level holds."""
 
-    def ours(role: str, rule: str = "dgd", note: str = "", **options: int) -> Provider:
-        levels = levels_of(case, device, case.dtype, rule)
+    def ours(
+        role: str, rule: str = "sgd", note: str = "", *, projected_keys: bool = True, **options: object
+    ) -> Provider:
+        levels = levels_of(case, device, case.dtype, rule, projected_keys=projected_keys)
         x, cotangent = stream_of(case, device, case.dtype)
-        parts = ("norm", "up", "down", "key", "value")
-        leaves = [x, *(getattr(level, part) for level in levels for part in parts)]
+        parts = ["norm", "up", "down"]
+        if not options.get("detach_updates"):
+            parts += ["key", "value"] if projected_keys else ["value"]
         # A level whose first step lies beyond the sequence has no gradient for its keys and values.
         last = case.shape["T"] - 1
         leaves = [
-            leaf
-            for leaf in leaves
-            if not any(leaf is lv.key or leaf is lv.value for lv in levels if lv.chunk_size > last)
+            getattr(level, part)
+            for level in levels
+            for part in parts
+            if part not in ("key", "value") or level.chunk_size <= last
         ]
-        run = forward_backward(lambda: continuum_memory(x, levels, **options)[0], leaves, cotangent)
-        return Provider(run, role=role, comparable=rule == "dgd", headline=rule == "dgd", note=note)
+        run = forward_backward(lambda: continuum_memory(x, levels, **options)[0], [x, *leaves], cotangent)
+        work = None if projected_keys else learning_work(case, through_steps="value" in parts, keys=False)
+        default = rule == "sgd" and projected_keys
+        return Provider(run, role=role, comparable=default, headline=default, note=note, work=work)
 
-    def static() -> Provider:
-        levels = levels_of(case, device, case.dtype)
+    def static(widths: list[int], note: str) -> Provider:
         x, cotangent = stream_of(case, device, case.dtype)
-        blocks = [(level.norm, level.up, level.down) for level in levels]
+        blocks = []
+        for number, hidden in enumerate(widths):
+            shapes = {"up": (hidden, case.shape["D"]), "down": (case.shape["D"], hidden)}
+            made = random_tensors(number + 1, shapes, device, case.dtype)
+            made = [made["up"] * case.shape["D"] ** -0.5, made["down"] * hidden**-0.5]
+            norm = torch.ones(case.shape["D"], device=device, dtype=case.dtype)
+            blocks.append([w.requires_grad_() for w in (norm, *made)])
 
         def forward() -> Tensor:
             out = x
@@ -89,9 +107,7 @@ def training_providers(case: Case, device: torch.device) -> Factories:
             return out
 
         run = forward_backward(forward, [x, *(weight for block in blocks for weight in block)], cotangent)
-        return Provider(
-            run, role="baseline", note="does not learn in context: the floor", work=static_work(case)
-        )
+        return Provider(run, role="baseline", note=note, work=static_work(case))
 
     def never_stepping() -> Provider:
         levels = [replace(level, rate=0.0) for level in levels_of(case, device, case.dtype)]
@@ -99,15 +115,24 @@ def training_providers(case: Case, device: torch.device) -> Factories:
         leaves = [x, *(weight for level in levels for weight in (level.norm, level.up, level.down))]
         run = forward_backward(lambda: continuum_memory(x, levels)[0], leaves, cotangent)
         return Provider(
-            run, role="variant", headline=False, note="exactly the static MLP", work=static_work(case)
+            run, role="variant", headline=False, note="exactly the static MLPs", work=static_work(case)
         )
 
+    shared = {"projected_keys": False}
     return {
         "nl_kernels": lambda: ours("ours"),
         "nl_kernels checkpointed": lambda: ours("variant", note="checkpoint_every=1", checkpoint_every=1),
-        "nl_kernels sgd": lambda: ours("variant", "sgd"),
+        "nl_kernels dgd": lambda: ours("variant", "dgd"),
+        "nl_kernels keys as read": lambda: ours("variant", note="key=None", **shared),
+        "nl_kernels first-order": lambda: ours(
+            "variant", note="key=None, detach_updates=True", detach_updates=True, **shared
+        ),
+        "nl_kernels first-order nested": lambda: ours(
+            "variant", note="the same, nested", detach_updates=True, variant="nested", **shared
+        ),
         "nl_kernels rate 0": never_stepping,
-        "static MLP": static,
+        "static MLP": lambda: static([case.shape["h"]], "does not learn in context: the floor"),
+        "static MLPs": lambda: static(hidden_widths(case), "one after the other, as wide as the levels"),
     }
 
 
@@ -128,16 +153,21 @@ def static_work(case: Case) -> Work:
     return Work(3 * 4 * tokens * width * hidden, 3 * size * (2 * tokens * width + 2 * width * hidden))
 
 
-def learning_work(case: Case) -> Work:
+def learning_work(case: Case, *, through_steps: bool = True, keys: bool = True) -> Work:
     """The static part, and the steps that some token is served by.
 
-    Forward, a step on a token takes five products of a layer's size (two for its key, one back, two writes),
-    its key and its target; the backward takes twice as many.
+    A step on a token takes three products of a layer's size (one back, two writes) and its target; with keys
+    of its own, two more and the key. Through the steps, the backward takes twice as many. Where the keys are
+    what is read, the backward of the step's forward is that of the read.
     """
     static = static_work(case)
-    width, hidden = case.shape["D"], case.shape["h"] // len(CHUNKS)
-    stepped = case.shape["B"] * sum((case.shape["T"] - 1) // chunk * chunk for chunk in CHUNKS)
-    return Work(static.flops + 3 * 2 * stepped * (5 * width * hidden + 2 * width**2), static.bytes)
+    width = case.shape["D"]
+    flops = 0
+    for chunk, hidden in zip(CHUNKS, hidden_widths(case)):
+        stepped = case.shape["B"] * ((case.shape["T"] - 1) // chunk * chunk)
+        products = (5 if keys else 3) * width * hidden + (2 if keys else 1) * width**2
+        flops += (3 if through_steps else 1) * 2 * stepped * products
+    return Work(static.flops + flops, static.bytes)
 
 
 def learning_case(device: str, quick: bool = False, memory: bool = False, **sizes: int) -> Case:
@@ -160,7 +190,7 @@ def decode_providers(case: Case, device: torch.device) -> Factories:
     """One token after 1 token and after some 100,000."""
 
     def ours(past: int) -> Provider:
-        levels = levels_of(case, device, case.dtype)
+        levels = levels_of(case, device, case.dtype, "dgd")
         x, _ = stream_of(case.with_tokens(2_000), device, case.dtype)
 
         def advance(state: ContinuumState | None, tokens: int) -> tuple[Tensor, ContinuumState]:
@@ -174,14 +204,14 @@ def decode_providers(case: Case, device: torch.device) -> Factories:
 
 
 CASES = [
-    learning_case("cpu", quick=True, B=1, T=512, D=256, h=1024 // 3 * 3),
-    learning_case("cpu", memory=True, B=1, T=2048, D=256, h=1024 // 3 * 3),
-    learning_case("cuda", quick=True, memory=True, B=8, T=4096, D=1024, h=4096 // 3 * 3),
+    learning_case("cpu", quick=True, B=1, T=512, D=256, h=1024),
+    learning_case("cpu", memory=True, B=1, T=2048, D=256, h=1024),
+    learning_case("cuda", quick=True, memory=True, B=8, T=4096, D=1024, h=4096),
     Case(
         op="continuum",
         name="decode",
         mode="step",
-        shape={"B": 1, "T": 1, "D": 256, "h": 1024 // 3 * 3},
+        shape={"B": 1, "T": 1, "D": 256, "h": 1024},
         providers=decode_providers,
     ),
 ]

@@ -31,6 +31,8 @@ ALLOWED = REQUIRED | {
     "coefficients.py",
     "stack.py",
     "update.py",
+    "update_in_place.py",
+    "triton_update.py",
     "chunk_step.py",
     "orthogonal.py",
 }

@@ -11,6 +11,7 @@ from nl_kernels.ops.continuum import (
     continuum_memory,
     continuum_reset,
     continuum_update,
+    continuum_update_,
 )
 from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory, deep_memory_step
 from nl_kernels.ops.delta_memory import chunk_gated_delta_rule, delta_memory, delta_memory_step
@@ -42,6 +43,7 @@ __all__ = [
     "continuum_memory",
     "continuum_reset",
     "continuum_update",
+    "continuum_update_",
     "deep_memory",
     "deep_memory_step",
     "delta_memory",

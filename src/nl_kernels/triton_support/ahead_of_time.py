@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nl_kernels.triton_support.kernel_call import KernelCall
+from nl_kernels.triton_support.kernel_call import Argument, KernelCall
 from nl_kernels.triton_support.targets import TARGETS
 
 
@@ -48,7 +48,7 @@ def collect_catalogue(architecture: str) -> Iterator[CatalogueEntry]:
         yield from catalogue(architecture)
 
 
-def signature_of(call: KernelCall) -> dict[str, str]:
+def signature_of(call: KernelCall) -> dict[str, str | tuple[str, ...]]:
     """Argument types in the kernel's order, as ``triton.compile`` spells them."""
     types = {name: _type_of(name, value) for name, value in call.arguments.items()}
     types |= dict.fromkeys(call.constants, "constexpr")
@@ -73,9 +73,10 @@ def compile_call(call: KernelCall, architecture: str) -> Any:
     signature = signature_of(call)
     absent = {name: None for name, value in call.arguments.items() if value is None}
     aligned = {
-        (position,): [["tt.divisibility", 16]]
+        path: [["tt.divisibility", 16]]
         for position, kind in enumerate(signature.values())
-        if kind.startswith("*")
+        for path, part in _leaves(position, kind)
+        if part.startswith("*")
     }
     source = ASTSource(call.kernel, signature, {**call.constants, **absent}, aligned)
     return compile(
@@ -95,9 +96,19 @@ _POINTERS = {
 }
 
 
-def _type_of(name: str, value: torch.Tensor | int | float | None) -> str:
+def _leaves(position: int, kind: str | tuple[str, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The types of one argument, a tuple's one by one, and where they are."""
+    if isinstance(kind, tuple):
+        yield from (((position, index), part) for index, part in enumerate(kind))
+    else:
+        yield (position,), kind
+
+
+def _type_of(name: str, value: Argument | tuple[Argument, ...]) -> str | tuple[str, ...]:
     if value is None:
         return "constexpr"
+    if isinstance(value, tuple):
+        return tuple(_type_of(name, part) for part in value)
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype]
     if isinstance(value, int):

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+Argument = torch.Tensor | int | float | None
+
 
 @dataclass(frozen=True)
 class KernelCall:
@@ -21,7 +23,8 @@ class KernelCall:
     Attributes:
         kernel: the ``@triton.jit`` function.
         grid: programs along each axis.
-        arguments: run-time arguments by name; ``None`` for an absent tensor (known at compile time).
+        arguments: run-time arguments by name, or tuples of them; ``None`` for an absent tensor (known at
+            compile time).
         constants: ``tl.constexpr`` arguments by name.
         num_warps: warps (of 32 threads; 64 on AMD) a program.
         num_stages: depth of the software pipeline of its loops.
@@ -29,8 +32,8 @@ class KernelCall:
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, torch.Tensor | int | float | None]
-    constants: dict[str, int | float | bool | str]
+    arguments: dict[str, Argument | tuple[Argument, ...]]
+    constants: dict[str, int | float | bool | str | tuple[int, ...]]
     num_warps: int
     num_stages: int
 

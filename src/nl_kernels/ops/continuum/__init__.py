@@ -10,6 +10,7 @@ from nl_kernels.ops.continuum.state import (
     continuum_reset,
 )
 from nl_kernels.ops.continuum.update import continuum_update
+from nl_kernels.ops.continuum.update_in_place import continuum_update_
 
 __all__ = [
     "ContinuumLevel",
@@ -21,4 +22,5 @@ __all__ = [
     "continuum_memory",
     "continuum_reset",
     "continuum_update",
+    "continuum_update_",
 ]

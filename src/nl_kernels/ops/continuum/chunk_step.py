@@ -153,5 +153,6 @@ def _bounding(signal: torch.Tensor, bound: float | None) -> torch.Tensor | None:
     """What scales a signal [B, C, width] down to a root mean square of ``bound`` where it is longer."""
     if bound is None:
         return None
-    mean_square = signal.square().mean(-1, keepdim=True)
-    return bound * mean_square.clamp_min(bound**2).rsqrt()
+    longest = bound * signal.shape[-1] ** 0.5
+    length = torch.linalg.vector_norm(signal, dim=-1, keepdim=True)
+    return longest / length.clamp_min(longest)

@@ -1,7 +1,7 @@
 """Steps that gradients do not flow through: a level's chunks as one node, with its gradient written out.
 
 A step is then a constant that is added to the weights, so the gradient of the weights after it is that of the
-weights before it. All chunks share one gradient, and it takes one product over all their tokens.
+weights before it: all chunks add to one gradient.
 """
 
 from __future__ import annotations
@@ -74,13 +74,16 @@ class _Detached(torch.autograd.Function):
         reads, *matrices = ctx.saved_tensors
         first, start = Weights(*matrices[:3]), Weights(*matrices[3:])
         totals = [None if w is None else torch.zeros_like(w) for w in matrices]
-        grad_reads = None
-        if grad is not None and ctx.made:
-            grad_reads, layers = _through_reads(ctx.made, reads, grad)
-            for reset, slots in _by_owner(ctx.owners, [m.hidden.shape[1] for m in ctx.made]):
-                for i, layer in enumerate(layers):
-                    if layer is not None:
-                        _add_products(layer, reset, slots, totals[i], totals[i + 3])
+        grad_reads, begin = [], 0
+        for made, reset in zip(ctx.made, ctx.owners) if grad is not None else ():
+            end = begin + made.hidden.shape[1]
+            inputs = reads[:, begin:end].to(made.hidden.dtype)
+            inner, layers = _through_reads(made, inputs, grad[:, begin:end])
+            grad_reads.append(inner)
+            for i, layer in enumerate(layers):
+                _add_product(*layer, reset, totals[i], totals[i + 3])
+            begin = end
+        grad_reads = torch.cat(grad_reads, dim=1).to(reads.dtype) if grad_reads else None
         for i, g in enumerate(grad_after[:3]):
             if g is not None:
                 _add_owned(g, ctx.last_owner, totals[i], totals[i + 3], first[i], start[i])
@@ -100,62 +103,39 @@ def _either(a: bool | torch.Tensor, b: bool | torch.Tensor) -> bool | torch.Tens
 
 
 def _through_reads(
-    made: Sequence[_Made], reads: torch.Tensor, grad: torch.Tensor
-) -> tuple[torch.Tensor, tuple[tuple[torch.Tensor, torch.Tensor] | None, ...]]:
-    """The gradient of what is read; and of up, down and gate, that of its output, with its input."""
-    hidden = torch.cat([m.hidden for m in made], dim=1)
-    signals = [torch.empty_like(hidden) for _ in made[0].slopes]
-    grad_reads, begin = [], 0
-    for part in made:
-        end = begin + part.hidden.shape[1]
-        back = grad[:, begin:end] @ part.weights.down
-        inner = None
-        for whole, slope, weight in zip(signals, part.slopes, (part.weights.up, part.weights.gate)):
-            signal = back * slope
-            whole[:, begin:end] = signal
-            inner = signal @ weight if inner is None else inner + signal @ weight
-        grad_reads.append(inner)
-        begin = end
-    inputs = reads.to(hidden.dtype)
-    layers = ((signals[0], inputs), (grad, hidden), (signals[1], inputs) if len(signals) > 1 else None)
-    return torch.cat(grad_reads, dim=1).to(reads.dtype), layers
+    made: _Made, inputs: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The gradient of what a chunk reads; and of up, down, gate, that of its output, with its input."""
+    back, layers, inner = grad @ made.weights.down, [(grad, made.hidden)], None
+    for slope, weight in zip(made.slopes, (made.weights.up, made.weights.gate)):
+        signal = back * slope
+        inner = signal @ weight if inner is None else inner + signal @ weight
+        layers.append((signal, inputs))
+    layers[:2] = layers[1::-1]
+    return inner, layers
 
 
-def _by_owner(
-    owners: Sequence[bool | torch.Tensor], sizes: Sequence[int]
-) -> list[tuple[bool | torch.Tensor, slice]]:
-    """Runs of slots that were served after a reset, before one, or [B, slots, 1] both."""
-    if all(isinstance(owner, bool) for owner in owners):
-        before = sum(size for owner, size in zip(owners, sizes) if not owner)
-        runs = [(False, slice(0, before)), (True, slice(before, sum(sizes)))]
-        return [(owner, slots) for owner, slots in runs if slots.stop > slots.start]
-    device = next(owner.device for owner in owners if not isinstance(owner, bool))
-    columns = [torch.as_tensor(owner, device=device).reshape(-1, 1) for owner in owners]
-    batch = max(len(column) for column in columns)
-    spread = [column.expand(batch, size) for column, size in zip(columns, sizes)]
-    return [(torch.cat(spread, dim=1)[..., None], slice(None))]
-
-
-def _add_products(
-    layer: tuple[torch.Tensor, torch.Tensor],
+def _add_product(
+    signal: torch.Tensor,
+    inputs: torch.Tensor,
     reset: bool | torch.Tensor,
-    slots: slice,
     total: torch.Tensor,
     start_total: torch.Tensor | None,
 ) -> None:
-    """Add a weight's gradient over ``slots`` to that of the weights it came from."""
-    signal, inputs = (x[:, slots] for x in layer)
-    if isinstance(reset, bool):
-        _add_product(signal, inputs, start_total if reset else total)
-    else:
-        _add_product(signal * ~reset, inputs, total)
-        _add_product(signal * reset, inputs, start_total)
-
-
-def _add_product(signal: torch.Tensor, inputs: torch.Tensor, total: torch.Tensor) -> None:
-    if total.ndim == 2:
+    """Add a weight's gradient over a chunk to that of the weights it came from: its first, or its start."""
+    if not isinstance(reset, bool):
+        reset = reset.view(-1, 1, 1)
+        _add_product(signal * ~reset, inputs, False, total, None)
+        signal, reset = signal * reset, True
+    to = start_total if reset else total
+    if to.ndim == 2:
         signal, inputs = signal.flatten(0, 1), inputs.flatten(0, 1)
-    total += (signal.mT @ inputs).to(total.dtype)
+    if to.dtype != signal.dtype:
+        to += signal.mT @ inputs
+    elif to.ndim == 2:
+        to.addmm_(signal.mT, inputs)
+    else:
+        to.baddbmm_(signal.mT, inputs)
 
 
 def _add_owned(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -89,6 +90,32 @@ def continuum_flush_reference(
             rows.append(_Sequence(weights, momenta, [], 0))
         flushed.append(_stack_states(level, rows, state[index].pending_inputs))
     return tuple(flushed)
+
+
+def update_in_place(
+    weights: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    momenta: Sequence[torch.Tensor] | None,
+    decay: float,
+    norms: Sequence[torch.Tensor] | None,
+    copies: Sequence[torch.Tensor] | None,
+) -> None:
+    """See :func:`nl_kernels.continuum_update_`: in fp64, row by row."""
+    for i, (weight, gradient) in enumerate(zip(weights, gradients)):
+        step = gradient.double()
+        if momenta is not None:
+            step = decay * momenta[i].double() + step
+            momenta[i].copy_(step)
+        new = weight.double() - step
+        if norms is not None:
+            wanted = norms[i].expand(new.shape[:-1])
+            for row in itertools.product(*map(range, wanted.shape)):
+                length = new[row].norm()
+                if length > 0:
+                    new[row] *= wanted[row].double() / length
+        weight.copy_(new)
+        if copies is not None:
+            copies[i].copy_(new)
 
 
 def _reset_period(levels: Sequence[ContinuumLevel], index: int, variant: str) -> int | None:

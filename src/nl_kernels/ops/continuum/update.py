@@ -65,6 +65,25 @@ def continuum_update(
     return new if norms is None else with_row_norms(new, norms), momentum
 
 
+def update_in_place(
+    weights: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    momenta: Sequence[torch.Tensor] | None,
+    decay: float,
+    norms: Sequence[torch.Tensor] | None,
+    copies: Sequence[torch.Tensor] | None,
+) -> None:
+    """The eager implementation of :func:`nl_kernels.continuum_update_`."""
+    for i, (weight, step) in enumerate(zip(weights, gradients)):
+        if momenta is not None:
+            step = momenta[i].mul_(decay).add_(step)
+        weight.sub_(step)
+        if norms is not None:
+            weight.copy_(with_row_norms(weight, norms[i]))
+        if copies is not None:
+            copies[i].copy_(weight)
+
+
 def evened_out(momentum: torch.Tensor) -> torch.Tensor:
     """Muon's step: ``newton_schulz(M)`` with the Frobenius norm of each M [.., out, in]."""
     direction = orthogonalised(momentum)

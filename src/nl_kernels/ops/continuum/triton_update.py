@@ -1,0 +1,150 @@
+"""The steps of several weights in one pass over memory: momentum, weight, row norms, working copy.
+
+A program has whole rows of one matrix, so that their norms are known before anything is written. Widths are
+compile-time constants: a launch is specialised for the matrices of its levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from nl_kernels.ops.continuum import launch
+from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
+
+
+@triton.jit
+def _update_rows(
+    weights,
+    gradients,
+    momenta,
+    norms,
+    copies,
+    block,
+    rows,
+    norm_rows,
+    decay,
+    I: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Rows ``block · BLOCK_M …`` of matrix I."""
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+    at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    step = tl.load(gradients[I] + at, mask=inside, other=0.0).to(tl.float32)
+    if momenta is not None:
+        step += decay * tl.load(momenta[I] + at, mask=inside, other=0.0)
+        tl.store(momenta[I] + at, step, mask=inside)
+    new = tl.load(weights[I] + at, mask=inside, other=0.0) - step
+    if norms is not None:
+        wanted = tl.load(norms[I] + row % norm_rows, mask=row < rows, other=0.0)
+        length = tl.sqrt(tl.sum(new * new, 1))
+        new *= (wanted / tl.where(length > 0, length, 1.0))[:, None]
+    tl.store(weights[I] + at, new, mask=inside)
+    if copies is not None:
+        tl.store(copies[I] + at, new.to(copies[I].dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def update_kernel(
+    weights,
+    gradients,
+    momenta,
+    norms,
+    copies,
+    rows,
+    norm_rows,
+    decay,
+    COUNT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS_M: tl.constexpr,
+    BLOCKS_N: tl.constexpr,
+):
+    """One step of COUNT matrices [rows, COLUMNS], each argument a tuple of them; absent ones are None.
+
+    Grid: blocks of rows of all matrices, one matrix after the other.
+    """
+    program = tl.program_id(0)
+    first = 0
+    for i in tl.static_range(COUNT):
+        blocks = (rows[i] + BLOCKS_M[i] - 1) // BLOCKS_M[i]
+        if (program >= first) & (program < first + blocks):
+            _update_rows(
+                weights,
+                gradients,
+                momenta,
+                norms,
+                copies,
+                program - first,
+                rows[i],
+                norm_rows[i],
+                decay,
+                i,
+                COLUMNS[i],
+                BLOCKS_M[i],
+                BLOCKS_N[i],
+            )
+        first += blocks
+
+
+def plan_update(
+    weights: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    momenta: Sequence[torch.Tensor] | None,
+    decay: float,
+    norms: Sequence[torch.Tensor] | None,
+    copies: Sequence[torch.Tensor] | None,
+) -> list[KernelCall]:
+    """The calls that step all matrices [.., out, in], all contiguous; runs nothing."""
+    calls = []
+    for start in range(0, len(weights), launch.MAX_MATRICES):
+        stop = start + launch.MAX_MATRICES
+        part = weights[start:stop]
+        rows = tuple(w.numel() // w.shape[-1] for w in part)
+        tiles = [launch.update_tile(w.shape[-1]) for w in part]
+        norm_rows = tuple(w.shape[-2] for w in part)
+        if norms is not None:
+            norm_rows = tuple(n.numel() for n in norms[start:stop])
+        calls.append(
+            KernelCall(
+                update_kernel,
+                (sum(triton.cdiv(r, tile.block_m) for r, tile in zip(rows, tiles)),),
+                {
+                    "weights": tuple(part),
+                    "gradients": tuple(gradients[start:stop]),
+                    "momenta": None if momenta is None else tuple(momenta[start:stop]),
+                    "norms": None if norms is None else tuple(norms[start:stop]),
+                    "copies": None if copies is None else tuple(copies[start:stop]),
+                    "rows": rows,
+                    "norm_rows": norm_rows,
+                    "decay": float(decay),
+                },
+                {
+                    "COUNT": len(part),
+                    "COLUMNS": tuple(w.shape[-1] for w in part),
+                    "BLOCKS_M": tuple(tile.block_m for tile in tiles),
+                    "BLOCKS_N": tuple(tile.block_n for tile in tiles),
+                },
+                max(tile.num_warps for tile in tiles),
+                1,
+            )
+        )
+    return calls
+
+
+def update(
+    weights: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    momenta: Sequence[torch.Tensor] | None,
+    decay: float,
+    norms: Sequence[torch.Tensor] | None,
+    copies: Sequence[torch.Tensor] | None,
+) -> None:
+    """See :func:`nl_kernels.continuum_update_`."""
+    run_calls(plan_update(weights, gradients, momenta, decay, norms, copies), weights[0].device)

@@ -1,0 +1,115 @@
+"""The steps of many weights at once, in place: for states that no gradient flows through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nl_kernels.checks import FLOAT_DTYPES, check_tensor
+from nl_kernels.dispatch import choose_implementation
+from nl_kernels.ops.continuum import launch, registration
+
+AVAILABLE = ("triton", "eager", "reference")
+_Tensors = Sequence[torch.Tensor]
+
+
+def continuum_update_(
+    weights: _Tensors,
+    gradients: _Tensors,
+    *,
+    momenta: _Tensors | None = None,
+    momentum_decay: float = 0.9,
+    norms: _Tensors | None = None,
+    copies: _Tensors | None = None,
+    impl: str | None = None,
+) -> None:
+    """:func:`nl_kernels.continuum_update` by ``sgd``, or with ``momenta`` by ``momentum``, in place.
+
+    All matrices of a level, or of several, take one launch and one pass over memory. A step that another
+    rule made (muon's direction, dgd's difference) is applied by giving it as the gradient.
+
+    Args:
+        weights: each [.., out, in], fp32 or fp64, contiguous; overwritten.
+        gradients: G of each weight, in its shape and dtype, rates included.
+        momenta: M of each weight, in its shape and dtype, contiguous; overwritten.
+        momentum_decay: in [0, 1).
+        norms: [out] or [.., out] of each weight: the norm that every row gets back after the step.
+        copies: of each weight, in its shape, fp16, bf16 or fp32, contiguous: filled with the new weight.
+        impl: ``"triton"`` (fp32, rows of at most 16,384), ``"eager"``, ``"reference"`` or None: by device.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named; nothing has changed.
+        NotImplementedError: ``impl="triton"`` with fp64 or longer rows.
+        RuntimeError: ``impl="triton"`` cannot run here.
+    """
+    _check(weights, gradients, momenta, momentum_decay, norms, copies)
+    if not weights:
+        return
+    refused = _unserved(weights)
+    available = AVAILABLE if impl is not None or refused is None else AVAILABLE[1:]
+    chosen = choose_implementation("continuum_update_", impl, weights[0].device, available)
+    if chosen == "triton":
+        if refused is not None:
+            raise NotImplementedError(refused)
+        gradients = [g.contiguous() for g in gradients]
+        norms = None if norms is None else [n.contiguous() for n in norms]
+    registration.apply(weights, gradients, momenta, momentum_decay, norms, copies, chosen)
+
+
+def _unserved(weights: _Tensors) -> str | None:
+    """Why the kernel cannot serve these weights; None: it can."""
+    for i, weight in enumerate(weights):
+        if weight.dtype != torch.float32:
+            return f"weights[{i}]: the Triton kernel updates float32, got {weight.dtype}; use impl='eager'"
+        if weight.shape[-1] > launch.MAX_WIDTH:
+            return (
+                f"weights[{i}]: the Triton kernel has rows of at most {launch.MAX_WIDTH}, got "
+                f"{weight.shape[-1]}; use impl='eager'"
+            )
+    return None
+
+
+def _check(weights, gradients, momenta, momentum_decay, norms, copies) -> None:
+    parts = {"weights": weights, "gradients": gradients, "momenta": momenta, "norms": norms, "copies": copies}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    for name, part in parts.items():
+        if not isinstance(part, Sequence):
+            raise TypeError(f"{name}: expected a sequence of tensors, got {type(part).__name__}")
+        if len(part) != len(weights):
+            raise ValueError(f"{name}: expected one for each of {len(weights)} weights, got {len(part)}")
+    for i, weight in enumerate(weights):
+        _check_weight(f"weights[{i}]", weight, weights[0])
+        for name, part in parts.items():
+            _check_part(f"{name}[{i}]", name, part[i], weight)
+    if not 0 <= momentum_decay < 1:
+        raise ValueError(f"momentum_decay: expected a number in [0, 1), got {momentum_decay!r}")
+    if torch.is_grad_enabled():
+        for name, part in parts.items():
+            if any(x.requires_grad for x in part):
+                raise ValueError(
+                    f"{name}: an update in place has no derivative; use continuum_update or torch.no_grad()"
+                )
+
+
+def _check_weight(name: str, weight: object, first: torch.Tensor) -> None:
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(weight).__name__}")
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float32 or float64, in which steps add up, got {weight.dtype}")
+    if weight.ndim < 2 or not weight.numel():
+        raise ValueError(f"{name}: expected shape [.., out, in], not empty, got {tuple(weight.shape)}")
+    if weight.device != first.device:
+        raise ValueError(f"{name}: expected a tensor on {first.device}, got one on {weight.device}")
+
+
+def _check_part(name: str, kind: str, value: object, weight: torch.Tensor) -> None:
+    shape = weight.shape
+    if kind == "norms":
+        shape = shape[-2:-1] if getattr(value, "ndim", 0) == 1 else shape[:-1]
+    check_tensor(name, value, shape, like=weight)
+    accepted = FLOAT_DTYPES[:3] if kind == "copies" else (weight.dtype,)
+    if value.dtype not in accepted:
+        raise TypeError(f"{name}: expected one of {[str(d) for d in accepted]}, got {value.dtype}")
+    if kind in ("weights", "momenta", "copies") and not value.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, which is written in place")
