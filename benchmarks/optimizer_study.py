@@ -4,7 +4,7 @@
     python -m benchmarks.optimizer_study --task text-transformer --task text-hope --seeds 3
     python -m benchmarks.optimizer_study --plot-only
 
-A search walks a ladder of rates, each twice the last, from ``--start``: it tries the next rung beyond the
+A search walks a ladder of rates, each twice the last, from the task's first: it tries the rung beyond the
 side on which its best lies nearer to an end, until ``--budget`` rungs are tried. So every optimiser gets as
 many runs, and the best rate ends up between others. The best is then run again with other seeds, which are
 what is reported. Every finished run is a row of ``--output`` (JSONL); what the file holds is not run again.
@@ -127,9 +127,10 @@ def next_rung(losses: dict[int, float]) -> int:
 
 
 def search(
-    results: Results, task_name: str, task: Task, name: str, *, start: float, budget: int, seeds: int
+    results: Results, task_name: str, task: Task, name: str, *, budget: int, seeds: int
 ) -> tuple[dict[float, float], float]:
     """Mean selection loss of every rate tried, and the best rate."""
+    start = task.optimizers[name]
     losses: dict[int, float] = {}
     while len(losses) < budget:
         rung = next_rung(losses) if losses else 0
@@ -222,7 +223,6 @@ def main(
         list[str] | None, typer.Option(help="of the task's; repeatable; default all")
     ] = None,
     budget: Annotated[int, typer.Option(min=3, help="learning rates tried for each optimiser")] = 7,
-    start: Annotated[float, typer.Option(help="the first rate tried")] = 4e-3,
     search_seeds: Annotated[int, typer.Option(min=1, help="runs of each rate in the search")] = 1,
     seeds: Annotated[int, typer.Option(min=1, help="runs of the best rate, seeds 0, 1, …")] = 5,
     output: Annotated[Path, typer.Option(help="JSONL file to append to")] = DEFAULT_OUTPUT,
@@ -246,7 +246,7 @@ def main(
             )
         found = []
         for name in optimizer or current.optimizers:
-            settings = {"start": start, "budget": budget, "seeds": search_seeds}
+            settings = {"budget": budget, "seeds": search_seeds}
             searched, best = search(results, task_name, current, name, **settings)
             rows = []
             with Progress(console=console, transient=True) as progress:

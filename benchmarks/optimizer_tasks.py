@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from nl_models.data.batches import TrainingBatches, validation_windows
 from nl_models.data.prepare import DataOptions, PreparedData, prepare_data
-from nl_models.optim import M3, Muon, split_parameters
+from nl_models.optim import M3, DeepMomentum, DeltaGradientDescent, DeltaMomentum, Muon, split_parameters
 from nl_models.training.config import TrainConfig
 from nl_models.training.model import build_model
 from nl_models.training.optimizer import build_optimizer
@@ -26,7 +26,7 @@ WEIGHT_DECAY = 0.1
 class Task(Protocol):
     """What a run needs. ``evaluate`` gives the loss that picks the rate, and on other data what is told."""
 
-    optimizers: tuple[str, ...]
+    optimizers: dict[str, float]  # and the first rate of each one's search
     steps: int
     unit: str
 
@@ -46,7 +46,15 @@ class Digits:
     to report.
     """
 
-    optimizers = ("adamw", "muon", "m3")
+    optimizers = {  # noqa: RUF012
+        "adamw": 4e-3,
+        "muon": 4e-3,
+        "m3": 4e-3,
+        "deep_momentum": 4e-3,
+        "momentum": 6.4e-2,
+        "delta_momentum": 6.4e-2,
+        "dgd": 6.4e-2,
+    }
     steps = 300
     unit = "test loss (nats)"
     batch_size = 64
@@ -79,16 +87,23 @@ class Digits:
         )
 
     def optimizer(self, name: str, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-        """Embeddings and the classifier are AdamW's in every optimiser; only matrices decay."""
-        groups = split_parameters(
-            model,
-            weight_decay=WEIGHT_DECAY,
-            exclude=lambda name, p: "embeddings" in name or name.startswith("classifier"),
-        )
+        """Embeddings, vectors and the classifier are AdamW's in all of them; only matrices decay.
+
+        Those whose rates are SGD's have no weight decay, and AdamW's rate for the rest is 0.004.
+        """
+        exclude = lambda name, p: "embeddings" in name or name.startswith("classifier")  # noqa: E731
+        if name in ("momentum", "delta_momentum", "dgd"):
+            groups = split_parameters(model, exclude=exclude, linear_only=True)
+            options = {"lr": learning_rate, "adamw_lr": 4e-3}
+            if name == "dgd":
+                return DeltaGradientDescent(groups, model=model, **options)
+            return DeltaMomentum(groups, erase=0.0 if name == "momentum" else 0.5, **options)
+        groups = split_parameters(model, weight_decay=WEIGHT_DECAY, exclude=exclude)
         if name == "adamw":
             groups = [{k: v for k, v in group.items() if k != "rule"} for group in groups]
             return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
-        return {"muon": Muon, "m3": M3}[name](groups, lr=learning_rate)
+        kinds = {"muon": Muon, "m3": M3, "deep_momentum": DeepMomentum}
+        return kinds[name](groups, lr=learning_rate)
 
     def loss(self, model: nn.Module, step: int, seed: int) -> torch.Tensor:
         """Of the batch of one step: drawn with replacement, augmented."""
@@ -123,7 +138,7 @@ def _moved(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 class Text:
     """A byte-level language model (width 64, 2 layers, 2 heads) on Python's library, 512 tokens a step."""
 
-    optimizers = ("adamw", "muon", "m3")
+    optimizers = dict.fromkeys(("adamw", "muon", "m3"), 4e-3)
     steps = 300
     unit = "validation loss (nats a byte)"
     folder = Path("runs/optimizer_study")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from nl_models.optim.matrix_optimizer import (
     MatrixOptimizer,
@@ -57,7 +58,7 @@ class M3(MatrixOptimizer):
         weight_decay: decoupled, of both rules.
         rms: root mean square of the elements of an O1 step, learning rate apart.
         adamw_betas, adamw_eps: of AdamW's rule.
-        ns_steps, ns_coefficients, ns_eps, ns_dtype: as in :class:`Muon`.
+        ns_steps, ns_coefficients, ns_eps, ns_dtype, process_group: as in :class:`Muon`.
 
     State: M1 and M2, V if kept, in fp32 (fp64 for fp64), and O2 in the dtype of its products. M2 takes each
     gradient when it comes, as it is read only every f steps: no window is kept.
@@ -85,7 +86,9 @@ class M3(MatrixOptimizer):
         ns_coefficients: str | Sequence[Sequence[float]] = "muon",
         ns_eps: float = 1e-7,
         ns_dtype: torch.dtype | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        self.process_group = process_group
         super().__init__(
             params,
             {
@@ -118,7 +121,9 @@ class M3(MatrixOptimizer):
         for (group, params), counts in zip(matrices, steps):
             self._accumulate(group, params, counts)
         fast = orthogonalise_groups(
-            groups, [[self.state[p]["fast_momentum"] for p in params] for _, params in matrices]
+            groups,
+            [[self.state[p]["fast_momentum"] for p in params] for _, params in matrices],
+            self.process_group,
         )
         return [
             [self._direction(group, p, o1) for p, o1 in zip(params, o1s)]
@@ -160,7 +165,7 @@ class M3(MatrixOptimizer):
         if not any(due):
             return
         momenta = [[self.state[p]["slow_momentum"] for p in params] for params in due]
-        results = orthogonalise_groups([group for group, _ in matrices], momenta)
+        results = orthogonalise_groups([group for group, _ in matrices], momenta, self.process_group)
         for params, directions in zip(due, results):
             for p, direction in zip(params, directions):
                 self.state[p]["slow_direction"].copy_(direction)

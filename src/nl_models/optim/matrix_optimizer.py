@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from nl_kernels import newton_schulz
 from nl_models.optim.mixed_optimizer import Group, MixedOptimizer, check_positive
 from nl_models.optim.orthogonalise import orthogonalise
+from nl_models.optim.shared_work import run_shared
 
 
 class MatrixOptimizer(MixedOptimizer):
-    """A subclass implements :meth:`directions`; its options of groups include those of Newton–Schulz."""
+    """A subclass implements :meth:`directions`; its options of groups include those of Newton–Schulz.
+
+    Its ``process_group`` shares the orthogonalisation of parameters that are copies of one another.
+    """
+
+    process_group: dist.ProcessGroup | None = None
+    takes_sharded = True
 
     def directions(self, matrices: list[tuple[Group, list[torch.Tensor]]]) -> list[list[torch.Tensor]]:
         """Update the states of all parameters; for each group what is to be subtracted, ``lr`` apart."""
@@ -24,6 +34,11 @@ class MatrixOptimizer(MixedOptimizer):
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             for p, direction in zip(params, directions):
+                if isinstance(p, DTensor):
+                    # In place, DTensor refuses axes of length 1; and a norm has brought other placements.
+                    p, direction = (
+                        x.redistribute(placements=p.placements).to_local() for x in (p, direction)
+                    )
                 p.add_(direction, alpha=-group["lr"])
 
     def _check_group(self, group: Group) -> None:
@@ -42,22 +57,17 @@ class MatrixOptimizer(MixedOptimizer):
             )
 
 
-def orthogonalise_groups(groups: list[Group], tensors: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    """:func:`orthogonalise` over all groups, together where their options agree."""
+def orthogonalise_groups(
+    groups: list[Group], tensors: list[list[torch.Tensor]], process_group: dist.ProcessGroup | None = None
+) -> list[list[torch.Tensor]]:
+    """:func:`orthogonalise` over all groups, together where options agree, shared out over processes."""
     keys = [(g["ns_steps"], g["ns_coefficients"], g["ns_eps"], g["ns_dtype"]) for g in groups]
     results: list[list[torch.Tensor]] = [[] for _ in groups]
     for key in dict.fromkeys(keys):
         members = [i for i, other in enumerate(keys) if other == key]
         steps, coefficients, eps, dtype = key
-        done = iter(
-            orthogonalise(
-                [x for i in members for x in tensors[i]],
-                steps=steps,
-                coefficients=coefficients,
-                eps=eps,
-                compute_dtype=dtype,
-            )
-        )
+        run = partial(orthogonalise, steps=steps, coefficients=coefficients, eps=eps, compute_dtype=dtype)
+        done = iter(run_shared([x for i in members for x in tensors[i]], run, process_group))
         for i in members:
             results[i] = [next(done) for _ in tensors[i]]
     return results

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -22,6 +23,8 @@ class MixedOptimizer(Optimizer):
     ``lr``, ``weight_decay``, ``adamw_betas`` and ``adamw_eps``; ``adamw_lr`` where AdamW's groups that name
     no rate are to have another.
     """
+
+    takes_sharded = False
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         super().__init__(params, {"rule": "matrix", **defaults})
@@ -141,6 +144,11 @@ class MixedOptimizer(Optimizer):
         check_positive("adamw_eps", group["adamw_eps"])
         check_betas("adamw_betas", group["adamw_betas"], 2)
         for p in group["params"]:
+            if isinstance(p, DTensor) and group["rule"] == "matrix" and not self.takes_sharded:
+                raise ValueError(
+                    f"params: {self._name_of(group, p)} is a DTensor, which {type(self).__name__} does not "
+                    "take"
+                )
             if group["rule"] == "matrix" and p.ndim < 2:
                 raise ValueError(
                     f"params: {self._name_of(group, p)} of shape {tuple(p.shape)} is no matrix; put it in a "

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from nl_models.optim.matrix_optimizer import (
     MatrixOptimizer,
@@ -45,6 +46,10 @@ class Muon(MatrixOptimizer):
         ns_steps, ns_coefficients, ns_eps: ``steps``, ``coefficients``, ``eps`` of
             :func:`nl_kernels.newton_schulz`.
         ns_dtype: of its products; None: bf16 on accelerators, the momentum's dtype on the CPU.
+        process_group: processes that hold copies of the same parameters and gradients, as under
+            ``DistributedDataParallel``: each orthogonalises its share of the matrices and sends the others
+            the result. None: every process does all. Sharded parameters (DTensor, as FSDP2 makes them) are
+            shared out over their mesh without it; each goes whole to one process and comes back in shards.
 
     State: one momentum of W's shape, fp32 (fp64 for fp64); AdamW's two moments for the rest.
 
@@ -67,7 +72,9 @@ class Muon(MatrixOptimizer):
         ns_coefficients: str | Sequence[Sequence[float]] = "muon",
         ns_eps: float = 1e-7,
         ns_dtype: torch.dtype | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        self.process_group = process_group
         super().__init__(
             params,
             {
@@ -97,7 +104,7 @@ class Muon(MatrixOptimizer):
             if group["nesterov"]:
                 buffers = torch._foreach_lerp(gradients, buffers, group["momentum"])
             momenta.append(buffers)
-        results = orthogonalise_groups([group for group, _ in matrices], momenta)
+        results = orthogonalise_groups([group for group, _ in matrices], momenta, self.process_group)
         return [
             [u * rms_scale(p, group["rms"]) for p, u in zip(params, us)]
             for (group, params), us in zip(matrices, results)
