@@ -166,6 +166,7 @@ class Schedule:
         self.names: list[str] = []
         self.coefficients: torch.Tensor | None = None
         self.final: torch.Tensor | None = None
+        self.momenta: torch.Tensor | None = None
 
     @property
     def start(self) -> int:
@@ -187,6 +188,7 @@ class Schedule:
         common = {
             **grid.arguments(),
             "coefficients": self.coefficients,
+            "momenta": self.momenta,
             "pitch": grid.pitch,
             "start": self.start,
             "chunk": self.chunk,
@@ -209,7 +211,6 @@ class Schedule:
         terms: list[Term],
         *,
         out: Place | None,
-        copy: torch.Tensor | None = None,
         factor: int = -1,
         decay: str = "",
         aside: torch.Tensor | None = None,
@@ -217,16 +218,23 @@ class Schedule:
         aside_adds: bool = False,
         add0: Place | None = None,
         sign: int = 1,
-        scaled: bool = False,
+        scaled: torch.Tensor | None = None,
         against: Operand | None = None,
         inner: torch.Tensor | None = None,
         add1: Place | None = None,
+        scaled1: torch.Tensor | None = None,
+        inner1: torch.Tensor | None = None,
+        matrix: torch.Tensor | None = None,
+        coefficients: torch.Tensor | None = None,
     ) -> None:
-        """See :func:`.tiled_products.product_kernel`; ``scaled``: ``add0``, by the chunk's decay."""
+        """See :func:`.tiled_products.product_kernel`; ``scaled`` and ``scaled1`` are its ``final`` ones."""
         from nl_kernels.chunk_kernels.tiled_products import product_kernel
 
         tiles = tiles_of(m, n, max((t.k for t in terms), default=16), self.precision, self.architecture)
-        given: dict[str, Any] = {"final": self.final if scaled else None, "aside": aside, "copy": copy}
+        given: dict[str, Any] = {"final": scaled, "aside": aside}
+        given |= {"final1": scaled1, "inner1": inner1, "matrix": matrix}
+        if coefficients is not None:
+            given["coefficients"] = coefficients
         given |= {f"k{i}": terms[i].k if i < len(terms) else 0 for i in range(4)}
         for i, term in enumerate(terms):
             for side, operand in (("a", term.a), ("b", term.b)):

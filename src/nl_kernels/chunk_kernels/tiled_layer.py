@@ -7,6 +7,7 @@ batch. The buffers of a layer hold one chunk and serve every chunk in turn.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +26,9 @@ from nl_kernels.chunk_kernels.tiled_launch import (
     whole,
 )
 from nl_kernels.triton_support.tiles import padded, power_of_two
+
+if TYPE_CHECKING:
+    from nl_kernels.chunk_kernels.tiled_velocity import Momentum
 
 BEFORE, AFTER, TO_END = 4, 5, 6  # of the coefficients
 
@@ -172,7 +176,7 @@ def carry(s: Schedule, layer: LayerBuffers, x: Operand, before: Operand, after: 
         layer.into,
         [Term(whole(layer.weighted).t, x, s.grid.length)],
         add0=Place(before.tensor, before.rows, before.start, layer.out),
-        scaled=True,
+        scaled=s.final,
         out=Place(after.tensor, after.rows, after.start, layer.out),
     )
 
@@ -299,18 +303,30 @@ def read_adjoint(
     out: Place,
     residual: Place | None,
     at_anchor: torch.Tensor | None,
+    more: torch.Tensor | None = None,
 ) -> None:
     """The adjoint of the read's queries, from that of the read; adds to that of the anchor.
 
-    ``adjoint.read_weighted`` is already there.
+    ``adjoint.read_weighted`` is already there; so are, with momentum, ``adjoint.read_pairs`` and ``more``, what
+    the read of the velocity gives the queries.
     """
     length = s.grid.length
-    _pairs(s, layer, adjoint, "read pairs", grad, layer.written, layer.scores, "full")
+    if more is None:
+        _pairs(s, layer, adjoint, "read pairs", grad, layer.written, layer.scores, "full")
     terms = [Term(grad, layer.weights, layer.out)]
     if layer.anchor is not None:
         terms.append(Term(grad, layer.anchor, layer.out))
     terms.append(Term(whole(adjoint.read_pairs), x, length, "l"))
-    s.product("read to queries", length, layer.into, terms, factor=AFTER, add0=residual, out=out)
+    s.product(
+        "read to queries",
+        length,
+        layer.into,
+        terms,
+        factor=AFTER,
+        add0=residual,
+        add1=every_row(more),
+        out=out,
+    )
     if at_anchor is not None:
         place = every_row(at_anchor)
         s.product(
@@ -371,7 +387,6 @@ def write_adjoint(
         at_rate: [batches, length] of the given rate, added to with ``adds``.
     """
     from nl_kernels.chunk_kernels.tiled_rows import written_adjoint_rows_kernel
-    from nl_kernels.chunk_kernels.tiled_tokens import rate_adjoint_kernel
 
     length = s.grid.length
     terms = [Term(x, adjoint.weights.t, layer.into)]
@@ -429,6 +444,22 @@ def write_adjoint(
     if read_grad is not None:
         terms.append(Term(whole(adjoint.read_pairs).t, queries, length, "u"))
     s.product("write to input", length, layer.into, terms, out=every_row(adjoint.at_x))
+    rate_adjoint(s, layer, adjoint, at_rate, proximal=proximal, adds=adds)
+
+
+def rate_adjoint(
+    s: Schedule,
+    layer: LayerBuffers,
+    adjoint: LayerAdjoint,
+    at_rate: torch.Tensor,
+    *,
+    proximal: bool,
+    adds: bool,
+) -> None:
+    """That of the rate as given, into ``at_rate``, added with ``adds``."""
+    from nl_kernels.chunk_kernels.tiled_tokens import rate_adjoint_kernel
+
+    length = s.grid.length
     s.add(
         "rate adjoint",
         rate_adjoint_kernel,
@@ -498,7 +529,7 @@ def state_adjoint(
         aside_terms=len(base_terms),
         aside_adds=True,
         add0=place,
-        scaled=True,
+        scaled=s.final,
         against=before,
         inner=adjoint.inner,
         out=place,
@@ -616,12 +647,13 @@ def decay_adjoint(
     at_rate: torch.Tensor,
     d_log_decay: torch.Tensor,
     d_rate: torch.Tensor,
+    momentum: Momentum | None = None,
 ) -> None:
     """Gradients of the present chunk's log decays and rates, of one or two layers."""
     from nl_kernels.chunk_kernels.tiled_tokens import decay_adjoint_kernel
 
     length = s.grid.length
-    given = {"rate_total": at_rate, "d_log_decay": d_log_decay, "d_rate": d_rate}
+    given = {"rate_total": at_rate, "final": s.final, "d_log_decay": d_log_decay, "d_rate": d_rate}
     constants = {"TILES": -(-length // pair_tile(length)), "BLOCK": power_of_two(length)}
     for i in range(2):
         constants |= {f"WEIGHT_TILES{i}": 0, f"WEIGHT_BLOCK{i}": 0}
@@ -638,6 +670,11 @@ def decay_adjoint(
     for i, (layer, adjoint) in enumerate(zip(layers, adjoints)):
         given |= {f"{name}{i}": getattr(adjoint, name) for name in names}
         given[f"rate{i}"] = layer.rate
+        if momentum is not None:  # spans of the mixture are shared
+            given |= {f"to_end{i}": None, f"full_rows{i}": None, f"full_columns{i}": None}
         tiles = s.weight_tiles(layer.out, layer.into)
         constants |= {f"WEIGHT_TILES{i}": tiles, f"WEIGHT_BLOCK{i}": power_of_two(tiles)}
+    if momentum is not None:
+        given |= {"full_rows0": momentum.full_rows, "full_columns0": momentum.full_columns}
+        given |= {"shared_to_end": momentum.to_end, "shared_log": momentum.log}
     s.add("decay adjoint", decay_adjoint_kernel, s.grid.batches, given, constants)

@@ -117,9 +117,11 @@ def product_kernel(
     add0,
     add1,
     out,
-    copy,
     against,
     inner,
+    inner1,
+    final1,
+    matrix,
     k0,
     k1,
     k2,
@@ -173,14 +175,15 @@ def product_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``out = ((a0 b0) · factor + a1 b1 + a2 b2 + a3 b3) · decay ± add0 + add1``, one program a tile.
+    """``out = (factor a0 b0 + a1 b1 + a2 b2 + a3 b3) · decay · matrix ± add0 + add1``, one program a tile.
 
     ``TURNED`` has two letters a term, "t" for a turned operand. ``SPANS`` has one: "l" where a is lower
     triangular, "u" where it is upper triangular, "d" where the product is needed on and below the diagonal
-    alone, "-" elsewhere. ``FACTOR`` scales the rows of the first term by those of the coefficients (−1: does
-    not). The sum of the first ``ASIDE_TERMS`` terms goes to ``aside``, added to what it holds with
-    ``ASIDE_ADDS``. With ``final`` [batches, chunks], ``add0`` is scaled by it, and ``inner`` [batches,
-    chunks, tiles] gets its inner product with ``against``. ``copy`` is another rounding of ``out``.
+    alone, "-" elsewhere. ``FACTOR`` scales the rows of the first term by those of the coefficients (−1: not).
+    The sum of the first ``ASIDE_TERMS`` terms (−1: the first one, not scaled) goes to ``aside``, added to
+    what it holds with ``ASIDE_ADDS``. ``add0`` and ``add1`` are scaled by ``final`` and ``final1`` [batches,
+    chunks], where given; ``inner`` and ``inner1`` [batches, chunks, tiles] get their inner products, before
+    that, with ``against``.
     """
     TILES_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -199,6 +202,8 @@ def product_kernel(
             acc, a0, b0, batch, a0_rows, a0_start, b0_rows, b0_start, m, n, first_m, first_n, k0,
             M, N, K0, TURNED[0], TURNED[1], SPANS[0], BLOCK_M, BLOCK_K, PRECISION,
         )  # fmt: skip
+    if ASIDE_TERMS < 0:
+        _put_aside(aside, batch, acc, m, n, inside, M, N, ASIDE_ADDS)
     if FACTOR >= 0:
         place = coefficients + (batch * 8 + FACTOR) * pitch + start
         acc *= tl.load(place + m, mask=m < M, other=0.0)[:, None]
@@ -226,25 +231,32 @@ def product_kernel(
 
     if DECAY != "":
         acc *= decay_tile(coefficients + batch * 8 * pitch + start, m, n, M, pitch, DECAY)
+    if matrix is not None:
+        acc *= tl.load(matrix + batch * (M * N) + m[:, None] * N + n[None, :], mask=inside, other=0.0)
+    if inner is not None:
+        place = against + (batch * against_rows + against_start) * N + m[:, None] * N + n[None, :]
+        other = tl.load(place, mask=inside, other=0.0)
     if add0 is not None:
         place = add0 + (batch * add0_rows + add0_start) * N + m[:, None] * N + n[None, :]
         added = tl.load(place, mask=inside & (m < add0_limit)[:, None], other=0.0).to(tl.float32)
+        if inner is not None:
+            to = inner + (batch * chunks + chunk) * (TILES_M * TILES_N) + tile
+            tl.store(to, tl.sum(tl.sum(added * other, 1), 0))
         if final is not None:
             added *= tl.load(final + batch * chunks + chunk)
-            if inner is not None:
-                place = against + (batch * against_rows + against_start) * N + m[:, None] * N + n[None, :]
-                total = tl.sum(tl.sum(added * tl.load(place, mask=inside, other=0.0), 1), 0)
-                tl.store(inner + (batch * chunks + chunk) * (TILES_M * TILES_N) + tile, total)
         acc += ADD0_SIGN * added
     if add1 is not None:
         place = add1 + (batch * add1_rows + add1_start) * N + m[:, None] * N + n[None, :]
-        acc += tl.load(place, mask=inside & (m < add1_limit)[:, None], other=0.0).to(tl.float32)
+        added = tl.load(place, mask=inside & (m < add1_limit)[:, None], other=0.0).to(tl.float32)
+        if inner1 is not None:
+            to = inner1 + (batch * chunks + chunk) * (TILES_M * TILES_N) + tile
+            tl.store(to, tl.sum(tl.sum(added * other, 1), 0))
+        if final1 is not None:
+            added *= tl.load(final1 + batch * chunks + chunk)
+        acc += added
     if out is not None:
         place = out + (batch * out_rows + out_start) * N + m[:, None] * N + n[None, :]
         tl.store(place, acc.to(out.dtype.element_ty), mask=inside & (m < out_limit)[:, None])
-    if copy is not None:
-        place = copy + batch * (M * N) + m[:, None] * N + n[None, :]
-        tl.store(place, acc.to(copy.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -375,19 +387,18 @@ def pair_adjoint_kernel(
     weighted = acc * decay_tile(coefficients + batch * 8 * pitch + start, m, n, LENGTH, pitch, DECAY)
     sums = (batch * TILES + tile_m) * LENGTH + n
     tl.store(column_sums + sums, tl.sum(entries, 0), mask=n < LENGTH)
-    kind = out.dtype.element_ty
-    place = out + square + m[:, None] * LENGTH + n[None, :]
+    place = square + m[:, None] * LENGTH + n[None, :]
     if rate is not None:
         eta = tl.load(rate + batch * pitch + start + n, mask=n < LENGTH, other=0.0)
         entries *= -eta[None, :]
         weighted *= -eta[None, :]
         if tile_m == tile_n:
-            tl.store(place, (weighted + tl.trans(weighted)).to(kind), mask=inside)
+            tl.store(out + place, (weighted + tl.trans(weighted)).to(out.dtype.element_ty), mask=inside)
         elif tile_n < tile_m:
-            tl.store(place, weighted.to(kind), mask=inside)
-            mirrored = out + square + n[:, None] * LENGTH + m[None, :]
-            tl.store(mirrored, tl.trans(weighted).to(kind), mask=tl.trans(inside))
-    else:
-        tl.store(place, weighted.to(kind), mask=inside)
+            tl.store(out + place, weighted.to(out.dtype.element_ty), mask=inside)
+            mirrored = square + n[:, None] * LENGTH + m[None, :]
+            tl.store(out + mirrored, tl.trans(weighted).to(out.dtype.element_ty), mask=tl.trans(inside))
+    elif out is not None:
+        tl.store(out + place, weighted.to(out.dtype.element_ty), mask=inside)
     sums = (batch * TILES + tile_n) * LENGTH + m
     tl.store(row_sums + sums, tl.sum(entries, 1), mask=m < LENGTH)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels import adjoint, forward
-from nl_kernels.chunk_kernels.tiled_tokens import AFTER, RATE, TO_END
+from nl_kernels.chunk_kernels.tiled_tokens import AFTER, CARRIED_TO_END, MIXED_TO_END, RATE, TO_END
 
 
 @triton.jit
@@ -43,9 +43,11 @@ def _coefficient(coefficients, batch, t, pitch, start, KIND: tl.constexpr):
 def _store_written(
     written,
     weighted,
+    carried,
     row,
     signal,
     coefficients,
+    momenta,
     batch,
     t,
     pitch,
@@ -53,11 +55,16 @@ def _store_written(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """u = −η δ of a layer that does not erase, and u times the decay to the chunk's end."""
+    """u = −η δ of a layer that does not erase, and what of it reaches S, and with momentum U, at the end."""
     if written is not None:
         handed = signal * -_coefficient(coefficients, batch, t, pitch, start, RATE)[:, None]
         _store(written, row, handed, WIDTH, BLOCK)
-        end = _coefficient(coefficients, batch, t, pitch, start, TO_END)
+        if carried is None:
+            end = _coefficient(coefficients, batch, t, pitch, start, TO_END)
+        else:
+            end = _coefficient(momenta, batch, t, pitch, start, MIXED_TO_END)
+            later = _coefficient(momenta, batch, t, pitch, start, CARRIED_TO_END)
+            _store(carried, row, handed * later[:, None], WIDTH, BLOCK)
         _store(weighted, row, handed * end[:, None], WIDTH, BLOCK)
 
 
@@ -89,10 +96,12 @@ def hidden_rows_kernel(
 def error_rows_kernel(
     raw,
     coefficients,
+    momenta,
     error,
     operand,
     written,
     weighted,
+    carried,
     pitch,
     start,
     LENGTH: tl.constexpr,
@@ -107,7 +116,9 @@ def error_rows_kernel(
     tile *= forward.length_factor(tile, BOUND)[:, None]
     _store(error, row, tile, WIDTH, BLOCK)
     _store(operand, row, tile, WIDTH, BLOCK)
-    _store_written(written, weighted, row, tile, coefficients, batch, t, pitch, start, WIDTH, BLOCK)
+    _store_written(
+        written, weighted, carried, row, tile, coefficients, momenta, batch, t, pitch, start, WIDTH, BLOCK
+    )
 
 
 @triton.jit(do_not_specialize=["pitch", "start"])
@@ -115,9 +126,11 @@ def signal_rows_kernel(
     z,
     back,
     coefficients,
+    momenta,
     signal,
     written,
     weighted,
+    carried,
     pitch,
     start,
     LENGTH: tl.constexpr,
@@ -134,7 +147,9 @@ def signal_rows_kernel(
     given = _load(back, row, WIDTH, BLOCK)
     found, _, _, _ = forward.error_signal(given, value, slope, scale, NORMALIZED, BOUND)
     _store(signal, row, found, WIDTH, BLOCK)
-    _store_written(written, weighted, row, found, coefficients, batch, t, pitch, start, WIDTH, BLOCK)
+    _store_written(
+        written, weighted, carried, row, found, coefficients, momenta, batch, t, pitch, start, WIDTH, BLOCK
+    )
 
 
 @triton.jit(do_not_specialize=["grad_rows", "grad_start", "pitch", "start"])

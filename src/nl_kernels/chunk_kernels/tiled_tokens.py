@@ -17,6 +17,9 @@ AFTER: tl.constexpr = tl.constexpr(5)
 TO_END: tl.constexpr = tl.constexpr(6)
 RATE: tl.constexpr = tl.constexpr(7)
 
+MIXED_TO_END: tl.constexpr = tl.constexpr(3)  # of the momenta
+CARRIED_TO_END: tl.constexpr = tl.constexpr(4)
+
 
 @triton.jit
 def _tokens_of(
@@ -175,6 +178,7 @@ def _layer_spans(
     full_columns,
     inner,
     rate,
+    final,
     batch,
     chunks,
     chunk,
@@ -191,12 +195,14 @@ def _layer_spans(
     inside = t < LENGTH
     shifted = earlier & (t > 0)  # the numbers of the token before t
     row = batch * LENGTH + t
-    found = tl.load(to_end + row - 1, mask=shifted, other=0.0).to(tl.float64)
+    found = tl.zeros(t.shape, tl.float64)
+    if to_end is not None:
+        found += tl.load(to_end + row - 1, mask=shifted, other=0.0).to(tl.float64)
     tiles = tl.arange(0, WEIGHT_BLOCK)
     parts = tl.load(
         inner + (batch * chunks + chunk) * WEIGHT_TILES + tiles, mask=tiles < WEIGHT_TILES, other=0.0
     )
-    at_start = tl.sum(parts.to(tl.float64), 0)
+    at_start = tl.sum(parts.to(tl.float64), 0) * tl.load(final + batch * chunks + chunk).to(tl.float64)
     if before is not None:
         part = tl.load(before + row, mask=inside, other=0.0).to(tl.float64)
         found -= part
@@ -208,6 +214,7 @@ def _layer_spans(
         part = tl.load(after + row - 1, mask=shifted, other=0.0).to(tl.float64)
         found -= part
         at_start += tl.sum(tl.load(after + row, mask=inside, other=0.0).to(tl.float64), 0)
+    if full_rows is not None:
         found += _sum_tiles(full_columns, batch, t - 1, shifted, LENGTH, TILES)
         found -= _sum_tiles(full_rows, batch, t - 1, shifted, LENGTH, TILES)
     return found, at_start
@@ -233,7 +240,10 @@ def decay_adjoint_kernel(
     full_columns1,
     inner1,
     rate1,
+    shared_to_end,
+    shared_log,
     rate_total,
+    final,
     begin,
     stop,
     origin,
@@ -257,8 +267,8 @@ def decay_adjoint_kernel(
     By layer come adjoints of the parts of the decays' spread, each times the part itself: ``before``,
     ``to_end`` and ``after`` [batches, LENGTH], sums over rows and columns of ``strict`` (columns still
     without −``rate``) and ``full`` [batches, TILES, LENGTH], and ``inner`` [batches, chunks, tiles of the
-    weight], of ``final``. A span from token j to i holds the logs of j + 1 … i: a sum over instants of what
-    begins there less what ends there.
+    weight], of ``final`` but for itself. ``shared_…`` is what momentum adds. A span from token j to i holds
+    the logs of j + 1 … i: a sum over instants of what begins there less what ends there.
     """
     batch = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, BLOCK)
@@ -267,16 +277,20 @@ def decay_adjoint_kernel(
     start = chunk * LENGTH
     found, at_start = _layer_spans(
         before0, to_end0, after0, strict_rows0, strict_columns0, full_rows0, full_columns0, inner0, rate0,
-        batch, chunks, chunk, pitch, start, t, inside, LENGTH, TILES, WEIGHT_TILES0, WEIGHT_BLOCK0,
+        final, batch, chunks, chunk, pitch, start, t, inside, LENGTH, TILES, WEIGHT_TILES0, WEIGHT_BLOCK0,
     )  # fmt: skip
-    if to_end1 is not None:
+    if inner1 is not None:
         more, more_at_start = _layer_spans(
             before1, to_end1, after1, strict_rows1, strict_columns1, full_rows1, full_columns1, inner1, rate1,
-            batch, chunks, chunk, pitch, start, t, inside, LENGTH, TILES, WEIGHT_TILES1, WEIGHT_BLOCK1,
+            final, batch, chunks, chunk, pitch, start, t, inside, LENGTH, TILES, WEIGHT_TILES1, WEIGHT_BLOCK1,
         )  # fmt: skip
         found += more
         at_start += more_at_start
+    if shared_to_end is not None:
+        found += tl.load(shared_to_end + batch * LENGTH + t - 1, mask=inside & (t > 0), other=0.0)
     found = tl.cumsum(tl.where(t == 0, found + at_start, found), 0)
+    if shared_log is not None:
+        found += tl.load(shared_log + batch * LENGTH + t, mask=inside, other=0.0)
     token, valid = _tokens_of(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
     exists = inside & (token - batch * tokens < tokens) & (t < CHUNK)
     if chunk == 0:

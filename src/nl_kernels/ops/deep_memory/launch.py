@@ -216,11 +216,6 @@ def unsupported(
         if size > limit:
             what = "hidden layers" if name == "weights" else "heads"
             return f"{name}: the Triton kernels take {what} up to {limit} wide, got {size}"
-    if has_momentum:
-        return (
-            f"momentum: on {architecture} the Triton kernels take it in chunks up to {MAX_CHUNK}, with heads "
-            f"and hidden layers up to {widest(chunk_size, architecture)} wide"
-        )
     return None
 
 
@@ -380,6 +375,9 @@ def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
         yield _step_entry(architecture, dtype, 40, 24, read, "literal", literal, False)
     gelu = MemoryRule(activation="gelu", erase="input")
     yield from _entries(architecture, torch.bfloat16, 40, 24, 10, "snapshot", "gelu input", gelu)
+    for read in ("snapshot", "running"):
+        sizes = (128, 512, 64)
+        yield from _tiled_entries(architecture, torch.bfloat16, *sizes, read, "titans", titans, momentum=True)
     for sizes in ((64, 256, 64), (128, 512, 64), (512, 1536, 2048), (128, None, 64)):
         yield from _tiled_entries(architecture, torch.bfloat16, *sizes, "running", "default", default)
     yield from _tiled_entries(architecture, torch.bfloat16, 128, 512, 64, "snapshot", "literal", literal)
@@ -420,13 +418,15 @@ def _tiled_entries(
     read: str,
     name: str,
     rule: MemoryRule,
+    *,
+    momentum: bool = False,
 ) -> Iterator[CatalogueEntry]:
     """Of every kind of call one."""
     from nl_kernels.ops.deep_memory.triton_tiled_backward import plan_backward
     from nl_kernels.ops.deep_memory.triton_tiled_forward import plan_forward
 
     options = _options(architecture, dtype, chunk_size, read, rule, "tiled")
-    inputs = _inputs(width, hidden, 2 * chunk_size, rule, False)
+    inputs = _inputs(width, hidden, 2 * chunk_size, rule, momentum)
     words = f"{str(dtype).removeprefix('torch.')} {width}x{hidden or 'linear'} C{chunk_size} {read} {name}"
     forward, results = plan_forward(inputs, options, keep=True, architecture=architecture)
     backward, _ = plan_backward(

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from nl_kernels.chunk_kernels import tiled_layer
+from nl_kernels.chunk_kernels import tiled_layer, tiled_velocity
 from nl_kernels.chunk_kernels.tiled_launch import Operand, Schedule, Term, every_row, whole
 from nl_kernels.ops.deep_memory import launch
 from nl_kernels.ops.deep_memory.triton_backward import Gradients
-from nl_kernels.ops.deep_memory.triton_tiled_forward import TiledChunks, slot_of
+from nl_kernels.ops.deep_memory.triton_tiled_forward import TiledChunks, slot_of, states_of
 from nl_kernels.triton_support.kernel_call import run_calls
 from nl_kernels.triton_support.targets import architecture_of
 
@@ -34,9 +34,12 @@ class TiledAdjoint:
             tiled_layer.LayerAdjoint.of(s, layer, grad, running=chunks.running, proximal=proximal)
             for layer, grad in zip(chunks.layers, grads)
         ]
-        self._weights = [
-            None if chunks.operand == torch.float32 else chunks.new_weight(layer) for layer in chunks.layers
-        ]
+        rounds = chunks.operand != torch.float32
+        self._weights, self._velocity_weights = (
+            [chunks.new_weight(layer) if rounds else None for layer in chunks.layers] for _ in range(2)
+        )
+        for layer, velocity, grad in zip(chunks.layers, chunks.velocities, gradients[8 : 8 + count]):
+            velocity.prepare_adjoint(s, layer, grad, running=chunks.running)
         self.at_anchor = gradients[12 : 12 + count]
         self.at_snapshot = gradients[10 : 10 + count]
         self.at_rate = do.new_empty((chunks.grid.batches, chunks.grid.length))
@@ -64,6 +67,10 @@ class TiledAdjoint:
             adjoint.weights, _ = tiled_layer.operands_of(
                 s, layer.shape, whole(adjoint.grad), None, None, buffer, None
             )
+        for layer, velocity, buffer in zip(chunks.layers, chunks.velocities, self._velocity_weights):
+            velocity.grad_weights, _ = tiled_layer.operands_of(
+                s, layer.shape, whole(velocity.grad), None, None, buffer, None
+            )
         self._read_adjoint()
         xs = chunks.xs()
         queries = [chunks.queries, whole(chunks.query_value)][: len(xs)]
@@ -71,34 +78,38 @@ class TiledAdjoint:
         if not chunks.running:
             read_grads = [None] * len(xs)
         for i, (layer, adjoint) in enumerate(zip(chunks.layers, self.layers)):
-            tiled_layer.write_adjoint(
-                s,
-                layer,
-                adjoint,
-                xs[i],
-                read_grads[i],
-                queries[i],
-                self.at_rate,
-                proximal=chunks.options.proximal,
-                adds=i > 0,
-            )
+            given = (xs[i], read_grads[i], queries[i])
+            options = {"proximal": chunks.options.proximal, "adds": i > 0}
+            if chunks.velocities:
+                tiled_velocity.write_adjoint(s, layer, adjoint, chunks.velocities[i], *given)
+                tiled_layer.rate_adjoint(s, layer, adjoint, self.at_rate, **options)
+            else:
+                tiled_layer.write_adjoint(s, layer, adjoint, *given, self.at_rate, **options)
         base_terms = self._serve_adjoint()
         given = chunks.schedule.chunk == 0 and chunks.inputs.inner_snapshot is not None
         for i, (layer, adjoint) in enumerate(zip(chunks.layers, self.layers)):
+            read_with = queries[i] if chunks.running else None
+            if chunks.velocities:
+                shared = (chunks.velocities[i], chunks.momentum)
+                old = before[len(self.layers) + i]
+                tiled_velocity.state_adjoint(s, layer, adjoint, *shared, read_with, old)
             tiled_layer.state_adjoint(
                 s,
                 layer,
                 adjoint,
                 xs[i],
-                queries[i] if chunks.running else None,
+                read_with,
                 before[i],
                 base_terms[i],
                 self.at_anchor[i],
                 self.at_snapshot[i] if given else None,
             )
-        tiled_layer.decay_adjoint(
-            s, chunks.layers, self.layers, self.at_rate, self.gradients.d_log_decay, self.gradients.d_rate
-        )
+        gradients, inputs = self.gradients, chunks.inputs
+        if chunks.momentum is not None:
+            given = (inputs.momentum, inputs.log_decay, gradients.d_momentum)
+            chunks.momentum.adjoint(s, chunks.velocities, *given)
+        given = (self.at_rate, gradients.d_log_decay, gradients.d_rate)
+        tiled_layer.decay_adjoint(s, chunks.layers, self.layers, *given, chunks.momentum)
 
     def _read_adjoint(self) -> None:
         """Gradients of the queries, and what reads of the running state leave for its writes."""
@@ -111,7 +122,7 @@ class TiledAdjoint:
         if chunks.two_layer:
             last, out = layers[-1], every_row(self.at_query)
             if chunks.running:
-                self._weigh(grad, None, 1)
+                more = self._weigh(grad, None, 1)
                 tiled_layer.read_adjoint(
                     s,
                     last,
@@ -122,8 +133,9 @@ class TiledAdjoint:
                     out,
                     None,
                     self.at_anchor[1],
+                    more,
                 )
-                self._weigh(whole(self.at_query), chunks.query_z, 0)
+                more = self._weigh(whole(self.at_query), chunks.query_z, 0)
             else:
                 terms = [Term(grad, last.base, last.out)]
                 s.product("read to value", chunks.grid.length, last.into, terms, out=out)
@@ -141,7 +153,7 @@ class TiledAdjoint:
                 )
             grad = whole(self.at_query_z)
         elif chunks.running:
-            self._weigh(grad, None, 0)
+            more = self._weigh(grad, None, 0)
         first = layers[0]
         if chunks.running:
             tiled_layer.read_adjoint(
@@ -154,13 +166,17 @@ class TiledAdjoint:
                 dq,
                 residual,
                 self.at_anchor[0],
+                more,
             )
         else:
             terms = [Term(grad, first.base, first.out)]
             s.product("query gradient", chunks.grid.length, first.into, terms, add0=residual, out=dq)
 
-    def _weigh(self, grad: Operand, z: torch.Tensor | None, i: int) -> None:
-        """The adjoint of layer i's running read as an operand, and times the decay."""
+    def _weigh(self, grad: Operand, z: torch.Tensor | None, i: int) -> torch.Tensor | None:
+        """The adjoint of layer i's running read as an operand, and times the decay.
+
+        With momentum also what the read of the velocity gives the queries, which is returned.
+        """
         from nl_kernels.chunk_kernels.tiled_rows import read_adjoint_rows_kernel
 
         chunks, adjoint = self.chunks, self.layers[i]
@@ -180,6 +196,18 @@ class TiledAdjoint:
             },
             **chunks.hidden_options(),
         )
+        if not chunks.velocities:
+            return None
+        tiled_velocity.read_adjoint(
+            chunks.schedule,
+            chunks.layers[i],
+            adjoint,
+            chunks.velocities[i],
+            chunks.momentum,
+            grad if z is None else whole(self.at_query_z),
+            adds=i + 1 < len(self.layers),
+        )
+        return chunks.velocities[i].at_query
 
     def _serve_adjoint(self) -> list[list[Term]]:
         """Gradients of keys and targets; by layer the products that are the adjoint of the snapshot."""
@@ -332,7 +360,8 @@ def plan_backward(
     chunks = TiledChunks(inputs, options, architecture, keeps=True)
     s, count = chunks.schedule, len(chunks.layers)
     adjoint = TiledAdjoint(chunks, do, gradients)
-    shapes = [layer.shape for layer in chunks.layers]
+    shapes = [layer.shape for layer in chunks.layers] * (1 if inputs.momentum is None else 2)
+    kept = states_of(kept, count, inputs.momentum)
     running = [whole(x) for x in gradients[6 : 6 + count]]
     snapshots = [whole(x) for x in snapshot[:count] if x is not None]
     at_snapshot = [whole(x) for x in gradients[10 : 10 + count]]
@@ -346,14 +375,14 @@ def plan_backward(
     step, last = plan.checkpoint, chunks.grid.chunks - 1
     stack = kept
     if step > 1:
-        stack = [None if x is None else x.new_empty((plan.rows, step, *x.shape[2:])) for x in kept]
+        stack = [x.new_empty((plan.rows, step, *x.shape[2:])) for x in kept]
     for chunk in range(last, -1, -1):
         slot = chunk
         if step > 1:
             slot = chunk % step
             if chunk == last or slot == step - 1:
                 _run_again(chunks, kept, stack, chunk - slot, slot, shapes)
-        before = [slot_of(x, slot) for x in stack[:count]]
+        before = [slot_of(x, slot) for x in stack]
         chunks.take_weights(before, chunk)
         chunks.serve_and_write()
         chunks.read_queries(None)
@@ -369,7 +398,7 @@ def plan_backward(
 def _run_again(chunks: TiledChunks, kept, stack, first: int, count: int, shapes) -> None:
     """The states at the starts of chunks ``first`` … ``first + count``, into the stack."""
     step = stack[0].shape[1]
-    weights = range(len(chunks.layers))
+    weights = range(len(stack))
     for i in weights:
         tiled_layer.move(chunks.schedule, slot_of(kept[i], first // step), slot_of(stack[i], 0), shapes[i])
     for below in range(count):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from nl_kernels.chunk_kernels import tiled_layer
+from nl_kernels.chunk_kernels import tiled_layer, tiled_velocity
 from nl_kernels.chunk_kernels.tiled_launch import (
     Operand,
     Place,
@@ -83,6 +84,13 @@ class TiledChunks:
             self.layers.append(
                 buffers(s, inputs.q, out, wide, erases=erases[1], rate=rate, signal=self.error, **shared)
             )
+        self.momentum, self.velocities = None, []
+        if inputs.momentum is not None:
+            self.momentum = tiled_velocity.Momentum.of(s, inputs.momentum, inputs.log_decay, **shared)
+            self.velocities = [tiled_velocity.Velocity.of(s, layer, **shared) for layer in self.layers]
+            for layer, velocity in zip(self.layers, self.velocities):
+                rounds = self.running and self.operand != torch.float32
+                velocity.rounded = self.new_weight(layer) if rounds else None
         self._weights = [self._weight_buffers(i) for i in range(len(self.layers))]
         for layer, anchor in zip(self.layers, inputs[12:14]):
             layer.anchor = self._anchor(layer, anchor) if self.running else None
@@ -133,8 +141,17 @@ class TiledChunks:
         return {"ACTIVATION": self.options.activation, "NORMALIZED": self.options.normalize_hidden}
 
     def take_weights(self, before: list[Operand], chunk: int) -> None:
-        """Make ``chunk`` the present one, and its weights operands; ``before`` are the running ones."""
+        """Make ``chunk`` the present one, and its weights operands.
+
+        ``before`` are the running ones and, with momentum, the velocities.
+        """
         self.schedule.chunk = chunk
+        if self.momentum is not None:
+            self.momentum.make_matrices(self.schedule)
+        for layer, velocity, weight in zip(self.layers, self.velocities, before[len(self.layers) :]):
+            velocity.weights, _ = tiled_layer.operands_of(
+                self.schedule, layer.shape, weight, None, None, velocity.rounded, None
+            )
         for i, layer in enumerate(self.layers):
             snapshot = self.inputs[10 + i] if chunk == 0 else None
             operand, base = self._weights[i]
@@ -187,7 +204,7 @@ class TiledChunks:
                 "raw": self.raw,
                 "error": self.error,
                 "operand": None if self.error_operand is self.error else self.error_operand,
-                **self._written(last),
+                **self._written(-1),
             },
             BOUND=bound,
         )
@@ -203,7 +220,7 @@ class TiledChunks:
                 "signal",
                 tiled_rows.signal_rows_kernel,
                 self.hidden,
-                {"z": self.z, "back": self.back, "signal": self.signals[0], **self._written(first)},
+                {"z": self.z, "back": self.back, "signal": self.signals[0], **self._written(0)},
                 BOUND=bound,
                 **self.hidden_options(),
             )
@@ -211,10 +228,13 @@ class TiledChunks:
             if layer.erases:
                 tiled_layer.erase_and_write(s, layer, operand, signal)
 
-    def _written(self, layer: tiled_layer.LayerBuffers) -> dict[str, torch.Tensor | None]:
+    def _written(self, i: int) -> dict[str, torch.Tensor | None]:
+        """Where the i-th layer's writes go that wait for no solve."""
+        layer = self.layers[i]
         if layer.erases:
-            return {"written": None, "weighted": None}
-        return {"written": layer.written, "weighted": layer.weighted}
+            return {}
+        carried = self.velocities[i].carried if self.velocities else None
+        return {"written": layer.written, "weighted": layer.weighted, "carried": carried}
 
     def read_queries(self, o: torch.Tensor | None) -> None:
         """The reads, into ``o`` [N, S, Dv]; without it what the adjoint needs of them alone."""
@@ -226,7 +246,7 @@ class TiledChunks:
         queries = self.queries
         if self.two_layer:
             if self.running:
-                tiled_layer.read(s, self.layers[0], queries, self.keys, every_row(self.query_z))
+                self._read_running(0, queries, every_row(self.query_z), None)
             else:
                 terms = [Term(queries, self.layers[0].base.t, self.key_dim)]
                 s.product("query", length, self.hidden, terms, out=every_row(self.query_z))
@@ -239,15 +259,36 @@ class TiledChunks:
             )
             queries = whole(self.query_value)
         if self.running:
-            tiled_layer.read(s, last, queries, self.xs()[-1], out, residual)
+            self._read_running(len(self.layers) - 1, queries, out, residual)
         elif out is not None:
             terms = [Term(queries, last.base.t, last.into)]
             s.product("snapshot read", length, self.value_dim, terms, add1=residual, out=out)
 
+    def _read_running(self, i: int, queries: Operand, out: Place | None, residual: Place | None) -> None:
+        x, layer = self.xs()[i], self.layers[i]
+        if self.velocities:
+            shared = (self.velocities[i], self.momentum)
+            tiled_velocity.read(self.schedule, layer, *shared, queries, x, out, residual)
+        else:
+            tiled_layer.read(self.schedule, layer, queries, x, out, residual)
+
     def carry(self, before: list[Operand], after: list[Operand]) -> None:
-        """The running weights after the chunk."""
-        for layer, x, old, new in zip(self.layers, self.xs(), before, after):
-            tiled_layer.carry(self.schedule, layer, x, old, new)
+        """The running weights, and with momentum the velocities, after the chunk."""
+        count = len(self.layers)
+        for i, (layer, x) in enumerate(zip(self.layers, self.xs())):
+            if self.velocities:
+                old, new = ((states[i], states[count + i]) for states in (before, after))
+                shared = (self.velocities[i], self.momentum)
+                tiled_velocity.carry(self.schedule, layer, *shared, x, old, new)
+            else:
+                tiled_layer.carry(self.schedule, layer, x, before[i], after[i])
+
+
+def states_of(
+    tensors: Sequence[torch.Tensor | None], count: int, momentum: torch.Tensor | None
+) -> list[torch.Tensor | None]:
+    """Of two weights and two velocities those of ``count`` layers; velocities where there is momentum."""
+    return [*tensors[:count], *(tensors[2 : 2 + count] if momentum is not None else ())]
 
 
 def slot_of(tensor: torch.Tensor, slot: int) -> Operand:
@@ -276,8 +317,10 @@ def plan_forward(
     results = make_results(inputs, options, keep=keep)
     chunks = TiledChunks(inputs, options, architecture, keeps=False)
     s, count = chunks.schedule, len(chunks.layers)
-    shapes = [layer.shape for layer in chunks.layers]
-    given, final, kept = inputs[6 : 6 + count], results[1 : 1 + count], results[7 : 7 + count]
+    shapes = [layer.shape for layer in chunks.layers] * (1 if inputs.momentum is None else 2)
+    given, final, kept = (
+        states_of(x, count, inputs.momentum) for x in (inputs[6:10], results[1:5], results[7:])
+    )
     snapshots = [x for x in results[5 : 5 + count] if x is not None]
     for i, snapshot in enumerate(snapshots):
         known = inputs[10 + i] if inputs[10 + i] is not None else given[i]
@@ -298,7 +341,7 @@ def plan_forward(
         chunks.serve_and_write()
         chunks.read_queries(results.o)
         to_slot = in_slots and chunk < last
-        after = [slot_of(x, chunk + 1) if to_slot else whole(y) for x, y in zip(kept or final, final)]
+        after = [slot_of(x, chunk + 1) for x in kept] if to_slot else [whole(x) for x in final]
         chunks.carry(before, after)
         before = after
     if inputs.begin is not None:

@@ -237,7 +237,6 @@ def test_refuses_what_the_kernels_do_not_serve():
         "chunks from 16 to 4096, got 4": (inputs(2, width=129), {}),
         "chunks from 16 to 4096, got 5000": (inputs(2), {"chunk_size": 5000}),
         "hidden layers up to 4096 wide, got 5000": (inputs(2, hidden=5000), {"chunk_size": 64}),
-        "momentum: .* chunks up to 64": (inputs(2, momentum=True), {"chunk_size": 65, "rule": TITANS}),
         "rule.erase='none' alone": (inputs(2, momentum=True), {}),
         "got float64": (inputs(2, dtype=torch.float64), {}),
     }

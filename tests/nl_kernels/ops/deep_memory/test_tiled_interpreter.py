@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nl_kernels import MemoryRule, deep_memory, dispatch
-from nl_kernels.chunk_kernels import tiled_launch, tiled_layer
+from nl_kernels.chunk_kernels import tiled_launch, tiled_layer, tiled_velocity
 from nl_kernels.ops.deep_memory import launch
 from nl_kernels.testing import assert_within_budget, deep_memory_inputs
 from tests.nl_kernels.ops.deep_memory.test_interpreter import (
@@ -40,9 +40,11 @@ QUICK = {
     ("literal", "snapshot", 12),
     ("literal", "running", None),
     ("gelu, input, tight bound", "snapshot", None),
+    ("titans", "snapshot", None),
+    ("titans", "running", 12),
 }
 RULES_READS_LAYERS = itertools.product(
-    ("default", "literal", "gelu, input, tight bound"), ("snapshot", "running"), (12, None)
+    ("default", "literal", "titans", "gelu, input, tight bound"), ("snapshot", "running"), (12, None)
 )
 
 
@@ -52,9 +54,8 @@ RULES_READS_LAYERS = itertools.product(
 )
 def test_results_and_every_gradient(tiled, rule, read, hidden):
     """Resumed within a chunk and left within another one."""
-    assert_kernels_within_budget(
-        inputs(6, hidden=hidden, resumed_at=[3]), rule=RULES[rule], read=read, chunk_size=C
-    )
+    x = inputs(6, hidden=hidden, momentum=rule == "titans", resumed_at=[3])
+    assert_kernels_within_budget(x, rule=RULES[rule], read=read, chunk_size=C)
 
 
 @pytest.mark.parametrize("length", [1, C, *(pytest.param(n, marks=SLOW) for n in (C - 1, C + 1, 3 * C + 7))])
@@ -79,19 +80,22 @@ def test_several_tiles_and_blocks(length, width, hidden, chunk):
     assert_kernels_within_budget(x, read="running", chunk_size=chunk)
 
 
-@pytest.mark.parametrize("hidden", [20, pytest.param(None, marks=SLOW)], ids=["two layers", "linear"])
+@pytest.mark.parametrize("hidden", [20, None], ids=["erases", "momentum"])
 def test_several_tiles_and_blocks_of_sixteen(tiled, monkeypatch, hidden):
     """The same at sizes for every day: a chunk of two tiles, and of two blocks of the solve."""
     monkeypatch.setattr(tiled_layer, "SOLVE_BLOCK", 16)
-    monkeypatch.setattr(tiled_layer, "pair_tile", lambda length: 16)
+    for module in (tiled_layer, tiled_velocity):
+        monkeypatch.setattr(module, "pair_tile", lambda length: 16)
     monkeypatch.setattr(tiled_launch, "tiles_of", lambda *_: tiled_launch.Tiles(16, 16, 16, 4, 1))
-    x = inputs(20, hidden=hidden, resumed_at=[1])
-    assert_kernels_within_budget(x, read="running", chunk_size=24)
+    x = inputs(20, hidden=hidden, momentum=hidden is None, resumed_at=[1])
+    rule = MemoryRule(erase="none") if hidden is None else None
+    assert_kernels_within_budget(x, rule=rule, read="running", chunk_size=24)
 
 
 def test_states_are_recomputed(tiled):
-    x = inputs(18, hidden=None)
-    assert_kernels_within_budget(x, chunk_size=C, checkpoint_every=3)
+    x = inputs(18, hidden=None, momentum=True)
+    rule = MemoryRule(erase="none")
+    assert_kernels_within_budget(x, rule=rule, chunk_size=C, checkpoint_every=3)
 
 
 @pytest.mark.parametrize("read", ["snapshot", pytest.param("running", marks=SLOW)])
@@ -123,8 +127,11 @@ def test_padding_moves_nothing(tiled, hidden):
 
 def test_packed_sequences(tiled):
     x = inputs(9, hidden=None)
+    x["momentum"] = 0.9 * torch.rand(1, 9, 1)
     cu_seqlens = torch.tensor([0, 1, 7, 9])
-    assert_kernels_within_budget(x, cu_seqlens=cu_seqlens, read="running", chunk_size=C)
+    assert_kernels_within_budget(
+        x, rule=MemoryRule(erase="none"), cu_seqlens=cu_seqlens, read="running", chunk_size=C
+    )
 
 
 def test_one_token_each_at_different_positions(tiled):
@@ -138,14 +145,15 @@ def test_fp16(tiled):
 
 @functools.cache
 def found():
-    """Gradients of the kernels, of eager and in fp64, by name, of a case that has all but momentum."""
-    x = inputs(C + 1, resumed_at=[3])
+    """Gradients of the kernels, of eager and in fp64, by name, of a case that has all of them."""
+    x = inputs(C + 1, momentum=True, resumed_at=[3])
+    options = {"rule": MemoryRule(erase="none"), "chunk_size": C}
     calls = (("triton", None), ("eager", None), ("reference", torch.float64))
-    parts = [results_and_gradients(x, dtype, impl=impl, chunk_size=C)[1] for impl, dtype in calls]
-    return [dict(zip([n for n in NAMES if n != "momentum"], gradients)) for gradients in parts]
+    parts = [results_and_gradients(x, dtype, impl=impl, **options)[1] for impl, dtype in calls]
+    return [dict(zip(NAMES, gradients)) for gradients in parts]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "momentum"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_mistake_of_one_percent_in_any_gradient_is_seen(tiled, name):
     triton, eager, expected = found()
     assert_within_budget(triton[name], eager[name], expected[name])
@@ -153,24 +161,23 @@ def test_a_mistake_of_one_percent_in_any_gradient_is_seen(tiled, name):
         assert_within_budget(1.01 * triton[name], eager[name], expected[name])
 
 
-def flat_inputs(hidden, ragged=False, tokens=7):
+def flat_inputs(hidden, ragged=False, tokens=7, momentum=False):
     """What the kernels take, of two rows that start within a chunk, and the options."""
     rows = 2
-    x = deep_memory_inputs(1, tokens, rows, 10, hidden)
-    sequences = [x[n][0].transpose(0, 1).contiguous() for n in NAMES[:5]]
+    x = deep_memory_inputs(1, tokens, rows, 10, hidden, momentum=momentum)
+    sequences = [x[n] if x[n] is None else x[n][0].transpose(0, 1).contiguous() for n in NAMES[:6]]
     layers = [None if w is None else w.detach() for w in x["weights"]]
     slots = [torch.tensor([3, 0]), torch.tensor([7, 5]), None] if ragged else [None] * 3
     given = launch.Inputs(
         *sequences,
-        None,
         *(None if w is None else w.clone() for w in layers),
-        *(None, None),
+        *(None if w is None or not momentum else w.clone() for w in layers),
         *(None if w is None else w.clone() for w in layers),
         *(None if w is None else w.clone() for w in layers),
         *slots,
     )
     options = launch.Options.of(
-        MemoryRule(),
+        MemoryRule(erase="none" if momentum else "per_layer"),
         offset=0 if ragged else 3,
         chunk_size=C,
         read="running",
@@ -181,11 +188,11 @@ def flat_inputs(hidden, ragged=False, tokens=7):
     return given, options
 
 
-@pytest.mark.parametrize("hidden", [12, None], ids=["two layers", "linear"])
-def test_every_element_is_written_and_nothing_else(hidden):
+@pytest.mark.parametrize(("hidden", "momentum"), [(12, False), (None, False), (None, True)])
+def test_every_element_is_written_and_nothing_else(hidden, momentum):
     from nl_kernels.ops.deep_memory import triton_tiled_backward, triton_tiled_forward
 
-    given, options = flat_inputs(hidden, ragged=hidden is None)
+    given, options = flat_inputs(hidden, ragged=hidden is None and not momentum, momentum=momentum)
     shared = {"architecture": "sm_90"}
     schedule, results = triton_tiled_forward.plan_forward(given, options, keep=True, **shared)
     assert run_guarded(schedule.calls, given) > 12
