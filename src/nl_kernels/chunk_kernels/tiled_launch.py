@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ class Tiles(NamedTuple):
     stages: int
 
 
+@functools.cache
 def tiles_of(m: int, n: int, k: int, precision: str, architecture: str) -> Tiles:
     """Tiles of 128 where both extents fill several, else of 64; a step of 128 bytes of the contracted one."""
     large = min(m, n) >= 256
@@ -156,6 +158,15 @@ class TokenGrid:
         }
 
 
+@functools.cache
+def _parameters(kernel: Any) -> tuple[tuple[str, ...], dict[str, int | None]]:
+    """Names of a kernel's constants, and its other arguments with what stands for an absent one."""
+    integers = ("_rows", "_start", "_limit", "_pitch")
+    constants = tuple(name for name in kernel.arg_names if name.isupper())
+    others = (name for name in kernel.arg_names if not name.isupper())
+    return constants, {name: 0 if name.endswith(integers) else None for name in others}
+
+
 class Schedule:
     """Kernel calls in the order in which they run, and what each is for."""
 
@@ -194,12 +205,10 @@ class Schedule:
             "chunk": self.chunk,
         }
         fixed = {"LENGTH": grid.length, "CHUNK": grid.chunk_size, "PRECISION": self.precision, **constants}
-        given, known = {**common, **arguments}, {n: fixed[n] for n in kernel.arg_names if n.isupper()}
-        taken = {
-            n: given.get(n, 0 if n.endswith(("_rows", "_start", "_limit", "_pitch")) else None)
-            for n in kernel.arg_names
-            if n not in known
-        }
+        given = {**common, **arguments}
+        names, defaults = _parameters(kernel)
+        taken = {name: given.get(name, default) for name, default in defaults.items()}
+        known = {name: fixed[name] for name in names}
         self.calls.append(KernelCall(kernel, (programs,), taken, known, warps, stages))
         self.names.append(name)
 

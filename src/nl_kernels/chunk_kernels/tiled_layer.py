@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from nl_kernels.chunk_kernels.tiled_launch import (
-    MOVED_NUMBERS,
     SOLVE_BLOCK,
     SOLVE_COLUMNS,
     Operand,
@@ -21,14 +20,13 @@ from nl_kernels.chunk_kernels.tiled_launch import (
     Term,
     every_row,
     operand_dtype,
-    row_tiles,
     solve_precision,
     whole,
 )
-from nl_kernels.triton_support.tiles import padded, power_of_two
+from nl_kernels.triton_support.tiles import padded
 
 if TYPE_CHECKING:
-    from nl_kernels.chunk_kernels.tiled_velocity import Momentum
+    pass
 
 BEFORE, AFTER, TO_END = 4, 5, 6  # of the coefficients
 
@@ -137,10 +135,21 @@ def erase_and_write(s: Schedule, layer: LayerBuffers, x: Operand, signal: torch.
         add0=every_row(signal),
         out=every_row(layer.right),
     )
-    _solve(s, "solve", layer, layer.right, layer.surprise, layer.written, layer.weighted, transposed=False)
+    solve(s, "solve", layer, layer.right, layer.surprise, layer.written, layer.weighted, transposed=False)
 
 
-def _solve(s: Schedule, name, layer, right, solution, scaled, weighted, *, transposed: bool) -> None:
+def solve(
+    s: Schedule,
+    name: str,
+    layer: LayerBuffers,
+    right: torch.Tensor,
+    solution: torch.Tensor,
+    scaled: torch.Tensor,
+    weighted: torch.Tensor,
+    *,
+    transposed: bool,
+) -> None:
+    """The system of a layer's erases, or its transpose; see :func:`.tiled_solve.solve_kernel`."""
     from nl_kernels.chunk_kernels.tiled_solve import solve_kernel
 
     columns = min(SOLVE_COLUMNS, padded(layer.out))
@@ -182,9 +191,9 @@ def carry(s: Schedule, layer: LayerBuffers, x: Operand, before: Operand, after: 
 
 
 def read(
-    s: Schedule, layer: LayerBuffers, queries: Operand, x: Operand, out: Place, residual: Place | None = None
+    s: Schedule, layer: LayerBuffers, queries: Operand, x: Operand, out: Place | None, residual: Place | None
 ) -> None:
-    """The read after each token, at the states before the chunk's writes are carried."""
+    """The read after each token, ahead of :func:`carry`; without ``out`` what its adjoint needs of it."""
     length = s.grid.length
     s.product(
         "scores",
@@ -198,483 +207,6 @@ def read(
     if layer.anchor is not None:
         terms.append(Term(queries, layer.anchor.t, layer.into))
     terms.append(Term(whole(layer.scores), whole(layer.written), length, "l"))
+    if out is None:
+        terms = terms[:1]
     s.product("read", length, layer.out, terms, factor=AFTER, aside=layer.recalled, add1=residual, out=out)
-
-
-@dataclass
-class LayerAdjoint:
-    """What the adjoint of a layer makes of one chunk; ``None`` where an option leaves it out.
-
-    Attributes:
-        grad: adjoint of the running weights [batches, out, into], carried from chunk to chunk.
-        weights: it, as an operand.
-        at_written, at_end: that of u, and its part from the state after the chunk.
-        at_surprise: of ω. solved: of the error signal, and as an operand, and times the decay before each
-            token.
-        pairs: of x xᵀ, plus its transpose. strict_rows, strict_columns: sums by tile.
-        at_x: of the layer's input.
-        read_weighted: of a running read times the decay. read_pairs: of q xᵀ. full_rows, full_columns: sums
-            by tile.
-        before, to_end, after: of the decays, by token, times themselves. inner: of those over the chunk.
-        at_rate: of the rate, but for the sums over columns. coefficient: what a proximal rate gives its
-            input.
-    """
-
-    grad: torch.Tensor
-    weights: Operand | None
-    at_written: torch.Tensor
-    at_end: torch.Tensor
-    at_surprise: torch.Tensor
-    solved: torch.Tensor | None
-    solved_operand: torch.Tensor | None
-    solved_weighted: torch.Tensor | None
-    pairs: torch.Tensor | None
-    strict_rows: torch.Tensor | None
-    strict_columns: torch.Tensor | None
-    at_x: torch.Tensor
-    read_weighted: torch.Tensor | None
-    read_pairs: torch.Tensor | None
-    full_rows: torch.Tensor | None
-    full_columns: torch.Tensor | None
-    before: torch.Tensor | None
-    to_end: torch.Tensor
-    after: torch.Tensor | None
-    inner: torch.Tensor
-    at_rate: torch.Tensor
-    coefficient: torch.Tensor | None
-
-    @classmethod
-    def of(
-        cls, s: Schedule, layer: LayerBuffers, grad: torch.Tensor, *, running: bool, proximal: bool
-    ) -> LayerAdjoint:
-        grid = s.grid
-        operand = operand_dtype(s.precision)
-        tiles = -(-grid.length // pair_tile(grid.length))
-
-        def new(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> torch.Tensor | None:
-            return grad.new_empty((grid.batches, *shape), dtype=dtype) if when else None
-
-        tokens, wide, square = grid.length, (grid.length, layer.out), (grid.length, grid.length)
-        erases = layer.erases
-        at_written = new(*wide)
-        return cls(
-            grad=grad,
-            weights=None,
-            at_written=at_written,
-            at_end=new(*wide) if running else at_written,
-            at_surprise=new(*wide),
-            solved=new(*wide, when=erases),
-            solved_operand=new(*wide, dtype=operand, when=erases),
-            solved_weighted=new(*wide, dtype=operand, when=erases),
-            pairs=new(*square, dtype=operand, when=erases),
-            strict_rows=new(tiles, tokens, when=erases),
-            strict_columns=new(tiles, tokens, when=erases),
-            at_x=new(grid.length, layer.into),
-            read_weighted=new(*wide, dtype=operand, when=running),
-            read_pairs=new(*square, dtype=operand, when=running),
-            full_rows=new(tiles, tokens, when=running),
-            full_columns=new(tiles, tokens, when=running),
-            before=new(tokens, when=erases),
-            to_end=new(tokens),
-            after=new(tokens, when=running),
-            inner=new(grid.chunks, s.weight_tiles(layer.out, layer.into)),
-            at_rate=new(tokens),
-            coefficient=new(tokens, when=proximal and erases),
-        )
-
-    @property
-    def at_signal(self) -> torch.Tensor:
-        """The adjoint of the error signal."""
-        return self.at_surprise if self.solved is None else self.solved
-
-
-def pair_tile(length: int) -> int:
-    """Rows and columns of the tiles of a matrix of pairs of tokens, in its adjoint."""
-    return min(64, length)
-
-
-def read_adjoint(
-    s: Schedule,
-    layer: LayerBuffers,
-    adjoint: LayerAdjoint,
-    grad: Operand,
-    queries: Operand,
-    x: Operand,
-    out: Place,
-    residual: Place | None,
-    at_anchor: torch.Tensor | None,
-    more: torch.Tensor | None = None,
-) -> None:
-    """The adjoint of the read's queries, from that of the read; adds to that of the anchor.
-
-    ``adjoint.read_weighted`` is already there; so are, with momentum, ``adjoint.read_pairs`` and ``more``, what
-    the read of the velocity gives the queries.
-    """
-    length = s.grid.length
-    if more is None:
-        _pairs(s, layer, adjoint, "read pairs", grad, layer.written, layer.scores, "full")
-    terms = [Term(grad, layer.weights, layer.out)]
-    if layer.anchor is not None:
-        terms.append(Term(grad, layer.anchor, layer.out))
-    terms.append(Term(whole(adjoint.read_pairs), x, length, "l"))
-    s.product(
-        "read to queries",
-        length,
-        layer.into,
-        terms,
-        factor=AFTER,
-        add0=residual,
-        add1=every_row(more),
-        out=out,
-    )
-    if at_anchor is not None:
-        place = every_row(at_anchor)
-        s.product(
-            "read to anchor", layer.out, layer.into, [Term(grad.t, queries, length)], add0=place, out=place
-        )
-
-
-def _pairs(s: Schedule, layer, adjoint, name, a: Operand, b: torch.Tensor, weights, decay: str) -> None:
-    from nl_kernels.chunk_kernels.tiled_products import pair_adjoint_kernel
-
-    length = s.grid.length
-    tile = pair_tile(length)
-    tiles = -(-length // tile)
-    strict = decay == "strict"
-    s.add(
-        name,
-        pair_adjoint_kernel,
-        s.grid.batches * tiles * tiles,
-        {
-            "a": a.tensor,
-            "extent": layer.out,
-            "a_rows": a.rows,
-            "a_start": a.start,
-            "b": b,
-            "weights": weights,
-            "rate": layer.rate if strict else None,
-            "out": adjoint.pairs if strict else adjoint.read_pairs,
-            "row_sums": adjoint.strict_rows if strict else adjoint.full_rows,
-            "column_sums": adjoint.strict_columns if strict else adjoint.full_columns,
-        },
-        {
-            "K": layer.out,
-            "DECAY": decay,
-            "BLOCK_M": tile,
-            "BLOCK_K": min(32, padded(layer.out)),
-        },
-        4,
-        2,
-    )
-
-
-def write_adjoint(
-    s: Schedule,
-    layer: LayerBuffers,
-    adjoint: LayerAdjoint,
-    x: Operand,
-    read_grad: Operand | None,
-    queries: Operand | None,
-    at_rate: torch.Tensor,
-    *,
-    proximal: bool,
-    adds: bool,
-) -> None:
-    """Adjoints of the error signal, the input and the given rate, from that of the state after the chunk.
-
-    Args:
-        read_grad, queries: adjoint of the running read, and what it was read with; ``None`` without.
-        at_rate: [batches, length] of the given rate, added to with ``adds``.
-    """
-    from nl_kernels.chunk_kernels.tiled_rows import written_adjoint_rows_kernel
-
-    length = s.grid.length
-    terms = [Term(x, adjoint.weights.t, layer.into)]
-    if read_grad is not None:
-        terms.append(Term(whole(layer.scores).t, read_grad, length, "u"))
-    s.product(
-        "state to written",
-        length,
-        layer.out,
-        terms,
-        factor=TO_END,
-        aside=adjoint.at_end if read_grad is not None else None,
-        out=every_row(adjoint.at_written),
-    )
-    s.rows(
-        "written adjoint",
-        written_adjoint_rows_kernel,
-        layer.out,
-        {
-            "at_written": adjoint.at_written,
-            "at_end": adjoint.at_end,
-            "surprise": layer.surprise,
-            "rate": layer.rate,
-            "at_surprise": adjoint.at_surprise,
-            "at_rate": adjoint.at_rate,
-            "to_end": adjoint.to_end,
-        },
-    )
-    terms = [Term(whole(layer.weighted), adjoint.weights, layer.out)]
-    if layer.erases:
-        _solve(
-            s,
-            "solve adjoint",
-            layer,
-            adjoint.at_surprise,
-            adjoint.solved,
-            adjoint.solved_operand,
-            adjoint.solved_weighted,
-            transposed=True,
-        )
-        _pairs(
-            s,
-            layer,
-            adjoint,
-            "gram pairs",
-            whole(adjoint.solved_operand),
-            layer.surprise,
-            layer.gram,
-            "strict",
-        )
-        terms += [
-            Term(whole(adjoint.solved_weighted), layer.weights, layer.out),
-            Term(whole(adjoint.pairs), x, length),
-        ]
-    if read_grad is not None:
-        terms.append(Term(whole(adjoint.read_pairs).t, queries, length, "u"))
-    s.product("write to input", length, layer.into, terms, out=every_row(adjoint.at_x))
-    rate_adjoint(s, layer, adjoint, at_rate, proximal=proximal, adds=adds)
-
-
-def rate_adjoint(
-    s: Schedule,
-    layer: LayerBuffers,
-    adjoint: LayerAdjoint,
-    at_rate: torch.Tensor,
-    *,
-    proximal: bool,
-    adds: bool,
-) -> None:
-    """That of the rate as given, into ``at_rate``, added with ``adds``."""
-    from nl_kernels.chunk_kernels.tiled_tokens import rate_adjoint_kernel
-
-    length = s.grid.length
-    s.add(
-        "rate adjoint",
-        rate_adjoint_kernel,
-        s.grid.batches,
-        {
-            "given": s.coefficients,
-            "effective": layer.rate,
-            "direct": adjoint.at_rate,
-            "column_sums": adjoint.strict_columns,
-            "total": at_rate,
-            "coefficient": adjoint.coefficient,
-        },
-        {
-            "TILES": -(-length // pair_tile(length)),
-            "PROXIMAL": proximal and layer.erases,
-            "ADDS": adds,
-            "BLOCK": power_of_two(length),
-        },
-    )
-
-
-def state_adjoint(
-    s: Schedule,
-    layer: LayerBuffers,
-    adjoint: LayerAdjoint,
-    x: Operand,
-    queries: Operand | None,
-    before: Operand,
-    base_terms: list[Term],
-    at_anchor: torch.Tensor | None,
-    at_snapshot: torch.Tensor | None,
-) -> None:
-    """The adjoint of the running weights before the chunk, in the place of that after it.
-
-    Args:
-        queries: of the running read, or ``None``.
-        before: the running weights, fp32.
-        base_terms: the adjoint of the snapshot. It is added to ``at_anchor``, and goes to ``at_snapshot`` or,
-            where that is ``None``, as the running weights were the snapshot, to theirs.
-    """
-    length, place = s.grid.length, every_row(adjoint.grad)
-    terms = []
-    if layer.erases:
-        terms.append(Term(whole(adjoint.solved_weighted).t, x, length))
-    if queries is not None:
-        terms.append(Term(whole(adjoint.read_weighted).t, queries, length))
-    if at_snapshot is not None:
-        s.product(
-            "snapshot adjoint",
-            layer.out,
-            layer.into,
-            base_terms,
-            aside=at_anchor,
-            aside_terms=len(base_terms),
-            aside_adds=True,
-            out=every_row(at_snapshot),
-        )
-        at_anchor = None
-    else:
-        terms = base_terms + terms
-    s.product(
-        "state adjoint",
-        layer.out,
-        layer.into,
-        terms,
-        aside=at_anchor,
-        aside_terms=len(base_terms),
-        aside_adds=True,
-        add0=place,
-        scaled=s.final,
-        against=before,
-        inner=adjoint.inner,
-        out=place,
-    )
-
-
-def operands_of(
-    s: Schedule,
-    shape: tuple[int, int],
-    running: Operand,
-    snapshot: torch.Tensor | None,
-    anchor: torch.Tensor | None,
-    operand: torch.Tensor | None,
-    base: torch.Tensor | None,
-) -> tuple[Operand, Operand]:
-    """Running weights of ``shape``, and the snapshot's, in the buffers; without one, fp32 where they lie."""
-    from nl_kernels.chunk_kernels.tiled_weights import operands_kernel
-
-    size = shape[0] * shape[1]
-    if operand is not None or base is not None:
-        s.add(
-            "weights",
-            operands_kernel,
-            s.grid.batches * -(-size // MOVED_NUMBERS),
-            {
-                "running": running.tensor,
-                "snapshot": snapshot,
-                "anchor": anchor,
-                "operand": operand,
-                "base": base,
-                "running_pitch": running.rows * shape[1],
-                "running_start": running.start * shape[1],
-            },
-            {"SIZE": size, "BLOCK": min(MOVED_NUMBERS, power_of_two(size))},
-            8,
-        )
-    weights = whole(operand) or running
-    return weights, whole(base) or weights
-
-
-def move(
-    s: Schedule,
-    source: Operand,
-    target: Operand,
-    shape: tuple[int, int],
-    *,
-    when: str = "always",
-    adds: bool = False,
-    index: int = 0,
-) -> None:
-    """Copy, or add, a weight of each batch that is at some place; see :func:`.tiled_weights.move_kernel`."""
-    from nl_kernels.chunk_kernels.tiled_weights import move_kernel
-
-    size = shape[0] * shape[1]
-    block = min(MOVED_NUMBERS, power_of_two(size))
-    s.add(
-        f"move {when}",
-        move_kernel,
-        s.grid.batches * -(-size // block),
-        {
-            "source": source.tensor,
-            "target": target.tensor,
-            "source_pitch": source.rows * shape[1],
-            "source_start": source.start * shape[1],
-            "target_pitch": target.rows * shape[1],
-            "target_start": target.start * shape[1],
-            "index": index,
-        },
-        {"WHEN": when, "ADDS": adds, "SIZE": size, "BLOCK": block},
-        8,
-    )
-
-
-def coefficients_of(s: Schedule, rate: torch.Tensor, log_decay: torch.Tensor) -> torch.Tensor:
-    """Set what the decays and rates give every chunk; the rate as given [batches, pitch]."""
-    from nl_kernels.chunk_kernels.tiled_tokens import coefficients_kernel
-
-    grid = s.grid
-    s.coefficients = rate.new_empty((grid.batches, 8, grid.pitch))
-    s.final = rate.new_empty((grid.batches, grid.chunks))
-    placed = rate.new_empty((grid.batches, grid.pitch))
-    s.add(
-        "coefficients",
-        coefficients_kernel,
-        grid.batches * grid.chunks,
-        {"rate": rate, "log_decay": log_decay, "plain_rate": placed, "final": s.final},
-        {"BLOCK": power_of_two(grid.length)},
-    )
-    return placed
-
-
-def place_tokens(s: Schedule, x: torch.Tensor, *, proximal: bool = False):
-    """Tokens [batches, tokens, width] by chunk, as operands; proximal rates [batches, pitch] or ``None``."""
-    from nl_kernels.chunk_kernels.tiled_tokens import place_tokens_kernel
-
-    grid, width = s.grid, x.shape[-1]
-    placed = x.new_empty((grid.batches, grid.pitch, width), dtype=operand_dtype(s.precision))
-    effective = x.new_empty((grid.batches, grid.pitch)) if proximal else None
-    block, rows, warps = row_tiles(width, grid.length)
-    s.add(
-        "place tokens",
-        place_tokens_kernel,
-        grid.batches * grid.pitch // rows,
-        {"x": x, "placed": placed, "effective": effective},
-        {"WIDTH": width, "ROWS": rows, "BLOCK": block},
-        warps,
-    )
-    return placed, effective
-
-
-def decay_adjoint(
-    s: Schedule,
-    layers: list[LayerBuffers],
-    adjoints: list[LayerAdjoint],
-    at_rate: torch.Tensor,
-    d_log_decay: torch.Tensor,
-    d_rate: torch.Tensor,
-    momentum: Momentum | None = None,
-) -> None:
-    """Gradients of the present chunk's log decays and rates, of one or two layers."""
-    from nl_kernels.chunk_kernels.tiled_tokens import decay_adjoint_kernel
-
-    length = s.grid.length
-    given = {"rate_total": at_rate, "final": s.final, "d_log_decay": d_log_decay, "d_rate": d_rate}
-    constants = {"TILES": -(-length // pair_tile(length)), "BLOCK": power_of_two(length)}
-    for i in range(2):
-        constants |= {f"WEIGHT_TILES{i}": 0, f"WEIGHT_BLOCK{i}": 0}
-    names = (
-        "before",
-        "to_end",
-        "after",
-        "strict_rows",
-        "strict_columns",
-        "full_rows",
-        "full_columns",
-        "inner",
-    )
-    for i, (layer, adjoint) in enumerate(zip(layers, adjoints)):
-        given |= {f"{name}{i}": getattr(adjoint, name) for name in names}
-        given[f"rate{i}"] = layer.rate
-        if momentum is not None:  # spans of the mixture are shared
-            given |= {f"to_end{i}": None, f"full_rows{i}": None, f"full_columns{i}": None}
-        tiles = s.weight_tiles(layer.out, layer.into)
-        constants |= {f"WEIGHT_TILES{i}": tiles, f"WEIGHT_BLOCK{i}": power_of_two(tiles)}
-    if momentum is not None:
-        given |= {"full_rows0": momentum.full_rows, "full_columns0": momentum.full_columns}
-        given |= {"shared_to_end": momentum.to_end, "shared_log": momentum.log}
-    s.add("decay adjoint", decay_adjoint_kernel, s.grid.batches, given, constants)

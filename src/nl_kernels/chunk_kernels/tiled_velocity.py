@@ -1,6 +1,6 @@
 """What momentum adds to :mod:`.tiled_layer`, for layers that do not erase: a velocity U beside S.
 
-The formulas of :func:`nl_kernels.delta_adjoint.momentum_forward` and its adjoint; those of running reads as in
+The formulas of :func:`nl_kernels.delta_adjoint.momentum_forward` and its adjoint; of running reads as in
 :mod:`.adjoint`. The mixture of decay and momentum is a matrix of pairs of tokens only where a read needs it.
 """
 
@@ -19,7 +19,8 @@ from nl_kernels.chunk_kernels.tiled_launch import (
     operand_dtype,
     whole,
 )
-from nl_kernels.chunk_kernels.tiled_layer import AFTER, LayerAdjoint, LayerBuffers, pair_tile
+from nl_kernels.chunk_kernels.tiled_layer import AFTER, LayerBuffers
+from nl_kernels.chunk_kernels.tiled_layer_adjoint import LayerAdjoint, pair_tile
 from nl_kernels.triton_support.tiles import power_of_two
 
 MIXED_AFTER = 2  # of the momenta
@@ -266,10 +267,10 @@ def read(
     momentum: Momentum,
     queries: Operand,
     x: Operand,
-    out: Place,
-    residual: Place | None = None,
+    out: Place | None,
+    residual: Place | None,
 ) -> None:
-    """The read after each token."""
+    """As :func:`.tiled_layer.read`."""
     length = s.grid.length
     s.product(
         "read velocity",
@@ -295,6 +296,8 @@ def read(
     if layer.anchor is not None:
         terms.append(Term(queries, layer.anchor.t, layer.into))
     terms.append(Term(whole(layer.scores), whole(layer.written), length, "l"))
+    if out is None:
+        terms = terms[:1]
     s.product(
         "read",
         length,
@@ -318,7 +321,7 @@ def read_adjoint(
     *,
     adds: bool,
 ) -> None:
-    """What precedes :func:`.tiled_layer.read_adjoint`: the adjoint of the scores, and of the read of U."""
+    """Goes before :func:`.tiled_layer_adjoint.read_adjoint`: the adjoints of scores, and of the read of U."""
     from nl_kernels.chunk_kernels.tiled_momentum import read_momentum_rows_kernel
 
     length = s.grid.length
@@ -367,7 +370,7 @@ def write_adjoint(
     read_grad: Operand | None,
     queries: Operand | None,
 ) -> None:
-    """Adjoints of the error signal, the input and the rate, as in :func:`.tiled_layer.write_adjoint`."""
+    """Adjoints of the error signal, the input and the rate, as :func:`.tiled_layer_adjoint.write_adjoint`."""
     from nl_kernels.chunk_kernels.tiled_momentum import written_momentum_rows_kernel
 
     length = s.grid.length

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nl_kernels.chunk_kernels import tiled_layer, tiled_velocity
+from nl_kernels.chunk_kernels import tiled_call, tiled_layer_adjoint, tiled_velocity
 from nl_kernels.chunk_kernels.tiled_launch import Operand, Schedule, Term, every_row, whole
 from nl_kernels.ops.deep_memory import launch
 from nl_kernels.ops.deep_memory.triton_backward import Gradients
@@ -26,12 +26,12 @@ class TiledAdjoint:
         self.chunks, self.gradients = chunks, gradients
         s, new = chunks.schedule, chunks.new
         count = len(chunks.layers)
-        self._do, _ = tiled_layer.place_tokens(s, do)
+        self._do, _ = tiled_call.place_tokens(s, do)
         self.given = do
         grads = gradients[6 : 6 + count]
         proximal = chunks.options.proximal
         self.layers = [
-            tiled_layer.LayerAdjoint.of(s, layer, grad, running=chunks.running, proximal=proximal)
+            tiled_layer_adjoint.LayerAdjoint.of(s, layer, grad, running=chunks.running, proximal=proximal)
             for layer, grad in zip(chunks.layers, grads)
         ]
         rounds = chunks.operand != torch.float32
@@ -64,11 +64,11 @@ class TiledAdjoint:
         """Gradients of the present chunk's tokens and, in place, weights; ``before``: the running ones."""
         chunks, s = self.chunks, self.chunks.schedule
         for layer, adjoint, buffer in zip(chunks.layers, self.layers, self._weights):
-            adjoint.weights, _ = tiled_layer.operands_of(
+            adjoint.weights, _ = tiled_call.operands_of(
                 s, layer.shape, whole(adjoint.grad), None, None, buffer, None
             )
         for layer, velocity, buffer in zip(chunks.layers, chunks.velocities, self._velocity_weights):
-            velocity.grad_weights, _ = tiled_layer.operands_of(
+            velocity.grad_weights, _ = tiled_call.operands_of(
                 s, layer.shape, whole(velocity.grad), None, None, buffer, None
             )
         self._read_adjoint()
@@ -82,9 +82,9 @@ class TiledAdjoint:
             options = {"proximal": chunks.options.proximal, "adds": i > 0}
             if chunks.velocities:
                 tiled_velocity.write_adjoint(s, layer, adjoint, chunks.velocities[i], *given)
-                tiled_layer.rate_adjoint(s, layer, adjoint, self.at_rate, **options)
+                tiled_layer_adjoint.rate_adjoint(s, layer, adjoint, self.at_rate, **options)
             else:
-                tiled_layer.write_adjoint(s, layer, adjoint, *given, self.at_rate, **options)
+                tiled_layer_adjoint.write_adjoint(s, layer, adjoint, *given, self.at_rate, **options)
         base_terms = self._serve_adjoint()
         given = chunks.schedule.chunk == 0 and chunks.inputs.inner_snapshot is not None
         for i, (layer, adjoint) in enumerate(zip(chunks.layers, self.layers)):
@@ -93,7 +93,7 @@ class TiledAdjoint:
                 shared = (chunks.velocities[i], chunks.momentum)
                 old = before[len(self.layers) + i]
                 tiled_velocity.state_adjoint(s, layer, adjoint, *shared, read_with, old)
-            tiled_layer.state_adjoint(
+            tiled_layer_adjoint.state_adjoint(
                 s,
                 layer,
                 adjoint,
@@ -109,7 +109,7 @@ class TiledAdjoint:
             given = (inputs.momentum, inputs.log_decay, gradients.d_momentum)
             chunks.momentum.adjoint(s, chunks.velocities, *given)
         given = (self.at_rate, gradients.d_log_decay, gradients.d_rate)
-        tiled_layer.decay_adjoint(s, chunks.layers, self.layers, *given, chunks.momentum)
+        tiled_layer_adjoint.decay_adjoint(s, chunks.layers, self.layers, *given, chunks.momentum)
 
     def _read_adjoint(self) -> None:
         """Gradients of the queries, and what reads of the running state leave for its writes."""
@@ -123,7 +123,7 @@ class TiledAdjoint:
             last, out = layers[-1], every_row(self.at_query)
             if chunks.running:
                 more = self._weigh(grad, None, 1)
-                tiled_layer.read_adjoint(
+                tiled_layer_adjoint.read_adjoint(
                     s,
                     last,
                     self.layers[1],
@@ -156,7 +156,7 @@ class TiledAdjoint:
             more = self._weigh(grad, None, 0)
         first = layers[0]
         if chunks.running:
-            tiled_layer.read_adjoint(
+            tiled_layer_adjoint.read_adjoint(
                 s,
                 first,
                 self.layers[0],
@@ -368,7 +368,7 @@ def plan_backward(
 
     def add_snapshots(targets: list[Operand], when: str, index: int = 0) -> None:
         for x, to, shape in zip(snapshots, targets, shapes):
-            tiled_layer.move(s, x, to, shape, when=when, adds=True, index=index)
+            tiled_call.move(s, x, to, shape, when=when, adds=True, index=index)
 
     if inputs.begin is not None:
         add_snapshots(running, "met")
@@ -400,7 +400,7 @@ def _run_again(chunks: TiledChunks, kept, stack, first: int, count: int, shapes)
     step = stack[0].shape[1]
     weights = range(len(stack))
     for i in weights:
-        tiled_layer.move(chunks.schedule, slot_of(kept[i], first // step), slot_of(stack[i], 0), shapes[i])
+        tiled_call.move(chunks.schedule, slot_of(kept[i], first // step), slot_of(stack[i], 0), shapes[i])
     for below in range(count):
         before, after = ([slot_of(stack[i], below + ahead) for i in weights] for ahead in (0, 1))
         chunks.take_weights(before, first + below)

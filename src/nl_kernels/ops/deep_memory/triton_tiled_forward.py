@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nl_kernels.chunk_kernels import tiled_layer, tiled_velocity
+from nl_kernels.chunk_kernels import tiled_call, tiled_layer, tiled_velocity
 from nl_kernels.chunk_kernels.tiled_launch import (
     Operand,
     Place,
@@ -45,10 +45,10 @@ class TiledChunks:
         self.operand = operand_dtype(options.precision)
         proximal = options.proximal and options.erase != "none"
 
-        self.rate = tiled_layer.coefficients_of(s, inputs.rate, inputs.log_decay)
-        placed, effective = tiled_layer.place_tokens(s, inputs.k, proximal=proximal)
+        self.rate = tiled_call.coefficients_of(s, inputs.rate, inputs.log_decay)
+        placed, effective = tiled_call.place_tokens(s, inputs.k, proximal=proximal)
         self._keys = placed
-        self._queries, _ = tiled_layer.place_tokens(s, inputs.q)
+        self._queries, _ = tiled_call.place_tokens(s, inputs.q)
 
         wide, out = self.hidden, self.value_dim
         self.raw, self.error = self.new(out), self.new(out)
@@ -114,9 +114,7 @@ class TiledChunks:
         if anchor is None or self.operand == torch.float32:
             return whole(anchor)
         rounded = self.new_weight(layer)
-        return tiled_layer.operands_of(self.schedule, layer.shape, whole(anchor), None, None, rounded, None)[
-            0
-        ]
+        return tiled_call.operands_of(self.schedule, layer.shape, whole(anchor), None, None, rounded, None)[0]
 
     @property
     def keys(self) -> Operand:
@@ -149,7 +147,7 @@ class TiledChunks:
         if self.momentum is not None:
             self.momentum.make_matrices(self.schedule)
         for layer, velocity, weight in zip(self.layers, self.velocities, before[len(self.layers) :]):
-            velocity.weights, _ = tiled_layer.operands_of(
+            velocity.weights, _ = tiled_call.operands_of(
                 self.schedule, layer.shape, weight, None, None, velocity.rounded, None
             )
         for i, layer in enumerate(self.layers):
@@ -157,7 +155,7 @@ class TiledChunks:
             operand, base = self._weights[i]
             if operand is None and snapshot is None and self.inputs[12 + i] is None:
                 base = None
-            layer.weights, layer.base = tiled_layer.operands_of(
+            layer.weights, layer.base = tiled_call.operands_of(
                 self.schedule, layer.shape, before[i], snapshot, self.inputs[12 + i], operand, base
             )
 
@@ -324,19 +322,19 @@ def plan_forward(
     snapshots = [x for x in results[5 : 5 + count] if x is not None]
     for i, snapshot in enumerate(snapshots):
         known = inputs[10 + i] if inputs[10 + i] is not None else given[i]
-        tiled_layer.move(s, whole(known), whole(snapshot), shapes[i])
+        tiled_call.move(s, whole(known), whole(snapshot), shapes[i])
     in_slots = keep and plan.checkpoint == 1
     before = [whole(x) for x in given]
     last = chunks.grid.chunks - 1
     for chunk in range(last + 1):
         if keep and chunk % plan.checkpoint == 0 and not (in_slots and chunk):
             for x, to, shape in zip(before, kept, shapes):
-                tiled_layer.move(s, x, slot_of(to, chunk // plan.checkpoint), shape)
+                tiled_call.move(s, x, slot_of(to, chunk // plan.checkpoint), shape)
         for x, to, shape in zip(before, snapshots, shapes):
             if inputs.begin is not None and chunk:
-                tiled_layer.move(s, x, whole(to), shape, when="last", index=chunk)
+                tiled_call.move(s, x, whole(to), shape, when="last", index=chunk)
             elif chunk == last and chunk:
-                tiled_layer.move(s, x, whole(to), shape)
+                tiled_call.move(s, x, whole(to), shape)
         chunks.take_weights(before, chunk)
         chunks.serve_and_write()
         chunks.read_queries(results.o)
@@ -346,7 +344,7 @@ def plan_forward(
         before = after
     if inputs.begin is not None:
         for x, to, shape in zip(before, snapshots, shapes):
-            tiled_layer.move(s, x, whole(to), shape, when="met")
+            tiled_call.move(s, x, whole(to), shape, when="met")
     return s, results
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nl_kernels import MemoryRule, deep_memory, dispatch
-from nl_kernels.chunk_kernels import tiled_launch, tiled_layer, tiled_velocity
+from nl_kernels.chunk_kernels import tiled_launch, tiled_layer, tiled_layer_adjoint, tiled_velocity
 from nl_kernels.ops.deep_memory import launch
 from nl_kernels.testing import assert_within_budget, deep_memory_inputs
 from tests.nl_kernels.ops.deep_memory.test_interpreter import (
@@ -84,7 +84,7 @@ def test_several_tiles_and_blocks(length, width, hidden, chunk):
 def test_several_tiles_and_blocks_of_sixteen(tiled, monkeypatch, hidden):
     """The same at sizes for every day: a chunk of two tiles, and of two blocks of the solve."""
     monkeypatch.setattr(tiled_layer, "SOLVE_BLOCK", 16)
-    for module in (tiled_layer, tiled_velocity):
+    for module in (tiled_layer_adjoint, tiled_velocity):
         monkeypatch.setattr(module, "pair_tile", lambda length: 16)
     monkeypatch.setattr(tiled_launch, "tiles_of", lambda *_: tiled_launch.Tiles(16, 16, 16, 4, 1))
     x = inputs(20, hidden=hidden, momentum=hidden is None, resumed_at=[1])
