@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nl_models.continual.learner import find_fast_parameters
 from nl_models.continual.rules import StepRule, rules_of_levels
 from nl_models.continual.stream import StreamState, advance
-from nl_models.hope import HopeForCausalLM
+from nl_models.layers.gated_delta_net import GatedDeltaNet
+from nl_models.layers.memory_layer import MemoryLayer
 
 
 def next_token_loss_through_steps(
@@ -28,8 +29,8 @@ def next_token_loss_through_steps(
     that of :class:`ContinuumLearner`: the steps themselves are first-order.
 
     Args:
-        model: as for :class:`ContinuumLearner`. A Hope with memories needs their op twice differentiable:
-            ``memory_implementation="reference"``.
+        model: as for :class:`ContinuumLearner`. Memories have a second derivative in the implementation
+            ``"reference"`` only.
         input_ids: ``[B, T]``, T at least 2; every row starts from the model's own weights.
         rules: as for :class:`ContinuumLearner`; muon's step is differentiable once, which is what is needed.
         context_length: as for :class:`ContinuumLearner`; ``None``: no limit.
@@ -39,7 +40,7 @@ def next_token_loss_through_steps(
 
     Raises:
         ValueError: fewer than two tokens, a model whose layers are checkpointed, which keeps no context, or a
-            Hope with memories of another implementation.
+            memory of another implementation.
     """
     parameters = find_fast_parameters(model)
     rules = rules_of_levels(rules, len(parameters.chunk_sizes))
@@ -61,10 +62,10 @@ def next_token_loss_through_steps(
 def _check_differentiable(model: nn.Module) -> None:
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         raise ValueError("model: gradient checkpointing keeps no context; switch it off")
-    if isinstance(model, HopeForCausalLM):
-        memories = set(model.config.layer_types) - {"full_attention"}
-        if memories and model.config.memory_implementation != "reference":
+    for module in model.modules():
+        if isinstance(module, (MemoryLayer, GatedDeltaNet)) and module.implementation != "reference":
             raise ValueError(
-                f"model: the op of {sorted(memories)} has a second derivative with "
-                f"memory_implementation='reference' only, got {model.config.memory_implementation!r}"
+                f"model: the op of {type(module).__name__} has a second derivative in the implementation "
+                f"'reference' only, got {module.implementation!r}; a HopeConfig takes memory_implementation, "
+                "a memory in the place of attention has the attribute"
             )

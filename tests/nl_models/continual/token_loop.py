@@ -29,21 +29,24 @@ class Matrix:
         return (weight.T if self.transposed else weight)[self.rows, self.columns]
 
 
-def read(model, matrices, chunk_sizes, rules, tokens, *, context_length=None, new_cache):
+def read(model, matrices, chunk_sizes, rules, tokens, *, context_length=None, new_cache, starts=()):
     """Read ``tokens [T]``; the loss of every token and the final weights by parameter name.
 
-    ``new_cache()`` is an empty cache.
+    ``new_cache()`` is an empty cache; a new document begins at each of ``starts``.
     """
     weights = {m.parameter: model.get_parameter(m.parameter).detach().clone() for m in matrices}
     initial = {name: weight.clone() for name, weight in weights.items()}
     sums = {m.name: 0.0 for m in matrices}
     grams = {m.name: 0.0 for m in matrices}
     momenta = {m.name: 0.0 for m in matrices}
-    losses, cache, seen = [], new_cache(), 0
+    losses, cache, seen, learned = [], new_cache(), 0, 0
     for t in range(len(tokens) - 1):
+        if t + 1 in starts:
+            cache, seen = new_cache(), 0
+            continue  # nothing predicts a document's first token
         if context_length is not None and seen == context_length:
             cache, seen = new_cache(), 0
-        if t % chunk_sizes[0] == 0 or seen == 0:
+        if learned % chunk_sizes[0] == 0 or seen == 0:
             # A piece begins: what is behind it is a constant, and its weights are new leaves.
             cut(cache)
             leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
@@ -61,8 +64,9 @@ def read(model, matrices, chunk_sizes, rules, tokens, *, context_length=None, ne
             sums[m.name] = sums[m.name] + m.of(found)
             x = inputs[m.module][m.columns]
             grams[m.name] = grams[m.name] + torch.outer(x, x)
+        learned += 1
         for level, size in enumerate(chunk_sizes):
-            if (t + 1) % size == 0:
+            if learned % size == 0:
                 for m in matrices:
                     if m.level == level:
                         _step(m, rules[level], weights, initial, sums, grams, momenta)
