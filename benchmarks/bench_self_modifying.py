@@ -270,6 +270,15 @@ CASES = [
         for hidden in (0, 64)
         for tokens in (4096, 16384, 65536, 262144)
     ),
+    *(
+        op_case(mode, B=batch, T=8192, H=heads, D=width, h=hidden, C=chunk)  # beyond the kernels: eager
+        for batch, heads, width, hidden, chunk in (
+            (8, 16, 64, 256, 64),
+            (8, 8, 128, 512, 64),
+            (2, 2, 512, 1536, 2048),
+        )
+        for mode in ("forward", "forward+backward")
+    ),
     *(training_case("cpu", quick=chunk == 16, B=1, T=512, H=4, D=64, h=64, C=chunk) for chunk in (4, 16, 64)),
     training_case("cpu", memory=True, B=1, T=2048, H=4, D=64, h=64, C=16),
     *(

@@ -64,8 +64,15 @@ def tiles_of(m: int, n: int, k: int, precision: str, architecture: str) -> Tiles
     large = min(m, n) >= 256
     side = 128 if large else 64
     deep = 64 if precision == "bf16" else 32
-    stages = 2 if architecture.startswith("gfx") else 3
-    return Tiles(min(side, padded(m)), min(side, padded(n)), min(deep, padded(k)), 8 if large else 4, stages)
+    warps = 8 if large else 4
+    return Tiles(
+        min(side, padded(m)), min(side, padded(n)), min(deep, padded(k)), warps, stages_of(architecture)
+    )
+
+
+def stages_of(architecture: str) -> int:
+    """Steps of a loop over tiles that are under way at once."""
+    return 2 if architecture.startswith("gfx") else 3
 
 
 @dataclass(frozen=True)

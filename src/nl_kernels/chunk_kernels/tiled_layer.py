@@ -21,6 +21,7 @@ from nl_kernels.chunk_kernels.tiled_launch import (
     every_row,
     operand_dtype,
     solve_precision,
+    stages_of,
     whole,
 )
 from nl_kernels.triton_support.tiles import padded
@@ -174,6 +175,8 @@ def solve(
             "BLOCK_N": columns,
             "SOLVE_PRECISION": solve_precision(s.precision, s.architecture),
         },
+        4,
+        stages_of(s.architecture),
     )
 
 

@@ -115,14 +115,15 @@ def test_forgetting_everything_is_exact(tiled):
         torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("hidden", [pytest.param(12, marks=SLOW), None], ids=["two layers", "linear"])
+@pytest.mark.parametrize("hidden", [pytest.param(12, marks=SLOW), None], ids=["erases", "momentum"])
 def test_padding_moves_nothing(tiled, hidden):
     """Sequences that end in a later chunk, at a boundary, in their first chunk, and one without a token."""
     mask = torch.zeros(4, 8)
     mask[0, [2, 3, 5, 6, 7]] = 1
     mask[1, 1] = mask[2, 0] = 1
-    x = inputs(8, batch=4, hidden=hidden, resumed_at=[3, 4, 1, 1])
-    assert_kernels_within_budget(x, mask=mask > 0, chunk_size=C)
+    x = inputs(8, batch=4, hidden=hidden, momentum=hidden is None, resumed_at=[3, 4, 1, 1])
+    rule = MemoryRule(erase="none") if hidden is None else None
+    assert_kernels_within_budget(x, rule=rule, read="running", mask=mask > 0, chunk_size=C)
 
 
 def test_packed_sequences(tiled):
