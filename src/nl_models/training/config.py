@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nl_models.data.prepare import DataOptions
 
-OPTIMIZERS = ("adamw", "muon", "m3")
+OPTIMIZERS = ("adamw", "muon", "m3", "delta_momentum", "deep_momentum")
 MODELS = ("hope", "titans", "gated_delta_net", "attention")
 
 _DATA = "Data"
@@ -56,7 +56,7 @@ class TrainConfig:
     optimizer: str = _option(
         "adamw",
         _OPTIMISATION,
-        f"One of {', '.join(OPTIMIZERS)}; 'muon' and 'm3' are for hidden matrices, AdamW has the rest.",
+        f"One of {', '.join(OPTIMIZERS)}; all but 'adamw' are for hidden matrices, AdamW has the rest.",
     )
     learning_rate: float = _option(2e-3, _OPTIMISATION, "Peak learning rate.")
     final_learning_rate: float = _option(0.1, _OPTIMISATION, "Last learning rate, as a share of the peak.")

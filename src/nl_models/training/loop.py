@@ -276,7 +276,7 @@ class Trainer:
         self.model.train()
         rate = learning_rate_at(self.step, config)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_share", 1.0)
         self._optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         for part in range(config.gradient_accumulation):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from nl_models.optim import M3, Muon
+from nl_models.optim import M3, DeepMomentum, DeltaMomentum, Muon
 from nl_models.training.config import TrainConfig
 
 # Maps and memories whose output is a rate, a retention or a momentum.
@@ -21,8 +21,9 @@ _CONVOLUTION = "convolution"
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """``config.optimizer`` over groups with and without weight decay (see :func:`decays`).
 
-    Muon and M3 have the hidden matrices and stacks of them: what decays, but for convolutions and an output
-    head of its own, which are left to AdamW with the rest.
+    All but AdamW have the hidden matrices and stacks of them: what decays, but for convolutions and an output
+    head of its own, which are left to AdamW with the rest. Delta momentum is preconditioned as AdamW is, and
+    as a momentum adds up about 1 / (1 − α) gradients, its groups have that ``"rate_share"`` of the rate.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -48,8 +49,21 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         {"params": decayed, "rule": "adamw", "weight_decay": config.weight_decay},
         {"params": free, "rule": "adamw", "weight_decay": 0.0},
     ]
-    kind = {"muon": Muon, "m3": M3}[config.optimizer]
-    return kind(_filled(groups), lr=config.learning_rate, adamw_betas=betas)
+    groups = _filled(groups)
+    if config.optimizer == "delta_momentum":
+        for group in groups:
+            group["rate_share"] = 1 - config.beta1 if group["rule"] == "matrix" else 1.0
+            group["lr"] = config.learning_rate * group["rate_share"]
+        return DeltaMomentum(
+            groups,
+            lr=config.learning_rate,
+            momentum=config.beta1,
+            beta2=config.beta2,
+            preconditioner="rms",
+            adamw_betas=betas,
+        )
+    kind = {"muon": Muon, "m3": M3, "deep_momentum": DeepMomentum}[config.optimizer]
+    return kind(groups, lr=config.learning_rate, adamw_betas=betas)
 
 
 def _filled(groups: list[dict[str, object]]) -> list[dict[str, object]]:

@@ -83,7 +83,7 @@ def test_a_killed_run_continues_to_the_same_curve(step, uninterrupted, tmp_path,
     assert curve(folder) == uninterrupted
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "m3"])
+@pytest.mark.parametrize("optimizer", ["muon", "m3", "delta_momentum", "deep_momentum"])
 def test_a_run_with_another_optimizer_continues_to_the_same_curve(optimizer, tmp_path, config, make_trainer):
     config = dataclasses.replace(config, optimizer=optimizer)
     run(make_trainer(tmp_path / "whole", config))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nl_models.optim import M3, Muon
+from nl_models.optim import M3, DeepMomentum, DeltaMomentum, Muon
 from nl_models.training.config import TrainConfig
 from nl_models.training.model import build_model
 from nl_models.training.optimizer import build_optimizer, learning_rate_at
@@ -48,8 +48,11 @@ def test_a_frozen_parameter_is_left_out():
     assert isinstance(build_optimizer(model, TrainConfig()), torch.optim.AdamW)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("muon", Muon), ("m3", M3)])
-def test_muon_and_m3_have_the_hidden_matrices_and_adamw_the_rest(name, kind):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("muon", Muon), ("m3", M3), ("delta_momentum", DeltaMomentum), ("deep_momentum", DeepMomentum)],
+)
+def test_they_have_the_hidden_matrices_and_adamw_the_rest(name, kind):
     config = TrainConfig(model="titans", layers=1, hidden_size=32, heads=2, optimizer=name, weight_decay=0.3)
     optimizer = build_optimizer(build_model(config, 64, 0), config)
     assert isinstance(optimizer, kind)
@@ -68,7 +71,14 @@ def test_muon_and_m3_have_the_hidden_matrices_and_adamw_the_rest(name, kind):
     assert rules["mixer.q_proj.weight"] == ("matrix", 0.3)
     assert rules["model.embed_tokens.weight"] == ("adamw", 0.0)
     assert rules["mixer.rate_proj.weight"] == ("adamw", 0.0)
-    assert "Muon" in optimizer.describe() or "M3" in optimizer.describe()
+    assert kind.__name__ in optimizer.describe()
+
+
+def test_delta_momentum_has_a_share_of_the_rate_in_matrices_only():
+    config = TrainConfig(optimizer="delta_momentum", learning_rate=0.5, beta1=0.8)
+    groups = build_optimizer(nn.Linear(4, 4), config).param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.5])
+    assert [group["rate_share"] for group in groups] == pytest.approx([0.2, 1.0])
 
 
 def test_an_untied_head_is_left_to_adamw():
