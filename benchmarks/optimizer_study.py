@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.optimizer_tasks import TASKS, Task
 
-console = Console()
+console = Console(width=max(120, Console().width))
 DEFAULT_OUTPUT = Path("benchmarks/results/optimizer_study.jsonl")
 SEARCH_SEED = 1000  # first seed of the search; those of the comparison count from 0
 EVALUATE_EVERY = 25
@@ -206,8 +206,8 @@ def plot(summaries: list[dict], unit: str, path: Path) -> None:
     for panel in (left, right):
         best = min(line for s in summaries for row in s["rows"] for _, line in row["curve"])
         worst = max(row["curve"][0][1] for s in summaries for row in s["rows"] if row["curve"])
-        panel.set_ylim(best - 0.05 * (worst - best), worst + 0.05 * (worst - best))
-        panel.grid(alpha=0.3)
+        panel.set(yscale="log", ylim=(0.95 * best, 1.05 * worst))
+        panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=8)
     figure.suptitle(summaries[0]["task"])
     figure.tight_layout()

@@ -1,12 +1,17 @@
 """The studies behind figures in the docs run, and show what the docs say."""
 
+import json
+import math
+
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import breakdown, gradient_growth
+from benchmarks import breakdown, curvature, gradient_growth, optimizer_step, optimizer_study
 
 runner = CliRunner()
+CURVE = (1.0, 0.5, 1.0)
 
 
 def test_the_gradient_grows_with_long_inputs_and_shrinks_with_unit_ones():
@@ -25,3 +30,75 @@ def test_a_breakdown_tells_calls_apart(op):
     rows = {line.split()[1]: line.split() for line in result.output.splitlines() if line.startswith("│")}
     assert int(rows["products"][5]) > 10
     assert int(rows["element-wise"][5]) > 10
+
+
+class Quadratic:
+    """A task of the optimiser study whose best rate is known: SGD on a quadratic of curvature 1."""
+
+    optimizers = {"sgd": 0.1}  # noqa: RUF012
+    steps = 30
+    unit = "loss"
+
+    def model(self, seed):
+        torch.manual_seed(seed)
+        return torch.nn.Linear(3, 1, bias=False)
+
+    def optimizer(self, name, model, learning_rate):
+        return torch.optim.SGD(model.parameters(), lr=learning_rate)
+
+    def loss(self, model, step, seed):
+        return 0.5 * model.weight.square().sum()
+
+    def evaluate(self, model):
+        loss = self.loss(model, 0, 0).item()
+        return {"selection": loss, "loss": loss}
+
+
+def test_the_search_ends_with_the_best_rate_between_others_and_repeats_nothing(tmp_path, monkeypatch):
+    results = optimizer_study.Results(tmp_path / "rows.jsonl")
+    searched, best = optimizer_study.search(results, "quadratic", Quadratic(), "sgd", budget=7, seeds=2)
+    assert len(searched) == 7
+    assert min(searched) < best < max(searched)
+    assert searched[best] == min(searched.values())
+    assert 0.4 <= best <= 1.7
+    assert len(results.path.read_text().splitlines()) == 14
+    again = optimizer_study.Results(results.path)
+    monkeypatch.setattr(optimizer_study, "train", None)  # would fail if it were called
+    assert optimizer_study.search(again, "quadratic", Quadratic(), "sgd", budget=7, seeds=2) == (
+        searched,
+        best,
+    )
+    frozen = optimizer_study.Results(results.path, frozen=True)
+    with pytest.raises(typer.BadParameter, match="has no run of"):
+        frozen.run("quadratic", Quadratic(), "sgd", 0.123, 0)
+
+
+def test_a_run_that_diverges_has_no_loss():
+    row = optimizer_study.train(Quadratic(), "sgd", 1e25, 0)
+    assert row["selection"] is None
+    assert optimizer_study.next_rung({0: 1.0, 1: math.inf, -1: 2.0}) == 2
+    assert optimizer_study.next_rung({0: 1.0, 1: math.inf}) == -1
+
+
+def test_steps_needed_counts_from_the_last_time_above():
+    path = [[0, 0, value] for value in (1.0, 1e-4, 1.0, 1e-4, 1e-5)]
+    assert curvature.steps_needed(path, 4) == 3
+    assert curvature.steps_needed(path[:4], 4) == math.inf  # ended early: diverged
+    assert curvature.steps_needed([*path[:4], [0, 0, 1.0]], 4) == math.inf
+    assert curvature.descend(CURVE, {"lr": 0.01, "erase": 0.0}, 3)[0][2] == pytest.approx(
+        3.5**2 + (-3.5 - 2 + 0.5 * math.sin(-3.5)) ** 2
+    )
+    counts = {rule: len(curvature.candidates(rule, 5)) for rule in curvature.RULES}
+    assert set(counts.values()) == {20}
+
+
+def test_the_cost_of_a_step_is_measured_for_every_optimiser(tmp_path):
+    app = typer.Typer()
+    app.command()(optimizer_step.main)
+    sizes = ["--hidden-size", "16", "--layers", "1", "--tokens", "16", "--rounds", "1"]
+    result = runner.invoke(app, [*sizes, "--output", str(tmp_path / "rows.jsonl")])
+    assert result.exit_code == 0, result.output
+    rows = {row["optimizer"]: row for row in map(json.loads, (tmp_path / "rows.jsonl").open())}
+    assert rows.keys() == optimizer_step.optimizers().keys()
+    bytes_of = {name: row["state_bytes"] for name, row in rows.items()}
+    assert bytes_of["DeepMomentum"] < bytes_of["Muon"] < bytes_of["AdamW (fused)"] < bytes_of["M3"]
