@@ -31,6 +31,7 @@ ALLOWED = REQUIRED | {
     "coefficients.py",
     "stack.py",
     "update.py",
+    "mlp.py",
     "update_in_place.py",
     "triton_update.py",
     "chunk_step.py",

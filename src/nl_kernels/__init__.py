@@ -2,13 +2,16 @@
 
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.continuum import (
+    ContinuumGradients,
     ContinuumLevel,
     ContinuumLevelState,
     ContinuumState,
     continuum_clone,
     continuum_detach,
     continuum_flush,
+    continuum_gradients,
     continuum_memory,
+    continuum_mlp,
     continuum_reset,
     continuum_update,
     continuum_update_,
@@ -26,6 +29,7 @@ from nl_kernels.ops.self_modifying import (
 from nl_kernels.version import __version__
 
 __all__ = [
+    "ContinuumGradients",
     "ContinuumLevel",
     "ContinuumLevelState",
     "ContinuumState",
@@ -40,7 +44,9 @@ __all__ = [
     "continuum_clone",
     "continuum_detach",
     "continuum_flush",
+    "continuum_gradients",
     "continuum_memory",
+    "continuum_mlp",
     "continuum_reset",
     "continuum_update",
     "continuum_update_",

@@ -1,6 +1,7 @@
 """Continuum memory: a chain of MLP blocks whose weights learn within the context, each at its own period."""
 
 from nl_kernels.ops.continuum.api import continuum_flush, continuum_memory
+from nl_kernels.ops.continuum.mlp import ContinuumGradients, continuum_gradients, continuum_mlp
 from nl_kernels.ops.continuum.state import (
     ContinuumLevel,
     ContinuumLevelState,
@@ -13,13 +14,16 @@ from nl_kernels.ops.continuum.update import continuum_update
 from nl_kernels.ops.continuum.update_in_place import continuum_update_
 
 __all__ = [
+    "ContinuumGradients",
     "ContinuumLevel",
     "ContinuumLevelState",
     "ContinuumState",
     "continuum_clone",
     "continuum_detach",
     "continuum_flush",
+    "continuum_gradients",
     "continuum_memory",
+    "continuum_mlp",
     "continuum_reset",
     "continuum_update",
     "continuum_update_",

@@ -30,11 +30,45 @@ class Served(NamedTuple):
     slopes: tuple[torch.Tensor, ...]  # ∂hidden/∂up's output, and with a gate ∂hidden/∂gate's output
 
 
-def mlp(inner: torch.Tensor, weights: Weights) -> torch.Tensor:
+def mlp(inner: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
     """``down σ(up x)`` with GELU, or ``down (SiLU(gate x) ∘ up x)``."""
-    up = product(inner, weights.up)
-    hidden = F.gelu(up) if weights.gate is None else F.silu(product(inner, weights.gate)) * up
-    return product(hidden, weights.down)
+    opened = product(inner, up)
+    hidden = F.gelu(opened) if gate is None else F.silu(product(inner, gate)) * opened
+    return product(hidden, down)
+
+
+def mlp_backward(
+    error: torch.Tensor,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+    rates: torch.Tensor | None,
+    error_bound: float | None,
+    input_gradient: bool,
+) -> list[torch.Tensor | None]:
+    """Gradients of x, up, down, gate; see :func:`.registration.mlp_backward`."""
+    weights = Weights(*(None if w is None else w.to(x.dtype) for w in (up, down, gate)))
+    served = serve(x, weights)
+    back = error @ weights.down
+    signals = [back * slope for slope in served.slopes]
+    grad_x = None
+    if input_gradient:
+        grad_x = (
+            signals[0] @ weights.up if gate is None else signals[0] @ weights.up + signals[1] @ weights.gate
+        )
+    sums = [_token_sum(signals[0], x, rates, error_bound), _token_sum(error, served.hidden, rates, None)]
+    return [grad_x, *sums, None if gate is None else _token_sum(signals[1], x, rates, error_bound)]
+
+
+def _token_sum(
+    signal: torch.Tensor, inputs: torch.Tensor, rates: torch.Tensor | None, bound: float | None
+) -> torch.Tensor:
+    signal, inputs = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (signal, inputs))
+    if rates is not None:
+        scale = _bounding(signal, bound)
+        signal = signal * (rates[..., None] if scale is None else rates[..., None] * scale)
+    return signal.mT @ inputs
 
 
 def product(inner: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -44,7 +78,7 @@ def product(inner: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def serve(inner: torch.Tensor, weights: Weights) -> Served:
-    """:func:`mlp` with its intermediate values."""
+    """The MLP with its intermediate values."""
     up = product(inner, weights.up)
     if weights.gate is None:
         gate, hidden = None, F.gelu(up)

@@ -57,7 +57,7 @@ def continuum_memory_eager(
         inner = F.rms_norm(x, x.shape[-1:], level.norm.to(x.dtype), norm_eps)
         initial = Weights(level.up, level.down, level.gate)
         if not level.steps:
-            y, after = mlp(inner, initial), None
+            y, after = mlp(inner, *initial), None
         else:
             resets = Resets.of(levels, index, variant, initial_state)
             run = SteppingLevel(level, resets, norm_eps, checkpoint_every, output_final_state, detach_updates)
@@ -156,7 +156,7 @@ class SteppingLevel(NamedTuple):
         steps = (length if self.keep_state else length - 1) // size
         if not steps:
             # no step between the tokens: they are read where they lie
-            y = mlp(inner, weights)
+            y = mlp(inner, *weights)
         else:
             y, weights, momenta = self.walk(weights, momenta, grid, self.split(grid, steps))
             y = grid.restored(y, *inner.shape[:2])
@@ -236,7 +236,7 @@ class SteppingLevel(NamedTuple):
                 shared = serve(inner, weights)
                 outputs.append(shared.outputs.down)
             elif chunk.read:
-                outputs.append(mlp(inner, weights))
+                outputs.append(mlp(inner, *weights))
             if chunk.targets is not None:
                 weights, momenta = self.stepped(weights, momenta, norms, chunk, inner, shared, lengths)
         return torch.cat(outputs, dim=1) if outputs else reads, weights, momenta

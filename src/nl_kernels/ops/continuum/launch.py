@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nl_kernels.chunk_kernels.tiled_launch import Tiles, tiles_of
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
 from nl_kernels.triton_support.tiles import power_of_two
 
@@ -38,12 +39,26 @@ def update_tile(width: int) -> UpdateTile:
     return UpdateTile(max(1, _TILE // block_n), block_n, max(4, min(16, block_n // 512)))
 
 
-def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
-    """The update of one level's matrices, with and without what is optional; wide, narrow and odd rows."""
-    from nl_kernels.ops.continuum.triton_update import plan_update
+def product_tiles(m: int, n: int, k: int, precision: str, architecture: str, *, held: int = 1) -> Tiles:
+    """Tiles of a program that holds ``held`` products [m, n], each a sum over k, at once.
 
-    def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+    Products in more than 16 bits, and several at once, take more registers a number: their tiles are smaller.
+    """
+    tiles = tiles_of(m, n, k, precision, architecture)
+    widest = 128 if precision == "bf16" else 64
+    m, n = min(tiles.m, widest), min(tiles.n, widest if held == 1 else widest // 2)
+    return tiles._replace(m=m, n=n, warps=8 if m * n > 64 * 64 else 4)
+
+
+def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
+    """Every kernel: the updates of one level's matrices, and the MLP with the gradients of a step."""
+    yield from _updates()
+    yield from _mlps(architecture)
+
+
+def _updates() -> Iterator[CatalogueEntry]:
+    """With and without what is optional; wide, narrow and odd rows."""
+    from nl_kernels.ops.continuum.triton_update import plan_update
 
     for words, width, hidden in (
         ("1024x4096", 1024, 4096),
@@ -51,17 +66,46 @@ def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
         ("4096x16384", 4096, 16384),
     ):
         shapes = [(8, hidden, width), (8, width, hidden), (8, hidden, width)]
-        weights = [matrix(*shape) for shape in shapes]
+        weights = [_matrix(*shape) for shape in shapes]
         for options in ("plain", "momentum norms bfloat16", "momentum norms float16"):
             dtype = {"plain": None}.get(options, getattr(torch, options.split()[-1], None))
             full = options != "plain"
             calls = plan_update(
                 weights,
-                [matrix(*shape) for shape in shapes],
-                [matrix(*shape) for shape in shapes] if full else None,
+                [_matrix(*shape) for shape in shapes],
+                [_matrix(*shape) for shape in shapes] if full else None,
                 0.9,
-                [matrix(shape[1]) for shape in shapes] if full else None,
-                [matrix(*shape, dtype=dtype) for shape in shapes] if full else None,
+                [_matrix(shape[1]) for shape in shapes] if full else None,
+                [_matrix(*shape, dtype=dtype) for shape in shapes] if full else None,
             )
             for call in calls:
                 yield CatalogueEntry("continuum", f"{options} {words}", call)
+
+
+def _mlps(architecture: str) -> Iterator[CatalogueEntry]:
+    """Plain and gated, each dtype; weights in fp32, and in a copy of the dtype of what is read."""
+    from nl_kernels.ops.continuum.triton_backward import plan_backward
+    from nl_kernels.ops.continuum.triton_forward import plan_forward
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for batches, tokens, width, hidden in ((8, 64, 1024, 4096), (4, 16, 72, 200)):
+            for gated, copied in ((False, False), (True, True)):
+                kind = dtype if copied else torch.float32
+                x, error = (_matrix(batches, tokens, width, dtype=dtype) for _ in range(2))
+                up, gate = (_matrix(batches, hidden, width, dtype=kind) for _ in range(2))
+                down = _matrix(batches, width, hidden, dtype=kind)
+                rates = _matrix(batches, tokens)
+                gate = gate if gated else None
+                words = f"{str(dtype).removeprefix('torch.')} {batches}x{tokens}x{width}x{hidden}"
+                words += " gated" if gated else " plain"
+                forward, _ = plan_forward(x, up, down, gate, architecture=architecture)
+                backward, _ = plan_backward(
+                    error, x, up, down, gate, rates, 1.0, True, architecture=architecture
+                )
+                parts = ("hidden", "out", "signal", "up", "down", *(("gate",) if gated else ()), "input")
+                for call, part in zip((*forward, *backward), parts):
+                    yield CatalogueEntry("continuum", f"{words} {part}", call)
+
+
+def _matrix(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")

@@ -118,6 +118,47 @@ def update_in_place(
             copies[i].copy_(new)
 
 
+def mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """See :func:`nl_kernels.continuum_mlp`: token by token in fp64."""
+    rows = []
+    for b in range(x.shape[0]):
+        weights = _Weights(*(None if w is None else w[b].double() for w in (up, down, gate)))
+        rows.append(torch.stack([_mlp(token, weights) for token in x[b].double()]))
+    return torch.stack(rows).to(x.dtype)
+
+
+def mlp_backward(
+    error: torch.Tensor,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+    rates: torch.Tensor | None,
+    error_bound: float | None,
+    input_gradient: bool,
+) -> list[torch.Tensor | None]:
+    """See :func:`nl_kernels.continuum_gradients`: token by token in fp64, by autograd."""
+    given = [w for w in (up, down, gate) if w is not None]
+    sums = [torch.zeros(w.shape, dtype=torch.float64, device=w.device) for w in given]
+    grad_x = torch.zeros_like(x, dtype=torch.float64)
+    for b in range(x.shape[0]):
+        weights = _Weights(*(None if w is None else w[b].double() for w in (up, down, gate)))
+        for t in range(x.shape[1]):
+            token, delta = x[b, t].double(), error[b, t].double()
+            with torch.enable_grad():
+                token.requires_grad_()
+                shifts = [torch.zeros_like(w[:, 0]).requires_grad_() for w in weights if w is not None]
+                along = (_mlp(token, weights, shifts) * delta).sum()
+                grad_x[b, t], *signals = torch.autograd.grad(along, [token, *shifts])
+            hidden = _hidden(token.detach(), weights)
+            rate = 1.0 if rates is None else rates[b, t].double()
+            for i, signal in enumerate(signals):
+                bounded = signal if i == 1 else _bounded(signal, error_bound)
+                sums[i][b] += rate * torch.outer(bounded, hidden if i == 1 else token.detach())
+    sums = [s.to(state_dtype(x.dtype)) for s in sums]
+    return [grad_x.to(x.dtype) if input_gradient else None, *sums, *[None] * (3 - len(sums))]
+
+
 def _reset_period(levels: Sequence[ContinuumLevel], index: int, variant: str) -> int | None:
     """The tokens after which the next slower level steps, and takes this one back to its start."""
     if variant != "nested" or index + 1 == len(levels) or not levels[index + 1].steps:
@@ -197,6 +238,11 @@ def _mlp(inner: torch.Tensor, weights: _Weights, shifts: Sequence[torch.Tensor] 
     return weights.down @ hidden + shifts[1]
 
 
+def _hidden(inner: torch.Tensor, weights: _Weights) -> torch.Tensor:
+    up = weights.up @ inner
+    return F.gelu(up) if weights.gate is None else F.silu(weights.gate @ inner) * up
+
+
 def _step(
     level: ContinuumLevel,
     weights: _Weights,
@@ -263,9 +309,7 @@ def _signals(
         shifts = [torch.zeros_like(w[:, 0]).requires_grad_() for w in weights if w is not None]
         loss = _loss(_mlp(key, weights, shifts) - target, level.error_bound)
         signals = torch.autograd.grad(loss, shifts, create_graph=True)
-    up = weights.up @ key
-    hidden = F.gelu(up) if weights.gate is None else F.silu(weights.gate @ key) * up
-    inputs = [key, hidden, key][: len(signals)]
+    inputs = [key, _hidden(key, weights), key][: len(signals)]
     return [
         (_bounded(signal, level.error_bound), layer_input) for signal, layer_input in zip(signals, inputs)
     ]

@@ -1,7 +1,6 @@
-"""``continuum_update_`` as a PyTorch operator that changes its arguments: schema and shapes for tracing.
+"""The continuum's functions as PyTorch operators: schemas, shapes for tracing, autograd of the MLP.
 
-It has no derivative. The implementation is given by name and imported when called, so that nothing imports
-Triton unless it runs.
+The implementation is given by name and imported when called, so that nothing imports Triton unless it runs.
 """
 
 from __future__ import annotations
@@ -11,21 +10,33 @@ from collections.abc import Sequence
 
 import torch
 
-_NAME = "nl_kernels::continuum_update_"
-_FUNCTIONS = {
-    "triton": ("triton_update", "update"),
-    "eager": ("update", "update_in_place"),
-    "reference": ("reference", "update_in_place"),
+_UPDATE, _MLP, _BACKWARD = (
+    f"nl_kernels::{name}" for name in ("continuum_update_", "continuum_mlp", "continuum_mlp_backward")
+)
+_MODULES = {
+    "update_in_place": {"triton": "triton_update", "eager": "update", "reference": "reference"},
+    "mlp": {"triton": "triton_forward", "eager": "chunk_step", "reference": "reference"},
+    "mlp_backward": {"triton": "triton_backward", "eager": "chunk_step", "reference": "reference"},
 }
 
 torch.library.define(
-    _NAME,
+    _UPDATE,
     "(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[]? momenta, float decay, Tensor[]? norms, "
     "Tensor(c!)[]? copies, str impl) -> ()",
 )
+torch.library.define(_MLP, "(Tensor x, Tensor up, Tensor down, Tensor? gate, str impl) -> Tensor")
+torch.library.define(
+    _BACKWARD,
+    "(Tensor error, Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor? rates, float? error_bound, "
+    "bool input_gradient, str impl) -> Tensor[]",
+)
 
 
-def apply(
+def _implementation(function: str, impl: str):
+    return getattr(importlib.import_module(f"nl_kernels.ops.continuum.{_MODULES[function][impl]}"), function)
+
+
+def update_in_place(
     weights: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],
     momenta: Sequence[torch.Tensor] | None,
@@ -34,7 +45,7 @@ def apply(
     copies: Sequence[torch.Tensor] | None,
     impl: str,
 ) -> None:
-    """The operator on lists of matrices."""
+    """The operator behind :func:`nl_kernels.continuum_update_`."""
     torch.ops.nl_kernels.continuum_update_(
         *(None if part is None else list(part) for part in (weights, gradients, momenta)),
         decay,
@@ -43,14 +54,88 @@ def apply(
     )
 
 
-@torch.library.impl(_NAME, "CompositeExplicitAutograd")
+def mlp(
+    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None, impl: str
+) -> torch.Tensor:
+    """The operator behind :func:`nl_kernels.continuum_mlp`, with its derivative; weights [B, ..]."""
+    return _Mlp.apply(x, up, down, gate, impl)
+
+
+def mlp_backward(
+    error: torch.Tensor,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+    rates: torch.Tensor | None,
+    error_bound: float | None,
+    input_gradient: bool,
+    impl: str,
+) -> list[torch.Tensor]:
+    """The gradients of x (with ``input_gradient``, in its dtype), up, down, gate (in fp32), those there are.
+
+    Tokens' shares in the sums are weighted by ``rates`` [B, T] (None: 1) and bounded by ``error_bound`` as
+    :func:`nl_kernels.continuum_gradients` says.
+    """
+    return torch.ops.nl_kernels.continuum_mlp_backward(
+        error, x, up, down, gate, rates, error_bound, input_gradient, impl
+    )
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(x, up, down, gate, impl):
+        return torch.ops.nl_kernels.continuum_mlp(x, up, down, gate, impl)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.impl = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, up, down, gate = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0]
+        grads = mlp_backward(grad.contiguous(), x, up, down, gate, None, None, wanted, ctx.impl)
+        grad_x, *sums = grads if wanted else (None, *grads)
+        sums = [g.to(w.dtype) for g, w in zip(sums, (up, down, gate))]
+        return grad_x, *sums, *((None, None) if gate is None else (None,))
+
+
+@torch.library.impl(_UPDATE, "CompositeExplicitAutograd")
 def _(weights, gradients, momenta, decay, norms, copies, impl):
-    module, name = _FUNCTIONS[impl]
-    update = getattr(importlib.import_module(f"nl_kernels.ops.continuum.{module}"), name)
     with torch.no_grad():
-        update(weights, gradients, momenta, decay, norms, copies)
+        _implementation("update_in_place", impl)(weights, gradients, momenta, decay, norms, copies)
 
 
-@torch.library.register_fake(_NAME)
+@torch.library.register_fake(_UPDATE)
 def _(weights, gradients, momenta, decay, norms, copies, impl):
     return None
+
+
+@torch.library.impl(_MLP, "CompositeExplicitAutograd")
+def _(x, up, down, gate, impl):
+    with torch.no_grad():
+        return _implementation("mlp", impl)(x, up, down, gate)
+
+
+@torch.library.register_fake(_MLP)
+def _(x, up, down, gate, impl):
+    return torch.empty_like(x)
+
+
+@torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
+def _(error, x, up, down, gate, rates, error_bound, input_gradient, impl):
+    with torch.no_grad():
+        made = _implementation("mlp_backward", impl)(
+            error, x, up, down, gate, rates, error_bound, input_gradient
+        )
+    return [tensor for tensor in made if tensor is not None]
+
+
+@torch.library.register_fake(_BACKWARD)
+def _(error, x, up, down, gate, rates, error_bound, input_gradient, impl):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    sums = [w.new_empty(w.shape, dtype=dtype) for w in (up, down, gate) if w is not None]
+    return [*([torch.empty_like(x)] if input_gradient else []), *sums]

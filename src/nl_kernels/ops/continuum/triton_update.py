@@ -138,7 +138,7 @@ def plan_update(
     return calls
 
 
-def update(
+def update_in_place(
     weights: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],
     momenta: Sequence[torch.Tensor] | None,

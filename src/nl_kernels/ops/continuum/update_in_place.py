@@ -54,7 +54,7 @@ def continuum_update_(
             raise NotImplementedError(refused)
         gradients = [g.contiguous() for g in gradients]
         norms = None if norms is None else [n.contiguous() for n in norms]
-    registration.apply(weights, gradients, momenta, momentum_decay, norms, copies, chosen)
+    registration.update_in_place(weights, gradients, momenta, momentum_decay, norms, copies, chosen)
 
 
 def _unserved(weights: _Tensors) -> str | None:

@@ -1,4 +1,4 @@
-"""The update kernel compiles for GPUs that are not here, without spills and with whole-vector accesses."""
+"""The kernels compile for GPUs that are not here, within what those GPUs have and without spills."""
 
 import pytest
 
@@ -10,11 +10,19 @@ from nl_kernels.triton_support.targets import TARGETS
 pytestmark = pytest.mark.aot
 
 
+KINDS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+LARGE = "8x64x1024x4096"
+
+
+def entries_of(architecture, *words):
+    found = [e for e in launch.catalogue(architecture) if all(word in e.variant for word in words)]
+    assert found
+    return found
+
+
 @pytest.mark.parametrize("architecture", TARGETS)
-def test_whole_catalogue(architecture):
-    entries = list(launch.catalogue(architecture))
-    assert {e.variant.split()[0] for e in entries} == {"plain", "momentum"}
-    for entry in entries:
+def test_updates(architecture):
+    for entry in [e for e in entries_of(architecture) if e.kernel == "update"]:
         compiled = compile_call(entry.call, architecture)
         found = resources_of(compiled)
         assert found.spill_bytes == 0, entry.variant
@@ -25,6 +33,47 @@ def test_whole_catalogue(architecture):
             scalar = text.count("ld.global.b32") - text.count("ld.global.v4.b32")
             assert text.count("ld.global.v4") >= 16, entry.variant
             assert scalar <= 3, entry.variant  # the norms: one a row
+
+
+@pytest.mark.parametrize("part", ["hidden", "out", "signal", "up", "input"])
+def test_hopper_uses_tensor_cores_and_spills_nothing(part):
+    (entry,) = entries_of("sm_90", "bfloat16", LARGE, "gated", f" {part}")
+    found = resources_of(compile_call(entry.call, "sm_90"))
+    assert found.spill_bytes == 0
+    assert set(found.tensor_core) == {"wgmma"}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize("part", ["signal", "down"])
+def test_other_architectures(architecture, part):
+    (entry,) = entries_of(architecture, "bfloat16", LARGE, "gated", f" {part}")
+    found = resources_of(compile_call(entry.call, architecture))
+    assert found.spill_bytes == 0
+    assert set(found.tensor_core) == {KINDS[architecture]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_whole_catalogue(architecture):
+    entries = entries_of(architecture)
+    words = {word for entry in entries for word in entry.variant.split()}
+    assert words >= {"bfloat16", "float16", "float32", "plain", "gated", "momentum"}
+    for entry in entries:
+        found = resources_of(compile_call(entry.call, architecture))
+        assert found.shared_bytes <= TARGETS[architecture].shared_memory, entry.variant
+        assert found.scalar_products == 0, entry.variant
+        assert found.spill_bytes == 0, entry.variant
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32x3", "ieee"])
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_tiles_of_products_are_what_the_compiler_takes(architecture, precision):
+    for m, n, k in ((1, 1, 1), (16, 341, 72), (64, 4096, 1024), (4096, 1024, 64)):
+        for held in (1, 2, 3):
+            tiles = launch.product_tiles(m, n, k, precision, architecture, held=held)
+            for block in tiles[:3]:
+                assert block >= 16
+                assert block & (block - 1) == 0
 
 
 @pytest.mark.parametrize("width", [1, 3, 16, 341, 1024, 2049, 16_384])

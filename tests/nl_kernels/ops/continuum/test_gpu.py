@@ -1,9 +1,9 @@
-"""What only a GPU can tell of the update kernel."""
+"""What only a GPU can tell of the kernels."""
 
 import pytest
 import torch
 
-from nl_kernels import continuum_update_
+from nl_kernels import continuum_gradients, continuum_mlp, continuum_update_
 from nl_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.gpu
@@ -63,3 +63,68 @@ def test_offsets_beyond_32_bits():
     continuum_update_([weights], [torch.full_like(weights, 0.25)])
     assert weights[-1].eq(0.75).all()
     assert weights[0].eq(0.75).all()
+
+
+SIZES = [(2, 64, 256, 341), (4, 1024, 1024, 1360), (1, 1, 72, 200)]
+
+
+def mlp_call(dtype, size, gated):
+    batch, tokens, width, hidden = size
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator)).to("cuda", dtype)
+
+    return {
+        "inputs": normal(batch, tokens, width),
+        "error": normal(batch, tokens, width),
+        "rates": normal(batch, tokens).abs(),
+        "up": normal(batch, hidden, width, scale=width**-0.5),
+        "down": normal(batch, width, hidden, scale=hidden**-0.5),
+        "gate": normal(batch, hidden, width, scale=width**-0.5) if gated else None,
+    }
+
+
+def doubled(made):
+    return {n: None if t is None else t.double() for n, t in made.items()}
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_error_budget_of_the_mlp(dtype, gated, size):
+    made = mlp_call(dtype, size, gated)
+    weights = [made[n] for n in ("up", "down", "gate")]
+    exact = doubled(made)
+    assert_within_budget(
+        continuum_mlp(made["inputs"], *weights),
+        continuum_mlp(made["inputs"], *weights, impl="eager"),
+        continuum_mlp(exact["inputs"], *(exact[n] for n in ("up", "down", "gate"))),
+        # three-pass tf32 loses two bits of fp32's 24
+        factor=8.0 if dtype == torch.float32 else 2.0,
+        token_dim=1,
+    )
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_error_of_the_gradients_of_a_step(dtype, gated, size):
+    made = mlp_call(dtype, size, gated)
+    found = continuum_gradients(**made, error_bound=1.0)
+    exact = continuum_gradients(**doubled(made), error_bound=1.0)
+    for f, e in zip(found, exact):
+        if e is not None:
+            assert f.dtype == torch.float32
+            assert (f.double() - e).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-4) * e.norm()
+
+
+def test_the_mlp_is_deterministic_and_captured():
+    made = mlp_call(torch.bfloat16, SIZES[0], True)
+    weights = [made[n] for n in ("up", "down", "gate")]
+    first = continuum_mlp(made["inputs"], *weights), *continuum_gradients(**made)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = continuum_mlp(made["inputs"], *weights), *continuum_gradients(**made)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(first, captured))

@@ -1,12 +1,15 @@
-"""The update kernel, interpreted, against the definition in fp64."""
+"""The kernels, interpreted, against the definition in fp64."""
 
 import pytest
 import torch
 
-from nl_kernels import continuum_update_
+from nl_kernels import continuum_gradients, continuum_mlp, continuum_update_
 from nl_kernels.ops.continuum import launch
+from nl_kernels.ops.continuum.triton_backward import plan_backward
+from nl_kernels.ops.continuum.triton_forward import plan_forward
 from nl_kernels.ops.continuum.triton_update import plan_update
 from nl_kernels.testing import GuardedBuffer, assert_within_budget
+from tests.nl_kernels.ops.continuum.test_mlp import CASES, arguments, step_arguments, with_gradients
 from tests.nl_kernels.ops.continuum.test_update_in_place import OPTIONS, call, written
 
 pytestmark = pytest.mark.interpreter
@@ -81,3 +84,86 @@ def test_what_the_kernel_does_not_serve_is_refused():
     weights = [torch.ones(1, launch.MAX_WIDTH + 1)]
     with pytest.raises(NotImplementedError, match="rows of at most"):
         continuum_update_(weights, weights, impl="triton")
+
+
+# one token; odd widths; more rows, hidden units and columns than a tile has
+SIZES = [
+    {"batch": 1, "tokens": 1, "width": 3, "hidden": 5},
+    {"batch": 2, "tokens": 7, "width": 9, "hidden": 33},
+    {"batch": 2, "tokens": 70, "width": 66, "hidden": 130},
+]
+
+
+def doubled(made):
+    return {n: None if t is None else t.double() for n, t in made.items()}
+
+
+def named(made, name):
+    return {f"{name} {i}": t for i, t in enumerate(made) if t is not None}
+
+
+@pytest.mark.parametrize(
+    ("gated", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.float16)]
+)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_error_budget_of_the_mlp(size, gated, dtype):
+    made = arguments(gated=gated, dtype=dtype, **size)
+    found, eager = (with_gradients(made, impl) for impl in ("triton", "eager"))
+    exact = with_gradients(doubled(made), "reference")
+    for i, results in enumerate(zip(found, eager, exact)):
+        assert_within_budget(*results, name=str(i))
+
+
+@pytest.mark.parametrize(
+    ("gated", "bound", "dtype"), [*((*case, torch.float32) for case in CASES), (True, 0.3, torch.float16)]
+)
+@pytest.mark.parametrize("size", SIZES[1:], ids=str)
+def test_error_budget_of_the_gradients_of_a_step(size, gated, bound, dtype):
+    made = step_arguments(gated=gated, dtype=dtype, weight_dtype=torch.float32, **size)
+    options = {"error_bound": bound}
+    found, eager = (named(continuum_gradients(**made, **options, impl=i), "") for i in ("triton", "eager"))
+    exact = named(continuum_gradients(**doubled(made), **options, impl="reference"), "")
+    assert found.keys() == exact.keys()
+    for name in found:
+        assert_within_budget(found[name], eager[name], exact[name], name=name, factor=3.0)
+
+
+def test_weights_of_all_sequences():
+    made = arguments(gated=True, shared=True, dtype=torch.float32)
+    for found, expected in zip(with_gradients(made, "triton"), with_gradients(made, "eager")):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_buffer_of_the_mlp_is_written_and_nothing_beside_it(gated):
+    made = step_arguments(gated=gated, dtype=torch.float32, **SIZES[1])
+    weights = [made[n] for n in ("up", "down", "gate")]
+    forward, y = plan_forward(made["inputs"], *weights, architecture="sm_90")
+    backward, grads = plan_backward(
+        made["error"], made["inputs"], *weights, made["rates"], 0.3, True, architecture="sm_90"
+    )
+    given = {id(t) for t in made.values()}
+    buffers = {id(t): GuardedBuffer.holding(t) for t in made.values() if t is not None}
+    for one in (*forward, *backward):
+        for tensor in one.arguments.values():
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in buffers:
+                buffers[id(tensor)] = GuardedBuffer(tensor.shape, dtype=tensor.dtype)
+        moved = {
+            name: buffers[id(value)].tensor if isinstance(value, torch.Tensor) else value
+            for name, value in one.arguments.items()
+        }
+        one.kernel[one.grid](**moved, **one.constants)
+    for key, buffer in buffers.items():
+        buffer.check("given" if key in given else "made")
+    torch.testing.assert_close(
+        buffers[id(y)].tensor, continuum_mlp(made["inputs"], *weights, impl="eager"), rtol=1e-5, atol=1e-5
+    )
+    expected = continuum_gradients(**made, error_bound=0.3, impl="eager")
+    for grad, wanted in zip(grads[1:], expected):
+        if wanted is not None:
+            torch.testing.assert_close(buffers[id(grad)].tensor, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_fp64_is_refused():
+    with pytest.raises(NotImplementedError, match="got float64"):
+        continuum_mlp(**arguments(gated=False), impl="triton")

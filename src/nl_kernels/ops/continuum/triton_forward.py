@@ -1,0 +1,188 @@
+"""The MLP with weights of each sequence on a GPU: the hidden layer with its activation, then the way down.
+
+Matrices are [batches, rows, width], weights [batches, out, in], all contiguous. Products round their operands
+as their precision says and accumulate in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nl_kernels.chunk_kernels.forward import activated
+from nl_kernels.chunk_kernels.tiled_launch import operand_dtype, tiled_precision
+from nl_kernels.chunk_kernels.tiled_products import add_product, load_operand
+from nl_kernels.ops.continuum import launch
+from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
+from nl_kernels.triton_support.targets import architecture_of
+
+
+@triton.jit
+def add_rows(
+    acc,
+    a,
+    b,
+    row,
+    column,
+    rows,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    B_TURNED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``acc + a b`` of a tile: a [rows, DEPTH], and b [DEPTH, COLUMNS] or, turned, [COLUMNS, DEPTH]."""
+    B_WIDTH: tl.constexpr = DEPTH if B_TURNED else COLUMNS
+    for first in range(0, DEPTH, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        left = load_operand(a, row, k, rows, DEPTH, DEPTH, False)
+        right = load_operand(b, k, column, DEPTH, COLUMNS, B_WIDTH, B_TURNED)
+        acc = add_product(acc, left, right, PRECISION)
+    return acc
+
+
+@triton.jit
+def tile_of(rows, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of this program: its batch, and the rows and columns of its tile of [rows, COLUMNS].
+
+    Tiles of one row strip come one after the other.
+    """
+    TILES_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    tiles_m = (rows + BLOCK_M - 1) // BLOCK_M
+    program = tl.program_id(0)
+    batch = (program // (tiles_m * TILES_N)).to(tl.int64)
+    tile = program % (tiles_m * TILES_N)
+    row = (tile // TILES_N).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return batch, row, (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def hidden_kernel(
+    x,
+    up,
+    gate,
+    out,
+    rows,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``GELU(x upᵀ)``, or with a gate ``SiLU(x gateᵀ) ∘ x upᵀ``."""
+    batch, row, column = tile_of(rows, HIDDEN, BLOCK_M, BLOCK_N)
+    x += batch * rows * WIDTH
+    weight = batch * (HIDDEN * WIDTH)
+    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    hidden = add_rows(zero, x, up + weight, row, column, rows, HIDDEN, WIDTH, True, BLOCK_K, PRECISION)
+    if gate is not None:
+        z = add_rows(zero, x, gate + weight, row, column, rows, HIDDEN, WIDTH, True, BLOCK_K, PRECISION)
+        hidden *= activated(z, "silu", False)[0]
+    else:
+        hidden = activated(hidden, "gelu", False)[0]
+    at = row[:, None] * HIDDEN + column[None, :]
+    inside = (row < rows)[:, None] & (column < HIDDEN)[None, :]
+    tl.store(out + batch * rows * HIDDEN + at, hidden.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def rows_kernel(
+    a0,
+    b0,
+    a1,
+    b1,
+    out,
+    rows,
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    B_TURNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``a0 b0 (+ a1 b1)``: the way down, and back to the input."""
+    batch, row, column = tile_of(rows, COLUMNS, BLOCK_M, BLOCK_N)
+    weight = batch * (DEPTH * COLUMNS)
+    a0 += batch * rows * DEPTH
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = add_rows(acc, a0, b0 + weight, row, column, rows, COLUMNS, DEPTH, B_TURNED, BLOCK_K, PRECISION)
+    if a1 is not None:
+        a1 += batch * rows * DEPTH
+        acc = add_rows(acc, a1, b1 + weight, row, column, rows, COLUMNS, DEPTH, B_TURNED, BLOCK_K, PRECISION)
+    at = row[:, None] * COLUMNS + column[None, :]
+    inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+    tl.store(out + batch * rows * COLUMNS + at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def product_call(
+    a0: torch.Tensor,
+    b0: torch.Tensor,
+    a1: torch.Tensor | None,
+    b1: torch.Tensor | None,
+    out: torch.Tensor,
+    turned: bool,
+    precision: str,
+    architecture: str,
+) -> KernelCall:
+    """The call of :func:`rows_kernel`."""
+    batches, rows, depth = a0.shape
+    columns = out.shape[2]
+    tiles = launch.product_tiles(rows, columns, depth, precision, architecture)
+    return KernelCall(
+        rows_kernel,
+        (batches * triton.cdiv(rows, tiles.m) * triton.cdiv(columns, tiles.n),),
+        {"a0": a0, "b0": b0, "a1": a1, "b1": b1, "out": out, "rows": rows},
+        {
+            "DEPTH": depth,
+            "COLUMNS": columns,
+            "B_TURNED": turned,
+            "BLOCK_M": tiles.m,
+            "BLOCK_N": tiles.n,
+            "BLOCK_K": tiles.k,
+            "PRECISION": precision,
+        },
+        tiles.warps,
+        tiles.stages,
+    )
+
+
+def plan_forward(
+    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None, *, architecture: str
+) -> tuple[list[KernelCall], torch.Tensor]:
+    """The calls, and the tensor that the last one fills; runs nothing."""
+    batches, rows, width = x.shape
+    hidden_width = up.shape[1]
+    precision = tiled_precision(x.dtype, architecture)
+    hidden = x.new_empty(batches, rows, hidden_width, dtype=operand_dtype(precision))
+    out = torch.empty_like(x)
+    held = 1 if gate is None else 2
+    tiles = launch.product_tiles(rows, hidden_width, width, precision, architecture, held=held)
+    calls = [
+        KernelCall(
+            hidden_kernel,
+            (batches * triton.cdiv(rows, tiles.m) * triton.cdiv(hidden_width, tiles.n),),
+            {"x": x, "up": up, "gate": gate, "out": hidden, "rows": rows},
+            {
+                "WIDTH": width,
+                "HIDDEN": hidden_width,
+                "BLOCK_M": tiles.m,
+                "BLOCK_N": tiles.n,
+                "BLOCK_K": tiles.k,
+                "PRECISION": precision,
+            },
+            tiles.warps,
+            tiles.stages,
+        ),
+        product_call(hidden, down, None, None, out, True, precision, architecture),
+    ]
+    return calls, out
+
+
+def mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """See :func:`nl_kernels.continuum_mlp`."""
+    calls, out = plan_forward(x, up, down, gate, architecture=architecture_of(x.device))
+    run_calls(calls, x.device)
+    return out
