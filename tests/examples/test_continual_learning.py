@@ -26,7 +26,7 @@ def test_the_example_runs(tmp_path):
         # All methods start from the frozen model, and what learns moves.
         assert run_result["code"][0] == results["runs"][0]["code"][0]
         assert run_result["code"][-1] < run_result["code"][0]
-        assert run_result["tokens"][-1] == 700
+        assert 500 < run_result["tokens"][-1] <= 700  # less where Python's files are few or short
     assert (tmp_path / "continual-learning.png").stat().st_size > 10_000
     memories = list(tmp_path.glob("memory-*.safetensors"))
     assert len(memories) == len(results["runs"])
