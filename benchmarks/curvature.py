@@ -86,7 +86,7 @@ def plot(rows: list[dict], steps: int, path: Path) -> None:
 
     curve = CURVES[5]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    r, theta = torch.meshgrid(torch.linspace(-5, 2.5, 300), torch.linspace(-5, 4, 300), indexing="ij")
+    r, theta = torch.meshgrid(torch.linspace(-5, 2.5, 300), torch.linspace(-9, 4, 300), indexing="ij")
     k, a, omega = curve
     values = r**2 + k * (r - theta + a * torch.sin(omega * r)) ** 2
     left.contour(r, theta, values.log1p(), levels=14, cmap="Greys", linewidths=0.6)
@@ -99,10 +99,10 @@ def plot(rows: list[dict], steps: int, path: Path) -> None:
         right.plot([max(p[2], 1e-16) for p in run], color=color, label=label)
     left.plot(*START, "k*", markersize=10)
     left.set(
-        xlabel="r", ylabel="θ", xlim=(-5, 2.5), ylim=(-5, 4), title=f"k = {k:g}, a = {a:g}, ω = {omega:g}"
+        xlabel="r", ylabel="θ", xlim=(-5, 2.5), ylim=(-9, 4), title=f"k = {k:g}, a = {a:g}, ω = {omega:g}"
     )
     right.axhline(REACHED, color="0.5", linestyle=":")
-    right.set(yscale="log", xlabel="step", ylabel="ψ", ylim=(1e-10, 1e3), title="best options of each")
+    right.set(yscale="log", xlabel="step", ylabel="ψ", ylim=(1e-9, 1e3), title="best options of each")
     for panel in (left, right):
         panel.legend(fontsize=8)
     figure.tight_layout()
