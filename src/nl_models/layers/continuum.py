@@ -82,7 +82,7 @@ class ContinuumMemory(nn.Module):
     ``forward`` takes and returns.
 
     Levels whose weights step in *training* time, every C tokens of accumulated gradient, are no part of this:
-    they are a matter of the optimiser (``nl_models.optim``).
+    they are a matter of the optimiser, :class:`nl_models.optim.MultiFrequency`.
 
     Args:
         hidden_size: width D of the stream.
