@@ -266,13 +266,13 @@ class Schedule:
         if inner is not None:
             given |= {"inner": inner, "against": against.tensor, "against_rows": against.rows}
             given["against_start"] = against.start
-        absent = 4 - len(terms)
         constants = {
             "M": m,
             "N": n,
             **{f"K{i}": terms[i].k if i < len(terms) else 0 for i in range(4)},
-            "TURNED": "".join("-t"[x.turned] for t in terms for x in t[:2]) + "--" * absent,
-            "SPANS": "".join(t.span for t in terms) + "-" * absent,
+            **{f"A{i}_TURNED": i < len(terms) and terms[i].a.turned for i in range(4)},
+            **{f"B{i}_TURNED": i < len(terms) and terms[i].b.turned for i in range(4)},
+            **{f"SPAN{i}": terms[i].span if i < len(terms) else "-" for i in range(4)},
             "FACTOR": factor,
             "DECAY": decay,
             "ASIDE_TERMS": aside_terms if aside is not None else 0,

@@ -163,8 +163,18 @@ def product_kernel(
     K1: tl.constexpr,
     K2: tl.constexpr,
     K3: tl.constexpr,
-    TURNED: tl.constexpr,
-    SPANS: tl.constexpr,
+    A0_TURNED: tl.constexpr,
+    B0_TURNED: tl.constexpr,
+    SPAN0: tl.constexpr,
+    A1_TURNED: tl.constexpr,
+    B1_TURNED: tl.constexpr,
+    SPAN1: tl.constexpr,
+    A2_TURNED: tl.constexpr,
+    B2_TURNED: tl.constexpr,
+    SPAN2: tl.constexpr,
+    A3_TURNED: tl.constexpr,
+    B3_TURNED: tl.constexpr,
+    SPAN3: tl.constexpr,
     FACTOR: tl.constexpr,
     DECAY: tl.constexpr,
     ASIDE_TERMS: tl.constexpr,
@@ -177,13 +187,12 @@ def product_kernel(
 ):
     """``out = (factor a0 b0 + a1 b1 + a2 b2 + a3 b3) · decay · matrix ± add0 + add1``, one program a tile.
 
-    ``TURNED`` has two letters a term, "t" for a turned operand. ``SPANS`` has one: "l" where a is lower
-    triangular, "u" where it is upper triangular, "d" where the product is needed on and below the diagonal
-    alone, "-" elsewhere. ``FACTOR`` scales the rows of the first term by those of the coefficients (−1: not).
-    The sum of the first ``ASIDE_TERMS`` terms (−1: the first one, not scaled) goes to ``aside``, added to
-    what it holds with ``ASIDE_ADDS``. ``add0`` and ``add1`` are scaled by ``final`` and ``final1`` [batches,
-    chunks], where given; ``inner`` and ``inner1`` [batches, chunks, tiles] get their inner products, before
-    that, with ``against``.
+    ``SPAN…`` is "l" where a is lower triangular, "u" where it is upper triangular, "d" where the product is
+    needed on and below the diagonal alone, "-" elsewhere. ``FACTOR`` scales the rows of the first term by
+    those of the coefficients (−1: not). The sum of the first ``ASIDE_TERMS`` terms (−1: the first one, not
+    scaled) goes to ``aside``, added to what it holds with ``ASIDE_ADDS``. ``add0`` and ``add1`` are scaled
+    by ``final`` and ``final1`` [batches, chunks], where given; ``inner`` and ``inner1`` [batches, chunks,
+    tiles] get their inner products, before that, with ``against``.
     """
     TILES_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -200,7 +209,7 @@ def product_kernel(
     if a0 is not None:
         acc = _next_term(
             acc, a0, b0, batch, a0_rows, a0_start, b0_rows, b0_start, m, n, first_m, first_n, k0,
-            M, N, K0, TURNED[0], TURNED[1], SPANS[0], BLOCK_M, BLOCK_K, PRECISION,
+            M, N, K0, A0_TURNED, B0_TURNED, SPAN0, BLOCK_M, BLOCK_K, PRECISION,
         )  # fmt: skip
     if ASIDE_TERMS < 0:
         _put_aside(aside, batch, acc, m, n, inside, M, N, ASIDE_ADDS)
@@ -212,21 +221,21 @@ def product_kernel(
     if a1 is not None:
         acc = _next_term(
             acc, a1, b1, batch, a1_rows, a1_start, b1_rows, b1_start, m, n, first_m, first_n, k1,
-            M, N, K1, TURNED[2], TURNED[3], SPANS[1], BLOCK_M, BLOCK_K, PRECISION,
+            M, N, K1, A1_TURNED, B1_TURNED, SPAN1, BLOCK_M, BLOCK_K, PRECISION,
         )  # fmt: skip
     if ASIDE_TERMS == 2:
         _put_aside(aside, batch, acc, m, n, inside, M, N, ASIDE_ADDS)
     if a2 is not None:
         acc = _next_term(
             acc, a2, b2, batch, a2_rows, a2_start, b2_rows, b2_start, m, n, first_m, first_n, k2,
-            M, N, K2, TURNED[4], TURNED[5], SPANS[2], BLOCK_M, BLOCK_K, PRECISION,
+            M, N, K2, A2_TURNED, B2_TURNED, SPAN2, BLOCK_M, BLOCK_K, PRECISION,
         )  # fmt: skip
     if ASIDE_TERMS == 3:
         _put_aside(aside, batch, acc, m, n, inside, M, N, ASIDE_ADDS)
     if a3 is not None:
         acc = _next_term(
             acc, a3, b3, batch, a3_rows, a3_start, b3_rows, b3_start, m, n, first_m, first_n, k3,
-            M, N, K3, TURNED[6], TURNED[7], SPANS[3], BLOCK_M, BLOCK_K, PRECISION,
+            M, N, K3, A3_TURNED, B3_TURNED, SPAN3, BLOCK_M, BLOCK_K, PRECISION,
         )  # fmt: skip
 
     if DECAY != "":
@@ -294,8 +303,8 @@ def _next_term(
 ):
     """One term's part of a tile; ``extent`` is K at run time."""
     # An operand that is not turned has its contracted (a) or its outer (b) extent as its width.
-    A_WIDTH: tl.constexpr = M if A_TURNED == "t" else K
-    B_WIDTH: tl.constexpr = K if B_TURNED == "t" else N
+    A_WIDTH: tl.constexpr = M if A_TURNED else K
+    B_WIDTH: tl.constexpr = K if B_TURNED else N
     k_from = 0
     k_stop = extent
     if SPAN == "l":
@@ -317,8 +326,8 @@ def _next_term(
         K,
         A_WIDTH,
         B_WIDTH,
-        A_TURNED == "t",
-        B_TURNED == "t",
+        A_TURNED,
+        B_TURNED,
         BLOCK_K,
         PRECISION,
     )
