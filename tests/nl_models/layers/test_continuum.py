@@ -140,6 +140,25 @@ def test_autocast_keeps_the_state_in_fp32():
     torch.testing.assert_close(state[0].up, expected[0].up, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("detach_updates", [False, True])
+@pytest.mark.parametrize("rule", ["sgd", "dgd", "momentum", "muon"])
+@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+def test_bf16_layers_have_fp32_states_and_finite_gradients(variant, rule, detach_updates):
+    torch.manual_seed(0)
+    first = LevelConfig(
+        hidden_size=24, chunk_size=4, rule=rule, gated=True, restore_norms=True, key_projection=False
+    )
+    levels = [first, LevelConfig(hidden_size=20, chunk_size=8, rule=rule)]
+    memory = ContinuumMemory(WIDTH, levels, variant=variant, detach_updates=detach_updates).bfloat16()
+    y, state = memory(tokens(2, 21).bfloat16(), output_state=True)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    floating = [t for level in state for t in level if t is not None and t.is_floating_point()]
+    assert {t.dtype for t in floating} == {torch.float32}
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in memory.parameters() if p.requires_grad)
+    assert memory(tokens(2, 5).bfloat16(), memory.flush(state))[0].isfinite().all()
+
+
 def test_rates_are_bounded_and_start_where_they_should():
     memory = build(max_rate=1.5, initial_rate=0.7)
     for level, chunk_size in zip(memory.levels, (4, 8)):
