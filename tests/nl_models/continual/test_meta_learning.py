@@ -108,11 +108,11 @@ def test_initial_states_are_learned_that_learn_well():
 
     def streams():
         # Every stream repeats four symbols of its own.
-        symbols = torch.stack([torch.randperm(VOCABULARY, generator=generator)[:4] for _ in range(8)])
+        symbols = torch.stack([torch.randperm(VOCABULARY, generator=generator)[:4] for _ in range(4)])
         return symbols.repeat(1, 6)
 
     losses = []
-    for _ in range(30):
+    for _ in range(25):
         loss = next_token_loss_through_steps(model, streams(), StepRule(rate=rate))
         optimizer.zero_grad()
         loss.backward()
@@ -121,7 +121,7 @@ def test_initial_states_are_learned_that_learn_well():
     assert min(losses[-5:]) < losses[0] - 0.3
     held_out = streams()
     with_steps, without = (
-        ContinuumLearner(model, StepRule(rate=value), batch_size=8).learn(held_out).loss.mean()
+        ContinuumLearner(model, StepRule(rate=value), batch_size=4).learn(held_out).loss.mean()
         for value in (rate.item(), 0.0)
     )
     assert with_steps < without - 0.1

@@ -61,6 +61,7 @@ def test_left_padding_changes_nothing(family, layers, kind, tokens):
     assert torch.equal(shifted[:, 5:], hybrid.generate(tokens, **options))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_beams_keep_their_states(family, kind, tokens):
     hybrid = make_hybrid(family, kind, [0])
     options = {"max_new_tokens": 7, "do_sample": False, "num_beams": 3}
@@ -99,6 +100,7 @@ def test_projections_go_over(family, kind):
     assert not any(t.is_meta for t in (*hybrid.parameters(), *hybrid.buffers()))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_it_loads_as_what_it_is(family, kind, tokens, tmp_path):
     nl_models.register()
     hybrid = make_hybrid(family, kind, [1], torch.float32)
@@ -109,6 +111,7 @@ def test_it_loads_as_what_it_is(family, kind, tokens, tmp_path):
         assert torch.equal(loaded(tokens).logits, hybrid(tokens).logits)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neox"])
 def test_it_trains_with_checkpointing_too(family, kind, tokens):
     gradients = []
     for checkpointing in (False, True):
@@ -129,7 +132,7 @@ def test_it_trains_with_checkpointing_too(family, kind, tokens):
         torch.testing.assert_close(plain, gradients[1][name], atol=1e-8, rtol=0)
 
 
-@pytest.mark.parametrize("mlp_first", [True, False])
+@pytest.mark.parametrize(("family", "mlp_first"), [("llama", True), ("gpt_neox", False), ("gpt2", True)])
 def test_both_conversions_go_together(family, kind, mlp_first, tokens, tmp_path):
     torch.manual_seed(3)
     model = make_model(family)
