@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST := $(BIN)/python -m pytest
+# One thread a worker: threads of several processes on the same cores slow each other down tenfold.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help install demo test lint bench bench-peers bench-gpu gpu-check aot clean
 
@@ -23,7 +25,7 @@ demo: $(STAMP)  ## train, compare, generate and profile a small Hope on real tex
 	$(BIN)/python -m nl_models.demo --output runs/demo
 
 # Three processes: the Triton interpreter and the ahead-of-time compiler cannot share one.
-test: $(STAMP)  ## run the tests
+test: $(STAMP)  ## run the tests, two at a time (WORKERS=)
 	$(PYTEST) -m "not interpreter and not aot"
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
 	$(PYTEST) -m aot

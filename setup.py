@@ -38,6 +38,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
             "ninja>=1.11",
