@@ -70,6 +70,11 @@ def tiles_of(m: int, n: int, k: int, precision: str, architecture: str) -> Tiles
     )
 
 
+def token_warps(length: int, architecture: str) -> int:
+    """Warps of a program that takes all numbers by token of a chunk, in fp64: few registers a thread."""
+    return 4 if length <= 512 or architecture.startswith("gfx") else 16
+
+
 def stages_of(architecture: str) -> int:
     """Steps of a loop over tiles that are under way at once."""
     return 2 if architecture.startswith("gfx") else 3

@@ -14,6 +14,7 @@ from nl_kernels.chunk_kernels.tiled_launch import (
     Term,
     every_row,
     operand_dtype,
+    token_warps,
     whole,
 )
 from nl_kernels.chunk_kernels.tiled_layer import AFTER, TO_END, LayerBuffers, solve
@@ -395,4 +396,11 @@ def decay_adjoint(
     if momentum is not None:
         given |= {"full_rows0": momentum.full_rows, "full_columns0": momentum.full_columns}
         given |= {"shared_to_end": momentum.to_end, "shared_log": momentum.log}
-    s.add("decay adjoint", decay_adjoint_kernel, s.grid.batches, given, constants)
+    s.add(
+        "decay adjoint",
+        decay_adjoint_kernel,
+        s.grid.batches,
+        given,
+        constants,
+        token_warps(length, s.architecture),
+    )
