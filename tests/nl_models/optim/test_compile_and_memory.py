@@ -9,7 +9,7 @@ from tests.nl_models.optim.problems import KINDS, groups_of, parameters, set_gra
 @pytest.mark.parametrize("name", ["muon", "m3", "delta-rms", "deep"])
 def test_a_compiled_step_is_the_step(name):
     kind, options = KINDS[name]
-    problems = [parameters(torch.float32) for _ in range(2)]
+    problems = [[part[:2] for part in parameters(torch.float32)] for _ in range(2)]
     optimizers = [kind(groups_of(*params), lr=0.02, **options) for params in problems]
     steps = torch.compile(optimizers[0].step, backend="eager"), optimizers[1].step
     for seed in range(5):

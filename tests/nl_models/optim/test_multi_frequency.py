@@ -275,3 +275,12 @@ def test_bad_arguments_are_refused_by_name():
         optimizer.load_state_dict(inner.state_dict())
     with pytest.raises(ValueError, match="saved with reduction='mean'"):
         MultiFrequency(sgd(weights()), [2], reduction="sum").load_state_dict(optimizer.state_dict())
+
+
+def test_only_slow_groups_hold_a_sum_and_only_within_a_period():
+    optimizer, params = made(INNER["muon"], [1, 2, 3], torch.bfloat16)
+    for held in ([1, 2], [2], [1], [2], [1, 2], []):
+        set_gradients(params, torch.Generator().manual_seed(0))
+        optimizer.step()
+        sizes = [optimizer._sums[p].nbytes for p in params if p in optimizer._sums]
+        assert sizes == [4 * params[i].numel() for i in held]
