@@ -185,6 +185,7 @@ def plot(summaries: list[dict], unit: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     for number, summary in enumerate(summaries):
@@ -208,6 +209,7 @@ def plot(summaries: list[dict], unit: str, path: Path) -> None:
         worst = max(row["curve"][0][1] for s in summaries for row in s["rows"] if row["curve"])
         panel.set(yscale="log", ylim=(0.95 * best, 1.05 * worst))
         panel.grid(alpha=0.3, which="both")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.legend(fontsize=8)
     figure.suptitle(summaries[0]["task"])
     figure.tight_layout()

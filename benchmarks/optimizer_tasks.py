@@ -141,7 +141,7 @@ def _moved(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 class DigitsViT(Digits):
     """The same images with a ViT of 16 patches (width 48, 3 layers, 86,000 parameters)."""
 
-    optimizers = dict.fromkeys(("adamw", "muon", "m3"), 4e-3)
+    optimizers = dict.fromkeys(("adamw", "muon", "m3", "deep_momentum"), 4e-3)
 
     def model(self, seed: int) -> nn.Module:
         """New weights drawn from ``seed``."""
