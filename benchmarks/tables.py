@@ -17,6 +17,7 @@ import typer
 
 from benchmarks.harness import SCHEMA, headline
 from benchmarks.report import Row, markdown_cases, markdown_headlines, shape_text, times
+from benchmarks.run import load_cases, op_names
 
 MARKER = re.compile(
     r"(<!-- benchmarks:(?P<kind>headlines|cases) ?(?P<op>\w*) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL
@@ -57,6 +58,23 @@ def latest_cases(rows: Iterable[Row]) -> list[list[Row]]:
     for row in rows:
         grouped[case_key(row)][row["date"]].append(row)
     return [runs[max(runs)] for runs in grouped.values()]
+
+
+def still_asked(cases: Iterable[list[Row]]) -> list[list[Row]]:
+    """Those that the benchmarks still measure; others stay in the record alone."""
+    ops = op_names()
+    asked = {
+        (
+            case.op,
+            case.name,
+            case.mode,
+            str(case.dtype).removeprefix("torch."),
+            tuple(sorted(case.shape.items())),
+        )
+        for op in ops
+        for case in load_cases(op)
+    }
+    return [rows for rows in cases if rows[0]["op"] not in ops or case_key(rows[0])[2:] in asked]
 
 
 def provenance(cases: Sequence[Sequence[Row]]) -> str:
@@ -213,7 +231,7 @@ def main(
         raise typer.BadParameter(str(error), param_hint="RESULTS") from None
     if not rows:
         raise typer.BadParameter("no rows", param_hint="RESULTS")
-    cases = latest_cases(rows)
+    cases = still_asked(latest_cases(rows))
     typer.echo(markdown_headlines(cases))
     for path in write or []:
         try:

@@ -259,6 +259,25 @@ def test_markdown_is_filled_between_its_markers_and_only_there(record):
         tables.fill_markers("nothing here", cases)
 
 
+def test_tables_drop_what_is_no_longer_asked():
+    case = run.load_cases("delta_memory")[0]
+    shape = dict(case.shape)
+    row = {
+        "device_name": "x",
+        "threads": 1,
+        "op": case.op,
+        "case": case.name,
+        "mode": case.mode,
+        "dtype": "float32",
+    }
+    now, before, other = (
+        [{**row, "shape": shape}],
+        [{**row, "shape": {**shape, "T": shape["T"] + 1}}],
+        [{**row, "op": "toy", "shape": shape}],
+    )
+    assert tables.still_asked([before, now, other]) == [now, other]
+
+
 def test_the_tables_command_writes_csv_plots_and_markdown(record, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- benchmarks:cases toy -->\n<!-- benchmarks:end -->\n")
