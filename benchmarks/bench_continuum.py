@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.baselines import decode_name, decode_provider, forward_backward
+from benchmarks.continuum_steps import STEP_CASES
 from benchmarks.harness import Case, Factories, Provider
 from benchmarks.measure import Work, random_tensors
 from nl_kernels.ops.continuum import ContinuumLevel, ContinuumState, continuum_memory
@@ -214,4 +215,5 @@ CASES = [
         shape={"B": 1, "T": 1, "D": 256, "h": 1024},
         providers=decode_providers,
     ),
+    *STEP_CASES,
 ]

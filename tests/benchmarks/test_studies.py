@@ -2,13 +2,15 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import breakdown, curvature, gradient_growth, optimizer_step, optimizer_study
+from benchmarks import breakdown, continuum_steps, curvature, gradient_growth, optimizer_step, optimizer_study
+from benchmarks.harness import COMPILED
 
 runner = CliRunner()
 CURVE = (1.0, 0.5, 1.0)
@@ -102,3 +104,14 @@ def test_the_cost_of_a_step_is_measured_for_every_optimiser(tmp_path):
     assert rows.keys() == optimizer_step.optimizers().keys()
     bytes_of = {name: row["state_bytes"] for name, row in rows.items()}
     assert bytes_of["DeepMomentum"] < bytes_of["Muon"] < bytes_of["AdamW (fused)"] < bytes_of["M3"]
+
+
+@pytest.mark.parametrize("name", ["two products", "chunk step"])
+def test_plain_lines_compute_what_the_continuum_functions_do(name):
+    case = next(c for c in continuum_steps.STEP_CASES if c.name == name and "cpu" in c.devices)
+    case = replace(case, shape={"B": 2, "T": 8, "D": 6, "h": 10})
+    factories = case.providers(case, torch.device("cpu"))
+    found = [make().run() for provider, make in factories.items() if provider != COMPILED]
+    assert len(found) == 3
+    for outputs in found[:2]:
+        torch.testing.assert_close(outputs, found[2])
