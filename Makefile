@@ -21,7 +21,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 
 install: $(STAMP)  ## make .venv with everything for development
 
-demo: $(STAMP)  ## train, compare, generate and profile a small Hope on real text (4 to 6 minutes)
+demo: $(STAMP)  ## train, compare, generate and profile a small Hope on real text (about 4 minutes)
 	$(BIN)/python -m nl_models.demo --output runs/demo
 
 # Three processes: the Triton interpreter and the ahead-of-time compiler cannot share one.

@@ -200,7 +200,7 @@ def plot_headlines(folder: Path, cases: Sequence[Sequence[Row]]) -> list[Path]:
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.margins(x=0.12)
+        axis.margins(x=0.18, y=0.01)
         axis.tick_params(axis="y", labelsize=7)
         axis.set_xlabel("times as fast as the fastest other")
         figure.tight_layout()

@@ -13,22 +13,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nl_models.data.prepare import PreparedData, prepare_data
+from nl_models.data.prepare import prepare_data
 from nl_models.data.tokenizer import load_tokenizer
 from nl_models.demo_report import DemoResult, ModelResult, Sample, write_reports
 from nl_models.files import write_json
 from nl_models.hope import HopeConfig, HopeForCausalLM
+from nl_models.processes import available_cores
 from nl_models.profile import config_arguments, progress_printer
 from nl_models.profiling.report import describe_machine, plot_profile, profile_table, save_profile
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.training.baseline import attention_baseline, parameter_count
 from nl_models.training.command_line import fail
 from nl_models.training.config import TrainConfig
-from nl_models.training.console import TrainingDisplay, duration, without_progress_bars
-from nl_models.training.loop import DivergedError, StopSignal, Trainer, choose_device, create_run
+from nl_models.training.console import duration, without_progress_bars
+from nl_models.training.loop import DivergedError, choose_device
 from nl_models.training.metrics import read_metrics
-from nl_models.training.model import build_model, hope_config
+from nl_models.training.model import hope_config
 from nl_models.training.plots import plot_losses
+from nl_models.training.several import Job, train_several
 
 PROMPT = 'def read(self, size=-1):\n    """'
 
@@ -39,7 +41,7 @@ MODELS = ("hope", "transformer", "hope-attention")
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of the demo. The defaults take under four minutes on one slow core.
+    """Sizes of the demo. The defaults take four or five minutes on two slow cores.
 
     Attributes:
         corpus: folder of text files; ``None``: Python's own library.
@@ -54,7 +56,8 @@ class DemoSettings:
         validation_windows: windows of the validation set.
         sample_tokens: tokens to generate.
         lengths, decode_after: contexts of the profile, tokens.
-        threads: CPU threads. Two are little faster, and many times slower where another process wants a core.
+        threads: CPU threads of a training. Two are little faster, and many times slower where another process
+            wants a core; on a CPU, as many trainings run at once as there are cores for.
         device: ``"auto"`` (CUDA when there), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         seed: of weights, data order and sampling.
     """
@@ -147,12 +150,19 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
         "hope-attention": attention_baseline(hope),
     }
     console.rule("[bold]2/4 training", align="left")
-    results = []
-    for name in reversed(MODELS):
+    jobs = []
+    for name in MODELS:
         run, sizes = settings.train_config(name), configs[name]
         plain = hope_config(run, data.tokenizer.vocab_size, data.tokenizer.separator_id)
         run = dataclasses.replace(run, model_options={**run.model_options, **_difference(plain, sizes)})
-        results.append(_train(name, output, run, data, console, parameter_count(sizes)))
+        jobs.append(Job(name, output / name, run, output / "data"))
+        console.print(
+            f"{name}: {parameter_count(sizes):,} parameters, peak learning rate {run.learning_rate:g}",
+            highlight=False,
+        )
+    at_once = 1 if device.type == "cuda" else max(1, available_cores() // settings.threads)
+    seconds = train_several(jobs, at_once=at_once, console=console)
+    results = [_result(job, parameter_count(configs[job.name]), seconds[job.name]) for job in reversed(jobs)]
     records = {result.name: read_metrics(output / result.name / "metrics.jsonl") for result in results}
     plot_losses(records, output / "loss.png", title="The same text, tokens and parameter count")
 
@@ -188,6 +198,7 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
         data=data.description,
         machine=machine,
         command=command,
+        at_once=at_once,
         seconds=time.monotonic() - began,
     )
     write_json(output / "demo.json", result.to_dict())
@@ -240,7 +251,7 @@ def main(
 ) -> None:
     """Train a small Hope and attention models of equal size on real text, generate, and compare them.
 
-    Under four minutes on one core with the defaults. Writes plots and a report (Markdown and HTML).
+    Some four minutes on two cores with the defaults. Writes plots and a report (Markdown and HTML).
     """
     console = Console()
     folder = fresh_folder(output)
@@ -280,32 +291,17 @@ def _difference(shared: HopeConfig, baseline: HopeConfig) -> dict[str, object]:
     return {name: value for name, value in values.items() if known.get(name) != value}
 
 
-def _train(
-    name: str, output: Path, config: TrainConfig, data: PreparedData, console: Console, parameters: int
-) -> ModelResult:
-    folder = output / name
-    create_run(folder, config)
-    model = build_model(config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
-    console.print(
-        f"{name}: {parameters:,} parameters, peak learning rate {config.learning_rate:g}",
-        highlight=False,
-    )
-    trainer = Trainer(folder, config, model, data)
-    began = time.monotonic()
-    with StopSignal() as stop:
-        outcome = trainer.run(TrainingDisplay(console, steps=config.steps, start=0, label=name), stop)
-    if not outcome.finished:
-        raise KeyboardInterrupt
-    last = [r for r in read_metrics(trainer.metrics) if r["kind"] == "validation"][-1]
+def _result(job: Job, parameters: int, seconds: float) -> ModelResult:
+    last = [r for r in read_metrics(job.folder / "metrics.jsonl") if r["kind"] == "validation"][-1]
     return ModelResult(
-        name=name,
+        name=job.name,
         parameters=parameters,
-        learning_rate=config.learning_rate,
+        learning_rate=job.config.learning_rate,
         tokens=last["tokens"],
         validation_loss=last["loss"],
         bits_per_byte=last["bits_per_byte"],
         perplexity=last["perplexity"],
-        seconds=time.monotonic() - began,
+        seconds=seconds,
     )
 
 

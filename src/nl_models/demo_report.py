@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """All that the reports tell."""
+    """All that the reports tell. ``at_once`` trainings ran side by side."""
 
     models: tuple[ModelResult, ...]
     sample: Sample
@@ -50,6 +50,7 @@ class DemoResult:
     data: dict
     machine: dict
     command: str
+    at_once: int
     seconds: float
 
     def to_dict(self) -> dict:
@@ -152,7 +153,8 @@ def _content(result: DemoResult, folder: Path) -> list[_Block]:
             f"{settings['warmup_steps']} steps of warm-up, cosine) and the same seed. docs/demo.md says "
             "how the learning rates and Hope's options were chosen. The validation loss is "
             f"over {settings['validation_windows']} fixed windows; every window starts with an empty state. "
-            "So few tokens tell how fast the models learn, not which is better after a long training."
+            "So few tokens tell how fast the models learn, not which is better after a long training. "
+            f"Times are with {result.at_once} training(s) at once."
         ),
         _Heading("What Hope writes"),
         _Text(

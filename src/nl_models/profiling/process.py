@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import sys
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 
 import torch
 
+from nl_models.processes import fork_server
 from nl_models.profiling.measure import Measurement, Work, measure
 
 OUT_OF_MEMORY = "out of memory"
@@ -17,13 +14,8 @@ OVER_TIME = "over the time limit"
 
 
 def measure_alone(work: Work, *, time_limit: float) -> Measurement:
-    """:func:`measure` in a fresh process that is ended after ``time_limit`` seconds.
-
-    The process is forked from a server that has imported this package and done nothing else: it starts in
-    milliseconds, with no threads, no CUDA context and no memory left over from earlier work.
-    """
-    context = multiprocessing.get_context("forkserver")
-    _start_server()
+    """:func:`measure` in a fresh process that is ended after ``time_limit`` seconds."""
+    context = fork_server(measure.__module__)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_and_send, args=(work, sender), daemon=True)
     process.start()
@@ -41,24 +33,6 @@ def measure_alone(work: Work, *, time_limit: float) -> Measurement:
         process.kill()
         process.join()
         receiver.close()
-
-
-def _start_server() -> None:
-    """Start the server, once, with this package imported in it.
-
-    Older Pythons do not tell the server this process's module path; it then imports nothing and says nothing,
-    and every measurement would begin with seconds of imports. So the path goes along in the environment.
-    """
-    forkserver.set_forkserver_preload([measure.__module__])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
 
 def _measure_and_send(work: Work, sender: Connection) -> None:

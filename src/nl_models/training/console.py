@@ -21,6 +21,7 @@ class TrainingDisplay:
         steps: of the whole run.
         start: steps done before (a resumed run).
         label: in front of the bar or of each line.
+        bars: of several runs that are shown together (:func:`training_bars`); this run's own if not given.
         clock: seconds; replaced in tests.
     """
 
@@ -31,6 +32,7 @@ class TrainingDisplay:
         steps: int,
         start: int,
         label: str,
+        bars: Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
@@ -39,28 +41,17 @@ class TrainingDisplay:
         self._label = label
         self._clock = clock
         self._began = self._last_line = clock()
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=None),
-                TaskProgressColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
-                console=console,
-                expand=True,
-            )
-            self._task = self._bar.add_task(label, total=steps, completed=start, status="")
+        self._own = training_bars(console) if bars is None else contextlib.nullcontext(bars)
+        self._bars: Progress | None = None
 
     def __enter__(self) -> TrainingDisplay:
-        if self._bar:
-            self._bar.start()
+        self._bars = self._own.__enter__()
+        if self._bars:
+            self._task = self._bars.add_task(self._label, total=self._steps, completed=self._first, status="")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+    def __exit__(self, *error: object) -> None:
+        self._own.__exit__(*error)
 
     def step(self, step: int, *, loss: float, tokens_per_step: int) -> None:
         """Report a completed step."""
@@ -71,8 +62,8 @@ class TrainingDisplay:
         rate = done * tokens_per_step / seconds
         left = duration((self._steps - step) * seconds / done)
         status = f"loss {loss:.3f}  {rate:,.0f} tokens/s  {left} left"
-        if self._bar:
-            self._bar.update(self._task, completed=step, status=status)
+        if self._bars:
+            self._bars.update(self._task, completed=step, status=status)
         elif step == self._steps or now - self._last_line >= _LINE_EVERY_SECONDS:
             self._last_line = now
             self._console.print(
@@ -87,6 +78,25 @@ class TrainingDisplay:
             highlight=False,
             soft_wrap=True,
         )
+
+
+@contextlib.contextmanager
+def training_bars(console: Console) -> Iterator[Progress | None]:
+    """Live bars on a terminal, for as long as the block lasts; elsewhere ``None``."""
+    if not console.is_terminal:
+        yield None
+        return
+    with Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        console=console,
+        expand=True,
+    ) as bars:
+        yield bars
 
 
 def duration(seconds: float) -> str:

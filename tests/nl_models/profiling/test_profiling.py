@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ import typer
 from typer.testing import CliRunner
 
 from nl_models.profile import main
-from nl_models.profiling import process
 from nl_models.profiling.measure import Measurement, Work, measure
 from nl_models.profiling.memory import PeakMemory
 from nl_models.profiling.process import OVER_TIME, measure_alone
@@ -77,7 +77,7 @@ def test_a_failure_is_reported_and_a_death_recognised(monkeypatch):
         def join(self): ...
         def kill(self): ...
 
-    contexts = type(process.multiprocessing.get_context("forkserver"))
+    contexts = type(multiprocessing.get_context("forkserver"))
     monkeypatch.setattr(contexts, "Process", lambda *_, **__: Killed())
     assert measure_alone(work(), time_limit=5).status == "out of memory"
 
