@@ -120,6 +120,13 @@ def training_providers(case: Case, device: torch.device) -> Factories:
         )
 
     shared = {"projected_keys": False}
+    on_kernels = {}
+    if device.type == "cuda":  # where the default of these settings is Triton
+        on_kernels = {
+            "nl_kernels first-order eager": lambda: ours(
+                "variant", note="first-order, impl='eager'", detach_updates=True, impl="eager", **shared
+            )
+        }
     return {
         "nl_kernels": lambda: ours("ours"),
         "nl_kernels checkpointed": lambda: ours("variant", note="checkpoint_every=1", checkpoint_every=1),
@@ -131,6 +138,7 @@ def training_providers(case: Case, device: torch.device) -> Factories:
         "nl_kernels first-order nested": lambda: ours(
             "variant", note="the same, nested", detach_updates=True, variant="nested", **shared
         ),
+        **on_kernels,
         "nl_kernels rate 0": never_stepping,
         "static MLP": lambda: static([case.shape["h"]], "does not learn in context: the floor"),
         "static MLPs": lambda: static(hidden_widths(case), "one after the other, as wide as the levels"),

@@ -36,6 +36,10 @@ ALLOWED = REQUIRED | {
     "triton_update.py",
     "chunk_step.py",
     "orthogonal.py",
+    "schedule.py",
+    "in_place.py",
+    "level_pass.py",
+    "first_order.py",
 }
 
 

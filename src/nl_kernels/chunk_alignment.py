@@ -42,12 +42,15 @@ class ChunkAlignment(NamedTuple):
         return flat.masked_fill(_trailing(~self.real, flat), 0).unflatten(0, (batch, length))
 
 
-def align_batch(mask: torch.Tensor, position: torch.Tensor) -> ChunkAlignment:
-    """Alignment of a padded batch by ``mask`` [B, T] (True = real) and tokens already seen, [B] int64."""
+def align_batch(mask: torch.Tensor, position: torch.Tensor, width: int | None = None) -> ChunkAlignment:
+    """Alignment of a padded batch by ``mask`` [B, T] (True = real) and tokens already seen, [B] int64.
+
+    ``width``: the largest slot after a sequence's last token, where the host knows it.
+    """
     counts = mask.cumsum(1)
     rank = counts - 1 + position[:, None]
     row = torch.arange(mask.shape[0], device=mask.device)[:, None].expand(mask.shape)
-    return _align(row.flatten(), rank.flatten(), mask.flatten(), position + counts[:, -1])
+    return _align(row.flatten(), rank.flatten(), mask.flatten(), position + counts[:, -1], width)
 
 
 def align_packed(cu_seqlens: torch.Tensor) -> ChunkAlignment:
@@ -59,8 +62,10 @@ def align_packed(cu_seqlens: torch.Tensor) -> ChunkAlignment:
     return _align(row, rank, torch.ones_like(row, dtype=torch.bool), lengths)
 
 
-def _align(row: torch.Tensor, rank: torch.Tensor, real: torch.Tensor, stop: torch.Tensor) -> ChunkAlignment:
-    width = max(int(stop.max()), 1)  # the one value that the host must know
+def _align(
+    row: torch.Tensor, rank: torch.Tensor, real: torch.Tensor, stop: torch.Tensor, width: int | None = None
+) -> ChunkAlignment:
+    width = max(int(stop.max()) if width is None else width, 1)  # the one value that the host must know
     slot = torch.where(real, row * width + rank, 0)
     token = torch.arange(len(row), device=row.device)
     source = torch.zeros(len(stop) * width, dtype=torch.int64, device=row.device)

@@ -56,9 +56,14 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def autocasting(device_type: str) -> bool:
+    """Whether products on such a device are rounded to a shorter dtype."""
+    return torch.is_autocast_enabled(device_type)
+
+
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Autocast off: it would round products of fp32 states and rates to half precision."""
-    if torch.is_autocast_enabled(device_type):
+    if autocasting(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

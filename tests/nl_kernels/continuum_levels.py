@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from nl_kernels import ContinuumLevel, continuum_memory
+from nl_kernels.ops.continuum.in_place import continuum_memory_in_place
 
 WIDTH = 6
 TENSORS = ("norm", "up", "down", "gate", "key", "value", "rate")
@@ -63,7 +64,21 @@ def close(found, expected, tolerance=1e-10):
             assert (f - e).abs().max() <= tolerance * max(1.0, e.abs().max().item())
 
 
-def run_with_gradients(x, levels, impl, *, state=None, level_weights=None, **options):
+def in_place(
+    x, levels, *, impl, detach_updates=True, initial_state=None, output_final_state=False, **options
+):
+    """The loop around the kernels, with pieces that any machine runs in any dtype."""
+    assert detach_updates
+    defaults = {"variant": "sequential", "level_weights": None, "mask": None, "checkpoint_every": None}
+    return continuum_memory_in_place(
+        x, levels, initial_state=initial_state, output_final_state=output_final_state, norm_eps=1e-6,
+        impl=impl, **defaults | options,
+    )  # fmt: skip
+
+
+def run_with_gradients(
+    x, levels, impl, *, state=None, level_weights=None, memory=continuum_memory, **options
+):
     """y, final state and the gradients of a random functional of both, of everything that goes in."""
     x = x.clone().requires_grad_()
     levels, leaves = require_grad(levels)
@@ -80,15 +95,15 @@ def run_with_gradients(x, levels, impl, *, state=None, level_weights=None, **opt
         ]
         leaves += [t for s in given if s is not None for t in s if t is not None and t.requires_grad]
         state = tuple(None if s is None else type(old)(*s) for s, old in zip(given, state))
-    y, final = continuum_memory(x, levels, initial_state=state, output_final_state=True, impl=impl, **options)
+    y, final = memory(x, levels, initial_state=state, output_final_state=True, impl=impl, **options)
     results = [y, *flat(final)]
     functional = sum((r * random_tensor(*r.shape, seed=i)).sum() for i, r in enumerate(results))
     gradients = torch.autograd.grad(functional, [x, *leaves], allow_unused=True, materialize_grads=True)
     return results, [s.position for s in final if s is not None], gradients
 
 
-def assert_same(x, levels, *, tolerance=1e-10, **options):
-    found = run_with_gradients(x, levels, "eager", **options)
+def assert_same(x, levels, *, tolerance=1e-10, memory=continuum_memory, **options):
+    found = run_with_gradients(x, levels, "eager", memory=memory, **options)
     expected = run_with_gradients(
         x, levels, "reference", **{k: v for k, v in options.items() if k != "checkpoint_every"}
     )

@@ -64,6 +64,9 @@ class HopeConfig(PreTrainedConfig):
             ``"independent"``; see :func:`nl_kernels.continuum_memory`.
         continuum_detach_updates: no outer gradient through the levels' steps; their rates and projections
             then stay as initialised.
+        continuum_implementation: of the continuum memory: "auto" (Triton kernels on CUDA where they serve
+            the levels' rules, without gradients or with ``continuum_detach_updates``; eager elsewhere),
+            "triton", "eager" or "reference". An explicit choice never falls back.
         rms_norm_eps: of all norms.
         initializer_range: standard deviation of the initial embeddings and projections; by default
             √(0.4 / hidden_size), which is 0.02 at a width of 1,000.
@@ -105,6 +108,7 @@ class HopeConfig(PreTrainedConfig):
     continuum_levels: list[dict] | None = None
     continuum_variant: str = "sequential"
     continuum_detach_updates: bool = False
+    continuum_implementation: str = "auto"
     rms_norm_eps: float | int = 1e-6
     initializer_range: float | None = None
     tie_word_embeddings: bool = True
@@ -199,17 +203,19 @@ class HopeConfig(PreTrainedConfig):
             raise ValueError(f"memory_read: expected 'snapshot' or 'running', got {self.memory_read!r}")
         if not 0 <= self.memory_rate_max <= 1:
             raise ValueError(f"memory_rate_max: expected a number in [0, 1], got {self.memory_rate_max}")
-        if self.memory_implementation not in ("auto", *IMPLEMENTATIONS):
-            raise ValueError(
-                f"memory_implementation: expected 'auto' or one of {IMPLEMENTATIONS}, "
-                f"got {self.memory_implementation!r}"
-            )
+        self._check_implementation("memory_implementation")
         try:
             self.make_memory_rule()
         except TypeError as error:
             raise ValueError(f"memory_rule: expected options of MemoryRule: {error}") from error
 
+    def _check_implementation(self, name: str) -> None:
+        value = getattr(self, name)
+        if value not in ("auto", *IMPLEMENTATIONS):
+            raise ValueError(f"{name}: expected 'auto' or one of {IMPLEMENTATIONS}, got {value!r}")
+
     def _check_continuum(self) -> None:
+        self._check_implementation("continuum_implementation")
         if self.continuum_variant not in VARIANTS:
             raise ValueError(f"continuum_variant: expected one of {VARIANTS}, got {self.continuum_variant!r}")
         try:

@@ -57,6 +57,7 @@ class HopeBlock(GradientCheckpointingLayer):
             variant=config.continuum_variant,
             detach_updates=config.continuum_detach_updates,
             norm_eps=config.rms_norm_eps,
+            impl=_implementation(config.continuum_implementation),
         )
 
     def forward(
@@ -83,6 +84,11 @@ class HopeBlock(GradientCheckpointingLayer):
         return hidden_states, BlockState(convolution, mixer, continuum) if output_state else None
 
 
+def _implementation(option: str) -> str | None:
+    """An implementation as the layers take it."""
+    return None if option == "auto" else option
+
+
 def _make_mixer(config: HopeConfig, layer_type: str) -> nn.Module:
     sizes = {
         "hidden_size": config.hidden_size,
@@ -96,7 +102,7 @@ def _make_mixer(config: HopeConfig, layer_type: str) -> nn.Module:
             gated=config.attention_output_gate,
             implementation=config.attention_implementation,
         )
-    implementation = None if config.memory_implementation == "auto" else config.memory_implementation
+    implementation = _implementation(config.memory_implementation)
     if layer_type == "gated_delta_net":
         return GatedDeltaNet(**sizes, implementation=implementation)
     memory = {

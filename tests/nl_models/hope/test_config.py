@@ -24,6 +24,7 @@ from nl_models.hope.configuration_hope import LAYER_TYPES
         ({"memory_read": "late"}, "memory_read: expected"),
         ({"memory_rate_max": 1.5}, r"memory_rate_max: expected a number in \[0, 1\]"),
         ({"memory_implementation": "cuda"}, "memory_implementation: expected 'auto' or one of"),
+        ({"continuum_implementation": "cuda"}, "continuum_implementation: expected 'auto' or one of"),
         ({"memory_rule": {"erase": "all"}}, "erase: expected one of"),
         ({"memory_rule": {"forget": True}}, "memory_rule: expected options"),
         ({"memory_chunks": 4}, "memory_chunks: HopeConfig has no such option"),

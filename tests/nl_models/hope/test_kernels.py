@@ -77,6 +77,26 @@ def test_decoding_with_kernels_is_the_forward(make_pair, tokens, kind):
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.interpreter
+def test_levels_on_kernels_are_those_of_eager(make_config, tokens):
+    """Logits and gradients; one level that learns every 4 tokens, one every 8."""
+    levels = [{"hidden_size": 12, "chunk_size": 4}, {"hidden_size": 12, "chunk_size": 8, "rule": "momentum"}]
+    found = []
+    for implementation in ("triton", "eager"):
+        torch.manual_seed(0)
+        options = {"continuum_levels": levels, "continuum_detach_updates": True}
+        config = make_config(
+            "full_attention", num_hidden_layers=1, continuum_implementation=implementation, **options
+        )
+        model = HopeForCausalLM(config)
+        logits = model(tokens(2, 11)).logits
+        logits.logsumexp(-1).sum().backward()
+        found.append((logits, *(p.grad for p in model.parameters() if p.grad is not None)))
+    assert len(found[0]) == len(found[1]) > 8
+    for kernels, eager in zip(*found):
+        torch.testing.assert_close(kernels, eager, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the device")
 def test_an_explicit_choice_never_falls_back(make_config, tokens, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -84,3 +104,6 @@ def test_an_explicit_choice_never_falls_back(make_config, tokens, monkeypatch):
         model = HopeForCausalLM(make_config(layer, memory_implementation="triton"))
         with pytest.raises(RuntimeError, match="impl='triton'"):
             model(tokens(1, 3))
+    model = HopeForCausalLM(make_config("full_attention", continuum_implementation="triton"))
+    with pytest.raises(RuntimeError, match="impl='triton'"):
+        model(tokens(1, 3))

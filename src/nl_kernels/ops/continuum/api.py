@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from nl_kernels.checks import check_choice, check_positive_int, check_range, check_tensor
-from nl_kernels.dispatch import choose_implementation
+from nl_kernels.dispatch import choose_implementation, needs_gradient
 from nl_kernels.ops.continuum.eager import continuum_flush_eager, continuum_memory_eager
+from nl_kernels.ops.continuum.in_place import continuum_flush_in_place, continuum_memory_in_place
+from nl_kernels.ops.continuum.launch import MAX_WIDTH
 from nl_kernels.ops.continuum.reference import continuum_flush_reference, continuum_memory_reference
 from nl_kernels.ops.continuum.state import (
     RULES,
@@ -23,7 +25,10 @@ from nl_kernels.ops.continuum.state import (
     state_dtype,
 )
 
-AVAILABLE = ("eager", "reference")
+SERVED_RULES = ("sgd", "momentum")
+"""Those whose step is one pass over weights and sums: what the update kernel takes."""
+
+AVAILABLE = ("triton", "eager", "reference")
 
 
 def continuum_memory(
@@ -70,7 +75,9 @@ def continuum_memory(
         norm_eps: added to the mean square inside the norms.
         checkpoint_every: keep for the backward only the fast weights of every so many steps of a level, and
             recompute the rest; None: keep everything.
-        impl: ``"eager"`` or ``"reference"`` (token by token, slow: the definition); None: eager.
+        impl: ``"triton"`` (rules ``sgd`` and ``momentum``, first-order or without gradients, not fp64),
+            ``"eager"``, ``"reference"`` (token by token, slow: the definition); None: Triton on CUDA for what
+            it serves, else eager.
 
     Returns:
         y [B, T, D] and the final state: a tuple with one :class:`ContinuumLevelState` for each level, None in
@@ -82,6 +89,8 @@ def continuum_memory(
     Raises:
         TypeError: an argument of another type or dtype than said.
         ValueError: another shape, device or value than said, or a state of other levels; nothing has run.
+        NotImplementedError: ``impl="triton"`` for what it does not serve.
+        RuntimeError: ``impl="triton"`` cannot run here.
     """
     _check_x(x)
     _check_levels(levels, x)
@@ -100,12 +109,17 @@ def continuum_memory(
         "mask": mask,
         "initial_state": initial_state,
         "output_final_state": output_final_state,
-        "detach_updates": detach_updates,
         "norm_eps": norm_eps,
     }
-    if choose_implementation("continuum_memory", impl, x.device, AVAILABLE) == "reference":
-        return continuum_memory_reference(x, levels, **options)
-    return continuum_memory_eager(x, levels, checkpoint_every=checkpoint_every, **options)
+    flows = not detach_updates and needs_gradient(x, level_weights, *_tensors(levels, initial_state))
+    chosen = _choose("continuum_memory", impl, x, levels, flows)
+    if chosen == "reference":
+        return continuum_memory_reference(x, levels, detach_updates=detach_updates, **options)
+    if chosen == "triton":
+        return continuum_memory_in_place(x, levels, checkpoint_every=checkpoint_every, impl=chosen, **options)
+    return continuum_memory_eager(
+        x, levels, checkpoint_every=checkpoint_every, detach_updates=detach_updates, **options
+    )
 
 
 def continuum_flush(
@@ -127,7 +141,7 @@ def continuum_flush(
         state: from :func:`continuum_memory`; it stays as it is.
         levels, variant, detach_updates, norm_eps: as in the call that made the state. Of ``"nested"``, a
             level goes back to its start where the next slower one steps.
-        impl: ``"eager"`` or ``"reference"``; None: eager.
+        impl: as in :func:`continuum_memory`.
 
     Raises:
         TypeError, ValueError: as :func:`continuum_memory`.
@@ -142,10 +156,53 @@ def continuum_flush(
     _check_state("state", state, levels, like.shape[0], like, variant)
     _check_bool("detach_updates", detach_updates)
     _check_non_negative("norm_eps", norm_eps)
-    options = {"variant": variant, "detach_updates": detach_updates, "norm_eps": norm_eps}
-    if choose_implementation("continuum_flush", impl, like.device, AVAILABLE) == "reference":
-        return continuum_flush_reference(state, levels, **options)
-    return continuum_flush_eager(state, levels, **options)
+    options = {"variant": variant, "norm_eps": norm_eps}
+    flows = not detach_updates and needs_gradient(*_tensors(levels, state))
+    chosen = _choose("continuum_flush", impl, like, levels, flows)
+    if chosen == "reference":
+        return continuum_flush_reference(state, levels, detach_updates=detach_updates, **options)
+    if chosen == "triton":
+        return continuum_flush_in_place(state, levels, impl=chosen, **options)
+    return continuum_flush_eager(state, levels, detach_updates=detach_updates, **options)
+
+
+def _choose(op: str, impl: str | None, x: torch.Tensor, levels: Sequence[ContinuumLevel], flows: bool) -> str:
+    """The implementation; ``flows``: gradients go through the steps."""
+    refused = _unserved(x, levels, flows)
+    available = AVAILABLE if impl is not None or refused is None else AVAILABLE[1:]
+    chosen = choose_implementation(op, impl, x.device, available)
+    if chosen == "triton" and refused is not None:
+        raise NotImplementedError(f"{op}: {refused}; use impl='eager'")
+    return chosen
+
+
+def _unserved(x: torch.Tensor, levels: Sequence[ContinuumLevel], flows: bool) -> str | None:
+    """Why the kernels cannot serve a call; None: they can."""
+    if x.dtype == torch.float64:
+        return "the Triton kernels serve bfloat16, float16 and float32, got float64"
+    for index, level in enumerate(levels):
+        if level.steps and level.rule not in SERVED_RULES:
+            return f"levels[{index}].rule: the Triton kernels serve {SERVED_RULES}, got {level.rule!r}"
+        if level.steps and max(level.up.shape) > MAX_WIDTH:
+            return (
+                f"levels[{index}].up: the Triton kernels have widths of at most {MAX_WIDTH}, got "
+                f"{tuple(level.up.shape)}"
+            )
+    if flows:
+        return (
+            "detach_updates: the Triton kernels take steps as constants, so that no gradient flows through "
+            "them; expected True where something requires a gradient, got False"
+        )
+    return None
+
+
+def _tensors(levels: Sequence[ContinuumLevel], state: ContinuumState | None) -> Iterator[torch.Tensor]:
+    """All tensors that a gradient may flow into."""
+    for level in levels:
+        parts = (level.norm, level.up, level.down, level.gate, level.rate, level.key, level.value)
+        yield from (part for part in parts if isinstance(part, torch.Tensor))
+    for before in state or ():
+        yield from (part for part in before or () if part is not None)
 
 
 def _check_x(x: torch.Tensor) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from nl_kernels.ops.continuum.state import ContinuumLevel
+from nl_kernels.ops.continuum.state import ContinuumLevel, state_dtype
 from nl_kernels.ops.continuum.update import evened_out, with_row_norms
 
 
@@ -20,6 +21,9 @@ class Weights(NamedTuple):
     up: torch.Tensor | None
     down: torch.Tensor | None
     gate: torch.Tensor | None
+
+
+NO_MOMENTA = Weights(None, None, None)
 
 
 class Served(NamedTuple):
@@ -61,6 +65,68 @@ def mlp_backward(
     return [grad_x, *sums, None if gate is None else _token_sum(signals[1], x, rates, error_bound)]
 
 
+def chunk_sums(
+    keys: torch.Tensor,
+    inputs: torch.Tensor,
+    value: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+    rates: torch.Tensor,
+    error_bound: float | None,
+    output: bool,
+) -> list[torch.Tensor | None]:
+    """What a chunk's step by sgd or momentum subtracts, from its tokens: Σ_t η_t δ_t x_tᵀ of each layer.
+
+    Args:
+        keys, inputs: [B, C, D]; the targets are ``value`` [D, D] times the inputs.
+        up, down, gate: of all sequences or of each; of any dtype.
+        rates: [B, C], 0 where there is no token.
+        output: also the MLP's outputs on the keys.
+
+    Returns:
+        The outputs or None, and the sums of up, down and gate (or None), [B, ..] in fp32 (fp64 for fp64).
+    """
+    weights = Weights(*(None if w is None else w.to(keys.dtype) for w in (up, down, gate)))
+    served = serve(keys, weights)
+    error = served.outputs.down - F.linear(inputs, value.to(inputs.dtype))
+    scale = _bounding(error, error_bound)
+    if scale is not None:
+        error = error * scale
+    back = error @ weights.down
+    sums = [_token_sum(back * slope, keys, rates, error_bound) for slope in served.slopes]
+    sums.insert(1, _token_sum(error, served.hidden, rates, None))
+    return [served.outputs.down if output else None, *sums, *[None] * (3 - len(sums))]
+
+
+def read_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+    owners: Sequence[tuple[torch.Tensor | None, Sequence[torch.Tensor | None]]],
+) -> torch.Tensor:
+    """The gradient of x [B, C, D] from that of the MLP's outputs; adds those of the weights to the totals.
+
+    Args:
+        up, down, gate: of all sequences or of each; of any dtype.
+        owners: weights that the gradient belongs to: for each the tokens' share in it [B, C] (None: 1), and
+            the totals of its up, down and gate, of all sequences or of each.
+    """
+    weights = Weights(*(None if w is None else w.to(x.dtype) for w in (up, down, gate)))
+    served = serve(x, weights)
+    back = grad @ weights.down
+    signals = [back * slope for slope in served.slopes]
+    layers = [(signals[0], x), (grad, served.hidden), *((s, x) for s in signals[1:])]
+    for share, totals in owners:
+        for total, (signal, inputs) in zip(totals, layers):
+            found = _token_sum(signal, inputs, share, None)
+            total += found.sum(0) if total.ndim == 2 else found
+    grad_x = signals[0] @ weights.up
+    return grad_x if gate is None else grad_x + signals[1] @ weights.gate
+
+
 def _token_sum(
     signal: torch.Tensor, inputs: torch.Tensor, rates: torch.Tensor | None, bound: float | None
 ) -> torch.Tensor:
@@ -90,6 +156,27 @@ def serve(inner: torch.Tensor, weights: Weights) -> Served:
         hidden = opened * up
         slopes = (opened, up * (opening + opened * (1 - opening)))
     return Served(Weights(up, product(hidden, weights.down), gate), hidden, slopes)
+
+
+def keys_of(level: ContinuumLevel, inputs: torch.Tensor, norm_eps: float) -> torch.Tensor:
+    """The keys of tokens n(x), in their dtype."""
+    if level.key is None:
+        return inputs
+    keys = F.linear(inputs, level.key.to(inputs.dtype))
+    return F.rms_norm(keys, keys.shape[-1:], None, norm_eps)
+
+
+def row_norms(level: ContinuumLevel) -> Weights | None:
+    """The row norms to restore after each step, [out] of each matrix."""
+    if not level.restore_norms:
+        return None
+    dtype = state_dtype(level.up.dtype)
+    return Weights(
+        *(
+            None if w is None else torch.linalg.vector_norm(w.to(dtype), dim=-1)
+            for w in (level.up, level.down, level.gate)
+        )
+    )
 
 
 def learn(

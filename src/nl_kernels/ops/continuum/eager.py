@@ -10,19 +10,12 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nl_kernels.dispatch import needs_gradient
-from nl_kernels.ops.continuum.chunk_step import Weights, learn, mlp, serve
+from nl_kernels.dispatch import autocasting, needs_gradient
+from nl_kernels.ops.continuum.chunk_step import NO_MOMENTA, Weights, keys_of, learn, mlp, row_norms, serve
 from nl_kernels.ops.continuum.eager_backward import serve_detached
-from nl_kernels.ops.continuum.rows import Grid, pending_tokens, place_on_grid
-from nl_kernels.ops.continuum.state import (
-    RULES_WITH_MOMENTUM,
-    ContinuumLevel,
-    ContinuumLevelState,
-    ContinuumState,
-    state_dtype,
-)
-
-NO_MOMENTA = Weights(None, None, None)
+from nl_kernels.ops.continuum.rows import Counts, Grid, pending_tokens, place_on_grid
+from nl_kernels.ops.continuum.schedule import Resets, chosen, fast_part, level_state
+from nl_kernels.ops.continuum.state import ContinuumLevel, ContinuumLevelState, ContinuumState, state_dtype
 
 
 class Chunk(NamedTuple):
@@ -50,8 +43,8 @@ def continuum_memory_eager(
     checkpoint_every: int | None,
 ) -> tuple[torch.Tensor, ContinuumState | None]:
     """See :func:`nl_kernels.continuum_memory`."""
-    if mask is not None and bool(mask.all()):
-        mask = None
+    counts = Counts.of(len(levels), initial_state, mask)
+    mask = None if counts.tokens is None else mask
     state, total = [], x
     for index, level in enumerate(levels):
         inner = F.rms_norm(x, x.shape[-1:], level.norm.to(x.dtype), norm_eps)
@@ -59,9 +52,10 @@ def continuum_memory_eager(
         if not level.steps:
             y, after = mlp(inner, *initial), None
         else:
-            resets = Resets.of(levels, index, variant, initial_state)
+            resets = Resets.of(levels, index, variant, initial_state, counts.positions)
             run = SteppingLevel(level, resets, norm_eps, checkpoint_every, output_final_state, detach_updates)
-            y, after = run(inner, initial, None if initial_state is None else initial_state[index], mask)
+            before = None if initial_state is None else initial_state[index]
+            y, after = run(inner, initial, before, mask, counts.positions[index], counts.tokens)
         state.append(after)
         if level_weights is not None:
             y = level_weights[index].to(y.dtype) * y
@@ -94,37 +88,8 @@ def continuum_flush_eager(
             weights = chosen(slower_steps, Weights(level.up, level.down, level.gate), weights)
             momenta = chosen(slower_steps, NO_MOMENTA, momenta)
         nothing = before.pending_inputs[:, :0], before.pending_rates[:, :0], before.position * 0
-        flushed.append(run.state_of(weights, momenta, *nothing))
+        flushed.append(level_state(level, weights, momenta, *nothing))
     return tuple(flushed)
-
-
-class Resets(NamedTuple):
-    """When a level of the nested variant goes back to its start: after chunks number, number + period, …
-
-    ``first`` is how many chunks it has had since the last time: of all sequences, or of each, [B].
-    """
-
-    period: int
-    first: int | torch.Tensor
-
-    @classmethod
-    def of(
-        cls, levels: Sequence[ContinuumLevel], index: int, variant: str, state: ContinuumState | None
-    ) -> Resets | None:
-        """Those of a level, whenever the next slower one steps; None: never."""
-        if variant != "nested" or index + 1 == len(levels) or not levels[index + 1].steps:
-            return None
-        size = levels[index].chunk_size
-        first = 0
-        if state is not None:
-            first = (state[index + 1].position - state[index].position) // size
-            if len(set(first.tolist())) == 1:
-                first = int(first[0])
-        return cls(levels[index + 1].chunk_size // size, first)
-
-    def after(self, number: int) -> bool | torch.Tensor:
-        """Whether the level is reset after the chunk of this number: one answer, or that of each, [B]."""
-        return (self.first + number + 1) % self.period == 0
 
 
 class SteppingLevel(NamedTuple):
@@ -143,14 +108,16 @@ class SteppingLevel(NamedTuple):
         weights: Weights,
         before: ContinuumLevelState | None,
         mask: torch.Tensor | None,
+        position: Sequence[int] | None,
+        tokens: Sequence[int] | None,
     ) -> tuple[torch.Tensor, ContinuumLevelState | None]:
         """The MLP's outputs [B, T, D] (at padding: anything) and the state after them."""
         rates = torch.as_tensor(self.level.rate, dtype=state_dtype(inner.dtype), device=inner.device)
         rates = rates.expand(inner.shape[:2])
         momenta = NO_MOMENTA
         if before is not None:
-            weights, momenta = self.fast_part(before)
-        grid = place_on_grid(inner, rates, before, mask)
+            weights, momenta = fast_part(before, self.detach_updates)
+        grid = place_on_grid(inner, rates, before, mask, position, tokens)
         length, size = grid.inputs.shape[1], self.level.chunk_size
         # the step after the last token changes only the state
         steps = (length if self.keep_state else length - 1) // size
@@ -162,7 +129,7 @@ class SteppingLevel(NamedTuple):
             y = grid.restored(y, *inner.shape[:2])
         if not self.keep_state:
             return y, None
-        return y, self.state_of(weights, momenta, *pending_tokens(grid, size))
+        return y, level_state(self.level, weights, momenta, *pending_tokens(grid, size))
 
     def split(self, grid: Grid, steps: int) -> list[Chunk]:
         """The chunks of the grid, with keys and targets for the first ``steps``."""
@@ -172,10 +139,14 @@ class SteppingLevel(NamedTuple):
         inputs = grid.inputs[:, : steps * size]
         with torch.autocast(inputs.device.type, enabled=False), self.recording():
             # split, not slices: the gradient of a slice is as long as the sequence
-            keys = self.keys(inputs).split(size, dim=1)
+            keys = keys_of(self.level, inputs, self.norm_eps).split(size, dim=1)
             targets = F.linear(inputs, self.level.value.to(inputs.dtype)).split(size, dim=1)
             rates = grid.rates[:, : steps * size].split(size, dim=1)
-        if self.level.key is None and grid.reads.dtype == inputs.dtype and not autocasting(inputs):
+        if (
+            self.level.key is None
+            and grid.reads.dtype == inputs.dtype
+            and not autocasting(inputs.device.type)
+        ):
             keys = [key if read < size else None for key, read in zip(keys, reads)]
         return [
             Chunk(read, *parts, number, stop)
@@ -187,12 +158,6 @@ class SteppingLevel(NamedTuple):
     def recording(self) -> torch.autograd.grad_mode.set_grad_enabled:
         """Whether what a step is made of is recorded for the backward pass."""
         return torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_updates)
-
-    def keys(self, inputs: torch.Tensor) -> torch.Tensor:
-        if self.level.key is None:
-            return inputs
-        keys = F.linear(inputs, self.level.key.to(inputs.dtype))
-        return F.rms_norm(keys, keys.shape[-1:], None, self.norm_eps)
 
     def walk(
         self, weights: Weights, momenta: Weights, grid: Grid, chunks: Sequence[Chunk]
@@ -229,7 +194,7 @@ class SteppingLevel(NamedTuple):
         level = self.level
         if self.detach_updates and needs_gradient(reads, *weights, level.up, level.down, level.gate):
             return serve_detached(self, chunks, lengths, reads, weights, momenta)
-        norms, outputs = self.norms(), []
+        norms, outputs = row_norms(self.level), []
         for chunk, inner in zip(chunks, reads.split([c.read for c in chunks], dim=1)):
             shared = None
             if chunk.targets is not None and chunk.keys is None:
@@ -270,73 +235,15 @@ class SteppingLevel(NamedTuple):
         full = (lengths >= chunk.stop)[:, None, None]
         return chosen(full, new, weights), chosen(full, after, momenta)
 
-    def norms(self) -> Weights | None:
-        """The row norms to restore after each step."""
-        if not self.level.restore_norms:
-            return None
-        dtype = state_dtype(self.level.up.dtype)
-        return Weights(
-            *(
-                None if w is None else torch.linalg.vector_norm(w.to(dtype), dim=-1)
-                for w in (self.level.up, self.level.down, self.level.gate)
-            )
-        )
-
-    def fast_part(self, state: ContinuumLevelState) -> tuple[Weights, Weights]:
-        """Weights and momenta of a state."""
-        momenta = Weights(state.up_momentum, state.down_momentum, state.gate_momentum)
-        if self.detach_updates:
-            momenta = Weights(*(None if m is None else m.detach() for m in momenta))
-        return Weights(state.up, state.down, state.gate), momenta
-
     def flushed(self, before: ContinuumLevelState) -> tuple[Weights, Weights]:
         """Weights and momenta after a step on the pending tokens, of those sequences that have any."""
-        weights, momenta = self.fast_part(before)
+        weights, momenta = fast_part(before, self.detach_updates)
         pending = before.pending_rates.shape[1]
         if not pending:
             return weights, momenta
         taken = torch.arange(pending, device=before.position.device) < before.position[:, None]
         inputs, rates = before.pending_inputs * taken[..., None], before.pending_rates * taken
-        grid = Grid(inputs, rates, inputs[:, :0], pending, None, None)
-        chunk = Chunk(0, self.keys(inputs), F.linear(inputs, self.level.value.to(inputs.dtype)), rates, 0, 1)
-        _, weights, momenta = self.serve([chunk], before.position, grid.reads, weights, momenta)
+        keys = keys_of(self.level, inputs, self.norm_eps)
+        chunk = Chunk(0, keys, F.linear(inputs, self.level.value.to(inputs.dtype)), rates, 0, 1)
+        _, weights, momenta = self.serve([chunk], before.position, inputs[:, :0], weights, momenta)
         return weights, momenta
-
-    def state_of(
-        self,
-        weights: Weights,
-        momenta: Weights,
-        inputs: torch.Tensor,
-        rates: torch.Tensor,
-        position: torch.Tensor,
-    ) -> ContinuumLevelState:
-        batch = len(position)
-        fast = [
-            w if w is None or w.ndim == 3 else w.to(inputs.dtype).expand(batch, -1, -1).clone()
-            for w in weights
-        ]
-        if self.level.rule in RULES_WITH_MOMENTUM:
-            momenta = [
-                None if w is None else torch.zeros_like(w) if m is None else m for w, m in zip(fast, momenta)
-            ]
-        return ContinuumLevelState(*fast, inputs, rates, position, *momenta)
-
-
-def autocasting(x: torch.Tensor) -> bool:
-    """Whether products of x are rounded to a shorter dtype."""
-    return torch.is_autocast_enabled(x.device.type)
-
-
-def chosen(condition: torch.Tensor, new: Weights, old: Weights) -> Weights:
-    """``new`` where the condition [B, 1, 1] holds, else ``old``; an absent momentum is zero."""
-    return Weights(*(_where(condition, n, o) for n, o in zip(new, old)))
-
-
-def _where(
-    condition: torch.Tensor, new: torch.Tensor | None, old: torch.Tensor | None
-) -> torch.Tensor | None:
-    if new is None and old is None:
-        return None
-    like = new if old is None else old
-    new, old = (torch.zeros((), dtype=like.dtype, device=like.device) if w is None else w for w in (new, old))
-    return torch.where(condition, new.to(like.dtype), old)

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nl_kernels.ops.continuum.chunk_step import Weights, serve
+from nl_kernels.dispatch import autocasting
+from nl_kernels.ops.continuum.chunk_step import Weights, row_norms, serve
+from nl_kernels.ops.continuum.schedule import add_owned, either, reset_rows
 
 
 class _Made(NamedTuple):
@@ -43,9 +45,9 @@ class _Detached(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, chunks, lengths, momenta, reads, *matrices):
         dtype = reads.dtype
-        if torch.is_autocast_enabled(reads.device.type):
+        if autocasting(reads.device.type):
             dtype = torch.get_autocast_dtype(reads.device.type)
-        weights, norms = Weights(*matrices[:3]), run.norms()
+        weights, norms = Weights(*matrices[:3]), row_norms(run.level)
         outputs, made, owners, reset = [], [], [], False
         with torch.autocast(reads.device.type, enabled=False):
             for chunk, inner in zip(chunks, reads.split([c.read for c in chunks], dim=1)):
@@ -59,7 +61,8 @@ class _Detached(torch.autograd.Function):
                 if chunk.targets is not None:
                     shared = served if chunk.keys is None else None
                     weights, momenta = run.stepped(weights, momenta, norms, chunk, inner, shared, lengths)
-                    reset = _either(reset, _was_reset(run, chunk, lengths))
+                    full = None if lengths is None else lengths >= chunk.stop
+                    reset = either(reset, reset_rows(run.resets, chunk.number, full))
         ctx.save_for_backward(reads, *matrices)
         ctx.made, ctx.owners, ctx.last_owner = made, owners, reset
         ctx.mark_non_differentiable(*(m for m in momenta if m is not None))
@@ -86,20 +89,8 @@ class _Detached(torch.autograd.Function):
         grad_reads = torch.cat(grad_reads, dim=1).to(reads.dtype) if grad_reads else None
         for i, g in enumerate(grad_after[:3]):
             if g is not None:
-                _add_owned(g, ctx.last_owner, totals[i], totals[i + 3], first[i], start[i])
+                add_owned(g, ctx.last_owner, totals[i], totals[i + 3], first[i], start[i])
         return None, None, None, None, grad_reads, *totals
-
-
-def _was_reset(run: Any, chunk: Any, lengths: torch.Tensor | None) -> bool | torch.Tensor:
-    """Whether a sequence's weights went back to their start after this chunk: all, none, or [B]."""
-    reset = False if run.resets is None else run.resets.after(chunk.number)
-    if reset is False or lengths is None:
-        return reset
-    return (lengths >= chunk.stop) & reset
-
-
-def _either(a: bool | torch.Tensor, b: bool | torch.Tensor) -> bool | torch.Tensor:
-    return b if a is False else a if b is False or a is True else a | b
 
 
 def _through_reads(
@@ -136,21 +127,3 @@ def _add_product(
         to.addmm_(signal.mT, inputs)
     else:
         to.baddbmm_(signal.mT, inputs)
-
-
-def _add_owned(
-    grad: torch.Tensor,
-    reset: bool | torch.Tensor,
-    total: torch.Tensor,
-    start_total: torch.Tensor | None,
-    first: torch.Tensor,
-    start: torch.Tensor | None,
-) -> None:
-    """Add the gradient of last weights to that of the weights that they came from."""
-    if isinstance(reset, bool):
-        parts = [(grad, start_total, start)] if reset else [(grad, total, first)]
-    else:
-        reset = reset.view(-1, 1, 1)
-        parts = [(grad * ~reset, total, first), (grad * reset, start_total, start)]
-    for part, to, weight in parts:
-        to += part.sum_to_size(weight.shape).to(to.dtype)

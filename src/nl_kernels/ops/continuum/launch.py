@@ -54,6 +54,7 @@ def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
     """Every kernel: the updates of one level's matrices, and the MLP with the gradients of a step."""
     yield from _updates()
     yield from _mlps(architecture)
+    yield from _chunks(architecture)
 
 
 def _updates() -> Iterator[CatalogueEntry]:
@@ -67,7 +68,8 @@ def _updates() -> Iterator[CatalogueEntry]:
     ):
         shapes = [(8, hidden, width), (8, width, hidden), (8, hidden, width)]
         weights = [_matrix(*shape) for shape in shapes]
-        for options in ("plain", "momentum norms bfloat16", "momentum norms float16"):
+        started = "momentum norms sources where bfloat16"
+        for options in ("plain", "momentum norms bfloat16", "momentum norms float16", started):
             dtype = {"plain": None}.get(options, getattr(torch, options.split()[-1], None))
             full = options != "plain"
             calls = plan_update(
@@ -77,6 +79,8 @@ def _updates() -> Iterator[CatalogueEntry]:
                 0.9,
                 [_matrix(shape[1]) for shape in shapes] if full else None,
                 [_matrix(*shape, dtype=dtype) for shape in shapes] if full else None,
+                [_matrix(*shape[1:], dtype=dtype) for shape in shapes] if options == started else None,
+                [_matrix(8, dtype=torch.bool) for _ in shapes] if options == started else None,
             )
             for call in calls:
                 yield CatalogueEntry("continuum", f"{options} {words}", call)
@@ -105,6 +109,32 @@ def _mlps(architecture: str) -> Iterator[CatalogueEntry]:
                 parts = ("hidden", "out", "signal", "up", "down", *(("gate",) if gated else ()), "input")
                 for call, part in zip((*forward, *backward), parts):
                     yield CatalogueEntry("continuum", f"{words} {part}", call)
+
+
+def _chunks(architecture: str) -> Iterator[CatalogueEntry]:
+    """The error of a chunk's step, signals of bounded errors, and sums that are added to."""
+    from nl_kernels.ops.continuum.triton_chunk import plan_chunk, plan_read_backward
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for batches, tokens, width, hidden in ((8, 64, 1024, 4096), (4, 16, 72, 200)):
+            x, grad = (_matrix(batches, tokens, width, dtype=dtype) for _ in range(2))
+            up, down = (_matrix(batches, *shape, dtype=dtype) for shape in ((hidden, width), (width, hidden)))
+            words = f"{str(dtype).removeprefix('torch.')} {batches}x{tokens}x{width}x{hidden}"
+            value, rates = _matrix(width, width, dtype=dtype), _matrix(batches, tokens)
+            for output in (True, False):
+                calls, _ = plan_chunk(
+                    x, x, value, up, down, None, rates, 1.0, output, architecture=architecture
+                )
+                for call, part in list(zip(calls, ("hidden", "error", "signal", "up", "down")))[1:5]:
+                    if output or part == "error":
+                        what = "read and learned" if output else "learned"
+                        yield CatalogueEntry("continuum", f"{words} {what} {part}", call)
+            totals = [_matrix(hidden, width), _matrix(width, hidden), None]
+            calls, _ = plan_read_backward(
+                grad, x, up, down, None, [(None, totals)], architecture=architecture
+            )
+            for call, part in zip(calls[2:], ("up", "down")):
+                yield CatalogueEntry("continuum", f"{words} added {part}", call)
 
 
 def _matrix(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -99,23 +99,27 @@ def update_in_place(
     decay: float,
     norms: Sequence[torch.Tensor] | None,
     copies: Sequence[torch.Tensor] | None,
+    sources: Sequence[torch.Tensor] | None,
+    where: Sequence[torch.Tensor] | None,
 ) -> None:
     """See :func:`nl_kernels.continuum_update_`: in fp64, row by row."""
     for i, (weight, gradient) in enumerate(zip(weights, gradients)):
-        step = gradient.double()
-        if momenta is not None:
-            step = decay * momenta[i].double() + step
-            momenta[i].copy_(step)
-        new = weight.double() - step
-        if norms is not None:
-            wanted = norms[i].expand(new.shape[:-1])
-            for row in itertools.product(*map(range, wanted.shape)):
-                length = new[row].norm()
-                if length > 0:
-                    new[row] *= wanted[row].double() / length
-        weight.copy_(new)
+        old = (weight if sources is None else sources[i].expand_as(weight)).double()
+        wanted = None if norms is None else norms[i].expand(weight.shape[:-1])
+        for row in itertools.product(*map(range, weight.shape[:-1])):
+            new = old[row]
+            if where is None or where[i][row[:-1]]:
+                step = gradient[row].double()
+                if momenta is not None:
+                    step = decay * momenta[i][row].double() + step
+                    momenta[i][row] = step
+                new = new - step
+                length = new.norm()
+                if wanted is not None and length > 0:
+                    new = new * (wanted[row].double() / length)
+            weight[row] = new
         if copies is not None:
-            copies[i].copy_(new)
+            copies[i].copy_(weight)
 
 
 def mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:

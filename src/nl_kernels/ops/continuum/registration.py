@@ -6,7 +6,7 @@ The implementation is given by name and imported when called, so that nothing im
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,12 +17,14 @@ _MODULES = {
     "update_in_place": {"triton": "triton_update", "eager": "update", "reference": "reference"},
     "mlp": {"triton": "triton_forward", "eager": "chunk_step", "reference": "reference"},
     "mlp_backward": {"triton": "triton_backward", "eager": "chunk_step", "reference": "reference"},
+    "chunk_sums": {"triton": "triton_chunk", "eager": "chunk_step"},
+    "read_backward": {"triton": "triton_chunk", "eager": "chunk_step"},
 }
 
 torch.library.define(
     _UPDATE,
     "(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[]? momenta, float decay, Tensor[]? norms, "
-    "Tensor(c!)[]? copies, str impl) -> ()",
+    "Tensor(c!)[]? copies, Tensor[]? sources, Tensor[]? where, str impl) -> ()",
 )
 torch.library.define(_MLP, "(Tensor x, Tensor up, Tensor down, Tensor? gate, str impl) -> Tensor")
 torch.library.define(
@@ -32,7 +34,8 @@ torch.library.define(
 )
 
 
-def _implementation(function: str, impl: str):
+def implementation(function: str, impl: str) -> Callable:
+    """The function of this name, imported now."""
     return getattr(importlib.import_module(f"nl_kernels.ops.continuum.{_MODULES[function][impl]}"), function)
 
 
@@ -43,13 +46,15 @@ def update_in_place(
     decay: float,
     norms: Sequence[torch.Tensor] | None,
     copies: Sequence[torch.Tensor] | None,
+    sources: Sequence[torch.Tensor] | None,
+    where: Sequence[torch.Tensor] | None,
     impl: str,
 ) -> None:
     """The operator behind :func:`nl_kernels.continuum_update_`."""
     torch.ops.nl_kernels.continuum_update_(
         *(None if part is None else list(part) for part in (weights, gradients, momenta)),
         decay,
-        *(None if part is None else list(part) for part in (norms, copies)),
+        *(None if part is None else list(part) for part in (norms, copies, sources, where)),
         impl,
     )
 
@@ -104,20 +109,22 @@ class _Mlp(torch.autograd.Function):
 
 
 @torch.library.impl(_UPDATE, "CompositeExplicitAutograd")
-def _(weights, gradients, momenta, decay, norms, copies, impl):
+def _(weights, gradients, momenta, decay, norms, copies, sources, where, impl):
     with torch.no_grad():
-        _implementation("update_in_place", impl)(weights, gradients, momenta, decay, norms, copies)
+        implementation("update_in_place", impl)(
+            weights, gradients, momenta, decay, norms, copies, sources, where
+        )
 
 
 @torch.library.register_fake(_UPDATE)
-def _(weights, gradients, momenta, decay, norms, copies, impl):
+def _(weights, gradients, momenta, decay, norms, copies, sources, where, impl):
     return None
 
 
 @torch.library.impl(_MLP, "CompositeExplicitAutograd")
 def _(x, up, down, gate, impl):
     with torch.no_grad():
-        return _implementation("mlp", impl)(x, up, down, gate)
+        return implementation("mlp", impl)(x, up, down, gate)
 
 
 @torch.library.register_fake(_MLP)
@@ -128,7 +135,7 @@ def _(x, up, down, gate, impl):
 @torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
 def _(error, x, up, down, gate, rates, error_bound, input_gradient, impl):
     with torch.no_grad():
-        made = _implementation("mlp_backward", impl)(
+        made = implementation("mlp_backward", impl)(
             error, x, up, down, gate, rates, error_bound, input_gradient
         )
     return [tensor for tensor in made if tensor is not None]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from nl_kernels.chunk_alignment import ChunkAlignment, align_batch
-from nl_kernels.ops.continuum.state import ContinuumLevelState
+from nl_kernels.ops.continuum.state import ContinuumLevelState, ContinuumState
 
 
 class Grid(NamedTuple):
@@ -22,6 +23,7 @@ class Grid(NamedTuple):
     reads: torch.Tensor  # [B, L - first, D]: n(x) as it is read
     first: int  # the first slot that is read
     lengths: torch.Tensor | None  # [B]: how many slots are taken; None: all of every sequence
+    ends: list[int] | None  # the same, on the host
     alignment: ChunkAlignment | None  # how tokens moved; None: they lie as they came
 
     def restored(self, y: torch.Tensor, batch: int, length: int) -> torch.Tensor:
@@ -31,19 +33,54 @@ class Grid(NamedTuple):
         return self.alignment.scatter(F.pad(y, (0, 0, self.first, 0)), batch, length)
 
 
+class Counts(NamedTuple):
+    """What the host must know of a call: the positions and the mask are read once, for all levels."""
+
+    positions: list[list[int] | None]  # of each level, those of its state
+    tokens: list[int] | None  # of each sequence; None: no padding
+
+    @classmethod
+    def of(cls, levels: int, state: ContinuumState | None, mask: torch.Tensor | None) -> Counts:
+        """Those of a call on this many levels."""
+        tokens = None
+        if mask is not None:
+            tokens = mask.sum(1).tolist()
+            if all(count == mask.shape[1] for count in tokens):
+                tokens = None
+        positions: list[list[int] | None] = [None] * levels
+        there = [index for index, level in enumerate(state or ()) if level is not None]
+        if there:
+            found = torch.stack([state[index].position for index in there]).tolist()
+            for index, position in zip(there, found):
+                positions[index] = position
+        return cls(positions, tokens)
+
+
 def place_on_grid(
-    inner: torch.Tensor, rates: torch.Tensor, before: ContinuumLevelState | None, mask: torch.Tensor | None
+    inner: torch.Tensor,
+    rates: torch.Tensor,
+    before: ContinuumLevelState | None,
+    mask: torch.Tensor | None,
+    position: Sequence[int] | None,
+    tokens: Sequence[int] | None,
 ) -> Grid:
-    """The grid of ``inner`` [B, T, D] with ``rates`` [B, T] in the dtype of the steps."""
-    alignment = _ragged_alignment(before, mask, inner)
-    if alignment is not None:
-        return _ragged_grid(inner, rates, before, alignment)
+    """The grid of ``inner`` [B, T, D] with ``rates`` [B, T] in the dtype of the steps.
+
+    ``position`` and ``tokens`` are those of :class:`Counts` for this level.
+    """
+    batch, length = inner.shape[:2]
+    position = [0] * batch if position is None else position
+    if tokens is not None or len(set(position)) > 1:
+        tokens = [length] * batch if tokens is None else tokens
+        if mask is None:
+            mask = torch.ones(batch, length, dtype=torch.bool, device=inner.device)
+        return _ragged_grid(inner, rates, before, mask, position, tokens)
     inputs = inner.to(rates.dtype)
-    first = 0 if before is None else int(before.position[0])
+    first = position[0]
     if first:
         inputs = torch.cat((before.pending_inputs[:, :first], inputs), dim=1)
         rates = torch.cat((before.pending_rates[:, :first], rates), dim=1)
-    return Grid(inputs, rates, inner, first, None, None)
+    return Grid(inputs, rates, inner, first, None, None, None)
 
 
 def pending_tokens(grid: Grid, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,35 +95,28 @@ def pending_tokens(grid: Grid, chunk_size: int) -> tuple[torch.Tensor, torch.Ten
             inputs = inputs[:, length - pending :].clone()
         return inputs, grid.rates[:, length - pending :].clone(), position
     position = grid.lengths % chunk_size
-    place = torch.arange(int(position.max()), device=position.device)
+    place = torch.arange(max(end % chunk_size for end in grid.ends), device=position.device)
     taken = place < position[:, None]
     slots = ((grid.lengths - position)[:, None] + place).clamp_max(length - 1)
     inputs = grid.inputs.gather(1, slots[..., None].expand(-1, -1, width)) * taken[..., None]
     return inputs, grid.rates.gather(1, slots) * taken, position
 
 
-def _ragged_alignment(
-    before: ContinuumLevelState | None, mask: torch.Tensor | None, inner: torch.Tensor
-) -> ChunkAlignment | None:
-    """Where the tokens go on the grid; None where all rows are full and go on from the same position."""
-    if mask is None:
-        if before is None or len(set(before.position.tolist())) == 1:
-            return None
-        mask = torch.ones(inner.shape[:2], dtype=torch.bool, device=inner.device)
-    position = mask.new_zeros(mask.shape[0], dtype=torch.int64) if before is None else before.position
-    return align_batch(mask, position)
-
-
 def _ragged_grid(
     inner: torch.Tensor,
     rates: torch.Tensor,
     before: ContinuumLevelState | None,
-    alignment: ChunkAlignment,
+    mask: torch.Tensor,
+    position: Sequence[int],
+    tokens: Sequence[int],
 ) -> Grid:
+    since = mask.new_zeros(len(position), dtype=torch.int64) if before is None else before.position
+    ends = [p + n for p, n in zip(position, tokens)]
+    alignment = align_batch(mask, since, max(ends))
     inputs, rates = alignment.gather(inner.to(rates.dtype)), alignment.gather(rates)
     first = 0
     if before is not None:
-        first = int(before.position.min())
+        first = min(position)
         pending = min(before.pending_rates.shape[1], inputs.shape[1])
         taken = torch.arange(pending, device=inner.device) < before.position[:, None]
         empty = inputs.shape[1] - pending
@@ -94,4 +124,4 @@ def _ragged_grid(
         earlier = before.pending_inputs[:, :pending] * taken[..., None]
         inputs = inputs + F.pad(earlier, (0, 0, 0, empty))
         rates = rates + F.pad(before.pending_rates[:, :pending] * taken, (0, empty))
-    return Grid(inputs, rates, inputs[:, first:].to(inner.dtype), first, alignment.stop, alignment)
+    return Grid(inputs, rates, inputs[:, first:].to(inner.dtype), first, alignment.stop, ends, alignment)

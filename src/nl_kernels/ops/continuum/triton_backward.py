@@ -6,6 +6,9 @@ rate and bound; and the gradient of the input.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,23 +17,15 @@ from nl_kernels.chunk_kernels.forward import activated
 from nl_kernels.chunk_kernels.tiled_launch import operand_dtype, tiled_precision
 from nl_kernels.chunk_kernels.tiled_products import add_product, load_operand
 from nl_kernels.ops.continuum import launch
-from nl_kernels.ops.continuum.triton_forward import add_rows, product_call, tile_of
+from nl_kernels.ops.continuum.triton_forward import (
+    add_rows,
+    product_call,
+    store_rows,
+    store_squares,
+    tile_of,
+)
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
 from nl_kernels.triton_support.targets import architecture_of
-
-
-@triton.jit
-def _store(out, batch, row, column, rows, tile, COLUMNS: tl.constexpr):
-    at = batch * rows * COLUMNS + row[:, None] * COLUMNS + column[None, :]
-    inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
-    tl.store(out + at, tile.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _store_squares(out, batch, row, rows, first, signal, TILES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This tile's part of the squared length of each row of a signal, [batches, rows, TILES]."""
-    at = (batch * rows + row) * TILES + first // BLOCK_N
-    tl.store(out + at, tl.sum(signal * signal, 1), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -45,15 +40,23 @@ def signal_kernel(
     gate_signal,
     up_squares,
     gate_squares,
+    error_squares,
+    longest,
     rows,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
+    ERROR_TILES: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The hidden layer, and the gradient at the outputs of up and gate from that at the MLP's output."""
+    """The hidden layer, and the gradient at the outputs of up and gate from that at the MLP's output.
+
+    ``error_squares`` [batches, rows, ERROR_TILES], whose sum is an error's squared length: one longer than
+    ``longest`` is taken down to it; None: no bound.
+    """
     TILES: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     batch, row, column = tile_of(rows, HIDDEN, BLOCK_M, BLOCK_N)
     x += batch * rows * WIDTH
@@ -62,6 +65,12 @@ def signal_kernel(
     zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     value = add_rows(zero, x, up + weight, row, column, rows, HIDDEN, WIDTH, True, BLOCK_K, PRECISION)
     back = add_rows(zero, error, down + weight, row, column, rows, HIDDEN, WIDTH, False, BLOCK_K, PRECISION)
+    if error_squares is not None:
+        tile = tl.arange(0, BLOCK_TILES)
+        at = (batch * rows + row)[:, None] * ERROR_TILES + tile[None, :]
+        inside = (row < rows)[:, None] & (tile < ERROR_TILES)[None, :]
+        length = tl.sqrt(tl.sum(tl.load(error_squares + at, mask=inside, other=0.0), 1))
+        back *= (longest / tl.maximum(length, longest))[:, None]
     first = tl.min(column, 0)
     if gate is not None:
         z = add_rows(zero, x, gate + weight, row, column, rows, HIDDEN, WIDTH, True, BLOCK_K, PRECISION)
@@ -69,16 +78,16 @@ def signal_kernel(
         closing = back * value * slope
         value *= opened
         back *= opened
-        _store(gate_signal, batch, row, column, rows, closing, HIDDEN)
+        store_rows(gate_signal, batch, row, column, rows, closing, HIDDEN)
         if gate_squares is not None:
-            _store_squares(gate_squares, batch, row, rows, first, closing, TILES, BLOCK_N)
+            store_squares(gate_squares, batch, row, rows, first, closing, TILES, BLOCK_N)
     else:
         value, slope, _, _ = activated(value, "gelu", False)
         back *= slope
-    _store(hidden, batch, row, column, rows, value, HIDDEN)
-    _store(up_signal, batch, row, column, rows, back, HIDDEN)
+    store_rows(hidden, batch, row, column, rows, value, HIDDEN)
+    store_rows(up_signal, batch, row, column, rows, back, HIDDEN)
     if up_squares is not None:
-        _store_squares(up_squares, batch, row, rows, first, back, TILES, BLOCK_N)
+        store_squares(up_squares, batch, row, rows, first, back, TILES, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -94,6 +103,7 @@ def token_sum_kernel(
     IN: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    ADDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -102,12 +112,16 @@ def token_sum_kernel(
     """``Σ_t η_t s_t signal_t inputs_tᵀ``, with s_t taking a signal longer than ``longest`` down to it.
 
     ``rates`` [batches, rows], or None: 1. ``squares`` [batches, rows, TILES], whose sum is a signal's squared
-    length, or None: no bound.
+    length, or None: no bound. ``ADDS``: to what ``out`` holds.
     """
     batch, row, column = tile_of(OUT, IN, BLOCK_M, BLOCK_N)
     signal += batch * rows * OUT
     inputs += batch * rows * IN
+    at = batch * (OUT * IN) + row[:, None] * IN + column[None, :]
+    inside = (row < OUT)[:, None] & (column < IN)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if ADDS:
+        acc += tl.load(out + at, mask=inside, other=0.0)
     for start in range(0, rows, BLOCK_K):
         token = start + tl.arange(0, BLOCK_K).to(tl.int64)
         left = load_operand(signal, row, token, OUT, rows, OUT, True)
@@ -115,16 +129,128 @@ def token_sum_kernel(
             weight = tl.load(rates + batch * rows + token, mask=token < rows, other=0.0).to(tl.float32)
             if squares is not None:
                 tile = tl.arange(0, BLOCK_TILES)
-                at = (batch * rows + token)[None, :] * TILES + tile[:, None]
-                inside = (tile < TILES)[:, None] & (token < rows)[None, :]
-                length = tl.sqrt(tl.sum(tl.load(squares + at, mask=inside, other=0.0), 0))
+                part = (batch * rows + token)[None, :] * TILES + tile[:, None]
+                there = (tile < TILES)[:, None] & (token < rows)[None, :]
+                length = tl.sqrt(tl.sum(tl.load(squares + part, mask=there, other=0.0), 0))
                 weight *= longest / tl.maximum(length, longest)
             left = left.to(tl.float32) * weight[None, :]
         right = load_operand(inputs, token, column, rows, IN, IN, False)
         acc = add_product(acc, left, right, PRECISION)
-    at = row[:, None] * IN + column[None, :]
-    inside = (row < OUT)[:, None] & (column < IN)[None, :]
-    tl.store(out + batch * (OUT * IN) + at, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+class Signals(NamedTuple):
+    """What the hidden layer and its error signals are on the way back, [batches, rows, H]."""
+
+    hidden: torch.Tensor
+    up: torch.Tensor
+    gate: torch.Tensor | None
+    up_squares: torch.Tensor | None  # [batches, rows, tiles]
+    gate_squares: torch.Tensor | None
+
+    def of(self, batches: int) -> Signals:
+        """The same rows in another number of batches."""
+        return Signals(*(None if t is None else t.view(batches, -1, t.shape[2]) for t in self))
+
+
+def signal_call(
+    error: torch.Tensor,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+    bounded: bool,
+    error_squares: torch.Tensor | None,
+    longest: float,
+    precision: str,
+    architecture: str,
+) -> tuple[KernelCall, Signals]:
+    """The call of :func:`signal_kernel`, and what it fills; squared lengths where ``bounded``."""
+    batches, rows, width = x.shape
+    hidden_width = up.shape[1]
+    kind = operand_dtype(precision)
+    tiles = launch.product_tiles(rows, hidden_width, width, precision, architecture, held=3)
+    parts = triton.cdiv(hidden_width, tiles.n)
+
+    def made(width: int, dtype: torch.dtype, there: bool = True) -> torch.Tensor | None:
+        return x.new_empty(batches, rows, width, dtype=dtype) if there else None
+
+    gated = gate is not None
+    signals = Signals(
+        made(hidden_width, kind),
+        made(hidden_width, kind),
+        made(hidden_width, kind, gated),
+        made(parts, torch.float32, bounded),
+        made(parts, torch.float32, bounded and gated),
+    )
+    error_tiles = 0 if error_squares is None else error_squares.shape[2]
+    call = KernelCall(
+        signal_kernel,
+        (batches * triton.cdiv(rows, tiles.m) * parts,),
+        {
+            "x": x,
+            "error": error,
+            "up": up,
+            "down": down,
+            "gate": gate,
+            "hidden": signals.hidden,
+            "up_signal": signals.up,
+            "gate_signal": signals.gate,
+            "up_squares": signals.up_squares,
+            "gate_squares": signals.gate_squares,
+            "error_squares": error_squares,
+            "longest": float(longest),
+            "rows": rows,
+        },
+        {
+            "WIDTH": width,
+            "HIDDEN": hidden_width,
+            "ERROR_TILES": error_tiles,
+            "BLOCK_TILES": triton.next_power_of_2(max(1, error_tiles)),
+            "BLOCK_M": tiles.m,
+            "BLOCK_N": tiles.n,
+            "BLOCK_K": tiles.k,
+            "PRECISION": precision,
+        },
+        tiles.warps,
+        tiles.stages,
+    )
+    return call, signals
+
+
+def sum_calls(
+    error: torch.Tensor,
+    x: torch.Tensor,
+    signals: Signals,
+    rates: torch.Tensor | None,
+    error_bound: float | None,
+    error_squares: torch.Tensor | None,
+    totals: Sequence[torch.Tensor | None],
+    adds: bool,
+    precision: str,
+    architecture: str,
+) -> list[KernelCall]:
+    """The calls that fill the totals [batches, ..] of up, down and gate, or add to them."""
+    bound = error_bound or 0.0
+    return [
+        _token_sum(
+            signal,
+            inputs,
+            rates,
+            squares,
+            bound * signal.shape[2] ** 0.5,
+            total,
+            adds,
+            precision,
+            architecture,
+        )
+        for signal, inputs, squares, total in (
+            (signals.up, x, signals.up_squares, totals[0]),
+            (error, signals.hidden, error_squares, totals[1]),
+            (signals.gate, x, signals.gate_squares, totals[2]),
+        )
+        if total is not None
+    ]
 
 
 def plan_backward(
@@ -140,65 +266,18 @@ def plan_backward(
     architecture: str,
 ) -> tuple[list[KernelCall], list[torch.Tensor | None]]:
     """The calls, and what they fill: the gradients of x, up, down and gate; runs nothing."""
-    batches, rows, width = x.shape
-    hidden_width = up.shape[1]
     precision = tiled_precision(x.dtype, architecture)
-    kind = operand_dtype(precision)
-    tiles = launch.product_tiles(rows, hidden_width, width, precision, architecture, held=3)
-    parts = triton.cdiv(hidden_width, tiles.n)
-
-    def made(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return x.new_empty(batches, rows, *shape, dtype=dtype)
-
-    hidden, up_signal = made(hidden_width, dtype=kind), made(hidden_width, dtype=kind)
-    gate_signal = None if gate is None else made(hidden_width, dtype=kind)
     bounded = error_bound is not None
-    up_squares = made(parts, dtype=torch.float32) if bounded else None
-    gate_squares = made(parts, dtype=torch.float32) if bounded and gate is not None else None
+    first, signals = signal_call(error, x, up, down, gate, bounded, None, 0.0, precision, architecture)
+    sums = [None if w is None else torch.empty_like(w, dtype=torch.float32) for w in (up, down, gate)]
     calls = [
-        KernelCall(
-            signal_kernel,
-            (batches * triton.cdiv(rows, tiles.m) * parts,),
-            {
-                "x": x,
-                "error": error,
-                "up": up,
-                "down": down,
-                "gate": gate,
-                "hidden": hidden,
-                "up_signal": up_signal,
-                "gate_signal": gate_signal,
-                "up_squares": up_squares,
-                "gate_squares": gate_squares,
-                "rows": rows,
-            },
-            {
-                "WIDTH": width,
-                "HIDDEN": hidden_width,
-                "BLOCK_M": tiles.m,
-                "BLOCK_N": tiles.n,
-                "BLOCK_K": tiles.k,
-                "PRECISION": precision,
-            },
-            tiles.warps,
-            tiles.stages,
-        )
+        first,
+        *sum_calls(error, x, signals, rates, error_bound, None, sums, False, precision, architecture),
     ]
-    longest = 0.0 if error_bound is None else error_bound * hidden_width**0.5
-    sums = []
-    for signal, inputs, weight, squares in (
-        (up_signal, x, up, up_squares),
-        (error, hidden, down, None),
-        (gate_signal, x, gate, gate_squares),
-    ):
-        total = None if weight is None else torch.empty_like(weight, dtype=torch.float32)
-        sums.append(total)
-        if total is not None:
-            calls.append(_token_sum(signal, inputs, rates, squares, longest, total, precision, architecture))
     grad_x = None
     if input_gradient:
         grad_x = torch.empty_like(x)
-        calls.append(product_call(up_signal, up, gate_signal, gate, grad_x, False, precision, architecture))
+        calls.append(product_call(signals.up, up, signals.gate, gate, grad_x, False, precision, architecture))
     return calls, [grad_x, *sums]
 
 
@@ -209,6 +288,7 @@ def _token_sum(
     squares: torch.Tensor | None,
     longest: float,
     out: torch.Tensor,
+    adds: bool,
     precision: str,
     architecture: str,
 ) -> KernelCall:
@@ -235,6 +315,7 @@ def _token_sum(
             "IN": into,
             "TILES": parts,
             "BLOCK_TILES": triton.next_power_of_2(max(1, parts)),
+            "ADDS": adds,
             "BLOCK_M": tiles.m,
             "BLOCK_N": tiles.n,
             "BLOCK_K": tiles.k,

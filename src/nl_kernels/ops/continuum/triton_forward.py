@@ -57,6 +57,21 @@ def tile_of(rows, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
     return batch, row, (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
+@triton.jit
+def store_rows(out, batch, row, column, rows, tile, COLUMNS: tl.constexpr):
+    """A tile of ``out`` [batches, rows, COLUMNS]."""
+    at = batch * rows * COLUMNS + row[:, None] * COLUMNS + column[None, :]
+    inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+    tl.store(out + at, tile.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_squares(out, batch, row, rows, first, tile, TILES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This tile's part of the squared length of each row, [batches, rows, TILES]."""
+    at = (batch * rows + row) * TILES + first // BLOCK_N
+    tl.store(out + at, tl.sum(tile * tile, 1), mask=row < rows)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def hidden_kernel(
     x,
@@ -82,9 +97,7 @@ def hidden_kernel(
         hidden *= activated(z, "silu", False)[0]
     else:
         hidden = activated(hidden, "gelu", False)[0]
-    at = row[:, None] * HIDDEN + column[None, :]
-    inside = (row < rows)[:, None] & (column < HIDDEN)[None, :]
-    tl.store(out + batch * rows * HIDDEN + at, hidden.to(out.dtype.element_ty), mask=inside)
+    store_rows(out, batch, row, column, rows, hidden, HIDDEN)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -112,9 +125,7 @@ def rows_kernel(
     if a1 is not None:
         a1 += batch * rows * DEPTH
         acc = add_rows(acc, a1, b1 + weight, row, column, rows, COLUMNS, DEPTH, B_TURNED, BLOCK_K, PRECISION)
-    at = row[:, None] * COLUMNS + column[None, :]
-    inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
-    tl.store(out + batch * rows * COLUMNS + at, acc.to(out.dtype.element_ty), mask=inside)
+    store_rows(out, batch, row, column, rows, acc, COLUMNS)
 
 
 def product_call(
@@ -149,36 +160,41 @@ def product_call(
     )
 
 
+def hidden_call(
+    x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor | None, precision: str, architecture: str
+) -> tuple[KernelCall, torch.Tensor]:
+    """The call of :func:`hidden_kernel`, and what it fills."""
+    batches, rows, width = x.shape
+    hidden_width = up.shape[1]
+    out = x.new_empty(batches, rows, hidden_width, dtype=operand_dtype(precision))
+    held = 1 if gate is None else 2
+    tiles = launch.product_tiles(rows, hidden_width, width, precision, architecture, held=held)
+    call = KernelCall(
+        hidden_kernel,
+        (batches * triton.cdiv(rows, tiles.m) * triton.cdiv(hidden_width, tiles.n),),
+        {"x": x, "up": up, "gate": gate, "out": out, "rows": rows},
+        {
+            "WIDTH": width,
+            "HIDDEN": hidden_width,
+            "BLOCK_M": tiles.m,
+            "BLOCK_N": tiles.n,
+            "BLOCK_K": tiles.k,
+            "PRECISION": precision,
+        },
+        tiles.warps,
+        tiles.stages,
+    )
+    return call, out
+
+
 def plan_forward(
     x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None, *, architecture: str
 ) -> tuple[list[KernelCall], torch.Tensor]:
     """The calls, and the tensor that the last one fills; runs nothing."""
-    batches, rows, width = x.shape
-    hidden_width = up.shape[1]
     precision = tiled_precision(x.dtype, architecture)
-    hidden = x.new_empty(batches, rows, hidden_width, dtype=operand_dtype(precision))
+    first, hidden = hidden_call(x, up, gate, precision, architecture)
     out = torch.empty_like(x)
-    held = 1 if gate is None else 2
-    tiles = launch.product_tiles(rows, hidden_width, width, precision, architecture, held=held)
-    calls = [
-        KernelCall(
-            hidden_kernel,
-            (batches * triton.cdiv(rows, tiles.m) * triton.cdiv(hidden_width, tiles.n),),
-            {"x": x, "up": up, "gate": gate, "out": hidden, "rows": rows},
-            {
-                "WIDTH": width,
-                "HIDDEN": hidden_width,
-                "BLOCK_M": tiles.m,
-                "BLOCK_N": tiles.n,
-                "BLOCK_K": tiles.k,
-                "PRECISION": precision,
-            },
-            tiles.warps,
-            tiles.stages,
-        ),
-        product_call(hidden, down, None, None, out, True, precision, architecture),
-    ]
-    return calls, out
+    return [first, product_call(hidden, down, None, None, out, True, precision, architecture)], out
 
 
 def mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:

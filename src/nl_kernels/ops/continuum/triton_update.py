@@ -23,9 +23,13 @@ def _update_rows(
     momenta,
     norms,
     copies,
+    sources,
+    where,
     block,
     rows,
     norm_rows,
+    source_rows,
+    sequence_rows,
     decay,
     I: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -37,15 +41,28 @@ def _update_rows(
     column = tl.arange(0, BLOCK_N)
     inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
     at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    if where is not None:
+        steps = tl.load(where[I] + row // sequence_rows, mask=row < rows, other=0)[:, None] != 0
     step = tl.load(gradients[I] + at, mask=inside, other=0.0).to(tl.float32)
     if momenta is not None:
-        step += decay * tl.load(momenta[I] + at, mask=inside, other=0.0)
-        tl.store(momenta[I] + at, step, mask=inside)
-    new = tl.load(weights[I] + at, mask=inside, other=0.0) - step
+        momentum = tl.load(momenta[I] + at, mask=inside, other=0.0)
+        step += decay * momentum
+        after = step
+        if where is not None:
+            after = tl.where(steps, step, momentum)
+        tl.store(momenta[I] + at, after, mask=inside)
+    if sources is not None:
+        source = (row % source_rows).to(tl.int64)[:, None] * COLUMNS + column[None, :]
+        old = tl.load(sources[I] + source, mask=inside, other=0.0).to(tl.float32)
+    else:
+        old = tl.load(weights[I] + at, mask=inside, other=0.0)
+    new = old - step
     if norms is not None:
         wanted = tl.load(norms[I] + row % norm_rows, mask=row < rows, other=0.0)
         length = tl.sqrt(tl.sum(new * new, 1))
         new *= (wanted / tl.where(length > 0, length, 1.0))[:, None]
+    if where is not None:
+        new = tl.where(steps, new, old)
     tl.store(weights[I] + at, new, mask=inside)
     if copies is not None:
         tl.store(copies[I] + at, new.to(copies[I].dtype.element_ty), mask=inside)
@@ -58,8 +75,12 @@ def update_kernel(
     momenta,
     norms,
     copies,
+    sources,
+    where,
     rows,
     norm_rows,
+    source_rows,
+    sequence_rows,
     decay,
     COUNT: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -81,9 +102,13 @@ def update_kernel(
                 momenta,
                 norms,
                 copies,
+                sources,
+                where,
                 program - first,
                 rows[i],
                 norm_rows[i],
+                source_rows[i],
+                sequence_rows[i],
                 decay,
                 i,
                 COLUMNS[i],
@@ -100,6 +125,8 @@ def plan_update(
     decay: float,
     norms: Sequence[torch.Tensor] | None,
     copies: Sequence[torch.Tensor] | None,
+    sources: Sequence[torch.Tensor] | None = None,
+    where: Sequence[torch.Tensor] | None = None,
 ) -> list[KernelCall]:
     """The calls that step all matrices [.., out, in], all contiguous; runs nothing."""
     calls = []
@@ -108,9 +135,12 @@ def plan_update(
         part = weights[start:stop]
         rows = tuple(w.numel() // w.shape[-1] for w in part)
         tiles = [launch.update_tile(w.shape[-1]) for w in part]
-        norm_rows = tuple(w.shape[-2] for w in part)
+        sequence_rows = tuple(w.shape[-2] for w in part)
+        norm_rows = source_rows = sequence_rows
         if norms is not None:
             norm_rows = tuple(n.numel() for n in norms[start:stop])
+        if sources is not None:
+            source_rows = tuple(s.numel() // s.shape[-1] for s in sources[start:stop])
         calls.append(
             KernelCall(
                 update_kernel,
@@ -121,8 +151,12 @@ def plan_update(
                     "momenta": None if momenta is None else tuple(momenta[start:stop]),
                     "norms": None if norms is None else tuple(norms[start:stop]),
                     "copies": None if copies is None else tuple(copies[start:stop]),
+                    "sources": None if sources is None else tuple(sources[start:stop]),
+                    "where": None if where is None else tuple(m.view(torch.uint8) for m in where[start:stop]),
                     "rows": rows,
                     "norm_rows": norm_rows,
+                    "source_rows": source_rows,
+                    "sequence_rows": sequence_rows,
                     "decay": float(decay),
                 },
                 {
@@ -145,6 +179,9 @@ def update_in_place(
     decay: float,
     norms: Sequence[torch.Tensor] | None,
     copies: Sequence[torch.Tensor] | None,
+    sources: Sequence[torch.Tensor] | None = None,
+    where: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """See :func:`nl_kernels.continuum_update_`."""
-    run_calls(plan_update(weights, gradients, momenta, decay, norms, copies), weights[0].device)
+    calls = plan_update(weights, gradients, momenta, decay, norms, copies, sources, where)
+    run_calls(calls, weights[0].device)

@@ -72,14 +72,22 @@ def update_in_place(
     decay: float,
     norms: Sequence[torch.Tensor] | None,
     copies: Sequence[torch.Tensor] | None,
+    sources: Sequence[torch.Tensor] | None,
+    where: Sequence[torch.Tensor] | None,
 ) -> None:
     """The eager implementation of :func:`nl_kernels.continuum_update_`."""
     for i, (weight, step) in enumerate(zip(weights, gradients)):
+        old = weight if sources is None else sources[i].to(weight.dtype)
+        taken = None if where is None else where[i][..., None, None]
         if momenta is not None:
-            step = momenta[i].mul_(decay).add_(step)
-        weight.sub_(step)
-        if norms is not None:
-            weight.copy_(with_row_norms(weight, norms[i]))
+            after = momenta[i] * decay + step
+            step = momenta[i].copy_(after if taken is None else torch.where(taken, after, momenta[i]))
+        if taken is None and norms is None:
+            torch.sub(old, step, out=weight)
+        else:
+            new = old - step
+            new = new if norms is None else with_row_norms(new, norms[i])
+            weight.copy_(new if taken is None else torch.where(taken, new, old))
         if copies is not None:
             copies[i].copy_(weight)
 

@@ -22,6 +22,8 @@ def continuum_update_(
     momentum_decay: float = 0.9,
     norms: _Tensors | None = None,
     copies: _Tensors | None = None,
+    sources: _Tensors | None = None,
+    where: _Tensors | None = None,
     impl: str | None = None,
 ) -> None:
     """:func:`nl_kernels.continuum_update` by ``sgd``, or with ``momenta`` by ``momentum``, in place.
@@ -36,6 +38,10 @@ def continuum_update_(
         momentum_decay: in [0, 1).
         norms: [out] or [.., out] of each weight: the norm that every row gets back after the step.
         copies: of each weight, in its shape, fp16, bf16 or fp32, contiguous: filled with the new weight.
+        sources: of each weight, [out, in] or in its shape, of any dtype: what is stepped in the place of what
+            ``weights`` hold, which are then only written.
+        where: of each weight, bool [..]: the sequences that step. The others keep momentum and weight (of
+            ``sources``, where given); their copies are filled all the same.
         impl: ``"triton"`` (fp32, rows of at most 16,384), ``"eager"``, ``"reference"`` or None: by device.
 
     Raises:
@@ -43,7 +49,7 @@ def continuum_update_(
         NotImplementedError: ``impl="triton"`` with fp64 or longer rows.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
-    _check(weights, gradients, momenta, momentum_decay, norms, copies)
+    _check(weights, gradients, momenta, momentum_decay, norms, copies, sources, where)
     if not weights:
         return
     refused = _unserved(weights)
@@ -53,8 +59,12 @@ def continuum_update_(
         if refused is not None:
             raise NotImplementedError(refused)
         gradients = [g.contiguous() for g in gradients]
-        norms = None if norms is None else [n.contiguous() for n in norms]
-    registration.update_in_place(weights, gradients, momenta, momentum_decay, norms, copies, chosen)
+        norms, sources, where = (
+            None if part is None else [x.contiguous() for x in part] for part in (norms, sources, where)
+        )
+    registration.update_in_place(
+        weights, gradients, momenta, momentum_decay, norms, copies, sources, where, chosen
+    )
 
 
 def _unserved(weights: _Tensors) -> str | None:
@@ -70,8 +80,16 @@ def _unserved(weights: _Tensors) -> str | None:
     return None
 
 
-def _check(weights, gradients, momenta, momentum_decay, norms, copies) -> None:
-    parts = {"weights": weights, "gradients": gradients, "momenta": momenta, "norms": norms, "copies": copies}
+def _check(weights, gradients, momenta, momentum_decay, norms, copies, sources, where) -> None:
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "momenta": momenta,
+        "norms": norms,
+        "copies": copies,
+        "sources": sources,
+        "where": where,
+    }
     parts = {name: part for name, part in parts.items() if part is not None}
     for name, part in parts.items():
         if not isinstance(part, Sequence):
@@ -105,11 +123,28 @@ def _check_weight(name: str, weight: object, first: torch.Tensor) -> None:
 
 def _check_part(name: str, kind: str, value: object, weight: torch.Tensor) -> None:
     shape = weight.shape
+    if kind == "where":
+        _check_where(name, value, weight)
+        return
     if kind == "norms":
         shape = shape[-2:-1] if getattr(value, "ndim", 0) == 1 else shape[:-1]
+    if kind == "sources" and getattr(value, "ndim", 0) == 2:
+        shape = shape[-2:]
     check_tensor(name, value, shape, like=weight)
-    accepted = FLOAT_DTYPES[:3] if kind == "copies" else (weight.dtype,)
+    accepted = {"copies": FLOAT_DTYPES[:3], "sources": FLOAT_DTYPES}.get(kind, (weight.dtype,))
     if value.dtype not in accepted:
         raise TypeError(f"{name}: expected one of {[str(d) for d in accepted]}, got {value.dtype}")
     if kind in ("weights", "momenta", "copies") and not value.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, which is written in place")
+
+
+def _check_where(name: str, value: object, weight: torch.Tensor) -> None:
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a tensor of torch.bool, got {got}")
+    leading = weight.shape[:-2]
+    if value.shape != leading or value.device != weight.device:
+        raise ValueError(
+            f"{name}: expected shape {tuple(leading)} on {weight.device}, got {tuple(value.shape)} on "
+            f"{value.device}"
+        )

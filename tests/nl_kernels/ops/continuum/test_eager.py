@@ -409,7 +409,7 @@ BAD_CALLS = {
     ),
     "checkpoint_every": (ValueError, lambda c: c.update(checkpoint_every=0)),
     "norm_eps": (ValueError, lambda c: c.update(norm_eps=-1.0)),
-    "impl": (ValueError, lambda c: c.update(impl="triton")),
+    "impl": (ValueError, lambda c: c.update(impl="cuda")),
 }
 
 

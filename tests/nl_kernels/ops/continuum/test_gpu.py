@@ -1,9 +1,17 @@
 """What only a GPU can tell of the kernels."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from nl_kernels import continuum_gradients, continuum_mlp, continuum_update_
+from nl_kernels import (
+    ContinuumLevel,
+    continuum_gradients,
+    continuum_memory,
+    continuum_mlp,
+    continuum_update_,
+)
 from nl_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.gpu
@@ -128,3 +136,99 @@ def test_the_mlp_is_deterministic_and_captured():
         captured = continuum_mlp(made["inputs"], *weights), *continuum_gradients(**made)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(first, captured))
+
+
+def memory_levels(dtype, *, width=256, gated=False, rule="sgd", device="cuda"):
+    """Chunks of 32 and 64; keys as read, and of their own."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(device, dtype)
+
+    made = []
+    for chunk, hidden, keyed in ((32, 341, False), (64, 512, True)):
+        made.append(
+            ContinuumLevel(
+                norm=torch.ones(width, device=device, dtype=dtype),
+                up=normal(hidden, width),
+                down=normal(width, hidden),
+                gate=normal(hidden, width) if gated else None,
+                key=normal(width, width) if keyed else None,
+                value=normal(width, width),
+                chunk_size=chunk,
+                rate=0.5 / width / chunk,
+                rule=rule,
+                restore_norms=gated,
+            )
+        )
+    return made
+
+
+def stream(dtype, batch=2, length=200, width=256):
+    return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(2)).to("cuda", dtype)
+
+
+def memory_results(x, levels, impl, **options):
+    """y, the last weights, and the gradients of x and of the initial weights."""
+    x = x.clone().requires_grad_()
+    levels = [
+        dataclasses.replace(lv, up=lv.up.clone().requires_grad_(), down=lv.down.clone().requires_grad_())
+        for lv in levels
+    ]
+    y, state = continuum_memory(x, levels, detach_updates=True, output_final_state=True, impl=impl, **options)
+    leaves = [x, *(w for lv in levels for w in (lv.up, lv.down))]
+    return [y, *(w for s in state for w in (s.up, s.down)), *torch.autograd.grad(y.square().sum(), leaves)]
+
+
+@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_error_of_the_memory(dtype, gated, variant):
+    x, rule = stream(dtype), "momentum" if gated else "sgd"
+    levels = memory_levels(dtype, gated=gated, rule=rule)
+    mask = torch.ones(2, 200, dtype=torch.bool, device="cuda")
+    mask[0, 50:70] = False
+    names = ("norm", "up", "down", "gate", "key", "value")
+    double = [
+        dataclasses.replace(lv, **{n: getattr(lv, n).double() for n in names if getattr(lv, n) is not None})
+        for lv in levels
+    ]
+    for options in ({}, {"mask": mask}):
+        found = memory_results(x, levels, None, variant=variant, **options)
+        exact = memory_results(x.double(), double, "eager", variant=variant, **options)
+        for i, (f, e) in enumerate(zip(found, exact)):
+            assert f.isfinite().all()
+            assert (f.double() - e).norm() <= (3e-2 if dtype == torch.bfloat16 else 1e-3) * e.norm(), i
+
+
+def test_the_memory_is_deterministic_and_waits_for_nothing():
+    levels, x = memory_levels(torch.bfloat16), stream(torch.bfloat16)
+    with torch.no_grad():
+        first, _ = continuum_memory(x, levels, impl="triton")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again, _ = continuum_memory(x, levels, impl="triton")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured, _ = continuum_memory(x, levels, impl="triton")
+        graph.replay()
+    assert torch.equal(first, again)
+    assert torch.equal(first, captured)
+
+
+def test_memory_of_inference_does_not_grow_with_the_tokens():
+    """Above input, output and some tensors of their size: the fast weights, their copies, a chunk's sums."""
+    levels = memory_levels(torch.bfloat16, width=1024)
+    numbers = 4 * 1024 * (341 + 512) * 2  # of both levels, four sequences
+    for length in (256, 1024):
+        x = stream(torch.bfloat16, 4, length, 1024)
+        with torch.no_grad():
+            continuum_memory(x, levels)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            continuum_memory(x, levels)
+        peak = torch.cuda.max_memory_allocated() - before
+        assert peak <= (4 + 2 + 4) * numbers + 24 * x.nbytes + 2**24

@@ -13,8 +13,18 @@ def random(*shape, seed, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def call(*, momentum, norms, copies, dtype=torch.float64, copy_dtype=torch.float16, shapes=SHAPES):
-    """Arguments; norms of each row in turn and shared by the sequences."""
+def call(
+    *,
+    momentum,
+    norms,
+    copies,
+    where=False,
+    sources=False,
+    dtype=torch.float64,
+    copy_dtype=torch.float16,
+    shapes=SHAPES,
+):
+    """Arguments; norms of each row in turn and shared by the sequences, as sources; every other one steps."""
     weights = [random(*s, seed=i, dtype=dtype) for i, s in enumerate(shapes)]
     rows = [
         w.norm(dim=-1) if i % 2 else w.norm(dim=-1).flatten()[: w.shape[-2]] for i, w in enumerate(weights)
@@ -26,6 +36,12 @@ def call(*, momentum, norms, copies, dtype=torch.float64, copy_dtype=torch.float
         "norms": rows if norms else None,
         "copies": [torch.full(s, float("nan"), dtype=copy_dtype) for s in shapes] if copies else None,
         "momentum_decay": 0.8,
+        "sources": [random(*s[i % 2 and len(s) - 2 :], seed=30 + i) for i, s in enumerate(shapes)]
+        if sources
+        else None,
+        "where": [torch.arange(w[..., 0, 0].numel()).view(w.shape[:-2]) % 2 == 0 for w in weights]
+        if where
+        else None,
     }
 
 
@@ -38,6 +54,9 @@ OPTIONS = [
     {"momentum": True, "norms": False, "copies": True},
     {"momentum": False, "norms": True, "copies": True},
     {"momentum": True, "norms": True, "copies": True},
+    {"momentum": True, "norms": True, "copies": True, "where": True},
+    {"momentum": False, "norms": False, "copies": False, "sources": True},
+    {"momentum": True, "norms": True, "copies": True, "sources": True, "where": True},
 ]
 
 
@@ -81,8 +100,10 @@ def test_no_matrices_are_nothing_to_do():
 def test_opcheck_and_compile():
     arguments = call(momentum=True, norms=True, copies=True)
     lists = [arguments[k] for k in ("weights", "gradients", "momenta")]
-    rest = (0.8, arguments["norms"], arguments["copies"], "eager")
-    torch.library.opcheck(torch.ops.nl_kernels.continuum_update_, (*lists, *rest))
+    more = call(momentum=True, norms=True, copies=True, sources=True, where=True)
+    for extra in (None, None), (more["sources"], more["where"]):
+        rest = (0.8, arguments["norms"], arguments["copies"], *extra, "eager")
+        torch.library.opcheck(torch.ops.nl_kernels.continuum_update_, (*lists, *rest))
     found, expected = (call(momentum=True, norms=True, copies=True) for _ in range(2))
     torch.compile(continuum_update_, fullgraph=True, backend="aot_eager")(**found)
     continuum_update_(**expected)
@@ -105,6 +126,9 @@ BAD_CALLS = {
     r"momenta\[0\]: expected shape": (ValueError, also(momenta=[torch.ones(3)])),
     r"norms\[0\]: expected shape": (ValueError, also(norms=[torch.ones(5)])),
     r"copies\[0\]: expected one of": (TypeError, also(copies=[torch.ones(3, 5).double()])),
+    r"sources\[0\]: expected shape": (ValueError, also(sources=[torch.ones(5)])),
+    r"where\[0\]: expected a tensor of torch.bool": (TypeError, also(where=[torch.ones(())])),
+    r"where\[0\]: expected shape": (ValueError, also(where=[torch.ones(3, dtype=torch.bool)])),
     "momentum_decay": (ValueError, also(momentum_decay=-0.1)),
     "weights: an update in place": (ValueError, also(weights=[torch.ones(3, 5, requires_grad=True)])),
     "impl": (ValueError, also(impl="cuda")),

@@ -349,7 +349,7 @@ MUTATIONS = {
     "slope of the step in the read": changed(
         eager_backward, "_through_reads", lambda made, *_: (2 * made[0], made[1])
     ),
-    "gradients of a reset weight given to the first": (eager_backward, "_was_reset", lambda *_: False),
+    "gradients of a reset weight given to the first": (eager_backward, "reset_rows", lambda *_: False),
 }  # fmt: skip
 
 

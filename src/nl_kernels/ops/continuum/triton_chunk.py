@@ -1,0 +1,236 @@
+"""The sums of a chunk's step from its tokens, and the gradient of what is read between two steps.
+
+The error ``f(k) − value u`` is made in one kernel with the way down, in fp32: both of its terms are rounded
+nowhere, and where the keys are what is read, the outputs come from the same pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from nl_kernels.chunk_kernels.tiled_launch import operand_dtype, tiled_precision
+from nl_kernels.ops.continuum import launch
+from nl_kernels.ops.continuum.triton_backward import signal_call, sum_calls
+from nl_kernels.ops.continuum.triton_forward import (
+    add_rows,
+    hidden_call,
+    product_call,
+    store_rows,
+    store_squares,
+    tile_of,
+)
+from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
+from nl_kernels.triton_support.targets import architecture_of
+
+
+@triton.jit(do_not_specialize=["rows"])
+def error_kernel(
+    hidden,
+    down,
+    inputs,
+    value,
+    out,
+    error,
+    squares,
+    rows,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``out = hidden downᵀ`` (None: not stored) and ``error = hidden downᵀ − inputs valueᵀ``.
+
+    One ``value`` for all batches. ``squares`` [batches, rows, tiles]: the parts of the errors' squared
+    lengths, or None.
+    """
+    TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    batch, row, column = tile_of(rows, WIDTH, BLOCK_M, BLOCK_N)
+    down += batch * (HIDDEN * WIDTH)
+    hidden += batch * rows * HIDDEN
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = add_rows(acc, hidden, down, row, column, rows, WIDTH, HIDDEN, True, BLOCK_K, PRECISION)
+    if out is not None:
+        store_rows(out, batch, row, column, rows, acc, WIDTH)
+    inputs += batch * rows * WIDTH
+    acc = -add_rows(-acc, inputs, value, row, column, rows, WIDTH, WIDTH, True, BLOCK_K, PRECISION)
+    store_rows(error, batch, row, column, rows, acc, WIDTH)
+    if squares is not None:
+        store_squares(squares, batch, row, rows, tl.min(column, 0), acc, TILES, BLOCK_N)
+
+
+def plan_chunk(
+    keys: torch.Tensor,
+    inputs: torch.Tensor,
+    value: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+    rates: torch.Tensor,
+    error_bound: float | None,
+    output: bool,
+    *,
+    architecture: str,
+) -> tuple[list[KernelCall], list[torch.Tensor | None]]:
+    """The calls, and what they fill: the MLP's outputs (or None), and the sums of up, down and gate."""
+    batches, tokens, width = keys.shape
+    precision = tiled_precision(keys.dtype, architecture)
+    weights = (up, down, gate)
+    sums = [None if w is None else w.new_empty(batches, *w.shape[-2:], dtype=torch.float32) for w in weights]
+    # weights of all sequences: their tokens are one matrix
+    x, inputs, up, down, gate = _of_all(keys, inputs, *weights)
+    hidden_one, hidden = hidden_call(x, up, gate, precision, architecture)
+    out = torch.empty_like(x) if output else None
+    error_one, error, squares = _error_call(
+        hidden, down, inputs, value, out, error_bound is not None, precision, architecture
+    )
+    longest = (error_bound or 0.0) * width**0.5
+    bounded = error_bound is not None
+    signal_one, signals = signal_call(
+        error, x, up, down, gate, bounded, squares, longest, precision, architecture
+    )
+    error = error.view(batches, tokens, width)
+    squares = None if squares is None else squares.view(batches, tokens, -1)
+    calls = [hidden_one, error_one, signal_one]
+    calls += sum_calls(
+        error, keys, signals.of(batches), rates, error_bound, squares, sums, False, precision, architecture
+    )
+    return calls, [None if out is None else out.view_as(keys), *sums]
+
+
+def plan_read_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+    owners: Sequence[tuple[torch.Tensor | None, Sequence[torch.Tensor | None]]],
+    *,
+    architecture: str,
+) -> tuple[list[KernelCall], torch.Tensor]:
+    """The calls that fill the gradient of x and add to each owner's totals, see :func:`read_backward`."""
+    batches, _, width = x.shape
+    precision = tiled_precision(x.dtype, architecture)
+    rows, error, up, down, gate = _of_all(x, grad, up, down, gate)
+    first, signals = signal_call(error, rows, up, down, gate, False, None, 0.0, precision, architecture)
+    grad_x = torch.empty_like(rows)
+    calls = [
+        first,
+        product_call(signals.up, up, signals.gate, gate, grad_x, False, precision, architecture),
+    ]
+    for share, totals in owners:
+        shared = totals[0].ndim == 2
+        parts = 1 if shared else batches
+        totals = [t if t is None or not shared else t[None] for t in totals]
+        share = None if share is None else share.view(parts, -1)
+        calls += sum_calls(
+            grad.view(parts, -1, width),
+            x.view(parts, -1, width),
+            signals.of(parts),
+            share,
+            None,
+            None,
+            totals,
+            True,
+            precision,
+            architecture,
+        )
+    return calls, grad_x.view_as(x)
+
+
+def _of_all(
+    x: torch.Tensor,
+    other: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
+    """Rows and weights in one batch where the weights are those of all sequences."""
+    if up.ndim == 3:
+        return [x, other, up, down, gate]
+    rows = [t.view(1, -1, t.shape[2]) for t in (x, other)]
+    return rows + [None if w is None else w[None] for w in (up, down, gate)]
+
+
+def _error_call(
+    hidden: torch.Tensor,
+    down: torch.Tensor,
+    inputs: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor | None,
+    bounded: bool,
+    precision: str,
+    architecture: str,
+) -> tuple[KernelCall, torch.Tensor, torch.Tensor | None]:
+    batches, rows, width = inputs.shape
+    hidden_width = hidden.shape[2]
+    tiles = launch.product_tiles(rows, width, hidden_width, precision, architecture)
+    parts = triton.cdiv(width, tiles.n)
+    error = torch.empty_like(inputs, dtype=operand_dtype(precision))
+    squares = inputs.new_empty(batches, rows, parts, dtype=torch.float32) if bounded else None
+    call = KernelCall(
+        error_kernel,
+        (batches * triton.cdiv(rows, tiles.m) * parts,),
+        {
+            "hidden": hidden,
+            "down": down,
+            "inputs": inputs,
+            "value": value,
+            "out": out,
+            "error": error,
+            "squares": squares,
+            "rows": rows,
+        },
+        {
+            "WIDTH": width,
+            "HIDDEN": hidden_width,
+            "BLOCK_M": tiles.m,
+            "BLOCK_N": tiles.n,
+            "BLOCK_K": tiles.k,
+            "PRECISION": precision,
+        },
+        tiles.warps,
+        tiles.stages,
+    )
+    return call, error, squares
+
+
+def chunk_sums(
+    keys: torch.Tensor,
+    inputs: torch.Tensor,
+    value: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+    rates: torch.Tensor,
+    error_bound: float | None,
+    output: bool,
+) -> list[torch.Tensor | None]:
+    """See :func:`.chunk_step.chunk_sums`."""
+    architecture = architecture_of(keys.device)
+    calls, made = plan_chunk(
+        keys, inputs, value, up, down, gate, rates, error_bound, output, architecture=architecture
+    )
+    run_calls(calls, keys.device)
+    return made
+
+
+def read_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+    owners: Sequence[tuple[torch.Tensor | None, Sequence[torch.Tensor | None]]],
+) -> torch.Tensor:
+    """See :func:`.chunk_step.read_backward`."""
+    calls, grad_x = plan_read_backward(
+        grad, x, up, down, gate, owners, architecture=architecture_of(x.device)
+    )
+    run_calls(calls, x.device)
+    return grad_x
