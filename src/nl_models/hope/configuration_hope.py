@@ -65,7 +65,8 @@ class HopeConfig(PreTrainedConfig):
         continuum_detach_updates: no outer gradient through the levels' steps; their rates and projections
             then stay as initialised.
         continuum_implementation: of the continuum memory: "auto" (Triton kernels on CUDA where they serve
-            the levels' rules, without gradients or with ``continuum_detach_updates``; eager elsewhere),
+            the levels' rules (not "dgd"), without gradients or with ``continuum_detach_updates``; eager
+            elsewhere),
             "triton", "eager" or "reference". An explicit choice never falls back.
         rms_norm_eps: of all norms.
         initializer_range: standard deviation of the initial embeddings and projections; by default

@@ -25,8 +25,8 @@ from nl_kernels.ops.continuum.state import (
     state_dtype,
 )
 
-SERVED_RULES = ("sgd", "momentum")
-"""Those whose step is one pass over weights and sums: what the update kernel takes."""
+SERVED_RULES = ("sgd", "momentum", "muon")
+"""Those whose step is made of the sums Σ_t η_t δ_t x_tᵀ; dgd's takes a solve of each chunk."""
 
 AVAILABLE = ("triton", "eager", "reference")
 
@@ -75,7 +75,7 @@ def continuum_memory(
         norm_eps: added to the mean square inside the norms.
         checkpoint_every: keep for the backward only the fast weights of every so many steps of a level, and
             recompute the rest; None: keep everything.
-        impl: ``"triton"`` (rules ``sgd`` and ``momentum``, first-order or without gradients, not fp64),
+        impl: ``"triton"`` (every rule but ``dgd``, first-order or without gradients, not fp64),
             ``"eager"``, ``"reference"`` (token by token, slow: the definition); None: Triton on CUDA for what
             it serves, else eager.
 

@@ -63,8 +63,11 @@ class _Detached(torch.autograd.Function):
                     weights, momenta = run.stepped(weights, momenta, norms, chunk, inner, shared, lengths)
                     full = None if lengths is None else lengths >= chunk.stop
                     reset = either(reset, reset_rows(run.resets, chunk.number, full))
-        ctx.save_for_backward(reads, *matrices)
-        ctx.made, ctx.owners, ctx.last_owner = made, owners, reset
+        # saved, not hung on the node: whoever checkpoints this call drops them
+        ctx.save_for_backward(
+            reads, *matrices, *(t for of in made for t in (*of.weights, of.hidden, *of.slopes))
+        )
+        ctx.gated, ctx.owners, ctx.last_owner = weights.gate is not None, owners, reset
         ctx.mark_non_differentiable(*(m for m in momenta if m is not None))
         ctx.set_materialize_grads(False)
         y = torch.cat(outputs, dim=1) if outputs else reads.to(dtype)
@@ -74,14 +77,19 @@ class _Detached(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *grad_after):
-        reads, *matrices = ctx.saved_tensors
+        saved, each = ctx.saved_tensors, 6 if ctx.gated else 5
+        (reads, *matrices), served = saved[:7], saved[7:]
+        made = [
+            _Made(Weights(*served[i : i + 3]), served[i + 3], served[i + 4 : i + each])
+            for i in range(0, len(served), each)
+        ]
         first, start = Weights(*matrices[:3]), Weights(*matrices[3:])
         totals = [None if w is None else torch.zeros_like(w) for w in matrices]
         grad_reads, begin = [], 0
-        for made, reset in zip(ctx.made, ctx.owners) if grad is not None else ():
-            end = begin + made.hidden.shape[1]
-            inputs = reads[:, begin:end].to(made.hidden.dtype)
-            inner, layers = _through_reads(made, inputs, grad[:, begin:end])
+        for of, reset in zip(made, ctx.owners) if grad is not None else ():
+            end = begin + of.hidden.shape[1]
+            inputs = reads[:, begin:end].to(of.hidden.dtype)
+            inner, layers = _through_reads(of, inputs, grad[:, begin:end])
             grad_reads.append(inner)
             for i, layer in enumerate(layers):
                 _add_product(*layer, reset, totals[i], totals[i + 3])

@@ -47,9 +47,14 @@ class _FirstOrder(torch.autograd.Function):
             reads, *matrices = tensors[i * _INPUTS : (i + 1) * _INPUTS]
             passes.append((LevelPass(span.call, Weights(*matrices[:3]), before, True), span.chunks(reads)))
         walk(passes, hold=False)
-        ctx.save_for_backward(*tensors)
+        served = [of.weights for level_pass, _ in passes for of in level_pass.made if of.weights is not None]
+        # saved, not hung on the node: whoever checkpoints this call drops them
+        ctx.save_for_backward(*tensors, *(w for weights in served for w in weights))
         ctx.spans = spans
-        ctx.made = [(level_pass.made, level_pass.owner) for level_pass, _ in passes]
+        ctx.owners = [
+            ([(of.weights is None, of.owner) for of in level_pass.made], level_pass.owner)
+            for level_pass, _ in passes
+        ]
         results = []
         for level_pass, _ in passes:
             weights, after = level_pass.last() if keep_state else ((None,) * 3, (None,) * 3)
@@ -65,9 +70,15 @@ class _FirstOrder(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         found = []
-        for i, (span, (made, owner)) in enumerate(zip(ctx.spans, ctx.made)):
+        saved = ctx.saved_tensors
+        served = iter(saved[len(ctx.spans) * _INPUTS :])
+        for i, (span, (chunks, owner)) in enumerate(zip(ctx.spans, ctx.owners)):
             own = slice(i * _INPUTS, (i + 1) * _INPUTS)
-            found += _through(span, made, owner, grads[own], ctx.saved_tensors[own])
+            made = [
+                Made(None if first else Weights(*(next(served) for _ in range(3))), of)
+                for first, of in chunks
+            ]
+            found += _through(span, made, owner, grads[own], saved[own])
         return None, None, None, *found
 
 

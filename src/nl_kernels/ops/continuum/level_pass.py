@@ -15,6 +15,7 @@ from nl_kernels.ops.continuum import registration
 from nl_kernels.ops.continuum.chunk_step import NO_MOMENTA, Weights, keys_of, row_norms
 from nl_kernels.ops.continuum.schedule import Owner, Resets, either, reset_rows
 from nl_kernels.ops.continuum.state import RULES_WITH_MOMENTUM, ContinuumLevel, state_dtype
+from nl_kernels.ops.continuum.update import evened_out
 
 
 class LevelCall(NamedTuple):
@@ -84,12 +85,15 @@ class Step(NamedTuple):
     sources: list[torch.Tensor] | None
     where: list[torch.Tensor] | None
     decay: float
+    evened: bool  # muon: what the step's direction is made of is the momentum, not what it subtracts
     reset: torch.Tensor | None  # [B]: sequences that go back to their start afterwards
     start: list[torch.Tensor]
 
 
 def take(steps: Sequence[Step], impl: str) -> None:
     """Take all steps: those with the same options in one launch."""
+    resets = [step for step in steps if step.reset is not None]
+    steps = [_evened_out(step, impl) if step.evened else step for step in steps]
     groups: dict[tuple, list[Step]] = {}
     if any(step.sources is not None for step in steps):
         steps = [s if s.sources is not None else s._replace(sources=s.weights) for s in steps]
@@ -101,9 +105,19 @@ def take(steps: Sequence[Step], impl: str) -> None:
         parts = [None if p[0] is None else [t for each in p for t in each] for p in list(zip(*group))[:7]]
         weights, gradients, momenta, *rest = parts
         update(weights, gradients, momenta, decay, *rest)
-    for step in steps:
-        if step.reset is not None:
-            _go_back(step)
+    for step in resets:
+        _go_back(step)
+
+
+def _evened_out(step: Step, impl: str) -> Step:
+    """Momenta after the step, and a step that subtracts what muon makes of them."""
+    directions = []
+    for i, (momentum, gradient) in enumerate(zip(step.momenta, step.gradients)):
+        after = torch.add(gradient, momentum, alpha=step.decay)
+        if step.where is not None:
+            after = torch.where(step.where[i][:, None, None], after, momentum)
+        directions.append(evened_out(momentum.copy_(after), impl))
+    return step._replace(gradients=directions, momenta=None, decay=0.0)
 
 
 def _go_back(step: Step) -> None:
@@ -211,6 +225,7 @@ class LevelPass:
             _present(old or self.source) if fresh else None,
             None if full is None else [full] * sum(given),
             level.momentum_decay if self.momenta is not None else 0.0,
+            level.rule == "muon",
             None if reset is False else reset,
             _present(self.start),
         )

@@ -11,20 +11,21 @@ from nl_kernels.ops.newton_schulz.stack import normalised, restored, wide_stack
 STEPS = 5
 
 
-def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
+def orthogonalised(matrix: torch.Tensor, impl: str | None = None) -> torch.Tensor:
     """:func:`nl_kernels.newton_schulz` with Muon's coefficients on [.., m, n], at any scale; zero gives zero.
 
-    The backward pass recomputes the steps. It cannot be differentiated again.
+    ``impl`` is that of the forward pass; the backward pass recomputes the steps. It cannot be differentiated
+    again.
     """
-    return _Orthogonalised.apply(matrix)
+    return _Orthogonalised.apply(matrix, impl)
 
 
 class _Orthogonalised(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, matrix):
+    def forward(ctx, matrix, impl):
         ctx.save_for_backward(matrix)
         # no norm is too small: the result's scale is the caller's to set
-        return newton_schulz(matrix.detach(), steps=STEPS, eps=torch.finfo(matrix.dtype).tiny)
+        return newton_schulz(matrix.detach(), steps=STEPS, eps=torch.finfo(matrix.dtype).tiny, impl=impl)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -50,4 +51,4 @@ class _Orthogonalised(torch.autograd.Function):
         norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True)
         along = (first * grad).sum((-2, -1), keepdim=True)
         grad = torch.where(norm > 0, (grad - first * along) / torch.where(norm > 0, norm, 1.0), 0.0)
-        return restored(grad, matrix)
+        return restored(grad, matrix), None

@@ -92,9 +92,9 @@ def update_in_place(
             copies[i].copy_(weight)
 
 
-def evened_out(momentum: torch.Tensor) -> torch.Tensor:
+def evened_out(momentum: torch.Tensor, impl: str | None = None) -> torch.Tensor:
     """Muon's step: ``newton_schulz(M)`` with the Frobenius norm of each M [.., out, in]."""
-    direction = orthogonalised(momentum)
+    direction = orthogonalised(momentum, impl)
     norm, length = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (momentum, direction))
     return direction * (norm / torch.where(length > 0, length, 1.0))
 
