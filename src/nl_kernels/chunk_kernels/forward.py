@@ -57,6 +57,13 @@ def row_dot(a, b):
 
 
 @triton.jit
+def unit(x):
+    """Rows scaled to unit length, and the scales [C]."""
+    scale = tl.rsqrt(row_dot(x, x) + _NORM_EPS)
+    return x * scale[:, None], scale
+
+
+@triton.jit
 def activated(z, ACTIVATION: tl.constexpr, NORMALIZED: tl.constexpr):
     """``n(σ(z))`` [C, h], σ'(z), σ''(z) and 1/‖σ(z)‖ [C] (1 when it is not normalised)."""
     if ACTIVATION == "silu":

@@ -23,8 +23,16 @@ def operands_of(
     anchor: torch.Tensor | None,
     operand: torch.Tensor | None,
     base: torch.Tensor | None,
+    *,
+    slow: Operand | None = None,
+    slow_rows: tuple[int, int, bool] = (0, 0, False),
 ) -> tuple[Operand, Operand]:
-    """Running weights of ``shape``, and the snapshot's, in the buffers; without one, fp32 where they lie."""
+    """Running weights of ``shape``, and the snapshot's, in the buffers; without one, fp32 where they lie.
+
+    Args:
+        slow, slow_rows: the snapshot of a slower clock, and which rows of the weights are of it: those from
+            the first to the second, or all others (``False``).
+    """
     from nl_kernels.chunk_kernels.tiled_weights import operands_kernel
 
     size = shape[0] * shape[1]
@@ -41,8 +49,17 @@ def operands_of(
                 "base": base,
                 "running_pitch": running.rows * shape[1],
                 "running_start": running.start * shape[1],
+                "slow": None if slow is None else slow.tensor,
+                "slow_pitch": 0 if slow is None else slow.rows * shape[1],
+                "slow_start": 0 if slow is None else slow.start * shape[1],
             },
-            {"SIZE": size, "BLOCK": min(MOVED_NUMBERS, power_of_two(size))},
+            {
+                "SLOW_FROM": slow_rows[0] * shape[1],
+                "SLOW_TO": slow_rows[1] * shape[1],
+                "SLOW_INSIDE": slow_rows[2],
+                "SIZE": size,
+                "BLOCK": min(MOVED_NUMBERS, power_of_two(size)),
+            },
             8,
         )
     weights = whole(operand) or running
@@ -52,14 +69,20 @@ def operands_of(
 def move(
     s: Schedule,
     source: Operand,
-    target: Operand,
+    target: Operand | None,
     shape: tuple[int, int],
     *,
     when: str = "always",
     adds: bool = False,
+    clears: bool = False,
     index: int = 0,
+    clock: int | None = None,
 ) -> None:
-    """Copy, or add, a weight of each batch that is at some place; see :func:`.tiled_weights.move_kernel`."""
+    """Copy, or add, a weight of each batch that is at some place; see :func:`.tiled_weights.move_kernel`.
+
+    ``target`` may be ``None`` where the source is only cleared. ``clock``: tokens between boundaries, if not
+    those of a chunk.
+    """
     from nl_kernels.chunk_kernels.tiled_weights import move_kernel
 
     size = shape[0] * shape[1]
@@ -70,14 +93,21 @@ def move(
         s.grid.batches * -(-size // block),
         {
             "source": source.tensor,
-            "target": target.tensor,
+            "target": None if target is None else target.tensor,
             "source_pitch": source.rows * shape[1],
             "source_start": source.start * shape[1],
-            "target_pitch": target.rows * shape[1],
-            "target_start": target.start * shape[1],
+            "target_pitch": 0 if target is None else target.rows * shape[1],
+            "target_start": 0 if target is None else target.start * shape[1],
             "index": index,
         },
-        {"WHEN": when, "ADDS": adds, "SIZE": size, "BLOCK": block},
+        {
+            "WHEN": when,
+            "ADDS": adds,
+            "CLEARS": clears,
+            "SIZE": size,
+            "BLOCK": block,
+            "CHUNK": clock or s.grid.chunk_size,
+        },
         8,
     )
 
@@ -100,12 +130,23 @@ def coefficients_of(s: Schedule, rate: torch.Tensor, log_decay: torch.Tensor) ->
     return placed
 
 
-def place_tokens(s: Schedule, x: torch.Tensor, *, proximal: bool = False):
-    """Tokens [batches, tokens, width] by chunk, as operands; proximal rates [batches, pitch] or ``None``."""
+def place_tokens(
+    s: Schedule,
+    x: torch.Tensor,
+    *,
+    proximal: bool = False,
+    unit: bool = False,
+    placed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens [batches, tokens, width] by chunk, as operands; proximal rates [batches, pitch] or ``None``.
+
+    ``unit``: scaled to unit length. ``placed``: where they go, if not to a buffer of their own.
+    """
     from nl_kernels.chunk_kernels.tiled_tokens import place_tokens_kernel
 
     grid, width = s.grid, x.shape[-1]
-    placed = x.new_empty((grid.batches, grid.pitch, width), dtype=operand_dtype(s.precision))
+    if placed is None:
+        placed = x.new_empty((grid.batches, grid.pitch, width), dtype=operand_dtype(s.precision))
     effective = x.new_empty((grid.batches, grid.pitch)) if proximal else None
     block, rows, warps = row_tiles(width, grid.length)
     s.add(
@@ -113,7 +154,7 @@ def place_tokens(s: Schedule, x: torch.Tensor, *, proximal: bool = False):
         place_tokens_kernel,
         grid.batches * grid.pitch // rows,
         {"x": x, "placed": placed, "effective": effective},
-        {"WIDTH": width, "ROWS": rows, "BLOCK": block},
+        {"WIDTH": width, "UNIT": unit, "ROWS": rows, "BLOCK": block},
         warps,
     )
     return placed, effective

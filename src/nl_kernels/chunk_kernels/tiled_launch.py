@@ -82,12 +82,20 @@ def stages_of(architecture: str) -> int:
 
 @dataclass(frozen=True)
 class Operand:
-    """A matrix a batch: ``tensor`` holds [batches, rows, width], and the matrix begins at row ``start``."""
+    """A matrix a batch: ``tensor`` holds [batches, rows, width], and the matrix begins at row ``start``.
+
+    Of a launch for several memories a row of the call, batches are memory first: those of one memory lie
+    ``step`` rows from those of the one before (``None``: [memories, batches, rows, width]; 0: they share it).
+    A matrix may be the columns from ``column`` on of rows that are ``width`` wide (0: they are its own).
+    """
 
     tensor: torch.Tensor
     rows: int
     start: int = 0
     turned: bool = False
+    step: int | None = None
+    width: int = 0
+    column: int = 0
 
     @property
     def t(self) -> Operand:
@@ -105,12 +113,18 @@ class Term(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a result goes, or an addend comes from: ``limit`` rows from ``start`` on, of ``rows`` a batch."""
+    """Where a result goes, or an addend comes from: ``limit`` rows from ``start`` on, of ``rows`` a batch.
+
+    The others as of :class:`Operand`.
+    """
 
     tensor: torch.Tensor
     rows: int
     start: int
     limit: int
+    step: int | None = None
+    width: int = 0
+    column: int = 0
 
 
 def whole(tensor: torch.Tensor | None) -> Operand | None:
@@ -173,17 +187,25 @@ class TokenGrid:
 @functools.cache
 def _parameters(kernel: Any) -> tuple[tuple[str, ...], dict[str, int | None]]:
     """Names of a kernel's constants, and its other arguments with what stands for an absent one."""
-    integers = ("_rows", "_start", "_limit", "_pitch")
+    integers = ("_rows", "_start", "_limit", "_pitch", "_step")
     constants = tuple(name for name in kernel.arg_names if name.isupper())
     others = (name for name in kernel.arg_names if not name.isupper())
     return constants, {name: 0 if name.endswith(integers) else None for name in others}
 
 
-class Schedule:
-    """Kernel calls in the order in which they run, and what each is for."""
+_SHAPE = ("TURNED", "WIDTH", "COLUMN")
 
-    def __init__(self, grid: TokenGrid, precision: str, architecture: str):
+
+class Schedule:
+    """Kernel calls in the order in which they run, and what each is for.
+
+    Args:
+        by_chunk: the coefficients are those of the present chunk alone, made anew for each.
+    """
+
+    def __init__(self, grid: TokenGrid, precision: str, architecture: str, *, by_chunk: bool = False):
         self.grid, self.precision, self.architecture = grid, precision, architecture
+        self.by_chunk = by_chunk
         self.chunk = 0
         self.calls: list[KernelCall] = []
         self.names: list[str] = []
@@ -212,8 +234,9 @@ class Schedule:
             **grid.arguments(),
             "coefficients": self.coefficients,
             "momenta": self.momenta,
-            "pitch": grid.pitch,
-            "start": self.start,
+            "batches": grid.batches,
+            "pitch": grid.length if self.by_chunk else grid.pitch,
+            "start": 0 if self.by_chunk else self.start,
             "chunk": self.chunk,
         }
         fixed = {"LENGTH": grid.length, "CHUNK": grid.chunk_size, "PRECISION": self.precision, **constants}
@@ -234,7 +257,7 @@ class Schedule:
         out: Place | None,
         factor: int = -1,
         decay: str = "",
-        aside: torch.Tensor | None = None,
+        aside: torch.Tensor | Operand | None = None,
         aside_terms: int = 1,
         aside_adds: bool = False,
         add0: Place | None = None,
@@ -247,36 +270,45 @@ class Schedule:
         inner1: torch.Tensor | None = None,
         matrix: torch.Tensor | None = None,
         coefficients: torch.Tensor | None = None,
+        groups: int = 1,
     ) -> None:
-        """See :func:`.tiled_products.product_kernel`; ``scaled`` and ``scaled1`` are its ``final`` ones."""
+        """See :func:`.tiled_products.product_kernel`; ``scaled`` and ``scaled1`` are its ``final`` ones.
+
+        ``groups``: memories of a row of the call that this is for; batches are then memory first.
+        """
         from nl_kernels.chunk_kernels.tiled_products import product_kernel
 
         tiles = tiles_of(m, n, max((t.k for t in terms), default=16), self.precision, self.architecture)
-        given: dict[str, Any] = {"final": scaled, "aside": aside}
+        given: dict[str, Any] = {"final": scaled}
+        if aside is not None:
+            given |= self._matrix("aside", aside if isinstance(aside, Operand) else Operand(aside, m))
         given |= {"final1": scaled1, "inner1": inner1, "matrix": matrix}
         if coefficients is not None:
             given["coefficients"] = coefficients
         given |= {f"k{i}": terms[i].k if i < len(terms) else 0 for i in range(4)}
-        for i, term in enumerate(terms):
-            for side, operand in (("a", term.a), ("b", term.b)):
-                given |= {
-                    f"{side}{i}": operand.tensor,
-                    f"{side}{i}_rows": operand.rows,
-                    f"{side}{i}_start": operand.start,
-                }
+        constants: dict[str, Any] = {"M": m, "N": n}
+        for i in range(4):
+            for side, extent in (("a", m), ("b", n)):
+                key = f"{side}{i}"
+                turned, width, column = False, 0, 0
+                if i < len(terms):
+                    operand = getattr(terms[i], side)
+                    given |= self._matrix(key, operand)
+                    turned, column = operand.turned, operand.column
+                    # What is not turned has its contracted (a) or its outer (b) extent as its width.
+                    width = operand.width or (extent if turned == (side == "a") else terms[i].k)
+                shape = zip(_SHAPE, (turned, width, column))
+                constants |= {f"{key.upper()}_{part}": x for part, x in shape}
         for key, place in (("add0", add0), ("add1", add1), ("out", out)):
+            width, column = 0, 0
             if place is not None:
-                given |= {key: place.tensor, f"{key}_rows": place.rows, f"{key}_start": place.start}
-                given[f"{key}_limit"] = place.limit
+                given |= self._matrix(key, place) | {f"{key}_limit": place.limit}
+                width, column = place.width or n, place.column
+            constants |= {f"{key.upper()}_WIDTH": width, f"{key.upper()}_COLUMN": column}
         if inner is not None:
-            given |= {"inner": inner, "against": against.tensor, "against_rows": against.rows}
-            given["against_start"] = against.start
-        constants = {
-            "M": m,
-            "N": n,
+            given |= {"inner": inner, **self._matrix("against", against)}
+        constants |= {
             **{f"K{i}": terms[i].k if i < len(terms) else 0 for i in range(4)},
-            **{f"A{i}_TURNED": i < len(terms) and terms[i].a.turned for i in range(4)},
-            **{f"B{i}_TURNED": i < len(terms) and terms[i].b.turned for i in range(4)},
             **{f"SPAN{i}": terms[i].span if i < len(terms) else "-" for i in range(4)},
             "FACTOR": factor,
             "DECAY": decay,
@@ -287,18 +319,37 @@ class Schedule:
             "BLOCK_N": tiles.n,
             "BLOCK_K": tiles.k,
         }
-        programs = self.grid.batches * -(-m // tiles.m) * -(-n // tiles.n)
+        programs = groups * self.grid.batches * -(-m // tiles.m) * -(-n // tiles.n)
         self.add(name, product_kernel, programs, given, constants, tiles.warps, tiles.stages)
+
+    def _matrix(self, name: str, matrix: Operand | Place) -> dict[str, Any]:
+        """The run-time arguments by which a kernel finds a matrix."""
+        step = self.grid.batches * matrix.rows if matrix.step is None else matrix.step
+        return {
+            name: matrix.tensor,
+            f"{name}_rows": matrix.rows,
+            f"{name}_start": matrix.start,
+            f"{name}_step": step,
+        }
 
     def weight_tiles(self, out: int, into: int) -> int:
         """Tiles of a product that makes a weight [out, in]."""
         tiles = tiles_of(out, into, self.grid.length, self.precision, self.architecture)
         return -(-out // tiles.m) * -(-into // tiles.n)
 
-    def rows(self, name: str, kernel: Any, width: int, arguments: dict[str, Any], **constants: Any) -> None:
-        """A kernel that takes whole rows of a chunk's matrices."""
+    def rows(
+        self,
+        name: str,
+        kernel: Any,
+        width: int,
+        arguments: dict[str, Any],
+        *,
+        groups: int = 1,
+        **constants: Any,
+    ) -> None:
+        """A kernel that takes whole rows of a chunk's matrices; ``groups`` as of :meth:`product`."""
         block, rows, warps = row_tiles(width, self.grid.length)
-        programs = self.grid.batches * self.grid.length // rows
+        programs = groups * self.grid.batches * self.grid.length // rows
         constants = {"WIDTH": width, "ROWS": rows, "BLOCK": block, **constants}
         self.add(name, kernel, programs, arguments, constants, warps)
 

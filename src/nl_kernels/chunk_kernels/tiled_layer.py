@@ -44,6 +44,7 @@ class LayerBuffers:
         scores, recalled: of the running read.
         weights, base: the running weights, and those of the snapshot with the anchor, as operands.
         anchor: as an operand.
+        groups: memories a row of the call; all else is then memory first, [groups · batches, ..].
     """
 
     out: int
@@ -61,6 +62,7 @@ class LayerBuffers:
     weights: Operand | None = None
     base: Operand | None = None
     anchor: Operand | None = None
+    groups: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,9 +82,10 @@ class LayerBuffers:
         keeps: bool,
         rate: torch.Tensor,
         signal: torch.Tensor,
+        groups: int = 1,
     ) -> LayerBuffers:
         """Fresh buffers; ``signal`` is where the error signal goes. ``keeps``: also for the adjoint."""
-        batches, length = schedule.grid.batches, schedule.grid.length
+        batches, length = groups * schedule.grid.batches, schedule.grid.length
         operand = operand_dtype(schedule.precision)
         block = min(SOLVE_BLOCK, length)
 
@@ -103,15 +106,13 @@ class LayerBuffers:
             new(length, out, dtype=operand),
             new(*square, dtype=operand) if running else None,
             new(length, out) if running and keeps else None,
+            groups=groups,
         )
 
 
 def erase_and_write(s: Schedule, layer: LayerBuffers, x: Operand, signal: torch.Tensor) -> None:
     """ω and u of a layer that erases, from its input and its error signal."""
-    from nl_kernels.chunk_kernels.tiled_solve import invert_blocks_kernel
-
     length = s.grid.length
-    block = min(SOLVE_BLOCK, length)
     s.product(
         "gram",
         length,
@@ -120,13 +121,27 @@ def erase_and_write(s: Schedule, layer: LayerBuffers, x: Operand, signal: torch.
         decay="strict",
         out=every_row(layer.gram),
     )
+    invert_blocks(s, layer.gram, layer.rate, layer.inverses)
+    recall_and_solve(s, layer, x, signal)
+
+
+def invert_blocks(s: Schedule, gram: torch.Tensor, rate: torch.Tensor, inverses: torch.Tensor) -> None:
+    """The diagonal blocks of the systems of all the batches that ``gram`` has."""
+    from nl_kernels.chunk_kernels.tiled_solve import invert_blocks_kernel
+
+    block = min(SOLVE_BLOCK, s.grid.length)
     s.add(
         "invert blocks",
         invert_blocks_kernel,
-        s.grid.batches * (length // block),
-        {"gram": layer.gram, "rate": layer.rate, "inverses": layer.inverses},
+        len(gram) * (s.grid.length // block),
+        {"gram": gram, "rate": rate, "inverses": inverses},
         {"BLOCK": block, "PRECISION": solve_precision(s.precision, s.architecture)},
     )
+
+
+def recall_and_solve(s: Schedule, layer: LayerBuffers, x: Operand, signal: torch.Tensor) -> None:
+    """ω and u of a layer that erases, ``gram`` and ``inverses`` being there."""
+    length = s.grid.length
     s.product(
         "recall",
         length,
@@ -135,6 +150,7 @@ def erase_and_write(s: Schedule, layer: LayerBuffers, x: Operand, signal: torch.
         factor=BEFORE,
         add0=every_row(signal),
         out=every_row(layer.right),
+        groups=layer.groups,
     )
     solve(s, "solve", layer, layer.right, layer.surprise, layer.written, layer.weighted, transposed=False)
 
@@ -157,7 +173,7 @@ def solve(
     s.add(
         name,
         solve_kernel,
-        s.grid.batches * -(-layer.out // columns),
+        layer.groups * s.grid.batches * -(-layer.out // columns),
         {
             "gram": layer.gram,
             "inverses": layer.inverses,
@@ -181,15 +197,16 @@ def solve(
 
 
 def carry(s: Schedule, layer: LayerBuffers, x: Operand, before: Operand, after: Operand) -> None:
-    """The state after the chunk from that before it, both fp32 [out, into]."""
+    """The state after the chunk from that before it, both fp32 [out, into], one memory below the other."""
     s.product(
         "carry",
         layer.out,
         layer.into,
         [Term(whole(layer.weighted).t, x, s.grid.length)],
-        add0=Place(before.tensor, before.rows, before.start, layer.out),
+        add0=Place(before.tensor, before.rows, before.start, layer.out, layer.out),
         scaled=s.final,
-        out=Place(after.tensor, after.rows, after.start, layer.out),
+        out=Place(after.tensor, after.rows, after.start, layer.out, layer.out),
+        groups=layer.groups,
     )
 
 

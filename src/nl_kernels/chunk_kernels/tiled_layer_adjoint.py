@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from nl_kernels.chunk_kernels.tiled_launch import (
+    ROW_NUMBERS,
     Operand,
     Place,
     Schedule,
@@ -29,7 +32,8 @@ class LayerAdjoint:
     """What the adjoint of a layer makes of one chunk; ``None`` where an option leaves it out.
 
     Attributes:
-        grad: adjoint of the running weights [batches, out, into], carried from chunk to chunk.
+        grad: adjoint of the running weights [batches, groups · out, into], carried from chunk to chunk. All
+            else is memory first, as in :class:`.tiled_layer.LayerBuffers`.
         weights: it, as an operand.
         at_written, at_end: that of u, and its part from the state after the chunk.
         at_surprise: of ω. solved: of the error signal, and as an operand, and times the decay before each
@@ -75,7 +79,7 @@ class LayerAdjoint:
         tiles = -(-grid.length // pair_tile(grid.length))
 
         def new(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> torch.Tensor | None:
-            return grad.new_empty((grid.batches, *shape), dtype=dtype) if when else None
+            return grad.new_empty((layer.groups * grid.batches, *shape), dtype=dtype) if when else None
 
         tokens, wide, square = grid.length, (grid.length, layer.out), (grid.length, grid.length)
         erases = layer.erases
@@ -135,7 +139,9 @@ def read_adjoint(
     """
     length = s.grid.length
     if more is None:
-        _pairs(s, layer, adjoint, "read pairs", grad, layer.written, layer.scores, "full")
+        sums = {"row_sums": adjoint.full_rows, "column_sums": adjoint.full_columns}
+        given = (grad, whole(layer.written), layer.out, layer.scores, "full")
+        pairs(s, "read pairs", *given, rate=None, out=adjoint.read_pairs, **sums)
     terms = [Term(grad, layer.weights, layer.out)]
     if layer.anchor is not None:
         terms.append(Term(grad, layer.anchor, layer.out))
@@ -157,34 +163,52 @@ def read_adjoint(
         )
 
 
-def _pairs(s: Schedule, layer, adjoint, name, a: Operand, b: torch.Tensor, weights, decay: str) -> None:
+def pairs(
+    s: Schedule,
+    name: str,
+    a: Operand,
+    b: Operand,
+    extent: int,
+    weights: torch.Tensor,
+    decay: str,
+    *,
+    rate: torch.Tensor | None,
+    out: torch.Tensor | None,
+    row_sums: torch.Tensor,
+    column_sums: torch.Tensor,
+    groups: int = 1,
+) -> None:
+    """See :func:`.tiled_products.pair_adjoint_kernel`; a and b contract ``extent`` columns."""
     from nl_kernels.chunk_kernels.tiled_products import pair_adjoint_kernel
 
     length = s.grid.length
     tile = pair_tile(length)
     tiles = -(-length // tile)
-    strict = decay == "strict"
     s.add(
         name,
         pair_adjoint_kernel,
-        s.grid.batches * tiles * tiles,
+        groups * s.grid.batches * tiles * tiles,
         {
             "a": a.tensor,
-            "extent": layer.out,
+            "extent": extent,
             "a_rows": a.rows,
             "a_start": a.start,
-            "b": b,
+            "b": b.tensor,
+            "b_rows": b.rows,
+            "b_start": b.start,
             "weights": weights,
-            "rate": layer.rate if strict else None,
-            "out": adjoint.pairs if strict else adjoint.read_pairs,
-            "row_sums": adjoint.strict_rows if strict else adjoint.full_rows,
-            "column_sums": adjoint.strict_columns if strict else adjoint.full_columns,
+            "rate": rate,
+            "out": out,
+            "row_sums": row_sums,
+            "column_sums": column_sums,
         },
         {
-            "K": layer.out,
+            "K": extent,
+            "B_WIDTH": b.width or extent,
+            "B_COLUMN": b.column,
             "DECAY": decay,
             "BLOCK_M": tile,
-            "BLOCK_K": min(32, padded(layer.out)),
+            "BLOCK_K": min(32, padded(extent)),
         },
         4,
         2,
@@ -202,12 +226,16 @@ def write_adjoint(
     *,
     proximal: bool,
     adds: bool,
+    more: Operand | None = None,
+    more_terms: Sequence[Term] = (),
 ) -> None:
     """Adjoints of the error signal, the input and the given rate, from that of the state after the chunk.
 
     Args:
         read_grad, queries: adjoint of the running read, and what it was read with; ``None`` without.
         at_rate: [batches, length] of the given rate, added to with ``adds``.
+        more: [batches, length, ·], what one memory of several gets for u: of the rows that ``start`` and the
+            column that ``column`` names. more_terms: what else the input gets.
     """
     from nl_kernels.chunk_kernels.tiled_rows import written_adjoint_rows_kernel
 
@@ -223,6 +251,7 @@ def write_adjoint(
         factor=TO_END,
         aside=adjoint.at_end if read_grad is not None else None,
         out=every_row(adjoint.at_written),
+        groups=layer.groups,
     )
     s.rows(
         "written adjoint",
@@ -236,7 +265,13 @@ def write_adjoint(
             "at_surprise": adjoint.at_surprise,
             "at_rate": adjoint.at_rate,
             "to_end": adjoint.to_end,
+            "more": None if more is None else more.tensor,
+            "more_start": 0 if more is None else more.start,
         },
+        groups=layer.groups,
+        BLOCK=min(ROW_NUMBERS, padded(layer.out)),
+        MORE_WIDTH=0 if more is None else more.tensor.shape[-1],
+        MORE_COLUMN=0 if more is None else more.column,
     )
     terms = [Term(whole(layer.weighted), adjoint.weights, layer.out)]
     if layer.erases:
@@ -250,23 +285,18 @@ def write_adjoint(
             adjoint.solved_weighted,
             transposed=True,
         )
-        _pairs(
-            s,
-            layer,
-            adjoint,
-            "gram pairs",
-            whole(adjoint.solved_operand),
-            layer.surprise,
-            layer.gram,
-            "strict",
-        )
+        given = (whole(adjoint.solved_operand), whole(layer.surprise), layer.out, layer.gram, "strict")
+        sums = {"row_sums": adjoint.strict_rows, "column_sums": adjoint.strict_columns}
+        groups = layer.groups
+        pairs(s, "gram pairs", *given, rate=layer.rate, out=adjoint.pairs, groups=groups, **sums)
         terms += [
             Term(whole(adjoint.solved_weighted), layer.weights, layer.out),
             Term(whole(adjoint.pairs), x, length),
         ]
     if read_grad is not None:
         terms.append(Term(whole(adjoint.read_pairs).t, queries, length, "u"))
-    s.product("write to input", length, layer.into, terms, out=every_row(adjoint.at_x))
+    terms += more_terms
+    s.product("write to input", length, layer.into, terms, out=every_row(adjoint.at_x), groups=layer.groups)
     rate_adjoint(s, layer, adjoint, at_rate, proximal=proximal, adds=adds)
 
 
@@ -286,7 +316,7 @@ def rate_adjoint(
     s.add(
         "rate adjoint",
         rate_adjoint_kernel,
-        s.grid.batches,
+        layer.groups * s.grid.batches,
         {
             "given": s.coefficients,
             "effective": layer.rate,
@@ -314,33 +344,41 @@ def state_adjoint(
     base_terms: list[Term],
     at_anchor: torch.Tensor | None,
     at_snapshot: torch.Tensor | None,
+    *,
+    adds: bool = False,
 ) -> None:
     """The adjoint of the running weights before the chunk, in the place of that after it.
 
     Args:
         queries: of the running read, or ``None``.
         before: the running weights, fp32.
-        base_terms: the adjoint of the snapshot. It is added to ``at_anchor``, and goes to ``at_snapshot`` or,
-            where that is ``None``, as the running weights were the snapshot, to theirs.
+        base_terms: the adjoint of the snapshot. It is added to ``at_anchor``, and goes to ``at_snapshot``,
+            added with ``adds``, or, where that is ``None``, as the running weights were the snapshot, to
+            theirs.
     """
-    length, place = s.grid.length, every_row(adjoint.grad)
+    length, rows = s.grid.length, adjoint.grad.shape[1]
+    place = Place(adjoint.grad, rows, 0, layer.out, layer.out)
+    aside = None if at_anchor is None else Operand(at_anchor, rows, step=layer.out)
     terms = []
     if layer.erases:
         terms.append(Term(whole(adjoint.solved_weighted).t, x, length))
     if queries is not None:
         terms.append(Term(whole(adjoint.read_weighted).t, queries, length))
     if at_snapshot is not None:
+        to = Place(at_snapshot, rows, 0, layer.out, layer.out)
         s.product(
             "snapshot adjoint",
             layer.out,
             layer.into,
             base_terms,
-            aside=at_anchor,
+            aside=aside,
             aside_terms=len(base_terms),
             aside_adds=True,
-            out=every_row(at_snapshot),
+            add0=to if adds else None,
+            out=to,
+            groups=layer.groups,
         )
-        at_anchor = None
+        aside = None
     else:
         terms = base_terms + terms
     s.product(
@@ -348,14 +386,15 @@ def state_adjoint(
         layer.out,
         layer.into,
         terms,
-        aside=at_anchor,
+        aside=aside,
         aside_terms=len(base_terms),
         aside_adds=True,
         add0=place,
         scaled=s.final,
-        against=before,
+        against=dataclasses.replace(before, step=layer.out),
         inner=adjoint.inner,
         out=place,
+        groups=layer.groups,
     )
 
 

@@ -39,6 +39,45 @@ def _recur(factor, added, REVERSE: tl.constexpr):
     return found
 
 
+@triton.jit
+def store_momenta(
+    momenta,
+    mixed_final,
+    carried_final,
+    place,
+    pitch,
+    final,
+    t,
+    mu,
+    next_mu,
+    alpha,
+    counts,
+    to_end,
+    LENGTH: tl.constexpr,
+):
+    """A chunk's numbers by token, from ``place`` on, ``pitch`` apart; the finals at ``final``.
+
+    ``next_mu`` is the momentum of the token after each, 1 after the last; ``alpha`` and ``to_end`` are of the
+    decays, ``counts`` is 0 where there is no token.
+    """
+    inside = t < LENGTH
+    carried_after = tl.cumprod(mu, 0)
+    mixed_to_end = _recur(next_mu, counts * to_end, True)
+    total, residue, _, _ = cumulate_log(safe_log(mu))
+    tl.store(momenta + place, total, mask=inside)
+    tl.store(momenta + pitch + place, residue, mask=inside)
+    mixed_after = _recur(alpha, counts * carried_after, False)
+    tl.store(momenta + MIXED_AFTER * pitch + place, mixed_after, mask=inside)
+    tl.store(momenta + MIXED_TO_END * pitch + place, mixed_to_end, mask=inside)
+    carried_to_end = tl.cumprod(next_mu, 0, reverse=True)
+    tl.store(momenta + CARRIED_TO_END * pitch + place, carried_to_end, mask=inside)
+    tl.store(momenta + CARRIED_AFTER * pitch + place, carried_after, mask=inside)
+    tl.store(momenta + APPLIED * pitch + place, counts, mask=inside)
+    tl.store(momenta + MOMENTUM * pitch + place, mu, mask=inside)
+    tl.store(mixed_final + final, tl.sum(tl.where(t == 0, mu * mixed_to_end, 0.0), 0))
+    tl.store(carried_final + final, tl.sum(tl.where(t == 0, mu * carried_to_end, 0.0), 0))
+
+
 @triton.jit(do_not_specialize=["tokens", "offset", "chunks"])
 def momentum_coefficients_kernel(
     momentum,
@@ -72,22 +111,22 @@ def momentum_coefficients_kernel(
     inside = t < LENGTH
     counts = tl.where(valid, 1.0, 0.0)
     to_end = tl.load(coefficients + TO_END * pitch + place, mask=inside, other=0.0)
-    carried_after = tl.cumprod(mu, 0)
-    mixed_to_end = _recur(next_mu, counts * to_end, True)
-    total, residue, _, _ = cumulate_log(safe_log(mu))
-    tl.store(momenta + place, total, mask=inside)
-    tl.store(momenta + pitch + place, residue, mask=inside)
-    mixed_after = _recur(alpha, counts * carried_after, False)
-    tl.store(momenta + MIXED_AFTER * pitch + place, mixed_after, mask=inside)
-    tl.store(momenta + MIXED_TO_END * pitch + place, mixed_to_end, mask=inside)
-    carried_to_end = tl.cumprod(next_mu, 0, reverse=True)
-    tl.store(momenta + CARRIED_TO_END * pitch + place, carried_to_end, mask=inside)
-    tl.store(momenta + CARRIED_AFTER * pitch + place, carried_after, mask=inside)
-    tl.store(momenta + APPLIED * pitch + place, counts, mask=inside)
-    tl.store(momenta + MOMENTUM * pitch + place, mu, mask=inside)
     final = batch * chunks + chunk
-    tl.store(mixed_final + final, tl.sum(tl.where(t == 0, mu * mixed_to_end, 0.0), 0))
-    tl.store(carried_final + final, tl.sum(tl.where(t == 0, mu * carried_to_end, 0.0), 0))
+    store_momenta(
+        momenta,
+        mixed_final,
+        carried_final,
+        place,
+        pitch,
+        final,
+        t,
+        mu,
+        next_mu,
+        alpha,
+        counts,
+        to_end,
+        LENGTH,
+    )
 
 
 @triton.jit(do_not_specialize=["pitch", "start"])

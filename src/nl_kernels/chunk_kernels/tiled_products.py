@@ -1,9 +1,10 @@
 """Batched products over tiles with fused element-wise work, of which large chunks are made.
 
-An operand is a matrix a batch of [batches, rows, WIDTH] in memory, from row ``start`` of its batch on;
-*turned* ones are read as their transpose. Matrices of a chunk have all LENGTH rows, with zeros where there is
-no token. Per-token numbers of a chunk, ``coefficients`` [batches, 8, pitch], are listed in
-:mod:`.tiled_tokens`.
+An operand is a matrix a batch of [batches, rows, WIDTH] in memory, from row ``start`` of its batch and a
+column on; *turned* ones are read as their transpose. A launch may be for several memories of each of the
+call's ``batches``: its batches are then memory first, ``step`` rows from one memory's to the next's. Matrices
+of a chunk have all LENGTH rows, with zeros where there is no token. Per-token numbers of a chunk,
+``coefficients`` [batches, 8, pitch], are listed in :mod:`.tiled_tokens`.
 """
 
 import triton
@@ -90,10 +91,10 @@ def decay_tile(coefficients, m, n, LENGTH: tl.constexpr, pitch, DECAY: tl.conste
 # Extents to loop over come at run time too: loops of known length are unrolled, at a minute a compilation.
 _INTEGERS = [
     *(f"k{i}" for i in range(4)),
-    *(f"{x}{i}_{kind}" for i in range(4) for x in "ab" for kind in ("rows", "start")),
-    *(f"{x}_{kind}" for x in ("add0", "add1", "out") for kind in ("rows", "start", "limit")),
-    "against_rows",
-    "against_start",
+    *(f"{x}{i}_{kind}" for i in range(4) for x in "ab" for kind in ("rows", "start", "step")),
+    *(f"{x}_{kind}" for x in ("add0", "add1", "out") for kind in ("rows", "start", "step", "limit")),
+    "batches",
+    *(f"{x}_{kind}" for x in ("aside", "against") for kind in ("rows", "start", "step")),
     "pitch",
     "start",
     "chunks",
@@ -128,31 +129,47 @@ def product_kernel(
     k3,
     a0_rows,
     a0_start,
+    a0_step,
     b0_rows,
     b0_start,
+    b0_step,
     a1_rows,
     a1_start,
+    a1_step,
     b1_rows,
     b1_start,
+    b1_step,
     a2_rows,
     a2_start,
+    a2_step,
     b2_rows,
     b2_start,
+    b2_step,
     a3_rows,
     a3_start,
+    a3_step,
     b3_rows,
     b3_start,
+    b3_step,
     add0_rows,
     add0_start,
+    add0_step,
     add0_limit,
     add1_rows,
     add1_start,
+    add1_step,
     add1_limit,
     out_rows,
     out_start,
+    out_step,
     out_limit,
+    aside_rows,
+    aside_start,
+    aside_step,
     against_rows,
     against_start,
+    against_step,
+    batches,
     pitch,
     start,
     chunks,
@@ -164,17 +181,39 @@ def product_kernel(
     K2: tl.constexpr,
     K3: tl.constexpr,
     A0_TURNED: tl.constexpr,
+    A0_WIDTH: tl.constexpr,
+    A0_COLUMN: tl.constexpr,
     B0_TURNED: tl.constexpr,
+    B0_WIDTH: tl.constexpr,
+    B0_COLUMN: tl.constexpr,
     SPAN0: tl.constexpr,
     A1_TURNED: tl.constexpr,
+    A1_WIDTH: tl.constexpr,
+    A1_COLUMN: tl.constexpr,
     B1_TURNED: tl.constexpr,
+    B1_WIDTH: tl.constexpr,
+    B1_COLUMN: tl.constexpr,
     SPAN1: tl.constexpr,
     A2_TURNED: tl.constexpr,
+    A2_WIDTH: tl.constexpr,
+    A2_COLUMN: tl.constexpr,
     B2_TURNED: tl.constexpr,
+    B2_WIDTH: tl.constexpr,
+    B2_COLUMN: tl.constexpr,
     SPAN2: tl.constexpr,
     A3_TURNED: tl.constexpr,
+    A3_WIDTH: tl.constexpr,
+    A3_COLUMN: tl.constexpr,
     B3_TURNED: tl.constexpr,
+    B3_WIDTH: tl.constexpr,
+    B3_COLUMN: tl.constexpr,
     SPAN3: tl.constexpr,
+    ADD0_WIDTH: tl.constexpr,
+    ADD0_COLUMN: tl.constexpr,
+    ADD1_WIDTH: tl.constexpr,
+    ADD1_COLUMN: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    OUT_COLUMN: tl.constexpr,
     FACTOR: tl.constexpr,
     DECAY: tl.constexpr,
     ASIDE_TERMS: tl.constexpr,
@@ -198,6 +237,8 @@ def product_kernel(
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     batch = (program // (TILES_M * TILES_N)).to(tl.int64)
+    row = batch % batches
+    memory = batch // batches
     tile = program % (TILES_M * TILES_N)
     first_m = (tile // TILES_N) * BLOCK_M
     first_n = (tile % TILES_N) * BLOCK_N
@@ -205,37 +246,52 @@ def product_kernel(
     n = first_n + tl.arange(0, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    aside_place = aside
+    if aside is not None:
+        aside_place += (row * aside_rows + memory * aside_step + aside_start) * N
 
     if a0 is not None:
         acc = _next_term(
-            acc, a0, b0, batch, a0_rows, a0_start, b0_rows, b0_start, m, n, first_m, first_n, k0,
-            M, N, K0, A0_TURNED, B0_TURNED, SPAN0, BLOCK_M, BLOCK_K, PRECISION,
+            acc,
+            a0 + (row * a0_rows + memory * a0_step + a0_start) * A0_WIDTH + A0_COLUMN,
+            b0 + (row * b0_rows + memory * b0_step + b0_start) * B0_WIDTH + B0_COLUMN,
+            m, n, first_m, first_n, k0, M, N, K0, A0_WIDTH, B0_WIDTH, A0_TURNED, B0_TURNED,
+            SPAN0, BLOCK_M, BLOCK_K, PRECISION,
         )  # fmt: skip
     if ASIDE_TERMS < 0:
-        _put_aside(aside, batch, acc, m, n, inside, M, N, ASIDE_ADDS)
+        _put_aside(aside_place, acc, m, n, inside, N, ASIDE_ADDS)
     if FACTOR >= 0:
         place = coefficients + (batch * 8 + FACTOR) * pitch + start
         acc *= tl.load(place + m, mask=m < M, other=0.0)[:, None]
     if ASIDE_TERMS == 1:
-        _put_aside(aside, batch, acc, m, n, inside, M, N, ASIDE_ADDS)
+        _put_aside(aside_place, acc, m, n, inside, N, ASIDE_ADDS)
     if a1 is not None:
         acc = _next_term(
-            acc, a1, b1, batch, a1_rows, a1_start, b1_rows, b1_start, m, n, first_m, first_n, k1,
-            M, N, K1, A1_TURNED, B1_TURNED, SPAN1, BLOCK_M, BLOCK_K, PRECISION,
+            acc,
+            a1 + (row * a1_rows + memory * a1_step + a1_start) * A1_WIDTH + A1_COLUMN,
+            b1 + (row * b1_rows + memory * b1_step + b1_start) * B1_WIDTH + B1_COLUMN,
+            m, n, first_m, first_n, k1, M, N, K1, A1_WIDTH, B1_WIDTH, A1_TURNED, B1_TURNED,
+            SPAN1, BLOCK_M, BLOCK_K, PRECISION,
         )  # fmt: skip
     if ASIDE_TERMS == 2:
-        _put_aside(aside, batch, acc, m, n, inside, M, N, ASIDE_ADDS)
+        _put_aside(aside_place, acc, m, n, inside, N, ASIDE_ADDS)
     if a2 is not None:
         acc = _next_term(
-            acc, a2, b2, batch, a2_rows, a2_start, b2_rows, b2_start, m, n, first_m, first_n, k2,
-            M, N, K2, A2_TURNED, B2_TURNED, SPAN2, BLOCK_M, BLOCK_K, PRECISION,
+            acc,
+            a2 + (row * a2_rows + memory * a2_step + a2_start) * A2_WIDTH + A2_COLUMN,
+            b2 + (row * b2_rows + memory * b2_step + b2_start) * B2_WIDTH + B2_COLUMN,
+            m, n, first_m, first_n, k2, M, N, K2, A2_WIDTH, B2_WIDTH, A2_TURNED, B2_TURNED,
+            SPAN2, BLOCK_M, BLOCK_K, PRECISION,
         )  # fmt: skip
     if ASIDE_TERMS == 3:
-        _put_aside(aside, batch, acc, m, n, inside, M, N, ASIDE_ADDS)
+        _put_aside(aside_place, acc, m, n, inside, N, ASIDE_ADDS)
     if a3 is not None:
         acc = _next_term(
-            acc, a3, b3, batch, a3_rows, a3_start, b3_rows, b3_start, m, n, first_m, first_n, k3,
-            M, N, K3, A3_TURNED, B3_TURNED, SPAN3, BLOCK_M, BLOCK_K, PRECISION,
+            acc,
+            a3 + (row * a3_rows + memory * a3_step + a3_start) * A3_WIDTH + A3_COLUMN,
+            b3 + (row * b3_rows + memory * b3_step + b3_start) * B3_WIDTH + B3_COLUMN,
+            m, n, first_m, first_n, k3, M, N, K3, A3_WIDTH, B3_WIDTH, A3_TURNED, B3_TURNED,
+            SPAN3, BLOCK_M, BLOCK_K, PRECISION,
         )  # fmt: skip
 
     if DECAY != "":
@@ -243,10 +299,12 @@ def product_kernel(
     if matrix is not None:
         acc *= tl.load(matrix + batch * (M * N) + m[:, None] * N + n[None, :], mask=inside, other=0.0)
     if inner is not None:
-        place = against + (batch * against_rows + against_start) * N + m[:, None] * N + n[None, :]
+        place = against + (row * against_rows + memory * against_step + against_start) * N
+        place += m[:, None] * N + n[None, :]
         other = tl.load(place, mask=inside, other=0.0)
     if add0 is not None:
-        place = add0 + (batch * add0_rows + add0_start) * N + m[:, None] * N + n[None, :]
+        place = add0 + (row * add0_rows + memory * add0_step + add0_start) * ADD0_WIDTH + ADD0_COLUMN
+        place += m[:, None] * ADD0_WIDTH + n[None, :]
         added = tl.load(place, mask=inside & (m < add0_limit)[:, None], other=0.0).to(tl.float32)
         if inner is not None:
             to = inner + (batch * chunks + chunk) * (TILES_M * TILES_N) + tile
@@ -255,7 +313,8 @@ def product_kernel(
             added *= tl.load(final + batch * chunks + chunk)
         acc += ADD0_SIGN * added
     if add1 is not None:
-        place = add1 + (batch * add1_rows + add1_start) * N + m[:, None] * N + n[None, :]
+        place = add1 + (row * add1_rows + memory * add1_step + add1_start) * ADD1_WIDTH + ADD1_COLUMN
+        place += m[:, None] * ADD1_WIDTH + n[None, :]
         added = tl.load(place, mask=inside & (m < add1_limit)[:, None], other=0.0).to(tl.float32)
         if inner1 is not None:
             to = inner1 + (batch * chunks + chunk) * (TILES_M * TILES_N) + tile
@@ -264,13 +323,14 @@ def product_kernel(
             added *= tl.load(final1 + batch * chunks + chunk)
         acc += added
     if out is not None:
-        place = out + (batch * out_rows + out_start) * N + m[:, None] * N + n[None, :]
+        place = out + (row * out_rows + memory * out_step + out_start) * OUT_WIDTH + OUT_COLUMN
+        place += m[:, None] * OUT_WIDTH + n[None, :]
         tl.store(place, acc.to(out.dtype.element_ty), mask=inside & (m < out_limit)[:, None])
 
 
 @triton.jit
-def _put_aside(aside, batch, acc, m, n, inside, M: tl.constexpr, N: tl.constexpr, ADDS: tl.constexpr):
-    place = aside + batch * (M * N) + m[:, None] * N + n[None, :]
+def _put_aside(aside, acc, m, n, inside, N: tl.constexpr, ADDS: tl.constexpr):
+    place = aside + m[:, None] * N + n[None, :]
     if ADDS:
         acc += tl.load(place, mask=inside, other=0.0)
     tl.store(place, acc, mask=inside)
@@ -281,11 +341,6 @@ def _next_term(
     acc,
     a,
     b,
-    batch,
-    a_rows,
-    a_start,
-    b_rows,
-    b_start,
     m,
     n,
     first_m,
@@ -294,6 +349,8 @@ def _next_term(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    A_WIDTH: tl.constexpr,
+    B_WIDTH: tl.constexpr,
     A_TURNED: tl.constexpr,
     B_TURNED: tl.constexpr,
     SPAN: tl.constexpr,
@@ -302,9 +359,6 @@ def _next_term(
     PRECISION: tl.constexpr,
 ):
     """One term's part of a tile; ``extent`` is K at run time."""
-    # An operand that is not turned has its contracted (a) or its outer (b) extent as its width.
-    A_WIDTH: tl.constexpr = M if A_TURNED else K
-    B_WIDTH: tl.constexpr = K if B_TURNED else N
     k_from = 0
     k_stop = extent
     if SPAN == "l":
@@ -315,8 +369,8 @@ def _next_term(
         k_stop = tl.where(first_n < first_m + BLOCK_M, extent, 0)
     return add_term(
         acc,
-        a + (batch * a_rows + a_start) * A_WIDTH,
-        b + (batch * b_rows + b_start) * B_WIDTH,
+        a,
+        b,
         m,
         n,
         k_from,
@@ -333,7 +387,7 @@ def _next_term(
     )
 
 
-@triton.jit(do_not_specialize=["extent", "a_rows", "a_start", "pitch", "start"])
+@triton.jit(do_not_specialize=["extent", "a_rows", "a_start", "b_rows", "b_start", "pitch", "start"])
 def pair_adjoint_kernel(
     a,
     b,
@@ -346,10 +400,14 @@ def pair_adjoint_kernel(
     extent,
     a_rows,
     a_start,
+    b_rows,
+    b_start,
     pitch,
     start,
     LENGTH: tl.constexpr,
     K: tl.constexpr,
+    B_WIDTH: tl.constexpr,
+    B_COLUMN: tl.constexpr,
     DECAY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -374,7 +432,7 @@ def pair_adjoint_kernel(
     acc = add_term(
         acc,
         a + (batch * a_rows + a_start) * K,
-        b + batch * (LENGTH * K),
+        b + (batch * b_rows + b_start) * B_WIDTH + B_COLUMN,
         m,
         n,
         0,
@@ -383,7 +441,7 @@ def pair_adjoint_kernel(
         LENGTH,
         K,
         K,
-        K,
+        B_WIDTH,
         False,
         True,
         BLOCK_K,

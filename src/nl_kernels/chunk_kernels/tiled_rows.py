@@ -189,35 +189,53 @@ def read_adjoint_rows_kernel(
         tl.store(after + row, forward.row_dot(tile, _load(recalled, row, WIDTH, BLOCK)))
 
 
-@triton.jit(do_not_specialize=["pitch", "start"])
+@triton.jit(do_not_specialize=["batches", "pitch", "start", "more_start"])
 def written_adjoint_rows_kernel(
     at_written,
     at_end,
+    more,
     surprise,
     rate,
     at_surprise,
     at_rate,
     to_end,
+    batches,
     pitch,
     start,
+    more_start,
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,
+    MORE_WIDTH: tl.constexpr,
+    MORE_COLUMN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """From the adjoint of u = −η ω those of ω, of η but for the erase, and of ``to_end`` times itself.
 
-    ``at_end`` is the part of ``at_written`` that comes from the state after the chunk. ``rate`` [batches,
-    pitch].
+    ``at_end`` is the part of ``at_written`` that comes from the state after the chunk. What else one memory
+    of several gets may come in ``more`` [N, LENGTH, MORE_WIDTH]: in the rows from ``more_start`` on, and in
+    the columns from MORE_COLUMN on. ``rate`` [batches, pitch].
     """
     row, batch, t = _rows(LENGTH, ROWS)
-    grad = _load(at_written, row, WIDTH, BLOCK)
-    omega = _load(surprise, row, WIDTH, BLOCK)
     eta = tl.load(rate + batch * pitch + start + t)
-    tl.store(at_rate + row, -forward.row_dot(grad, omega))
-    tl.store(to_end + row, -eta * forward.row_dot(_load(at_end, row, WIDTH, BLOCK), omega))
-    grad *= -eta[:, None]
-    _store(at_surprise, row, grad, WIDTH, BLOCK)
+    direct = tl.zeros([ROWS], tl.float32)
+    by_end = tl.zeros([ROWS], tl.float32)
+    for first in range(0, WIDTH, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        place = row[:, None] * WIDTH + column[None, :]
+        mask = (column < WIDTH)[None, :]
+        omega = tl.load(surprise + place, mask=mask, other=0.0)
+        by_end += forward.row_dot(tl.load(at_end + place, mask=mask, other=0.0), omega)
+        grad = tl.load(at_written + place, mask=mask, other=0.0)
+        if more is not None:
+            own, shifted = row - more_start, column - MORE_COLUMN
+            there = (own >= 0) & (own < batches * LENGTH)
+            is_more = ((shifted >= 0) & (shifted < MORE_WIDTH))[None, :] & there[:, None]
+            grad += tl.load(more + own[:, None] * MORE_WIDTH + shifted[None, :], mask=is_more, other=0.0)
+        direct += forward.row_dot(grad, omega)
+        tl.store(at_surprise + place, grad * -eta[:, None], mask=mask)
+    tl.store(at_rate + row, -direct)
+    tl.store(to_end + row, -eta * by_end)
 
 
 @triton.jit

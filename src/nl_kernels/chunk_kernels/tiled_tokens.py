@@ -10,6 +10,7 @@ chunks].
 import triton
 import triton.language as tl
 
+from nl_kernels.chunk_kernels.forward import unit
 from nl_kernels.triton_support.language import cumulate_log, decay_between, decay_from_start, total_log
 
 BEFORE: tl.constexpr = tl.constexpr(4)
@@ -95,12 +96,16 @@ def place_tokens_kernel(
     offset,
     chunks,
     WIDTH: tl.constexpr,
+    UNIT: tl.constexpr,
     CHUNK: tl.constexpr,
     LENGTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Tokens x [batches, tokens, WIDTH] in chunks; ``effective`` [batches, pitch] is their proximal rate."""
+    """Tokens x [batches, tokens, WIDTH] in chunks; ``effective`` [batches, pitch] is their proximal rate.
+
+    ``UNIT``: scaled to unit length.
+    """
     parts = LENGTH // ROWS
     program = tl.program_id(0)
     batch = (program // (chunks * parts)).to(tl.int64)
@@ -110,6 +115,8 @@ def place_tokens_kernel(
     column = tl.arange(0, BLOCK)
     within = (column < WIDTH)[None, :]
     tile = tl.load(x + token[:, None] * WIDTH + column[None, :], mask=valid[:, None] & within, other=0.0)
+    if UNIT:
+        tile, _ = unit(tile.to(tl.float32))
     pitch = chunks * LENGTH
     row = batch * pitch + chunk * LENGTH + t
     tl.store(placed + row[:, None] * WIDTH + column[None, :], tile.to(placed.dtype.element_ty), mask=within)
@@ -207,6 +214,7 @@ def _layer_spans(
         part = tl.load(before + row, mask=inside, other=0.0).to(tl.float64)
         found -= part
         at_start += tl.sum(part, 0)
+    if strict_rows is not None:
         eta = tl.load(rate + batch * pitch + start + t - 1, mask=shifted, other=0.0).to(tl.float64)
         found -= eta * _sum_tiles(strict_columns, batch, t - 1, shifted, LENGTH, TILES)
         found -= _sum_tiles(strict_rows, batch, t, inside, LENGTH, TILES)

@@ -20,7 +20,7 @@ from nl_kernels.chunk_kernels.tiled_launch import (
     whole,
 )
 from nl_kernels.chunk_kernels.tiled_layer import AFTER, LayerBuffers
-from nl_kernels.chunk_kernels.tiled_layer_adjoint import LayerAdjoint, pair_tile
+from nl_kernels.chunk_kernels.tiled_layer_adjoint import LayerAdjoint, pair_tile, pairs
 from nl_kernels.triton_support.tiles import power_of_two
 
 MIXED_AFTER = 2  # of the momenta
@@ -58,22 +58,8 @@ class Momentum:
         from nl_kernels.chunk_kernels.tiled_momentum import momentum_coefficients_kernel
 
         grid = s.grid
-        length, tiles = grid.length, grid.length // pair_tile(grid.length)
-
-        def new(*shape: int, when: bool = True) -> torch.Tensor | None:
-            return momentum.new_empty((grid.batches, *shape)) if when else None
-
-        both = running and keeps
-        made = cls(
-            new(grid.chunks),
-            new(grid.chunks),
-            *(new(length, length, when=running) for _ in range(3)),
-            *(new(length, length, when=both) for _ in range(2)),
-            *(new(tiles, length, when=both) for _ in range(3)),
-            new(length, when=keeps),
-            new(length, when=both),
-        )
-        s.momenta = new(8, grid.pitch)
+        made = cls.buffers(s, momentum, running=running, keeps=keeps)
+        s.momenta = momentum.new_empty((grid.batches, 8, grid.pitch))
         s.add(
             "momentum",
             momentum_coefficients_kernel,
@@ -84,9 +70,32 @@ class Momentum:
                 "mixed_final": made.mixed_final,
                 "carried_final": made.carried_final,
             },
-            {"BLOCK": power_of_two(length)},
+            {"BLOCK": power_of_two(grid.length)},
         )
         return made
+
+    @classmethod
+    def buffers(
+        cls, s: Schedule, like: torch.Tensor, *, running: bool, keeps: bool, copies: int = 1
+    ) -> Momentum:
+        """Without what sets them; ``copies``: memories for which the finals are repeated."""
+        grid = s.grid
+        length, tiles = grid.length, grid.length // pair_tile(grid.length)
+
+        def new(*shape: int, when: bool = True) -> torch.Tensor | None:
+            return like.new_empty((grid.batches, *shape)) if when else None
+
+        both = running and keeps
+        finals = copies * grid.batches, grid.chunks
+        return cls(
+            like.new_empty(finals),
+            like.new_empty(finals),
+            *(new(length, length, when=running) for _ in range(3)),
+            *(new(length, length, when=both) for _ in range(2)),
+            *(new(tiles, length, when=both) for _ in range(3)),
+            new(length, when=keeps),
+            new(length, when=both),
+        )
 
     def make_matrices(self, s: Schedule) -> None:
         """Those of the present chunk, where reads need them."""
@@ -116,29 +125,14 @@ class Momentum:
     ) -> None:
         """Gradients of the present chunk's momenta, and what decays get through the mixture."""
         from nl_kernels.chunk_kernels.tiled_momentum import momentum_adjoint_kernel, momentum_pairs_kernel
-        from nl_kernels.chunk_kernels.tiled_products import pair_adjoint_kernel
 
         length = s.grid.length
         tile = pair_tile(length)
         tiles = length // tile
         if self.mixed is not None:
-            s.add(
-                "mixture to decays",
-                pair_adjoint_kernel,
-                s.grid.batches * tiles * tiles,
-                {
-                    "a": self.at_mixed,
-                    "a_rows": length,
-                    "b": self.entering,
-                    "weights": self.decays,
-                    "row_sums": self.full_rows,
-                    "column_sums": self.full_columns,
-                    "extent": length,
-                },
-                {"K": length, "DECAY": "full", "BLOCK_M": tile, "BLOCK_K": min(32, length)},
-                4,
-                2,
-            )
+            given = (whole(self.at_mixed), whole(self.entering), length, self.decays, "full")
+            sums = {"row_sums": self.full_rows, "column_sums": self.full_columns}
+            pairs(s, "mixture to decays", *given, rate=None, out=None, **sums)
             terms = [Term(whole(self.decays).t, whole(self.at_mixed), length, "u")]
             s.product("mixture to momenta", length, length, terms, out=every_row(self.at_entering))
             s.add(
@@ -202,7 +196,7 @@ class Velocity:
 
     @classmethod
     def of(cls, s: Schedule, layer: LayerBuffers, *, running: bool, keeps: bool) -> Velocity:
-        length, batches = s.grid.length, s.grid.batches
+        length, batches = s.grid.length, layer.groups * s.grid.batches
         new = layer.rate.new_empty
         wide = (batches, length, layer.out)
         return cls(
@@ -238,8 +232,8 @@ def carry(
 ) -> None:
     """S and U after the chunk from those before it."""
     length, shape = s.grid.length, layer.shape
-    old, old_velocity = (Place(w.tensor, w.rows, w.start, layer.out) for w in before)
-    new, new_velocity = (Place(w.tensor, w.rows, w.start, layer.out) for w in after)
+    old, old_velocity = (Place(w.tensor, w.rows, w.start, layer.out, layer.out) for w in before)
+    new, new_velocity = (Place(w.tensor, w.rows, w.start, layer.out, layer.out) for w in after)
     s.product(
         "carry",
         *shape,
@@ -249,6 +243,7 @@ def carry(
         add1=old_velocity,
         scaled1=momentum.mixed_final,
         out=new,
+        groups=layer.groups,
     )
     s.product(
         "carry velocity",
@@ -257,6 +252,7 @@ def carry(
         add0=old_velocity,
         scaled=momentum.carried_final,
         out=new_velocity,
+        groups=layer.groups,
     )
 
 
@@ -338,14 +334,14 @@ def read_adjoint(
             "mixed_after": velocity.mixed_after,
         },
     )
-    pairs = [Term(grad, whole(layer.written).t, layer.out, "d")]
+    by_pair = [Term(grad, whole(layer.written).t, layer.out, "d")]
     place = every_row(momentum.at_mixed)
-    s.product("read pairs", length, length, pairs, matrix=momentum.mixed, out=every_row(adjoint.read_pairs))
+    s.product("read pairs", length, length, by_pair, matrix=momentum.mixed, out=every_row(adjoint.read_pairs))
     s.product(
         "read to mixture",
         length,
         length,
-        pairs,
+        by_pair,
         matrix=velocity.products,
         add1=place if adds else None,
         out=place,

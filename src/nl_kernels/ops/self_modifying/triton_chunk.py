@@ -30,7 +30,6 @@ from nl_kernels.chunk_kernels.forward import (
 )
 from nl_kernels.triton_support.language import load_tile, matmul, store_tile
 
-_NORM_EPS: tl.constexpr = tl.constexpr(1e-6)  # memory_rule.NORM_EPS
 _TINY: tl.constexpr = tl.constexpr(1e-30)  # delta_chunk.TINY
 
 
@@ -108,13 +107,6 @@ def base_again(
     if anchor is not None:
         base += load_tile(anchor + at, rows, within, columns, COLUMNS)
     return base
-
-
-@triton.jit
-def unit(x):
-    """Rows scaled to unit length, and the scales [C]."""
-    scale = tl.rsqrt(row_dot(x, x) + _NORM_EPS)
-    return x * scale[:, None], scale
 
 
 @triton.jit

@@ -9,7 +9,7 @@ and held before its step. In registers for the whole row they would spill.
 import triton
 import triton.language as tl
 
-from nl_kernels.chunk_kernels.forward import length_factor
+from nl_kernels.chunk_kernels.forward import length_factor, unit
 from nl_kernels.ops.self_modifying.triton_chunk import (
     base_of,
     clock,
@@ -23,7 +23,6 @@ from nl_kernels.ops.self_modifying.triton_chunk import (
     residual,
     share_keys,
     take,
-    unit,
     write_layer,
 )
 from nl_kernels.triton_support.language import load_tile, matmul, store_tile

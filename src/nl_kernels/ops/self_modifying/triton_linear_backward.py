@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.adjoint import bound_adjoint, gram_adjoint, proximal_adjoint
-from nl_kernels.chunk_kernels.forward import length_factor
+from nl_kernels.chunk_kernels.forward import length_factor, unit
 from nl_kernels.ops.self_modifying.triton_chunk import (
     base_again,
     clear,
@@ -22,7 +22,6 @@ from nl_kernels.ops.self_modifying.triton_chunk import (
     settle,
     share_keys,
     take,
-    unit,
     unit_adjoint,
     write_layer,
     write_layer_adjoint,

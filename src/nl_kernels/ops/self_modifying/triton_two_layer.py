@@ -8,7 +8,7 @@ the same, and so are their gram matrix and inverse; each last layer has its own.
 import triton
 import triton.language as tl
 
-from nl_kernels.chunk_kernels.forward import activated, error_signal, length_factor
+from nl_kernels.chunk_kernels.forward import activated, error_signal, length_factor, unit
 from nl_kernels.chunk_kernels.scratch import hand_on, take_back
 from nl_kernels.ops.self_modifying.triton_chunk import (
     base_of,
@@ -22,7 +22,6 @@ from nl_kernels.ops.self_modifying.triton_chunk import (
     residual,
     share_keys,
     take,
-    unit,
     write_layer,
 )
 from nl_kernels.triton_support.language import load_tile, matmul, store_tile

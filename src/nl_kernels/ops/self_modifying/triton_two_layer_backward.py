@@ -10,7 +10,7 @@ from nl_kernels.chunk_kernels.adjoint import (
     proximal_adjoint,
     signal_adjoint,
 )
-from nl_kernels.chunk_kernels.forward import activated
+from nl_kernels.chunk_kernels.forward import activated, unit
 from nl_kernels.ops.self_modifying.triton_chunk import (
     base_again,
     clear,
@@ -29,7 +29,6 @@ from nl_kernels.ops.self_modifying.triton_chunk import (
     settle,
     share_keys,
     take,
-    unit,
     unit_adjoint,
     write_layer,
     write_layer_adjoint,
