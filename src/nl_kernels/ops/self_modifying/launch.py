@@ -14,11 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nl_kernels.chunk_kernels import tiled_launch
 from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
 from nl_kernels.triton_support.kernel_call import KernelCall
 from nl_kernels.triton_support.tiles import padded
+
+MIN_TILED_CHUNK = 16
+"""Smallest chunk for the tiled kernels: a product of fewer rows is mostly padding."""
+
+KEPT_BYTES = 256 << 20  # of states at every chunk's start; beyond, the tiled kernels recompute some
 
 # By architecture and by whether memories are linear: the widest head and hidden layer by length of chunks.
 _LIMITS = {
@@ -41,6 +47,7 @@ class Options:
         precision: of the products, a name of :func:`nl_kernels.triton_support.language.matmul`.
         offset: slot of the first token.
         slots: slots of the grid, from the boundary before the first token.
+        regime: of :func:`regime_of`.
     """
 
     activation: str
@@ -59,6 +66,22 @@ class Options:
     precision: str
     offset: int
     slots: int
+    regime: str
+
+    @classmethod
+    def of(cls, rule: MemoryRule, **others: Any) -> Options:
+        """Those of a rule, and the others by name."""
+        return cls(
+            activation=rule.activation,
+            normalize_hidden=rule.normalize_hidden,
+            residual=rule.residual,
+            projection_residual=rule.projection_residual,
+            target_residual=rule.target_residual,
+            erase=rule.erase,
+            proximal=rule.proximal,
+            error_bound=float(rule.error_bound or 0),
+            **others,
+        )
 
     @property
     def chunk(self) -> int:
@@ -119,15 +142,8 @@ class StepInputs(NamedTuple):
 
 def step_options(rule: MemoryRule, *, read: str, chunk_size: int, generator_chunk_size: int) -> Options:
     """The options of one token: no grid, no gradient, plain fp32 arithmetic."""
-    return Options(
-        activation=rule.activation,
-        normalize_hidden=rule.normalize_hidden,
-        residual=rule.residual,
-        projection_residual=rule.projection_residual,
-        target_residual=rule.target_residual,
-        erase=rule.erase,
-        proximal=rule.proximal,
-        error_bound=float(rule.error_bound or 0),
+    return Options.of(
+        rule,
         read=read,
         chunk_size=chunk_size,
         generator_chunk_size=generator_chunk_size,
@@ -136,6 +152,7 @@ def step_options(rule: MemoryRule, *, read: str, chunk_size: int, generator_chun
         precision="ieee",
         offset=0,
         slots=1,
+        regime="row",
     )
 
 
@@ -171,18 +188,54 @@ def why_not(
             f"momentum: the Triton kernels have it with rule.erase='none' alone, got {rule.erase!r}; "
             "use impl='eager'"
         )
-    if not fits(width=width, hidden=hidden, chunk=chunk, architecture=architecture):
-        longest, widest = limits_of(linear=hidden is None, chunk=chunk, architecture=architecture)
-        if widest == 0:
-            return (
-                f"chunk_size: the Triton kernels take chunks up to {longest}, got {chunk}; use impl='eager'"
-            )
+    sizes = {"width": width, "hidden": hidden, "chunk": chunk, "architecture": architecture}
+    if regime_of(**sizes) == "row":
+        return None
+    if momentum:
+        return (
+            f"momentum: on {architecture} the Triton kernels for chunks of {chunk} and memories as wide as "
+            "these do not have it; use impl='eager'"
+        )
+    return _why_not_tiled(**sizes)
+
+
+def regime_of(*, width: int, hidden: int | None, chunk: int, architecture: str) -> str:
+    """Which kernels are for these sizes.
+
+    "row": one program a row walks over its chunks, and a layer's matrix is one tile. "tiled": a chunk is a
+    number of products that are cut into tiles, so that it may be as large as memory allows.
+    """
+    _, widest = limits_of(linear=hidden is None, chunk=chunk, architecture=architecture)
+    return "row" if max(padded(width), padded(hidden or width)) <= widest else "tiled"
+
+
+def _why_not_tiled(*, width: int, hidden: int | None, chunk: int, architecture: str) -> str | None:
+    """Why chunks and widths too large for the row kernels are not for the tiled ones."""
+    longest, limit = tiled_launch.MAX_LENGTH, tiled_launch.MAX_WIDTH
+    if chunk > longest:
+        return f"chunk_size: the Triton kernels take chunks up to {longest}, got {chunk}; use impl='eager'"
+    largest = max(width, hidden or 0)
+    if chunk < MIN_TILED_CHUNK:
+        _, widest = limits_of(linear=hidden is None, chunk=chunk, architecture=architecture)
         kind = "linear" if hidden is None else "two-layer"
         return (
             f"weights: on {architecture} with chunks of {chunk} the Triton kernels take heads and hidden "
-            f"layers of {kind} memories up to {widest} wide, got {max(width, hidden or 0)}; use impl='eager'"
+            f"layers of {kind} memories up to {widest} wide, got {largest}; use impl='eager', or chunks of "
+            f"{MIN_TILED_CHUNK} and more"
+        )
+    if largest > limit:
+        return (
+            f"weights: the Triton kernels take heads and hidden layers up to {limit} wide, got {largest}; "
+            "use impl='eager'"
         )
     return None
+
+
+def precision_for(dtype: torch.dtype, regime: str, architecture: str) -> str:
+    """How products compute for callers of ``dtype``."""
+    if regime == "tiled":
+        return tiled_launch.tiled_precision(dtype, architecture)
+    return precision_of(dtype, architecture)
 
 
 def limits_of(*, linear: bool, chunk: int, architecture: str) -> tuple[int, int]:
@@ -194,16 +247,17 @@ def limits_of(*, linear: bool, chunk: int, architecture: str) -> tuple[int, int]
     return max(table), next((width for most, width in sorted(table.items()) if padded(chunk) <= most), 0)
 
 
-def fits(*, width: int, hidden: int | None, chunk: int, architecture: str) -> bool:
-    """Whether the kernels take these sizes."""
-    _, widest = limits_of(linear=hidden is None, chunk=chunk, architecture=architecture)
-    return max(padded(width), padded(hidden or width)) <= widest
+def checkpoint_interval(chunks: int, every: int | None, ratio: int, *, tiled: bool, numbers: int) -> int:
+    """Chunks between kept states of ``numbers`` in all; whole periods of the slower clock, or 1 if tiled.
 
-
-def checkpoint_interval(chunks: int, every: int | None, ratio: int) -> int:
-    """Chunks between kept states: about their square root by default; whole periods of the slower clock."""
-    every = max(1, math.isqrt(chunks)) if every is None else min(every, chunks)
-    return -(-every // ratio) * ratio
+    By default about their square root; of the tiled kernels 1 while that takes little memory.
+    """
+    if every is None:
+        few = tiled and 4 * chunks * numbers <= KEPT_BYTES
+        every = 1 if few else max(1, math.isqrt(chunks))
+    if tiled and every == 1:
+        return 1
+    return -(-min(every, chunks) // ratio) * ratio
 
 
 @dataclass(frozen=True)
@@ -298,6 +352,7 @@ def plan_of(query, running_first, running_last, momentum, options: Options, arch
 def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
     """Every kernel at the widths models use: the calls of the launchers."""
     yield from _chunk_entries(architecture)
+    yield from _tiled_entries(architecture)
     yield from _step_entries(architecture)
 
 
@@ -373,7 +428,8 @@ def _chunk_entries(architecture: str) -> Iterator[CatalogueEntry]:
         (bf16, 40, 24, 10, "running", "gelu", gelu),
     ]
     for dtype, width, hidden, chunk, read, name, rule in cases:
-        if fits(width=width, hidden=hidden, chunk=chunk, architecture=architecture):
+        sizes = {"width": width, "hidden": hidden, "chunk": chunk, "architecture": architecture}
+        if regime_of(**sizes) == "row":
             words = [
                 str(dtype).removeprefix("torch."),
                 f"{width}x{hidden or 'linear'}",
@@ -402,7 +458,31 @@ def _chunk_calls(
     from nl_kernels.ops.self_modifying.triton_backward import plan_backward
     from nl_kernels.ops.self_modifying.triton_forward import plan_forward
 
-    batch, heads, tokens = 2, 4, 128 * chunk
+    tokens = 128 * chunk
+    arguments = _arguments(width, hidden, tokens, rule, resumed=resumed)
+    options = Options.of(
+        rule,
+        read=read,
+        chunk_size=chunk,
+        generator_chunk_size=chunk * (2 if resumed else 1),
+        truncate=0,
+        checkpoint_every=16,
+        precision=precision_of(dtype, architecture),
+        offset=0,
+        slots=tokens,
+        regime="row",
+    )
+    shared = {"options": options, "architecture": architecture}
+    (forward,), (o, *made) = plan_forward(*arguments, **shared)
+    (_, backward, *_), _ = plan_backward(o, made[:9], *arguments, *made[9:], **shared)
+    return [forward, backward]
+
+
+def _arguments(
+    width: int, hidden: int | None, tokens: int, rule: MemoryRule, *, resumed: bool
+) -> list[torch.Tensor | None]:
+    """The operator's tensors, on no device: eight rows."""
+    batch, heads = 2, 4
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device="meta")
@@ -419,26 +499,70 @@ def _chunk_calls(
     momentum = empty(batch, tokens, heads) if has_momentum else None
     sequences = [*(empty(batch, tokens, heads, width) for _ in range(4)), momentum, spans]
     stacks = [*stack(rule.anchored), *stack(True), *stack(has_momentum), *stack(resumed)]
-    arguments = [*sequences, *(empty(heads) for _ in range(3)), *stacks]
-    options = Options(
-        activation=rule.activation,
-        normalize_hidden=rule.normalize_hidden,
-        residual=rule.residual,
-        projection_residual=rule.projection_residual,
-        target_residual=rule.target_residual,
-        erase=rule.erase,
-        proximal=rule.proximal,
-        error_bound=float(rule.error_bound or 0),
+    return [*sequences, *(empty(heads) for _ in range(3)), *stacks]
+
+
+def _tiled_entries(architecture: str) -> Iterator[CatalogueEntry]:
+    """Of every kind of call of the tiled kernels one."""
+    default, literal = MemoryRule(), MemoryRule.literal()
+    gelu = MemoryRule(activation="gelu", erase="input")
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dtype, width, hidden, chunk, read, name, rule in (
+        (bf16, 128, 512, 64, "running", "default", default),
+        (bf16, 512, 1536, 2048, "running", "default", default),
+        (bf16, 128, None, 64, "running", "default", default),
+        (bf16, 128, 512, 64, "snapshot", "literal", literal),
+        (bf16, 128, None, 64, "snapshot", "literal", literal),
+        (fp32, 128, 512, 64, "running", "default", default),
+        (fp32, 40, 200, 100, "snapshot", "gelu input", gelu),
+    ):
+        kind = f"{width}x{hidden or 'linear'} C{chunk}"
+        words = f"{str(dtype).removeprefix('torch.')} {kind} {read} {name}"
+        schedules = tiled_schedules(
+            architecture, dtype, width, hidden, chunk, read, rule, resumed=name == "gelu input"
+        )
+        yield from tiled_launch.entries_of("self_modifying", words, schedules)
+
+
+def tiled_schedules(
+    architecture: str,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int | None,
+    chunk: int,
+    read: str,
+    rule: MemoryRule,
+    *,
+    resumed: bool = False,
+    chunks: int = 2,
+    checkpoint_every: int = 2,
+) -> dict[str, tiled_launch.Schedule]:
+    """Both passes over some chunks, planned on no device; a resumed call has rows that lie differently."""
+    from nl_kernels.ops.self_modifying.rows import tiled_inputs
+    from nl_kernels.ops.self_modifying.triton_tiled_backward import plan_backward
+    from nl_kernels.ops.self_modifying.triton_tiled_forward import plan_forward
+
+    inputs = tiled_inputs(*_arguments(width, hidden, chunks * chunk, rule, resumed=resumed))
+    options = Options.of(
+        rule,
         read=read,
         chunk_size=chunk,
-        generator_chunk_size=chunk * (2 if resumed else 1),
+        generator_chunk_size=chunk,
         truncate=0,
-        checkpoint_every=16,
-        precision=precision_of(dtype, architecture),
+        checkpoint_every=checkpoint_every,
+        precision=precision_for(dtype, "tiled", architecture),
         offset=0,
-        slots=tokens,
+        slots=chunks * chunk,
+        regime="tiled",
     )
-    shared = {"options": options, "architecture": architecture}
-    (forward,), (o, *made) = plan_forward(*arguments, **shared)
-    (_, backward, *_), _ = plan_backward(o, made[:9], *arguments, *made[9:], **shared)
-    return [forward, backward]
+    forward, results = plan_forward(inputs, options, architecture=architecture)
+    backward, _ = plan_backward(
+        results.o,
+        results.running,
+        results.snapshot,
+        inputs,
+        results.kept,
+        options,
+        architecture=architecture,
+    )
+    return {"forward": forward, "backward": backward}

@@ -12,17 +12,30 @@ import contextlib
 import torch
 from torch.autograd.function import once_differentiable
 
-from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.chunk_kernels.step_launch import together
+from nl_kernels.dispatch import note_kernels
 from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.ops.self_modifying import launch
 from nl_kernels.ops.self_modifying.launch import (
     Options,
     StepInputs,
     checkpoint_interval,
     step_options,
 )
-from nl_kernels.ops.self_modifying.rows import ABSENT, Placed, collect_output, collect_state, place_tokens
-from nl_kernels.ops.self_modifying.state import MemoryStack, SelfModifyingState, SelfModifyingWeights
+from nl_kernels.ops.self_modifying.rows import (
+    ABSENT,
+    Placed,
+    collect_output,
+    collect_state,
+    place_tokens,
+    stack_rows,
+)
+from nl_kernels.ops.self_modifying.state import (
+    MemoryStack,
+    SelfModifyingState,
+    SelfModifyingWeights,
+    map_stack,
+)
 from nl_kernels.triton_support.targets import architecture_of
 
 _FORWARD = "nl_kernels::self_modifying_forward"
@@ -132,24 +145,28 @@ def self_modifying_memory_triton(
         *(ABSENT if at_boundary else state.snapshot),
     ]
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    interval = checkpoint_interval(-(-slots // chunk), checkpoint_every, period // chunk)
-    options = Options(
-        activation=rule.activation,
-        normalize_hidden=rule.normalize_hidden,
-        residual=rule.residual,
-        projection_residual=rule.projection_residual,
-        target_residual=rule.target_residual,
-        erase=rule.erase,
-        proximal=rule.proximal,
-        error_bound=float(rule.error_bound or 0),
+    architecture = architecture_of(query.device)
+    hidden = None if state.running.first is None else state.running.last.shape[-1]
+    regime = launch.regime_of(width=query.shape[-1], hidden=hidden, chunk=chunk, architecture=architecture)
+    note_kernels("self_modifying_memory", regime)
+    interval = checkpoint_interval(
+        -(-slots // chunk),
+        checkpoint_every,
+        period // chunk,
+        tiled=regime == "tiled",
+        numbers=sum(x.numel() for x in state.running if x is not None),
+    )
+    options = Options.of(
+        rule,
         read=read,
         chunk_size=chunk_size,
         generator_chunk_size=generator_chunk_size,
         truncate=0 if truncate_every is None else chunk * truncate_every,
         checkpoint_every=interval if needs_grad else 0,
-        precision=precision_of(dtype, architecture_of(query.device)),
+        precision=launch.precision_for(dtype, regime, architecture),
         offset=offset,
         slots=slots,
+        regime=regime,
     )
     o, made = apply(*tensors, options=options)
     stacks = (MemoryStack(*made[i : i + 3]) for i in (0, 3, 6))
@@ -255,21 +272,25 @@ def _without_autocast(device_type: str):
 
 @torch.library.impl(_FORWARD, "CompositeExplicitAutograd")
 def _forward(*args):
-    from nl_kernels.ops.self_modifying.triton_forward import self_modifying_forward
-
     count = _TENSORS + 12
     tensors, options = args[:count], Options(*args[count:])
+    if options.regime == "tiled":
+        from nl_kernels.ops.self_modifying.triton_tiled_forward import self_modifying_forward
+    else:
+        from nl_kernels.ops.self_modifying.triton_forward import self_modifying_forward
     with _without_autocast(tensors[0].device.type):
         return _present(self_modifying_forward(*tensors, options=options), tensors[0])
 
 
 @torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
 def _backward(grad_o, *args):
-    from nl_kernels.ops.self_modifying.triton_backward import self_modifying_backward
-
     cotangents, args = args[:9], args[9:]
     count = _TENSORS + 12 + 6
     tensors, options = list(args[:count]), Options(*args[count:])
+    if options.regime == "tiled":
+        from nl_kernels.ops.self_modifying.triton_tiled_backward import self_modifying_backward
+    else:
+        from nl_kernels.ops.self_modifying.triton_backward import self_modifying_backward
     tensors[-6:] = (None if x.numel() == 0 else x for x in tensors[-6:])
     with _without_autocast(grad_o.device.type):
         return _present(self_modifying_backward(grad_o, cotangents, *tensors, options=options), grad_o)
@@ -284,10 +305,12 @@ def _(*args):
     kept = [None] * 6
     if options.checkpoint_every:
         slots = -(-options.chunks // options.checkpoint_every)
-        kept = [
-            None if x is None else x.new_empty((x.shape[0] * x.shape[1], slots, *x.shape[2:]))
-            for x in (*running, *velocity)
-        ]
+        rows = [MemoryStack(*running), MemoryStack(*velocity)]
+        if options.regime == "tiled":
+            rows = map(stack_rows, rows)
+        else:
+            rows = (map_stack(lambda x: x.flatten(0, 1), stack) for stack in rows)
+        kept = [None if x is None else x.new_empty((len(x), slots, *x.shape[1:])) for y in rows for x in y]
     return _present((query.new_empty(query.shape), *made, *kept), query)
 
 

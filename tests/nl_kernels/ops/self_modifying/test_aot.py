@@ -71,5 +71,5 @@ def test_limits_are_a_table_of_powers_of_two(architecture):
         assert widest == sorted(widest, reverse=True)
         assert all(width & (width - 1) == 0 for width in widest)
         hidden = None if linear else 17
-        assert launch.fits(width=16, hidden=hidden, chunk=1, architecture=architecture)
-        assert not launch.fits(width=129, hidden=hidden, chunk=1, architecture=architecture)
+        assert launch.regime_of(width=16, hidden=hidden, chunk=1, architecture=architecture) == "row"
+        assert launch.regime_of(width=129, hidden=hidden, chunk=1, architecture=architecture) == "tiled"

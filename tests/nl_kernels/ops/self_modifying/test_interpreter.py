@@ -168,8 +168,13 @@ def test_16_bit_inputs():
     [
         ({"momentum": 0.5 * torch.ones(1, 2, 1)}, "erase='none' alone"),
         ({"detach_targets": False}, "constant targets alone"),
-        ({"chunk_size": 33}, "chunks up to 32, got 33"),
-        (make(2, 65), "two-layer memories up to 64 wide, got 65"),
+        ({"chunk_size": 4097}, "chunks up to 4096, got 4097"),
+        (make(2, 65), "two-layer memories up to 64 wide, got 65; use impl='eager', or chunks of 16 and more"),
+        ({**make(2, 4097, width=3), "chunk_size": 16}, "up to 4096 wide, got 4097"),
+        (
+            {"chunk_size": 64, "momentum": 0.5 * torch.ones(1, 2, 1), "rule": RULES["titans"]},
+            "momentum: on .* for chunks of 64",
+        ),
     ],
 )
 def test_refuses_what_the_kernels_do_not_cover(change, message):
@@ -205,7 +210,7 @@ def operator_arguments(hidden, *, momentum=False, length=7):
     options = launch.Options(
         *(rule.activation, rule.normalize_hidden, rule.residual, rule.projection_residual),
         *(rule.target_residual, rule.erase, rule.proximal, 1.0, "running", chunk, chunk, 0, 1, "tf32x3"),
-        *(0, length),
+        *(0, length, "row"),
     )
     return tensors, options
 
