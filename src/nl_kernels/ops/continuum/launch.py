@@ -121,13 +121,14 @@ def _chunks(architecture: str) -> Iterator[CatalogueEntry]:
             up, down = (_matrix(batches, *shape, dtype=dtype) for shape in ((hidden, width), (width, hidden)))
             words = f"{str(dtype).removeprefix('torch.')} {batches}x{tokens}x{width}x{hidden}"
             value, rates = _matrix(width, width, dtype=dtype), _matrix(batches, tokens)
-            for output in (True, False):
+            for gated, output in ((False, True), (True, True), (False, False)):
+                gate = up if gated else None
                 calls, _ = plan_chunk(
-                    x, x, value, up, down, None, rates, 1.0, output, architecture=architecture
+                    x, x, value, up, down, gate, rates, 1.0, output, architecture=architecture
                 )
-                for call, part in list(zip(calls, ("hidden", "error", "signal", "up", "down")))[1:5]:
+                what = ("read and learned" if output else "learned") + (", with gate" if gated else "")
+                for call, part in zip(calls, ("hidden", "error", "back", "up", "down")):
                     if output or part == "error":
-                        what = "read and learned" if output else "learned"
                         yield CatalogueEntry("continuum", f"{words} {what} {part}", call)
             totals = [_matrix(hidden, width), _matrix(width, hidden), None]
             calls, _ = plan_read_backward(

@@ -40,23 +40,15 @@ def signal_kernel(
     gate_signal,
     up_squares,
     gate_squares,
-    error_squares,
-    longest,
     rows,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
-    ERROR_TILES: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The hidden layer, and the gradient at the outputs of up and gate from that at the MLP's output.
-
-    ``error_squares`` [batches, rows, ERROR_TILES], whose sum is an error's squared length: one longer than
-    ``longest`` is taken down to it; None: no bound.
-    """
+    """The hidden layer, and the gradient at the outputs of up and gate from that at the MLP's output."""
     TILES: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     batch, row, column = tile_of(rows, HIDDEN, BLOCK_M, BLOCK_N)
     x += batch * rows * WIDTH
@@ -65,12 +57,6 @@ def signal_kernel(
     zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     value = add_rows(zero, x, up + weight, row, column, rows, HIDDEN, WIDTH, True, BLOCK_K, PRECISION)
     back = add_rows(zero, error, down + weight, row, column, rows, HIDDEN, WIDTH, False, BLOCK_K, PRECISION)
-    if error_squares is not None:
-        tile = tl.arange(0, BLOCK_TILES)
-        at = (batch * rows + row)[:, None] * ERROR_TILES + tile[None, :]
-        inside = (row < rows)[:, None] & (tile < ERROR_TILES)[None, :]
-        length = tl.sqrt(tl.sum(tl.load(error_squares + at, mask=inside, other=0.0), 1))
-        back *= (longest / tl.maximum(length, longest))[:, None]
     first = tl.min(column, 0)
     if gate is not None:
         z = add_rows(zero, x, gate + weight, row, column, rows, HIDDEN, WIDTH, True, BLOCK_K, PRECISION)
@@ -160,8 +146,6 @@ def signal_call(
     down: torch.Tensor,
     gate: torch.Tensor | None,
     bounded: bool,
-    error_squares: torch.Tensor | None,
-    longest: float,
     precision: str,
     architecture: str,
 ) -> tuple[KernelCall, Signals]:
@@ -183,7 +167,6 @@ def signal_call(
         made(parts, torch.float32, bounded),
         made(parts, torch.float32, bounded and gated),
     )
-    error_tiles = 0 if error_squares is None else error_squares.shape[2]
     call = KernelCall(
         signal_kernel,
         (batches * triton.cdiv(rows, tiles.m) * parts,),
@@ -198,15 +181,11 @@ def signal_call(
             "gate_signal": signals.gate,
             "up_squares": signals.up_squares,
             "gate_squares": signals.gate_squares,
-            "error_squares": error_squares,
-            "longest": float(longest),
             "rows": rows,
         },
         {
             "WIDTH": width,
             "HIDDEN": hidden_width,
-            "ERROR_TILES": error_tiles,
-            "BLOCK_TILES": triton.next_power_of_2(max(1, error_tiles)),
             "BLOCK_M": tiles.m,
             "BLOCK_N": tiles.n,
             "BLOCK_K": tiles.k,
@@ -268,7 +247,7 @@ def plan_backward(
     """The calls, and what they fill: the gradients of x, up, down and gate; runs nothing."""
     precision = tiled_precision(x.dtype, architecture)
     bounded = error_bound is not None
-    first, signals = signal_call(error, x, up, down, gate, bounded, None, 0.0, precision, architecture)
+    first, signals = signal_call(error, x, up, down, gate, bounded, precision, architecture)
     sums = [None if w is None else torch.empty_like(w, dtype=torch.float32) for w in (up, down, gate)]
     calls = [
         first,

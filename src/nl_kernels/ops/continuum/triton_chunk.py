@@ -14,8 +14,9 @@ import triton.language as tl
 
 from nl_kernels.chunk_kernels.tiled_launch import operand_dtype, tiled_precision
 from nl_kernels.ops.continuum import launch
-from nl_kernels.ops.continuum.triton_backward import signal_call, sum_calls
+from nl_kernels.ops.continuum.triton_backward import Signals, signal_call, sum_calls
 from nl_kernels.ops.continuum.triton_forward import (
+    Hidden,
     add_rows,
     hidden_call,
     product_call,
@@ -64,6 +65,59 @@ def error_kernel(
         store_squares(squares, batch, row, rows, tl.min(column, 0), acc, TILES, BLOCK_N)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def back_kernel(
+    error,
+    down,
+    up_slope,
+    gate_slope,
+    up_signal,
+    gate_signal,
+    up_squares,
+    gate_squares,
+    error_squares,
+    longest,
+    rows,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ERROR_TILES: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``(s error down) ∘ slope``, the gradient at the outputs of up and gate, with the squares of its rows.
+
+    s takes an error longer than ``longest`` down to it: ``error_squares`` [batches, rows, ERROR_TILES] add up
+    to its squared length; None: no bound.
+    """
+    TILES: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    batch, row, column = tile_of(rows, HIDDEN, BLOCK_M, BLOCK_N)
+    error += batch * rows * WIDTH
+    down += batch * (HIDDEN * WIDTH)
+    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    back = add_rows(zero, error, down, row, column, rows, HIDDEN, WIDTH, False, BLOCK_K, PRECISION)
+    if error_squares is not None:
+        tile = tl.arange(0, BLOCK_TILES)
+        at = (batch * rows + row)[:, None] * ERROR_TILES + tile[None, :]
+        inside = (row < rows)[:, None] & (tile < ERROR_TILES)[None, :]
+        length = tl.sqrt(tl.sum(tl.load(error_squares + at, mask=inside, other=0.0), 1))
+        back *= (longest / tl.maximum(length, longest))[:, None]
+    first = tl.min(column, 0)
+    at = batch * rows * HIDDEN + row[:, None] * HIDDEN + column[None, :]
+    inside = (row < rows)[:, None] & (column < HIDDEN)[None, :]
+    signal = back * tl.load(up_slope + at, mask=inside, other=0.0).to(tl.float32)
+    store_rows(up_signal, batch, row, column, rows, signal, HIDDEN)
+    if up_squares is not None:
+        store_squares(up_squares, batch, row, rows, first, signal, TILES, BLOCK_N)
+    if gate_slope is not None:
+        signal = back * tl.load(gate_slope + at, mask=inside, other=0.0).to(tl.float32)
+        store_rows(gate_signal, batch, row, column, rows, signal, HIDDEN)
+        if gate_squares is not None:
+            store_squares(gate_squares, batch, row, rows, first, signal, TILES, BLOCK_N)
+
+
 def plan_chunk(
     keys: torch.Tensor,
     inputs: torch.Tensor,
@@ -84,19 +138,15 @@ def plan_chunk(
     sums = [None if w is None else w.new_empty(batches, *w.shape[-2:], dtype=torch.float32) for w in weights]
     # weights of all sequences: their tokens are one matrix
     x, inputs, up, down, gate = _of_all(keys, inputs, *weights)
-    hidden_one, hidden = hidden_call(x, up, gate, precision, architecture)
+    hidden_one, hidden = hidden_call(x, up, gate, True, precision, architecture)
     out = torch.empty_like(x) if output else None
     error_one, error, squares = _error_call(
-        hidden, down, inputs, value, out, error_bound is not None, precision, architecture
+        hidden.out, down, inputs, value, out, error_bound is not None, precision, architecture
     )
-    longest = (error_bound or 0.0) * width**0.5
-    bounded = error_bound is not None
-    signal_one, signals = signal_call(
-        error, x, up, down, gate, bounded, squares, longest, precision, architecture
-    )
+    back_one, signals = _back_call(error, squares, error_bound, down, hidden, precision, architecture)
     error = error.view(batches, tokens, width)
     squares = None if squares is None else squares.view(batches, tokens, -1)
-    calls = [hidden_one, error_one, signal_one]
+    calls = [hidden_one, error_one, back_one]
     calls += sum_calls(
         error, keys, signals.of(batches), rates, error_bound, squares, sums, False, precision, architecture
     )
@@ -117,7 +167,7 @@ def plan_read_backward(
     batches, _, width = x.shape
     precision = tiled_precision(x.dtype, architecture)
     rows, error, up, down, gate = _of_all(x, grad, up, down, gate)
-    first, signals = signal_call(error, rows, up, down, gate, False, None, 0.0, precision, architecture)
+    first, signals = signal_call(error, rows, up, down, gate, False, precision, architecture)
     grad_x = torch.empty_like(rows)
     calls = [
         first,
@@ -198,6 +248,60 @@ def _error_call(
         tiles.stages,
     )
     return call, error, squares
+
+
+def _back_call(
+    error: torch.Tensor,
+    squares: torch.Tensor | None,
+    error_bound: float | None,
+    down: torch.Tensor,
+    hidden: Hidden,
+    precision: str,
+    architecture: str,
+) -> tuple[KernelCall, Signals]:
+    batches, rows, width = error.shape
+    hidden_width = hidden.out.shape[2]
+    tiles = launch.product_tiles(rows, hidden_width, width, precision, architecture)
+    parts = triton.cdiv(hidden_width, tiles.n)
+    slopes = hidden.up_slope, hidden.gate_slope
+    up, gate = (None if slope is None else torch.empty_like(slope) for slope in slopes)
+    up_squares, gate_squares = (
+        None
+        if slope is None or error_bound is None
+        else slope.new_empty(batches, rows, parts, dtype=torch.float32)
+        for slope in slopes
+    )
+    error_tiles = 0 if squares is None else squares.shape[2]
+    call = KernelCall(
+        back_kernel,
+        (batches * triton.cdiv(rows, tiles.m) * parts,),
+        {
+            "error": error,
+            "down": down,
+            "up_slope": hidden.up_slope,
+            "gate_slope": hidden.gate_slope,
+            "up_signal": up,
+            "gate_signal": gate,
+            "up_squares": up_squares,
+            "gate_squares": gate_squares,
+            "error_squares": squares,
+            "longest": (error_bound or 0.0) * width**0.5,
+            "rows": rows,
+        },
+        {
+            "WIDTH": width,
+            "HIDDEN": hidden_width,
+            "ERROR_TILES": error_tiles,
+            "BLOCK_TILES": triton.next_power_of_2(max(1, error_tiles)),
+            "BLOCK_M": tiles.m,
+            "BLOCK_N": tiles.n,
+            "BLOCK_K": tiles.k,
+            "PRECISION": precision,
+        },
+        tiles.warps,
+        tiles.stages,
+    )
+    return call, Signals(hidden.out, up, gate, up_squares, gate_squares)
 
 
 def chunk_sums(

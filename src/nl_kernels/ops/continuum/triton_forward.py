@@ -6,6 +6,8 @@ as their precision says and accumulate in fp32.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -78,6 +80,8 @@ def hidden_kernel(
     up,
     gate,
     out,
+    up_slope,
+    gate_slope,
     rows,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -86,7 +90,10 @@ def hidden_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``GELU(x upᵀ)``, or with a gate ``SiLU(x gateᵀ) ∘ x upᵀ``."""
+    """``GELU(x upᵀ)``, or with a gate ``SiLU(x gateᵀ) ∘ x upᵀ``.
+
+    ``up_slope``, ``gate_slope``: the derivatives of it by the outputs of up and gate, or None.
+    """
     batch, row, column = tile_of(rows, HIDDEN, BLOCK_M, BLOCK_N)
     x += batch * rows * WIDTH
     weight = batch * (HIDDEN * WIDTH)
@@ -94,9 +101,15 @@ def hidden_kernel(
     hidden = add_rows(zero, x, up + weight, row, column, rows, HIDDEN, WIDTH, True, BLOCK_K, PRECISION)
     if gate is not None:
         z = add_rows(zero, x, gate + weight, row, column, rows, HIDDEN, WIDTH, True, BLOCK_K, PRECISION)
-        hidden *= activated(z, "silu", False)[0]
+        opened, slope, _, _ = activated(z, "silu", False)
+        if gate_slope is not None:
+            store_rows(up_slope, batch, row, column, rows, opened, HIDDEN)
+            store_rows(gate_slope, batch, row, column, rows, hidden * slope, HIDDEN)
+        hidden *= opened
     else:
-        hidden = activated(hidden, "gelu", False)[0]
+        hidden, slope, _, _ = activated(hidden, "gelu", False)
+        if up_slope is not None:
+            store_rows(up_slope, batch, row, column, rows, slope, HIDDEN)
     store_rows(out, batch, row, column, rows, hidden, HIDDEN)
 
 
@@ -160,19 +173,36 @@ def product_call(
     )
 
 
+class Hidden(NamedTuple):
+    """What :func:`hidden_kernel` fills, [batches, rows, H]."""
+
+    out: torch.Tensor
+    up_slope: torch.Tensor | None
+    gate_slope: torch.Tensor | None
+
+
 def hidden_call(
-    x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor | None, precision: str, architecture: str
-) -> tuple[KernelCall, torch.Tensor]:
-    """The call of :func:`hidden_kernel`, and what it fills."""
+    x: torch.Tensor,
+    up: torch.Tensor,
+    gate: torch.Tensor | None,
+    slopes: bool,
+    precision: str,
+    architecture: str,
+) -> tuple[KernelCall, Hidden]:
+    """The call of :func:`hidden_kernel`, and what it fills: with ``slopes`` these, too."""
     batches, rows, width = x.shape
     hidden_width = up.shape[1]
-    out = x.new_empty(batches, rows, hidden_width, dtype=operand_dtype(precision))
+    made = [
+        x.new_empty(batches, rows, hidden_width, dtype=operand_dtype(precision)) if there else None
+        for there in (True, slopes, slopes and gate is not None)
+    ]
+    hidden = Hidden(*made)
     held = 1 if gate is None else 2
     tiles = launch.product_tiles(rows, hidden_width, width, precision, architecture, held=held)
     call = KernelCall(
         hidden_kernel,
         (batches * triton.cdiv(rows, tiles.m) * triton.cdiv(hidden_width, tiles.n),),
-        {"x": x, "up": up, "gate": gate, "out": out, "rows": rows},
+        {"x": x, "up": up, "gate": gate, **hidden._asdict(), "rows": rows},
         {
             "WIDTH": width,
             "HIDDEN": hidden_width,
@@ -184,7 +214,7 @@ def hidden_call(
         tiles.warps,
         tiles.stages,
     )
-    return call, out
+    return call, hidden
 
 
 def plan_forward(
@@ -192,9 +222,9 @@ def plan_forward(
 ) -> tuple[list[KernelCall], torch.Tensor]:
     """The calls, and the tensor that the last one fills; runs nothing."""
     precision = tiled_precision(x.dtype, architecture)
-    first, hidden = hidden_call(x, up, gate, precision, architecture)
+    first, hidden = hidden_call(x, up, gate, False, precision, architecture)
     out = torch.empty_like(x)
-    return [first, product_call(hidden, down, None, None, out, True, precision, architecture)], out
+    return [first, product_call(hidden.out, down, None, None, out, True, precision, architecture)], out
 
 
 def mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:

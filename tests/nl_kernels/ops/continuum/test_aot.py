@@ -53,9 +53,11 @@ def test_other_architectures(architecture, part):
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("part", ["read and learned error", "read and learned signal", "added up"])
+@pytest.mark.parametrize(
+    "part", ["read and learned, with gate hidden", "with gate back", " learned error", "added up"]
+)
 def test_a_chunk_that_is_read_and_learned(architecture, part):
-    (entry,) = entries_of(architecture, "bfloat16", LARGE, part)
+    entry = entries_of(architecture, "bfloat16", LARGE, part)[0]
     found = resources_of(compile_call(entry.call, architecture))
     assert found.spill_bytes == 0
     assert set(found.tensor_core) == {KINDS[architecture]}
