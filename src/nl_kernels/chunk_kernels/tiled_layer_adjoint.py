@@ -269,9 +269,7 @@ def write_adjoint(
             "more_start": 0 if more is None else more.start,
         },
         groups=layer.groups,
-        BLOCK=min(ROW_NUMBERS, padded(layer.out)),
-        MORE_WIDTH=0 if more is None else more.tensor.shape[-1],
-        MORE_COLUMN=0 if more is None else more.column,
+        **written_blocks(layer, more),
     )
     terms = [Term(whole(layer.weighted), adjoint.weights, layer.out)]
     if layer.erases:
@@ -298,6 +296,15 @@ def write_adjoint(
     terms += more_terms
     s.product("write to input", length, layer.into, terms, out=every_row(adjoint.at_x), groups=layer.groups)
     rate_adjoint(s, layer, adjoint, at_rate, proximal=proximal, adds=adds)
+
+
+def written_blocks(layer: LayerBuffers, more: Operand | None) -> dict[str, int]:
+    """Constants of the kernels that take the adjoint of u block by block of columns."""
+    return {
+        "BLOCK": min(ROW_NUMBERS, padded(layer.out)),
+        "MORE_WIDTH": 0 if more is None else more.tensor.shape[-1],
+        "MORE_COLUMN": 0 if more is None else more.column,
+    }
 
 
 def rate_adjoint(

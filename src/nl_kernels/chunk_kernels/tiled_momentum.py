@@ -11,7 +11,7 @@ import triton.language as tl
 
 from nl_kernels.chunk_kernels.forward import row_dot
 from nl_kernels.chunk_kernels.tiled_products import decay_tile
-from nl_kernels.chunk_kernels.tiled_rows import _load, _rows, _store
+from nl_kernels.chunk_kernels.tiled_rows import _load, _rows, _store, load_more
 from nl_kernels.chunk_kernels.tiled_tokens import (
     CARRIED_TO_END,
     MIXED_TO_END,
@@ -19,7 +19,7 @@ from nl_kernels.chunk_kernels.tiled_tokens import (
     _sum_tiles,
     _tokens_of,
 )
-from nl_kernels.triton_support.language import cumulate_log, safe_log
+from nl_kernels.triton_support.language import cumulate_log, decay_between, safe_log
 
 MIXED_AFTER: tl.constexpr = tl.constexpr(2)
 CARRIED_AFTER: tl.constexpr = tl.constexpr(5)
@@ -154,11 +154,11 @@ def decay_matrices_kernel(
     tl.store(entering + place, tile * counts[:, None])
 
 
-@triton.jit(do_not_specialize=["pitch", "start"])
+@triton.jit(do_not_specialize=["batches", "pitch", "start", "more_start"])
 def written_momentum_rows_kernel(
     at_end,
     at_velocity_end,
-    at_read,
+    more,
     signal,
     rate,
     momenta,
@@ -166,32 +166,46 @@ def written_momentum_rows_kernel(
     at_rate,
     to_end,
     carried_to_end,
+    batches,
     pitch,
     start,
+    more_start,
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,
+    MORE_WIDTH: tl.constexpr,
+    MORE_COLUMN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Adjoints of the error signal and the rate, and plain ones of ``to_end`` of mixture and momentum.
 
-    ``at_end`` and ``at_velocity_end`` are x times the adjoints of S and U after the chunk, ``at_read`` what a
-    running read gives the writes, or ``None``.
+    ``at_end`` and ``at_velocity_end`` are x times the adjoints of S and U after the chunk, ``more`` what a
+    running read gives the writes, as in :func:`.tiled_rows.written_adjoint_rows_kernel`.
     """
     row, batch, t = _rows(LENGTH, ROWS)
-    delta = _load(signal, row, WIDTH, BLOCK)
     eta = tl.load(rate + batch * pitch + start + t)
     coefficient = momenta + batch * 8 * pitch + start + t
-    by_state = _load(at_end, row, WIDTH, BLOCK)
-    by_velocity = _load(at_velocity_end, row, WIDTH, BLOCK)
-    tl.store(to_end + row, -eta * row_dot(by_state, delta))
-    tl.store(carried_to_end + row, -eta * row_dot(by_velocity, delta))
-    grad = by_state * tl.load(coefficient + MIXED_TO_END * pitch)[:, None]
-    grad += by_velocity * tl.load(coefficient + CARRIED_TO_END * pitch)[:, None]
-    if at_read is not None:
-        grad += _load(at_read, row, WIDTH, BLOCK)
-    tl.store(at_rate + row, -row_dot(grad, delta))
-    _store(at_surprise, row, grad * -eta[:, None], WIDTH, BLOCK)
+    mixed = tl.load(coefficient + MIXED_TO_END * pitch)
+    carried = tl.load(coefficient + CARRIED_TO_END * pitch)
+    by_mixed = tl.zeros([ROWS], tl.float32)
+    by_carried = tl.zeros([ROWS], tl.float32)
+    direct = tl.zeros([ROWS], tl.float32)
+    for first in range(0, WIDTH, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        place = row[:, None] * WIDTH + column[None, :]
+        mask = (column < WIDTH)[None, :]
+        delta = tl.load(signal + place, mask=mask, other=0.0)
+        by_state = tl.load(at_end + place, mask=mask, other=0.0)
+        by_velocity = tl.load(at_velocity_end + place, mask=mask, other=0.0)
+        by_mixed += row_dot(by_state, delta)
+        by_carried += row_dot(by_velocity, delta)
+        grad = by_state * mixed[:, None] + by_velocity * carried[:, None]
+        grad += load_more(more, row, column, more_start, batches * LENGTH, MORE_WIDTH, MORE_COLUMN)
+        direct += row_dot(grad, delta)
+        tl.store(at_surprise + place, grad * -eta[:, None], mask=mask)
+    tl.store(to_end + row, -eta * by_mixed)
+    tl.store(carried_to_end + row, -eta * by_carried)
+    tl.store(at_rate + row, -direct)
 
 
 @triton.jit(do_not_specialize=["grad_rows", "grad_start", "pitch", "start"])
@@ -283,7 +297,17 @@ def _sum_of_inner(inner, place, TILES: tl.constexpr, BLOCK: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=["tokens", "offset", "chunks", "chunk"])
+@triton.jit
+def _decay_of(place, pitch, mask):
+    """Each token's own decay, of the coefficients at ``place``; 1 where ``mask`` is not."""
+    total = tl.load(place, mask=mask, other=0.0)
+    residue = tl.load(place + pitch, mask=mask, other=0.0)
+    before = tl.load(place + 2 * pitch, mask=mask, other=0.0)
+    residue_before = tl.load(place + 3 * pitch, mask=mask, other=0.0)
+    return decay_between(total, residue, before, residue_before)
+
+
+@triton.jit(do_not_specialize=["tokens", "offset", "chunks", "chunk", "pitch", "start"])
 def momentum_adjoint_kernel(
     mixed_to_end0,
     mixed_to_end1,
@@ -296,7 +320,6 @@ def momentum_adjoint_kernel(
     carried_inner0,
     carried_inner1,
     pair_sums,
-    log_decay,
     begin,
     stop,
     origin,
@@ -309,6 +332,8 @@ def momentum_adjoint_kernel(
     offset,
     chunks,
     chunk,
+    pitch,
+    start,
     CHUNK: tl.constexpr,
     LENGTH: tl.constexpr,
     TILES: tl.constexpr,
@@ -328,8 +353,7 @@ def momentum_adjoint_kernel(
     inside = t < LENGTH
     shifted = inside & (t > 0)
     row = batch * LENGTH + t
-    pitch = chunks * LENGTH
-    place = batch * 8 * pitch + chunk * LENGTH + t
+    place = batch * 8 * pitch + start + t
     mu = tl.load(momenta + MOMENTUM * pitch + place, mask=inside, other=1.0)
     next_mu = tl.load(momenta + MOMENTUM * pitch + place + 1, mask=t + 1 < LENGTH, other=1.0)
     counts = tl.load(momenta + APPLIED * pitch + place, mask=inside, other=0.0)
@@ -354,11 +378,8 @@ def momentum_adjoint_kernel(
 
     token, valid = _tokens_of(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
     if mixed_after0 is not None:
-        later, later_valid = _tokens_of(
-            batch, chunk, t + 1, begin, stop, origin, tokens, offset, CHUNK, LENGTH
-        )
-        alpha = tl.exp(tl.load(log_decay + token, mask=valid, other=0.0))
-        next_alpha = tl.exp(tl.load(log_decay + later, mask=later_valid, other=0.0))
+        alpha = _decay_of(coefficients + place, pitch, inside)
+        next_alpha = _decay_of(coefficients + place + 1, pitch, t + 1 < LENGTH)
         at_after = _recur(next_alpha, _sum_of(mixed_after0, mixed_after1, row, inside), True)
         mixed_before = tl.load(momenta + MIXED_AFTER * pitch + place - 1, mask=shifted, other=0.0)
         tl.store(at_log + row, at_after * alpha * mixed_before, mask=inside)

@@ -189,6 +189,17 @@ def read_adjoint_rows_kernel(
         tl.store(after + row, forward.row_dot(tile, _load(recalled, row, WIDTH, BLOCK)))
 
 
+@triton.jit
+def load_more(more, row, column, start, count, WIDTH: tl.constexpr, COLUMN: tl.constexpr):
+    """``more`` [count, WIDTH] at the rows from ``start`` and the columns from COLUMN on; 0 elsewhere."""
+    found = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    if more is not None:
+        own, shifted = row - start, column - COLUMN
+        mask = ((own >= 0) & (own < count))[:, None] & ((shifted >= 0) & (shifted < WIDTH))[None, :]
+        found = tl.load(more + own[:, None] * WIDTH + shifted[None, :], mask=mask, other=0.0)
+    return found
+
+
 @triton.jit(do_not_specialize=["batches", "pitch", "start", "more_start"])
 def written_adjoint_rows_kernel(
     at_written,
@@ -227,11 +238,7 @@ def written_adjoint_rows_kernel(
         omega = tl.load(surprise + place, mask=mask, other=0.0)
         by_end += forward.row_dot(tl.load(at_end + place, mask=mask, other=0.0), omega)
         grad = tl.load(at_written + place, mask=mask, other=0.0)
-        if more is not None:
-            own, shifted = row - more_start, column - MORE_COLUMN
-            there = (own >= 0) & (own < batches * LENGTH)
-            is_more = ((shifted >= 0) & (shifted < MORE_WIDTH))[None, :] & there[:, None]
-            grad += tl.load(more + own[:, None] * MORE_WIDTH + shifted[None, :], mask=is_more, other=0.0)
+        grad += load_more(more, row, column, more_start, batches * LENGTH, MORE_WIDTH, MORE_COLUMN)
         direct += forward.row_dot(grad, omega)
         tl.store(at_surprise + place, grad * -eta[:, None], mask=mask)
     tl.store(at_rate + row, -direct)

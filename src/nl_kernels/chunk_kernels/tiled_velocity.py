@@ -6,6 +6,8 @@ The formulas of :func:`nl_kernels.delta_adjoint.momentum_forward` and its adjoin
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,7 @@ from nl_kernels.chunk_kernels.tiled_launch import (
     whole,
 )
 from nl_kernels.chunk_kernels.tiled_layer import AFTER, LayerBuffers
-from nl_kernels.chunk_kernels.tiled_layer_adjoint import LayerAdjoint, pair_tile, pairs
+from nl_kernels.chunk_kernels.tiled_layer_adjoint import LayerAdjoint, pair_tile, pairs, written_blocks
 from nl_kernels.triton_support.tiles import power_of_two
 
 MIXED_AFTER = 2  # of the momenta
@@ -119,8 +121,6 @@ class Momentum:
         self,
         s: Schedule,
         velocities: list[Velocity],
-        momentum: torch.Tensor,
-        log_decay: torch.Tensor,
         d_momentum: torch.Tensor,
     ) -> None:
         """Gradients of the present chunk's momenta, and what decays get through the mixture."""
@@ -143,7 +143,6 @@ class Momentum:
                 {"BLOCK": tile},
             )
         given = {
-            "log_decay": log_decay,
             "to_end": self.to_end,
             "at_log": self.log,
             "pair_sums": self.sums,
@@ -155,8 +154,11 @@ class Momentum:
         names = ("mixed_to_end", "carried_to_end", "mixed_after", "mixed_inner", "carried_inner")
         for i, velocity in enumerate(velocities):
             given |= {f"{name}{i}": getattr(velocity, name) for name in names}
-            weight_tiles = velocity.mixed_inner.shape[2]
-            constants |= {f"WEIGHT_TILES{i}": weight_tiles, f"WEIGHT_BLOCK{i}": power_of_two(weight_tiles)}
+            weight_tiles = 0 if velocity.mixed_inner is None else velocity.mixed_inner.shape[2]
+            constants |= {
+                f"WEIGHT_TILES{i}": weight_tiles,
+                f"WEIGHT_BLOCK{i}": power_of_two(max(1, weight_tiles)),
+            }
         s.add("momentum adjoint", momentum_adjoint_kernel, s.grid.batches, given, constants)
 
 
@@ -208,7 +210,7 @@ class Velocity:
 
     def prepare_adjoint(self, s: Schedule, layer: LayerBuffers, grad: torch.Tensor, *, running: bool) -> None:
         """Room for the adjoint."""
-        length, batches = s.grid.length, s.grid.batches
+        length, batches = s.grid.length, layer.groups * s.grid.batches
         new, wide, tokens = grad.new_empty, (batches, length, layer.out), (batches, length)
         inner = (batches, s.grid.chunks, s.weight_tiles(layer.out, layer.into))
         self.grad = grad
@@ -318,42 +320,76 @@ def read_adjoint(
     adds: bool,
 ) -> None:
     """Goes before :func:`.tiled_layer_adjoint.read_adjoint`: the adjoints of scores, and of the read of U."""
+    velocity_read_adjoint(
+        s,
+        layer.shape,
+        whole(layer.written),
+        velocity.weights,
+        velocity.recalled,
+        velocity.products,
+        momentum,
+        grad,
+        weighted=velocity.read_weighted,
+        mixed_after=velocity.mixed_after,
+        pairs=adjoint.read_pairs,
+        at_query=velocity.at_query,
+        adds=adds,
+    )
+
+
+def velocity_read_adjoint(
+    s: Schedule,
+    shape: tuple[int, int],
+    written: Operand,
+    weights: Operand,
+    recalled: torch.Tensor,
+    products: torch.Tensor,
+    momentum: Momentum,
+    grad: Operand,
+    *,
+    weighted: torch.Tensor,
+    mixed_after: torch.Tensor,
+    pairs: torch.Tensor,
+    at_query: torch.Tensor,
+    adds: bool,
+) -> None:
+    """Of a running read of a layer of ``shape``: fills the last four, and the adjoint of the mixture."""
     from nl_kernels.chunk_kernels.tiled_momentum import read_momentum_rows_kernel
 
-    length = s.grid.length
+    length, (out, into) = s.grid.length, shape
     s.rows(
         "weigh velocity read",
         read_momentum_rows_kernel,
-        layer.out,
+        out,
         {
             "grad": grad.tensor,
             "grad_rows": grad.rows,
             "grad_start": grad.start,
-            "recalled": velocity.recalled,
-            "weighted": velocity.read_weighted,
-            "mixed_after": velocity.mixed_after,
+            "recalled": recalled,
+            "weighted": weighted,
+            "mixed_after": mixed_after,
         },
     )
-    by_pair = [Term(grad, whole(layer.written).t, layer.out, "d")]
+    by_pair = [Term(grad, written.t, out, "d")]
     place = every_row(momentum.at_mixed)
-    s.product("read pairs", length, length, by_pair, matrix=momentum.mixed, out=every_row(adjoint.read_pairs))
+    s.product("read pairs", length, length, by_pair, matrix=momentum.mixed, out=every_row(pairs))
     s.product(
         "read to mixture",
         length,
         length,
         by_pair,
-        matrix=velocity.products,
+        matrix=products,
         add1=place if adds else None,
         out=place,
     )
     s.product(
         "velocity read to queries",
         length,
-        layer.into,
-        [Term(grad, velocity.weights, layer.out)],
+        into,
+        [Term(grad, weights, out)],
         factor=MIXED_AFTER,
         coefficients=s.momenta,
-        out=every_row(velocity.at_query),
+        out=every_row(at_query),
     )
 
 
@@ -365,6 +401,9 @@ def write_adjoint(
     x: Operand,
     read_grad: Operand | None,
     queries: Operand | None,
+    *,
+    more: Operand | None = None,
+    more_terms: Sequence[Term] = (),
 ) -> None:
     """Adjoints of the error signal, the input and the rate, as :func:`.tiled_layer_adjoint.write_adjoint`."""
     from nl_kernels.chunk_kernels.tiled_momentum import written_momentum_rows_kernel
@@ -377,13 +416,15 @@ def write_adjoint(
     terms = [
         Term(whole(layer.weighted), adjoint.weights, layer.out),
         Term(whole(velocity.carried), velocity.grad_weights, layer.out),
+        *more_terms,
     ]
     if read_grad is not None:
         scores = [Term(whole(layer.scores).t, read_grad, length, "u")]
         sources.append(("read to written", scores, velocity.at_read))
         terms.append(Term(whole(adjoint.read_pairs).t, queries, length, "u"))
+        more = whole(velocity.at_read)
     for name, products, out in sources:
-        s.product(name, length, layer.out, products, out=every_row(out))
+        s.product(name, length, layer.out, products, out=every_row(out), groups=layer.groups)
     s.rows(
         "written adjoint",
         written_momentum_rows_kernel,
@@ -391,7 +432,8 @@ def write_adjoint(
         {
             "at_end": velocity.at_end,
             "at_velocity_end": velocity.at_velocity_end,
-            "at_read": velocity.at_read if read_grad is not None else None,
+            "more": None if more is None else more.tensor,
+            "more_start": 0 if more is None else more.start,
             "signal": layer.surprise,
             "rate": layer.rate,
             "at_surprise": adjoint.at_surprise,
@@ -399,8 +441,10 @@ def write_adjoint(
             "to_end": velocity.mixed_to_end,
             "carried_to_end": velocity.carried_to_end,
         },
+        groups=layer.groups,
+        **written_blocks(layer, more),
     )
-    s.product("write to input", length, layer.into, terms, out=every_row(adjoint.at_x))
+    s.product("write to input", length, layer.into, terms, out=every_row(adjoint.at_x), groups=layer.groups)
 
 
 def state_adjoint(
@@ -416,17 +460,18 @@ def state_adjoint(
     terms = []
     if queries is not None:
         terms.append(Term(whole(velocity.read_weighted).t, queries, s.grid.length))
-    place = every_row(velocity.grad)
+    place, after = (Place(x, x.shape[1], 0, layer.out, layer.out) for x in (velocity.grad, adjoint.grad))
     s.product(
         "velocity adjoint",
         *layer.shape,
         terms,
         add0=place,
         scaled=momentum.carried_final,
-        add1=every_row(adjoint.grad),
+        add1=after,
         scaled1=momentum.mixed_final,
-        against=before,
+        against=dataclasses.replace(before, step=layer.out),
         inner=velocity.carried_inner,
         inner1=velocity.mixed_inner,
         out=place,
+        groups=layer.groups,
     )

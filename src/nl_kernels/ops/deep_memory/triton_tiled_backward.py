@@ -104,10 +104,9 @@ class TiledAdjoint:
                 self.at_anchor[i],
                 self.at_snapshot[i] if given else None,
             )
-        gradients, inputs = self.gradients, chunks.inputs
+        gradients = self.gradients
         if chunks.momentum is not None:
-            given = (inputs.momentum, inputs.log_decay, gradients.d_momentum)
-            chunks.momentum.adjoint(s, chunks.velocities, *given)
+            chunks.momentum.adjoint(s, chunks.velocities, gradients.d_momentum)
         given = (self.at_rate, gradients.d_log_decay, gradients.d_rate)
         tiled_layer_adjoint.decay_adjoint(s, chunks.layers, self.layers, *given, chunks.momentum)
 

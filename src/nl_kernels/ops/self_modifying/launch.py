@@ -191,11 +191,6 @@ def why_not(
     sizes = {"width": width, "hidden": hidden, "chunk": chunk, "architecture": architecture}
     if regime_of(**sizes) == "row":
         return None
-    if momentum:
-        return (
-            f"momentum: on {architecture} the Triton kernels for chunks of {chunk} and memories as wide as "
-            "these do not have it; use impl='eager'"
-        )
     return _why_not_tiled(**sizes)
 
 
@@ -559,6 +554,7 @@ def tiled_schedules(
     backward, _ = plan_backward(
         results.o,
         results.running,
+        results.velocity,
         results.snapshot,
         inputs,
         results.kept,

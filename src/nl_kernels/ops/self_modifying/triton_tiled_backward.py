@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nl_kernels.chunk_kernels import tiled_call, tiled_layer_adjoint
+from nl_kernels.chunk_kernels import tiled_call, tiled_layer_adjoint, tiled_velocity
 from nl_kernels.chunk_kernels.tiled_launch import Operand, Place, Schedule, Term, every_row, whole
 from nl_kernels.chunk_kernels.tiled_layer import AFTER
 from nl_kernels.chunk_kernels.tiled_layer_adjoint import LayerAdjoint, pair_tile
 from nl_kernels.ops.self_modifying import launch, triton_tiled_adjoint, triton_tiled_gates
 from nl_kernels.ops.self_modifying.rows import (
+    ABSENT,
     GATE_ROWS,
     TiledInputs,
     rows_of_tokens,
@@ -47,8 +48,9 @@ class TiledGradients(NamedTuple):
 
     Attributes:
         query, key_input, value_input, gate_input: [N, S, D].
+        momentum: [N, S], or ``None``.
         parameters: [N, 3], of the largest rate and of both biases.
-        running, snapshot, anchor: by layer; those of running states hold the cotangents of the final ones
+        running, velocity, snapshot, anchor: by layer; those of states hold the cotangents of the final ones
             first. ``None`` where there are none.
     """
 
@@ -56,9 +58,11 @@ class TiledGradients(NamedTuple):
     key_input: torch.Tensor
     value_input: torch.Tensor
     gate_input: torch.Tensor
+    momentum: torch.Tensor | None
     parameters: torch.Tensor
     running: list[torch.Tensor]
-    snapshot: list[torch.Tensor | None]
+    velocity: list[torch.Tensor]
+    snapshot: list[torch.Tensor]
     anchor: list[torch.Tensor | None]
 
 
@@ -70,6 +74,8 @@ class ReadAdjoint(NamedTuple):
         pairs: of q xᵀ, as an operand [N, c, c]; full_rows, full_columns: sums by tile [N, tiles, c].
         after: of the decay, by token, times itself [N, c].
         written: of u [N, c, out].
+        velocity_weighted, mixed_after, at_query: with momentum, as of
+            :class:`~nl_kernels.chunk_kernels.tiled_velocity.Velocity`.
     """
 
     weighted: torch.Tensor
@@ -78,6 +84,22 @@ class ReadAdjoint(NamedTuple):
     full_columns: torch.Tensor
     after: torch.Tensor
     written: torch.Tensor
+    velocity_weighted: torch.Tensor | None
+    mixed_after: torch.Tensor | None
+    at_query: torch.Tensor | None
+
+
+class VelocitySums(NamedTuple):
+    """Of all layers as of one, what the adjoint of momenta takes; of a further one its ``mixed_after`` alone.
+
+    The names are those of :class:`~nl_kernels.chunk_kernels.tiled_velocity.Velocity`.
+    """
+
+    mixed_to_end: torch.Tensor | None
+    carried_to_end: torch.Tensor | None
+    mixed_inner: torch.Tensor | None
+    carried_inner: torch.Tensor | None
+    mixed_after: torch.Tensor | None = None
 
 
 class TiledAdjoint:
@@ -100,17 +122,14 @@ class TiledAdjoint:
         self.layers[0].before = new((WIDE if chunks.linear else MEMORIES) * n, c)
         if not chunks.layers[0].erases:
             self.layers[0].before = None
-        tiles = -(-c // pair_tile(c))
-        self.reads = [
-            ReadAdjoint(
-                operands(n, c, out),
-                operands(n, c, c),
-                *(new(n, tiles, c) for _ in range(2)),
-                new(n, c),
-                new(n, c, out),
-            )
-            for out in (chunks.read_rows() if chunks.running else ())
-        ]
+        self.reads = [self._read_buffers(i, n, c) for i in range(len(chunks.reads))]
+        self._velocity_weights, self.velocity_sums = [], None
+        if chunks.velocities:
+            self._velocity_weights = [operands(*x.shape) if rounds else None for x in gradients.velocity]
+            for layer, velocity, grad in zip(chunks.layers, chunks.velocities, gradients.velocity):
+                velocity.prepare_adjoint(s, layer, grad, running=False)
+            finals = (new(n, chunks.grid.chunks, 1) for _ in range(2))
+            self.velocity_sums = VelocitySums(new(n, c), new(n, c), *finals)
         self.at_query = new(n, c, width) if chunks.running else None
         # What goes past the memories of keys and values, and what residuals take of the errors.
         residual = options.projection_residual or options.residual or options.target_residual
@@ -131,6 +150,21 @@ class TiledAdjoint:
         else:
             self._make_hidden(n, c, h)
             self.at_inputs = new(MEMORIES * n, c, width)
+
+    def _read_buffers(self, i: int, n: int, c: int) -> ReadAdjoint:
+        chunks, new, operands = self.chunks, self.chunks.new, self.chunks.operands
+        out, into, tiles = chunks.read_rows()[i], chunks.layers[i].into, -(-c // pair_tile(c))
+        moves = chunks.momentum is not None
+        return ReadAdjoint(
+            operands(n, c, out),
+            operands(n, c, c),
+            *(None if moves else new(n, tiles, c) for _ in range(2)),
+            new(n, c),
+            new(n, c, out),
+            operands(n, c, out) if moves else None,
+            new(n, c) if moves else None,
+            new(n, c, into) if moves else None,
+        )
 
     def _make_hidden(self, n: int, c: int, h: int) -> None:
         """What there is of two-layer memories alone; the last layers' inputs lie in one buffer."""
@@ -168,6 +202,10 @@ class TiledAdjoint:
             shape = layer.groups * layer.out, layer.into
             weights, _ = tiled_call.operands_of(s, shape, whole(adjoint.grad), None, None, buffer, None)
             adjoint.weights = dataclasses.replace(weights, step=layer.out)
+        for layer, velocity, buffer in zip(chunks.layers, chunks.velocities, self._velocity_weights):
+            shape = layer.groups * layer.out, layer.into
+            weights, _ = tiled_call.operands_of(s, shape, whole(velocity.grad), None, None, buffer, None)
+            velocity.grad_weights = dataclasses.replace(weights, step=layer.out)
         if chunks.running:
             self._read_adjoint()
         self._write_adjoint()
@@ -222,19 +260,26 @@ class TiledAdjoint:
         )
         if z is not None:
             grad = whole(self.at_query_z)
-        tiled_layer_adjoint.pairs(
-            s,
-            "read pairs",
-            grad,
-            chunks.written_of(i),
-            rows,
-            read.scores,
-            "full",
-            rate=None,
-            out=adjoint.pairs,
-            row_sums=adjoint.full_rows,
-            column_sums=adjoint.full_columns,
-        )
+        if chunks.velocities:
+            tiled_velocity.velocity_read_adjoint(
+                s,
+                (rows, layer.into),
+                chunks.written_of(i),
+                chunks.velocities[i].weights,
+                read.velocity_recalled,
+                read.products,
+                chunks.momentum,
+                grad,
+                weighted=adjoint.velocity_weighted,
+                mixed_after=adjoint.mixed_after,
+                pairs=adjoint.pairs,
+                at_query=adjoint.at_query,
+                adds=i + 1 < len(self.reads),
+            )
+        else:
+            given = (grad, chunks.written_of(i), rows, read.scores, "full")
+            sums = {"row_sums": adjoint.full_rows, "column_sums": adjoint.full_columns}
+            tiled_layer_adjoint.pairs(s, "read pairs", *given, rate=None, out=adjoint.pairs, **sums)
         terms = [Term(grad, part_of(layer.weights, READ * rows), rows)]
         if chunks.anchors[i] is not None:
             terms.append(Term(grad, chunks.anchors[i], rows))
@@ -242,7 +287,8 @@ class TiledAdjoint:
             by_anchor = [Term(grad.t, queries, length)]
             s.product("read to anchor", rows, layer.into, by_anchor, add0=at_anchor, out=at_anchor)
         terms.append(Term(whole(adjoint.pairs), x, length, "l"))
-        s.product("read to queries", length, layer.into, terms, factor=AFTER, out=every_row(out))
+        more = every_row(adjoint.at_query)
+        s.product("read to queries", length, layer.into, terms, factor=AFTER, add1=more, out=every_row(out))
         terms = [Term(whole(read.scores).t, grad, length, "u")]
         s.product("read to written", length, rows, terms, out=every_row(adjoint.written))
 
@@ -259,19 +305,14 @@ class TiledAdjoint:
                 else:
                     more = Operand(read.written, c, column=READ * rows)
                     more_terms = [Term(whole(read.pairs).t, chunks.queries, c, "u")]
-            tiled_layer_adjoint.write_adjoint(
-                s,
-                layer,
-                adjoint,
-                x,
-                None,
-                None,
-                self.at_rates[i],
-                proximal=chunks.proximal,
-                adds=False,
-                more=more,
-                more_terms=more_terms,
-            )
+            given = (s, layer, adjoint)
+            reading = {"more": more, "more_terms": more_terms}
+            rates = {"proximal": chunks.proximal, "adds": False}
+            if chunks.velocities:
+                tiled_velocity.write_adjoint(*given, chunks.velocities[i], x, None, None, **reading)
+                tiled_layer_adjoint.rate_adjoint(*given, self.at_rates[i], **rates)
+            else:
+                tiled_layer_adjoint.write_adjoint(*given, x, None, None, self.at_rates[i], **rates, **reading)
         if chunks.running and not chunks.linear:
             place = Place(self.at_hidden, c, READ * n * c, c)
             terms = [Term(whole(self.reads[1].pairs).t, whole(chunks.query_value), c, "u")]
@@ -420,16 +461,24 @@ class TiledAdjoint:
         chunks, s, length = self.chunks, self.schedule, self.chunks.grid.length
         given: dict[str, Any] = {}
         constants: dict[str, Any] = {}
-        names = ("before", "to_end", "strict_rows", "strict_columns", "inner")
+        names = ["before", "to_end", "strict_rows", "strict_columns", "inner"]
         for i in range(3):
             constants |= {f"WEIGHT_TILES{i}": 0, f"WEIGHT_BLOCK{i}": 1}
+        for i, layer in enumerate(chunks.layers):
+            tiles = s.weight_tiles(layer.out, layer.into)
+            constants |= {f"WEIGHT_TILES{i}": tiles, f"WEIGHT_BLOCK{i}": power_of_two(tiles)}
+        if chunks.velocities:
+            names.remove("to_end")  # spans of the mixture are shared
+            self._momentum_adjoint(constants)
         for i, (layer, adjoint) in enumerate(zip(chunks.layers, self.layers)):
             given |= {f"{name}{i}": getattr(adjoint, name) for name in names}
             given |= {f"rate{i}": layer.rate, f"at_rate{i}": self.at_rates[i]}
-            tiles = s.weight_tiles(layer.out, layer.into)
-            constants |= {f"WEIGHT_TILES{i}": tiles, f"WEIGHT_BLOCK{i}": power_of_two(tiles)}
         for i, read in enumerate(self.reads):
             given |= {f"{name}{i}": getattr(read, name) for name in ("after", "full_rows", "full_columns")}
+        if chunks.velocities:
+            shared = chunks.momentum
+            given |= {"shared_to_end": shared.to_end, "shared_log": shared.log}
+            given |= {"full_rows0": shared.full_rows, "full_columns0": shared.full_columns}
         given |= {"final": s.final, "logits": chunks.logits, "rate_max": chunks.inputs.rate_max}
         given |= {"at_logits": self.at_logits, "operand": self.at_gates}
         given["at_parameters"] = self.gradients.parameters
@@ -443,6 +492,20 @@ class TiledAdjoint:
             constants,
             tiled_layer_adjoint.token_warps(length, s.architecture),
         )
+
+    def _momentum_adjoint(self, constants: dict[str, Any]) -> None:
+        """The momenta, and what decays get through the mixture; ``constants`` has the weights' tiles."""
+        chunks, s, sums = self.chunks, self.schedule, self.velocity_sums
+        names = ("mixed_to_end", "carried_to_end", "mixed_inner", "carried_inner")
+        given = {name: getattr(sums, name) for name in names}
+        for i, velocity in enumerate(chunks.velocities):
+            given |= {f"{name}{i}": getattr(velocity, name) for name in names}
+        constants = {**constants, "BLOCK": power_of_two(chunks.grid.length)}
+        s.add("velocity sums", triton_tiled_gates.velocity_sums_kernel, chunks.grid.batches, given, constants)
+        after = [read.mixed_after for read in self.reads] or [None]
+        layers = [sums._replace(mixed_after=after[0])]
+        layers += [VelocitySums(None, None, None, None, x) for x in after[1:]]
+        chunks.momentum.adjoint(s, layers, self.gradients.momentum)
 
     def _served_adjoint(self) -> None:
         """Through the hidden layers at the inputs."""
@@ -520,6 +583,10 @@ class TiledAdjoint:
         """Running weights before the chunk in the place of those after it, anchors and snapshots."""
         chunks, s, c = self.chunks, self.schedule, self.chunks.grid.length
         xs, at_base = chunks.xs(), self._at_base
+        for i, velocity in enumerate(chunks.velocities):
+            old = before[len(self.layers) + i]
+            given = (self.layers[i], velocity, chunks.momentum, None, old)
+            tiled_velocity.state_adjoint(s, chunks.layers[i], *given)
         for i, (layer, adjoint, terms) in enumerate(zip(chunks.layers, self.layers, self._base_terms())):
             at_snapshot = None if at_base[i] is adjoint.grad else at_base[i]
             at_anchor = self.gradients.anchor[i]
@@ -531,6 +598,10 @@ class TiledAdjoint:
             queries = whole(chunks.query_value) if i else chunks.queries
             terms = [Term(whole(read.weighted).t, queries, c)]
             s.product("read to state", rows, chunks.layers[i].into, terms, add0=place, out=place)
+            if chunks.velocities:
+                place = self._part(self.gradients.velocity[i], READ * rows, rows)
+                terms = [Term(whole(read.velocity_weighted).t, queries, c)]
+                s.product("read to velocity", rows, chunks.layers[i].into, terms, add0=place, out=place)
 
     def _base_terms(self) -> list[list[Term]]:
         """By layer the products that are the adjoint of what serves, but for what the gates give."""
@@ -591,6 +662,7 @@ class TiledAdjoint:
 def plan_backward(
     grad_o: torch.Tensor,
     final: list[torch.Tensor | None],
+    velocity: list[torch.Tensor | None],
     snapshot: list[torch.Tensor | None],
     inputs: TiledInputs,
     kept: list[torch.Tensor],
@@ -601,19 +673,23 @@ def plan_backward(
     """The kernels' calls, and what they fill.
 
     Args:
-        grad_o, final, snapshot: cotangents of the reads [N, S, D] and, by layer, of the states after the
-            call; ``None`` is zero.
-        kept: the states that the forward pass kept.
+        grad_o, final, velocity, snapshot: cotangents of the reads [N, S, D] and, by layer, of the states
+            after the call; ``None`` is zero.
+        kept: the states that the forward pass kept, with momentum and velocities.
     """
     given, resumed = inputs.states("running"), inputs.snapshot_last is not None
-    tokens = (inputs.query, inputs.key_input, inputs.value_input, inputs.gate_input)
+    tokens = (inputs.query, inputs.key_input, inputs.value_input, inputs.gate_input, inputs.momentum)
     like = torch.empty_like if inputs.begin is None else torch.zeros_like
     gradients = TiledGradients(
-        *(like(x) for x in tokens),
+        *(None if x is None else like(x) for x in tokens),
         inputs.query.new_zeros(len(inputs.query), 3),
         *(
-            [torch.zeros_like(x) if g is None else g.clone() for x, g in zip(given, y)]
-            for y in (final, snapshot)
+            [torch.zeros_like(x) if g is None else g.clone() for x, g in zip(like_parts, parts)]
+            for like_parts, parts in (
+                (given, final),
+                (inputs.carried()[len(given) :], velocity),
+                (given, snapshot),
+            )
         ),
         [None if x is None else torch.zeros_like(x) for x in inputs.states("anchor")],
     )
@@ -687,7 +763,8 @@ class Boundaries:
 
     def _forget(self, when: str, **options: int) -> None:
         """Cut the gradient off."""
-        for x in (*self.gradients.snapshot, *self.gradients.running):
+        gradients = self.gradients
+        for x in (*gradients.snapshot, *gradients.running, *gradients.velocity):
             tiled_call.move(
                 self.chunks.schedule, whole(x), None, x.shape[1:], when=when, clears=True, **options
             )
@@ -746,46 +823,45 @@ def self_modifying_backward(
     """As :func:`.triton_backward.self_modifying_backward`; kept states are those of the tiled kernels."""
     inputs = tiled_inputs(*tensors[:21])
     batch, heads, device = len(grad_o), grad_o.shape[2], grad_o.device
-    linear = inputs.running_first is None
-    running = tensors[12:15]
-    final, snapshot = (
-        _present_rows(MemoryStack(*_zeros_for(grad_stacks[i : i + 3], running))) for i in (0, 6)
-    )
-    kept = [x for x in tensors[21:24] if x is not None]
+    linear, running = inputs.running_first is None, tensors[12:15]
+    final, velocity, snapshot = (_cotangents(grad_stacks[i : i + 3], running) for i in (0, 3, 6))
     schedule, found = plan_backward(
         rows_of_tokens(grad_o),
         final,
+        velocity,
         snapshot,
         inputs,
-        kept,
+        [x for x in tensors[21:] if x is not None],
         options,
         architecture=architecture_of(device),
     )
     run_calls(schedule.calls, device)
 
     def stacked(parts: list[torch.Tensor | None]) -> MemoryStack:
+        if not parts or parts[0] is None:
+            return ABSENT
         return unstack_rows(MemoryStack(None, *parts, None) if linear else MemoryStack(*parts), batch)
 
-    tokens = (found.query, found.key_input, found.value_input, found.gate_input)
+    snapshots = MemoryStack(*(None if x is None else torch.zeros_like(x) for x in running))
+    if inputs.snapshot_last is not None:
+        snapshots = stacked(found.snapshot)
+    tokens = (found.query, found.key_input, found.value_input, found.gate_input, found.momentum)
     by_head = found.parameters.view(batch, heads, 3).sum(0)
-    resumed = inputs.snapshot_last is not None
     return (
-        *(tokens_of_rows(x, batch) for x in tokens),
-        None,
+        *(None if x is None else tokens_of_rows(x, batch) for x in tokens),
         *(x.clone() for x in by_head.unbind(1)),  # outputs of an operator may not share memory
-        *(stacked(found.anchor) if found.anchor[0] is not None else (None,) * 3),
+        *stacked(found.anchor),
         *stacked(found.running),
-        *(None,) * 3,
-        *(stacked(found.snapshot) if resumed else _zeros_for((None,) * 3, running)),
+        *stacked(found.velocity),
+        *snapshots,
     )
 
 
-def _zeros_for(
+def _cotangents(
     stack: tuple[torch.Tensor | None, ...], like: tuple[torch.Tensor | None, ...]
 ) -> list[torch.Tensor | None]:
-    """The parts of a stack, zeros in place of absent ones that ``like`` has."""
-    return [None if x is None else torch.zeros_like(x) if g is None else g for g, x in zip(stack, like)]
-
-
-def _present_rows(stack: MemoryStack) -> list[torch.Tensor]:
-    return [x for x in stack_rows(stack) if x is not None]
+    """Those of a stack's parts by row, zeros in place of absent ones; ``None`` where all are absent."""
+    if all(x is None for x in stack):
+        return [None] * (3 if like[0] is not None else 1)
+    parts = [None if x is None else torch.zeros_like(x) if g is None else g for g, x in zip(stack, like)]
+    return [x for x in stack_rows(MemoryStack(*parts)) if x is not None]

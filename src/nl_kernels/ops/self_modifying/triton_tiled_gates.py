@@ -50,8 +50,9 @@ def _read_spans(after, full_rows, full_columns, n, t, LENGTH: tl.constexpr, TILE
     shifted = inside & (t > 0)
     place = after + n * LENGTH + t
     found = -tl.load(place - 1, mask=shifted, other=0.0).to(tl.float64)
-    found += sum_tiles(full_columns, n, t - 1, shifted, LENGTH, TILES)
-    found -= sum_tiles(full_rows, n, t - 1, shifted, LENGTH, TILES)
+    if full_rows is not None:
+        found += sum_tiles(full_columns, n, t - 1, shifted, LENGTH, TILES)
+        found -= sum_tiles(full_rows, n, t - 1, shifted, LENGTH, TILES)
     return found, tl.sum(tl.load(place, mask=inside, other=0.0).to(tl.float64), 0)
 
 
@@ -84,6 +85,8 @@ def gates_adjoint_kernel(
     after1,
     full_rows1,
     full_columns1,
+    shared_to_end,
+    shared_log,
     final,
     logits,
     rate_max,
@@ -117,7 +120,7 @@ def gates_adjoint_kernel(
     the two gates, which linear memories do not have; of reads 0 is the first. What they have is as in
     :func:`~nl_kernels.chunk_kernels.tiled_tokens.decay_adjoint_kernel`. ``operand`` [N, LENGTH, GATES] gets
     the logits' side by side; largest rate and both biases get their sums over the chunk, added to
-    ``at_parameters`` [N, 3].
+    ``at_parameters`` [N, 3]. ``shared_…`` is what momentum adds.
     """
     n = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, BLOCK)
@@ -150,7 +153,11 @@ def gates_adjoint_kernel(
         found += more
         at_start += more_start
     _, valid = locate_tokens(n, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
+    if shared_to_end is not None:
+        found += tl.load(shared_to_end + n * LENGTH + t - 1, mask=inside & (t > 0), other=0.0)
     at_log = tl.cumsum(tl.where(t == 0, found + at_start, found), 0).to(tl.float32)
+    if shared_log is not None:
+        at_log += tl.load(shared_log + n * LENGTH + t, mask=inside, other=0.0)
     at_log = tl.where(valid, at_log, 0.0)
     at_rate = tl.where(valid, at_rate, 0.0)
 
@@ -171,3 +178,78 @@ def gates_adjoint_kernel(
     tl.store(total, tl.load(total) + tl.sum(at_rate * fraction, 0))
     tl.store(total + 1, tl.load(total + 1) + tl.sum(at_rate_logit, 0))
     tl.store(total + 2, tl.load(total + 2) + tl.sum(at_retention_logit, 0))
+
+
+@triton.jit
+def _sum_groups(x, n, batches, t, inside, LENGTH: tl.constexpr, GROUPS: tl.constexpr):
+    """Over the memories of a layer, of numbers by token."""
+    found = tl.zeros(t.shape, tl.float32)
+    for memory in range(0, GROUPS):
+        found += tl.load(x + (memory * batches + n) * LENGTH + t, mask=inside, other=0.0)
+    return found
+
+
+@triton.jit
+def _sum_weights(
+    x, n, batches, chunks, chunk, GROUPS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Over the memories of a layer and the tiles of their weights."""
+    tile = tl.arange(0, BLOCK)
+    found = tl.zeros([BLOCK], tl.float32)
+    for memory in range(0, GROUPS):
+        place = x + ((memory * batches + n) * chunks + chunk) * TILES + tile
+        found += tl.load(place, mask=tile < TILES, other=0.0)
+    return tl.sum(found, 0)
+
+
+@triton.jit(do_not_specialize=["batches", "chunks", "chunk"])
+def velocity_sums_kernel(
+    mixed_to_end0,
+    carried_to_end0,
+    mixed_inner0,
+    carried_inner0,
+    mixed_to_end1,
+    carried_to_end1,
+    mixed_inner1,
+    carried_inner1,
+    mixed_to_end2,
+    carried_to_end2,
+    mixed_inner2,
+    carried_inner2,
+    mixed_to_end,
+    carried_to_end,
+    mixed_inner,
+    carried_inner,
+    batches,
+    chunks,
+    chunk,
+    LENGTH: tl.constexpr,
+    WEIGHT_TILES0: tl.constexpr,
+    WEIGHT_BLOCK0: tl.constexpr,
+    WEIGHT_TILES1: tl.constexpr,
+    WEIGHT_BLOCK1: tl.constexpr,
+    WEIGHT_TILES2: tl.constexpr,
+    WEIGHT_BLOCK2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What the adjoint of momenta takes of all layers, numbered as above, as of one; one program a row."""
+    n = tl.program_id(0).to(tl.int64)
+    t = tl.arange(0, BLOCK)
+    inside = t < LENGTH
+    mixed = _sum_groups(mixed_to_end0, n, batches, t, inside, LENGTH, 1)
+    carried = _sum_groups(carried_to_end0, n, batches, t, inside, LENGTH, 1)
+    at_mixed = _sum_weights(mixed_inner0, n, batches, chunks, chunk, 1, WEIGHT_TILES0, WEIGHT_BLOCK0)
+    at_carried = _sum_weights(carried_inner0, n, batches, chunks, chunk, 1, WEIGHT_TILES0, WEIGHT_BLOCK0)
+    if mixed_inner1 is not None:
+        mixed += _sum_groups(mixed_to_end1, n, batches, t, inside, LENGTH, 3)
+        carried += _sum_groups(carried_to_end1, n, batches, t, inside, LENGTH, 3)
+        at_mixed += _sum_weights(mixed_inner1, n, batches, chunks, chunk, 3, WEIGHT_TILES1, WEIGHT_BLOCK1)
+        at_carried += _sum_weights(carried_inner1, n, batches, chunks, chunk, 3, WEIGHT_TILES1, WEIGHT_BLOCK1)
+        mixed += _sum_groups(mixed_to_end2, n, batches, t, inside, LENGTH, 2)
+        carried += _sum_groups(carried_to_end2, n, batches, t, inside, LENGTH, 2)
+        at_mixed += _sum_weights(mixed_inner2, n, batches, chunks, chunk, 2, WEIGHT_TILES2, WEIGHT_BLOCK2)
+        at_carried += _sum_weights(carried_inner2, n, batches, chunks, chunk, 2, WEIGHT_TILES2, WEIGHT_BLOCK2)
+    tl.store(mixed_to_end + n * LENGTH + t, mixed, mask=inside)
+    tl.store(carried_to_end + n * LENGTH + t, carried, mask=inside)
+    tl.store(mixed_inner + n * chunks + chunk, at_mixed)
+    tl.store(carried_inner + n * chunks + chunk, at_carried)
