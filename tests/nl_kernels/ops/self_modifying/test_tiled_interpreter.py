@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nl_kernels import MemoryRule, dispatch, self_modifying_memory
-from nl_kernels.chunk_kernels import tiled_launch, tiled_layer, tiled_layer_adjoint
+from nl_kernels.chunk_kernels import tiled_launch, tiled_layer, tiled_layer_adjoint, tiled_velocity
 from nl_kernels.ops.self_modifying import (
     launch,
     triton_tiled_backward,
@@ -44,14 +44,14 @@ def tiled(monkeypatch):
     monkeypatch.setattr(launch, "MIN_TILED_CHUNK", 1)
 
 
-# The default with two layers and running reads is below, where mistakes are planted.
 QUICK = {
     ("default", "snapshot", None),
     ("literal", "running", None),
     ("literal", "snapshot", 6),
+    ("titans", "running", None),
 }
 RULES_READS_LAYERS = itertools.product(
-    ("default", "literal", "gelu, input"), ("snapshot", "running"), (6, None)
+    ("default", "literal", "gelu, input", "titans"), ("snapshot", "running"), (6, None)
 )
 
 
@@ -69,53 +69,71 @@ def resumed_at(place, inputs, **options):
 def test_results_and_every_gradient(tiled, rule, read, hidden):
     """Resumed within a chunk and left within another one."""
     options = {"rule": RULES[rule], "read": read, "chunk_size": C}
-    inputs = resumed_at(3, make(9, hidden, outer_scale=0.3), **options)
-    assert_kernels_within_budget(inputs, **options)
+    inputs = make(9, hidden, outer_scale=0.3, momentum=rule == "titans")
+    if rule == "titans":
+        with torch.no_grad():
+            inputs["momentum"][:, 5] = 0
+    assert_kernels_within_budget(resumed_at(3, inputs, **options), **options)
 
 
-@pytest.mark.parametrize("length", [1, C, *(pytest.param(n, marks=SLOW) for n in (C - 1, C + 1, 3 * C + 7))])
+@pytest.mark.parametrize("length", [1, *(pytest.param(n, marks=SLOW) for n in (C - 1, C, C + 1, 3 * C + 7))])
 def test_lengths(tiled, length):
     inputs = make(length, None, batch=2, heads=2)
     assert_kernels_within_budget(inputs, read="running", chunk_size=C, checkpoint_every=2)
 
 
-@pytest.mark.parametrize("hidden", [20, pytest.param(None, marks=SLOW)])
-def test_several_tiles_and_blocks_of_sixteen(tiled, monkeypatch, hidden):
+@pytest.mark.parametrize(
+    ("hidden", "momentum"),
+    [pytest.param(20, False, marks=SLOW), (None, False), pytest.param(None, True, marks=SLOW)],
+)
+def test_several_tiles_and_blocks_of_sixteen(tiled, monkeypatch, hidden, momentum):
     """A chunk of two tiles, and of two blocks of the solve; rows of tokens in several blocks of columns."""
     for module in (tiled_layer, triton_tiled_chunk):
         monkeypatch.setattr(module, "SOLVE_BLOCK", 16)
-    for module in (tiled_layer_adjoint, triton_tiled_backward):
+    for module in (tiled_layer_adjoint, tiled_velocity, triton_tiled_backward):
         monkeypatch.setattr(module, "pair_tile", lambda length: 16)
     monkeypatch.setattr(tiled_layer_adjoint, "ROW_NUMBERS", 16)
     monkeypatch.setattr(tiled_launch, "tiles_of", lambda *_: tiled_launch.Tiles(16, 16, 16, 4, 1))
-    assert_kernels_within_budget(make(24, hidden, width=17), read="running", chunk_size=24)
-
-
-@pytest.mark.parametrize("hidden", [pytest.param(6, marks=SLOW), None], ids=["two layers", "linear"])
-def test_states_are_recomputed(tiled, hidden):
-    assert_kernels_within_budget(make(18, hidden), read="running", chunk_size=C, checkpoint_every=3)
+    rule = RULES["titans"] if momentum else None
+    inputs = make(20, hidden, width=17, momentum=momentum)
+    assert_kernels_within_budget(inputs, rule=rule, read="running", chunk_size=24)
 
 
 @pytest.mark.parametrize(
-    ("hidden", "read"), [(6, "snapshot"), pytest.param(6, "running", marks=SLOW), (None, "snapshot")]
+    ("hidden", "momentum"),
+    [pytest.param(6, False, marks=SLOW), (None, False), pytest.param(None, True, marks=SLOW)],
+)
+def test_states_are_recomputed(tiled, hidden, momentum):
+    options = {"read": "running", "chunk_size": C, "rule": RULES["titans"] if momentum else None}
+    assert_kernels_within_budget(make(11, hidden, momentum=momentum), checkpoint_every=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "read"),
+    [*(pytest.param(6, x, marks=SLOW) for x in ("snapshot", "running")), (None, "snapshot")],
 )
 def test_without_erasing(tiled, hidden, read):
     rule = dataclasses.replace(MemoryRule(), erase="none", error_bound=0.3)
     assert_kernels_within_budget(make(6, hidden), rule=rule, read=read, chunk_size=C)
 
 
-CLOCKS = [(None, (2, 4)), (None, (4, 2)), (6, (4, 2)), (None, (4, 4)), (6, (2, 4)), (6, (4, 4))]
+QUICK_CLOCKS = [(None, (2, 4), False), (None, (4, 2), True)]
+CLOCKS = itertools.product((None, 6), ((4, 4), (2, 4), (4, 2)), (False, True))
 
 
 @pytest.mark.parametrize(
-    ("hidden", "clocks"), [pytest.param(*x, marks=() if i < 2 else SLOW) for i, x in enumerate(CLOCKS)]
+    ("hidden", "clocks", "momentum"),
+    [pytest.param(*x, marks=() if x in QUICK_CLOCKS else SLOW) for x in CLOCKS],
 )
-def test_padding_resumed_apart(tiled, hidden, clocks):
+def test_padding_resumed_apart(tiled, hidden, clocks, momentum):
     """Sequences at different positions of both clocks, gradients into every part of the initial state."""
     options = {"chunk_size": clocks[0], "generator_chunk_size": clocks[1], "read": "running"}
+    if momentum:
+        options["rule"] = RULES["titans"]
     if clocks == (2, 4):
-        options |= {"truncate_every": 3, "rule": dataclasses.replace(MemoryRule(), anchored=False)}
-    inputs = make(9, hidden, batch=2)
+        rule = dataclasses.replace(options.get("rule", MemoryRule()), anchored=False)
+        options |= {"truncate_every": 3, "rule": rule}
+    inputs = make(9, hidden, batch=2, momentum=momentum)
     _, state = self_modifying_memory(
         **tokens(inputs, 0, 4, SHARED), **options, mask=MASK[:, :4], output_final_state=True, impl="eager"
     )
@@ -128,17 +146,13 @@ def test_padding_resumed_apart(tiled, hidden, clocks):
 
 @pytest.mark.parametrize(
     ("clocks", "place", "truncate", "every"),
-    [
-        ((2, 6), 3, 2, 1),
-        pytest.param((6, 2), 3, None, 2, marks=SLOW),
-        pytest.param((6, 3), 0, 3, 2, marks=SLOW),
-    ],
+    [((2, 6), 3, 2, 1), ((6, 2), 5, None, 2), pytest.param((6, 3), 0, 3, 2, marks=SLOW)],
 )
 @pytest.mark.parametrize("read", ["snapshot", pytest.param("running", marks=SLOW)])
 def test_two_clocks(tiled, clocks, place, truncate, every, read):
     """All sequences at the same place: within periods, over several; cut, and recomputed."""
     options = {"chunk_size": clocks[0], "generator_chunk_size": clocks[1], "read": read}
-    inputs = make(17, None)
+    inputs = make(14, None)
     if place:
         inputs = resumed_at(place, inputs, **options)
     assert_kernels_within_budget(inputs, truncate_every=truncate, checkpoint_every=every, **options)
@@ -146,7 +160,7 @@ def test_two_clocks(tiled, clocks, place, truncate, every, read):
 
 def test_packed_sequences(tiled):
     cu_seqlens = torch.tensor([0, 3, 4, 8])
-    assert_kernels_within_budget(make(8, None, heads=2), cu_seqlens=cu_seqlens, chunk_size=3, read="running")
+    assert_kernels_within_budget(make(8, None), cu_seqlens=cu_seqlens, chunk_size=3, read="running")
 
 
 def test_16_bit_inputs(tiled):
@@ -206,9 +220,12 @@ def run_guarded(calls, given, running=()):
     return len(buffers)
 
 
-@pytest.mark.parametrize("hidden", [None, pytest.param(6, marks=SLOW)])
-def test_every_element_is_written_and_nothing_else(hidden):
-    tensors, options = operator_arguments(hidden)
+@pytest.mark.parametrize(
+    ("hidden", "momentum"),
+    [(None, True), (6, False), *(pytest.param(*x, marks=SLOW) for x in ((None, False), (6, True)))],
+)
+def test_every_element_is_written_and_nothing_else(hidden, momentum):
+    tensors, options = operator_arguments(hidden, momentum=momentum)
     tensors[5] = None
     options = dataclasses.replace(options, regime="tiled")
     given = [None if x is None else x.clone() for x in tiled_inputs(*tensors)]
@@ -216,14 +233,15 @@ def test_every_element_is_written_and_nothing_else(hidden):
     schedule, results = triton_tiled_forward.plan_forward(given, options, architecture="sm_90")
     assert run_guarded(schedule.calls, given) > 25
     run_calls(schedule.calls, given.query.device)
-    cotangents = [[torch.randn(x.shape) for x in part] for part in (results.running, results.snapshot)]
+    states = (results.running, results.velocity, results.snapshot)
+    cotangents = [[torch.randn(x.shape) for x in part] for part in states]
     grad_o = torch.randn(results.o.shape)
     schedule, gradients = triton_tiled_backward.plan_backward(
         grad_o, *cotangents, given, results.kept, options, architecture="sm_90"
     )
     known = [*given, grad_o, *results.kept, *(x for part in cotangents for x in part)]
-    running = [*gradients.running, *gradients.anchor, *gradients.snapshot, gradients.parameters]
-    assert run_guarded(schedule.calls, known, running) > 60
+    running = [*gradients.running, *gradients.velocity, *gradients.anchor, *gradients.snapshot]
+    assert run_guarded(schedule.calls, known, [*running, gradients.parameters]) > 60
 
 
 @pytest.mark.parametrize("hidden", [None, pytest.param(6, marks=SLOW)])
