@@ -500,6 +500,7 @@ def _arguments(
 def _tiled_entries(architecture: str) -> Iterator[CatalogueEntry]:
     """Of every kind of call of the tiled kernels one."""
     default, literal = MemoryRule(), MemoryRule.literal()
+    titans = dataclasses.replace(default, erase="none")
     gelu = MemoryRule(activation="gelu", erase="input")
     bf16, fp32 = torch.bfloat16, torch.float32
     for dtype, width, hidden, chunk, read, name, rule in (
@@ -508,6 +509,7 @@ def _tiled_entries(architecture: str) -> Iterator[CatalogueEntry]:
         (bf16, 128, None, 64, "running", "default", default),
         (bf16, 128, 512, 64, "snapshot", "literal", literal),
         (bf16, 128, None, 64, "snapshot", "literal", literal),
+        (bf16, 128, 512, 64, "running", "titans", titans),
         (fp32, 128, 512, 64, "running", "default", default),
         (fp32, 40, 200, 100, "snapshot", "gelu input", gelu),
     ):

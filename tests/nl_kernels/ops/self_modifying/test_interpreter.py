@@ -171,10 +171,6 @@ def test_16_bit_inputs():
         ({"chunk_size": 4097}, "chunks up to 4096, got 4097"),
         (make(2, 65), "two-layer memories up to 64 wide, got 65; use impl='eager', or chunks of 16 and more"),
         ({**make(2, 4097, width=3), "chunk_size": 16}, "up to 4096 wide, got 4097"),
-        (
-            {"chunk_size": 64, "momentum": 0.5 * torch.ones(1, 2, 1), "rule": RULES["titans"]},
-            "momentum: on .* for chunks of 64",
-        ),
     ],
 )
 def test_refuses_what_the_kernels_do_not_cover(change, message):

@@ -44,7 +44,8 @@ def tiled(monkeypatch):
     monkeypatch.setattr(launch, "MIN_TILED_CHUNK", 1)
 
 
-QUICK = {("default", "snapshot", None), ("literal", "running", None)}
+# The default with two layers and running reads is below, where mistakes are planted.
+QUICK = {("default", "snapshot", None), ("literal", "running", None), ("literal", "snapshot", 6)}
 RULES_READS_LAYERS = itertools.product(
     ("default", "literal", "gelu, input", "titans"), ("snapshot", "running"), (6, None)
 )
