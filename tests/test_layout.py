@@ -17,6 +17,7 @@ ALLOWED = REQUIRED | {
     "triton_rerun.py",
     "triton_adjoint.py",
     "triton_tiled_chunk.py",
+    "triton_tiled_chunk_adjoint.py",
     "triton_tiled_rows.py",
     "triton_tiled_forward.py",
     "triton_tiled_backward.py",

@@ -18,8 +18,14 @@ SPILLS = {
 }
 """Bytes a thread may spill in bf16."""
 
-LAUNCHES = [(256, "running", 31, 79), (256, "snapshot", 26, 61), (None, "running", 13, 35)]
-"""Hidden layer, read, and kernels a chunk forward and backward."""
+LAUNCHES = [
+    (256, "running", "per_layer", 31, 79),
+    (256, "snapshot", "per_layer", 26, 61),
+    (None, "running", "per_layer", 13, 35),
+    (256, "running", "none", 31, 92),
+    (None, "running", "none", 14, 45),
+]
+"""Hidden layer, read, erase (without: momentum), and kernels a chunk forward and backward."""
 
 
 def check(architecture, words, names=None):
@@ -76,8 +82,8 @@ def test_every_kernel_in_bfloat16(architecture, sizes):
     check(architecture, f"bfloat16 {sizes} running default")
 
 
-@pytest.mark.parametrize(("hidden", "read", "forward", "backward"), LAUNCHES)
-def test_kernels_are_launched_a_fixed_number_of_times_a_chunk(hidden, read, forward, backward):
+@pytest.mark.parametrize(("hidden", "read", "erase", "forward", "backward"), LAUNCHES)
+def test_kernels_are_launched_a_fixed_number_of_times_a_chunk(hidden, read, erase, forward, backward):
     counts = []
     for chunks in (2, 3):
         schedules = launch.tiled_schedules(
@@ -87,7 +93,7 @@ def test_kernels_are_launched_a_fixed_number_of_times_a_chunk(hidden, read, forw
             hidden,
             64,
             read,
-            MemoryRule(),
+            MemoryRule(erase=erase),
             chunks=chunks,
             checkpoint_every=1,
         )

@@ -14,6 +14,7 @@ from nl_kernels.ops.self_modifying import (
     launch,
     triton_tiled_backward,
     triton_tiled_chunk,
+    triton_tiled_chunk_adjoint,
     triton_tiled_forward,
 )
 from nl_kernels.ops.self_modifying.rows import TiledInputs, tiled_inputs
@@ -86,7 +87,7 @@ def test_several_tiles_and_blocks_of_sixteen(tiled, monkeypatch, hidden, momentu
     """A chunk of two tiles, and of two blocks of the solve; rows of tokens in several blocks of columns."""
     for module in (tiled_layer, triton_tiled_chunk):
         monkeypatch.setattr(module, "SOLVE_BLOCK", 16)
-    for module in (tiled_layer_adjoint, tiled_velocity, triton_tiled_backward):
+    for module in (tiled_layer_adjoint, tiled_velocity, triton_tiled_chunk_adjoint):
         monkeypatch.setattr(module, "pair_tile", lambda length: 16)
     monkeypatch.setattr(tiled_layer_adjoint, "ROW_NUMBERS", 16)
     monkeypatch.setattr(tiled_launch, "tiles_of", lambda *_: tiled_launch.Tiles(16, 16, 16, 4, 1))
