@@ -61,6 +61,20 @@ def test_hopper_spills_nothing_in_the_largest_products():
     check("sm_90", "bfloat16 512x1536 C2048 running default forward", names)
 
 
+def test_hopper_spills_little_backward():
+    names = (
+        "written adjoint",
+        "gram pairs",
+        "signal adjoint",
+        "pair adjoint",
+        "key and value adjoint",
+        "gates adjoint",
+        "input adjoint",
+        "state adjoint",
+    )
+    check("sm_90", "bfloat16 128x512 C64 running default backward", names)
+
+
 def test_linear_memories_spill_nothing_on_hopper():
     check(
         "sm_90",
