@@ -369,9 +369,8 @@ def test_gates(two_layer):
     total = parameters.float()
     made = {name: torch.full(x, torch.nan) for name, x in arguments.items() if isinstance(x, tuple)}
     kernel = gates_adjoint_kernel
-    absent = {
-        name: None for name in kernel.arg_names if name[-1] in "012" and name.islower() and name not in known
-    }
+    absent = {"shared_to_end": None, "shared_log": None}
+    absent |= {name: None for name in kernel.arg_names if name[-1] in "012" and name.islower()}
     kernel[(ROWS,)](
         **{**absent, **known, **made}, at_parameters=total, batches=ROWS, tokens=tokens, offset=0, chunks=2,
         chunk=1, CHUNK=length, LENGTH=LENGTH, TILES=2, GATES=16, PARTS0=groups[0][1], **weights, BLOCK=16,
