@@ -195,6 +195,42 @@ def learning_case(device: str, quick: bool = False, memory: bool = False, **size
     return replace(case, work=learning_work(case))
 
 
+def reading_providers(case: Case, device: torch.device) -> Factories:
+    """Learning while reading, without gradients, keys as read; the same widths that never learn."""
+
+    def ours(role: str, rate: float | None = None, **options: object) -> Provider:
+        levels = levels_of(case, device, case.dtype, projected_keys=False)
+        if rate is not None:
+            levels = [replace(level, rate=rate) for level in levels]
+        x, _ = stream_of(case, device, case.dtype)
+
+        @torch.no_grad()
+        def run() -> Tensor:
+            return continuum_memory(x, levels, **options)[0]
+
+        return Provider(run, role=role, work=static_reading(case) if rate == 0 else None)
+
+    found = {"nl_kernels": lambda: ours("ours"), "nl_kernels rate 0": lambda: ours("baseline", 0.0)}
+    if device.type == "cuda":  # where the default is Triton
+        found["nl_kernels eager"] = lambda: ours("variant", impl="eager")
+    return found
+
+
+def static_reading(case: Case) -> Work:
+    """The forward third of :func:`static_work`."""
+    work = static_work(case)
+    return Work(work.flops / 3, work.bytes / 3)
+
+
+def reading_case(device: str, **sizes: int) -> Case:
+    """One case of reading without gradients."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    case = Case("continuum", "reading", "forward", sizes, reading_providers, dtype=dtype, devices=(device,))
+    learned = learning_work(case, through_steps=False, keys=False).flops - static_work(case).flops
+    work = static_reading(case)
+    return replace(case, work=Work(work.flops + learned, work.bytes), memory=True)
+
+
 def decode_providers(case: Case, device: torch.device) -> Factories:
     """One token after 1 token and after some 100,000."""
 
@@ -223,5 +259,7 @@ CASES = [
         shape={"B": 1, "T": 1, "D": 256, "h": 1024},
         providers=decode_providers,
     ),
+    reading_case("cuda", B=8, T=4096, D=1024, h=4096),
+    reading_case("cpu", B=1, T=2048, D=256, h=1024),
     *STEP_CASES,
 ]
