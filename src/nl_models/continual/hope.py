@@ -18,7 +18,7 @@ from nl_models.layers.state import describe_state, rebuild_state
 
 
 class HopeParameters(FastParameters):
-    """See :class:`FastParameters`; sequences run one after the other, each with parameters of its own."""
+    """See :class:`FastParameters`; all sequences run at once, each with weights of its own levels."""
 
     def __init__(self, model: HopeForCausalLM):
         self.model = model
@@ -50,11 +50,14 @@ class HopeParameters(FastParameters):
     def weight(self, parameter: FastParameter) -> torch.Tensor:
         return self._parts[parameter.name].to(self.dtype)
 
-    def _of_row(self, changes: Mapping[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-        return {
-            self._names[name]: (weight + changes[name][row]).to(weight.dtype)
+    def _weights(self, changes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights of every level with the changes ``[B, out, in]``; of one sequence ``[out, in]``, as the
+        model has them, so that products round as its own do."""
+        changed = {
+            self._names[name]: (weight + changes[name]).to(weight.dtype)
             for name, weight in self._parts.items()
         }
+        return {n: w[0] if len(w) == 1 else w for n, w in changed.items()}
 
     def run(
         self,
@@ -65,28 +68,21 @@ class HopeParameters(FastParameters):
         keep_inputs: bool = False,
     ) -> ModelOutput:
         shared = len(ids) // len(next(iter(changes.values())))
-        logits, caches, kept = [], [], []
-        for row, row_ids in enumerate(ids.split(shared)):
-            cache = HopeCache(self.model.config)
-            if context is not None:
-                for layer, before in zip(cache.layers, context[row].layers, strict=True):
-                    layer.commit(before.state, before.seen)
-            inputs: dict[str, torch.Tensor] = {}
-            hooks = self._watch(inputs) if keep_inputs else []
-            try:
-                output = functional_call(
-                    self.model,
-                    self._of_row(changes, row),
-                    kwargs={"input_ids": row_ids, "past_key_values": cache},
-                )
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            logits.append(output.logits)
-            caches.append(cache)
-            kept.append(inputs)
-        joined = {name: torch.cat([inputs[name] for inputs in kept]) for name in kept[0]}
-        return ModelOutput(torch.cat(logits), caches, joined)
+        weights = self._weights(changes)
+        if shared > 1:
+            weights = {n: w.repeat_interleave(shared, 0) if w.ndim == 3 else w for n, w in weights.items()}
+        cache = HopeCache(self.model.config)
+        if context is not None:
+            for layer, before in zip(cache.layers, context.layers, strict=True):
+                layer.commit(before.state, before.seen)
+        inputs: dict[str, torch.Tensor] = {}
+        hooks = self._watch(inputs) if keep_inputs else []
+        try:
+            output = functional_call(self.model, weights, kwargs={"input_ids": ids, "past_key_values": cache})
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return ModelOutput(output.logits, cache, inputs)
 
     def _watch(self, inputs: dict[str, torch.Tensor]) -> list:
         """Hooks that compute what the matrices of every level multiply, by input name."""
@@ -108,7 +104,8 @@ class HopeParameters(FastParameters):
         mask = options.get("attention_mask", torch.ones_like(ids))
         rows = []
         for row, (row_ids, row_mask) in enumerate(zip(ids.split(shared), mask.split(shared), strict=True)):
-            weights = {f"model.{name}": weight for name, weight in self._of_row(changes, row).items()}
+            own = self._weights({name: change[row : row + 1] for name, change in changes.items()})
+            weights = {f"model.{name}": weight for name, weight in own.items()}
             arguments = (row_ids, {**options, "attention_mask": row_mask})
             rows.append(functional_call(_Generation(self.model), weights, arguments))
         longest = max(row.shape[1] for row in rows)
@@ -116,31 +113,24 @@ class HopeParameters(FastParameters):
         return torch.cat([F.pad(row, (0, longest - row.shape[1]), value=padding) for row in rows])
 
     def detach(self, context: Context) -> Context:
-        for cache in context:
-            for layer in cache.layers:
-                layer.map(lambda tensor: tensor.detach().contiguous())
+        for layer in context.layers:
+            layer.map(lambda tensor: tensor.detach().contiguous())
         return context
 
     def describe_context(self, context: Context) -> tuple[Any, dict[str, torch.Tensor]]:
         tensors: dict[str, torch.Tensor] = {}
         description = [
-            [
-                [layer.seen, describe_state(layer.state, f"{row}.{i}", tensors)]
-                for i, layer in enumerate(cache.layers)
-            ]
-            for row, cache in enumerate(context)
+            [layer.seen, describe_state(layer.state, str(index), tensors)]
+            for index, layer in enumerate(context.layers)
         ]
         return description, tensors
 
     def rebuild_context(self, description: Any, tensors: Mapping[str, torch.Tensor]) -> Context:
         get: Callable[[str], torch.Tensor] = tensors.__getitem__
-        caches = []
-        for layers in description:
-            cache = HopeCache(self.model.config)
-            for layer, (seen, state) in zip(cache.layers, layers, strict=True):
-                layer.commit(rebuild_state(state, get, STATE_TYPES), seen)
-            caches.append(cache)
-        return caches
+        cache = HopeCache(self.model.config)
+        for layer, (seen, state) in zip(cache.layers, description, strict=True):
+            layer.commit(rebuild_state(state, get, STATE_TYPES), seen)
+        return cache
 
 
 class _Generation(nn.Module):
@@ -165,8 +155,8 @@ def _level_inputs(memory: ContinuumMemory, x: torch.Tensor):
                 "rule='dgd': a level that steps by itself stands among the learner's; its output is not known"
             )
         inner = F.rms_norm(x, x.shape[-1:], level.norm, memory.norm_eps)
-        hidden = F.linear(inner, level.up)
-        hidden = F.gelu(hidden) if level.gate is None else F.silu(F.linear(inner, level.gate)) * hidden
+        hidden = inner @ level.up.mT
+        hidden = F.gelu(hidden) if level.gate is None else F.silu(inner @ level.gate.mT) * hidden
         yield place, inner, hidden
         if memory.variant != "independent":
-            x = x + F.linear(hidden, level.down)
+            x = x + hidden @ level.down.mT

@@ -170,7 +170,9 @@ class ContinuumLearner:
                     if piece is None:
                         continue
                     report.add(*piece)
-                    bar.update(task, advance=piece.tokens, loss=f"{float(report.losses[-1].mean()):.3f}")
+                    if progress:
+                        shown = f"{float(piece.loss.mean()) / piece.tokens:.3f}"
+                        bar.update(task, advance=piece.tokens, loss=shown)
                     if save_every is not None and state.read - saved >= save_every:
                         self.save(save_to)
                         saved = state.read

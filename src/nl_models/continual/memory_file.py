@@ -18,7 +18,7 @@ from nl_models.continual.fast_parameters import FastParameters
 from nl_models.continual.stream import StreamState
 from nl_models.files import remove_incomplete, write_bytes
 
-FORMAT = "nl_models.ContinuumLearner.1"
+FORMAT = "nl_models.ContinuumLearner.2"
 _SAMPLES = 16
 _GROUPS = ("changes", "gradients", "grams", "momenta")
 _COUNTERS = ("learned", "read", "documents", "context_tokens")

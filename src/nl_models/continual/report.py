@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 
 
-@dataclass
 class LearningReport:
     """Losses before learning, and the levels' steps, over one call of :meth:`ContinuumLearner.learn`.
 
+    What it takes in stays on its device until somebody asks: reading a stream waits for nothing.
+
     Attributes:
         chunk_sizes: of the levels.
-        losses: nats per token ``[pieces, B]`` of every piece, predicted before it was learned.
         tokens: of every piece.
         steps: how often each level stepped.
-        update_sizes: of each level, ‖ΔW‖ / ‖W‖ of every step, mean over the batch.
     """
 
-    chunk_sizes: tuple[int, ...]
-    losses: list[torch.Tensor] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    steps: list[int] = field(init=False)
-    update_sizes: list[list[float]] = field(init=False)
+    def __init__(self, chunk_sizes: tuple[int, ...]):
+        self.chunk_sizes = chunk_sizes
+        self.tokens: list[int] = []
+        self.steps = [0] * len(chunk_sizes)
+        self._losses: list[torch.Tensor] = []
+        self._sizes: list[list[torch.Tensor]] = [[] for _ in chunk_sizes]
 
-    def __post_init__(self) -> None:
-        self.steps = [0] * len(self.chunk_sizes)
-        self.update_sizes = [[] for _ in self.chunk_sizes]
-
-    def add(self, loss: torch.Tensor, tokens: int, sizes: dict[int, float]) -> None:
+    def add(self, loss: torch.Tensor, tokens: int, sizes: dict[int, torch.Tensor]) -> None:
         """Take in one piece: its summed losses ``[B]`` and the sizes of the steps that followed."""
-        self.losses.append((loss / tokens).cpu())
+        self._losses.append(loss / tokens)
         self.tokens.append(tokens)
         for level, size in sizes.items():
             self.steps[level] += 1
-            self.update_sizes[level].append(size)
+            self._sizes[level].append(size)
+
+    @property
+    def losses(self) -> list[torch.Tensor]:
+        """Nats per token ``[B]`` of every piece, predicted before it was learned; on the CPU."""
+        return list(torch.stack(self._losses).cpu()) if self._losses else []
+
+    @property
+    def update_sizes(self) -> list[list[float]]:
+        """Of each level, ‖ΔW‖ / ‖W‖ of every step, mean over the batch."""
+        return [torch.stack(sizes).tolist() if sizes else [] for sizes in self._sizes]
 
     @property
     def loss(self) -> torch.Tensor:
         """Nats per token ``[B]`` over all that was read; NaN where nothing was."""
-        if not self.losses:
+        if not self._losses:
             return torch.tensor([torch.nan])
-        weights = torch.tensor(self.tokens, dtype=self.losses[0].dtype)
-        return (torch.stack(self.losses) * weights[:, None]).sum(0) / weights.sum()
+        losses = torch.stack(self.losses)
+        weights = torch.tensor(self.tokens, dtype=losses.dtype)
+        return (losses * weights[:, None]).sum(0) / weights.sum()

@@ -58,12 +58,13 @@ class Piece(NamedTuple):
     Attributes:
         loss: ``[B]``, nats summed over the tokens, predicted before they were learned.
         tokens: how many.
-        steps: the levels that stepped after them, and how far: mean over the batch of ‖ΔW‖ / ‖W‖.
+        steps: the levels that stepped after them, and how far: mean over the batch of ‖ΔW‖ / ‖W‖, a scalar
+            on the device, for which nothing waits.
     """
 
     loss: torch.Tensor
     tokens: int
-    steps: dict[int, float]
+    steps: dict[int, torch.Tensor]
 
 
 def begin_context(
@@ -106,7 +107,7 @@ def advance(
         new, tokens = tokens.tensor_split([length - waited], dim=1)
         count = new.shape[1]
         state = replace(state, waiting=torch.cat([state.waiting, new], dim=1), read=state.read + count)
-        sizes: dict[int, float] = {}
+        sizes: dict[int, torch.Tensor] = {}
         if waited + count == length:
             state, losses, sizes = _learn(model, rules, state, create_graph)
         else:
@@ -118,7 +119,7 @@ def advance(
 
 def _learn(
     model: FastParameters, rules: Sequence[StepRule], state: StreamState, create_graph: bool
-) -> tuple[StreamState, torch.Tensor, dict[int, float]]:
+) -> tuple[StreamState, torch.Tensor, dict[int, torch.Tensor]]:
     """Learn from the piece that waits: the state after it, its losses ``[B, P]``, the steps that followed."""
     inputs, targets = state.waiting[:, :-1], state.waiting[:, 1:]
     learning = [parameter for parameter in model.parameters if rules[parameter.level].steps]
@@ -165,11 +166,11 @@ def _learn(
 
 def step_level(
     model: FastParameters, rule: StepRule, state: StreamState, level: int, *, create_graph: bool
-) -> tuple[StreamState, float]:
+) -> tuple[StreamState, torch.Tensor]:
     """The state after one step of ``level``, and its size: mean over the batch of ‖ΔW‖ / ‖W‖."""
     changes, gradients, momenta = dict(state.changes), dict(state.gradients), dict(state.momenta)
     grams = {name: gram for name, gram in state.grams.items() if not name.startswith(f"{level}/")}
-    squares = 0.0
+    squares = torch.zeros((), dtype=model.dtype, device=model.device)
     for parameter in model.parameters:
         if parameter.level != level:
             continue
@@ -194,7 +195,7 @@ def step_level(
         if momentum is not None:
             momenta[parameter.name] = momentum.contiguous()
         squares = squares + (changes[parameter.name] - before).detach().square().sum((1, 2))
-    size = float(squares.sqrt().mean()) / model.level_norms[level]
+    size = squares.sqrt().mean() / model.level_norms[level]
     return replace(state, changes=changes, gradients=gradients, grams=grams, momenta=momenta), size
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from nl_models.continual import ContinuumLearner, StepRule
@@ -155,6 +156,32 @@ def test_the_models_parameters_do_not_change():
     assert converted.training
     assert not converted.model.layers[0].mlp.training
     assert converted.model.layers[1].mlp.training
+
+
+class CountReads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor, for which an accelerator is waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", ["sgd", "dgd", "muon, norms"])
+def test_reading_a_stream_waits_for_no_step(rule):
+    converted = convert_mlp_to_continuum(make_model("llama"), LEVELS)
+    reads = []
+    for length in (9, 41):
+        learner = ContinuumLearner(converted, RULES[rule])
+        learner.parameters.level_norms  # noqa: B018  read once, and kept
+        with CountReads() as counter:
+            report = learner.learn(stream(1, length))
+        reads.append(counter.count)
+    assert reads[0] == reads[1] <= 2  # whether the tokens are in the vocabulary, and nothing of a step
+    assert report.steps == [10, 5]
+    assert [len(sizes) for sizes in report.update_sizes] == report.steps
+    assert all(size > 0 for sizes in report.update_sizes for size in sizes)
 
 
 def test_bf16_models_learn_in_fp32():

@@ -90,7 +90,7 @@ def test_the_header_says_what_is_inside(tmp_path):
     learner.save(tmp_path / "memory.safetensors")
     with safetensors.safe_open(tmp_path / "memory.safetensors", framework="pt") as file:
         header = json.loads(file.metadata()["header"])
-    assert header["format"] == "nl_models.ContinuumLearner.1"
+    assert header["format"] == "nl_models.ContinuumLearner.2"
     assert header["tokens_per_level"] == list(learner.tokens_per_level) == [28, 24]
     assert len(header["config"]) == 64
 
@@ -129,7 +129,7 @@ def test_what_is_damaged_or_foreign_is_refused(tmp_path):
     path.unlink()
     assert_refused("no such file", FileNotFoundError)
     with pytest.raises(MemoryFileError, match="damaged or no saved memory"):
-        victim.load_state_dict({"header": {"format": "nl_models.ContinuumLearner.1"}, "tensors": {}})
+        victim.load_state_dict({"header": {"format": "nl_models.ContinuumLearner.2"}, "tensors": {}})
     with pytest.raises(MemoryFileError, match="format 'other'"):
         victim.load_state_dict({"header": {"format": "other"}, "tensors": {}})
 

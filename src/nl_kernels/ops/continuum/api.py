@@ -237,15 +237,18 @@ def _check_levels(
 
 
 def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor, rates_of_tokens: bool) -> None:
-    width = x.shape[2]
-    if not isinstance(level.up, torch.Tensor) or level.up.ndim != 2:
-        raise ValueError(f"{name}.up: expected a tensor of shape [H, {width}], got {_describe(level.up)}")
-    hidden = level.up.shape[0]
+    batch, _, width = x.shape
+    if not isinstance(level.up, torch.Tensor) or level.up.ndim not in ((2,) if level.steps else (2, 3)):
+        alternative = "" if level.steps else f" or [{batch}, H, {width}]"
+        raise ValueError(
+            f"{name}.up: expected a tensor of shape [H, {width}]{alternative}, got {_describe(level.up)}"
+        )
+    sequences, hidden = (batch,) * (level.up.ndim == 3), level.up.shape[-2]
     check_tensor(f"{name}.norm", level.norm, (width,), like=x)
-    check_tensor(f"{name}.up", level.up, (hidden, width), like=x)
-    check_tensor(f"{name}.down", level.down, (width, hidden), like=x)
+    check_tensor(f"{name}.up", level.up, (*sequences, hidden, width), like=x)
+    check_tensor(f"{name}.down", level.down, (*sequences, width, hidden), like=x)
     if level.gate is not None:
-        check_tensor(f"{name}.gate", level.gate, (hidden, width), like=x)
+        check_tensor(f"{name}.gate", level.gate, (*sequences, hidden, width), like=x)
     if level.chunk_size is not None:
         check_positive_int(f"{name}.chunk_size", level.chunk_size)
     check_choice(f"{name}.rule", level.rule, RULES)

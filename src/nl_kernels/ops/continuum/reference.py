@@ -170,8 +170,10 @@ def _reset_period(levels: Sequence[ContinuumLevel], index: int, variant: str) ->
     return levels[index + 1].chunk_size
 
 
-def _initial(level: ContinuumLevel, dtype: torch.dtype) -> tuple[_Weights, _Weights]:
-    weights = _Weights(*(None if w is None else w.to(dtype) for w in (level.up, level.down, level.gate)))
+def _initial(level: ContinuumLevel, dtype: torch.dtype, b: int = 0) -> tuple[_Weights, _Weights]:
+    given = (level.up, level.down, level.gate)
+    given = (w[b] if w is not None and w.ndim == 3 else w for w in given)
+    weights = _Weights(*(None if w is None else w.to(dtype) for w in given))
     return weights, _Weights(*(None if w is None else torch.zeros_like(w) for w in weights))
 
 
@@ -184,7 +186,7 @@ def _start(
     detach_updates: bool,
 ) -> _Sequence:
     level = levels[index]
-    weights, momenta = _initial(level, dtype)
+    weights, momenta = _initial(level, dtype, b)
     if state is None or state[index] is None:
         return _Sequence(weights, momenta, [], 0)
     before = state[index]

@@ -23,7 +23,8 @@ class ContinuumLevel:
 
     Attributes:
         norm: [D], the weight of the RMS norm ``n`` before the block.
-        up: [H, D].
+        up: [H, D]. A level that never steps may have weights of each sequence instead: [B, H, D], and so for
+            ``down`` and ``gate``.
         down: [D, H].
         gate: [H, D] for a gated block ``down (SiLU(gate n(x)) ∘ up n(x))`` as in Llama; None: GELU.
         chunk_size: the level's weights step after every ``chunk_size`` tokens; None: never.

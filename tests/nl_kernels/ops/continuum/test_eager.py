@@ -83,6 +83,31 @@ def test_padding_is_as_if_it_were_not_there():
             close([level.pending_inputs[b, :position]], [level_alone.pending_inputs[0]])
 
 
+@pytest.mark.parametrize("padding", [None, "anywhere"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_level_that_never_steps_may_have_weights_of_each_sequence(gated, padding):
+    own = [make_level(seed, gated=gated) for seed in (3, 4, 5)]
+    stacked = {
+        part: torch.stack([getattr(level, part) for level in own])
+        for part in ("up", "down", *(("gate",) if gated else ()))
+    }
+    before, after = make_level(1, chunk_size=2), dataclasses.replace(own[0], **stacked)
+    x = random_tensor(3, 9, WIDTH, seed=0)
+    mask = None if padding is None else torch.tensor(PADDINGS[padding], dtype=torch.bool)
+    results, _, _ = assert_same(x, [before, after], mask=mask)
+    for b, level in enumerate(own):
+        level = dataclasses.replace(level, norm=after.norm)
+        row_mask = None if mask is None else mask[b : b + 1]
+        alone, _ = continuum_memory(x[b : b + 1], [before, level], mask=row_mask)
+        close([results[0][b : b + 1]], [alone])
+    with pytest.raises(ValueError, match=r"levels\[0\].up: expected a tensor of shape \[H, 6\], got"):
+        continuum_memory(x, [dataclasses.replace(after, chunk_size=2, rate=0.1)])
+    with pytest.raises(ValueError, match=r"levels\[0\].up: expected shape \(2, 5, 6\)"):
+        continuum_memory(x[:2], [after])
+    with pytest.raises(ValueError, match=r"levels\[0\].down: expected shape \(3, 6, 5\)"):
+        continuum_memory(x, [dataclasses.replace(after, down=own[0].down)])
+
+
 def test_sequences_do_not_know_of_each_other():
     x = random_tensor(3, 11, WIDTH, seed=0)
     levels = [make_level(1, chunk_size=2), make_level(2, chunk_size=4)]
