@@ -56,13 +56,16 @@ class ContinuumLearner:
         model: what :func:`nl_models.surgery.convert_mlp_to_continuum` gave, with or without adapters of PEFT
             on it, or a :class:`nl_models.HopeForCausalLM` with levels of ``max_rate=0`` and a chunk size.
         rules: one :class:`StepRule` for all levels, or one for each.
+        nested: whether a step of a level puts the faster ones back to the model's own weights (Eq. 72): what
+            they learned serves their own context, and the slower level's step is what stays of it. ``None``:
+            as the model says, a Hope of the nested variant yes and all others no.
         batch_size: streams that are read side by side, each with fast weights of its own.
         context_length: tokens after which the context starts anew, as between documents; fast weights stay.
             ``None``: the positions that the model knows, and no limit for Hope.
         tokenizer: for texts; without one only tokens are read.
 
     Raises:
-        TypeError: a model of another kind, or rules that are none.
+        TypeError: a model of another kind, rules that are none, or ``nested`` that is no bool.
         ValueError: a model without levels to step, or sizes that are no positive integers.
     """
 
@@ -71,11 +74,12 @@ class ContinuumLearner:
         model: nn.Module,
         rules: StepRule | Sequence[StepRule],
         *,
+        nested: bool | None = None,
         batch_size: int = 1,
         context_length: int | None = None,
         tokenizer: Tokenizer | None = None,
     ):
-        self.parameters = find_fast_parameters(model)
+        self.parameters = find_fast_parameters(model, nested)
         self.rules = rules_of_levels(rules, len(self.parameters.chunk_sizes))
         for name, value in (("batch_size", batch_size), ("context_length", context_length)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -274,6 +278,7 @@ class ContinuumLearner:
         other = ContinuumLearner(
             self.model,
             self.rules,
+            nested=self.parameters.nested,
             batch_size=self.batch_size,
             context_length=self.context_length,
             tokenizer=self.tokenizer,
@@ -306,6 +311,7 @@ class ContinuumLearner:
         return {
             "chunk_sizes": list(self.chunk_sizes),
             "rules": [rule.description() for rule in self.rules],
+            "nested": self.parameters.nested,
             "batch_size": self.batch_size,
             "context_length": self.context_length,
         }
@@ -331,23 +337,29 @@ class ContinuumLearner:
         return tokens.to(self.parameters.device, torch.int64)
 
 
-def find_fast_parameters(model: nn.Module) -> FastParameters:
-    """The fast parameters of a model, whatever kind it is.
+def find_fast_parameters(model: nn.Module, nested: bool | None = None) -> FastParameters:
+    """The fast parameters of a model, whatever kind it is; ``nested`` as for :class:`ContinuumLearner`.
 
     Raises:
-        TypeError: a model of a kind that has none.
+        TypeError: a model of a kind that has none, or ``nested`` of another type.
         ValueError: a model without levels to step.
     """
+    if nested is not None and not isinstance(nested, bool):
+        raise TypeError(f"nested: expected a bool or None, got {nested!r}")
     # A model with adapters (PEFT) is a wrapper round the model that has the levels.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(inner, ContinuumCausalLM):
-        return ConvertedParameters(inner)
-    if isinstance(inner, HopeForCausalLM):
-        return HopeParameters(inner)
-    raise TypeError(
-        f"model: expected a converted model (convert_mlp_to_continuum) or a HopeForCausalLM, "
-        f"got {type(model).__name__}"
-    )
+        parameters: FastParameters = ConvertedParameters(inner)
+    elif isinstance(inner, HopeForCausalLM):
+        parameters = HopeParameters(inner)
+    else:
+        raise TypeError(
+            f"model: expected a converted model (convert_mlp_to_continuum) or a HopeForCausalLM, "
+            f"got {type(model).__name__}"
+        )
+    if nested is not None:
+        parameters.nested = nested
+    return parameters
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ def next_token_loss_through_steps(
     input_ids: torch.Tensor,
     rules: StepRule | Sequence[StepRule],
     *,
+    nested: bool | None = None,
     context_length: int | None = None,
 ) -> torch.Tensor:
     """The mean loss of reading ``input_ids`` as :class:`ContinuumLearner` does, with the graph of every step.
@@ -33,6 +34,7 @@ def next_token_loss_through_steps(
             ``"reference"`` only.
         input_ids: ``[B, T]``, T at least 2; every row starts from the model's own weights.
         rules: as for :class:`ContinuumLearner`; muon's step is differentiable once, which is what is needed.
+        nested: as for :class:`ContinuumLearner`.
         context_length: as for :class:`ContinuumLearner`; ``None``: no limit.
 
     Returns:
@@ -42,7 +44,7 @@ def next_token_loss_through_steps(
         ValueError: fewer than two tokens, a model whose layers are checkpointed, which keeps no context, or a
             memory of another implementation.
     """
-    parameters = find_fast_parameters(model)
+    parameters = find_fast_parameters(model, nested)
     rules = rules_of_levels(rules, len(parameters.chunk_sizes))
     if input_ids.ndim != 2 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected shape [B, T] with T >= 2, got {tuple(input_ids.shape)}")

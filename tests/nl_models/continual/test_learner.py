@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from nl_models.continual import ContinuumLearner, StepRule
+from nl_models.continual import ContinuumLearner, MemoryFileError, StepRule
 from nl_models.surgery import convert_mlp_to_continuum
 from tests.nl_models.continual.token_loop import cut, matrices_of_converted, read
 from tests.nl_models.surgery.models import LEVELS, VOCABULARY, make_model
@@ -156,6 +156,23 @@ def test_the_models_parameters_do_not_change():
     assert converted.training
     assert not converted.model.layers[0].mlp.training
     assert converted.model.layers[1].mlp.training
+
+
+@pytest.mark.parametrize("rule", ["sgd", "dgd", "momentum", "muon, norms"])
+def test_nested_levels_are_the_loop_in_which_faster_ones_start_over(rule):
+    model = make_model("gpt2", torch.float64)
+    converted = convert_mlp_to_continuum(model, LEVELS)
+    learner = ContinuumLearner(converted, RULES[rule], nested=True)
+    tokens = stream(1, 22)  # 21 tokens are learned: 5 steps of the fast level, 2 of the slow one
+    report = learner.learn(tokens)
+    assert_equals_the_loop(learner, report, model, tokens, nested=True)
+    assert learner.fork().parameters.nested
+    apart = ContinuumLearner(converted, RULES[rule])
+    assert apart.learn(tokens).loss != report.loss
+    with pytest.raises(MemoryFileError, match="nested = True, this learner has False"):
+        apart.load_state_dict(learner.state_dict())
+    with pytest.raises(TypeError, match="nested: expected a bool or None, got 1"):
+        ContinuumLearner(converted, RULES[rule], nested=1)
 
 
 class CountReads(TorchDispatchMode):

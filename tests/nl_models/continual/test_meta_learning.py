@@ -51,14 +51,16 @@ def make_hope(**options) -> HopeForCausalLM:
 @pytest.mark.parametrize(
     ("kind", "rule"), [*(("gpt2", rule) for rule in RULES), ("llama", "dgd"), ("hope", "dgd")]
 )
-def test_the_value_is_the_learners(kind, rule):
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_value_is_the_learners(kind, rule, nested):
     model = (
         make_hope() if kind == "hope" else convert_mlp_to_continuum(make_model(kind, torch.float64), LEVELS)
     )
     # Long enough for a slow level's weights to serve several pieces after its first step.
     tokens = stream(2, 26)
-    loss = next_token_loss_through_steps(model, tokens, StepRule(**RULES[rule]), context_length=20)
-    learner = ContinuumLearner(model, StepRule(**RULES[rule]), batch_size=2, context_length=20)
+    options = {"nested": nested, "context_length": 20}
+    loss = next_token_loss_through_steps(model, tokens, StepRule(**RULES[rule]), **options)
+    learner = ContinuumLearner(model, StepRule(**RULES[rule]), batch_size=2, **options)
     atol = 3e-6 if kind == "llama" else 1e-9  # Llama's norms round to fp32 inside
     torch.testing.assert_close(loss.detach(), learner.learn(tokens).loss.mean(), atol=atol, rtol=0)
 

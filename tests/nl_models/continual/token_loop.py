@@ -29,10 +29,13 @@ class Matrix:
         return (weight.T if self.transposed else weight)[self.rows, self.columns]
 
 
-def read(model, matrices, chunk_sizes, rules, tokens, *, context_length=None, new_cache, starts=()):
+def read(
+    model, matrices, chunk_sizes, rules, tokens, *, context_length=None, new_cache, starts=(), nested=False
+):
     """Read ``tokens [T]``; the loss of every token and the final weights by parameter name.
 
-    ``new_cache()`` is an empty cache; a new document begins at each of ``starts``.
+    ``new_cache()`` is an empty cache; a new document begins at each of ``starts``. ``nested``: faster levels
+    start over wherever a slower one steps.
     """
     weights = {m.parameter: model.get_parameter(m.parameter).detach().clone() for m in matrices}
     initial = {name: weight.clone() for name, weight in weights.items()}
@@ -71,6 +74,9 @@ def read(model, matrices, chunk_sizes, rules, tokens, *, context_length=None, ne
                     if m.level == level:
                         _step(m, rules[level], weights, initial, sums, grams, momenta)
                         sums[m.name] = grams[m.name] = 0.0
+                    elif m.level < level and nested:
+                        m.of(weights).copy_(m.of(initial))
+                        momenta[m.name] = 0.0
     return torch.stack(losses), weights
 
 
