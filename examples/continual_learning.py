@@ -1,373 +1,280 @@
 """A small transformer that knows prose reads source code: what it learns, and what it forgets meanwhile.
 
 A Llama of half a million parameters is trained on the prose that comes with every Python (the language
-reference's topics, and docstrings). Then it reads a stream of the standard library's source code, once, and
-learns from it by its next-token loss: not at all, by plain online gradient descent on its MLPs, or as a
+reference's topics, and docstrings). Then it reads streams of the standard library's source code, once, and
+learns from them by its next-token loss: by online fine-tuning of its MLPs (SGD, AdamW, Muon), or as a
 continuum memory system of one, two or three levels. Held-out text of both kinds says what came of it.
 
-    python -m examples.continual_learning --output runs/continual     # a few minutes on one core
+    python -m examples.continual_learning --output runs/continual     # minutes on one core
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
+import copy
 import dataclasses
+import json
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from examples.continual_report import plot_exchange, plot_streams, report
+from examples.prose_and_code import SMALL, Data, Sizes, prepare, train_on_prose
 from nl_models.continual import ContinuumLearner, StepRule
-from nl_models.data import BytePairTokenizer, Document, read_standard_library, split_by_file, train_bpe
-from nl_models.files import write_json
+from nl_models.files import write_bytes
 from nl_models.surgery import convert_mlp_to_continuum
-from nl_models.training.plots import COLOURS, MARKERS, new_figure, save_figure
 
-CHUNKS = (32, 256, 2048)
-METHODS = {
-    "plain fine-tuning": ((1.0, CHUNKS[0], 1.0),),
-    "CMS, 1 level": ((1 / 2, CHUNKS[0], 1.0),),
-    "CMS, 2 levels": tuple((1 / 4, size, 1.0) for size in CHUNKS[:2]),
-    "CMS, 3 levels": tuple((1 / 6, size, 1.0) for size in CHUNKS),
-    "CMS, 3 levels, falling rates": tuple((1 / 6, size, (CHUNKS[0] / size) ** 0.5) for size in CHUNKS),
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a reader: its share of every MLP, the tokens between its steps, its rule, its rates.
+
+    ``rates`` are per token, one for each setting that is tried (of ``"adamw"``: learning rates).
+    """
+
+    fraction: float
+    chunk_size: int
+    rule: str
+    rates: tuple[float, ...]
+    momentum_decay: float = 0.0
+    anchored: bool = False
+
+    def step_rule(self, rates: torch.Tensor) -> StepRule:
+        """The learner's rule, with a rate for each row."""
+        options = {"momentum_decay": self.momentum_decay, "anchored": self.anchored}
+        return StepRule(rule=self.rule, rate=rates, **options)
+
+
+COMPARED = {
+    "SGD": (Level(1.0, 32, "sgd", (1e-4, 3e-4, 1e-3, 3e-3)),),
+    "AdamW": (Level(1.0, 32, "adamw", (3e-5, 1e-4, 3e-4, 1e-3)),),
+    "CMS, 1 slow": (Level(1.0, 2048, "muon", (1e-4, 2e-4, 4e-4, 8e-4)),),
+    "CMS, 1 fast": (
+        Level(15 / 16, 32, "sgd", (3e-4, 1e-3, 3e-3, 5e-3)),
+        Level(1 / 16, 2048, "sgd", (0.0, 0.0, 0.0, 0.0)),
+    ),
+    "CMS, 2 levels": (
+        Level(1 / 4, 32, "sgd", (1e-2, 1e-2, 1e-2, 1e-2)),
+        Level(3 / 4, 2048, "muon", (3e-4, 6e-4, 1e-3, 2e-3)),
+    ),
+    "CMS, 3 levels": (
+        Level(1 / 4, 32, "sgd", (1e-2, 1e-2, 1e-2, 1e-2)),
+        Level(3 / 8, 2048, "muon", (1e-3, 1e-3, 1e-3, 1e-3)),
+        Level(3 / 8, 8192, "muon", (1e-3, 2e-3, 3e-3, 4e-3)),
+    ),
 }
-"""Of each level: its fraction of every MLP, the tokens between its steps, its share of the rate. One level of
-everything, as often as the fastest, is online gradient descent on MLPs; half of every MLP of a CMS stays."""
+"""Online fine-tuning is one level of everything. Of more levels, a step of one takes the faster ones back to
+where they began (nested): what they learned serves its own context. All get the same number of settings."""
+
+OTHERS = {
+    # With a momentum of 0.9 a token's step is ten times its rate, in the end.
+    "Muon": (Level(1.0, 32, "muon", (1e-5, 3e-5, 1e-4, 3e-4), momentum_decay=0.9),),
+    "DGD": (Level(1.0, 32, "dgd", (1e-6, 1e-5, 1e-4, 1e-3)),),
+    "DGD, anchored": (Level(1.0, 32, "dgd", (3e-4, 1e-3, 3e-3, 1e-2), anchored=True),),
+}
+"""Of one level, for ``--readers``; they take longer."""
+
+READERS = {**COMPARED, **OTHERS}
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """How much of everything. Counts of text are in tokens.
+class Reader:
+    """Reads with every setting and every stream at once: rows, the streams of a setting side by side."""
 
-    Attributes:
-        vocab_size: of the BPE, trained on both kinds of text.
-        hidden_size, layers, heads: of the Llama; its MLPs are three times as wide.
-        steps, batch_size, context: of the training on prose, and the window of every evaluation.
-        search_tokens: read at every rate by every method, to choose its rate.
-        stream_tokens: read by every method at its chosen rate, and at that of plain fine-tuning.
-        document_tokens: of a file of source code at most; the rest of it is left out.
-    held_out_tokens: of either kind, for every evaluation; another set for the search.
-        evaluations: along the stream.
-        modules: of the standard library at most.
+    def __init__(self, model: LlamaForCausalLM, levels: Sequence[Level], streams: int):
+        sizes = [{"fraction": level.fraction, "chunk_size": level.chunk_size} for level in levels]
+        rates = [torch.tensor(level.rates).repeat_interleave(streams) for level in levels]
+        self.learner = ContinuumLearner(
+            convert_mlp_to_continuum(model, sizes),
+            [level.step_rule(rate) for level, rate in zip(levels, rates)],
+            nested=len(levels) > 1,
+            batch_size=len(rates[0]),
+        )
+
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Read a text, ``tokens [B, T]``; nats per token ``[B]``, each before it was learned."""
+        return self.learner.learn([tokens]).loss
+
+    def held_out(self, windows: torch.Tensor) -> torch.Tensor:
+        """Nats per token ``[B]`` with the weights as they stand."""
+        rows = self.learner.batch_size
+        return self.learner.loss(windows.repeat(rows, 1)).view(rows, -1).mean(1)
+
+    def fork(self) -> Reader:
+        """Another reader that has learned the same."""
+        other = copy.copy(self)
+        other.learner = self.learner.fork()
+        return other
+
+
+class AdamWReader(Reader):
+    """AdamW on the MLPs: a step on the mean loss of every chunk, for every row apart."""
+
+    def __init__(self, model: LlamaForCausalLM, levels: Sequence[Level], streams: int):
+        (level,) = levels
+        super().__init__(model, [dataclasses.replace(level, rule="sgd")], streams)
+        self.chunk_size = level.chunk_size
+        # One tensor for each setting, since an optimizer has a rate for each tensor.
+        self.changes = {
+            name: [part.clone().requires_grad_() for part in change.split(streams)]
+            for name, change in self.learner.state.changes.items()
+        }
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [parts[setting] for parts in self.changes.values()], "lr": rate}
+                for setting, rate in enumerate(level.rates)
+            ],
+            weight_decay=0.0,
+        )
+
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        parameters, losses = self.learner.parameters, []
+        for window in range(0, tokens.shape[1] - 1, self.learner.context_length):
+            context = None
+            end = min(window + self.learner.context_length, tokens.shape[1] - 1)
+            for start in range(window, end, self.chunk_size):
+                stop = min(start + self.chunk_size, end)
+                changes = {name: torch.cat(parts) for name, parts in self.changes.items()}
+                output = parameters.run(changes, tokens[:, start:stop], context)
+                targets = tokens[:, start + 1 : stop + 1]
+                loss = F.cross_entropy(output.logits.mT, targets, reduction="none")
+                self.optimizer.zero_grad()
+                loss.mean(1).sum().backward()
+                self.optimizer.step()
+                context = parameters.detach(output.context)
+                losses.append(loss.detach())
+        changes = {name: torch.cat(parts).detach() for name, parts in self.changes.items()}
+        self.learner.state = dataclasses.replace(self.learner.state, changes=changes)
+        return torch.cat(losses, dim=1).mean(1)
+
+    def fork(self) -> Reader:
+        return copy.deepcopy(self)
+
+
+def read_everything(model: LlamaForCausalLM, name: str, data: Data, sizes: Sizes) -> list[dict]:
+    """Records of one reader, one for each setting and stream; losses in nats per token.
+
+    ``tokens``, ``prose`` and ``code`` are along the stream: held-out text with the weights as they stand.
+    ``middle_prose`` and ``middle_code``: the same where the levels stand in the middle of their chunks.
+    ``as_read``: the stream itself, every token before it was learned. ``next_prose``, ``next_code``: held-out
+    text read after the stream, learning goes on; ``returned_code``: more code after that prose.
     """
+    levels, begin = READERS[name], time.perf_counter()
+    reader = (AdamWReader if levels[0].rule == "adamw" else Reader)(model, levels, sizes.streams)
+    settings = list(zip(*(level.rates for level in levels), strict=True))
+    streams = data.streams.repeat(len(settings), 1)
 
-    vocab_size: int = 1024
-    hidden_size: int = 128
-    layers: int = 2
-    heads: int = 4
-    steps: int = 400
-    batch_size: int = 8
-    context: int = 256
-    search_tokens: int = 8192
-    stream_tokens: int = 49_152
-    document_tokens: int = 2048
-    held_out_tokens: int = 8192
-    evaluations: int = 8
-    modules: int | None = None
+    def same(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.expand(len(streams), -1)
 
+    tokens: list[int] = []
+    prose: list[torch.Tensor] = []
+    code: list[torch.Tensor] = []
 
-SMALL = Sizes(
-    vocab_size=300,
-    hidden_size=16,
-    layers=1,
-    heads=2,
-    steps=4,
-    batch_size=2,
-    context=64,
-    search_tokens=256,
-    stream_tokens=700,
-    document_tokens=200,
-    held_out_tokens=256,
-    evaluations=2,
-    modules=24,
-)
+    def look(read: int) -> None:
+        tokens.append(read)
+        prose.append(reader.held_out(data.held_out["prose"]))
+        code.append(reader.held_out(data.held_out["code"]))
 
-
-@dataclass(frozen=True)
-class Data:
-    """Tokens of the two kinds. None of a file is in two of the sets."""
-
-    tokenizer: BytePairTokenizer
-    prose: torch.Tensor
-    stream: tuple[torch.Tensor, ...]
-    search_stream: tuple[torch.Tensor, ...]
-    held_out: dict[str, torch.Tensor]  # "prose", "code", "search prose", "search code": [windows, context]
-
-
-@dataclass
-class Run:
-    """One method at one rate: held-out losses (nats per token) at the tokens read."""
-
-    method: str
-    rate: float
-    tokens: list[int]
-    prose: list[float]
-    code: list[float]
-    online: float  # loss on the stream itself, every token before it was learned
-    steps: list[int]
+    look(0)
+    as_read = torch.zeros(len(streams))
+    part = sizes.stream_tokens // sizes.evaluations
+    for start in track(range(0, part * sizes.evaluations, part), description=name):
+        as_read += reader.read(streams[:, start : start + part + 1]) / sizes.evaluations
+        look(start + part)
+    middle, back = reader.fork(), reader.fork()
+    middle.read(streams[:, sizes.stream_tokens :])
+    measured = {
+        "as_read": as_read,
+        "middle_prose": middle.held_out(data.held_out["prose"]),
+        "middle_code": middle.held_out(data.held_out["code"]),
+        "next_code": reader.fork().read(same(data.read_on["code"])),
+        "next_prose": back.read(same(data.read_on["prose"])),
+        "returned_code": back.read(same(data.read_on["code"])),
+    }
+    seconds = time.perf_counter() - begin
+    return [
+        {
+            "reader": name,
+            "rates": list(settings[row // sizes.streams]),
+            "stream": row % sizes.streams,
+            "tokens": tokens,
+            "prose": [float(loss[row]) for loss in prose],
+            "code": [float(loss[row]) for loss in code],
+            **{key: float(loss[row]) for key, loss in measured.items()},
+            "seconds_of_all": round(seconds, 1),
+        }
+        for row in range(len(streams))
+    ]
 
 
-def read_texts(modules_at_most: int | None) -> tuple[list[Document], list[Document]]:
-    """Prose and source code of this Python, from different files."""
-    library = read_standard_library()
-    topics = [document for document in library if document.name.startswith("topics/")]
-    modules = [document for document in library if not document.name.startswith("topics/")]
-    modules = modules[:modules_at_most]
-    split = split_by_file(modules, validation_fraction=0.5)
-    # Other names, since the files' own have just decided on which side they are.
-    prose = [Document(f"prose/{file.name}", "\n\n".join(docstrings(file.text))) for file in split.train]
-    code = [Document(f"code/{file.name}", file.text) for file in split.validation]
-    return [*topics, *(document for document in prose if document.text)], code
-
-
-def docstrings(source: str) -> list[str]:
-    """The docstrings of a module, its classes and its functions."""
-    with contextlib.suppress(SyntaxError):
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found = (ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
-        return [text for text in found if text]
-    return []
-
-
-def prepare(sizes: Sizes, console: Console) -> Data:
-    """Tokenize both kinds and share the files out."""
-    texts = read_texts(sizes.modules)
-    prose, code = (split_by_file(documents, validation_fraction=0.2) for documents in texts)
-    sample = [document.text[:4000] for document in (*prose.train, *code.train)]
-    tokenizer = train_bpe(sample, vocab_size=sizes.vocab_size)
-
-    def encode(documents: tuple[Document, ...], limit: int, longest: int) -> list[torch.Tensor]:
-        # In an order that depends on neither names nor sizes, so that a cut takes a cross-section.
-        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
-        taken, count = [], 0
-        for index in order:
-            if count >= limit:
-                break
-            ids = [*tokenizer.encode(documents[index].text), tokenizer.separator_id]
-            taken.append(torch.tensor(ids[: min(longest, limit - count)]))
-            count += len(taken[-1])
-        return [document for document in taken if len(document) > 1]
-
-    def windows(documents: tuple[Document, ...]) -> torch.Tensor:
-        count = sizes.held_out_tokens // sizes.context
-        return torch.cat(encode(documents, count * sizes.context, sizes.document_tokens))[
-            : count * sizes.context
-        ].view(count, -1)
-
-    data = Data(
-        tokenizer=tokenizer,
-        prose=torch.cat(encode(prose.train, limit=10**9, longest=10**9)),
-        search_stream=tuple(encode(code.train[::2], sizes.search_tokens, sizes.document_tokens)),
-        stream=tuple(encode(code.train[1::2], sizes.stream_tokens, sizes.document_tokens)),
-        held_out={
-            "prose": windows(prose.validation[::2]),
-            "code": windows(code.validation[::2]),
-            "search prose": windows(prose.validation[1::2]),
-            "search code": windows(code.validation[1::2]),
-        },
-    )
-    console.print(
-        f"{len(data.prose):,} tokens of prose; streams of {sum(map(len, data.search_stream)):,} (search) and "
-        f"{sum(map(len, data.stream)):,} tokens of source code"
-    )
-    return data
-
-
-def train_base(data: Data, sizes: Sizes, seed: int) -> LlamaForCausalLM:
-    """A Llama trained on the prose."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=data.tokenizer.vocab_size,
-        hidden_size=sizes.hidden_size,
-        intermediate_size=3 * sizes.hidden_size,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        max_position_embeddings=sizes.context,
-        tie_word_embeddings=True,
-        initializer_range=(0.4 / sizes.hidden_size) ** 0.5,
-        bos_token_id=None,
-        eos_token_id=data.tokenizer.separator_id,
-    )
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95))
-    warmup = min(20, sizes.steps)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(sizes.steps - warmup, 1), eta_min=1e-4),
-        ],
-        [warmup],
-    )
-    for _ in track(range(sizes.steps), description="training on prose"):
-        starts = torch.randint(len(data.prose) - sizes.context, (sizes.batch_size,))
-        batch = torch.stack([data.prose[start : start + sizes.context] for start in starts.tolist()])
-        loss = model(batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-def read_stream(
-    model: LlamaForCausalLM,
-    method: str,
-    rate: float,
-    rule: StepRule,
-    stream: tuple[torch.Tensor, ...],
-    held_out: dict[str, torch.Tensor],
-    *,
-    evaluations: int,
-    save_to: Path | None = None,
-) -> Run:
-    """Read the stream once with one method; held-out losses before, along it and after.
-
-    ``rule`` is that of all levels but for its rate.
-    """
-    levels = [{"fraction": fraction, "chunk_size": size} for fraction, size, _ in METHODS[method]]
-    rules = [dataclasses.replace(rule, rate=rate * share) for _, _, share in METHODS[method]]
-    learner = ContinuumLearner(convert_mlp_to_continuum(model, levels), rules)
-    total = sum(len(document) for document in stream)
-    run = Run(method, rate, [], [], [], 0.0, [0] * len(levels))
-
-    def evaluate() -> None:
-        run.tokens.append(learner.tokens_read)
-        run.prose.append(float(learner.loss(held_out["prose"]).mean()))
-        run.code.append(float(learner.loss(held_out["code"]).mean()))
-
-    evaluate()
-    losses, counts = 0.0, 0
-    for document in stream:
-        report = learner.learn([document])
-        losses, counts = losses + float(report.loss) * sum(report.tokens), counts + sum(report.tokens)
-        run.steps = [done + new for done, new in zip(run.steps, report.steps)]
-        if learner.tokens_read >= (len(run.tokens)) * total / evaluations:
-            evaluate()
-    run.online = losses / counts
-    if save_to is not None:
-        learner.save(save_to)
-    return run
-
-
-def report(console: Console, base: dict[str, float], runs: list[Run]) -> None:
-    """A table of the held-out losses after the stream, on the terminal."""
-    table = Table("method", "rate", "new: code", "old: prose", "sum", "in the stream", "steps")
-    frozen = (f"{value:.3f}" for value in (base["code"], base["prose"], base["code"] + base["prose"]))
-    table.add_row("frozen", "–", *frozen, f"{base['online']:.3f}", "–")
-    for run in runs:
-        values = (run.code[-1], run.prose[-1], run.code[-1] + run.prose[-1], run.online)
-        steps = ", ".join(map(str, run.steps))
-        table.add_row(run.method, f"{run.rate:g}", *(f"{value:.3f}" for value in values), steps)
-    console.print(table)
-
-
-def plot(base: dict[str, float], runs: list[Run], search: list[Run], path: Path) -> None:
-    """Held-out losses along the stream, each method at its own rate, and what the search saw."""
-    figure, (code, prose, exchange) = new_figure(3, width=4.6, height=4.2)
-    shown = {run.method: run for run in reversed(runs)}  # the first of a method: at its own rate
-    for axis, kind in ((code, "code"), (prose, "prose")):
-        axis.axhline(base[kind], color="#888888", linestyle="--", linewidth=1.2, label="frozen")
-        axis.set_xlabel("tokens of source code read")
-        axis.set_ylabel("held-out loss, nats per token")
-    start = search[0].prose[0], search[0].code[0]
-    exchange.plot(*start, marker="*", color="#888888", markersize=10, linestyle="")
-    for method, colour, marker in zip(METHODS, COLOURS, MARKERS):
-        run = shown[method]
-        look = {"color": colour, "marker": marker, "markersize": 4, "label": f"{method}, η {run.rate:g}"}
-        code.plot(run.tokens, run.code, **look)
-        prose.plot(run.tokens, run.prose, **look)
-        tried = sorted((run for run in search if run.method == method), key=lambda run: run.rate)
-        exchange.plot([run.prose[-1] for run in tried], [run.code[-1] for run in tried], **look)
-    # A rate at which a method falls apart would leave nothing to see of the others.
-    exchange.set_xlim(right=min(max(run.prose[-1] for run in search), start[0] + 0.3) + 0.02)
-    exchange.set_ylim(top=start[1] + 0.05)
-    code.set_title("new: source code")
-    prose.set_title("old: prose")
-    exchange.set_title("after each rate of the search (star: before)")
-    exchange.set_xlabel("old: prose")
-    exchange.set_ylabel("new: source code")
-    figure.legend(*code.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    save_figure(figure, path)
+def read_frozen(model: LlamaForCausalLM, data: Data, sizes: Sizes) -> list[dict]:
+    """The records of the model as it is."""
+    reader = Reader(model, [Level(1.0, 32, "sgd", (0.0,))], sizes.streams)
+    as_read = reader.read(data.streams[:, : sizes.stream_tokens + 1])
+    prose, code = (float(reader.held_out(data.held_out[kind])[0]) for kind in ("prose", "code"))
+    read_on = {kind: reader.read(text.expand(sizes.streams, -1)) for kind, text in data.read_on.items()}
+    return [
+        {
+            "reader": "frozen",
+            "rates": [],
+            "stream": row,
+            "tokens": [0, sizes.stream_tokens],
+            "prose": [prose] * 2,
+            "code": [code] * 2,
+            "as_read": float(as_read[row]),
+            "middle_prose": prose,
+            "middle_code": code,
+            "next_code": float(read_on["code"][row]),
+            "next_prose": float(read_on["prose"][row]),
+            "returned_code": float(read_on["code"][row]),
+        }
+        for row in range(sizes.streams)
+    ]
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for results, plot and memories.")] = Path(
-        "runs/continual"
-    ),
-    rule: Annotated[str, typer.Option(help="sgd, dgd, momentum or muon, for every method.")] = "sgd",
-    rates: Annotated[
-        str, typer.Option(help="Rates per token that every method tries.")
-    ] = "3e-5,1e-4,3e-4,1e-3",
-    restore_norms: Annotated[bool, typer.Option(help="Give rows their norm back after each step.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the model and its training.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for results and plots.")] = Path("runs/continual"),
+    readers: Annotated[
+        str, typer.Option(help=f"Separated by semicolons, out of: {'; '.join(READERS)}.")
+    ] = "; ".join(COMPARED),
+    streams: Annotated[int, typer.Option(help="Orders in which the files are read.", min=1)] = 3,
+    seed: Annotated[int, typer.Option(help="Of the model, its training, and the streams' files.")] = 0,
     small: Annotated[bool, typer.Option(help="Sizes of a smoke test: seconds, and no result.")] = False,
 ) -> None:
     """Train a small Llama on prose, let it read source code, and compare what it learns and forgets."""
+    chosen = [name.strip() for name in readers.split(";")]
+    for name in chosen:
+        if name not in READERS:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(READERS)}", param_hint="--readers")
     torch.set_num_threads(1)
     console = Console()
-    sizes = Sizes()
-    if small:
-        sizes = SMALL
+    sizes = dataclasses.replace(SMALL if small else Sizes(), streams=streams)
     output.mkdir(parents=True, exist_ok=True)
-    data = prepare(sizes, console)
-    model = train_base(data, sizes, seed)
+    data = prepare(sizes, seed, console)
+    model = train_on_prose(data, sizes, seed)
+    records = read_frozen(model, data, sizes)
+    for name in chosen:
+        records += read_everything(model, name, data, sizes)
+        # After every reader: what is there is kept, whatever stops the next.
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_bytes(output / "results.jsonl", lines.encode())
+    show(records, output, console)
 
-    step = StepRule(rule=rule, restore_norms=restore_norms)
-    chosen_rates = [float(rate) for rate in rates.split(",")]
-    search_sets = {kind: data.held_out[f"search {kind}"] for kind in ("prose", "code")}
-    search = []
-    for method in track(METHODS, description="searching rates"):
-        for rate in chosen_rates:
-            search.append(
-                read_stream(model, method, rate, step, data.search_stream, search_sets, evaluations=1)
-            )
-    # What is learned of the new beside what is lost of the old, equally weighted.
-    best = {
-        method: min(
-            (run for run in search if run.method == method), key=lambda run: run.code[-1] + run.prose[-1]
-        )
-        for method in METHODS
-    }
 
-    final = [(method, best[method].rate) for method in METHODS]
-    common = best["plain fine-tuning"].rate
-    final += [(method, common) for method in METHODS if best[method].rate != common]
-    runs = []
-    for method, rate in track(final, description="reading the stream"):
-        name = method.replace(",", "").replace(" ", "-")
-        runs.append(
-            read_stream(
-                model,
-                method,
-                rate,
-                step,
-                data.stream,
-                data.held_out,
-                evaluations=sizes.evaluations,
-                save_to=output / f"memory-{name}-{rate:g}.safetensors",
-            )
-        )
-    frozen = read_stream(model, "CMS, 1 level", 0.0, step, data.stream, data.held_out, evaluations=1)
-    base = {"prose": frozen.prose[-1], "code": frozen.code[-1], "online": frozen.online}
-    report(console, base, runs)
-    plot(base, runs, search, output / "continual-learning.png")
-    results = {
-        "sizes": dataclasses.asdict(sizes),
-        "frozen": base,
-        "runs": [dataclasses.asdict(run) for run in runs],
-        "search": [dataclasses.asdict(run) for run in search],
-    }
-    write_json(output / "results.json", results)
-    console.print(f"[dim]{output}: plot, results.json and the memories[/dim]")
+def show(records: list[dict], output: Path, console: Console) -> None:
+    """Tables on the terminal and plots in the folder."""
+    report(records, console)
+    plot_exchange(records, output / "continual-learning.png")
+    plot_streams(records, output / "continual-learning-streams.png")
+    console.print(f"[dim]{output}: results.jsonl and two plots[/dim]")
 
 
 if __name__ == "__main__":

@@ -80,10 +80,10 @@ class ContinuumLearner:
         tokenizer: Tokenizer | None = None,
     ):
         self.parameters = find_fast_parameters(model, nested)
-        self.rules = rules_of_levels(rules, len(self.parameters.chunk_sizes))
         for name, value in (("batch_size", batch_size), ("context_length", context_length)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        self.rules = rules_of_levels(rules, len(self.parameters.chunk_sizes), batch_size)
         if context_length is None:
             context_length = getattr(self.model.config, "max_position_embeddings", None)
         self.batch_size = batch_size

@@ -45,9 +45,9 @@ def next_token_loss_through_steps(
             memory of another implementation.
     """
     parameters = find_fast_parameters(model, nested)
-    rules = rules_of_levels(rules, len(parameters.chunk_sizes))
     if input_ids.ndim != 2 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected shape [B, T] with T >= 2, got {tuple(input_ids.shape)}")
+    rules = rules_of_levels(rules, len(parameters.chunk_sizes), len(input_ids))
     _check_differentiable(parameters.model)
     state = StreamState(changes=parameters.zeros(len(input_ids)))
     total = torch.zeros((), dtype=parameters.dtype, device=parameters.device)

@@ -157,10 +157,13 @@ def _learn(
     )
     sizes = {}
     for level, (chunk_size, rule) in enumerate(zip(model.chunk_sizes, rules, strict=True)):
-        if rule.steps and state.learned % chunk_size == 0:
+        if state.learned % chunk_size:
+            continue
+        if rule.steps:
             state, sizes[level] = step_level(model, rule, state, level, create_graph=create_graph)
-            if model.nested:
-                state = _reset_faster(model, state, level)
+        if model.nested:
+            # A level with rate 0 has its chunks too: those below start over, and nothing stays of them.
+            state = _reset_faster(model, state, level)
     return state, losses if create_graph else losses.detach(), sizes
 
 
@@ -174,7 +177,7 @@ def step_level(
     for parameter in model.parameters:
         if parameter.level != level:
             continue
-        before, gradient = changes[parameter.name], rule.rate * gradients.pop(parameter.name)
+        before, gradient = changes[parameter.name], rule.rates() * gradients.pop(parameter.name)
         options = {}
         if rule.has_momentum:
             options = {
@@ -187,7 +190,7 @@ def step_level(
             initial = model.weight(parameter)
             initial = initial if create_graph else initial.detach()
         if rule.rule == "dgd":
-            options["gram"] = rule.rate * state.grams[gram_name(parameter)]
+            options["gram"] = rule.rates() * state.grams[gram_name(parameter)]
         if rule.restore_norms:
             options["norms"] = torch.linalg.vector_norm(initial, dim=-1)
         new, momentum = continuum_update(initial + before, gradient, rule=rule.rule, **options)

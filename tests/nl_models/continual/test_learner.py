@@ -1,6 +1,7 @@
 """The learner against the loop over tokens on the source model's own parameters, in fp64."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.nl_models.surgery.models import LEVELS, VOCABULARY, make_model
 RULES = {
     "sgd": StepRule(rate=0.05),
     "dgd": StepRule(rule="dgd", rate=0.05),
+    "dgd, anchored": StepRule(rule="dgd", rate=0.05, anchored=True),
     "momentum": StepRule(rule="momentum", rate=0.03, momentum_decay=0.7),
     "muon": StepRule(rule="muon", rate=0.03, momentum_decay=0.7),
     "sgd, norms": StepRule(rate=0.05, restore_norms=True),
@@ -116,6 +118,23 @@ def test_sequences_side_by_side_do_not_see_each_other():
             torch.testing.assert_close(together.state.changes[name][row], change[0], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("rule", ["sgd", "dgd", "muon, norms"])
+def test_rates_of_each_sequence(rule):
+    converted = convert_mlp_to_continuum(make_model("llama", torch.float64), LEVELS)
+    tokens = stream(1, 21)
+    rates = [0.0, 0.02, 0.05]
+    several = dataclasses.replace(RULES[rule], rate=torch.tensor(rates, dtype=torch.float64))
+    together = ContinuumLearner(converted, several, batch_size=3)
+    report = together.learn(tokens.expand(3, -1))
+    for row, rate in enumerate(rates):
+        alone = ContinuumLearner(converted, dataclasses.replace(RULES[rule], rate=rate))
+        assert abs(alone.learn(tokens).loss - report.loss[row]) < 1e-12
+        for name, change in alone.state.changes.items():
+            torch.testing.assert_close(together.state.changes[name][row], change[0], atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="rate: expected one, or 2, got 3"):
+        ContinuumLearner(converted, several, batch_size=2)
+
+
 @pytest.mark.parametrize("cut_at", [1, 2, 5, 9, 12, 21])
 def test_a_cut_stream_is_the_uncut_one(cut_at):
     converted = convert_mlp_to_continuum(make_model("llama", torch.float64), LEVELS)
@@ -167,6 +186,10 @@ def test_nested_levels_are_the_loop_in_which_faster_ones_start_over(rule):
     report = learner.learn(tokens)
     assert_equals_the_loop(learner, report, model, tokens, nested=True)
     assert learner.fork().parameters.nested
+    # A slow level of rate 0 stays, and what is below it starts over all the same.
+    resting = ContinuumLearner(converted, [RULES[rule], StepRule(rate=0.0)], nested=True)
+    assert resting.learn(tokens[:, :17]).steps == [4, 0]
+    assert not any(change.any() for change in resting.state.changes.values())
     apart = ContinuumLearner(converted, RULES[rule])
     assert apart.learn(tokens).loss != report.loss
     with pytest.raises(MemoryFileError, match="nested = True, this learner has False"):
@@ -265,6 +288,11 @@ def test_bad_arguments_are_refused():
         StepRule(rate=-0.1)
     with pytest.raises(ValueError, match="momentum_decay"):
         StepRule(momentum_decay=1.0)
+    for options in ({"rule": "sgd"}, {"rule": "dgd", "restore_norms": True}):
+        with pytest.raises(ValueError, match="anchored: of rule 'dgd' only, without restore_norms"):
+            StepRule(anchored=True, **options)
+    with pytest.raises(ValueError, match="rate: expected one number or one for each sequence"):
+        StepRule(rate=torch.zeros(2, 2))
     with pytest.raises(ValueError, match="batch_size: expected an integer"):
         ContinuumLearner(converted, StepRule(), batch_size=0)
     learner = ContinuumLearner(converted, StepRule(), batch_size=2)

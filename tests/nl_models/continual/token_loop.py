@@ -98,7 +98,8 @@ def _step(m, rule, weights, initial, sums, grams, momenta):
     new = weight - step
     if rule.rule == "dgd":
         eye = torch.eye(new.shape[1], dtype=new.dtype)
-        new = new @ torch.linalg.inv(eye + rule.rate * grams[m.name])
+        kept = m.of(initial) if rule.anchored else 0.0
+        new = kept + (new - kept) @ torch.linalg.inv(eye + rule.rate * grams[m.name])
     if rule.restore_norms:
         new = new * (m.of(initial).norm(dim=1) / new.norm(dim=1))[:, None]
     weight.copy_(new)
