@@ -142,7 +142,7 @@ def test_padding_resumed_apart(tiled, hidden, clocks, momentum):
 
 @pytest.mark.parametrize(
     ("clocks", "place", "truncate", "every"),
-    [((2, 6), 3, 2, 1), *(pytest.param(*x, marks=SLOW) for x in (((6, 2), 5, None, 2), ((6, 3), 0, 3, 2)))],
+    [((2, 6), 3, 4, 1), *(pytest.param(*x, marks=SLOW) for x in (((6, 2), 5, None, 2), ((6, 3), 0, 3, 2)))],
 )
 @pytest.mark.parametrize("read", ["snapshot", pytest.param("running", marks=SLOW)])
 def test_two_clocks(tiled, clocks, place, truncate, every, read):
