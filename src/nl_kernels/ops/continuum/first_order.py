@@ -13,7 +13,7 @@ import torch
 
 from nl_kernels.ops.continuum import registration
 from nl_kernels.ops.continuum.chunk_step import Weights
-from nl_kernels.ops.continuum.level_pass import LevelPass, Made, Span, in_chunks, walk
+from nl_kernels.ops.continuum.level_pass import LevelPass, Made, Span, contiguous, in_chunks, walk
 from nl_kernels.ops.continuum.schedule import Owner, add_owned
 
 _INPUTS = 7  # of each span: reads, its weights, the weights that resets go back to
@@ -92,9 +92,9 @@ def _through(
     """Gradients of reads, weights and start."""
     reads, *matrices = tensors
     call = span.call
-    first, start = Weights(*matrices[:3]), Weights(*matrices[3:])
+    first, start = contiguous(matrices[:3]), contiguous(matrices[3:])
     totals = [
-        None if w is None else torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
+        None if w is None else w.new_zeros(w.shape, dtype=torch.promote_types(w.dtype, torch.float32))
         for w in matrices
     ]
     grad_reads = None

@@ -14,7 +14,16 @@ from nl_kernels.dispatch import autocasting, needs_gradient, without_autocast
 from nl_kernels.ops.continuum import registration
 from nl_kernels.ops.continuum.chunk_step import NO_MOMENTA, Weights, mlp
 from nl_kernels.ops.continuum.first_order import serve_recorded
-from nl_kernels.ops.continuum.level_pass import LevelCall, LevelPass, Span, Step, in_chunks, take, walk
+from nl_kernels.ops.continuum.level_pass import (
+    LevelCall,
+    LevelPass,
+    Span,
+    Step,
+    contiguous,
+    in_chunks,
+    take,
+    walk,
+)
 from nl_kernels.ops.continuum.rows import Counts, Grid, pending_tokens, place_on_grid
 from nl_kernels.ops.continuum.schedule import Resets, chosen, fast_part, level_state
 from nl_kernels.ops.continuum.state import ContinuumLevel, ContinuumLevelState, ContinuumState, state_dtype
@@ -234,7 +243,7 @@ def _read(level: _Level, dtype: torch.dtype, impl: str) -> torch.Tensor:
     if level.weights.up.ndim == 2:
         return mlp(level.inner, *level.weights)
     with without_autocast(level.inner.device.type):
-        return registration.mlp(level.inner.to(dtype).contiguous(), *level.weights, impl)
+        return registration.mlp(level.inner.to(dtype).contiguous(), *contiguous(level.weights), impl)
 
 
 def _leaves(level: _Level) -> tuple[torch.Tensor | None, ...]:

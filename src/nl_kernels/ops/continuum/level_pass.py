@@ -149,8 +149,9 @@ class LevelPass:
     def __init__(self, call: LevelCall, weights: Weights, momenta: Weights, records: bool) -> None:
         level = call.level
         self.call, self.records = call, records
-        self.start = Weights(level.up, level.down, level.gate)
-        self.serving = self.source = weights
+        self.start = contiguous((level.up, level.down, level.gate))
+        self.value = level.value.contiguous()
+        self.serving = self.source = contiguous(weights)
         self.given_momenta = momenta
         self.weights: Weights | None = None  # the buffers
         self.momenta: Weights | None = None
@@ -174,7 +175,7 @@ class LevelPass:
             y, *sums = registration.implementation("chunk_sums", call.impl)(
                 chunk.keys,
                 chunk.inputs,
-                call.level.value,
+                self.value,
                 *self.serving,
                 call.rates[chunk.number],
                 call.level.error_bound,
@@ -207,7 +208,11 @@ class LevelPass:
         if self.momenta is None and level.rule in RULES_WITH_MOMENTUM:
             self.momenta = Weights(
                 *(
-                    None if w is None else torch.zeros_like(w) if m is None else m.clone()
+                    None
+                    if w is None
+                    else torch.zeros_like(w)
+                    if m is None
+                    else m.clone(memory_format=torch.contiguous_format)
                     for w, m in zip(self.weights, self.given_momenta)
                 )
             )
@@ -275,6 +280,11 @@ def in_chunks(x: torch.Tensor, first: int, size: int) -> list[torch.Tensor]:
     if tail < length:
         parts.append(x[:, tail:].contiguous())
     return parts
+
+
+def contiguous(weights: Sequence[torch.Tensor | None]) -> Weights:
+    """The weights as the kernels read them."""
+    return Weights(*(None if w is None else w.contiguous() for w in weights))
 
 
 def _buffers(like: Weights, batch: int, dtype: torch.dtype) -> Weights:

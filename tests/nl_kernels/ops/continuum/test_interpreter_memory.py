@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nl_kernels import continuum_flush, continuum_memory
+from nl_kernels import continuum_detach, continuum_flush, continuum_memory
 from nl_kernels.ops.continuum.state import VARIANTS
 from nl_kernels.testing import RoundedProducts, assert_within_budget
 from nl_kernels.triton_support.kernel_call import KernelCall
@@ -125,6 +125,42 @@ def test_widths_of_several_tiles():
         value=random_tensor(width, width, scale=width**-0.5, seed=3),
     )
     assert_budget(random_tensor(2, chunk + 1, width, seed=0), [level])
+
+
+def test_strides_of_weights_and_states_do_not_matter():
+    def turned(tensor):
+        return tensor.mT.contiguous().mT.detach() if tensor.ndim > 1 else tensor
+
+    def results(change):
+        levels = cast(levels_of("momentum", length=5)[:2], torch.float32)
+        levels = [
+            dataclasses.replace(
+                level, rate=0.05, **{n: change(getattr(level, n)) for n in ("up", "down", "key", "value")}
+            )
+            for level in levels
+        ]
+        levels, _ = require_grad(levels)
+        x = random_tensor(2, 8, WIDTH, seed=0).float()
+        _, state = continuum_memory(
+            change(x[:, :3]), levels, detach_updates=True, output_final_state=True, impl="triton"
+        )
+        state = tuple(
+            s._make(change(t) if t is not None and t.ndim == 3 else t for t in continuum_detach((s,))[0])
+            for s in state
+        )
+        assert state[0].up.is_contiguous() is (change is not turned)
+        y, final = continuum_memory(
+            change(x[:, 3:]), levels, detach_updates=True, initial_state=state, output_final_state=True,
+            impl="triton",
+        )  # fmt: skip
+        decoded, _ = continuum_memory(
+            change(x[:, :1]), levels, initial_state=final, impl="triton", detach_updates=True
+        )
+        z, _ = continuum_memory(change(x), levels, detach_updates=True, impl="triton")
+        return [y, decoded, *flat(final), *torch.autograd.grad(z.square().sum(), [lv.up for lv in levels])]
+
+    for found, expected in zip(results(turned), results(lambda tensor: tensor)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_decoding_and_a_flush():
