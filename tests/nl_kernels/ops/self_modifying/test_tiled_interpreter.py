@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from nl_kernels import MemoryRule, dispatch, self_modifying_memory
-from nl_kernels.chunk_kernels import tiled_launch, tiled_layer, tiled_layer_adjoint, tiled_velocity
+from nl_kernels.chunk_kernels import (
+    tiled_call,
+    tiled_launch,
+    tiled_layer,
+    tiled_layer_adjoint,
+    tiled_velocity,
+)
 from nl_kernels.ops.self_modifying import (
     launch,
     triton_tiled_backward,
@@ -95,6 +101,38 @@ def test_several_tiles_and_blocks_of_sixteen(tiled, monkeypatch, hidden, momentu
     rule = RULES["titans"] if momentum else None
     inputs = make(20, hidden, width=17, momentum=momentum)
     assert_kernels_within_budget(inputs, rule=rule, read="running", chunk_size=24)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rule"),
+    [
+        (None, "default"),
+        (6, "literal"),
+        pytest.param(6, "gelu, input", marks=SLOW),
+        pytest.param(None, "titans", marks=SLOW),
+        pytest.param(6, "titans", marks=SLOW),
+    ],
+)
+@pytest.mark.parametrize("read", ["running", pytest.param("snapshot", marks=SLOW)])
+def test_operands_in_buffers_of_their_own(tiled, monkeypatch, hidden, rule, read):
+    """As for bf16 callers, but rounded to what loses nothing: the interpreter has no products of bf16."""
+    for module in (tiled_call, tiled_layer, tiled_layer_adjoint, tiled_velocity, triton_tiled_chunk):
+        monkeypatch.setattr(module, "operand_dtype", lambda precision: torch.float64)
+    inputs = make(6, hidden, momentum=rule == "titans")
+    assert_kernels_within_budget(inputs, rule=RULES[rule], read=read, chunk_size=4)
+
+
+@pytest.mark.parametrize(
+    ("length", "width", "hidden", "chunk"),
+    [
+        pytest.param(67, 36, 20, 64, marks=SLOW),
+        pytest.param(75, 24, 40, 72, marks=SLOW),
+        pytest.param(140, 40, None, 128, marks=SLOW),
+    ],
+)
+def test_sizes_that_one_program_does_not_take(length, width, hidden, chunk):
+    """Where tiles and blocks of the solve are not full."""
+    assert_kernels_within_budget(make(length, hidden, width=width), read="running", chunk_size=chunk)
 
 
 @pytest.mark.parametrize(
