@@ -113,3 +113,33 @@ def test_kernels_are_launched_a_fixed_number_of_times_a_chunk(hidden, read, eras
         )
         counts.append([len(schedule.calls) for schedule in schedules.values()])
     assert [b - a for a, b in zip(*counts)] == [forward, backward]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "of_tokens", "of_states"), [((512, 1536, 2048), 1.98e9, 0.19e9), ((128, 512, 64), 18e6, 16e6)]
+)
+def test_bytes_that_a_chunk_moves_forward(sizes, of_tokens, of_states):
+    """What its kernels are given, a row: matrices of tokens, and states and weights."""
+    width, hidden, chunk = sizes
+    planned = launch.tiled_schedules(
+        "sm_90",
+        torch.bfloat16,
+        width,
+        hidden,
+        chunk,
+        "running",
+        MemoryRule(),
+        chunks=3,
+        checkpoint_every=1,
+    )["forward"]
+    second = [i for i, call in enumerate(planned.calls) if call.arguments.get("chunk") == 1]
+    found = {True: 0, False: 0}
+    for call in planned.calls[second[0] : second[-1] + 1]:
+        for x in call.arguments.values():
+            if isinstance(x, torch.Tensor) and x.ndim > 2:
+                # Placed tokens are those of three chunks, kept states of three slots.
+                share = 3 if x.ndim == 4 or x.shape[1] == 3 * chunk else 1
+                of_chunk = x.ndim == 3 and x.shape[1] in (chunk, 3 * chunk)
+                found[of_chunk] += x.numel() * x.element_size() / share / 8
+    assert abs(found[True] / of_tokens - 1) < 0.05
+    assert abs(found[False] / of_states - 1) < 0.05
