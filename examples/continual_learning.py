@@ -79,8 +79,12 @@ OTHERS = {
     "Muon": (Level(1.0, 32, "muon", (1e-5, 3e-5, 1e-4, 3e-4), momentum_decay=0.9),),
     "DGD": (Level(1.0, 32, "dgd", (1e-6, 1e-5, 1e-4, 1e-3)),),
     "DGD, anchored": (Level(1.0, 32, "dgd", (3e-4, 1e-3, 3e-3, 1e-2), anchored=True),),
+    "DGD and Muon": (
+        Level(1 / 4, 32, "dgd", (1e-2, 3e-2, 3e-2, 1e-1), anchored=True),
+        Level(3 / 4, 2048, "muon", (6e-4, 6e-4, 1e-3, 1e-3)),
+    ),
 }
-"""Of one level, for ``--readers``; they take longer."""
+"""For ``--readers``; they take longer."""
 
 READERS = {**COMPARED, **OTHERS}
 
