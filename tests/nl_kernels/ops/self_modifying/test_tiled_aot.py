@@ -91,9 +91,17 @@ def test_other_architectures(architecture):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", TARGETS)
-@pytest.mark.parametrize("sizes", ["128x512 C64", "512x1536 C2048", "128xlinear C64"])
-def test_every_kernel_in_bfloat16(architecture, sizes):
-    check(architecture, f"bfloat16 {sizes} running default")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "128x512 C64 running default",
+        "512x1536 C2048 running default",
+        "128xlinear C64 running default",
+        "128x512 C64 running titans",
+    ],
+)
+def test_every_kernel_in_bfloat16(architecture, words):
+    check(architecture, f"bfloat16 {words}")
 
 
 @pytest.mark.parametrize(("hidden", "read", "erase", "forward", "backward"), LAUNCHES)

@@ -99,7 +99,7 @@ def test_several_tiles_and_blocks_of_sixteen(tiled, monkeypatch, hidden, momentu
     monkeypatch.setattr(tiled_layer_adjoint, "ROW_NUMBERS", 16)
     monkeypatch.setattr(tiled_launch, "tiles_of", lambda *_: tiled_launch.Tiles(16, 16, 16, 4, 1))
     rule = RULES["titans"] if momentum else None
-    inputs = make(20, hidden, width=17, momentum=momentum)
+    inputs = make(24, hidden, width=17, momentum=momentum)
     assert_kernels_within_budget(inputs, rule=rule, read="running", chunk_size=24)
 
 
