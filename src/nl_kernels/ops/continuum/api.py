@@ -238,6 +238,8 @@ def _check_levels(
 
 def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor, rates_of_tokens: bool) -> None:
     batch, _, width = x.shape
+    if not isinstance(level.rate, torch.Tensor):  # first: whether the level steps depends on it
+        _check_non_negative(f"{name}.rate", level.rate)
     if not isinstance(level.up, torch.Tensor) or level.up.ndim not in ((2,) if level.steps else (2, 3)):
         alternative = "" if level.steps else f" or [{batch}, H, {width}]"
         raise ValueError(
@@ -263,8 +265,6 @@ def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor, rates_of_tok
         check_tensor(f"{name}.rate", level.rate, shape, like=x)
         if x.device.type == "cpu":  # reading it on an accelerator would wait for the device
             check_range(f"{name}.rate", level.rate, 0.0, math.inf, closed_high=False)
-    else:
-        _check_non_negative(f"{name}.rate", level.rate)
     _check_bool(f"{name}.restore_norms", level.restore_norms)
     _check_non_negative(f"{name}.momentum_decay", level.momentum_decay)
     if level.momentum_decay >= 1:
