@@ -165,11 +165,20 @@ def training_providers(case: Case, device: torch.device) -> Factories:
             batch=sizes["B"],
         )
 
-    return {
+    def ttt() -> Provider:
+        width = sizes["H"] * sizes["D"]
+        return peers.ttt_linear(
+            tokens=sizes["T"], width=width, heads=sizes["H"], chunk=sizes["C"], device=device
+        )
+
+    factories = {
         "nl_kernels": ours,
         "titans-pytorch": lambda: titans(True),
         "titans-pytorch, one snapshot": lambda: titans(False),
     }
+    if not sizes["h"]:
+        factories["TTT-Linear, plain PyTorch"] = ttt
+    return factories
 
 
 def training_reference(case: Case, tokens: int) -> Tensor:

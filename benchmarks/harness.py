@@ -34,7 +34,15 @@ SCHEMA = 1
 MODES = ("forward", "forward+backward", "step")
 COMPILED = "torch.compile of eager"
 ROLES = ("ours", "variant", "peer", "baseline")
-PACKAGES = ("torch", "triton", "numpy", "flash-linear-attention", "titans-pytorch", "nested-learning")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "flash-linear-attention",
+    "fla-core",
+    "titans-pytorch",
+    "nested-learning",
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -11,6 +11,7 @@ import importlib
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Provider
@@ -91,6 +92,53 @@ def titans_pytorch(
     else:
         note = "takes every gradient at the initial weights, so no write sees an earlier one: less than ours"
     return Provider(run, role="peer", headline=fresh_gradients, note=note)
+
+
+def ttt_linear(*, tokens: int, width: int, heads: int, chunk: int, device: torch.device) -> Provider:
+    """TTT-Linear in flash-linear-attention's plain PyTorch, in a layer of the same parts; CPU only.
+
+    Equal: width, heads, chunk size, projections from the stream, a rate a token, learned initial weights,
+    per-head output gate and output projection, gradients at each chunk's first state and through the writes,
+    running reads. Different: plain gradient steps (no decay, no erase, no bound), a LayerNorm inside the loss
+    and after the read, a bias beside the matrix.
+    """
+    if device.type != "cpu":
+        raise Unavailable("the plain form of TTT-Linear is compared on the CPU")
+    module = load("fla.ops.ttt.naive", "fla-core", CPU_REMEDY)
+    inner = width // heads
+    sizes = {
+        "project": (3 * width, width),
+        "rates": (2 * heads, width),
+        "out": (width, width),
+        "initial": (heads, inner, inner),
+    }
+    made = random_tensors(1, sizes, device, torch.float32)
+    weights = {name: (x * width**-0.5).requires_grad_() for name, x in made.items()}
+    scale, shift = (make(heads, inner).requires_grad_() for make in (torch.ones, torch.zeros))
+    x, cotangent = _layer_inputs(tokens, width, 1, device)
+    leaves = [x, *weights.values(), scale, shift]
+
+    def run() -> tuple[Tensor, ...]:
+        normed = F.rms_norm(x, x.shape[-1:])
+        q, k, v = F.linear(normed, weights["project"]).unflatten(-1, (3, heads, inner)).unbind(2)
+        rate, gate = F.linear(normed, weights["rates"]).unflatten(-1, (2, heads)).unbind(2)
+        read, _, _ = module.chunk_ttt_linear_ref(
+            F.normalize(q, dim=-1),
+            F.normalize(k, dim=-1),
+            v,
+            scale,
+            shift,
+            rate.sigmoid()[..., None],
+            scale=1.0,
+            mini_batch_size=chunk,
+            initial_state=weights["initial"][None],
+        )
+        out = F.linear((read * gate.sigmoid()[..., None]).flatten(2), weights["out"])
+        return out.detach(), *_gradients(out, leaves, cotangent)
+
+    return Provider(
+        run, role="peer", note="plain gradient steps: no decay, no delta rule; LayerNorm in the loss"
+    )
 
 
 def nested_learning(

@@ -22,6 +22,8 @@ PACKAGES = (
     "rich>=13",
     "titans-pytorch==0.5.5",
     "nested-learning==0.2.0",
+    "fla-core==0.6.0",
+    "triton==3.7.1",
 )
 
 
