@@ -223,11 +223,11 @@ def _joined(outputs: list[torch.Tensor]) -> torch.Tensor:
 
 def _unaliased(final: State, tensors: State) -> State:
     """The same tensors, cloned where one is among ``tensors`` or comes twice, as a node's outputs may not."""
-    seen = {id(x) for x in tensors}
     fresh = []
-    for x in final:
-        fresh.append(x.clone() if x is not None and id(x) in seen else x)
-        seen.add(id(x))
+    for i, x in enumerate(final):
+        # compared, not looked up by id: torch.compile would take the ids of one call for constants
+        seen = any(x is other for other in (*tensors, *final[:i]))
+        fresh.append(x.clone() if x is not None and seen else x)
     return tuple(fresh)
 
 

@@ -3,8 +3,11 @@
 import itertools
 
 import pytest
+import torch
 
+from nl_kernels import deep_memory
 from nl_kernels.chunk_recompute import Footprint, plan_segments
+from nl_kernels.testing import deep_memory_inputs
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100])
@@ -31,3 +34,14 @@ def test_recomputed_segments_balance_states_and_activations():
     segments = plan_segments(64, 1, 0, None, Footprint(state=4, chunk=1, kept=0))
     assert {s.chunks for s in segments} == {16}
     assert not any(s.kept for s in segments)
+
+
+def test_a_compiled_training_step_is_not_compiled_again_for_new_tensors():
+    torch._dynamo.reset()
+    step = torch.compile(lambda inputs: deep_memory(**inputs, chunk_size=8, impl="eager")[0], backend="eager")
+    for seed in range(2):
+        inputs = deep_memory_inputs(1, 16, 1, 4, 4, seed=seed, dtype=torch.float32)
+        inputs["k"].requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            step(inputs).sum().backward()
+        assert inputs["k"].grad.isfinite().all()
