@@ -11,7 +11,7 @@ import triton.language as tl
 
 from nl_kernels.chunk_kernels.forward import row_dot
 from nl_kernels.chunk_kernels.tiled_products import decay_tile
-from nl_kernels.chunk_kernels.tiled_rows import _load, _rows, _store, load_more
+from nl_kernels.chunk_kernels.tiled_rows import load_more, load_rows, locate_rows, store_rows
 from nl_kernels.chunk_kernels.tiled_tokens import (
     CARRIED_TO_END,
     MIXED_TO_END,
@@ -182,7 +182,7 @@ def written_momentum_rows_kernel(
     ``at_end`` and ``at_velocity_end`` are x times the adjoints of S and U after the chunk, ``more`` what a
     running read gives the writes, as in :func:`.tiled_rows.written_adjoint_rows_kernel`.
     """
-    row, batch, t = _rows(LENGTH, ROWS)
+    row, batch, t = locate_rows(LENGTH, ROWS)
     eta = tl.load(rate + batch * pitch + start + t)
     coefficient = momenta + batch * 8 * pitch + start + t
     mixed = tl.load(coefficient + MIXED_TO_END * pitch)
@@ -225,11 +225,11 @@ def read_momentum_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     """A running read's adjoint times the mixture's ``after``, and the plain adjoint of that."""
-    row, batch, t = _rows(LENGTH, ROWS)
-    tile = _load(grad, batch * grad_rows + grad_start + t, WIDTH, BLOCK)
+    row, batch, t = locate_rows(LENGTH, ROWS)
+    tile = load_rows(grad, batch * grad_rows + grad_start + t, WIDTH, BLOCK)
     after = tl.load(momenta + (batch * 8 + MIXED_AFTER) * pitch + start + t)
-    _store(weighted, row, tile * after[:, None], WIDTH, BLOCK)
-    tl.store(mixed_after + row, row_dot(tile, _load(recalled, row, WIDTH, BLOCK)))
+    store_rows(weighted, row, tile * after[:, None], WIDTH, BLOCK)
+    tl.store(mixed_after + row, row_dot(tile, load_rows(recalled, row, WIDTH, BLOCK)))
 
 
 @triton.jit(do_not_specialize=["pitch", "start"])

@@ -13,21 +13,21 @@ from nl_kernels.chunk_kernels.tiled_tokens import AFTER, CARRIED_TO_END, MIXED_T
 
 
 @triton.jit
-def _rows(LENGTH: tl.constexpr, ROWS: tl.constexpr):
+def locate_rows(LENGTH: tl.constexpr, ROWS: tl.constexpr):
     """The program's rows among all, its batch, and their places among the chunk's tokens."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     return first + tl.arange(0, ROWS), first // LENGTH, first % LENGTH + tl.arange(0, ROWS)
 
 
 @triton.jit
-def _load(x, row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def load_rows(x, row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     place = x + row[:, None] * WIDTH + column[None, :]
     return tl.load(place, mask=(column < WIDTH)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(x, row, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def store_rows(x, row, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     if x is not None:
         column = tl.arange(0, BLOCK)
         place = x + row[:, None] * WIDTH + column[None, :]
@@ -35,12 +35,12 @@ def _store(x, row, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _coefficient(coefficients, batch, t, pitch, start, KIND: tl.constexpr):
+def coefficient_of(coefficients, batch, t, pitch, start, KIND: tl.constexpr):
     return tl.load(coefficients + (batch * 8 + KIND) * pitch + start + t)
 
 
 @triton.jit
-def _store_written(
+def store_written(
     written,
     weighted,
     carried,
@@ -57,15 +57,15 @@ def _store_written(
 ):
     """u = −η δ of a layer that does not erase, and what of it reaches S, and with momentum U, at the end."""
     if written is not None:
-        handed = signal * -_coefficient(coefficients, batch, t, pitch, start, RATE)[:, None]
-        _store(written, row, handed, WIDTH, BLOCK)
+        handed = signal * -coefficient_of(coefficients, batch, t, pitch, start, RATE)[:, None]
+        store_rows(written, row, handed, WIDTH, BLOCK)
         if carried is None:
-            end = _coefficient(coefficients, batch, t, pitch, start, TO_END)
+            end = coefficient_of(coefficients, batch, t, pitch, start, TO_END)
         else:
-            end = _coefficient(momenta, batch, t, pitch, start, MIXED_TO_END)
-            later = _coefficient(momenta, batch, t, pitch, start, CARRIED_TO_END)
-            _store(carried, row, handed * later[:, None], WIDTH, BLOCK)
-        _store(weighted, row, handed * end[:, None], WIDTH, BLOCK)
+            end = coefficient_of(momenta, batch, t, pitch, start, MIXED_TO_END)
+            later = coefficient_of(momenta, batch, t, pitch, start, CARRIED_TO_END)
+            store_rows(carried, row, handed * later[:, None], WIDTH, BLOCK)
+        store_rows(weighted, row, handed * end[:, None], WIDTH, BLOCK)
 
 
 @triton.jit(do_not_specialize=["pitch", "start"])
@@ -84,11 +84,11 @@ def hidden_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     """``n(σ(z))``, and the proximal rate of a layer with that input."""
-    row, batch, t = _rows(LENGTH, ROWS)
-    hidden, _, _, _ = forward.activated(_load(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
-    _store(value, row, hidden, WIDTH, BLOCK)
+    row, batch, t = locate_rows(LENGTH, ROWS)
+    hidden, _, _, _ = forward.activated(load_rows(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
+    store_rows(value, row, hidden, WIDTH, BLOCK)
     if effective is not None:
-        eta = _coefficient(coefficients, batch, t, pitch, start, RATE)
+        eta = coefficient_of(coefficients, batch, t, pitch, start, RATE)
         tl.store(effective + batch * pitch + start + t, forward.proximal_rate(eta, hidden))
 
 
@@ -111,12 +111,12 @@ def error_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     """The error bounded; its factor is made anew where needed. ``operand`` is another rounding of it."""
-    row, batch, t = _rows(LENGTH, ROWS)
-    tile = _load(raw, row, WIDTH, BLOCK)
+    row, batch, t = locate_rows(LENGTH, ROWS)
+    tile = load_rows(raw, row, WIDTH, BLOCK)
     tile *= forward.length_factor(tile, BOUND)[:, None]
-    _store(error, row, tile, WIDTH, BLOCK)
-    _store(operand, row, tile, WIDTH, BLOCK)
-    _store_written(
+    store_rows(error, row, tile, WIDTH, BLOCK)
+    store_rows(operand, row, tile, WIDTH, BLOCK)
+    store_written(
         written, weighted, carried, row, tile, coefficients, momenta, batch, t, pitch, start, WIDTH, BLOCK
     )
 
@@ -142,12 +142,12 @@ def signal_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     """The error signal at z from ``back``, the one at n(σ(z))."""
-    row, batch, t = _rows(LENGTH, ROWS)
-    value, slope, _, scale = forward.activated(_load(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
-    given = _load(back, row, WIDTH, BLOCK)
+    row, batch, t = locate_rows(LENGTH, ROWS)
+    value, slope, _, scale = forward.activated(load_rows(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
+    given = load_rows(back, row, WIDTH, BLOCK)
     found, _, _, _ = forward.error_signal(given, value, slope, scale, NORMALIZED, BOUND)
-    _store(signal, row, found, WIDTH, BLOCK)
-    _store_written(
+    store_rows(signal, row, found, WIDTH, BLOCK)
+    store_written(
         written, weighted, carried, row, found, coefficients, momenta, batch, t, pitch, start, WIDTH, BLOCK
     )
 
@@ -177,16 +177,16 @@ def read_adjoint_rows_kernel(
     ``z`` NOTHING: ``grad`` is that of the read itself, else of n(σ(z)). ``operand`` gets the adjoint of the
     read, ``weighted`` it times the decay from the chunk's start, ``after`` that of this decay times itself.
     """
-    row, batch, t = _rows(LENGTH, ROWS)
-    tile = _load(grad, batch * grad_rows + grad_start + t, WIDTH, BLOCK)
+    row, batch, t = locate_rows(LENGTH, ROWS)
+    tile = load_rows(grad, batch * grad_rows + grad_start + t, WIDTH, BLOCK)
     if z is not None:
-        value, slope, _, scale = forward.activated(_load(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
+        value, slope, _, scale = forward.activated(load_rows(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
         tile = adjoint.hidden_adjoint(tile, value, slope, scale, None, NORMALIZED)
-    _store(operand, row, tile, WIDTH, BLOCK)
+    store_rows(operand, row, tile, WIDTH, BLOCK)
     if weighted is not None:
-        since = _coefficient(coefficients, batch, t, pitch, start, AFTER)
-        _store(weighted, row, tile * since[:, None], WIDTH, BLOCK)
-        tl.store(after + row, forward.row_dot(tile, _load(recalled, row, WIDTH, BLOCK)))
+        since = coefficient_of(coefficients, batch, t, pitch, start, AFTER)
+        store_rows(weighted, row, tile * since[:, None], WIDTH, BLOCK)
+        tl.store(after + row, forward.row_dot(tile, load_rows(recalled, row, WIDTH, BLOCK)))
 
 
 @triton.jit
@@ -227,7 +227,7 @@ def written_adjoint_rows_kernel(
     of several gets may come in ``more`` [N, LENGTH, MORE_WIDTH]: in the rows from ``more_start`` on, and in
     the columns from MORE_COLUMN on. ``rate`` [batches, pitch].
     """
-    row, batch, t = _rows(LENGTH, ROWS)
+    row, batch, t = locate_rows(LENGTH, ROWS)
     eta = tl.load(rate + batch * pitch + start + t)
     direct = tl.zeros([ROWS], tl.float32)
     by_end = tl.zeros([ROWS], tl.float32)
@@ -243,6 +243,51 @@ def written_adjoint_rows_kernel(
         tl.store(at_surprise + place, grad * -eta[:, None], mask=mask)
     tl.store(at_rate + row, -direct)
     tl.store(to_end + row, -eta * by_end)
+
+
+@triton.jit
+def store_signal_adjoint(
+    row,
+    own,
+    at_signal,
+    z,
+    back,
+    right,
+    at_value,
+    coefficient,
+    at_back,
+    at_value_after,
+    at_slope,
+    radial,
+    before,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    BOUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What :func:`signal_adjoint_rows_kernel` stores of its rows; returns the adjoint of ``back``.
+
+    ``at_signal``, ``z`` and ``right`` have them at the places ``own``.
+    """
+    tile = load_rows(z, own, WIDTH, BLOCK)
+    value, slope, curvature, scale = forward.activated(tile, ACTIVATION, NORMALIZED)
+    given = load_rows(back, row, WIDTH, BLOCK)
+    signal, tangent, along, factor = forward.error_signal(given, value, slope, scale, NORMALIZED, BOUND)
+    grad = load_rows(at_signal, own, WIDTH, BLOCK)
+    if right is not None:
+        tl.store(before + row, forward.row_dot(grad, load_rows(right, own, WIDTH, BLOCK) - signal))
+    to_back, to_value, to_slope, to_radial = adjoint.signal_adjoint(
+        grad, signal, tangent, along, factor, given, value, slope, curvature, scale, NORMALIZED, BOUND
+    )
+    store_rows(at_back, row, to_back, WIDTH, BLOCK)
+    store_rows(at_slope, row, to_slope, WIDTH, BLOCK)
+    to_value += load_rows(at_value, row, WIDTH, BLOCK)
+    if coefficient is not None:
+        to_value += value * tl.load(coefficient + row)[:, None]
+    store_rows(at_value_after, row, to_value, WIDTH, BLOCK)
+    tl.store(radial + row, to_radial)
+    return to_back
 
 
 @triton.jit
@@ -271,23 +316,27 @@ def signal_adjoint_rows_kernel(
     ``right`` is what the layer's solve was given: the adjoint of the decay from the chunk's start, times
     itself, goes to ``before``. ``coefficient`` times n(σ(z)) is what the second layer's proximal rate adds.
     """
-    row, _, _ = _rows(LENGTH, ROWS)
-    value, slope, curvature, scale = forward.activated(_load(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
-    given = _load(back, row, WIDTH, BLOCK)
-    signal, tangent, along, factor = forward.error_signal(given, value, slope, scale, NORMALIZED, BOUND)
-    grad = _load(at_signal, row, WIDTH, BLOCK)
-    if right is not None:
-        tl.store(before + row, forward.row_dot(grad, _load(right, row, WIDTH, BLOCK) - signal))
-    to_back, to_value, to_slope, to_radial = adjoint.signal_adjoint(
-        grad, signal, tangent, along, factor, given, value, slope, curvature, scale, NORMALIZED, BOUND
+    row, _, _ = locate_rows(LENGTH, ROWS)
+    store_signal_adjoint(
+        row,
+        row,
+        at_signal,
+        z,
+        back,
+        right,
+        at_value,
+        coefficient,
+        at_back,
+        at_value_after,
+        at_slope,
+        radial,
+        before,
+        WIDTH,
+        ACTIVATION,
+        NORMALIZED,
+        BOUND,
+        BLOCK,
     )
-    _store(at_back, row, to_back, WIDTH, BLOCK)
-    _store(at_slope, row, to_slope, WIDTH, BLOCK)
-    to_value += _load(at_value, row, WIDTH, BLOCK)
-    if coefficient is not None:
-        to_value += value * tl.load(coefficient + row)[:, None]
-    _store(at_value_after, row, to_value, WIDTH, BLOCK)
-    tl.store(radial + row, to_radial)
 
 
 @triton.jit(do_not_specialize=["out_rows", "out_start", "out_limit"])
@@ -314,17 +363,17 @@ def error_adjoint_rows_kernel(
 
     ``right`` and ``solved``, the adjoint that the solve gave, are of the last layer, where it erases.
     """
-    row, batch, t = _rows(LENGTH, ROWS)
-    bounded = _load(error, row, WIDTH, BLOCK)
-    grad = _load(at_error, row, WIDTH, BLOCK)
+    row, batch, t = locate_rows(LENGTH, ROWS)
+    bounded = load_rows(error, row, WIDTH, BLOCK)
+    grad = load_rows(at_error, row, WIDTH, BLOCK)
     if right is not None:
-        recalled = _load(right, row, WIDTH, BLOCK) - bounded
-        tl.store(before + row, forward.row_dot(_load(solved, row, WIDTH, BLOCK), recalled))
+        recalled = load_rows(right, row, WIDTH, BLOCK) - bounded
+        tl.store(before + row, forward.row_dot(load_rows(solved, row, WIDTH, BLOCK), recalled))
     if BOUND > 0:
-        factor = forward.length_factor(_load(raw, row, WIDTH, BLOCK), BOUND)
+        factor = forward.length_factor(load_rows(raw, row, WIDTH, BLOCK), BOUND)
         grad = adjoint.bound_adjoint(grad, bounded, factor, BOUND)
-    _store(operand, row, grad, WIDTH, BLOCK)
-    _store(plain, row, grad, WIDTH, BLOCK)
+    store_rows(operand, row, grad, WIDTH, BLOCK)
+    store_rows(plain, row, grad, WIDTH, BLOCK)
     column = tl.arange(0, BLOCK)
     place = d_target + (batch * out_rows + out_start + t)[:, None] * WIDTH + column[None, :]
     tl.store(place, -grad, mask=(t < out_limit)[:, None] & (column < WIDTH)[None, :])
@@ -345,11 +394,11 @@ def hidden_adjoint_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     """The adjoint of z from that of n(σ(z)) and what :func:`signal_adjoint_rows_kernel` left."""
-    row, _, _ = _rows(LENGTH, ROWS)
-    value, slope, _, scale = forward.activated(_load(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
-    grad = _load(at_value, row, WIDTH, BLOCK)
+    row, _, _ = locate_rows(LENGTH, ROWS)
+    value, slope, _, scale = forward.activated(load_rows(z, row, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
+    grad = load_rows(at_value, row, WIDTH, BLOCK)
     grad = adjoint.hidden_adjoint(grad, value, slope, scale, tl.load(radial + row), NORMALIZED)
-    _store(operand, row, grad + _load(at_slope, row, WIDTH, BLOCK), WIDTH, BLOCK)
+    store_rows(operand, row, grad + load_rows(at_slope, row, WIDTH, BLOCK), WIDTH, BLOCK)
 
 
 @triton.jit(do_not_specialize=["out_rows", "out_start", "out_limit", "x_rows", "x_start"])
@@ -368,8 +417,8 @@ def add_scaled_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     """Add ``coefficient`` times the rows of x to ``out`` [batches, out_rows, WIDTH]."""
-    row, batch, t = _rows(LENGTH, ROWS)
-    tile = _load(x, batch * x_rows + x_start + t, WIDTH, BLOCK) * tl.load(coefficient + row)[:, None]
+    row, batch, t = locate_rows(LENGTH, ROWS)
+    tile = load_rows(x, batch * x_rows + x_start + t, WIDTH, BLOCK) * tl.load(coefficient + row)[:, None]
     column = tl.arange(0, BLOCK)
     place = out + (batch * out_rows + out_start + t)[:, None] * WIDTH + column[None, :]
     mask = (t < out_limit)[:, None] & (column < WIDTH)[None, :]

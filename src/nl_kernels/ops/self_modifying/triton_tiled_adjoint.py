@@ -10,9 +10,7 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels import adjoint, forward
-from nl_kernels.chunk_kernels.tiled_rows import _load as load_rows
-from nl_kernels.chunk_kernels.tiled_rows import _rows as locate_rows
-from nl_kernels.chunk_kernels.tiled_rows import _store as store_rows
+from nl_kernels.chunk_kernels.tiled_rows import load_rows, locate_rows, store_rows, store_signal_adjoint
 from nl_kernels.ops.self_modifying.triton_chunk import unit_adjoint
 
 WIDE: tl.constexpr = tl.constexpr(3)  # memories whose output is as wide as their input; the gates follow
@@ -65,24 +63,26 @@ def signal_adjoint_kernel(
     memory = batch // batches
     n = batch % batches
     own = (n * LENGTH + t) * 5 + memory
-    tile = load_rows(z, own, WIDTH, BLOCK)
-    value, slope, curvature, scale = forward.activated(tile, ACTIVATION, NORMALIZED)
-    given = load_rows(back, row, WIDTH, BLOCK)
-    signal, tangent, along, factor = forward.error_signal(given, value, slope, scale, NORMALIZED, BOUND)
-    grad = load_rows(at_signal, own, WIDTH, BLOCK)
-    if right is not None:
-        recalled = load_rows(right, own, WIDTH, BLOCK) - signal
-        tl.store(before + row, forward.row_dot(grad, recalled))
-    to_back, to_value, to_slope, to_radial = adjoint.signal_adjoint(
-        grad, signal, tangent, along, factor, given, value, slope, curvature, scale, NORMALIZED, BOUND
+    to_back = store_signal_adjoint(
+        row,
+        own,
+        at_signal,
+        z,
+        back,
+        right,
+        at_value,
+        coefficient,
+        at_back,
+        at_value_after,
+        at_slope,
+        radial,
+        before,
+        WIDTH,
+        ACTIVATION,
+        NORMALIZED,
+        BOUND,
+        BLOCK,
     )
-    store_rows(at_back, row, to_back, WIDTH, BLOCK)
-    store_rows(at_slope, row, to_slope, WIDTH, BLOCK)
-    to_value += load_rows(at_value, row, WIDTH, BLOCK)
-    if coefficient is not None:
-        to_value += value * tl.load(coefficient + row)[:, None]
-    store_rows(at_value_after, row, to_value, WIDTH, BLOCK)
-    tl.store(radial + row, to_radial)
     if memory >= WIDE:
         last = _load_gate(gates, n, memory - WIDE, gates_rows, gates_start, WIDTH, BLOCK)
         number = row - batches * (WIDE * LENGTH)

@@ -11,7 +11,13 @@ import triton.language as tl
 
 from nl_kernels.chunk_kernels import forward
 from nl_kernels.chunk_kernels.tiled_momentum import store_momenta
-from nl_kernels.chunk_kernels.tiled_rows import _coefficient, _load, _rows, _store, _store_written
+from nl_kernels.chunk_kernels.tiled_rows import (
+    coefficient_of,
+    load_rows,
+    locate_rows,
+    store_rows,
+    store_written,
+)
 from nl_kernels.chunk_kernels.tiled_tokens import (
     AFTER,
     BEFORE,
@@ -84,11 +90,11 @@ def generate_rows_kernel(
     are two rows of ``gates`` [N, gates_rows, GATE_WIDTH] from ``gates_start`` on, applied to their hidden
     layers in ``gate_x``, memory first, or to the same input. ``o`` are the call's tokens, or NOTHING.
     """
-    row, batch, t = _rows(LENGTH, ROWS)
+    row, batch, t = locate_rows(LENGTH, ROWS)
     token, valid = _tokens_of(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
     later = row + tl.cast(batches, tl.int64) * LENGTH
-    key = _load(made, row, WIDTH, BLOCK)
-    value = _load(made, later, WIDTH, BLOCK)
+    key = load_rows(made, row, WIDTH, BLOCK)
+    value = load_rows(made, later, WIDTH, BLOCK)
     if PROJECTION:
         key += _load_tokens(key_input, token, valid, WIDTH, BLOCK)
         value += _load_tokens(value_input, token, valid, WIDTH, BLOCK)
@@ -96,16 +102,16 @@ def generate_rows_kernel(
     tl.store(key_scale + row, scale)
     if key_square is not None:
         tl.store(key_square + row, forward.row_dot(key, key))
-    _store(made, row, key, WIDTH, BLOCK)
-    _store(made, later, value, WIDTH, BLOCK)
+    store_rows(made, row, key, WIDTH, BLOCK)
+    store_rows(made, later, value, WIDTH, BLOCK)
     if kv is not None:
-        _store(kv, row, key, WIDTH, BLOCK)
-        _store(kv, later, value, WIDTH, BLOCK)
-    _store(difference, row, key - value, WIDTH, BLOCK)
+        store_rows(kv, row, key, WIDTH, BLOCK)
+        store_rows(kv, later, value, WIDTH, BLOCK)
+    store_rows(difference, row, key - value, WIDTH, BLOCK)
     if o is not None:
-        read = _load(made, later + tl.cast(batches, tl.int64) * LENGTH, WIDTH, BLOCK)
+        read = load_rows(made, later + tl.cast(batches, tl.int64) * LENGTH, WIDTH, BLOCK)
         if RESIDUAL:
-            read += _load(query, batch * query_rows + query_start + t, WIDTH, BLOCK)
+            read += load_rows(query, batch * query_rows + query_start + t, WIDTH, BLOCK)
         column = tl.arange(0, BLOCK)
         mask = valid[:, None] & (column < WIDTH)[None, :]
         tl.store(o + token[:, None] * WIDTH + column[None, :], read, mask=mask)
@@ -113,7 +119,7 @@ def generate_rows_kernel(
     column = tl.arange(0, GATE_BLOCK)
     for gate in tl.static_range(2):
         source = batch + batches * (WIDE + gate if TWO_LAYER else WIDE)
-        x = _load(gate_x, source * gate_x_rows + gate_x_start + t, GATE_WIDTH, GATE_BLOCK)
+        x = load_rows(gate_x, source * gate_x_rows + gate_x_start + t, GATE_WIDTH, GATE_BLOCK)
         place = gates + (batch * gates_rows + gates_start + gate) * GATE_WIDTH + column
         weight = tl.load(place, mask=column < GATE_WIDTH, other=0.0).to(tl.float32)
         bias = rate_bias if gate == 0 else retention_bias
@@ -238,15 +244,15 @@ def pair_hidden_rows_kernel(
 
     ``effective`` [5N, pitch] gets the proximal rates of the last layers.
     """
-    row, batch, t = _rows(LENGTH, ROWS)
+    row, batch, t = locate_rows(LENGTH, ROWS)
     _, _, at = _memory_rows(row, batch, t, batches, LENGTH)
-    key, _, _, _ = forward.activated(_load(pair_z, at, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
+    key, _, _, _ = forward.activated(load_rows(pair_z, at, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
     later = tl.cast(batches, tl.int64) * (LENGTH * MEMORIES)
-    value, _, _, _ = forward.activated(_load(pair_z, at + later, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
-    _store(hidden, row, key, WIDTH, BLOCK)
-    _store(difference, row, key - value, WIDTH, BLOCK)
+    value, _, _, _ = forward.activated(load_rows(pair_z, at + later, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
+    store_rows(hidden, row, key, WIDTH, BLOCK)
+    store_rows(difference, row, key - value, WIDTH, BLOCK)
     if effective is not None:
-        eta = _coefficient(coefficients, batch, t, pitch, start, RATE)
+        eta = coefficient_of(coefficients, batch, t, pitch, start, RATE)
         tl.store(effective + batch * pitch + start + t, forward.proximal_rate(eta, key))
 
 
@@ -285,19 +291,19 @@ def memory_error_rows_kernel(
 
     ``made`` holds k and v; ``factor`` [3N, LENGTH] is the bound's.
     """
-    row, batch, t = _rows(LENGTH, ROWS)
+    row, batch, t = locate_rows(LENGTH, ROWS)
     memory, plain, _ = _memory_rows(row, batch, t, batches, LENGTH)
-    key = _load(made, plain, WIDTH, BLOCK)
-    value = _load(made, plain + tl.cast(batches, tl.int64) * LENGTH, WIDTH, BLOCK)
-    tile = _load(error, row, WIDTH, BLOCK)
+    key = load_rows(made, plain, WIDTH, BLOCK)
+    value = load_rows(made, plain + tl.cast(batches, tl.int64) * LENGTH, WIDTH, BLOCK)
+    tile = load_rows(error, row, WIDTH, BLOCK)
     share = tl.where(memory == WIDE - 1, 1.0 if RESIDUAL else 0.0, 1.0 if PROJECTION else 0.0)
     tile = _add_residuals(tile, key, value, share, TARGET)
     scale = forward.length_factor(tile, BOUND)
     tile *= scale[:, None]
     tl.store(factor + row, scale)
-    _store(error, row, tile, WIDTH, BLOCK)
-    _store(operand, row, tile, WIDTH, BLOCK)
-    _store_written(
+    store_rows(error, row, tile, WIDTH, BLOCK)
+    store_rows(operand, row, tile, WIDTH, BLOCK)
+    store_written(
         written, weighted, carried, row, tile, coefficients, momenta, batch, t, pitch, start, WIDTH, BLOCK
     )
 
@@ -336,29 +342,29 @@ def memory_signal_rows_kernel(
     Of the gates ``back`` and the error are made here, with their weights, two rows of ``gates`` [N,
     gates_rows, WIDTH]: one number a token, ``gate_error`` [2N, LENGTH].
     """
-    row, batch, t = _rows(LENGTH, ROWS)
+    row, batch, t = locate_rows(LENGTH, ROWS)
     memory, _, at = _memory_rows(row, batch, t, batches, LENGTH)
     if memory < WIDE:
-        given = _load(back, row, WIDTH, BLOCK)
+        given = load_rows(back, row, WIDTH, BLOCK)
     else:
         column = tl.arange(0, BLOCK)
         gate = (batch % batches) * gates_rows + gates_start + memory - WIDE
         weight = tl.load(gates + gate * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        error = tl.sum(_load(difference, row, WIDTH, BLOCK) * weight[None, :], 1)
+        error = tl.sum(load_rows(difference, row, WIDTH, BLOCK) * weight[None, :], 1)
         if BOUND > 0:
             error = tl.minimum(tl.maximum(error, -BOUND), BOUND)
         place = row - tl.cast(batches, tl.int64) * (WIDE * LENGTH)
         tl.store(gate_error + place, error)
         given = error[:, None] * weight[None, :]
-        _store(back, row, given, WIDTH, BLOCK)
-        _store_written(
+        store_rows(back, row, given, WIDTH, BLOCK)
+        store_written(
             gate_written, gate_weighted, gate_carried, place, error[:, None], coefficients, momenta,
             batch, t, pitch, start, 1, 1,
         )  # fmt: skip
-    value, slope, _, scale = forward.activated(_load(pair_z, at, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
+    value, slope, _, scale = forward.activated(load_rows(pair_z, at, WIDTH, BLOCK), ACTIVATION, NORMALIZED)
     found, _, _, _ = forward.error_signal(given, value, slope, scale, NORMALIZED, BOUND)
-    _store(signal, at, found, WIDTH, BLOCK)
-    _store_written(
+    store_rows(signal, at, found, WIDTH, BLOCK)
+    store_written(
         written, weighted, carried, at, found, coefficients, momenta, batch, t, pitch, start, WIDTH, BLOCK
     )
 
@@ -402,17 +408,17 @@ def linear_error_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     """The errors of linear memories [N, LENGTH, 3 WIDTH + GATES] in place of W (k − v): bounded."""
-    row, batch, t = _rows(LENGTH, ROWS)
+    row, batch, t = locate_rows(LENGTH, ROWS)
     all_rows = tl.cast(batches, tl.int64) * LENGTH
     STRIDE: tl.constexpr = WIDE * WIDTH + GATES
-    key = _load(made, row, WIDTH, BLOCK)
-    value = _load(made, row + all_rows, WIDTH, BLOCK)
-    eta = _coefficient(coefficients, batch, t, pitch, start, RATE)
-    end = _coefficient(coefficients, batch, t, pitch, start, TO_END)
+    key = load_rows(made, row, WIDTH, BLOCK)
+    value = load_rows(made, row + all_rows, WIDTH, BLOCK)
+    eta = coefficient_of(coefficients, batch, t, pitch, start, RATE)
+    end = coefficient_of(coefficients, batch, t, pitch, start, TO_END)
     later = end
     if carried is not None:
-        end = _coefficient(momenta, batch, t, pitch, start, MIXED_TO_END)
-        later = _coefficient(momenta, batch, t, pitch, start, CARRIED_TO_END)
+        end = coefficient_of(momenta, batch, t, pitch, start, MIXED_TO_END)
+        later = coefficient_of(momenta, batch, t, pitch, start, CARRIED_TO_END)
     for memory in tl.static_range(WIDE + 1):
         first = memory * WIDTH
         if memory < WIDE:
