@@ -271,7 +271,7 @@ CASES = [
         for tokens in (4096, 16384, 65536, 262144)
     ),
     *(
-        op_case(mode, B=batch, T=8192, H=heads, D=width, h=hidden, C=chunk)  # beyond the kernels: eager
+        op_case(mode, B=batch, T=8192, H=heads, D=width, h=hidden, C=chunk)
         for batch, heads, width, hidden, chunk in (
             (8, 16, 64, 256, 64),
             (8, 8, 128, 512, 64),
