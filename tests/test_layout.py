@@ -16,6 +16,7 @@ ALLOWED = REQUIRED | {
     "triton_chunk.py",
     "triton_rerun.py",
     "triton_adjoint.py",
+    "triton_tiled_buffers.py",
     "triton_tiled_chunk.py",
     "triton_tiled_chunk_adjoint.py",
     "triton_tiled_rows.py",

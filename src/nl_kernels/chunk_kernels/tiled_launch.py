@@ -132,6 +132,16 @@ def whole(tensor: torch.Tensor | None) -> Operand | None:
     return None if tensor is None else Operand(tensor, tensor.shape[1])
 
 
+def part_of(weights: Operand, first: int) -> Operand:
+    """The rows of a matrix from ``first`` on."""
+    return dataclasses.replace(weights, start=weights.start + first)
+
+
+def slot_of(tensor: torch.Tensor, slot: int) -> Operand:
+    """State number ``slot`` of [batches, slots, rows, width]."""
+    return Operand(tensor, tensor.shape[1] * tensor.shape[2], slot * tensor.shape[2])
+
+
 def every_row(tensor: torch.Tensor | None) -> Place | None:
     """All rows of [batches, rows, width]."""
     return None if tensor is None else Place(tensor, tensor.shape[1], 0, tensor.shape[1])

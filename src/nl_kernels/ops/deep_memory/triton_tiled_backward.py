@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 
 from nl_kernels.chunk_kernels import tiled_call, tiled_layer_adjoint, tiled_velocity
-from nl_kernels.chunk_kernels.tiled_launch import Operand, Schedule, Term, every_row, whole
+from nl_kernels.chunk_kernels.tiled_launch import Operand, Schedule, Term, every_row, slot_of, whole
 from nl_kernels.ops.deep_memory import launch
 from nl_kernels.ops.deep_memory.triton_backward import Gradients
-from nl_kernels.ops.deep_memory.triton_tiled_forward import TiledChunks, slot_of, states_of
+from nl_kernels.ops.deep_memory.triton_tiled_forward import TiledChunks, states_of
 from nl_kernels.triton_support.kernel_call import run_calls
 from nl_kernels.triton_support.targets import architecture_of
 

@@ -16,6 +16,7 @@ from nl_kernels.chunk_kernels.tiled_launch import (
     TokenGrid,
     every_row,
     operand_dtype,
+    slot_of,
     whole,
 )
 from nl_kernels.ops.deep_memory import launch
@@ -287,11 +288,6 @@ def states_of(
 ) -> list[torch.Tensor | None]:
     """Of two weights and two velocities those of ``count`` layers; velocities where there is momentum."""
     return [*tensors[:count], *(tensors[2 : 2 + count] if momentum is not None else ())]
-
-
-def slot_of(tensor: torch.Tensor, slot: int) -> Operand:
-    """Weight number ``slot`` of [N, slots, out, in]."""
-    return Operand(tensor, tensor.shape[1] * tensor.shape[2], slot * tensor.shape[2])
 
 
 def make_results(inputs: launch.Inputs, options: launch.Options, *, keep: bool) -> launch.Results:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from nl_kernels.chunk_kernels import tiled_call
-from nl_kernels.chunk_kernels.tiled_launch import Operand, Schedule, whole
+from nl_kernels.chunk_kernels.tiled_launch import Operand, Schedule, part_of, slot_of, whole
 from nl_kernels.ops.self_modifying import launch
 from nl_kernels.ops.self_modifying.rows import (
     ABSENT,
@@ -20,7 +20,7 @@ from nl_kernels.ops.self_modifying.rows import (
     unstack_rows,
 )
 from nl_kernels.ops.self_modifying.state import MemoryStack
-from nl_kernels.ops.self_modifying.triton_tiled_chunk import TiledChunks, part_of, slot_of
+from nl_kernels.ops.self_modifying.triton_tiled_chunk import TiledChunks
 from nl_kernels.ops.self_modifying.triton_tiled_chunk_adjoint import TiledAdjoint, TiledGradients
 from nl_kernels.triton_support.kernel_call import run_calls
 from nl_kernels.triton_support.targets import architecture_of

@@ -1,7 +1,7 @@
 """The adjoint of one chunk of the tiled kernels: buffers, and the steps that fill them, in order.
 
-What a chunk computed is in :class:`~.triton_tiled_chunk.TiledChunks`; an adjoint is called ``at_…``. The
-formulas are those of ``eager_backward.py``, the layout is that of ``triton_tiled_chunk.py``.
+What a chunk computed is in :class:`~.triton_tiled_buffers.ChunkBuffers`; an adjoint is called ``at_…``. The
+formulas are those of ``eager_backward.py``, the layout is that of ``triton_tiled_buffers.py``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 
 from nl_kernels.chunk_kernels import tiled_call, tiled_layer_adjoint, tiled_velocity
-from nl_kernels.chunk_kernels.tiled_launch import Operand, Place, Term, every_row, whole
+from nl_kernels.chunk_kernels.tiled_launch import Operand, Place, Term, every_row, part_of, whole
 from nl_kernels.chunk_kernels.tiled_layer import AFTER
 from nl_kernels.chunk_kernels.tiled_layer_adjoint import LayerAdjoint, pair_tile
 from nl_kernels.ops.self_modifying import triton_tiled_adjoint, triton_tiled_gates
 from nl_kernels.ops.self_modifying.rows import GATE_ROWS
-from nl_kernels.ops.self_modifying.triton_tiled_chunk import MEMORIES, READ, WIDE, TiledChunks, part_of
+from nl_kernels.ops.self_modifying.triton_tiled_buffers import MEMORIES, READ, WIDE
+from nl_kernels.ops.self_modifying.triton_tiled_chunk import TiledChunks
 from nl_kernels.triton_support.tiles import power_of_two
 
 GATES = MEMORIES - WIDE

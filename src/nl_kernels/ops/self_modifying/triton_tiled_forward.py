@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 
 from nl_kernels.chunk_kernels import tiled_call
-from nl_kernels.chunk_kernels.tiled_launch import Operand, Schedule, whole
+from nl_kernels.chunk_kernels.tiled_launch import Operand, Schedule, part_of, slot_of, whole
 from nl_kernels.ops.self_modifying import launch
 from nl_kernels.ops.self_modifying.rows import ABSENT, TiledInputs, tiled_inputs, tokens_of_rows, unstack_rows
 from nl_kernels.ops.self_modifying.state import MemoryStack
-from nl_kernels.ops.self_modifying.triton_tiled_chunk import TiledChunks, part_of, slot_of
+from nl_kernels.ops.self_modifying.triton_tiled_chunk import TiledChunks
 from nl_kernels.triton_support.kernel_call import run_calls
 from nl_kernels.triton_support.targets import architecture_of
 

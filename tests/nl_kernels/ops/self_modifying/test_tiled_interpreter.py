@@ -19,7 +19,7 @@ from nl_kernels.chunk_kernels import (
 from nl_kernels.ops.self_modifying import (
     launch,
     triton_tiled_backward,
-    triton_tiled_chunk,
+    triton_tiled_buffers,
     triton_tiled_chunk_adjoint,
     triton_tiled_forward,
 )
@@ -92,7 +92,7 @@ def test_lengths(tiled, length):
 )
 def test_several_tiles_and_blocks_of_sixteen(tiled, monkeypatch, hidden, momentum):
     """A chunk of two tiles, and of two blocks of the solve; rows of tokens in several blocks of columns."""
-    for module in (tiled_layer, triton_tiled_chunk):
+    for module in (tiled_layer, triton_tiled_buffers):
         monkeypatch.setattr(module, "SOLVE_BLOCK", 16)
     for module in (tiled_layer_adjoint, tiled_velocity, triton_tiled_chunk_adjoint):
         monkeypatch.setattr(module, "pair_tile", lambda length: 16)
@@ -116,7 +116,7 @@ def test_several_tiles_and_blocks_of_sixteen(tiled, monkeypatch, hidden, momentu
 @pytest.mark.parametrize("read", ["running", pytest.param("snapshot", marks=SLOW)])
 def test_operands_in_buffers_of_their_own(tiled, monkeypatch, hidden, rule, read):
     """As for bf16 callers, but rounded to what loses nothing: the interpreter has no products of bf16."""
-    for module in (tiled_call, tiled_layer, tiled_layer_adjoint, tiled_velocity, triton_tiled_chunk):
+    for module in (tiled_call, tiled_layer, tiled_layer_adjoint, tiled_velocity, triton_tiled_buffers):
         monkeypatch.setattr(module, "operand_dtype", lambda precision: torch.float64)
     inputs = make(6, hidden, momentum=rule == "titans")
     assert_kernels_within_budget(inputs, rule=RULES[rule], read=read, chunk_size=4)
