@@ -20,8 +20,9 @@ from nl_kernels.ops.self_modifying.rows import (
     unstack_rows,
 )
 from nl_kernels.ops.self_modifying.state import MemoryStack
+from nl_kernels.ops.self_modifying.triton_tiled_adjoint_buffers import TiledGradients
 from nl_kernels.ops.self_modifying.triton_tiled_chunk import TiledChunks
-from nl_kernels.ops.self_modifying.triton_tiled_chunk_adjoint import TiledAdjoint, TiledGradients
+from nl_kernels.ops.self_modifying.triton_tiled_chunk_adjoint import TiledAdjoint
 from nl_kernels.triton_support.kernel_call import run_calls
 from nl_kernels.triton_support.targets import architecture_of
 

@@ -1,180 +1,36 @@
-"""The adjoint of one chunk of the tiled kernels: buffers, and the steps that fill them, in order.
+"""The adjoint of one chunk of the tiled kernels: the steps that fill its buffers, in order.
 
-What a chunk computed is in :class:`~.triton_tiled_buffers.ChunkBuffers`; an adjoint is called ``at_…``. The
-formulas are those of ``eager_backward.py``, the layout is that of ``triton_tiled_buffers.py``.
+The formulas are those of ``eager_backward.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from nl_kernels.chunk_kernels import tiled_call, tiled_layer_adjoint, tiled_velocity
 from nl_kernels.chunk_kernels.tiled_launch import Operand, Place, Term, every_row, part_of, whole
 from nl_kernels.chunk_kernels.tiled_layer import AFTER
-from nl_kernels.chunk_kernels.tiled_layer_adjoint import LayerAdjoint, pair_tile
-from nl_kernels.ops.self_modifying import triton_tiled_adjoint, triton_tiled_gates
+from nl_kernels.chunk_kernels.tiled_layer_adjoint import pair_tile
+from nl_kernels.ops.self_modifying import (
+    triton_tiled_adjoint,
+    triton_tiled_gates,
+    triton_tiled_state_adjoint,
+)
 from nl_kernels.ops.self_modifying.rows import GATE_ROWS
+from nl_kernels.ops.self_modifying.triton_tiled_adjoint_buffers import (
+    AdjointBuffers,
+    VelocitySums,
+    memory_part,
+)
 from nl_kernels.ops.self_modifying.triton_tiled_buffers import MEMORIES, READ, WIDE
-from nl_kernels.ops.self_modifying.triton_tiled_chunk import TiledChunks
 from nl_kernels.triton_support.tiles import power_of_two
 
-GATES = MEMORIES - WIDE
 
-
-class TiledGradients(NamedTuple):
-    """What the backward pass fills, by row.
-
-    Attributes:
-        query, key_input, value_input, gate_input: [N, S, D].
-        momentum: [N, S], or ``None``.
-        parameters: [N, 3], of the largest rate and of both biases.
-        running, velocity, snapshot, anchor: by layer; those of states hold the cotangents of the final ones
-            first. ``None`` where there are none.
-    """
-
-    query: torch.Tensor
-    key_input: torch.Tensor
-    value_input: torch.Tensor
-    gate_input: torch.Tensor
-    momentum: torch.Tensor | None
-    parameters: torch.Tensor
-    running: list[torch.Tensor]
-    velocity: list[torch.Tensor]
-    snapshot: list[torch.Tensor]
-    anchor: list[torch.Tensor | None]
-
-
-class ReadAdjoint(NamedTuple):
-    """Of one layer's running read: the parts of its adjoint that other steps take.
-
-    Attributes:
-        weighted: adjoint of the read [N, c, out] times the decay, as an operand.
-        pairs: of q xᵀ, as an operand [N, c, c]; full_rows, full_columns: sums by tile [N, tiles, c].
-        after: of the decay, by token, times itself [N, c].
-        written: of u [N, c, out].
-        velocity_weighted, mixed_after, at_query: with momentum, as of
-            :class:`~nl_kernels.chunk_kernels.tiled_velocity.Velocity`.
-    """
-
-    weighted: torch.Tensor
-    pairs: torch.Tensor
-    full_rows: torch.Tensor
-    full_columns: torch.Tensor
-    after: torch.Tensor
-    written: torch.Tensor
-    velocity_weighted: torch.Tensor | None
-    mixed_after: torch.Tensor | None
-    at_query: torch.Tensor | None
-
-
-class VelocitySums(NamedTuple):
-    """Of all layers as of one, what the adjoint of momenta takes; of a further one its ``mixed_after`` alone.
-
-    The names are those of :class:`~nl_kernels.chunk_kernels.tiled_velocity.Velocity`.
-    """
-
-    mixed_to_end: torch.Tensor | None
-    carried_to_end: torch.Tensor | None
-    mixed_inner: torch.Tensor | None
-    carried_inner: torch.Tensor | None
-    mixed_after: torch.Tensor | None = None
-
-
-class TiledAdjoint:
-    """The adjoint of one chunk at a time, last one first; ``chunks`` has what the chunk computed."""
-
-    def __init__(self, chunks: TiledChunks, grad_o: torch.Tensor, gradients: TiledGradients) -> None:
-        self.chunks, self.gradients, self.given = chunks, gradients, grad_o
-        self.schedule = s = chunks.schedule
-        self._grad_o, _ = tiled_call.place_tokens(s, grad_o)
-        n, c, width, h = chunks.grid.batches, chunks.grid.length, chunks.width, chunks.hidden_width
-        new, operands = chunks.new, chunks.operands
-        rounds = chunks.operand != torch.float32
-        options = chunks.options
-        self.layers = [
-            LayerAdjoint.of(s, layer, grad, running=False, proximal=chunks.proximal)
-            for layer, grad in zip(chunks.layers, gradients.running)
-        ]
-        self._weights = [operands(*x.shape) if rounds else None for x in gradients.running]
-        self.at_rates = [new(layer.groups * n, c) for layer in chunks.layers]
-        self.layers[0].before = new((WIDE if chunks.linear else MEMORIES) * n, c)
-        if not chunks.layers[0].erases:
-            self.layers[0].before = None
-        self.reads = [self._read_buffers(i, n, c) for i in range(len(chunks.reads))]
-        self._velocity_weights, self.velocity_sums = [], None
-        if chunks.velocities:
-            self._velocity_weights = [operands(*x.shape) if rounds else None for x in gradients.velocity]
-            for layer, velocity, grad in zip(chunks.layers, chunks.velocities, gradients.velocity):
-                velocity.prepare_adjoint(s, layer, grad, running=False)
-            finals = (new(n, chunks.grid.chunks, 1) for _ in range(2))
-            self.velocity_sums = VelocitySums(new(n, c), new(n, c), *finals)
-        self.at_query = new(n, c, width) if chunks.running else None
-        # What goes past the memories of keys and values, and what residuals take of the errors.
-        residual = options.projection_residual or options.residual or options.target_residual
-        out = WIDE * width + GATE_ROWS if chunks.linear else width
-        shape = (n, c, out) if chunks.linear else (WIDE * n, c, out)
-        self.at_error = operands(*shape)
-        self.error_plain = new(*shape) if rounds and residual else self.at_error
-        self.at_pair = new((1 if chunks.linear else 2) * n, c, width)
-        self.at_made = operands(WIDE * n, c, width)
-        self.made_plain = self.at_made
-        if rounds:
-            self.made_plain = new(2 * n, c, width) if options.projection_residual else None
-        self.at_logits = new(GATES * n, c, 1)
-        self.at_gates = self.at_gate_inputs = None
-        if chunks.linear:
-            self.at_gates, self.at_gate_inputs = operands(n, c, GATE_ROWS), new(n, c, width)
-            self.at_inputs = new((2 if chunks.running else WIDE) * n, c, width)
-        else:
-            self._make_hidden(n, c, h)
-            self.at_inputs = new(MEMORIES * n, c, width)
-
-    def _read_buffers(self, i: int, n: int, c: int) -> ReadAdjoint:
-        chunks, new, operands = self.chunks, self.chunks.new, self.chunks.operands
-        out, into, tiles = chunks.read_rows()[i], chunks.layers[i].into, -(-c // pair_tile(c))
-        moves = chunks.momentum is not None
-        return ReadAdjoint(
-            operands(n, c, out),
-            operands(n, c, c),
-            *(None if moves else new(n, tiles, c) for _ in range(2)),
-            new(n, c),
-            new(n, c, out),
-            operands(n, c, out) if moves else None,
-            new(n, c) if moves else None,
-            new(n, c, into) if moves else None,
-        )
-
-    def _make_hidden(self, n: int, c: int, h: int) -> None:
-        """What there is of two-layer memories alone; the last layers' inputs lie in one buffer."""
-        chunks = self.chunks
-        new, operands = chunks.new, chunks.operands
-        _, last, gate = self.layers
-        self.at_hidden = new(MEMORIES * n, c, h)
-        last.at_x, gate.at_x = self.at_hidden[: WIDE * n], self.at_hidden[WIDE * n :]
-        self.coefficient = None
-        if last.coefficient is not None:
-            self.coefficient = new(MEMORIES * n, c)
-            last.coefficient, gate.coefficient = self.coefficient[: WIDE * n], self.coefficient[WIDE * n :]
-        self.at_back = operands(MEMORIES * n, c, h)
-        self.at_value, self.at_slope = (new(MEMORIES * n, c, h) for _ in range(2))
-        self.radial = new(MEMORIES * n, c)
-        self.at_gate_error = new(GATES * n, c, 1)
-        self.at_raw_error = new(WIDE * n, c, chunks.width)
-        self.at_difference = new(WIDE * n, c, h)
-        self.at_z = operands(2 * n, c, MEMORIES * h)
-        self.served = 2 if chunks.running else WIDE
-        self.at_served = new(self.served * n, c, h)
-        self.at_served_z = operands(MEMORIES * n, c, h)
-        if chunks.running:
-            self.at_query_value, self.at_query_z = new(n, c, h), operands(n, c, h)
-
-    @property
-    def grad_o(self) -> Operand:
-        """Of the present chunk's reads."""
-        return Operand(self._grad_o, self.chunks.grid.pitch, self.schedule.start)
+class TiledAdjoint(AdjointBuffers):
+    """The kernels of one chunk's adjoint, step by step; ``chunks`` has what the chunk computed."""
 
     def chunk_adjoint(self, before: list[Operand]) -> None:
         """Gradients of the present chunk's tokens and, in place, weights; ``before``: the running ones."""
@@ -195,14 +51,14 @@ class TiledAdjoint:
         else:
             self._error_adjoint()
         self._made_adjoint()
-        self._state_adjoint(before)
+        triton_tiled_state_adjoint.state_adjoint(self, before)
         self._gates_adjoint()
         if chunks.linear:
             self._linear_input_adjoint()
         else:
             self._served_adjoint()
         self._input_adjoint()
-        self._served_state_adjoint()
+        triton_tiled_state_adjoint.served_state_adjoint(self)
 
     def _read_adjoint(self) -> None:
         """Gradients of the queries, and what reads of the running state leave for its writes."""
@@ -264,7 +120,7 @@ class TiledAdjoint:
         terms = [Term(grad, part_of(layer.weights, READ * rows), rows)]
         if chunks.anchors[i] is not None:
             terms.append(Term(grad, chunks.anchors[i], rows))
-            at_anchor = self._part(self.gradients.anchor[i], READ * rows, rows)
+            at_anchor = memory_part(self.gradients.anchor[i], READ * rows, rows)
             by_anchor = [Term(grad.t, queries, length)]
             s.product("read to anchor", rows, layer.into, by_anchor, add0=at_anchor, out=at_anchor)
         terms.append(Term(whole(adjoint.pairs), x, length, "l"))
@@ -552,89 +408,3 @@ class TiledAdjoint:
                 "out_limit": place.limit,
             },
         )
-
-    @property
-    def _at_base(self) -> list[torch.Tensor]:
-        """By layer, what the adjoint of the weights that served the present chunk is added to."""
-        chunks = self.chunks
-        fresh = self.schedule.chunk > 0 or chunks.inputs.snapshot_last is None
-        return self.gradients.running if fresh and chunks.ratio == 1 else self.gradients.snapshot
-
-    def _state_adjoint(self, before: list[Operand]) -> None:
-        """Running weights before the chunk in the place of those after it, anchors and snapshots."""
-        chunks, s, c = self.chunks, self.schedule, self.chunks.grid.length
-        xs, at_base = chunks.xs(), self._at_base
-        for i, velocity in enumerate(chunks.velocities):
-            old = before[len(self.layers) + i]
-            given = (self.layers[i], velocity, chunks.momentum, None, old)
-            tiled_velocity.state_adjoint(s, chunks.layers[i], *given)
-        for i, (layer, adjoint, terms) in enumerate(zip(chunks.layers, self.layers, self._base_terms())):
-            at_snapshot = None if at_base[i] is adjoint.grad else at_base[i]
-            at_anchor = self.gradients.anchor[i]
-            given = (xs[i], None, before[i], terms, at_anchor, at_snapshot)
-            tiled_layer_adjoint.state_adjoint(s, layer, adjoint, *given, adds=True)
-        for i, read in enumerate(self.reads):
-            rows = chunks.read_rows()[i]
-            place = self._part(self.gradients.running[i], READ * rows, rows)
-            queries = whole(chunks.query_value) if i else chunks.queries
-            terms = [Term(whole(read.weighted).t, queries, c)]
-            s.product("read to state", rows, chunks.layers[i].into, terms, add0=place, out=place)
-            if chunks.velocities:
-                place = self._part(self.gradients.velocity[i], READ * rows, rows)
-                terms = [Term(whole(read.velocity_weighted).t, queries, c)]
-                s.product("read to velocity", rows, chunks.layers[i].into, terms, add0=place, out=place)
-
-    def _base_terms(self) -> list[list[Term]]:
-        """By layer the products that are the adjoint of what serves, but for what the gates give."""
-        chunks, c = self.chunks, self.chunks.grid.length
-        if chunks.linear:
-            return [[Term(whole(self.at_error).t, whole(chunks.difference), c)]]
-        of = chunks.memory_of
-        pair = [Term(of(self.at_z, i).t, of(chunks.kv, i), c) for i in range(2)]
-        last = [
-            Term(whole(self.at_error).t, whole(chunks.difference), c),
-            Term(whole(chunks.error_operand).t, whole(self.at_back), c),
-            Term(whole(self.at_made).t, whole(chunks.served_value), c),
-        ]
-        gate = [
-            Term(whole(self.at_gate_error).t, of(chunks.difference, WIDE), c),
-            Term(whole(chunks.gate_error).t, of(self.at_back, WIDE), c),
-        ]
-        return [pair, last, gate]
-
-    def _served_state_adjoint(self) -> None:
-        """What the memories' own inputs give the weights that they met, and the gates' logits theirs."""
-        chunks, c = self.chunks, self.chunks.grid.length
-        inputs, width = chunks.inputs_of(0), chunks.width
-        if chunks.linear:
-            groups = len(self.at_inputs) // chunks.grid.batches
-            self._add_served(0, 0, width, Term(whole(self.at_made).t, inputs, c), groups)
-            term = Term(whole(self.at_gates).t, chunks.inputs_of(WIDE), c)
-            self._add_served(0, WIDE * width, GATE_ROWS, term, 1)
-        else:
-            term = Term(whole(self.at_served_z).t, inputs, c)
-            self._add_served(0, 0, chunks.hidden_width, term, MEMORIES)
-            term = Term(whole(self.at_logits).t, chunks.memory_of(chunks.served_value, WIDE), c)
-            self._add_served(2, 0, 1, term, GATES)
-
-    def _add_served(self, i: int, first: int, out: int, term: Term, groups: int) -> None:
-        """Add to the adjoint of the i-th layer's base, and anchor; memories lie below ``first``."""
-        place = self._part(self._at_base[i], first, out)
-        at_anchor = self.gradients.anchor[i]
-        aside = None if at_anchor is None else Operand(at_anchor, at_anchor.shape[1], first, step=out)
-        self.schedule.product(
-            "served to base",
-            out,
-            self.chunks.layers[i].into,
-            [term],
-            aside=aside,
-            aside_adds=True,
-            add0=place,
-            out=place,
-            groups=groups,
-        )
-
-    @staticmethod
-    def _part(tensor: torch.Tensor, first: int, count: int) -> Place:
-        """Rows of a memory's weights, and of the memories below it."""
-        return Place(tensor, tensor.shape[1], first, count, count)

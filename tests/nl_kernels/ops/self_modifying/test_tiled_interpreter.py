@@ -18,6 +18,7 @@ from nl_kernels.chunk_kernels import (
 )
 from nl_kernels.ops.self_modifying import (
     launch,
+    triton_tiled_adjoint_buffers,
     triton_tiled_backward,
     triton_tiled_buffers,
     triton_tiled_chunk_adjoint,
@@ -94,7 +95,8 @@ def test_several_tiles_and_blocks_of_sixteen(tiled, monkeypatch, hidden, momentu
     """A chunk of two tiles, and of two blocks of the solve; rows of tokens in several blocks of columns."""
     for module in (tiled_layer, triton_tiled_buffers):
         monkeypatch.setattr(module, "SOLVE_BLOCK", 16)
-    for module in (tiled_layer_adjoint, tiled_velocity, triton_tiled_chunk_adjoint):
+    users = (triton_tiled_adjoint_buffers, triton_tiled_chunk_adjoint)
+    for module in (tiled_layer_adjoint, tiled_velocity, *users):
         monkeypatch.setattr(module, "pair_tile", lambda length: 16)
     monkeypatch.setattr(tiled_layer_adjoint, "ROW_NUMBERS", 16)
     monkeypatch.setattr(tiled_launch, "tiles_of", lambda *_: tiled_launch.Tiles(16, 16, 16, 4, 1))
