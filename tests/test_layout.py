@@ -99,3 +99,14 @@ def test_kernels_do_not_know_the_models_and_references_do_not_know_triton():
         assert not any(m.split(".")[0] == "nl_models" for m in modules), path
         if path.name in ("reference.py", "eager.py"):
             assert not any(m.split(".")[0] == "triton" for m in modules), path
+
+
+def test_class_variables_say_their_type():
+    """Under Python 3.10 transformers cannot read the annotations of a class that has a bare ``ClassVar``."""
+    for path in (ROOT / "src").rglob("*.py"):
+        bare = [
+            node.lineno
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).split(".")[-1] == "ClassVar"
+        ]
+        assert not bare, f"{path}: lines {bare}"

@@ -81,8 +81,8 @@ class HopeConfig(PreTrainedConfig):
     """
 
     model_type = "hope"
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
-    attribute_map: ClassVar = {"num_heads": "num_attention_heads"}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_heads": "num_attention_heads"}
 
     vocab_size: int = 32_000
     hidden_size: int = 1024

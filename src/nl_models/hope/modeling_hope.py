@@ -145,8 +145,8 @@ class HopePreTrainedModel(PreTrainedModel):
     config_class = HopeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["HopeBlock"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["HopeBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
     _is_stateful = True
 
@@ -258,7 +258,7 @@ class HopeModel(HopePreTrainedModel):
 class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
     """A language model: :class:`HopeModel` and an output layer, by default tied to the embedding."""
 
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = True  # num_items_in_batch
 
     def __init__(self, config: HopeConfig):

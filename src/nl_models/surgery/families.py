@@ -63,7 +63,7 @@ class ContinuumLlamaModel(ContinuumBackbone, LlamaModel):
     """Llama with levels, without its output layer."""
 
     config_class = ContinuumLlamaConfig
-    _no_split_modules: ClassVar = ["ContinuumLlamaDecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["ContinuumLlamaDecoderLayer"]
     layer_class = ContinuumLlamaDecoderLayer
     mlp_class = ContinuumLlamaMLP
 
@@ -72,7 +72,7 @@ class ContinuumLlamaForCausalLM(ContinuumCausalLM, LlamaForCausalLM):
     """Llama with levels."""
 
     config_class = ContinuumLlamaConfig
-    _no_split_modules: ClassVar = ["ContinuumLlamaDecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["ContinuumLlamaDecoderLayer"]
     backbone_class = ContinuumLlamaModel
 
 
@@ -99,7 +99,7 @@ class ContinuumQwen2Model(ContinuumBackbone, Qwen2Model):
     """Qwen2 with levels, without its output layer."""
 
     config_class = ContinuumQwen2Config
-    _no_split_modules: ClassVar = ["ContinuumQwen2DecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["ContinuumQwen2DecoderLayer"]
     layer_class = ContinuumQwen2DecoderLayer
     mlp_class = ContinuumQwen2MLP
 
@@ -108,7 +108,7 @@ class ContinuumQwen2ForCausalLM(ContinuumCausalLM, Qwen2ForCausalLM):
     """Qwen2 with levels."""
 
     config_class = ContinuumQwen2Config
-    _no_split_modules: ClassVar = ["ContinuumQwen2DecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["ContinuumQwen2DecoderLayer"]
     backbone_class = ContinuumQwen2Model
 
 
@@ -135,7 +135,7 @@ class ContinuumQwen3Model(ContinuumBackbone, Qwen3Model):
     """Qwen3 with levels, without its output layer."""
 
     config_class = ContinuumQwen3Config
-    _no_split_modules: ClassVar = ["ContinuumQwen3DecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["ContinuumQwen3DecoderLayer"]
     layer_class = ContinuumQwen3DecoderLayer
     mlp_class = ContinuumQwen3MLP
 
@@ -144,7 +144,7 @@ class ContinuumQwen3ForCausalLM(ContinuumCausalLM, Qwen3ForCausalLM):
     """Qwen3 with levels."""
 
     config_class = ContinuumQwen3Config
-    _no_split_modules: ClassVar = ["ContinuumQwen3DecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["ContinuumQwen3DecoderLayer"]
     backbone_class = ContinuumQwen3Model
 
 
@@ -162,7 +162,7 @@ class ContinuumGPTNeoXConfig(ContinuumConfigMixin, GPTNeoXConfig):
 class ContinuumGPTNeoXMLP(PlainContinuumMLP, GPTNeoXMLP):
     """GPT-NeoX's MLP with levels."""
 
-    parts: ClassVar = {"up": "dense_h_to_4h", "down": "dense_4h_to_h"}
+    parts: ClassVar[dict[str, str]] = {"up": "dense_h_to_4h", "down": "dense_4h_to_h"}
 
 
 class ContinuumGPTNeoXLayer(ContinuumDecoderLayer, GPTNeoXLayer):
@@ -173,7 +173,7 @@ class ContinuumGPTNeoXModel(ContinuumBackbone, GPTNeoXModel):
     """GPT-NeoX with levels, without its output layer."""
 
     config_class = ContinuumGPTNeoXConfig
-    _no_split_modules: ClassVar = ["ContinuumGPTNeoXLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["ContinuumGPTNeoXLayer"]
     layer_class = ContinuumGPTNeoXLayer
     mlp_class = ContinuumGPTNeoXMLP
     attention_name = "attention"
@@ -183,7 +183,7 @@ class ContinuumGPTNeoXForCausalLM(ContinuumCausalLM, GPTNeoXForCausalLM):
     """GPT-NeoX with levels."""
 
     config_class = ContinuumGPTNeoXConfig
-    _no_split_modules: ClassVar = ["ContinuumGPTNeoXLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["ContinuumGPTNeoXLayer"]
     backbone_class = ContinuumGPTNeoXModel
 
 
@@ -206,7 +206,7 @@ class ContinuumGPT2Config(ContinuumConfigMixin, GPT2Config):
 class ContinuumGPT2MLP(PlainContinuumMLP, GPT2MLP):
     """GPT-2's MLP with levels."""
 
-    parts: ClassVar = {"up": "c_fc", "down": "c_proj"}
+    parts: ClassVar[dict[str, str]] = {"up": "c_fc", "down": "c_proj"}
 
 
 class ContinuumGPT2Block(ContinuumDecoderLayer, GPT2Block):
@@ -217,7 +217,7 @@ class ContinuumGPT2Model(ContinuumBackbone, GPT2Model):
     """GPT-2 with levels, without its output layer."""
 
     config_class = ContinuumGPT2Config
-    _no_split_modules: ClassVar = ["ContinuumGPT2Block"]
+    _no_split_modules: ClassVar[list[str]] = ["ContinuumGPT2Block"]
     layers_name = "h"
     layer_class = ContinuumGPT2Block
     mlp_class = ContinuumGPT2MLP
@@ -228,7 +228,7 @@ class ContinuumGPT2LMHeadModel(ContinuumCausalLM, GPT2LMHeadModel):
     """GPT-2 with levels."""
 
     config_class = ContinuumGPT2Config
-    _no_split_modules: ClassVar = ["ContinuumGPT2Block"]
+    _no_split_modules: ClassVar[list[str]] = ["ContinuumGPT2Block"]
     backbone_class = ContinuumGPT2Model
 
 

@@ -39,7 +39,7 @@ class ContinuumMLP:
 class GatedContinuumMLP(ContinuumMLP):
     """``down(act(gate x) ∘ up x)``, as in Llama and Qwen."""
 
-    parts: ClassVar = {"up": "up_proj", "down": "down_proj", "gate": "gate_proj"}
+    parts: ClassVar[dict[str, str]] = {"up": "up_proj", "down": "down_proj", "gate": "gate_proj"}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [B, T, D]`` to the same."""
