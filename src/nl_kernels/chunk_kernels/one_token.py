@@ -279,7 +279,7 @@ def learn(
     return running if READ == "running" else y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def advance_kernel(position, mask, B, PERIOD: tl.constexpr, BLOCK: tl.constexpr):
     """Positions [B] after one token; a launch of its own: every head of a sequence reads them first."""
     sequence = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

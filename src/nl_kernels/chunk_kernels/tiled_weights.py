@@ -56,7 +56,17 @@ def operands_kernel(
         tl.store(base + batch * SIZE + place, value.to(base.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["source_pitch", "source_start", "target_pitch", "target_start", "index"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "offset",
+        "source_pitch",
+        "source_start",
+        "target_pitch",
+        "target_start",
+        "index",
+    ]
+)
 def move_kernel(
     source,
     target,

@@ -63,8 +63,38 @@ def compile_call(call: KernelCall, architecture: str) -> Any:
     Raises:
         RuntimeError: this process interprets Triton kernels.
     """
+    from triton.compiler import compile
+
+    source, target, options = _prepared(call, architecture)
+    return compile(source, target=target, options=options)
+
+
+def intermediate_code(call: KernelCall, architecture: str) -> str:
+    """Triton's own code of ``call``, inlined, before anything of the GPU is in it: takes no compiler.
+
+    Raises:
+        RuntimeError: this process interprets Triton kernels.
+    """
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    source, target, given = _prepared(call, architecture)
+    backend = make_backend(target)
+    options = backend.parse_options(given)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = source.make_ir(target, options, functions, modules, context)
+    stages: dict[str, Callable[..., Any]] = {}
+    backend.add_stages(stages, options, source.language)
+    return str(stages["ttir"](module, {}))
+
+
+def _prepared(call: KernelCall, architecture: str) -> tuple[Any, Any, dict[str, Any]]:
+    """What ``triton.compile`` takes: source, target, options."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
+    from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
     if not isinstance(call.kernel, JITFunction):
@@ -79,11 +109,8 @@ def compile_call(call: KernelCall, architecture: str) -> Any:
         if part.startswith("*")
     }
     source = ASTSource(call.kernel, signature, {**call.constants, **absent}, aligned)
-    return compile(
-        source,
-        target=GPUTarget(target.backend, target.compiler_arch, target.threads_per_warp),
-        options={"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": True},
-    )
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": True}
+    return source, GPUTarget(target.backend, target.compiler_arch, target.threads_per_warp), options
 
 
 _POINTERS = {

@@ -15,6 +15,9 @@ import torch
 
 Argument = torch.Tensor | int | float | None
 
+GRID_LIMITS = (2**31 - 1, 2**16 - 1, 2**16 - 1)
+"""Most programs along each axis, on NVIDIA."""
+
 
 @dataclass(frozen=True)
 class KernelCall:
@@ -28,6 +31,9 @@ class KernelCall:
         constants: ``tl.constexpr`` arguments by name.
         num_warps: warps (of 32 threads; 64 on AMD) a program.
         num_stages: depth of the software pipeline of its loops.
+
+    Raises:
+        ValueError: more programs along an axis than a GPU takes.
     """
 
     kernel: Any
@@ -36,6 +42,14 @@ class KernelCall:
     constants: dict[str, int | float | bool | str | tuple[int, ...]]
     num_warps: int
     num_stages: int
+
+    def __post_init__(self) -> None:
+        for programs, limit in zip(self.grid, GRID_LIMITS):
+            if programs > limit:
+                raise ValueError(
+                    f"{self.kernel.__name__}: expected a grid of at most {GRID_LIMITS} programs, got "
+                    f"{self.grid}; call the op on parts of the batch"
+                )
 
     def run(self) -> None:
         """Launch on the current device."""

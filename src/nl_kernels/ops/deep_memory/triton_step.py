@@ -13,7 +13,7 @@ from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
 from nl_kernels.triton_support.tiles import power_of_two
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def step_kernel(
     q,
     k,

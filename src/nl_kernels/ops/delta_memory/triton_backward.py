@@ -342,7 +342,7 @@ def solve_gradients_kernel(
     tl.store(d_log_decay + token, d_log, mask=valid)
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=["tokens", "T", "H"])
 def state_gradients_kernel(
     q,
     k,
@@ -514,7 +514,7 @@ def _suffix_sum(x, INCLUSIVE: tl.constexpr):
     return result
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=["tokens", "T", "H"])
 def rate_gradients_kernel(
     log_decay,
     erase,

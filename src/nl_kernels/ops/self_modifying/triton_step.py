@@ -112,7 +112,7 @@ def _learn(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def step_kernel(
     query,
     key_input,
