@@ -16,6 +16,8 @@ ALLOWED = REQUIRED | {
     "triton_chunk.py",
     "triton_rerun.py",
     "triton_adjoint.py",
+    "triton_read_adjoint.py",
+    "triton_layer_adjoint.py",
     "triton_tiled_buffers.py",
     "triton_tiled_chunk.py",
     "triton_tiled_adjoint_buffers.py",

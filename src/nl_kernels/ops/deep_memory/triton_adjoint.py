@@ -1,4 +1,4 @@
-"""The adjoint of a chunk, layer by layer, from those in :mod:`nl_kernels.chunk_kernels.adjoint`."""
+"""The adjoint of a chunk: of its reads, its writes, and the errors that they are made of."""
 
 import triton
 import triton.language as tl
@@ -6,27 +6,16 @@ import triton.language as tl
 from nl_kernels.chunk_kernels.adjoint import (
     bound_adjoint,
     decay_adjoint,
-    gram_adjoint,
     hidden_adjoint,
     mixed_adjoint,
-    momentum_adjoint,
     momentum_gradient,
-    proximal_adjoint,
-    read_adjoint,
     signal_adjoint,
-    velocity_read_adjoint,
-    write_adjoint,
 )
-from nl_kernels.chunk_kernels.forward import activated, error_signal, read_forward
+from nl_kernels.chunk_kernels.forward import activated, error_signal
 from nl_kernels.chunk_kernels.scratch import hand_on, take_back
-from nl_kernels.ops.deep_memory.triton_chunk import (
-    add_to_weight,
-    chunk_coefficients,
-    load_base,
-    load_weight,
-    read_layer,
-    store_weight,
-)
+from nl_kernels.ops.deep_memory.triton_chunk import chunk_coefficients, load_base
+from nl_kernels.ops.deep_memory.triton_layer_adjoint import add_to_base, layer_write_adjoint
+from nl_kernels.ops.deep_memory.triton_read_adjoint import running_reads_adjoint, snapshot_reads_adjoint
 from nl_kernels.ops.deep_memory.triton_rerun import (
     AT_ERROR,
     AT_KEY,
@@ -38,187 +27,10 @@ from nl_kernels.ops.deep_memory.triton_rerun import (
     INNER,
     INVERSE,
     OUTER,
-    PROBE,
-    RECALLED,
     Z,
     rerun_chunk,
-    written_again,
 )
 from nl_kernels.triton_support.language import load_tile, matmul, store_tile
-
-
-@triton.jit
-def layer_read_adjoint(
-    grad,
-    queries,
-    x,
-    written,
-    states,
-    velocities,
-    index,
-    anchors,
-    row,
-    decay,
-    mixed,
-    pending,
-    pending_velocities,
-    grad_anchors,
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Adjoints of a layer's running reads: of queries, x, u, log decays [C], and the mixed after and full.
-
-    Those of the states go to ``pending``, since the ones after the chunk are still needed.
-    """
-    state = load_weight(states, index, OUT, IN, grad.shape[1], x.shape[1])
-    _, recalled, scores = read_forward(queries, state, x, written, decay[1], mixed[1], PRECISION)
-    at_queries, at_state, at_x, at_written, at_after, at_full = read_adjoint(
-        grad, queries, state, x, written, recalled, scores, decay[1], mixed[1], PRECISION
-    )
-    store_weight(pending, row, at_state, OUT, IN)
-    at_mixed_after = at_after
-    if velocities is not None:
-        velocity = load_weight(velocities, index, OUT, IN, grad.shape[1], x.shape[1])
-        more, at_velocity, at_mixed_after, at_full = velocity_read_adjoint(
-            grad, queries, velocity, x, written, mixed[0], PRECISION
-        )
-        at_queries += more
-        store_weight(pending_velocities, row, at_velocity, OUT, IN)
-        at_log = decay_adjoint(None, at_after, None, None, None, None, BLOCK_C, PRECISION)
-    else:
-        at_log = decay_adjoint(None, at_after, None, at_full, None, None, BLOCK_C, PRECISION)
-    if anchors is not None:
-        anchor = load_weight(anchors, row, OUT, IN, grad.shape[1], x.shape[1])
-        at_queries += matmul(grad, anchor, PRECISION)
-        add_to_weight(grad_anchors, row, matmul(tl.trans(grad), queries, PRECISION), OUT, IN)
-    return at_queries, at_x, at_written, at_log, at_mixed_after, at_full
-
-
-@triton.jit
-def layer_write_adjoint(
-    states,
-    velocities,
-    index,
-    grads,
-    grad_velocities,
-    pending,
-    pending_velocities,
-    row,
-    x,
-    signal,
-    eta,
-    at_written,
-    place,
-    inverse_place,
-    decay,
-    carried,
-    mixed,
-    SLOT: tl.constexpr,
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
-    ERASES: tl.constexpr,
-    PROXIMAL: tl.constexpr,
-    RUNNING: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """From the gradient of a layer's state after the chunk to the one before it, in ``grads``.
-
-    Returns adjoints of x, signal, η [C] and the log decays [C], and with momentum those of the mixed and the
-    carried ``to_end`` and ``final``.
-    """
-    surprise, written, used = written_again(place, x, eta, SLOT, signal.shape[1], ERASES, PROXIMAL)
-    state = load_weight(states, index, OUT, IN, signal.shape[1], x.shape[1])
-    grad = load_weight(grads, row, OUT, IN, signal.shape[1], x.shape[1])
-    parts = (eta, 0.0, eta, 0.0)
-    if velocities is None:
-        gram = decay[2]
-        inverse = decay[2]
-        recalled = signal
-        if ERASES:
-            gram = decay[2] * matmul(x, tl.trans(x), PRECISION)
-            inverse = take_back(inverse_place, decay[2])
-            recalled = take_back(place + RECALLED * SLOT, signal)
-        at_state, at_x, at_signal, at_eta, at_strict, at_gram, at_before, at_to_end, at_final = write_adjoint(
-            grad,
-            at_written,
-            state,
-            x,
-            surprise,
-            written,
-            recalled,
-            used,
-            decay[0],
-            decay[4],
-            decay[5],
-            gram,
-            inverse,
-            ERASES,
-            PRECISION,
-        )
-        if ERASES:
-            at_x += gram_adjoint(at_gram * decay[2], x, PRECISION)
-            at_log = decay_adjoint(at_before, None, at_strict, None, at_to_end, at_final, BLOCK_C, PRECISION)
-            if PROXIMAL:
-                at_eta, more = proximal_adjoint(at_eta, eta, x, used)
-                at_x += more
-        else:
-            at_log = decay_adjoint(None, None, None, None, at_to_end, at_final, BLOCK_C, PRECISION)
-    else:
-        velocity = load_weight(velocities, index, OUT, IN, signal.shape[1], x.shape[1])
-        grad_velocity = load_weight(grad_velocities, row, OUT, IN, signal.shape[1], x.shape[1])
-        found = momentum_adjoint(
-            grad,
-            grad_velocity,
-            at_written,
-            state,
-            velocity,
-            x,
-            signal,
-            written,
-            used,
-            decay[5],
-            mixed[2],
-            mixed[3],
-            carried[4],
-            carried[5],
-            PRECISION,
-        )
-        at_state, at_velocity, at_x, at_signal, at_eta, at_final = (
-            found[0],
-            found[1],
-            found[2],
-            found[3],
-            found[4],
-            found[5],
-        )
-        parts = (found[6], found[7], found[8], found[9])
-        at_log = decay_adjoint(None, None, None, None, None, at_final, BLOCK_C, PRECISION)
-        if RUNNING:
-            at_velocity += load_weight(pending_velocities, row, OUT, IN, signal.shape[1], x.shape[1])
-        tl.debug_barrier()
-        store_weight(grad_velocities, row, at_velocity, OUT, IN)
-    if RUNNING:
-        at_state += load_weight(pending, row, OUT, IN, signal.shape[1], x.shape[1])
-    tl.debug_barrier()
-    store_weight(grads, row, at_state, OUT, IN)
-    return at_x, at_signal, at_eta, at_log, parts
-
-
-@triton.jit
-def add_to_base(
-    grads, grad_snapshots, grad_anchors, row, is_first, value, OUT: tl.constexpr, IN: tl.constexpr
-):
-    """Add to the gradients of what :func:`~nl_kernels.ops.deep_memory.triton_forward.load_base` loaded."""
-    add_to_weight(grad_anchors, row, value, OUT, IN)
-    if grad_snapshots is None:
-        add_to_weight(grads, row, value, OUT, IN)
-    elif is_first:
-        add_to_weight(grad_snapshots, row, value, OUT, IN)
-    else:
-        add_to_weight(grads, row, value, OUT, IN)
 
 
 @triton.jit
@@ -327,103 +139,49 @@ def chunk_adjoint(
     at_mixed_after = tl.zeros([BLOCK_C], tl.float32)
     at_mixed_full = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
 
-    # The running reads.
     if RUNNING:
-        decay, carried, mixed = chunk_coefficients(log_decay, momentum, token, valid, BLOCK_C, PRECISION)
-        eta = tl.load(rate + token, mask=valid, other=0.0)
-        if TWO_LAYER:
-            key = load_tile(k, token, valid, key_column, KEY_DIM)
-            _, written, _ = written_again(
-                scratch + INNER * SLOT, key, eta, SLOT, BLOCK_H, ERASE_INNER, PROXIMAL
-            )
-            probe = read_layer(
-                None,
-                inner_states,
-                inner_velocities,
-                index,
-                inner_anchor,
-                row,
-                load_tile(q, token, valid, key_column, KEY_DIM),
-                key,
-                written,
-                decay,
-                mixed,
-                HIDDEN,
-                KEY_DIM,
-                PRECISION,
-            )
-            hand_on(scratch + PROBE * SLOT, probe)
-            tl.debug_barrier()
-            value = activated(take_back(scratch + Z * SLOT, like_hidden), ACTIVATION, NORMALIZED)[0]
-            _, written, _ = written_again(
-                scratch + OUTER * SLOT, value, eta, SLOT, BLOCK_V, ERASE_OUTER, PROXIMAL
-            )
-            probed = activated(take_back(scratch + PROBE * SLOT, like_hidden), ACTIVATION, NORMALIZED)
-            at_probe, at_value, at_written, more_log, more_after, more_full = layer_read_adjoint(
-                load_tile(do, token, valid, value_column, VALUE_DIM),
-                probed[0],
-                value,
-                written,
-                outer_states,
-                outer_velocities,
-                index,
-                outer_anchor,
-                row,
-                decay,
-                mixed,
-                pending_outer,
-                pending_outer_velocity,
-                d_outer_anchor,
-                VALUE_DIM,
-                HIDDEN,
-                BLOCK_C,
-                PRECISION,
-            )
-            at_log += more_log
-            if momentum is not None:
-                at_mixed_after += more_after
-                at_mixed_full += more_full
-            hand_on(scratch + (OUTER + AT_WRITTEN) * SLOT, at_written)
-            hand_on(scratch + AT_VALUE * SLOT, at_value)
-            at_probe = hidden_adjoint(at_probe, probed[0], probed[1], probed[3], None, NORMALIZED)
-            tl.debug_barrier()
-            hand_on(scratch + PROBE * SLOT, at_probe)
-            tl.debug_barrier()
-            grad = take_back(scratch + PROBE * SLOT, at_probe)
-        else:
-            grad = load_tile(do, token, valid, value_column, VALUE_DIM)
-        key = load_tile(k, token, valid, key_column, KEY_DIM)
-        _, written, _ = written_again(scratch + INNER * SLOT, key, eta, SLOT, BLOCK_H, ERASE_INNER, PROXIMAL)
-        at_query, at_key, at_written, more_log, more_after, more_full = layer_read_adjoint(
-            grad,
-            load_tile(q, token, valid, key_column, KEY_DIM),
-            key,
-            written,
-            inner_states,
-            inner_velocities,
-            index,
+        at_log, at_mixed_after, at_mixed_full = running_reads_adjoint(
+            do,
+            q,
+            k,
+            rate,
+            log_decay,
+            momentum,
             inner_anchor,
-            row,
-            decay,
-            mixed,
-            pending_inner,
-            pending_inner_velocity,
+            outer_anchor,
+            inner_states,
+            outer_states,
+            inner_velocities,
+            outer_velocities,
+            dq,
             d_inner_anchor,
-            HIDDEN,
+            d_outer_anchor,
+            pending_inner,
+            pending_outer,
+            pending_inner_velocity,
+            pending_outer_velocity,
+            scratch,
+            index,
+            row,
+            token,
+            valid,
+            SLOT,
             KEY_DIM,
+            VALUE_DIM,
+            HIDDEN,
+            TWO_LAYER,
+            ACTIVATION,
+            NORMALIZED,
+            RESIDUAL,
+            ERASE_INNER,
+            ERASE_OUTER,
+            PROXIMAL,
             BLOCK_C,
+            BLOCK_K,
+            BLOCK_V,
+            BLOCK_H,
             PRECISION,
         )
-        at_log += more_log
-        if momentum is not None:
-            at_mixed_after += more_after
-            at_mixed_full += more_full
-        hand_on(scratch + (INNER + AT_WRITTEN) * SLOT, at_written)
-        hand_on(scratch + AT_KEY * SLOT, at_key)
-        if RESIDUAL:
-            at_query += load_tile(do, token, valid, key_column, KEY_DIM)
-        store_tile(dq, token, valid, key_column, KEY_DIM, at_query)
-        tl.debug_barrier()
 
     # The writes.
     decay, carried, mixed = chunk_coefficients(log_decay, momentum, token, valid, BLOCK_C, PRECISION)
@@ -625,48 +383,37 @@ def chunk_adjoint(
     )
     tl.debug_barrier()
 
-    # The reads at the snapshot.
     if not RUNNING:
-        query = load_tile(q, token, valid, key_column, KEY_DIM)
-        grad = load_tile(do, token, valid, value_column, VALUE_DIM)
-        base = load_base(
-            None,
-            inner_states,
-            index,
+        snapshot_reads_adjoint(
+            do,
+            q,
             inner_snapshot,
+            outer_snapshot,
             inner_anchor,
+            outer_anchor,
+            inner_states,
+            outer_states,
+            dq,
+            d_inner,
+            d_outer,
+            d_inner_snapshot,
+            d_outer_snapshot,
+            d_inner_anchor,
+            d_outer_anchor,
+            index,
             row,
             is_first,
-            HIDDEN,
+            token,
+            valid,
             KEY_DIM,
-            BLOCK_H,
+            VALUE_DIM,
+            HIDDEN,
+            TWO_LAYER,
+            ACTIVATION,
+            NORMALIZED,
+            RESIDUAL,
             BLOCK_K,
+            BLOCK_V,
+            BLOCK_H,
+            PRECISION,
         )
-        if TWO_LAYER:
-            outer_base = load_base(
-                None,
-                outer_states,
-                index,
-                outer_snapshot,
-                outer_anchor,
-                row,
-                is_first,
-                VALUE_DIM,
-                HIDDEN,
-                BLOCK_V,
-                BLOCK_H,
-            )
-            probed = activated(matmul(query, tl.trans(base), PRECISION), ACTIVATION, NORMALIZED)
-            at_outer = matmul(tl.trans(grad), probed[0], PRECISION)
-            at_probe = matmul(grad, outer_base, PRECISION)
-            at_probe = hidden_adjoint(at_probe, probed[0], probed[1], probed[3], None, NORMALIZED)
-            add_to_base(d_outer, d_outer_snapshot, d_outer_anchor, row, is_first, at_outer, VALUE_DIM, HIDDEN)
-        else:
-            at_probe = grad
-        at_query = matmul(at_probe, base, PRECISION)
-        if RESIDUAL:
-            at_query += load_tile(do, token, valid, key_column, KEY_DIM)
-        store_tile(dq, token, valid, key_column, KEY_DIM, at_query)
-        at_inner = matmul(tl.trans(at_probe), query, PRECISION)
-        add_to_base(d_inner, d_inner_snapshot, d_inner_anchor, row, is_first, at_inner, HIDDEN, KEY_DIM)
-        tl.debug_barrier()
