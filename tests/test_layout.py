@@ -35,6 +35,8 @@ ALLOWED = REQUIRED | {
     "launch.py",
     "rows.py",
     "eager_step.py",
+    "eager_chunk.py",
+    "eager_momentum.py",
     "state.py",
     "eager_backward.py",
     "eager_linear.py",

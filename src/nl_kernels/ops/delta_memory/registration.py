@@ -107,8 +107,10 @@ class _DeltaMemory(torch.autograd.Function):
 
 
 def _implementation(op: str, impl: str):
-    modules = {"eager": dict.fromkeys((_FORWARD, _BACKWARD, _STEP), "eager")}
-    modules["triton"] = {_FORWARD: "triton_forward", _BACKWARD: "triton_backward", _STEP: "triton_step"}
+    modules = {
+        "eager": {_FORWARD: "eager", _BACKWARD: "eager", _STEP: "eager_step"},
+        "triton": {_FORWARD: "triton_forward", _BACKWARD: "triton_backward", _STEP: "triton_step"},
+    }
     module = importlib.import_module(f"nl_kernels.ops.delta_memory.{modules[impl][op]}")
     return getattr(module, op.split("::")[1])
 

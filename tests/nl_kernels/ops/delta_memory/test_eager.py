@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nl_kernels import delta_memory, delta_memory_step
-from nl_kernels.ops.delta_memory import eager
+from nl_kernels.ops.delta_memory import eager, rows
 from nl_kernels.testing import assert_within_budget, delta_memory_inputs, relative_error, to_float64
 
 TENSORS = ("q", "k", "v", "log_decay", "erase", "momentum", "initial_state", "initial_momentum")
@@ -75,9 +75,7 @@ def test_chunks_equal_the_token_loop(data, monkeypatch):
         "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)]) if packed else None,
     }
     given = {name: None if value is None else value.detach().clone() for name, value in x.items()}
-    monkeypatch.setitem(
-        eager._SEGMENT_ELEMENTS, "cpu", draw(st.sampled_from([1, 500, 2**17]), label="segment")
-    )
+    monkeypatch.setitem(rows.SEGMENT_ELEMENTS, "cpu", draw(st.sampled_from([1, 500, 2**17]), label="segment"))
     actual = results_and_gradients(x, impl="eager", **options)
     for name, value in given.items():
         assert value is None or torch.equal(value, x[name]), f"{name} was changed"
