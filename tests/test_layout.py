@@ -33,6 +33,7 @@ ALLOWED = REQUIRED | {
     "triton_two_layer.py",
     "triton_two_layer_backward.py",
     "launch.py",
+    "catalogue.py",
     "rows.py",
     "eager_step.py",
     "eager_chunk.py",

@@ -38,10 +38,10 @@ class CatalogueEntry:
 
 
 def collect_catalogue(architecture: str) -> Iterator[CatalogueEntry]:
-    """What every op that has a ``launch.py`` wants compiled for ``architecture``."""
+    """What every op that has a ``catalogue.py`` wants compiled for ``architecture``."""
     package = importlib.import_module("nl_kernels.ops")
     for info in pkgutil.iter_modules(package.__path__):
-        name = f"{package.__name__}.{info.name}.launch"
+        name = f"{package.__name__}.{info.name}.catalogue"
         if importlib.util.find_spec(name) is None:
             continue
         catalogue: Callable[[str], Iterator[CatalogueEntry]] = importlib.import_module(name).catalogue

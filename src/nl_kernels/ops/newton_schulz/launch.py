@@ -6,12 +6,9 @@ architecture's limits) and from counts of tiles, not from timings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-
-from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
 
 MAX_MATRICES = 2**16 - 1
 """Matrices of one launch: the limit of the second grid axis on NVIDIA."""
@@ -66,17 +63,3 @@ def config_of(
         return Config(size, size, 32, 4 if size == 32 else 8, 1 if amd else 2)
     stages = 2 if amd or size < 64 else 3
     return Config(size, size, 64 if size >= 64 else 32, 8 if size == 128 else 4, stages)
-
-
-def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
-    """Both kernels in each dtype: large, middling and small matrices, and sizes that no tile divides."""
-    from nl_kernels.ops.newton_schulz.triton_forward import plan_forward
-
-    sizes = ((24, 1024, 4096), (1, 1024, 1024), (2, 32, 64), (3, 112, 144))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for count, rows, columns in sizes:
-            x = torch.empty(count, rows, columns, dtype=dtype, device="meta")
-            calls, _ = plan_forward(x, [(1.0, 1.0, 1.0)], architecture=architecture)
-            words = f"{str(dtype).removeprefix('torch.')} {count}x{rows}x{columns}"
-            for call, part in zip(calls, ("gram", "polynomial", "update")):
-                yield CatalogueEntry("newton_schulz", f"{words} {part}", call)

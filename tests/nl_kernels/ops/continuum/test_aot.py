@@ -3,6 +3,7 @@
 import pytest
 
 from nl_kernels.ops.continuum import launch
+from nl_kernels.ops.continuum.catalogue import catalogue
 from nl_kernels.triton_support.ahead_of_time import compile_call
 from nl_kernels.triton_support.resources import resources_of
 from nl_kernels.triton_support.targets import TARGETS
@@ -15,7 +16,7 @@ LARGE = "8x64x1024x4096"
 
 
 def entries_of(architecture, *words):
-    found = [e for e in launch.catalogue(architecture) if all(word in e.variant for word in words)]
+    found = [e for e in catalogue(architecture) if all(word in e.variant for word in words)]
     assert found
     return found
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nl_kernels.ops.deep_memory import launch
+from nl_kernels.ops.deep_memory.catalogue import catalogue
 from nl_kernels.triton_support.ahead_of_time import compile_call
 from nl_kernels.triton_support.resources import resources_of
 from nl_kernels.triton_support.targets import TARGETS, TENSOR_MEMORY
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.aot
 
 
 def compiled(architecture, kernel, variant):
-    found = [e for e in launch.catalogue(architecture) if (e.kernel, e.variant) == (kernel, variant)]
+    found = [e for e in catalogue(architecture) if (e.kernel, e.variant) == (kernel, variant)]
     assert len(found) == 1, f"the catalogue has {len(found)} of {kernel} {variant}"
     resources = resources_of(compile_call(found[0].call, architecture))
     assert resources.shared_bytes <= TARGETS[architecture].shared_memory
@@ -70,17 +70,17 @@ def test_the_step_on_other_architectures(architecture):
 
 
 def test_catalogue_has_every_kernel_and_every_rule_and_read():
-    catalogue = list(launch.catalogue("sm_90"))
+    entries = list(catalogue("sm_90"))
     kernels = {"erase_chunks", "deep_memory_forward", "deep_memory_backward", "step", "product", "solve"}
-    assert {e.kernel for e in catalogue} >= kernels
-    words = {word for e in catalogue for word in e.variant.split()}
+    assert {e.kernel for e in entries} >= kernels
+    words = {word for e in entries for word in e.variant.split()}
     assert words >= {"bfloat16", "float32", "default", "literal", "titans", "gelu", "snapshot", "running"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_whole_catalogue(architecture):
-    for entry in launch.catalogue(architecture):
+    for entry in catalogue(architecture):
         found = resources_of(compile_call(entry.call, architecture))
         label = f"{entry.kernel} {entry.variant}"
         assert found.shared_bytes <= TARGETS[architecture].shared_memory, label

@@ -1,17 +1,17 @@
 """The tiled kernels compile for GPUs that are not here, within what those GPUs have."""
 
+import functools
+
 import pytest
 import torch
 
 from nl_kernels.memory_rule import MemoryRule
-from nl_kernels.ops.deep_memory import launch
-from nl_kernels.triton_support.ahead_of_time import compile_call
-from nl_kernels.triton_support.resources import resources_of
-from nl_kernels.triton_support.targets import TARGETS, TENSOR_MEMORY
+from nl_kernels.ops.deep_memory.catalogue import catalogue, tiled_schedules
+from nl_kernels.triton_support.targets import TARGETS
+from tests.nl_kernels.tiled_kernels import assert_within_limits
 
 pytestmark = pytest.mark.aot
 
-KIND = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 SPILLS = {
     "forward": {"sm_90": 0, "sm_80": 0, "sm_100": 64, "gfx942": 0},
     "backward": {"sm_90": 32, "sm_80": 96, "sm_100": 96, "gfx942": 32},
@@ -23,23 +23,7 @@ LAUNCHES = [(256, "running", 23, 52), (256, "snapshot", 21, 44), (None, "running
 """Hidden layer, read, and kernels a chunk forward and backward."""
 
 
-def check(architecture, words, names=None):
-    """Compile what the catalogue has of ``words``, and hold it to the architecture's limits."""
-    entries = [e for e in launch.catalogue(architecture) if e.variant.startswith(words)]
-    if names is not None:
-        entries = [e for e in entries if e.variant.rsplit(": ")[1] in names]
-        assert len({e.variant for e in entries}) == len(names)
-    assert entries
-    for entry in entries:
-        found = resources_of(compile_call(entry.call, architecture))
-        assert found.shared_bytes <= TARGETS[architecture].shared_memory, entry.variant
-        assert found.tensor_memory <= TENSOR_MEMORY, entry.variant
-        assert found.scalar_products == 0, entry.variant
-        budget = SPILLS[entry.variant.split(": ")[0].split()[-1]][architecture]
-        assert found.spill_bytes <= budget, f"{entry.variant}: {found.spill_bytes}"
-        if entry.kernel == "product":
-            assert set(found.tensor_core) == {KIND[architecture]}, entry.variant
-            assert found.products >= sum(entry.call.constants[f"K{i}"] > 0 for i in range(4))
+check = functools.partial(assert_within_limits, catalogue, SPILLS)
 
 
 def test_hopper_spills_nothing_forward():
@@ -78,17 +62,10 @@ def test_every_kernel_in_bfloat16(architecture, sizes):
 
 @pytest.mark.parametrize(("hidden", "read", "forward", "backward"), LAUNCHES)
 def test_kernels_are_launched_a_fixed_number_of_times_a_chunk(hidden, read, forward, backward):
-    from nl_kernels.ops.deep_memory.triton_tiled_backward import plan_backward
-    from nl_kernels.ops.deep_memory.triton_tiled_forward import plan_forward
-
-    options = launch._options("sm_90", torch.bfloat16, 64, read, MemoryRule(), "tiled")
-    options = options._replace(checkpoint_every=1)
     counts = []
     for chunks in (2, 3):
-        inputs = launch._inputs(64, hidden, 64 * chunks, MemoryRule(), False)
-        ahead, results = plan_forward(inputs, options, keep=True, architecture="sm_90")
-        back, _ = plan_backward(
-            results.o, results[1:5], results[5:7], inputs, results[7:], options, architecture="sm_90"
+        schedules = tiled_schedules(
+            "sm_90", torch.bfloat16, 64, hidden, 64, read, MemoryRule(), chunks=chunks, checkpoint_every=1
         )
-        counts.append((len(ahead.calls), len(back.calls)))
+        counts.append([len(schedule.calls) for schedule in schedules.values()])
     assert [b - a for a, b in zip(*counts)] == [forward, backward]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nl_kernels.ops.delta_memory import launch
+from nl_kernels.ops.delta_memory.catalogue import catalogue
 from nl_kernels.triton_support.ahead_of_time import compile_call
 from nl_kernels.triton_support.resources import resources_of
 from nl_kernels.triton_support.targets import TARGETS
@@ -26,7 +27,7 @@ PLAIN = {
 
 def entries(architecture, variant):
     """The catalogue's entries of one variant by kernel (of the two solves, the one that keeps T)."""
-    found = {e.kernel: e.call for e in launch.catalogue(architecture) if e.variant == variant}
+    found = {e.kernel: e.call for e in catalogue(architecture) if e.variant == variant}
     assert found, f"the catalogue has no {variant}"
     return found
 
@@ -68,9 +69,9 @@ def test_other_dtypes(dtype):
 
 
 def test_catalogue_has_every_kernel_option_and_dtype():
-    catalogue = list(launch.catalogue("sm_90"))
-    assert {e.kernel for e in catalogue} == set(PLAIN)
-    words = {word for e in catalogue for word in e.variant.split()}
+    entries = list(catalogue("sm_90"))
+    assert {e.kernel for e in entries} == set(PLAIN)
+    words = {word for e in entries for word in e.variant.split()}
     assert words >= {"bfloat16", "float16", "float32", "momentum", "before", "packed", "256x256", "40x24"}
 
 
@@ -78,7 +79,7 @@ def test_catalogue_has_every_kernel_option_and_dtype():
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_whole_catalogue(architecture):
     limit = TARGETS[architecture].shared_memory
-    for entry in launch.catalogue(architecture):
+    for entry in catalogue(architecture):
         found = resources_of(compile_call(entry.call, architecture))
         label = f"{entry.kernel} {entry.variant}"
         assert found.shared_bytes <= limit, label

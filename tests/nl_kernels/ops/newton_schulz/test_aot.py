@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nl_kernels.ops.newton_schulz import launch
+from nl_kernels.ops.newton_schulz.catalogue import catalogue
 from nl_kernels.triton_support.ahead_of_time import compile_call
 from nl_kernels.triton_support.resources import resources_of
 from nl_kernels.triton_support.targets import TARGETS
@@ -15,7 +16,7 @@ KINDS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"
 
 
 def compiled(architecture, variant):
-    (call,) = (e.call for e in launch.catalogue(architecture) if e.variant == variant)
+    (call,) = (e.call for e in catalogue(architecture) if e.variant == variant)
     resources = resources_of(compile_call(call, architecture))
     assert resources.shared_bytes <= TARGETS[architecture].shared_memory
     assert resources.scalar_products == 0
@@ -45,16 +46,16 @@ def test_other_dtypes(dtype):
 
 
 def test_catalogue_has_every_kernel_and_dtype():
-    catalogue = list(launch.catalogue("sm_90"))
-    assert {e.kernel for e in catalogue} == {"symmetric_product", "update"}
-    words = {word for e in catalogue for word in e.variant.split()}
+    entries = list(catalogue("sm_90"))
+    assert {e.kernel for e in entries} == {"symmetric_product", "update"}
+    words = {word for e in entries for word in e.variant.split()}
     assert words >= {"bfloat16", "float16", "float32", *PARTS}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_whole_catalogue(architecture):
-    for entry in launch.catalogue(architecture):
+    for entry in catalogue(architecture):
         found = resources_of(compile_call(entry.call, architecture))
         assert found.shared_bytes <= TARGETS[architecture].shared_memory, entry.variant
         assert found.scalar_products == 0, entry.variant

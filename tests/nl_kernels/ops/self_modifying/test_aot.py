@@ -3,6 +3,7 @@
 import pytest
 
 from nl_kernels.ops.self_modifying import launch
+from nl_kernels.ops.self_modifying.catalogue import catalogue
 from nl_kernels.triton_support.ahead_of_time import compile_call
 from nl_kernels.triton_support.resources import resources_of
 from nl_kernels.triton_support.targets import TARGETS
@@ -11,7 +12,7 @@ pytestmark = pytest.mark.aot
 
 
 def compiled(architecture, kernel, variant):
-    found = [e for e in launch.catalogue(architecture) if (e.kernel, e.variant) == (kernel, variant)]
+    found = [e for e in catalogue(architecture) if (e.kernel, e.variant) == (kernel, variant)]
     assert len(found) == 1, f"the catalogue has {len(found)} of {kernel} {variant}"
     resources = resources_of(compile_call(found[0].call, architecture))
     assert resources.shared_bytes <= TARGETS[architecture].shared_memory
@@ -46,17 +47,17 @@ def test_two_layers_on_hopper():
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_every_kernel_fits_its_architecture(architecture):
-    for entry in launch.catalogue(architecture):
+    for entry in catalogue(architecture):
         if entry.kernel != "step":
             compiled(architecture, entry.kernel, entry.variant)
 
 
 def test_catalogue_has_every_kernel_rule_and_read():
-    catalogue = [e for e in launch.catalogue("sm_90") if e.kernel != "step"]
+    entries = [e for e in catalogue("sm_90") if e.kernel != "step"]
     row = {"linear_forward", "linear_backward", "two_layer_forward", "two_layer_backward"}
     tiled = {"product", "solve", "generate_rows", "gate_coefficients", "gates_adjoint", "signal_adjoint"}
-    assert {e.kernel for e in catalogue} >= row | tiled
-    words = {word for e in catalogue for word in e.variant.split()}
+    assert {e.kernel for e in entries} >= row | tiled
+    words = {word for e in entries for word in e.variant.split()}
     assert words >= {"bfloat16", "float32", "default", "literal", "titans", "gelu", "snapshot", "running"}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nl_kernels.ops.self_modifying import launch
+from nl_kernels.ops.self_modifying.catalogue import catalogue
 from nl_kernels.triton_support.ahead_of_time import compile_call
 from nl_kernels.triton_support.resources import resources_of
 from nl_kernels.triton_support.targets import TARGETS
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.aot
 
 
 def compiled(architecture, variant):
-    found = [e for e in launch.catalogue(architecture) if (e.kernel, e.variant) == ("step", variant)]
+    found = [e for e in catalogue(architecture) if (e.kernel, e.variant) == ("step", variant)]
     assert len(found) == 1, f"the catalogue has {len(found)} of {variant}"
     resources = resources_of(compile_call(found[0].call, architecture))
     assert resources.shared_bytes <= TARGETS[architecture].shared_memory
@@ -38,6 +38,6 @@ def test_the_step_on_other_architectures(architecture):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_every_variant(architecture):
-    for entry in launch.catalogue(architecture):
+    for entry in catalogue(architecture):
         if entry.kernel == "step":
             compiled(architecture, entry.variant)

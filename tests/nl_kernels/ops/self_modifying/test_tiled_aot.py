@@ -1,17 +1,17 @@
 """The tiled kernels compile for GPUs that are not here, within what those GPUs have."""
 
+import functools
+
 import pytest
 import torch
 
 from nl_kernels.memory_rule import MemoryRule
-from nl_kernels.ops.self_modifying import launch
-from nl_kernels.triton_support.ahead_of_time import compile_call
-from nl_kernels.triton_support.resources import resources_of
-from nl_kernels.triton_support.targets import TARGETS, TENSOR_MEMORY
+from nl_kernels.ops.self_modifying.catalogue import catalogue, tiled_schedules
+from nl_kernels.triton_support.targets import TARGETS
+from tests.nl_kernels.tiled_kernels import assert_within_limits
 
 pytestmark = pytest.mark.aot
 
-KINDS = {"sm_80": {"mma"}, "sm_90": {"wgmma", "mma"}, "sm_100": {"tcgen05", "mma"}, "gfx942": {"mfma"}}
 SPILLS = {
     "forward": {"sm_90": 0, "sm_80": 16, "sm_100": 64, "gfx942": 0},
     "backward": {"sm_90": 32, "sm_80": 96, "sm_100": 96, "gfx942": 32},
@@ -28,27 +28,7 @@ LAUNCHES = [
 """Hidden layer, read, erase (without: momentum), and kernels a chunk forward and backward."""
 
 
-def check(architecture, words, names=None):
-    """Compile what the catalogue has of ``words``, and hold it to the architecture's limits."""
-    entries = [e for e in launch.catalogue(architecture) if e.variant.startswith(words)]
-    if names is not None:
-        entries = [e for e in entries if e.variant.rsplit(": ")[1] in names]
-        assert {e.variant.rsplit(": ")[1] for e in entries} == set(names)
-    assert entries
-    for entry in entries:
-        found = resources_of(compile_call(entry.call, architecture))
-        assert found.shared_bytes <= TARGETS[architecture].shared_memory, entry.variant
-        assert found.tensor_memory <= TENSOR_MEMORY, entry.variant
-        assert found.scalar_products == 0, entry.variant
-        budget = SPILLS[entry.variant.split(": ")[0].split()[-1]][architecture]
-        assert found.spill_bytes <= budget, f"{entry.variant}: {found.spill_bytes}"
-        if entry.kernel == "product":
-            # The gates' one row is a tile for which no warp group is needed.
-            constants = entry.call.constants
-            fewest = min(constants["M"], constants["N"])
-            kinds = KINDS[architecture] if fewest < 64 else KINDS[architecture] - {"mma"} or {"mma"}
-            assert set(found.tensor_core) <= kinds, entry.variant
-            assert found.products >= sum(constants[f"K{i}"] > 0 for i in range(4))
+check = functools.partial(assert_within_limits, catalogue, SPILLS)
 
 
 def test_hopper_spills_nothing_forward():
@@ -108,7 +88,7 @@ def test_every_kernel_in_bfloat16(architecture, words):
 def test_kernels_are_launched_a_fixed_number_of_times_a_chunk(hidden, read, erase, forward, backward):
     counts = []
     for chunks in (2, 3):
-        schedules = launch.tiled_schedules(
+        schedules = tiled_schedules(
             "sm_90",
             torch.bfloat16,
             64,
@@ -129,7 +109,7 @@ def test_kernels_are_launched_a_fixed_number_of_times_a_chunk(hidden, read, eras
 def test_bytes_that_a_chunk_moves_forward(sizes, of_tokens, of_states):
     """What its kernels are given, a row: matrices of tokens, and states and weights."""
     width, hidden, chunk = sizes
-    planned = launch.tiled_schedules(
+    planned = tiled_schedules(
         "sm_90",
         torch.bfloat16,
         width,

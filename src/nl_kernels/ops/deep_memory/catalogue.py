@@ -1,0 +1,192 @@
+"""What of ``deep_memory`` is compiled ahead of time: its launchers' calls, planned on no device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from nl_kernels.chunk_kernels import tiled_launch
+from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.ops.deep_memory.launch import Inputs, Options, StepInputs, precision_for, widest
+from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
+
+
+def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
+    """Both kernels at the widths models use, with each rule and read: the calls of the launchers."""
+    default, literal = MemoryRule(), MemoryRule.literal()
+    titans = dataclasses.replace(literal, erase="none", proximal=False)
+    for width, hidden, chunk in ((64, 64, 16), (64, 128, 16), (64, 64, 64), (128, 128, 16)):
+        if widest(chunk, architecture) >= max(width, hidden):
+            for read in ("snapshot", "running"):
+                sizes = (width, hidden, chunk)
+                yield from _entries(architecture, torch.bfloat16, *sizes, read, "default", default)
+    for dim, chunk in ((64, 16), (64, 64), (128, 16)):
+        if widest(chunk, architecture) >= dim:
+            yield from _entries(architecture, torch.bfloat16, dim, None, chunk, "running", "default", default)
+    for hidden in (64, None):
+        sizes = (64, hidden, 16)
+        yield from _entries(architecture, torch.float32, *sizes, "running", "default", default)
+        yield from _entries(architecture, torch.bfloat16, *sizes, "snapshot", "literal", literal)
+        yield from _entries(architecture, torch.bfloat16, *sizes, "running", "titans", titans, momentum=True)
+    for sizes in ((64, 64), (64, 256), (128, 128), (64, None), (128, None)):
+        for momentum in (False, True):
+            yield _step_entry(architecture, torch.bfloat16, *sizes, "running", "default", default, momentum)
+    for dtype, read in ((torch.float32, "snapshot"), (torch.float16, "running")):
+        yield _step_entry(architecture, dtype, 40, 24, read, "literal", literal, False)
+    gelu = MemoryRule(activation="gelu", erase="input")
+    yield from _entries(architecture, torch.bfloat16, 40, 24, 10, "snapshot", "gelu input", gelu)
+    for read in ("snapshot", "running"):
+        sizes = (128, 512, 64)
+        yield from _tiled_entries(architecture, torch.bfloat16, *sizes, read, "titans", titans, momentum=True)
+    for sizes in ((64, 256, 64), (128, 512, 64), (512, 1536, 2048), (128, None, 64)):
+        yield from _tiled_entries(architecture, torch.bfloat16, *sizes, "running", "default", default)
+    yield from _tiled_entries(architecture, torch.bfloat16, 128, 512, 64, "snapshot", "literal", literal)
+    yield from _tiled_entries(architecture, torch.float32, 128, 512, 64, "running", "default", default)
+    yield from _tiled_entries(architecture, torch.float32, 40, 200, 100, "snapshot", "gelu input", gelu)
+
+
+def _entries(
+    architecture: str,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int | None,
+    chunk_size: int,
+    read: str,
+    name: str,
+    rule: MemoryRule,
+    *,
+    momentum: bool = False,
+) -> Iterator[CatalogueEntry]:
+    from nl_kernels.ops.deep_memory.triton_backward import plan_backward
+    from nl_kernels.ops.deep_memory.triton_forward import plan_forward
+
+    options = _options(architecture, dtype, chunk_size, read, rule, "row")
+    inputs = _inputs(width, hidden, 1024, rule, momentum)
+    words = f"{str(dtype).removeprefix('torch.')} {width}x{hidden or 'linear'} C{chunk_size} {read} {name}"
+    forward, results = plan_forward(inputs, options, keep=True)
+    backward, _ = plan_backward(results.o, results[1:5], results[5:7], inputs, results[7:], options)
+    for call in (*forward, backward[-1]):
+        yield CatalogueEntry("deep_memory", words, call)
+
+
+def _tiled_entries(
+    architecture: str,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int | None,
+    chunk_size: int,
+    read: str,
+    name: str,
+    rule: MemoryRule,
+    *,
+    momentum: bool = False,
+) -> Iterator[CatalogueEntry]:
+    """Of every kind of call one."""
+    words = f"{str(dtype).removeprefix('torch.')} {width}x{hidden or 'linear'} C{chunk_size} {read} {name}"
+    schedules = tiled_schedules(architecture, dtype, width, hidden, chunk_size, read, rule, momentum=momentum)
+    yield from tiled_launch.entries_of("deep_memory", words, schedules)
+
+
+def tiled_schedules(
+    architecture: str,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int | None,
+    chunk_size: int,
+    read: str,
+    rule: MemoryRule,
+    *,
+    momentum: bool = False,
+    chunks: int = 2,
+    checkpoint_every: int = 4,
+) -> dict[str, tiled_launch.Schedule]:
+    """Both passes over some chunks, planned on no device."""
+    from nl_kernels.ops.deep_memory.triton_tiled_backward import plan_backward
+    from nl_kernels.ops.deep_memory.triton_tiled_forward import plan_forward
+
+    options = _options(architecture, dtype, chunk_size, read, rule, "tiled")
+    options = options._replace(checkpoint_every=checkpoint_every)
+    inputs = _inputs(width, hidden, chunks * chunk_size, rule, momentum)
+    forward, results = plan_forward(inputs, options, keep=True, architecture=architecture)
+    backward, _ = plan_backward(
+        results.o, results[1:5], results[5:7], inputs, results[7:], options, architecture=architecture
+    )
+    return {"forward": forward, "backward": backward}
+
+
+def _options(
+    architecture: str, dtype: torch.dtype, chunk_size: int, read: str, rule: MemoryRule, regime: str
+) -> Options:
+    return Options.of(
+        rule,
+        offset=0,
+        chunk_size=chunk_size,
+        read=read,
+        checkpoint_every=4,
+        precision=precision_for(dtype, regime, architecture),
+        regime=regime,
+    )
+
+
+def _inputs(width: int, hidden: int | None, tokens: int, rule: MemoryRule, momentum: bool) -> Inputs:
+    """Eight rows on no device."""
+    rows = 8
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    inner = empty(rows, hidden or width, width)
+    outer = None if hidden is None else empty(rows, width, hidden)
+    layers, none = (inner, outer), (None, None)
+    return Inputs(
+        *(empty(rows, tokens, width) for _ in range(3)),
+        *(empty(rows, tokens) for _ in range(2)),
+        empty(rows, tokens) if momentum else None,
+        *layers,
+        *(layers if momentum else none),
+        *none,
+        *(layers if rule.anchored else none),
+        None,
+        None,
+        None,
+    )
+
+
+def _step_entry(
+    architecture: str,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int | None,
+    read: str,
+    name: str,
+    rule: MemoryRule,
+    momentum: bool,
+) -> CatalogueEntry:
+    from nl_kernels.ops.deep_memory.triton_step import plan_step
+
+    batch, heads = 2, 4
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def layers(*lead: int) -> list[torch.Tensor | None]:
+        outer = None if hidden is None else empty(*lead, width, hidden)
+        return [empty(*lead, hidden or width, width), outer]
+
+    inputs = StepInputs(
+        *(empty(batch, heads, width, dtype=dtype) for _ in range(3)),
+        *(empty(batch, heads) for _ in range(2)),
+        empty(batch, heads) if momentum else None,
+        *(layers(heads) if rule.anchored else (None, None)),
+        *layers(batch, heads),
+        *layers(batch, heads),
+        *(layers(batch, heads) if momentum else (None, None)),
+        empty(batch, dtype=torch.int64),
+        empty(batch, dtype=torch.uint8),
+    )
+    options = Options.of(rule, offset=0, chunk_size=16, read=read, checkpoint_every=None, precision="ieee")
+    words = [str(dtype).removeprefix("torch."), f"{width}x{hidden or 'linear'}", read, name]
+    calls, _ = plan_step(inputs, options)
+    return CatalogueEntry("deep_memory", " ".join(words + ["momentum"] * momentum), calls[0])

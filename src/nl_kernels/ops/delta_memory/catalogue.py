@@ -1,0 +1,67 @@
+"""What of ``delta_memory`` is compiled ahead of time: its launchers' calls, planned on no device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
+
+
+def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
+    """Every kernel at the widths models use, in each dtype; the rarer options at one width.
+
+    The calls are those of the launchers themselves, planned on meta tensors.
+    """
+    widths = {torch.bfloat16: (64, 128, 256), torch.float16: (128, 256), torch.float32: (128, 256)}
+    for dtype, dims in widths.items():
+        for dim in dims:
+            for has_momentum in (False, True):
+                yield from _entries(architecture, dtype, dim, dim, has_momentum=has_momentum)
+    options = {"read": "before", "packed": True}
+    yield from _entries(architecture, torch.bfloat16, 64, 128, has_momentum=True, **options)
+    yield from _entries(architecture, torch.float32, 40, 24, has_momentum=False, **options)
+
+
+def _entries(
+    architecture: str,
+    dtype: torch.dtype,
+    key_dim: int,
+    value_dim: int,
+    *,
+    has_momentum: bool,
+    read: str = "after",
+    packed: bool = False,
+) -> Iterator[CatalogueEntry]:
+    from nl_kernels.ops.delta_memory.triton_backward import plan_backward
+    from nl_kernels.ops.delta_memory.triton_forward import plan_forward
+    from nl_kernels.ops.delta_memory.triton_step import plan_step
+
+    batch, tokens, heads = (1 if packed else 2), 512, 4
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def inputs(*leading: int) -> list[torch.Tensor | None]:
+        q, k = empty(*leading, key_dim, dtype=dtype), empty(*leading, key_dim, dtype=dtype)
+        v = empty(*leading, value_dim, dtype=dtype)
+        rates = [empty(*leading) for _ in range(3 if has_momentum else 2)]
+        return [q, k, v, *rates, *([] if has_momentum else [None])]
+
+    def states(count: int) -> list[torch.Tensor | None]:
+        state = empty(count, heads, value_dim, key_dim)
+        return [state, state if has_momentum else None]
+
+    cu_seqlens = empty(4, dtype=torch.int64) if packed else None
+    sequence = [*inputs(batch, tokens, heads), *states(3 if packed else batch), cu_seqlens]
+    options = {"scale": 1.0, "read": read, "architecture": architecture}
+    forward, (o, final_state, final_momentum) = plan_forward(*sequence, chunk_size=64, **options)
+    backward, _ = plan_backward(o, final_state, final_momentum, *sequence, chunk_size=64, **options)
+    step, _ = plan_step(*inputs(batch, heads), *states(batch), **options)
+
+    words = [str(dtype).removeprefix("torch."), f"{key_dim}x{value_dim}"]
+    words += [word for word, on in (("momentum", has_momentum), (read, True), ("packed", packed)) if on]
+    # Of the recomputed forward, only the solve differs (it keeps the inverse).
+    for call in (*forward, backward[0], *backward[2:], step):
+        yield CatalogueEntry("delta_memory", " ".join(words), call)

@@ -1,0 +1,243 @@
+"""What of ``self_modifying_memory`` is compiled ahead of time: its launchers' calls, planned on no device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from nl_kernels.chunk_kernels import tiled_launch
+from nl_kernels.chunk_kernels.launch import precision_of
+from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.ops.self_modifying.launch import (
+    Options,
+    StepInputs,
+    precision_for,
+    regime_of,
+    step_options,
+)
+from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
+from nl_kernels.triton_support.kernel_call import KernelCall
+
+
+def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
+    """Every kernel at the widths models use: the calls of the launchers."""
+    yield from _chunk_entries(architecture)
+    yield from _tiled_entries(architecture)
+    yield from _step_entries(architecture)
+
+
+def _step_entries(architecture: str) -> Iterator[CatalogueEntry]:
+    """The one-token kernel, planned on meta tensors."""
+    default, literal = MemoryRule(), MemoryRule.literal()
+    for sizes in ((64, None), (128, None), (64, 64), (64, 128), (128, 128)):
+        for momentum in (False, True):
+            yield _step_entry(architecture, torch.bfloat16, *sizes, "running", "default", default, momentum)
+    for dtype, read in ((torch.float32, "snapshot"), (torch.float16, "running")):
+        for hidden in (None, 24):
+            yield _step_entry(architecture, dtype, 40, hidden, read, "literal", literal, False)
+
+
+def _step_entry(
+    architecture: str,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int | None,
+    read: str,
+    name: str,
+    rule: MemoryRule,
+    momentum: bool,
+) -> CatalogueEntry:
+    from nl_kernels.ops.self_modifying.triton_step import plan_step
+
+    batch, heads = 2, 4
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def anchor(out: int) -> list[torch.Tensor | None]:
+        return [empty(heads, hidden or out, width), None if hidden is None else empty(heads, out, hidden)]
+
+    def stack() -> list[torch.Tensor | None]:
+        first = None if hidden is None else empty(batch, heads, 5, hidden, width)
+        inner = hidden or width
+        return [first, empty(batch, heads, 3, width, inner), empty(batch, heads, 2, inner)]
+
+    inputs = StepInputs(
+        *(empty(batch, heads, width, dtype=dtype) for _ in range(4)),
+        empty(batch, heads) if momentum else None,
+        *(empty(heads) for _ in range(3)),
+        *([x for out in (width, width, width, 1, 1) for x in anchor(out)] if rule.anchored else [None] * 10),
+        *stack(),
+        *stack(),
+        *(stack() if momentum else [None] * 3),
+        empty(batch, dtype=torch.int64),
+        empty(batch, dtype=torch.uint8),
+    )
+    options = step_options(rule, read=read, chunk_size=16, generator_chunk_size=16)
+    words = [str(dtype).removeprefix("torch."), f"{width}x{hidden or 'linear'}", read, name]
+    calls, _ = plan_step(inputs, options)
+    return CatalogueEntry("self_modifying", " ".join(words + ["momentum"] * momentum), calls[0])
+
+
+def _chunk_entries(architecture: str) -> Iterator[CatalogueEntry]:
+    """The chunked kernels of both kinds of memory, with each rule and read."""
+    default, literal = MemoryRule(), MemoryRule.literal()
+    titans = dataclasses.replace(default, erase="none")
+    gelu = MemoryRule(activation="gelu", erase="input")
+    bf16, fp32 = torch.bfloat16, torch.float32
+    cases = [
+        (bf16, 64, None, 16, "running", "default", default),
+        (bf16, 64, None, 32, "running", "default", default),
+        (bf16, 128, None, 16, "running", "default", default),
+        (fp32, 64, None, 16, "running", "default", default),
+        (bf16, 64, None, 16, "snapshot", "literal", literal),
+        (bf16, 64, None, 16, "running", "titans", titans),
+        (bf16, 40, None, 10, "running", "gelu", gelu),
+        (bf16, 64, 64, 16, "running", "default", default),
+        (bf16, 64, 64, 16, "snapshot", "literal", literal),
+        (bf16, 40, 24, 10, "running", "gelu", gelu),
+    ]
+    for dtype, width, hidden, chunk, read, name, rule in cases:
+        sizes = {"width": width, "hidden": hidden, "chunk": chunk, "architecture": architecture}
+        if regime_of(**sizes) == "row":
+            words = [
+                str(dtype).removeprefix("torch."),
+                f"{width}x{hidden or 'linear'}",
+                f"C{chunk}",
+                read,
+                name,
+            ]
+            for call in _chunk_calls(
+                architecture, dtype, width, hidden, chunk, read, rule, resumed=name == "gelu"
+            ):
+                yield CatalogueEntry("self_modifying", " ".join(words), call)
+
+
+def _chunk_calls(
+    architecture: str,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int | None,
+    chunk: int,
+    read: str,
+    rule: MemoryRule,
+    *,
+    resumed: bool,
+) -> list[KernelCall]:
+    """The forward and the backward call; a resumed one has two clocks, and sequences that lie differently."""
+    from nl_kernels.ops.self_modifying.triton_backward import plan_backward
+    from nl_kernels.ops.self_modifying.triton_forward import plan_forward
+
+    tokens = 128 * chunk
+    arguments = _arguments(width, hidden, tokens, rule, resumed=resumed)
+    options = Options.of(
+        rule,
+        read=read,
+        chunk_size=chunk,
+        generator_chunk_size=chunk * (2 if resumed else 1),
+        truncate=0,
+        checkpoint_every=16,
+        precision=precision_of(dtype, architecture),
+        offset=0,
+        slots=tokens,
+        regime="row",
+    )
+    shared = {"options": options, "architecture": architecture}
+    (forward,), (o, *made) = plan_forward(*arguments, **shared)
+    (_, backward, *_), _ = plan_backward(o, made[:9], *arguments, *made[9:], **shared)
+    return [forward, backward]
+
+
+def _arguments(
+    width: int, hidden: int | None, tokens: int, rule: MemoryRule, *, resumed: bool
+) -> list[torch.Tensor | None]:
+    """The operator's tensors, on no device: eight rows."""
+    batch, heads = 2, 4
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    def stack(present: bool) -> list[torch.Tensor | None]:
+        if not present:
+            return [None] * 3
+        inner = hidden or width
+        first = None if hidden is None else empty(batch, heads, 5, inner, width)
+        return [first, empty(batch, heads, 3, width, inner), empty(batch, heads, 2, inner)]
+
+    has_momentum = rule.erase == "none"
+    spans = torch.empty(batch, 3, device="meta", dtype=torch.int64) if resumed else None
+    momentum = empty(batch, tokens, heads) if has_momentum else None
+    sequences = [*(empty(batch, tokens, heads, width) for _ in range(4)), momentum, spans]
+    stacks = [*stack(rule.anchored), *stack(True), *stack(has_momentum), *stack(resumed)]
+    return [*sequences, *(empty(heads) for _ in range(3)), *stacks]
+
+
+def _tiled_entries(architecture: str) -> Iterator[CatalogueEntry]:
+    """Of every kind of call of the tiled kernels one."""
+    default, literal = MemoryRule(), MemoryRule.literal()
+    titans = dataclasses.replace(default, erase="none")
+    gelu = MemoryRule(activation="gelu", erase="input")
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dtype, width, hidden, chunk, read, name, rule in (
+        (bf16, 128, 512, 64, "running", "default", default),
+        (bf16, 512, 1536, 2048, "running", "default", default),
+        (bf16, 128, None, 64, "running", "default", default),
+        (bf16, 128, 512, 64, "snapshot", "literal", literal),
+        (bf16, 128, None, 64, "snapshot", "literal", literal),
+        (bf16, 128, 512, 64, "running", "titans", titans),
+        (fp32, 128, 512, 64, "running", "default", default),
+        (fp32, 40, 200, 100, "snapshot", "gelu input", gelu),
+    ):
+        kind = f"{width}x{hidden or 'linear'} C{chunk}"
+        words = f"{str(dtype).removeprefix('torch.')} {kind} {read} {name}"
+        schedules = tiled_schedules(
+            architecture, dtype, width, hidden, chunk, read, rule, resumed=name == "gelu input"
+        )
+        yield from tiled_launch.entries_of("self_modifying", words, schedules)
+
+
+def tiled_schedules(
+    architecture: str,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int | None,
+    chunk: int,
+    read: str,
+    rule: MemoryRule,
+    *,
+    resumed: bool = False,
+    chunks: int = 2,
+    checkpoint_every: int = 2,
+) -> dict[str, tiled_launch.Schedule]:
+    """Both passes over some chunks, planned on no device; a resumed call has rows that lie differently."""
+    from nl_kernels.ops.self_modifying.rows import tiled_inputs
+    from nl_kernels.ops.self_modifying.triton_tiled_backward import plan_backward
+    from nl_kernels.ops.self_modifying.triton_tiled_forward import plan_forward
+
+    inputs = tiled_inputs(*_arguments(width, hidden, chunks * chunk, rule, resumed=resumed))
+    options = Options.of(
+        rule,
+        read=read,
+        chunk_size=chunk,
+        generator_chunk_size=chunk,
+        truncate=0,
+        checkpoint_every=checkpoint_every,
+        precision=precision_for(dtype, "tiled", architecture),
+        offset=0,
+        slots=chunks * chunk,
+        regime="tiled",
+    )
+    forward, results = plan_forward(inputs, options, architecture=architecture)
+    backward, _ = plan_backward(
+        results.o,
+        results.running,
+        results.velocity,
+        results.snapshot,
+        inputs,
+        results.kept,
+        options,
+        architecture=architecture,
+    )
+    return {"forward": forward, "backward": backward}
