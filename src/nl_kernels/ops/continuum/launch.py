@@ -6,8 +6,10 @@ The numbers come from ahead-of-time compilation (registers, spills), not from ti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from nl_kernels.chunk_kernels.tiled_launch import Tiles, tiles_of
+from nl_kernels.triton_support.kernel_call import Argument, KernelCall
 from nl_kernels.triton_support.tiles import power_of_two
 
 MAX_WIDTH = 16_384
@@ -44,3 +46,18 @@ def product_tiles(m: int, n: int, k: int, precision: str, architecture: str, *, 
     widest = 128 if precision == "bf16" else 64
     m, n = min(tiles.m, widest), min(tiles.n, widest if held == 1 else widest // 2)
     return tiles._replace(m=m, n=n, warps=8 if m * n > 64 * 64 else 4)
+
+
+def call_of(
+    kernel: Any,
+    tiles: Tiles,
+    shape: tuple[int, int, int],
+    precision: str,
+    arguments: dict[str, Argument],
+    constants: dict[str, Any],
+) -> KernelCall:
+    """The call of a kernel of which each program makes a tile of ``shape`` [batches, m, n]."""
+    batches, m, n = shape
+    programs = batches * -(-m // tiles.m) * -(-n // tiles.n)
+    blocks = {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "PRECISION": precision}
+    return KernelCall(kernel, (programs,), arguments, {**constants, **blocks}, tiles.warps, tiles.stages)

@@ -167,9 +167,11 @@ def signal_call(
         made(parts, torch.float32, bounded),
         made(parts, torch.float32, bounded and gated),
     )
-    call = KernelCall(
+    call = launch.call_of(
         signal_kernel,
-        (batches * triton.cdiv(rows, tiles.m) * parts,),
+        tiles,
+        (batches, rows, hidden_width),
+        precision,
         {
             "x": x,
             "error": error,
@@ -183,16 +185,7 @@ def signal_call(
             "gate_squares": signals.gate_squares,
             "rows": rows,
         },
-        {
-            "WIDTH": width,
-            "HIDDEN": hidden_width,
-            "BLOCK_M": tiles.m,
-            "BLOCK_N": tiles.n,
-            "BLOCK_K": tiles.k,
-            "PRECISION": precision,
-        },
-        tiles.warps,
-        tiles.stages,
+        {"WIDTH": width, "HIDDEN": hidden_width},
     )
     return call, signals
 
@@ -277,9 +270,11 @@ def _token_sum(
     held = 2 if architecture.startswith("gfx") else 1
     tiles = launch.product_tiles(outer, into, rows, precision, architecture, held=held)
     parts = 0 if squares is None else squares.shape[2]
-    return KernelCall(
+    return launch.call_of(
         token_sum_kernel,
-        (batches * triton.cdiv(outer, tiles.m) * triton.cdiv(into, tiles.n),),
+        tiles,
+        (batches, outer, into),
+        precision,
         {
             "signal": signal,
             "inputs": inputs,
@@ -295,13 +290,7 @@ def _token_sum(
             "TILES": parts,
             "BLOCK_TILES": triton.next_power_of_2(max(1, parts)),
             "ADDS": adds,
-            "BLOCK_M": tiles.m,
-            "BLOCK_N": tiles.n,
-            "BLOCK_K": tiles.k,
-            "PRECISION": precision,
         },
-        tiles.warps,
-        tiles.stages,
     )
 
 

@@ -223,9 +223,11 @@ def _error_call(
     parts = triton.cdiv(width, tiles.n)
     error = torch.empty_like(inputs, dtype=operand_dtype(precision))
     squares = inputs.new_empty(batches, rows, parts, dtype=torch.float32) if bounded else None
-    call = KernelCall(
+    call = launch.call_of(
         error_kernel,
-        (batches * triton.cdiv(rows, tiles.m) * parts,),
+        tiles,
+        (batches, rows, width),
+        precision,
         {
             "hidden": hidden,
             "down": down,
@@ -236,16 +238,7 @@ def _error_call(
             "squares": squares,
             "rows": rows,
         },
-        {
-            "WIDTH": width,
-            "HIDDEN": hidden_width,
-            "BLOCK_M": tiles.m,
-            "BLOCK_N": tiles.n,
-            "BLOCK_K": tiles.k,
-            "PRECISION": precision,
-        },
-        tiles.warps,
-        tiles.stages,
+        {"WIDTH": width, "HIDDEN": hidden_width},
     )
     return call, error, squares
 
@@ -272,9 +265,11 @@ def _back_call(
         for slope in slopes
     )
     error_tiles = 0 if squares is None else squares.shape[2]
-    call = KernelCall(
+    call = launch.call_of(
         back_kernel,
-        (batches * triton.cdiv(rows, tiles.m) * parts,),
+        tiles,
+        (batches, rows, hidden_width),
+        precision,
         {
             "error": error,
             "down": down,
@@ -293,13 +288,7 @@ def _back_call(
             "HIDDEN": hidden_width,
             "ERROR_TILES": error_tiles,
             "BLOCK_TILES": triton.next_power_of_2(max(1, error_tiles)),
-            "BLOCK_M": tiles.m,
-            "BLOCK_N": tiles.n,
-            "BLOCK_K": tiles.k,
-            "PRECISION": precision,
         },
-        tiles.warps,
-        tiles.stages,
     )
     return call, Signals(hidden.out, up, gate, up_squares, gate_squares)
 

@@ -155,21 +155,13 @@ def product_call(
     batches, rows, depth = a0.shape
     columns = out.shape[2]
     tiles = launch.product_tiles(rows, columns, depth, precision, architecture)
-    return KernelCall(
+    return launch.call_of(
         rows_kernel,
-        (batches * triton.cdiv(rows, tiles.m) * triton.cdiv(columns, tiles.n),),
+        tiles,
+        (batches, rows, columns),
+        precision,
         {"a0": a0, "b0": b0, "a1": a1, "b1": b1, "out": out, "rows": rows},
-        {
-            "DEPTH": depth,
-            "COLUMNS": columns,
-            "B_TURNED": turned,
-            "BLOCK_M": tiles.m,
-            "BLOCK_N": tiles.n,
-            "BLOCK_K": tiles.k,
-            "PRECISION": precision,
-        },
-        tiles.warps,
-        tiles.stages,
+        {"DEPTH": depth, "COLUMNS": columns, "B_TURNED": turned},
     )
 
 
@@ -199,20 +191,13 @@ def hidden_call(
     hidden = Hidden(*made)
     held = 1 if gate is None else 2
     tiles = launch.product_tiles(rows, hidden_width, width, precision, architecture, held=held)
-    call = KernelCall(
+    call = launch.call_of(
         hidden_kernel,
-        (batches * triton.cdiv(rows, tiles.m) * triton.cdiv(hidden_width, tiles.n),),
+        tiles,
+        (batches, rows, hidden_width),
+        precision,
         {"x": x, "up": up, "gate": gate, **hidden._asdict(), "rows": rows},
-        {
-            "WIDTH": width,
-            "HIDDEN": hidden_width,
-            "BLOCK_M": tiles.m,
-            "BLOCK_N": tiles.n,
-            "BLOCK_K": tiles.k,
-            "PRECISION": precision,
-        },
-        tiles.warps,
-        tiles.stages,
+        {"WIDTH": width, "HIDDEN": hidden_width},
     )
     return call, hidden
 
