@@ -46,9 +46,12 @@ def make(folder: Path = ENVIRONMENT) -> Path:
 
 
 def main() -> int:
-    """Make the environment and hand all arguments on to ``benchmarks.run`` in it."""
-    python = make()
-    command = [str(python), "-m", "benchmarks.run", *sys.argv[1:]]
+    """Make the environment and hand all arguments on to ``benchmarks.run`` in it; ``--help`` makes none."""
+    arguments = sys.argv[1:]
+    if "--help" in arguments:
+        print(__doc__, flush=True)
+    python = sys.executable if "--help" in arguments else make()
+    command = [str(python), "-m", "benchmarks.run", *arguments]
     # From the root, where the package ``benchmarks`` lies.
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}).returncode
 

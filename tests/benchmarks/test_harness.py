@@ -310,3 +310,12 @@ def test_significant_digits():
     assert [times(ratio) for ratio in (0.253, 1.0, 9.94, 118.0)] == ["0.25×", "1.0×", "9.9×", "118×"]
     values = (None, 0, 0.012345, 1.2345, 123.45, 123456.0)
     assert [significant(value) for value in values] == ["", "0", "0.0123", "1.23", "123", "123000"]
+
+
+def test_help_makes_no_environment(monkeypatch, capfd):
+    from benchmarks import peers_env
+
+    monkeypatch.setattr(peers_env, "make", lambda: pytest.fail("an environment was made"))
+    monkeypatch.setattr("sys.argv", ["peers_env", "--help"])
+    assert peers_env.main() == 0
+    assert "--op" in capfd.readouterr().out

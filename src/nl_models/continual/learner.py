@@ -144,9 +144,12 @@ class ContinuumLearner:
         Raises:
             TypeError: a stream that is no text and no tokens.
             ValueError: tokens of another batch size, outside of the vocabulary, or fewer than ``skip``.
+            FileNotFoundError: the folder of ``save_to`` does not exist.
         """
         if save_every is not None and (save_to is None or save_every < 1):
             raise ValueError(f"save_every: expected at least 1, together with save_to, got {save_every}")
+        if save_to is not None:  # now, not after hours of reading
+            memory_file.check_folder("save_to", save_to)
         if isinstance(stream, (str, torch.Tensor)):
             documents, fresh = [stream], False
         elif isinstance(stream, Iterable):
@@ -323,7 +326,8 @@ class ContinuumLearner:
                 raise TypeError(f"{name}: a text needs a tokenizer; give the learner one, or pass tokens")
             text = torch.tensor(self.tokenizer.encode(text), dtype=torch.int64)
         if not isinstance(text, torch.Tensor) or text.is_floating_point() or text.dtype == torch.bool:
-            raise TypeError(f"{name}: expected text or integer tokens, got {type(text).__name__}")
+            got = f"a tensor of {text.dtype}" if isinstance(text, torch.Tensor) else type(text).__name__
+            raise TypeError(f"{name}: expected text or a tensor of integer tokens, got {got}")
         tokens = text[None] if text.ndim == 1 else text
         wrong = len(tokens) != rows if rows is not None else not len(tokens) or len(tokens) % self.batch_size
         if tokens.ndim != 2 or tokens.shape[1] < 1 or wrong:
@@ -332,8 +336,10 @@ class ContinuumLearner:
                 f"got shape {tuple(text.shape)}"
             )
         vocabulary = self.model.config.vocab_size
-        if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-            raise ValueError(f"{name}: expected tokens from 0 to {vocabulary - 1}")
+        lowest, highest = int(tokens.min()), int(tokens.max())
+        if lowest < 0 or highest >= vocabulary:
+            wrong_token = lowest if lowest < 0 else highest
+            raise ValueError(f"{name}: expected tokens from 0 to {vocabulary - 1}, got {wrong_token}")
         return tokens.to(self.parameters.device, torch.int64)
 
 

@@ -107,9 +107,16 @@ def unpack(
         raise MemoryFileError(f"{source}: damaged or no saved memory ({error!r})") from error
 
 
+def check_folder(name: str, path: str | os.PathLike) -> None:
+    """Check that a file of this path can lie somewhere."""
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{name}: {os.fspath(path)!r} has no folder to lie in; make it first")
+
+
 def write(path: str | os.PathLike, packed: Mapping[str, Any]) -> None:
     """Write a packed state; the file appears whole, in place of what was there, or not at all."""
     path = Path(path)
+    check_folder("path", path)
     remove_incomplete(path.parent, name=path.name)
     metadata = {"header": json.dumps(packed["header"]), "sha256": _digest(packed)}
     write_bytes(path, safetensors.torch.save(packed["tensors"], metadata))

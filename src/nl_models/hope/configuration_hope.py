@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -222,7 +223,8 @@ class HopeConfig(PreTrainedConfig):
         try:
             levels = self.make_continuum_levels()
         except TypeError as error:
-            raise ValueError(f"continuum_levels: expected options of LevelConfig: {error}") from error
+            names = [field.name for field in dataclasses.fields(LevelConfig)]
+            raise ValueError(f"continuum_levels: expected dicts with some of {names}: {error}") from error
         if not levels:
             raise ValueError("continuum_levels: expected at least one level, got none")
         for fast, slow in itertools.pairwise(level.chunk_size for level in levels):

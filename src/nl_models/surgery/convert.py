@@ -44,12 +44,13 @@ def convert_mlp_to_continuum(
         TypeError: a model of another class, or levels that are none.
         ValueError: levels or layers that do not fit (see :func:`nl_models.surgery.levels.make_levels`).
     """
-    if type(model) not in FAMILIES and getattr(model.config, "continuum_levels", None) is not None:
+    _converted_class(model)
+    if getattr(model.config, "continuum_levels", None) is not None:
         raise TypeError("model: expected one whose MLPs are not converted yet")
     return _rebuild(
         model,
         continuum_levels=[asdict(level) for level in make_levels(levels)],
-        continuum_layers=None if layers is None else list(layers),
+        continuum_layers=check_layers("layers", layers, model.config),
     )
 
 
@@ -86,6 +87,7 @@ def convert_attention(
         chunk_size = 16
     check_kind(kind, chunk_size)
     options = {"kind": kind} if chunk_size is None else {"kind": kind, "chunk_size": chunk_size}
+    _converted_class(model)
     chosen = check_layers("layers", layers, model.config)
     replaced = dict(getattr(model.config, "memory_layers", None) or {})
     if set(map(str, chosen)) & set(replaced):
@@ -102,15 +104,20 @@ def convert_attention(
     return converted
 
 
+def _converted_class(model: object) -> type[PreTrainedModel]:
+    converted_class = type(model) if type(model) in FAMILIES.values() else FAMILIES.get(type(model))
+    if converted_class is None:
+        known = ", ".join(cls.__name__ for cls in FAMILIES)
+        raise TypeError(f"model: expected one of {known}, got {type(model).__name__}")
+    return converted_class
+
+
 def _rebuild(model: PreTrainedModel, **fields: object) -> PreTrainedModel:
     """The converted class of ``model``'s family with the same parameters and ``fields`` in its config.
 
     Modules that one of the two does not have stay as they are built, without storage.
     """
-    converted_class = type(model) if type(model) in FAMILIES.values() else FAMILIES.get(type(model))
-    if converted_class is None:
-        known = ", ".join(cls.__name__ for cls in FAMILIES)
-        raise TypeError(f"model: expected one of {known}, got {type(model).__name__}")
+    converted_class = _converted_class(model)
     options = model.config.to_dict()
     for derived in ("model_type", "architectures", "transformers_version"):
         options.pop(derived, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from nl_kernels.checks import check_positive_int
 from nl_kernels.ops.continuum.state import check_chunk_sizes
@@ -58,14 +58,15 @@ def make_levels(levels: Sequence[ConversionLevel | Mapping]) -> tuple[Conversion
             that are no multiples of the one before, or fractions that sum to more than 1.
     """
     if isinstance(levels, (str, Mapping)) or not isinstance(levels, Sequence):
-        raise TypeError(f"levels: expected a sequence of ConversionLevel, got {levels!r:.200}")
+        raise TypeError(f"levels: expected a sequence of ConversionLevel, got {type(levels).__name__}")
     made = []
     for index, level in enumerate(levels):
         if isinstance(level, Mapping):
             try:
                 level = ConversionLevel(**level)
             except TypeError as error:
-                raise TypeError(f"levels[{index}]: expected options of ConversionLevel: {error}") from error
+                names = [field.name for field in fields(ConversionLevel)]
+                raise TypeError(f"levels[{index}]: expected {names}, got {sorted(level)}") from error
         if not isinstance(level, ConversionLevel):
             raise TypeError(f"levels[{index}]: expected a ConversionLevel, got {type(level).__name__}")
         made.append(level)

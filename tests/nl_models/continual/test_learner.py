@@ -275,7 +275,7 @@ def test_adapters_learn_on():
         torch.testing.assert_close(learner.state.changes[name], change, atol=1e-10, rtol=0)
 
 
-def test_bad_arguments_are_refused():
+def test_bad_arguments_are_refused(tmp_path):
     model = make_model("llama")
     converted = convert_mlp_to_continuum(model, LEVELS)
     with pytest.raises(TypeError, match="model: expected a converted model"):
@@ -312,4 +312,6 @@ def test_bad_arguments_are_refused():
         learner.learn(stream(2, 5), save_every=3)
     with pytest.raises(ValueError, match="text: expected at least two tokens"):
         learner.loss(stream(2, 1))
+    with pytest.raises(FileNotFoundError, match="save_to: "):
+        learner.learn(stream(2, 5), save_to=tmp_path / "missing" / "memory.safetensors")
     assert learner.tokens_read == 0

@@ -240,8 +240,8 @@ def test_adapters_stay_in_force(tokens):
         ([{"fraction": 0.6, "chunk_size": 8}, {"fraction": 0.5}], None, "sum to at most 1"),
         ([{"fraction": 0.0, "chunk_size": 8}], None, "fraction: expected more than 0"),
         ([{"fraction": 0.01, "chunk_size": 8}], None, "of 24 hidden units is none"),
-        ([{"fraction": 0.5, "chunk_size": 8}], [2], "continuum_layers: expected distinct indices below 2"),
-        ([{"fraction": 0.5, "chunk_size": 8}], [], "continuum_layers: expected distinct indices"),
+        ([{"fraction": 0.5, "chunk_size": 8}], [2], "^layers: expected distinct indices below 2"),
+        ([{"fraction": 0.5, "chunk_size": 8}], [], "^layers: expected distinct indices"),
     ],
 )
 def test_levels_that_do_not_fit_are_refused(levels, layers, message):
@@ -256,9 +256,11 @@ def test_arguments_of_other_types_are_refused(tokens):
         convert_mlp_to_continuum(converted, LEVELS)
     with pytest.raises(TypeError, match="model: expected one of LlamaForCausalLM"):
         convert_mlp_to_continuum(model.model, LEVELS)
+    with pytest.raises(TypeError, match=r"model: expected one of LlamaForCausalLM.*, got str"):
+        convert_mlp_to_continuum("gpt2", LEVELS)
     with pytest.raises(TypeError, match="levels: expected a sequence"):
         convert_mlp_to_continuum(model, "fast")
-    with pytest.raises(TypeError, match=r"levels\[0\]: expected options"):
+    with pytest.raises(TypeError, match=r"levels\[0\]: expected \['fraction', 'chunk_size'\], got"):
         convert_mlp_to_continuum(model, [{"share": 0.5}])
     with pytest.raises(TypeError, match="fast_weights: expected FastWeights"):
         converted(tokens, fast_weights={})

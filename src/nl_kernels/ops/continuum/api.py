@@ -228,7 +228,7 @@ def _check_levels(
     levels: Sequence[ContinuumLevel], x: torch.Tensor, *, rates_of_tokens: bool = False
 ) -> None:
     if not isinstance(levels, Sequence) or not all(isinstance(level, ContinuumLevel) for level in levels):
-        raise TypeError(f"levels: expected a sequence of ContinuumLevel, got {levels!r:.200}")
+        raise TypeError(f"levels: expected a sequence of ContinuumLevel, got {_kinds(levels)}")
     if not levels:
         raise ValueError("levels: expected at least one, got none")
     for index, level in enumerate(levels):
@@ -295,7 +295,7 @@ def _check_state(
     variant: str,
 ) -> None:
     if not isinstance(state, tuple) or len(state) != len(levels):
-        raise ValueError(f"{name}: expected a tuple of {len(levels)} level states, got {state!r:.200}")
+        raise ValueError(f"{name}: expected a tuple of {len(levels)} level states, got {_kinds(state)}")
     for index, (before, level) in enumerate(zip(state, levels)):
         expected = ContinuumLevelState if level.steps else type(None)
         if not isinstance(before, expected):
@@ -371,6 +371,15 @@ def _check_non_negative(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not (0 <= value < math.inf):
         raise ValueError(f"{name}: expected a finite number, at least 0, got {value}")
+
+
+def _kinds(value: object) -> str:
+    """What came in the place of a sequence, without its tensors' numbers."""
+    if isinstance(value, torch.Tensor):
+        return _describe(value)
+    if type(value) not in (list, tuple):
+        return type(value).__name__
+    return f"a {type(value).__name__} of {[type(element).__name__ for element in value]}"
 
 
 def _describe(value: object) -> str:

@@ -180,9 +180,11 @@ def chunk_gated_delta_rule(
 
     Args:
         q, k: ``[B, T, H, Dk]``. v: ``[B, T, H, Dv]``, unscaled.
+            Where several heads of v share one of q and k, repeat q and k for them first.
         g: log decay ``[B, T, H]``, at most 0. beta: ``[B, T, H]`` in [0, 2).
         scale: of the outputs; ``Dk ** -0.5`` if None.
         initial_state: ``[N, H, Dk, Dv]``: keys first, the transpose of :func:`delta_memory`'s.
+        output_final_state: whether to return the state after the last token.
         use_qk_l2norm_in_kernel: whether to give q and k unit norm first (with 1e-6 under the root).
         cu_seqlens: bounds of packed sequences ``[N + 1]``.
 

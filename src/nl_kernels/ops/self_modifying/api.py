@@ -79,8 +79,7 @@ def self_modifying_memory(
         every memory learns k → M(v), its self-made target, at rate η with retention α, as in ``deep_memory``
 
     Gradients of the outer loss flow through the writes and the targets into every input, the weights, the
-    gate
-    parameters and the initial state. In the printed formulas all inputs are one x; projections of x work
+    gate parameters and the initial state. In the printed formulas all inputs are one x; projections of x work
     better.
 
     Args:
@@ -92,15 +91,14 @@ def self_modifying_memory(
             multiple of the other.
         momentum: [B, T, H] in [0, 1), the decay μ of ``U ← μU + write`` in every memory; ``None`` for none.
         rule: how the memories are applied and written; default ``MemoryRule()``.
-        rate_max: in (0, 1], the largest rate; a float or [H].
+        rate_max: in [0, 1], the largest rate, 0 writes nothing; a float or [H].
         rate_bias, retention_bias: floats or [H].
         read: "snapshot": o from the state at the chunk's start; "running": from the state after token t.
         detach_targets: the inner objective takes ``M(v)`` as a constant; otherwise its gradient also flows
-            into
-            the memory through its own target. Either way the outer gradient is exact.
+            into the memory through its own target. Either way the outer gradient is exact.
         truncate_every: the outer gradient does not cross every n-th boundary of the faster clock, counted
-            from
-            the slower clock's last boundary before this call; ``None`` for full backpropagation through time.
+            from the slower clock's last boundary before this call; ``None`` for full backpropagation through
+            time.
         mask: [B, T] bool, True = real token. Padding neither writes nor counts, and its output is zero.
         initial_state: the state to resume from.
         output_final_state: whether to return the state after the last token.
@@ -117,6 +115,7 @@ def self_modifying_memory(
     Raises:
         TypeError, ValueError: an argument of another kind, shape, dtype, device or range.
         NotImplementedError: ``impl="triton"`` for a call that the kernels do not cover.
+        RuntimeError: ``impl="triton"`` where it cannot run.
     """
     rule = MemoryRule() if rule is None else rule
     generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
