@@ -1,12 +1,29 @@
-"""What the README shows runs as it stands there."""
+"""What README and pages show runs as it stands there; their commands, links and paths are right."""
 
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
+import typer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+from nl_models.surgery import convert_mlp_to_continuum
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+OP_PAGES = sorted((ROOT / "src/nl_kernels/ops").glob("*/README.md"))
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *OP_PAGES]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+EXAMPLES = blocks(TEXTS["README.md"])
 
 
 def test_there_is_an_example_of_each_op_and_of_the_model():
@@ -27,3 +44,98 @@ def test_there_is_an_example_of_each_op_and_of_the_model():
 def test_example_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(README), "exec"), {})
+
+
+class Letters:
+    """A tokenizer: one token a letter."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def llama(*_, **__) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+
+
+def before_conversion(names: dict) -> None:
+    names["ids"] = torch.arange(6)[None]
+
+
+def after_conversion(names: dict) -> None:
+    names["fast_weights"] = names["model"].initial_fast_weights(1)
+
+
+def before_learning(names: dict) -> None:
+    levels = [{"fraction": 0.25, "chunk_size": 4}, {"fraction": 0.25, "chunk_size": 8}]
+    names["model"] = convert_mlp_to_continuum(llama(), levels)
+    names["tokenizer"] = Letters()
+    names["document_1"], names["document_2"] = "some text, read first", "and some that follows"
+
+
+def before_optimisers(names: dict) -> None:
+    names["model"] = llama()
+
+
+# What each page takes for granted before its blocks, one after another in one namespace.
+ASSUMED = {
+    "docs/continual_learning.md": [before_learning],
+    "docs/conversion.md": [before_conversion, after_conversion],
+    "docs/model.md": [],
+    "docs/optimisers.md": [before_optimisers],
+}
+
+
+def test_every_page_with_code_is_run():
+    assert {page for page, text in TEXTS.items() if blocks(text)} == {"README.md", *ASSUMED}
+
+
+@pytest.mark.parametrize("page", ASSUMED)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", llama)
+    names = {}
+    for index, code in enumerate(blocks(TEXTS[page])):
+        for prepare in ASSUMED[page][index : index + 1]:
+            prepare(names)
+        exec(compile(code, page, "exec"), names)
+
+
+def commands(text: str) -> list[str]:
+    """``python -m …`` of fenced blocks, where lines may be continued, and of inline code."""
+    fenced = "".join(re.findall(r"^```\n(.*?)^```", text, re.S | re.M)).replace("\\\n", " ")
+    inline = re.findall(r"`(python -m [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
+    found = [line for line in fenced.splitlines() if line.startswith("python -m ")] + inline
+    return [command for command in found if "OP" not in command and "…" not in command]
+
+
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if commands(text)])
+def test_commands_are_understood(page, monkeypatch):
+    """Their modules exist and take the options that are given; nothing is run."""
+    monkeypatch.chdir(ROOT)
+    for command in commands(TEXTS[page]):
+        module, *arguments = shlex.split(command, comments=True)[2:]
+        if module == "pytest":
+            assert all(Path(argument).exists() for argument in arguments if argument.startswith("tests"))
+            continue
+        if module == "benchmarks.peers_env":  # hands its arguments on
+            module = "benchmarks.run"
+        app = typer.Typer()
+        app.command()(importlib.import_module(module).main)
+        typer.main.get_command(app).make_context(command, [a for a in arguments if a != "--help"])
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_and_paths_lead_somewhere(page):
+    text, folder = TEXTS[page], (ROOT / page).parent
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    assert not [link for link in links if not (folder / link).exists()]
+    named = re.findall(r"`((?:src|tests|benchmarks|docs|examples|nl_kernels|nl_models)/[\w./-]+)`", text)
+    paths = [path for path in named if "OP" not in path]
+    assert not [path for path in paths if not ((ROOT / path).exists() or (ROOT / "src" / path).exists())]
