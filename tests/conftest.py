@@ -27,3 +27,16 @@ def pytest_collection_modifyitems(config, items):
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _watch_for_races(request):
+    """Every kernel that a test runs under the interpreter is looked at for what only a GPU would show."""
+    interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if not interpreting or not request.node.get_closest_marker("interpreter") or os.environ.get("NL_NORACES"):
+        yield
+        return
+    from nl_kernels.triton_support.race_detector import detect_races
+
+    with detect_races():
+        yield

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.forward import activated, error_signal, length_factor
+from nl_kernels.triton_support.language import finish_loads
 
 _NORM_EPS: tl.constexpr = tl.constexpr(1e-6)  # memory_rule.NORM_EPS
 
@@ -162,6 +163,8 @@ def write_in_place(
     if velocity is not None:
         moved = momentum * load_matrix(velocity, index, OUT, IN, BLOCK_OUT, BLOCK_IN)
         moved -= (rate * delta)[:, None] * x
+    finish_loads(BLOCK_OUT * BLOCK_IN)
+    if velocity is not None:
         store_matrix(velocity, index, moved, OUT, IN, BLOCK_OUT, BLOCK_IN)
         new += moved
         if ERASES:

@@ -11,7 +11,13 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.forward import unit
-from nl_kernels.triton_support.language import cumulate_log, decay_between, decay_from_start, total_log
+from nl_kernels.triton_support.language import (
+    cumulate_log,
+    decay_between,
+    decay_from_start,
+    finish_loads,
+    total_log,
+)
 
 BEFORE: tl.constexpr = tl.constexpr(4)
 AFTER: tl.constexpr = tl.constexpr(5)
@@ -23,7 +29,7 @@ CARRIED_TO_END: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
-def _tokens_of(
+def locate_tokens(
     batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK: tl.constexpr, LENGTH: tl.constexpr
 ):
     """Where the rows ``t`` of a chunk lie among a batch's tokens, and which of them hold one."""
@@ -62,7 +68,7 @@ def coefficients_kernel(
     batch = (program // chunks).to(tl.int64)
     chunk = program % chunks
     t = tl.arange(0, BLOCK)
-    token, valid = _tokens_of(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
+    token, valid = locate_tokens(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
     log = tl.load(log_decay + token, mask=valid, other=0.0)
     total, residue, total_before, residue_before = cumulate_log(log)
     all_total, all_residue = total_log(log)
@@ -111,7 +117,7 @@ def place_tokens_kernel(
     batch = (program // (chunks * parts)).to(tl.int64)
     chunk = program // parts % chunks
     t = (program % parts) * ROWS + tl.arange(0, ROWS)
-    token, valid = _tokens_of(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
+    token, valid = locate_tokens(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
     column = tl.arange(0, BLOCK)
     within = (column < WIDTH)[None, :]
     tile = tl.load(x + token[:, None] * WIDTH + column[None, :], mask=valid[:, None] & within, other=0.0)
@@ -162,11 +168,12 @@ def rate_adjoint_kernel(
         grad *= share * share
     if ADDS:
         grad += tl.load(total + row, mask=inside, other=0.0)
+        finish_loads(BLOCK)
     tl.store(total + row, grad, mask=inside)
 
 
 @triton.jit
-def _sum_tiles(sums, batch, t, inside, LENGTH: tl.constexpr, TILES: tl.constexpr):
+def sum_tiles(sums, batch, t, inside, LENGTH: tl.constexpr, TILES: tl.constexpr):
     found = tl.zeros(t.shape, tl.float64)
     for tile in range(0, TILES):
         place = sums + (batch * TILES + tile) * LENGTH + t
@@ -175,7 +182,7 @@ def _sum_tiles(sums, batch, t, inside, LENGTH: tl.constexpr, TILES: tl.constexpr
 
 
 @triton.jit
-def _layer_spans(
+def layer_spans(
     before,
     to_end,
     after,
@@ -216,15 +223,15 @@ def _layer_spans(
         at_start += tl.sum(part, 0)
     if strict_rows is not None:
         eta = tl.load(rate + batch * pitch + start + t - 1, mask=shifted, other=0.0).to(tl.float64)
-        found -= eta * _sum_tiles(strict_columns, batch, t - 1, shifted, LENGTH, TILES)
-        found -= _sum_tiles(strict_rows, batch, t, inside, LENGTH, TILES)
+        found -= eta * sum_tiles(strict_columns, batch, t - 1, shifted, LENGTH, TILES)
+        found -= sum_tiles(strict_rows, batch, t, inside, LENGTH, TILES)
     if after is not None:
         part = tl.load(after + row - 1, mask=shifted, other=0.0).to(tl.float64)
         found -= part
         at_start += tl.sum(tl.load(after + row, mask=inside, other=0.0).to(tl.float64), 0)
     if full_rows is not None:
-        found += _sum_tiles(full_columns, batch, t - 1, shifted, LENGTH, TILES)
-        found -= _sum_tiles(full_rows, batch, t - 1, shifted, LENGTH, TILES)
+        found += sum_tiles(full_columns, batch, t - 1, shifted, LENGTH, TILES)
+        found -= sum_tiles(full_rows, batch, t - 1, shifted, LENGTH, TILES)
     return found, at_start
 
 
@@ -283,12 +290,12 @@ def decay_adjoint_kernel(
     inside = t < LENGTH
     pitch = chunks * LENGTH
     start = chunk * LENGTH
-    found, at_start = _layer_spans(
+    found, at_start = layer_spans(
         before0, to_end0, after0, strict_rows0, strict_columns0, full_rows0, full_columns0, inner0, rate0,
         final, batch, chunks, chunk, pitch, start, t, inside, LENGTH, TILES, WEIGHT_TILES0, WEIGHT_BLOCK0,
     )  # fmt: skip
     if inner1 is not None:
-        more, more_at_start = _layer_spans(
+        more, more_at_start = layer_spans(
             before1, to_end1, after1, strict_rows1, strict_columns1, full_rows1, full_columns1, inner1, rate1,
             final, batch, chunks, chunk, pitch, start, t, inside, LENGTH, TILES, WEIGHT_TILES1, WEIGHT_BLOCK1,
         )  # fmt: skip
@@ -299,7 +306,7 @@ def decay_adjoint_kernel(
     found = tl.cumsum(tl.where(t == 0, found + at_start, found), 0)
     if shared_log is not None:
         found += tl.load(shared_log + batch * LENGTH + t, mask=inside, other=0.0)
-    token, valid = _tokens_of(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
+    token, valid = locate_tokens(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
     exists = inside & (token - batch * tokens < tokens) & (t < CHUNK)
     if chunk == 0:
         exists = exists & (t < CHUNK - offset % CHUNK)

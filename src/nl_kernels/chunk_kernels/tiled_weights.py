@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from nl_kernels.triton_support.language import finish_loads
+
 
 @triton.jit(do_not_specialize=["running_pitch", "running_start", "slow_pitch", "slow_start", "chunk"])
 def operands_kernel(
@@ -125,6 +127,7 @@ def move_kernel(
         to = target + batch * target_pitch + target_start + place
         if ADDS:
             value += tl.load(to, mask=inside, other=0.0)
+        finish_loads(BLOCK)
         tl.store(to, value, mask=inside)
     if CLEARS:
         tl.store(from_, tl.zeros([BLOCK], tl.float32), mask=inside)

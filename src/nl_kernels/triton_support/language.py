@@ -17,6 +17,19 @@ import triton.language as tl
 # Stands for log(0): its exponential is zero in fp32, and sums of it stay exact in fp64.
 _LOG_ZERO: tl.constexpr = tl.constexpr(-1000.0)
 
+_MOST_THREADS: tl.constexpr = tl.constexpr(1024)  # of a program, on any GPU
+
+
+@triton.jit
+def finish_loads(SIZE: tl.constexpr):
+    """Between the loads of a tile of ``SIZE`` numbers and its store to where they came from.
+
+    Of a tile with fewer numbers than threads every number is loaded by several threads and stored by one of
+    them: without a barrier a late thread would load what the early one has stored.
+    """
+    if SIZE < _MOST_THREADS:
+        tl.debug_barrier()
+
 
 @triton.jit
 def matmul(a, b, PRECISION: tl.constexpr):

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from nl_kernels.ops.continuum import launch
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
+from nl_kernels.triton_support.language import finish_loads
 
 
 @triton.jit
@@ -50,6 +51,7 @@ def _update_rows(
         after = step
         if where is not None:
             after = tl.where(steps, step, momentum)
+        finish_loads(BLOCK_M * BLOCK_N)
         tl.store(momenta[I] + at, after, mask=inside)
     if sources is not None:
         source = (row % source_rows).to(tl.int64)[:, None] * COLUMNS + column[None, :]
@@ -63,6 +65,7 @@ def _update_rows(
         new *= (wanted / tl.where(length > 0, length, 1.0))[:, None]
     if where is not None:
         new = tl.where(steps, new, old)
+    finish_loads(BLOCK_M * BLOCK_N)
     tl.store(weights[I] + at, new, mask=inside)
     if copies is not None:
         tl.store(copies[I] + at, new.to(copies[I].dtype.element_ty), mask=inside)

@@ -27,6 +27,7 @@ from nl_kernels.triton_support.language import (
     decay_between,
     decay_from_start,
     decay_matrix,
+    finish_loads,
     load_tile,
     locate_chunk,
     locate_sequence,
@@ -336,9 +337,11 @@ def solve_gradients_kernel(
         mu_before = decay_matrix(mu_total_before, mu_residue_before, mu_total, mu_residue, strict)
         d_mu = tl.sum(matmul(tl.trans(mixed), d_mixed, SOLVE) * mu_before, 1)
         d_mu += tl.load(d_momentum + token, mask=valid, other=0.0)
+        finish_loads(BLOCK_C)
         tl.store(d_momentum + token, d_mu, mask=valid)
     d_log = tl.load(d_log_decay + token, mask=valid, other=0.0)
     d_log += sum_over_spans(d_decay * decay, row[:, None] < row[None, :], strict, SOLVE)
+    finish_loads(BLOCK_C)
     tl.store(d_log_decay + token, d_log, mask=valid)
 
 
@@ -617,9 +620,11 @@ def rate_gradients_kernel(
         # The last rows of E and M.
         d_mu += mixed_tail * tl.sum(mu_before * mixed_tail_term[None, :], 1)
         d_mu += mu_tail * tl.sum(mu_before * mu_tail_term[None, :], 1)
+        finish_loads(BLOCK_C)
         tl.store(d_momentum + token, d_mu, mask=valid)
     ended = tail * tail_term
     d_log += tl.cumsum(ended, 0) - ended
+    finish_loads(BLOCK_C)
     tl.store(d_log_decay + token, d_log, mask=valid)
     tl.store(d_erase + token, d_erase_token, mask=valid)
 

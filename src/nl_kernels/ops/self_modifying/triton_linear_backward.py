@@ -32,7 +32,7 @@ from nl_kernels.ops.self_modifying.triton_linear import (
     elementwise_factor,
     serve_memories,
 )
-from nl_kernels.triton_support.language import load_tile, matmul, store_tile
+from nl_kernels.triton_support.language import finish_loads, load_tile, matmul, store_tile
 
 
 @triton.jit
@@ -456,9 +456,13 @@ def linear_backward_kernel(
     if MOMENTUM:
         put(grad_velocity_gate, gate_at, True, g, GATES, d, WIDTH, gates_velocity_grad)
     rates_at = grad_rates + 3 * program
-    tl.store(rates_at, tl.load(rates_at) + largest_sum)
-    tl.store(rates_at + 1, tl.load(rates_at + 1) + bias_sum)
-    tl.store(rates_at + 2, tl.load(rates_at + 2) + retention_sum)
+    largest_sum += tl.load(rates_at)
+    bias_sum += tl.load(rates_at + 1)
+    retention_sum += tl.load(rates_at + 2)
+    finish_loads(1)
+    tl.store(rates_at, largest_sum)
+    tl.store(rates_at + 1, bias_sum)
+    tl.store(rates_at + 2, retention_sum)
 
 
 @triton.jit

@@ -6,9 +6,8 @@ A sum over memories in a fixed order, by row of the call: nothing is added by se
 import triton
 import triton.language as tl
 
-from nl_kernels.chunk_kernels.tiled_tokens import _layer_spans as layer_spans
-from nl_kernels.chunk_kernels.tiled_tokens import _sum_tiles as sum_tiles
-from nl_kernels.chunk_kernels.tiled_tokens import _tokens_of as locate_tokens
+from nl_kernels.chunk_kernels.tiled_tokens import layer_spans, locate_tokens, sum_tiles
+from nl_kernels.triton_support.language import finish_loads
 
 
 @triton.jit
@@ -175,9 +174,13 @@ def gates_adjoint_kernel(
         place = operand + (n * LENGTH + t)[:, None] * GATES + column
         tl.store(place, tile.to(operand.dtype.element_ty), mask=inside[:, None] & (column < GATES))
     total = at_parameters + 3 * n
-    tl.store(total, tl.load(total) + tl.sum(at_rate * fraction, 0))
-    tl.store(total + 1, tl.load(total + 1) + tl.sum(at_rate_logit, 0))
-    tl.store(total + 2, tl.load(total + 2) + tl.sum(at_retention_logit, 0))
+    at_largest = tl.load(total) + tl.sum(at_rate * fraction, 0)
+    at_bias = tl.load(total + 1) + tl.sum(at_rate_logit, 0)
+    at_retention = tl.load(total + 2) + tl.sum(at_retention_logit, 0)
+    finish_loads(1)
+    tl.store(total, at_largest)
+    tl.store(total + 1, at_bias)
+    tl.store(total + 2, at_retention)
 
 
 @triton.jit

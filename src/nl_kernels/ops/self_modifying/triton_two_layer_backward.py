@@ -34,7 +34,7 @@ from nl_kernels.ops.self_modifying.triton_chunk import (
     write_layer_adjoint,
 )
 from nl_kernels.ops.self_modifying.triton_two_layer import BLOCK_G, errors_of, serve_rows
-from nl_kernels.triton_support.language import load_tile, matmul, store_tile
+from nl_kernels.triton_support.language import finish_loads, load_tile, matmul, store_tile
 
 
 @triton.jit
@@ -544,6 +544,10 @@ def two_layer_backward_kernel(
         tl.debug_barrier()
 
     rates_at = grad_rates + 3 * program
-    tl.store(rates_at, tl.load(rates_at) + largest_sum)
-    tl.store(rates_at + 1, tl.load(rates_at + 1) + bias_sum)
-    tl.store(rates_at + 2, tl.load(rates_at + 2) + retention_sum)
+    largest_sum += tl.load(rates_at)
+    bias_sum += tl.load(rates_at + 1)
+    retention_sum += tl.load(rates_at + 2)
+    finish_loads(1)
+    tl.store(rates_at, largest_sum)
+    tl.store(rates_at + 1, bias_sum)
+    tl.store(rates_at + 2, retention_sum)
