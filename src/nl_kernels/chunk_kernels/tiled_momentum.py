@@ -16,8 +16,8 @@ from nl_kernels.chunk_kernels.tiled_tokens import (
     CARRIED_TO_END,
     MIXED_TO_END,
     TO_END,
-    _sum_tiles,
-    _tokens_of,
+    locate_chunk_tokens,
+    sum_tiles,
 )
 from nl_kernels.triton_support.language import cumulate_log, decay_between, safe_log
 
@@ -101,8 +101,10 @@ def momentum_coefficients_kernel(
     batch = (program // chunks).to(tl.int64)
     chunk = program % chunks
     t = tl.arange(0, BLOCK)
-    token, valid = _tokens_of(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
-    later, later_valid = _tokens_of(batch, chunk, t + 1, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
+    token, valid = locate_chunk_tokens(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
+    later, later_valid = locate_chunk_tokens(
+        batch, chunk, t + 1, begin, stop, origin, tokens, offset, CHUNK, LENGTH
+    )
     mu = tl.load(momentum + token, mask=valid, other=1.0)
     next_mu = tl.load(momentum + later, mask=later_valid, other=1.0)
     alpha = tl.exp(tl.load(log_decay + token, mask=valid, other=0.0))
@@ -376,7 +378,7 @@ def momentum_adjoint_kernel(
     earlier += at_carried_final * carried_before
     grad += earlier * tl.load(momenta + CARRIED_TO_END * pitch + place, mask=inside, other=0.0)
 
-    token, valid = _tokens_of(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
+    token, valid = locate_chunk_tokens(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
     if mixed_after0 is not None:
         alpha = _decay_of(coefficients + place, pitch, inside)
         next_alpha = _decay_of(coefficients + place + 1, pitch, t + 1 < LENGTH)
@@ -384,7 +386,7 @@ def momentum_adjoint_kernel(
         mixed_before = tl.load(momenta + MIXED_AFTER * pitch + place - 1, mask=shifted, other=0.0)
         tl.store(at_log + row, at_after * alpha * mixed_before, mask=inside)
         grad += _recur(next_mu, counts * at_after, True) * carried_before
-        grad += _sum_tiles(pair_sums, batch, t, inside, LENGTH, TILES).to(tl.float32)
+        grad += sum_tiles(pair_sums, batch, t, inside, LENGTH, TILES).to(tl.float32)
     exists = inside & (token - batch * tokens < tokens) & (t < CHUNK)
     if chunk == 0:
         exists = exists & (t < CHUNK - offset % CHUNK)

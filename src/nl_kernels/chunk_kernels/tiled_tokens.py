@@ -29,7 +29,7 @@ CARRIED_TO_END: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
-def locate_tokens(
+def locate_chunk_tokens(
     batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK: tl.constexpr, LENGTH: tl.constexpr
 ):
     """Where the rows ``t`` of a chunk lie among a batch's tokens, and which of them hold one."""
@@ -68,7 +68,7 @@ def coefficients_kernel(
     batch = (program // chunks).to(tl.int64)
     chunk = program % chunks
     t = tl.arange(0, BLOCK)
-    token, valid = locate_tokens(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
+    token, valid = locate_chunk_tokens(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
     log = tl.load(log_decay + token, mask=valid, other=0.0)
     total, residue, total_before, residue_before = cumulate_log(log)
     all_total, all_residue = total_log(log)
@@ -117,7 +117,7 @@ def place_tokens_kernel(
     batch = (program // (chunks * parts)).to(tl.int64)
     chunk = program // parts % chunks
     t = (program % parts) * ROWS + tl.arange(0, ROWS)
-    token, valid = locate_tokens(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
+    token, valid = locate_chunk_tokens(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
     column = tl.arange(0, BLOCK)
     within = (column < WIDTH)[None, :]
     tile = tl.load(x + token[:, None] * WIDTH + column[None, :], mask=valid[:, None] & within, other=0.0)
@@ -306,7 +306,7 @@ def decay_adjoint_kernel(
     found = tl.cumsum(tl.where(t == 0, found + at_start, found), 0)
     if shared_log is not None:
         found += tl.load(shared_log + batch * LENGTH + t, mask=inside, other=0.0)
-    token, valid = locate_tokens(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
+    token, valid = locate_chunk_tokens(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
     exists = inside & (token - batch * tokens < tokens) & (t < CHUNK)
     if chunk == 0:
         exists = exists & (t < CHUNK - offset % CHUNK)

@@ -6,7 +6,7 @@ A sum over memories in a fixed order, by row of the call: nothing is added by se
 import triton
 import triton.language as tl
 
-from nl_kernels.chunk_kernels.tiled_tokens import layer_spans, locate_tokens, sum_tiles
+from nl_kernels.chunk_kernels.tiled_tokens import layer_spans, locate_chunk_tokens, sum_tiles
 from nl_kernels.triton_support.language import finish_loads
 
 
@@ -151,7 +151,7 @@ def gates_adjoint_kernel(
         more, more_start = _read_spans(after1, full_rows1, full_columns1, n, t, LENGTH, TILES)
         found += more
         at_start += more_start
-    _, valid = locate_tokens(n, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
+    _, valid = locate_chunk_tokens(n, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
     if shared_to_end is not None:
         found += tl.load(shared_to_end + n * LENGTH + t - 1, mask=inside & (t > 0), other=0.0)
     at_log = tl.cumsum(tl.where(t == 0, found + at_start, found), 0).to(tl.float32)

@@ -25,7 +25,7 @@ from nl_kernels.chunk_kernels.tiled_tokens import (
     MIXED_TO_END,
     RATE,
     TO_END,
-    _tokens_of,
+    locate_chunk_tokens,
 )
 from nl_kernels.ops.self_modifying.triton_chunk import log_sigmoid
 from nl_kernels.triton_support.language import cumulate_log, decay_between, decay_from_start, total_log
@@ -91,7 +91,7 @@ def generate_rows_kernel(
     layers in ``gate_x``, memory first, or to the same input. ``o`` are the call's tokens, or NOTHING.
     """
     row, batch, t = locate_rows(LENGTH, ROWS)
-    token, valid = _tokens_of(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
+    token, valid = locate_chunk_tokens(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
     later = row + tl.cast(batches, tl.int64) * LENGTH
     key = load_rows(made, row, WIDTH, BLOCK)
     value = load_rows(made, later, WIDTH, BLOCK)
@@ -161,7 +161,7 @@ def gate_coefficients_kernel(
     batch = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, BLOCK)
     inside = t < LENGTH
-    token, valid = _tokens_of(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
+    token, valid = locate_chunk_tokens(batch, chunk, t, begin, stop, origin, tokens, offset, CHUNK, LENGTH)
     z = tl.load(logits + batch * LENGTH + t, mask=inside, other=0.0)
     eta = tl.where(valid, tl.load(rate_max + batch) * tl.sigmoid(z), 0.0)
     z = tl.load(logits + (batches + batch) * LENGTH + t, mask=inside, other=0.0)
@@ -176,7 +176,7 @@ def gate_coefficients_kernel(
         own = eta / (1 + eta * tl.load(key_square + batch * LENGTH + t, mask=inside, other=0.0))
     tl.store(rates + batch * LENGTH + t, own, mask=inside)
     if momentum is not None:
-        later, later_valid = _tokens_of(
+        later, later_valid = locate_chunk_tokens(
             batch, chunk, t + 1, begin, stop, origin, tokens, offset, CHUNK, LENGTH
         )
         mu = tl.load(momentum + token, mask=valid, other=1.0)
