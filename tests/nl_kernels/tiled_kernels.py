@@ -4,7 +4,13 @@ from nl_kernels.triton_support.ahead_of_time import compile_call
 from nl_kernels.triton_support.resources import resources_of
 from nl_kernels.triton_support.targets import TARGETS, TENSOR_MEMORY
 
-KINDS = {"sm_80": {"mma"}, "sm_90": {"wgmma", "mma"}, "sm_100": {"tcgen05", "mma"}, "gfx942": {"mfma"}}
+KINDS = {
+    "sm_80": {"mma"},
+    "sm_89": {"mma"},
+    "sm_90": {"wgmma", "mma"},
+    "sm_100": {"tcgen05", "mma"},
+    "gfx942": {"mfma"},
+}
 
 
 def assert_within_limits(catalogue, spills, architecture, words, names=None):

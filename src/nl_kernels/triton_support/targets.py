@@ -26,6 +26,7 @@ TENSOR_MEMORY = 512  # columns a program may use, where there is tensor memory (
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_89": Target("cuda", 89, 32, 99 * 1024),
     "sm_90": Target("cuda", 90, 32, 227 * 1024),
     "sm_100": Target("cuda", 100, 32, 227 * 1024),
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
@@ -35,8 +36,11 @@ TARGETS = {
 def architecture_of(device: torch.device) -> str:
     """The name in :data:`TARGETS` whose launch tables serve ``device``.
 
-    The newest listed one that is not newer than the device; consumer parts with less shared memory
-    (sm_86, sm_89, sm_120) get sm_80's. Off CUDA (under the interpreter) it is sm_90.
+    The newest listed one that is not newer than the device; all consumer and workstation parts (sm_86, sm_89,
+    sm_120) have sm_89's shared memory. Off CUDA (under the interpreter) it is sm_90.
+
+    Raises:
+        RuntimeError: an NVIDIA GPU older than sm_80, which has no products in bf16 and tf32.
     """
     if device.type != "cuda":
         return "sm_90"
@@ -45,4 +49,14 @@ def architecture_of(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) in ((9, 0), (10, 0), (10, 3)):
         return "sm_90" if major == 9 else "sm_100"
-    return "sm_80"
+    if major < 8:
+        raise RuntimeError(
+            f"the Triton kernels need compute capability 8.0 or later, {device} has {major}.{minor}; use "
+            "impl='eager'"
+        )
+    return "sm_89" if major == 12 or (major, minor) in ((8, 6), (8, 9)) else "sm_80"
+
+
+def is_ampere(architecture: str) -> bool:
+    """Whether products are those of sm_80, with operands in registers."""
+    return architecture in ("sm_80", "sm_89")

@@ -25,7 +25,7 @@ from nl_kernels.ops.continuum.triton_forward import (
     tile_of,
 )
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
-from nl_kernels.triton_support.targets import architecture_of
+from nl_kernels.triton_support.targets import TARGETS, architecture_of
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -269,6 +269,9 @@ def _token_sum(
     # AMD spills turned tiles of 128 × 128
     held = 2 if architecture.startswith("gfx") else 1
     tiles = launch.product_tiles(outer, into, rows, precision, architecture, held=held)
+    # What weighs the tokens is in the pipeline too: with three steps 113 KiB.
+    if TARGETS[architecture].shared_memory < 128 * 1024:
+        tiles = tiles._replace(stages=2)
     parts = 0 if squares is None else squares.shape[2]
     return launch.call_of(
         token_sum_kernel,

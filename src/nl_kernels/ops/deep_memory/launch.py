@@ -17,6 +17,7 @@ from nl_kernels.chunk_kernels import tiled_launch
 from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.kernel_call import KernelCall
+from nl_kernels.triton_support.targets import is_ampere
 from nl_kernels.triton_support.tiles import padded
 
 MAX_WIDTH = 128
@@ -226,7 +227,7 @@ def widest(chunk_size: int, architecture: str) -> int:
     small = chunk_size <= 16
     if architecture == "sm_90":
         return MAX_WIDTH if small else 64
-    return 64 if small or architecture == "sm_80" else 0
+    return 64 if small or is_ampere(architecture) else 0
 
 
 def warps_of(block_c: int, block_k: int, block_v: int, block_h: int) -> int:

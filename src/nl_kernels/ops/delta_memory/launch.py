@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nl_kernels.triton_support.kernel_call import KernelCall
+from nl_kernels.triton_support.targets import is_ampere
 from nl_kernels.triton_support.tiles import MIN_TILE, padded, power_of_two
 
 MAX_HEAD_DIM = 256
@@ -83,7 +84,7 @@ def config_of(
     wide = dtype != torch.bfloat16
     if kernel == "step":
         return Config(key, min(32, value), 4, 1)
-    amd, ampere = architecture.startswith("gfx"), architecture == "sm_80"
+    amd, ampere = architecture.startswith("gfx"), is_ampere(architecture)
     if kernel in ("scan_chunks", "scan_gradients"):
         # The whole key width of the state is in registers: the tile of the value width is what gives.
         backward = kernel == "scan_gradients"

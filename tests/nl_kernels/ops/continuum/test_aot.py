@@ -11,7 +11,7 @@ from nl_kernels.triton_support.targets import TARGETS
 pytestmark = pytest.mark.aot
 
 
-KINDS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+KINDS = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 LARGE = "8x64x1024x4096"
 
 
