@@ -10,6 +10,7 @@ import torch
 import typer
 from rich.console import Console
 
+from nl_models.data.corpus import check_folder
 from nl_models.data.prepare import prepare_data
 from nl_models.training.checkpoint import best_checkpoint
 from nl_models.training.command_line import fail, with_config_options
@@ -44,6 +45,8 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
         # Everything that can be refused is refused before a folder appears.
         choose_device(config.device)
         hope_config(config, vocab_size=config.vocab_size, separator_id=0)
+        if config.corpus is not None:
+            check_folder(config.corpus)
         create_run(folder, config)
     with only_process(folder):
         data = prepare_data(config.data_options, folder / "data")

@@ -157,6 +157,8 @@ def test_bad_input_is_explained_without_a_traceback(options, message, corpus, tm
     result = call("--output", tmp_path / "run", *corpus_options, *TINY, *options)
     assert result.exit_code == 2
     assert message in " ".join((result.output + capfd.readouterr().err).split())
+    # What a reading of the corpus shows comes later; anything else before a folder appears.
+    assert (tmp_path / "run").exists() == ("--sequence-length" in options)
 
 
 def test_an_existing_run_is_neither_overwritten_nor_changed(corpus, tmp_path):

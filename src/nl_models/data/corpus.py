@@ -37,6 +37,20 @@ class Split:
     validation: tuple[Document, ...]
 
 
+def check_folder(folder: str | Path) -> Path:
+    """The folder of a corpus, which need not have been read yet.
+
+    Raises:
+        CorpusError: it does not exist, or is not a folder.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise CorpusError(f"corpus: the folder {folder} does not exist")
+    if not folder.is_dir():
+        raise CorpusError(f"corpus: expected a folder of text files, got the file {folder}")
+    return folder
+
+
 def read_folder(folder: str | Path) -> list[Document]:
     """Read every UTF-8 text file below ``folder``, sorted by path.
 
@@ -46,11 +60,7 @@ def read_folder(folder: str | Path) -> list[Document]:
     Raises:
         CorpusError: the folder does not exist, is not a folder, or has no text file.
     """
-    folder = Path(folder)
-    if not folder.exists():
-        raise CorpusError(f"corpus: the folder {folder} does not exist")
-    if not folder.is_dir():
-        raise CorpusError(f"corpus: expected a folder of text files, got the file {folder}")
+    folder = check_folder(folder)
     documents = _without_duplicates(_read(folder, skip=_NEVER_TEXT, suffix=""))
     if not documents:
         raise CorpusError(f"corpus: no UTF-8 text file in {folder}")

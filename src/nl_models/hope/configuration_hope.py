@@ -120,6 +120,7 @@ class HopeConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        self.layer_types = kwargs.pop("mixer_types", self.layer_types)  # as :meth:`to_dict` names them
         if isinstance(self.layer_types, str):
             self.layer_types = [self.layer_types] * self.num_hidden_layers
         if self.initializer_range is None:
@@ -133,6 +134,16 @@ class HopeConfig(PreTrainedConfig):
             ]
         self._check(kwargs)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        """All fields, ``layer_types`` as ``mixer_types``.
+
+        The library reads the files of any model by its base class, too (a ``Trainer`` that resumes), which
+        refuses ``layer_types`` other than its own.
+        """
+        fields = super().to_dict()
+        fields["mixer_types"] = fields.pop("layer_types")
+        return fields
 
     @property
     def head_dim(self) -> int:
@@ -209,7 +220,7 @@ class HopeConfig(PreTrainedConfig):
         try:
             self.make_memory_rule()
         except TypeError as error:
-            raise ValueError(f"memory_rule: expected options of MemoryRule: {error}") from error
+            raise ValueError(f"memory_rule: {_expected_options(MemoryRule)}: {error}") from error
 
     def _check_implementation(self, name: str) -> None:
         value = getattr(self, name)
@@ -223,13 +234,17 @@ class HopeConfig(PreTrainedConfig):
         try:
             levels = self.make_continuum_levels()
         except TypeError as error:
-            names = [field.name for field in dataclasses.fields(LevelConfig)]
-            raise ValueError(f"continuum_levels: expected dicts with some of {names}: {error}") from error
+            raise ValueError(f"continuum_levels: {_expected_options(LevelConfig)}: {error}") from error
         if not levels:
             raise ValueError("continuum_levels: expected at least one level, got none")
         for fast, slow in itertools.pairwise(level.chunk_size for level in levels):
             if slow is not None and (fast is None or slow % fast):
                 raise ValueError(f"continuum_levels: chunk size {slow} is no multiple of {fast}, before it")
+
+
+def _expected_options(options: type) -> str:
+    names = [field.name for field in dataclasses.fields(options)]
+    return f"expected options of {options.__name__}, which are {', '.join(names)}"
 
 
 _OWN_PREFIXES = ("memory_", "continuum_", "convolution_", "attention_")

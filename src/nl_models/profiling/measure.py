@@ -26,9 +26,8 @@ class Work:
         name: of the model, for people.
         config: arguments of :class:`HopeConfig`.
         mode: ``"prefill"``: read ``context`` tokens, keep the state, give the last logits. ``"training"``:
-        loss and
-            gradients of one sequence of ``context`` tokens. ``"decode"``: the next tokens, one by one, after
-            ``context`` tokens.
+            loss and gradients of one sequence of ``context`` tokens. ``"decode"``: the next tokens, one by
+            one, after ``context`` tokens.
         context: tokens.
         segment: recurrent models read the context in segments of this many tokens through the cache;
             attention reads it at once, which is its fastest way and keeps all keys and values in any case.

@@ -42,6 +42,9 @@ class ProfileSettings:
                 raise ValueError(f"{name}: expected positive numbers of tokens, got {values}")
         if "training" in self.modes and min(self.lengths) < 2:
             raise ValueError(f"lengths: training needs at least 2 tokens, got {min(self.lengths)}")
+        for name in ("segment", "decode_tokens", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.time_limit <= 0:
             raise ValueError(f"time_limit: expected a positive number of seconds, got {self.time_limit}")
 

@@ -74,8 +74,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
     Raises:
         CheckpointError: not a checkpoint of this package, a file is missing, truncated or altered, or the
-        tensors
-            are those of another model.
+            tensors are those of another model.
     """
     path = Path(path)
     state = _read_state(path)

@@ -1,8 +1,10 @@
 """Configs say what is wrong with them, survive JSON, and build baselines and hybrids of one model class."""
 
+import json
+
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 import nl_models
 from nl_models import HopeCache, HopeConfig, HopeForCausalLM
@@ -51,6 +53,18 @@ def test_a_config_survives_json(make_config, tmp_path):
     assert loaded.continuum_levels == config.continuum_levels
     assert loaded.fingerprint() == config.fingerprint()
     assert loaded.num_heads == 2
+
+
+def test_the_library_reads_a_saved_config_without_knowing_hope(make_config, tmp_path):
+    """A Trainer that resumes reads it by the base class; files once had the mixers as ``layer_types``."""
+    config = make_config(list(LAYER_TYPES), num_hidden_layers=4)
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    PreTrainedConfig.from_json_file(file)
+    saved = json.loads(file.read_text())
+    saved["layer_types"] = saved.pop("mixer_types")
+    file.write_text(json.dumps(saved))
+    assert HopeConfig.from_pretrained(tmp_path).layer_types == list(LAYER_TYPES)
 
 
 def test_the_fingerprint_follows_what_shapes_the_state(make_config):

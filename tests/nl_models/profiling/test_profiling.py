@@ -134,6 +134,8 @@ def test_bad_settings_and_files_are_refused(tmp_path):
         ("lengths", {"lengths": ()}),
         ("lengths", {"lengths": (1,)}),
         ("decode_after", {"decode_after": (0,)}),
+        ("segment", {"segment": 0}),
+        ("threads", {"threads": 0}),
         ("time_limit", {"time_limit": 0.0}),
     ):
         with pytest.raises(ValueError, match=f"^{name}:"):
