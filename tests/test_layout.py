@@ -11,6 +11,9 @@ REQUIRED = {"__init__.py", "api.py", "reference.py", "eager.py", "README.md"}
 ALLOWED = REQUIRED | {
     "triton_forward.py",
     "triton_backward.py",
+    "triton_pair_gradients.py",
+    "triton_state_gradients.py",
+    "triton_rate_gradients.py",
     "triton_step.py",
     "registration.py",
     "triton_chunk.py",

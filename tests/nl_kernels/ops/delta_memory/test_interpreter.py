@@ -240,10 +240,15 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("source", "mistake", "gradient"), MISTAKES, ids=[m[2] for m in MISTAKES])
 def test_a_mistake_in_any_gradient_is_seen(source, mistake, gradient, tmp_path, monkeypatch):
-    from nl_kernels.ops.delta_memory import triton_backward
+    from nl_kernels.ops.delta_memory import (
+        triton_backward,
+        triton_pair_gradients,
+        triton_rate_gradients,
+        triton_state_gradients,
+    )
 
-    text = inspect.getsource(triton_backward)
-    assert source in text
+    modules = (triton_pair_gradients, triton_state_gradients, triton_rate_gradients)
+    (text,) = (text for text in map(inspect.getsource, modules) if source in text)
     path = tmp_path / "mistaken.py"
     path.write_text(text.replace(source, mistake))
     spec = importlib.util.spec_from_file_location("mistaken", path)
@@ -252,7 +257,9 @@ def test_a_mistake_in_any_gradient_is_seen(source, mistake, gradient, tmp_path, 
 
     x = delta_memory_inputs(1, 18, 1, 4, 4, momentum=True, initial_state=True)
     expected = results_and_gradients(x, impl="eager")
-    monkeypatch.setattr(triton_backward, "delta_memory_backward", mistaken.delta_memory_backward)
+    for name, kernel in vars(mistaken).items():
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(triton_backward, name, kernel)
     actual = results_and_gradients(x, impl="triton", chunk_size=16)
     error = (actual[gradient] - expected[gradient]).norm() / expected[gradient].norm()
     assert not error < 1e-3

@@ -1,0 +1,279 @@
+"""Gradients through the states: carried back over the chunks, and their products with keys and queries."""
+
+import triton
+import triton.language as tl
+
+from nl_kernels.triton_support.language import (
+    cumulate_log,
+    decay_between,
+    decay_from_start,
+    load_tile,
+    locate_chunk,
+    locate_sequence,
+    matmul,
+    safe_log,
+    store_tile,
+    total_log,
+)
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def scan_gradients_kernel(
+    q,
+    k,
+    do,
+    log_decay,
+    momentum,
+    key_transform,
+    momentum_key_transform,
+    carried_before,
+    momentum_tail,
+    d_pseudo,
+    d_value,
+    d_final_state,
+    d_final_momentum,
+    d_chunk_states,
+    d_chunk_momenta,
+    d_initial_state,
+    d_initial_momentum,
+    cu_seqlens,
+    chunk_offsets,
+    scale,
+    T,
+    H,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    READ_BEFORE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """One program a sequence, head and tile of the value width: carries dS (and dU) back over the chunks.
+
+    Writes the gradient of the state that each chunk ends with, completes dZ and the state's part of dV in
+    place, and writes the gradients of the initial state and momentum.
+    """
+    program = tl.program_id(0)
+    sequence = program // H
+    head = program % H
+    start, length, first_chunk = locate_sequence(sequence, cu_seqlens, chunk_offsets, T, BLOCK_C)
+    row = tl.arange(0, BLOCK_C)
+    key_column = tl.arange(0, BLOCK_K)
+    value_column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    state_mask = (key_column < KEY_DIM)[:, None] & (value_column < VALUE_DIM)[None, :]
+    public = program.to(tl.int64) * VALUE_DIM * KEY_DIM
+    public += value_column[None, :] * KEY_DIM + key_column[:, None]
+
+    d_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    if d_final_state is not None:
+        d_state += tl.load(d_final_state + public, mask=state_mask, other=0.0).to(tl.float32)
+    if momentum is not None:
+        d_velocity = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+        if d_final_momentum is not None:
+            d_velocity += tl.load(d_final_momentum + public, mask=state_mask, other=0.0).to(tl.float32)
+
+    chunks = tl.cdiv(length, BLOCK_C)
+    for step in range(0, chunks):
+        index = chunks - 1 - step
+        state_row = ((first_chunk + index) * H + head) * KEY_DIM + key_column
+        store_tile(d_chunk_states, state_row, key_column < KEY_DIM, value_column, VALUE_DIM, d_state)
+        valid = index * BLOCK_C + row < length
+        token = (start + index * BLOCK_C + row) * H + head
+        query = load_tile(q, token, valid, key_column, KEY_DIM)
+        key = load_tile(k, token, valid, key_column, KEY_DIM)
+        transform = load_tile(key_transform, token, valid, key_column, KEY_DIM)
+        d_output = load_tile(do, token, valid, value_column, VALUE_DIM)
+        d_pseudo_tile = load_tile(d_pseudo, token, valid, value_column, VALUE_DIM).to(tl.float32)
+
+        log_a = tl.load(log_decay + token, mask=valid, other=0.0)
+        total, residue, total_before, _residue_before = cumulate_log(log_a)
+        all_total, all_residue = total_log(log_a)
+        tail = decay_between(all_total, all_residue, total, residue)
+        kept = decay_from_start(all_total)
+        read_decay = decay_from_start(total_before) if READ_BEFORE else decay_from_start(total)
+
+        from_state = matmul(key, d_state, STATE)
+        d_pseudo_tile += tail[:, None] * from_state
+        store_tile(d_pseudo, token, valid, value_column, VALUE_DIM, d_pseudo_tile)
+        if momentum is not None:
+            store_tile(d_chunk_momenta, state_row, key_column < KEY_DIM, value_column, VALUE_DIM, d_velocity)
+            log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
+            mu_total, mu_residue, _, _ = cumulate_log(log_mu)
+            mu_all_total, mu_all_residue = total_log(log_mu)
+            mu_start = tl.where(valid, decay_from_start(mu_total), 0.0)
+            mu_tail = decay_between(mu_all_total, mu_all_residue, mu_total, mu_residue)
+            mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
+            d_value_tile = load_tile(d_value, token, valid, value_column, VALUE_DIM).to(tl.float32)
+            d_value_tile += mixed_tail[:, None] * from_state
+            d_value_tile += mu_tail[:, None] * matmul(key, d_velocity, STATE)
+            store_tile(d_value, token, valid, value_column, VALUE_DIM, d_value_tile)
+
+            carried = tl.load(carried_before + token, mask=valid, other=0.0)
+            if not READ_BEFORE:
+                carried = tl.exp(log_a) * carried + mu_start
+            d_velocity = decay_from_start(mu_all_total) * d_velocity
+            d_velocity += tl.sum(tail * mu_start, 0) * d_state
+            d_velocity += matmul(tl.trans(query), (scale * carried)[:, None] * d_output, STATE)
+            momentum_transform = load_tile(momentum_key_transform, token, valid, key_column, KEY_DIM)
+            d_velocity -= matmul(tl.trans(momentum_transform), d_pseudo_tile, STATE)
+        d_state = kept * d_state + matmul(tl.trans(query), (scale * read_decay)[:, None] * d_output, STATE)
+        d_state -= matmul(tl.trans(transform), d_pseudo_tile, STATE)
+
+    tl.store(d_initial_state + public, d_state, mask=state_mask)
+    if momentum is not None:
+        tl.store(d_initial_momentum + public, d_velocity, mask=state_mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "T", "H"])
+def state_gradients_kernel(
+    q,
+    k,
+    v,
+    do,
+    log_decay,
+    erase,
+    momentum,
+    carried_before,
+    momentum_tail,
+    pseudo_values,
+    d_right,
+    d_query_key,
+    d_key_key,
+    chunk_states,
+    chunk_momenta,
+    d_chunk_states,
+    d_chunk_momenta,
+    dq,
+    dk,
+    token_terms,
+    chunk_terms,
+    chunk_table,
+    scale,
+    tokens,
+    T,
+    H,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    READ_BEFORE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """One program a chunk, head and tile of the key width: gradients that are products with a state.
+
+    Writes dQ and dK, and for each tile the scalar products from which ``rate_gradients_kernel`` makes the
+    gradients of the rates: ``token_terms`` [tiles, 3 or 7, B·T·H], ``chunk_terms``
+    [tiles, 1 or 3, chunks·H].
+    """
+    program = tl.program_id(0)
+    tile = tl.program_id(1)
+    start, count = locate_chunk(program // H, chunk_table, T, BLOCK_C)
+    if count == 0:
+        return
+    row = tl.arange(0, BLOCK_C)
+    valid = row < count
+    token = (start + row) * H + program % H
+    chunk_row = program.to(tl.int64) * BLOCK_C + row
+    column = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    state_row = program.to(tl.int64) * KEY_DIM + column
+    in_key = column < KEY_DIM
+
+    log_a = tl.load(log_decay + token, mask=valid, other=0.0)
+    beta = tl.load(erase + token, mask=valid, other=0.0)
+    total, residue, total_before, _residue_before = cumulate_log(log_a)
+    all_total, all_residue = total_log(log_a)
+    tail = decay_between(all_total, all_residue, total, residue)
+    start_before = decay_from_start(total_before)
+    read_decay = start_before if READ_BEFORE else decay_from_start(total)
+    if momentum is not None:
+        log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
+        mu_total, mu_residue, _, _ = cumulate_log(log_mu)
+        mu_all_total, mu_all_residue = total_log(log_mu)
+        mu_tail = decay_between(mu_all_total, mu_all_residue, mu_total, mu_residue)
+        mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
+        carried = tl.load(carried_before + token, mask=valid, other=0.0)
+        erased = beta * carried
+        if not READ_BEFORE:
+            carried = tl.exp(log_a) * carried + decay_from_start(mu_total)
+
+    query = load_tile(q, token, valid, column, KEY_DIM)
+    key = load_tile(k, token, valid, column, KEY_DIM)
+    query_fp32 = query.to(tl.float32)
+    key_fp32 = key.to(tl.float32)
+    pairs = load_tile(d_query_key, chunk_row, row < BLOCK_C, row, BLOCK_C)
+    dq_tile = matmul(pairs, key, STATE)
+    dk_tile = matmul(tl.trans(pairs), query, STATE)
+    dk_tile += matmul(load_tile(d_key_key, chunk_row, row < BLOCK_C, row, BLOCK_C), key, STATE)
+
+    read_term = tl.zeros([BLOCK_C], tl.float32)
+    erase_term = tl.zeros([BLOCK_C], tl.float32)
+    tail_term = tl.zeros([BLOCK_C], tl.float32)
+    kept_term = 0.0
+    if momentum is not None:
+        carried_read_term = tl.zeros([BLOCK_C], tl.float32)
+        carried_erase_term = tl.zeros([BLOCK_C], tl.float32)
+        mixed_tail_term = tl.zeros([BLOCK_C], tl.float32)
+        mu_tail_term = tl.zeros([BLOCK_C], tl.float32)
+        carried_term = 0.0
+        mu_kept_term = 0.0
+    for first in range(0, VALUE_DIM, BLOCK_V):
+        value_column = first + tl.arange(0, BLOCK_V)
+        d_output = load_tile(do, token, valid, value_column, VALUE_DIM)
+        d_right_tile = load_tile(d_right, token, valid, value_column, VALUE_DIM)
+        pseudo = load_tile(pseudo_values, token, valid, value_column, VALUE_DIM)
+        state = load_tile(chunk_states, state_row, in_key, value_column, VALUE_DIM)
+        d_state = load_tile(d_chunk_states, state_row, in_key, value_column, VALUE_DIM)
+
+        product = scale * matmul(d_output, tl.trans(state), STATE)
+        dq_tile += read_decay[:, None] * product
+        read_term += tl.sum(query_fp32 * product, 1)
+        product = matmul(d_right_tile, tl.trans(state), STATE)
+        dk_tile -= (beta * start_before)[:, None] * product
+        erase_term -= tl.sum(key_fp32 * product, 1)
+        product = matmul(pseudo, tl.trans(d_state), STATE)
+        dk_tile += tail[:, None] * product
+        tail_term += tl.sum(key_fp32 * product, 1)
+        d_state_fp32 = d_state.to(tl.float32)
+        kept_term += tl.sum(state.to(tl.float32) * d_state_fp32)
+        if momentum is not None:
+            value = load_tile(v, token, valid, value_column, VALUE_DIM)
+            velocity = load_tile(chunk_momenta, state_row, in_key, value_column, VALUE_DIM)
+            d_velocity = load_tile(d_chunk_momenta, state_row, in_key, value_column, VALUE_DIM)
+            product = scale * matmul(d_output, tl.trans(velocity), STATE)
+            dq_tile += carried[:, None] * product
+            carried_read_term += tl.sum(query_fp32 * product, 1)
+            product = matmul(d_right_tile, tl.trans(velocity), STATE)
+            dk_tile -= erased[:, None] * product
+            carried_erase_term -= tl.sum(key_fp32 * product, 1)
+            product = matmul(value, tl.trans(d_state), STATE)
+            dk_tile += mixed_tail[:, None] * product
+            mixed_tail_term += tl.sum(key_fp32 * product, 1)
+            product = matmul(value, tl.trans(d_velocity), STATE)
+            dk_tile += mu_tail[:, None] * product
+            mu_tail_term += tl.sum(key_fp32 * product, 1)
+            velocity_fp32 = velocity.to(tl.float32)
+            carried_term += tl.sum(velocity_fp32 * d_state_fp32)
+            mu_kept_term += tl.sum(velocity_fp32 * d_velocity.to(tl.float32))
+
+    store_tile(dq, token, valid, column, KEY_DIM, dq_tile)
+    store_tile(dk, token, valid, column, KEY_DIM, dk_tile)
+    token_count = tokens.to(tl.int64) * H
+    chunk_count = tl.num_programs(0)
+    if momentum is None:
+        terms = token_terms + tile * 3 * token_count + token
+        tl.store(chunk_terms + tile * chunk_count + program, kept_term)
+    else:
+        terms = token_terms + tile * 7 * token_count + token
+        tl.store(terms + 3 * token_count, carried_read_term, mask=valid)
+        tl.store(terms + 4 * token_count, carried_erase_term, mask=valid)
+        tl.store(terms + 5 * token_count, mixed_tail_term, mask=valid)
+        tl.store(terms + 6 * token_count, mu_tail_term, mask=valid)
+        chunk_terms += tile * 3 * chunk_count + program
+        tl.store(chunk_terms, kept_term)
+        tl.store(chunk_terms + chunk_count, carried_term)
+        tl.store(chunk_terms + 2 * chunk_count, mu_kept_term)
+    tl.store(terms, read_term, mask=valid)
+    tl.store(terms + token_count, erase_term, mask=valid)
+    tl.store(terms + 2 * token_count, tail_term, mask=valid)
