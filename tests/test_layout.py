@@ -118,3 +118,13 @@ def test_class_variables_say_their_type():
             if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).split(".")[-1] == "ClassVar"
         ]
         assert not bare, f"{path}: lines {bare}"
+
+
+def test_the_map_names_every_folder_and_module_of_the_packages():
+    described = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    for package in ("nl_kernels", "nl_models"):
+        for path in (ROOT / "src" / package).iterdir():
+            if path.suffix == ".py" and path.name not in ("__init__.py", "version.py"):
+                assert f"`{path.name}`" in described, path
+            elif path.is_dir() and path.name != "__pycache__":
+                assert f"{path.name}/" in described, path
