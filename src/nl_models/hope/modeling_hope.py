@@ -198,8 +198,8 @@ class HopeModel(HopePreTrainedModel):
                 other. Not together with a cache or a mask.
 
         Raises:
-            ValueError: arguments that contradict each other, a cache of another config, or packed positions
-                without ``cu_seqlens``.
+            ValueError: no tokens, arguments that contradict each other, a cache of another config, or packed
+                positions without ``cu_seqlens``.
         """
         if _default(output_attentions, self.config.output_attentions):
             raise ValueError("output_attentions: not available, a Hope model keeps no attention weights")
@@ -215,6 +215,11 @@ class HopeModel(HopePreTrainedModel):
         elif _default(use_cache, self.config.use_cache and not self.training and cu_seqlens is None):
             past_key_values = HopeCache(self.config)
 
+        name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+        if given.ndim != (2 if inputs_embeds is None else 3) or 0 in given.shape:
+            raise ValueError(
+                f"{name}: expected sequences of at least one token, got shape {tuple(given.shape)}"
+            )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = hidden_states.shape
         past = past_key_values.get_seq_length() if past_key_values is not None else 0

@@ -139,3 +139,12 @@ def test_outputs_follow_the_library(make_model, tokens):
 
 def test_whole_numbers_are_numbers(make_config):
     assert make_config(memory_rate_max=1, rope_theta=500, memory_retention_bias=3).memory_rate_max == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (4,)])
+def test_input_without_tokens_is_refused(make_config, shape):
+    model = HopeForCausalLM(make_config())
+    with pytest.raises(ValueError, match="input_ids: expected sequences of at least one token"):
+        model(torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(ValueError, match="inputs_embeds: expected sequences of at least one token"):
+        model(inputs_embeds=torch.zeros(*shape, 16))
