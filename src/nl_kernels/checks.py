@@ -63,14 +63,16 @@ def check_range(name: str, value: torch.Tensor, low: float, high: float, *, clos
     raise ValueError(f"{name}: expected values in [{low}, {high}{closing}, got {bad}")
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
-    """Check cumulative sequence lengths ``[0, …, tokens]``, strictly increasing, of an integer dtype."""
+def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int, like: torch.Tensor) -> None:
+    """Check cumulative lengths ``[0, …, tokens]``: strictly increasing integers, on ``like``'s device."""
     if not isinstance(cu_seqlens, torch.Tensor):
         raise TypeError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens: expected shape [N + 1] with N >= 1, got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != like.device:
+        raise ValueError(f"cu_seqlens: expected a tensor on {like.device}, got one on {cu_seqlens.device}")
     if not has_readable_data(cu_seqlens):
         return
     values = cu_seqlens.tolist()

@@ -24,7 +24,7 @@ class Packing:
     def __init__(self, cu_seqlens: torch.Tensor, packed: torch.Tensor):
         if packed.shape[0] != 1:
             raise ValueError(f"cu_seqlens: expected a batch of one, got {packed.shape[0]}")
-        check_cu_seqlens(cu_seqlens, packed.shape[1])
+        check_cu_seqlens(cu_seqlens, packed.shape[1], packed)
         starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None].long()
         columns = torch.arange(int(lengths.max()), device=packed.device)
         self._real = columns < lengths

@@ -273,7 +273,7 @@ def _check(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, 
             raise ValueError(f"cu_seqlens: packed input needs B = 1, got {rows}")
         if mask is not None:
             raise ValueError("mask: not together with cu_seqlens; packed input has no padding")
-        check_cu_seqlens(cu_seqlens, length)
+        check_cu_seqlens(cu_seqlens, length, q)
         batch = len(cu_seqlens) - 1
     if mask is not None:
         check_mask(mask, (rows, length), q)

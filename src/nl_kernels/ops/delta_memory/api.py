@@ -78,7 +78,7 @@ def delta_memory(
     scale = _check_scale(scale)
     sequences = q.shape[0]
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, q.shape[1])
+        check_cu_seqlens(cu_seqlens, q.shape[1], q)
         if q.shape[0] != 1:
             raise ValueError(f"cu_seqlens: packed sequences need a batch of 1, got {q.shape[0]}")
         sequences = cu_seqlens.shape[0] - 1

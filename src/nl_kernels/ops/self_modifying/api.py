@@ -361,7 +361,7 @@ def _check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_
             raise ValueError(f"cu_seqlens: packed input needs B = 1, got {rows}")
         if mask is not None:
             raise ValueError("mask: not together with cu_seqlens; packed input has no padding")
-        check_cu_seqlens(cu_seqlens, length)
+        check_cu_seqlens(cu_seqlens, length, query)
         batch = len(cu_seqlens) - 1
     if mask is not None:
         check_mask(mask, (rows, length), query)

@@ -91,6 +91,8 @@ def test_packed_input_and_padding_exclude_each_other():
         )
     with pytest.raises(ValueError, match="cu_seqlens: expected"):
         deep_memory(**inputs, chunk_size=4, cu_seqlens=torch.tensor([0, 3, 3, 5]))
+    with pytest.raises(ValueError, match="cu_seqlens: expected a tensor on cpu, got one on meta"):
+        deep_memory(**inputs, chunk_size=4, cu_seqlens=torch.tensor([0, 5], device="meta"))
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def test_options(options, error, message):
         (torch.tensor([1, 5]), ValueError),
         (torch.tensor([[0, 5]]), ValueError),
         (torch.tensor([0.0, 5.0]), TypeError),
+        (torch.tensor([0, 5], device="meta"), ValueError),
         ([0, 5], TypeError),
     ],
 )

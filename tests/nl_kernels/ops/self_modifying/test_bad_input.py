@@ -68,6 +68,12 @@ def test_refused(change, kind, message):
         self_modifying_memory(**{**INPUTS, "chunk_size": 4, **change})
 
 
+def test_bounds_are_where_the_tokens_are():
+    inputs = self_modifying_inputs(1, 5, 2, 3, 4)
+    with pytest.raises(ValueError, match="cu_seqlens: expected a tensor on cpu, got one on meta"):
+        self_modifying_memory(**inputs, chunk_size=4, cu_seqlens=torch.tensor([0, 5], device="meta"))
+
+
 def test_the_state_is_what_it_says():
     assert isinstance(STATE, SelfModifyingState)
     assert STATE.position.tolist() == [1, 1]
