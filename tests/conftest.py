@@ -40,3 +40,15 @@ def _watch_for_races(request):
 
     with detect_races():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _fill_uninitialised_memory(request):
+    """Kernels run on memory full of NaN: what a buffer held before must not matter."""
+    if not request.node.get_closest_marker("interpreter"):
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)  # with it PyTorch fills what is not written
+    assert torch.empty(()).isnan(), "torch.utils.deterministic.fill_uninitialized_memory is off"
+    yield
+    torch.use_deterministic_algorithms(False)
