@@ -1,4 +1,4 @@
-"""Test selection: which rung of the ladder runs in this process."""
+"""Which rung of the ladder runs in this process, and what is watched where kernels are interpreted."""
 
 import os
 
@@ -31,9 +31,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _watch_for_races(request):
-    """Every kernel that a test runs under the interpreter is looked at for what only a GPU would show."""
-    interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    if not interpreting or not request.node.get_closest_marker("interpreter"):
+    """Every kernel that a test interprets is looked at for what only a GPU would show."""
+    if not request.node.get_closest_marker("interpreter"):
         yield
         return
     from nl_kernels.triton_support.race_detector import detect_races

@@ -8,16 +8,13 @@ from collections.abc import Iterator
 import torch
 
 from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.triton_support.ahead_of_time import unallocated
 from nl_kernels.triton_support.kernel_call import KernelCall
 
 DEFAULT = MemoryRule()
 TITANS = dataclasses.replace(DEFAULT, erase="none")
 ARCHITECTURE = "sm_90"
 BF16 = torch.bfloat16
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def delta_memory_calls(
@@ -27,12 +24,12 @@ def delta_memory_calls(
     from nl_kernels.ops.delta_memory.triton_backward import plan_backward
     from nl_kernels.ops.delta_memory.triton_forward import plan_forward
 
-    state = empty(sequences or batch, heads, width, width)
+    state = unallocated(sequences or batch, heads, width, width)
     inputs = [
-        *[empty(batch, tokens, heads, width, dtype=BF16)] * 3,
-        *[empty(batch, tokens, heads)] * 3,
+        *[unallocated(batch, tokens, heads, width, dtype=BF16)] * 3,
+        *[unallocated(batch, tokens, heads)] * 3,
         *[state] * 2,
-        empty(sequences + 1, dtype=torch.int64) if sequences else None,
+        unallocated(sequences + 1, dtype=torch.int64) if sequences else None,
     ]
     options = {"scale": 1.0, "read": "after", "chunk_size": 64, "architecture": ARCHITECTURE}
     forward, (o, *final) = plan_forward(*inputs, **options)
@@ -59,22 +56,13 @@ def deep_memory_calls(
         triton_tiled_backward,
         triton_tiled_forward,
     )
+    from nl_kernels.ops.deep_memory.catalogue import inputs_of
 
     sizes = {"key_dim": width, "value_dim": width, "hidden": hidden, "chunk_size": chunk_size}
     regime = launch.regime_of(**sizes, architecture=ARCHITECTURE)
-    has_momentum = rule.erase == "none"
-    layers = empty(rows, hidden or width, width), None if hidden is None else empty(rows, width, hidden)
-    slots = [empty(rows, dtype=torch.int64)] * 2 if packed else [None, None]
-    inputs = launch.Inputs(
-        *[empty(rows, tokens, width)] * 3,
-        *[empty(rows, tokens)] * 2,
-        empty(rows, tokens) if has_momentum else None,
-        *layers,
-        *(layers if has_momentum else (None, None)),
-        *(layers if offset % chunk_size or packed else (None, None)),
-        *(layers if rule.anchored else (None, None)),
-        *slots,
-        None,
+    resumed = offset % chunk_size > 0 or packed
+    inputs = inputs_of(
+        rows, tokens, width, hidden, rule, momentum=rule.erase == "none", resumed=resumed, apart=packed
     )
     options = launch.Options.of(
         rule,
@@ -118,6 +106,7 @@ def self_modifying_calls(
         triton_tiled_backward,
         triton_tiled_forward,
     )
+    from nl_kernels.ops.self_modifying.catalogue import arguments_of
 
     sizes = {"width": width, "hidden": hidden, "chunk": chunk_size, "architecture": ARCHITECTURE}
     regime = launch.regime_of(**sizes)
@@ -138,26 +127,8 @@ def self_modifying_calls(
         regime=regime,
     )
 
-    def stack(there: bool) -> list[torch.Tensor | None]:
-        inner = hidden or width
-        first = None if hidden is None else empty(batch, heads, 5, inner, width)
-        return (
-            [first, empty(batch, heads, 3, width, inner), empty(batch, heads, 2, inner)]
-            if there
-            else [None] * 3
-        )
-
-    has_momentum = rule.erase == "none"
-    arguments = [
-        *[empty(batch, tokens, heads, width)] * 4,
-        empty(batch, tokens, heads) if has_momentum else None,
-        empty(batch, 3, dtype=torch.int64) if packed else None,
-        *[empty(heads)] * 3,
-        *stack(rule.anchored),
-        *stack(True),
-        *stack(has_momentum),
-        *stack(packed or offset % chunk_size > 0),
-    ]
+    resumed = offset % chunk_size > 0 or packed
+    arguments = arguments_of(batch, tokens, heads, width, hidden, rule, resumed=resumed, apart=packed)
     shared = {"options": options, "architecture": ARCHITECTURE}
     if regime == "row":
         forward, (o, *made) = triton_forward.plan_forward(*arguments, **shared)
@@ -175,17 +146,22 @@ def continuum_calls(batch: int, tokens: int, width: int, hidden: int) -> list[Ke
     from nl_kernels.ops.continuum import triton_backward, triton_chunk, triton_forward, triton_update
 
     target = {"architecture": ARCHITECTURE}
-    x = empty(batch, tokens, width, dtype=BF16)
-    up, down = empty(batch, hidden, width), empty(batch, width, hidden)
-    rates = empty(batch, tokens)
+    x = unallocated(batch, tokens, width, dtype=BF16)
+    up, down = unallocated(batch, hidden, width), unallocated(batch, width, hidden)
+    rates = unallocated(batch, tokens)
     forward, _ = triton_forward.plan_forward(x, up, down, up, **target)
     backward, _ = triton_backward.plan_backward(x, x, up, down, up, rates, 1.0, True, **target)
-    value = empty(width, width)
+    value = unallocated(width, width)
     chunk, sums = triton_chunk.plan_chunk(x, x, value, up, down, up, rates, 1.0, True, **target)
     read, _ = triton_chunk.plan_read_backward(x, x, up, down, up, [(None, sums[1:])], **target)
     weights = [up, down]
     update = triton_update.plan_update(
-        weights, weights, weights, 0.9, [empty(hidden), empty(width)], [x.to(BF16) for x in weights]
+        weights,
+        weights,
+        weights,
+        0.9,
+        [unallocated(hidden), unallocated(width)],
+        [x.to(BF16) for x in weights],
     )
     return [*forward, *backward, *chunk, *read, *update]
 
@@ -193,43 +169,33 @@ def continuum_calls(batch: int, tokens: int, width: int, hidden: int) -> list[Ke
 def newton_schulz_calls(count: int, rows: int, columns: int) -> list[KernelCall]:
     from nl_kernels.ops.newton_schulz.triton_forward import plan_forward
 
-    x = empty(count, rows, columns, dtype=BF16)
+    x = unallocated(count, rows, columns, dtype=BF16)
     return plan_forward(x, [(1.0, 1.0, 1.0)], architecture=ARCHITECTURE)[0]
 
 
 def step_calls(batch: int, heads: int, width: int, hidden: int | None) -> Iterator[KernelCall]:
     """One token of every op that has a step."""
+    from nl_kernels.ops.deep_memory import catalogue as deep_catalogue
     from nl_kernels.ops.deep_memory import launch as deep
     from nl_kernels.ops.deep_memory import triton_step as deep_step
     from nl_kernels.ops.delta_memory import triton_step as delta_step
+    from nl_kernels.ops.self_modifying import catalogue as modifying_catalogue
     from nl_kernels.ops.self_modifying import launch as modifying
     from nl_kernels.ops.self_modifying import triton_step as modifying_step
 
-    token, number = empty(batch, heads, width, dtype=BF16), empty(batch, heads)
-    state = empty(batch, heads, width, width)
+    token, number = unallocated(batch, heads, width, dtype=BF16), unallocated(batch, heads)
+    state = unallocated(batch, heads, width, width)
     call, _ = delta_step.plan_step(
         *[token] * 3, *[number] * 3, *[state] * 2, scale=1.0, read="after", architecture=ARCHITECTURE
     )
     yield call
-    place = empty(batch, dtype=torch.int64), empty(batch, dtype=torch.uint8)
-    inner = hidden or width
-    layers = empty(batch, heads, inner, width), None if hidden is None else empty(batch, heads, width, inner)
-    inputs = deep.StepInputs(*[token] * 3, *[number] * 3, *layers * 4, *place)
+    sizes = batch, heads, width, hidden, TITANS
+    inputs = deep_catalogue.step_inputs_of(*sizes, dtype=BF16, momentum=True, shared_anchors=False)
     options = deep.Options.of(
         TITANS, offset=0, chunk_size=16, read="running", checkpoint_every=None, precision="ieee"
     )
     yield from deep_step.plan_step(inputs, options)[0]
-    first = None if hidden is None else empty(batch, heads, 5, inner, width)
-    stack = first, empty(batch, heads, 3, width, inner), empty(batch, heads, 2, inner)
-    anchors = [
-        x
-        for out in (width, width, width, 1, 1)
-        for x in (
-            empty(batch, heads, hidden or out, width),
-            None if hidden is None else empty(batch, heads, out, inner),
-        )
-    ]
-    inputs = modifying.StepInputs(*[token] * 4, number, *[empty(heads)] * 3, *anchors, *stack * 3, *place)
+    inputs = modifying_catalogue.step_inputs_of(*sizes, dtype=BF16, momentum=True, shared_anchors=False)
     options = modifying.step_options(TITANS, read="running", chunk_size=16, generator_chunk_size=16)
     yield from modifying_step.plan_step(inputs, options)[0]
 

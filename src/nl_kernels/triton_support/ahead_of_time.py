@@ -37,6 +37,11 @@ class CatalogueEntry:
         return self.call.kernel.__name__.removesuffix("_kernel")
 
 
+def unallocated(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor to plan calls with: it takes no memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def collect_catalogue(architecture: str) -> Iterator[CatalogueEntry]:
     """What every op that has a ``catalogue.py`` wants compiled for ``architecture``."""
     package = importlib.import_module("nl_kernels.ops")

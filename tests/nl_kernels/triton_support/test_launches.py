@@ -6,6 +6,7 @@ import pytest
 import triton
 import triton.language as tl
 
+from nl_kernels.triton_support.ahead_of_time import unallocated
 from nl_kernels.triton_support.kernel_call import KernelCall
 from tests.nl_kernels import planned_calls as planned
 from tests.nl_kernels.integer_ranges import overflows
@@ -75,7 +76,7 @@ def row_kernel(x, width, WIDE: tl.constexpr):
 
 @pytest.mark.parametrize(("rows", "wide", "overflowing"), [(2**14, 0, 0), (2**20, 0, 1), (2**20, 1, 0)])
 def test_an_overflow_is_found(rows, wide, overflowing):
-    x = planned.empty(1)
+    x = unallocated(1)
     call = KernelCall(row_kernel, (rows,), {"x": x, "width": 2**12}, {"WIDE": bool(wide)}, 4, 1)
     assert bool(overflows([call], "sm_90")) == bool(overflowing)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
+from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, unallocated
 
 
 def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
@@ -26,20 +26,20 @@ def _updates() -> Iterator[CatalogueEntry]:
         ("4096x16384", 4096, 16384),
     ):
         shapes = [(8, hidden, width), (8, width, hidden), (8, hidden, width)]
-        weights = [_matrix(*shape) for shape in shapes]
+        weights = [unallocated(*shape) for shape in shapes]
         started = "momentum norms sources where bfloat16"
         for options in ("plain", "momentum norms bfloat16", "momentum norms float16", started):
             dtype = {"plain": None}.get(options, getattr(torch, options.split()[-1], None))
             full = options != "plain"
             calls = plan_update(
                 weights,
-                [_matrix(*shape) for shape in shapes],
-                [_matrix(*shape) for shape in shapes] if full else None,
+                [unallocated(*shape) for shape in shapes],
+                [unallocated(*shape) for shape in shapes] if full else None,
                 0.9,
-                [_matrix(shape[1]) for shape in shapes] if full else None,
-                [_matrix(*shape, dtype=dtype) for shape in shapes] if full else None,
-                [_matrix(*shape[1:], dtype=dtype) for shape in shapes] if options == started else None,
-                [_matrix(8, dtype=torch.bool) for _ in shapes] if options == started else None,
+                [unallocated(shape[1]) for shape in shapes] if full else None,
+                [unallocated(*shape, dtype=dtype) for shape in shapes] if full else None,
+                [unallocated(*shape[1:], dtype=dtype) for shape in shapes] if options == started else None,
+                [unallocated(8, dtype=torch.bool) for _ in shapes] if options == started else None,
             )
             for call in calls:
                 yield CatalogueEntry("continuum", f"{options} {words}", call)
@@ -54,10 +54,10 @@ def _mlps(architecture: str) -> Iterator[CatalogueEntry]:
         for batches, tokens, width, hidden in ((8, 64, 1024, 4096), (4, 16, 72, 200)):
             for gated, copied in ((False, False), (True, True)):
                 kind = dtype if copied else torch.float32
-                x, error = (_matrix(batches, tokens, width, dtype=dtype) for _ in range(2))
-                up, gate = (_matrix(batches, hidden, width, dtype=kind) for _ in range(2))
-                down = _matrix(batches, width, hidden, dtype=kind)
-                rates = _matrix(batches, tokens)
+                x, error = (unallocated(batches, tokens, width, dtype=dtype) for _ in range(2))
+                up, gate = (unallocated(batches, hidden, width, dtype=kind) for _ in range(2))
+                down = unallocated(batches, width, hidden, dtype=kind)
+                rates = unallocated(batches, tokens)
                 gate = gate if gated else None
                 words = f"{str(dtype).removeprefix('torch.')} {batches}x{tokens}x{width}x{hidden}"
                 words += " gated" if gated else " plain"
@@ -76,10 +76,12 @@ def _chunks(architecture: str) -> Iterator[CatalogueEntry]:
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for batches, tokens, width, hidden in ((8, 64, 1024, 4096), (4, 16, 72, 200)):
-            x, grad = (_matrix(batches, tokens, width, dtype=dtype) for _ in range(2))
-            up, down = (_matrix(batches, *shape, dtype=dtype) for shape in ((hidden, width), (width, hidden)))
+            x, grad = (unallocated(batches, tokens, width, dtype=dtype) for _ in range(2))
+            up, down = (
+                unallocated(batches, *shape, dtype=dtype) for shape in ((hidden, width), (width, hidden))
+            )
             words = f"{str(dtype).removeprefix('torch.')} {batches}x{tokens}x{width}x{hidden}"
-            value, rates = _matrix(width, width, dtype=dtype), _matrix(batches, tokens)
+            value, rates = unallocated(width, width, dtype=dtype), unallocated(batches, tokens)
             for gated, output in ((False, True), (True, True), (False, False)):
                 gate = up if gated else None
                 calls, _ = plan_chunk(
@@ -89,13 +91,9 @@ def _chunks(architecture: str) -> Iterator[CatalogueEntry]:
                 for call, part in zip(calls, ("hidden", "error", "back", "up", "down")):
                     if output or part == "error":
                         yield CatalogueEntry("continuum", f"{words} {what} {part}", call)
-            totals = [_matrix(hidden, width), _matrix(width, hidden), None]
+            totals = [unallocated(hidden, width), unallocated(width, hidden), None]
             calls, _ = plan_read_backward(
                 grad, x, up, down, None, [(None, totals)], architecture=architecture
             )
             for call, part in zip(calls[2:], ("up", "down")):
                 yield CatalogueEntry("continuum", f"{words} added {part}", call)
-
-
-def _matrix(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")

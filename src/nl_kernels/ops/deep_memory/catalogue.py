@@ -10,7 +10,9 @@ import torch
 from nl_kernels.chunk_kernels import tiled_launch
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.deep_memory.launch import Inputs, Options, StepInputs, precision_for, widest
-from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
+from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, unallocated
+
+ROWS = 8
 
 
 def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
@@ -63,7 +65,7 @@ def _entries(
     from nl_kernels.ops.deep_memory.triton_forward import plan_forward
 
     options = _options(architecture, dtype, chunk_size, read, rule, "row")
-    inputs = _inputs(width, hidden, 1024, rule, momentum)
+    inputs = inputs_of(ROWS, 1024, width, hidden, rule, momentum=momentum)
     words = f"{str(dtype).removeprefix('torch.')} {width}x{hidden or 'linear'} C{chunk_size} {read} {name}"
     forward, results = plan_forward(inputs, options, keep=True)
     backward, _ = plan_backward(results.o, results[1:5], results[5:7], inputs, results[7:], options)
@@ -108,7 +110,7 @@ def tiled_schedules(
 
     options = _options(architecture, dtype, chunk_size, read, rule, "tiled")
     options = options._replace(checkpoint_every=checkpoint_every)
-    inputs = _inputs(width, hidden, chunks * chunk_size, rule, momentum)
+    inputs = inputs_of(ROWS, chunks * chunk_size, width, hidden, rule, momentum=momentum)
     forward, results = plan_forward(inputs, options, keep=True, architecture=architecture)
     backward, _ = plan_backward(
         results.o, results[1:5], results[5:7], inputs, results[7:], options, architecture=architecture
@@ -130,27 +132,63 @@ def _options(
     )
 
 
-def _inputs(width: int, hidden: int | None, tokens: int, rule: MemoryRule, momentum: bool) -> Inputs:
-    """Eight rows on no device."""
-    rows = 8
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device="meta")
-
-    inner = empty(rows, hidden or width, width)
-    outer = None if hidden is None else empty(rows, width, hidden)
+def inputs_of(
+    rows: int,
+    tokens: int,
+    width: int,
+    hidden: int | None,
+    rule: MemoryRule,
+    *,
+    momentum: bool,
+    resumed: bool = False,
+    apart: bool = False,
+) -> Inputs:
+    """On no device; ``resumed``: with a snapshot, ``apart``: rows that lie differently."""
+    inner = unallocated(rows, hidden or width, width)
+    outer = None if hidden is None else unallocated(rows, width, hidden)
     layers, none = (inner, outer), (None, None)
+    slots = [unallocated(rows, dtype=torch.int64)] * 2 if apart else none
     return Inputs(
-        *(empty(rows, tokens, width) for _ in range(3)),
-        *(empty(rows, tokens) for _ in range(2)),
-        empty(rows, tokens) if momentum else None,
+        *(unallocated(rows, tokens, width) for _ in range(3)),
+        *(unallocated(rows, tokens) for _ in range(2)),
+        unallocated(rows, tokens) if momentum else None,
         *layers,
         *(layers if momentum else none),
-        *none,
+        *(layers if resumed else none),
         *(layers if rule.anchored else none),
+        *slots,
         None,
-        None,
-        None,
+    )
+
+
+def step_inputs_of(
+    batch: int,
+    heads: int,
+    width: int,
+    hidden: int | None,
+    rule: MemoryRule,
+    *,
+    dtype: torch.dtype,
+    momentum: bool,
+    shared_anchors: bool = True,
+) -> StepInputs:
+    """On no device; anchors of all sequences, or of each one its own."""
+
+    def layers(*lead: int) -> list[torch.Tensor | None]:
+        outer = None if hidden is None else unallocated(*lead, width, hidden)
+        return [unallocated(*lead, hidden or width, width), outer]
+
+    anchors = layers(heads) if shared_anchors else layers(batch, heads)
+    return StepInputs(
+        *(unallocated(batch, heads, width, dtype=dtype) for _ in range(3)),
+        *(unallocated(batch, heads) for _ in range(2)),
+        unallocated(batch, heads) if momentum else None,
+        *(anchors if rule.anchored else (None, None)),
+        *layers(batch, heads),
+        *layers(batch, heads),
+        *(layers(batch, heads) if momentum else (None, None)),
+        unallocated(batch, dtype=torch.int64),
+        unallocated(batch, dtype=torch.uint8),
     )
 
 
@@ -166,26 +204,7 @@ def _step_entry(
 ) -> CatalogueEntry:
     from nl_kernels.ops.deep_memory.triton_step import plan_step
 
-    batch, heads = 2, 4
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def layers(*lead: int) -> list[torch.Tensor | None]:
-        outer = None if hidden is None else empty(*lead, width, hidden)
-        return [empty(*lead, hidden or width, width), outer]
-
-    inputs = StepInputs(
-        *(empty(batch, heads, width, dtype=dtype) for _ in range(3)),
-        *(empty(batch, heads) for _ in range(2)),
-        empty(batch, heads) if momentum else None,
-        *(layers(heads) if rule.anchored else (None, None)),
-        *layers(batch, heads),
-        *layers(batch, heads),
-        *(layers(batch, heads) if momentum else (None, None)),
-        empty(batch, dtype=torch.int64),
-        empty(batch, dtype=torch.uint8),
-    )
+    inputs = step_inputs_of(2, 4, width, hidden, rule, dtype=dtype, momentum=momentum)
     options = Options.of(rule, offset=0, chunk_size=16, read=read, checkpoint_every=None, precision="ieee")
     words = [str(dtype).removeprefix("torch."), f"{width}x{hidden or 'linear'}", read, name]
     calls, _ = plan_step(inputs, options)

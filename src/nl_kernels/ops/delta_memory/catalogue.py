@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
+from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, unallocated
 
 
 def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
@@ -40,20 +40,17 @@ def _entries(
 
     batch, tokens, heads = (1 if packed else 2), 512, 4
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     def inputs(*leading: int) -> list[torch.Tensor | None]:
-        q, k = empty(*leading, key_dim, dtype=dtype), empty(*leading, key_dim, dtype=dtype)
-        v = empty(*leading, value_dim, dtype=dtype)
-        rates = [empty(*leading) for _ in range(3 if has_momentum else 2)]
+        q, k = unallocated(*leading, key_dim, dtype=dtype), unallocated(*leading, key_dim, dtype=dtype)
+        v = unallocated(*leading, value_dim, dtype=dtype)
+        rates = [unallocated(*leading) for _ in range(3 if has_momentum else 2)]
         return [q, k, v, *rates, *([] if has_momentum else [None])]
 
     def states(count: int) -> list[torch.Tensor | None]:
-        state = empty(count, heads, value_dim, key_dim)
+        state = unallocated(count, heads, value_dim, key_dim)
         return [state, state if has_momentum else None]
 
-    cu_seqlens = empty(4, dtype=torch.int64) if packed else None
+    cu_seqlens = unallocated(4, dtype=torch.int64) if packed else None
     sequence = [*inputs(batch, tokens, heads), *states(3 if packed else batch), cu_seqlens]
     options = {"scale": 1.0, "read": read, "architecture": architecture}
     forward, (o, final_state, final_momentum) = plan_forward(*sequence, chunk_size=64, **options)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
+from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, unallocated
 
 
 def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
@@ -16,7 +16,7 @@ def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
     sizes = ((24, 1024, 4096), (1, 1024, 1024), (2, 32, 64), (3, 112, 144))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for count, rows, columns in sizes:
-            x = torch.empty(count, rows, columns, dtype=dtype, device="meta")
+            x = unallocated(count, rows, columns, dtype=dtype)
             calls, _ = plan_forward(x, [(1.0, 1.0, 1.0)], architecture=architecture)
             words = f"{str(dtype).removeprefix('torch.')} {count}x{rows}x{columns}"
             for call, part in zip(calls, ("gram", "polynomial", "update")):

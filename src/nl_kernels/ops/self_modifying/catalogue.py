@@ -17,7 +17,7 @@ from nl_kernels.ops.self_modifying.launch import (
     regime_of,
     step_options,
 )
-from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
+from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, unallocated
 from nl_kernels.triton_support.kernel_call import KernelCall
 
 
@@ -51,30 +51,7 @@ def _step_entry(
 ) -> CatalogueEntry:
     from nl_kernels.ops.self_modifying.triton_step import plan_step
 
-    batch, heads = 2, 4
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def anchor(out: int) -> list[torch.Tensor | None]:
-        return [empty(heads, hidden or out, width), None if hidden is None else empty(heads, out, hidden)]
-
-    def stack() -> list[torch.Tensor | None]:
-        first = None if hidden is None else empty(batch, heads, 5, hidden, width)
-        inner = hidden or width
-        return [first, empty(batch, heads, 3, width, inner), empty(batch, heads, 2, inner)]
-
-    inputs = StepInputs(
-        *(empty(batch, heads, width, dtype=dtype) for _ in range(4)),
-        empty(batch, heads) if momentum else None,
-        *(empty(heads) for _ in range(3)),
-        *([x for out in (width, width, width, 1, 1) for x in anchor(out)] if rule.anchored else [None] * 10),
-        *stack(),
-        *stack(),
-        *(stack() if momentum else [None] * 3),
-        empty(batch, dtype=torch.int64),
-        empty(batch, dtype=torch.uint8),
-    )
+    inputs = step_inputs_of(2, 4, width, hidden, rule, dtype=dtype, momentum=momentum)
     options = step_options(rule, read=read, chunk_size=16, generator_chunk_size=16)
     words = [str(dtype).removeprefix("torch."), f"{width}x{hidden or 'linear'}", read, name]
     calls, _ = plan_step(inputs, options)
@@ -135,7 +112,7 @@ def _chunk_calls(
     from nl_kernels.ops.self_modifying.triton_forward import plan_forward
 
     tokens = 128 * chunk
-    arguments = _arguments(width, hidden, tokens, rule, resumed=resumed)
+    arguments = arguments_of(2, tokens, 4, width, hidden, rule, resumed=resumed, apart=resumed)
     options = Options.of(
         rule,
         read=read,
@@ -154,28 +131,70 @@ def _chunk_calls(
     return [forward, backward]
 
 
-def _arguments(
-    width: int, hidden: int | None, tokens: int, rule: MemoryRule, *, resumed: bool
+def arguments_of(
+    batch: int,
+    tokens: int,
+    heads: int,
+    width: int,
+    hidden: int | None,
+    rule: MemoryRule,
+    *,
+    resumed: bool = False,
+    apart: bool = False,
 ) -> list[torch.Tensor | None]:
-    """The operator's tensors, on no device: eight rows."""
-    batch, heads = 2, 4
+    """The operator's tensors, on no device; with momentum by a rule that does not erase.
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device="meta")
+    ``resumed``: with a snapshot, ``apart``: sequences that lie differently.
+    """
 
     def stack(present: bool) -> list[torch.Tensor | None]:
-        if not present:
-            return [None] * 3
-        inner = hidden or width
-        first = None if hidden is None else empty(batch, heads, 5, inner, width)
-        return [first, empty(batch, heads, 3, width, inner), empty(batch, heads, 2, inner)]
+        return _stack(batch, heads, width, hidden) if present else [None] * 3
 
     has_momentum = rule.erase == "none"
-    spans = torch.empty(batch, 3, device="meta", dtype=torch.int64) if resumed else None
-    momentum = empty(batch, tokens, heads) if has_momentum else None
-    sequences = [*(empty(batch, tokens, heads, width) for _ in range(4)), momentum, spans]
+    spans = unallocated(batch, 3, dtype=torch.int64) if apart else None
+    momentum = unallocated(batch, tokens, heads) if has_momentum else None
+    sequences = [*(unallocated(batch, tokens, heads, width) for _ in range(4)), momentum, spans]
     stacks = [*stack(rule.anchored), *stack(True), *stack(has_momentum), *stack(resumed)]
-    return [*sequences, *(empty(heads) for _ in range(3)), *stacks]
+    return [*sequences, *(unallocated(heads) for _ in range(3)), *stacks]
+
+
+def step_inputs_of(
+    batch: int,
+    heads: int,
+    width: int,
+    hidden: int | None,
+    rule: MemoryRule,
+    *,
+    dtype: torch.dtype,
+    momentum: bool,
+    shared_anchors: bool = True,
+) -> StepInputs:
+    """On no device; anchors of all sequences, or of each one its own."""
+
+    lead = (heads,) if shared_anchors else (batch, heads)
+
+    def anchor(out: int) -> list[torch.Tensor | None]:
+        outer = None if hidden is None else unallocated(*lead, out, hidden)
+        return [unallocated(*lead, hidden or out, width), outer]
+
+    return StepInputs(
+        *(unallocated(batch, heads, width, dtype=dtype) for _ in range(4)),
+        unallocated(batch, heads) if momentum else None,
+        *(unallocated(heads) for _ in range(3)),
+        *([x for out in (width, width, width, 1, 1) for x in anchor(out)] if rule.anchored else [None] * 10),
+        *_stack(batch, heads, width, hidden),
+        *_stack(batch, heads, width, hidden),
+        *(_stack(batch, heads, width, hidden) if momentum else [None] * 3),
+        unallocated(batch, dtype=torch.int64),
+        unallocated(batch, dtype=torch.uint8),
+    )
+
+
+def _stack(batch: int, heads: int, width: int, hidden: int | None) -> list[torch.Tensor | None]:
+    """Weights of the five memories: first layers, last layers of the wide ones and of the gates."""
+    inner = hidden or width
+    first = None if hidden is None else unallocated(batch, heads, 5, hidden, width)
+    return [first, unallocated(batch, heads, 3, width, inner), unallocated(batch, heads, 2, inner)]
 
 
 def _tiled_entries(architecture: str) -> Iterator[CatalogueEntry]:
@@ -220,7 +239,9 @@ def tiled_schedules(
     from nl_kernels.ops.self_modifying.triton_tiled_backward import plan_backward
     from nl_kernels.ops.self_modifying.triton_tiled_forward import plan_forward
 
-    inputs = tiled_inputs(*_arguments(width, hidden, chunks * chunk, rule, resumed=resumed))
+    inputs = tiled_inputs(
+        *arguments_of(2, chunks * chunk, 4, width, hidden, rule, resumed=resumed, apart=resumed)
+    )
     options = Options.of(
         rule,
         read=read,
