@@ -78,7 +78,7 @@ class ConvertedParameters(FastParameters):
             output = self.model(
                 input_ids=ids,
                 fast_weights=self.fast_weights(changes),
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
         finally:
@@ -109,7 +109,7 @@ class ConvertedParameters(FastParameters):
     ) -> torch.Tensor:
         cache = ContinuumCache(self.model.config, self.fast_weights(changes))
         options = {"attention_mask": torch.ones_like(ids), **options}
-        return self.model.generate(ids, past_key_values=cache, **options)
+        return self.model.generate(ids, cache=cache, **options)
 
     def detach(self, context: Context) -> Context:
         cache = _shallow_copy(context)

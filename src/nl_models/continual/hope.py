@@ -78,7 +78,7 @@ class HopeParameters(FastParameters):
         inputs: dict[str, torch.Tensor] = {}
         hooks = self._watch(inputs) if keep_inputs else []
         try:
-            output = functional_call(self.model, weights, kwargs={"input_ids": ids, "past_key_values": cache})
+            output = functional_call(self.model, weights, kwargs={"input_ids": ids, "cache": cache})
         finally:
             for hook in hooks:
                 hook.remove()

@@ -80,7 +80,7 @@ class HopeCache(Cache):
         if config is self._config:
             return  # every token asks, and a digest takes longer than a norm
         if self.fingerprint != config.fingerprint():
-            raise ValueError("past_key_values: this HopeCache was made for a model of another config")
+            raise ValueError("cache: this HopeCache was made for a model of another config")
         self._config = config
 
     @property

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from nl_kernels import MemoryRule
 from nl_kernels.dispatch import IMPLEMENTATIONS
 from nl_kernels.ops.continuum.state import VARIANTS
+from nl_models.hf_names import CACHE_NAME
 from nl_models.layers.attention import ATTENTION_IMPLEMENTATIONS
 from nl_models.layers.continuum import LevelConfig
 
@@ -82,7 +83,7 @@ class HopeConfig(PreTrainedConfig):
     """
 
     model_type = "hope"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE_NAME]
     attribute_map: ClassVar[dict[str, str]] = {"num_heads": "num_attention_heads"}
 
     vocab_size: int = 32_000

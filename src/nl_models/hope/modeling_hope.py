@@ -9,9 +9,9 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationConfig, GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from nl_models.hf_names import CACHE_NAME, CACHE_NAMES, BackboneOutput, CausalOutput, either_cache_name
 from nl_models.hope.cache_hope import BlockState, HopeCache
 from nl_models.hope.configuration_hope import HopeConfig
 from nl_models.layers.attention import Attention
@@ -146,7 +146,7 @@ class HopePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["HopeBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_NAMES)
     _supports_sdpa = True
     _is_stateful = True
 
@@ -168,19 +168,20 @@ class HopeModel(HopePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @either_cache_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: HopeCache | None = None,
+        cache: HopeCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> BaseModelOutputWithPast:
+    ) -> BackboneOutput:
         """Hidden states of a batch of sequences, or of the pieces of them that follow a cache.
 
         Args:
@@ -190,7 +191,8 @@ class HopeModel(HopePreTrainedModel):
                 either side. Padding writes to no state.
             position_ids: ``[B, T]`` rotary positions of attention layers; by default the count of real
                 tokens. The memories know no positions.
-            past_key_values: the state before these tokens, which is replaced by that after them.
+            cache: the state before these tokens, which is replaced by that after them;
+                ``past_key_values`` is the same argument.
             use_cache: whether to return the state; by default ``config.use_cache`` outside of training.
             output_attentions: not available: memories have no attention weights.
             output_hidden_states: whether to return the input of every block, and the last output.
@@ -205,15 +207,15 @@ class HopeModel(HopePreTrainedModel):
             raise ValueError("output_attentions: not available, a Hope model keeps no attention weights")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        if past_key_values is not None:
-            if not isinstance(past_key_values, HopeCache):
+        if cache is not None:
+            if not isinstance(cache, HopeCache):
                 raise ValueError(
-                    f"past_key_values: expected a HopeCache, got {type(past_key_values).__name__}; "
+                    f"cache: expected a HopeCache, got {type(cache).__name__}; "
                     "make one with HopeCache(model.config)"
                 )
-            past_key_values.check_config(self.config)
+            cache.check_config(self.config)
         elif _default(use_cache, self.config.use_cache and not self.training and cu_seqlens is None):
-            past_key_values = HopeCache(self.config)
+            cache = HopeCache(self.config)
 
         name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
         if given.ndim != (2 if inputs_embeds is None else 3) or 0 in given.shape:
@@ -222,11 +224,9 @@ class HopeModel(HopePreTrainedModel):
             )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = hidden_states.shape
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if past and past_key_values.batch_size != B:
-            raise ValueError(
-                f"past_key_values: holds {past_key_values.batch_size} sequences, the input has {B}"
-            )
+        past = cache.get_seq_length() if cache is not None else 0
+        if past and cache.batch_size != B:
+            raise ValueError(f"cache: holds {cache.batch_size} sequences, the input has {B}")
         mask = current_mask(attention_mask, B, T, past)
         if cu_seqlens is None:
             refuse_packed_positions(position_ids, mask, "pass packed sequences with cu_seqlens")
@@ -241,7 +241,7 @@ class HopeModel(HopePreTrainedModel):
 
         keep_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
         all_hidden_states = []
-        cache_layers = [None] * len(self.layers) if past_key_values is None else past_key_values.layers
+        cache_layers = [None] * len(self.layers) if cache is None else cache.layers
         for block, layer in zip(self.layers, cache_layers):
             if keep_hidden_states:
                 all_hidden_states.append(hidden_states)
@@ -253,10 +253,10 @@ class HopeModel(HopePreTrainedModel):
         all_hidden_states.append(hidden_states)
         if packing is not None:
             all_hidden_states = [packing.pack(h) for h in all_hidden_states]
-        return BaseModelOutputWithPast(
+        return BackboneOutput(
             last_hidden_state=all_hidden_states[-1],
-            past_key_values=past_key_values,
             hidden_states=tuple(all_hidden_states) if keep_hidden_states else None,
+            **{CACHE_NAME: cache},
         )
 
 
@@ -273,13 +273,14 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @either_cache_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: HopeCache | None = None,
+        cache: HopeCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -288,7 +289,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         cu_seqlens: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalOutput:
         """Logits ``[B, T, vocab_size]``, and the next-token loss where ``labels`` are given.
 
         Args:
@@ -304,7 +305,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -320,12 +321,17 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
                 labels = labels.clone()
                 labels[:, cu_seqlens[:-1].long()] = -100
             loss = self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch)
-        return CausalLMOutputWithPast(
+        return CausalOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: outputs.cache},
         )
+
+    generate = either_cache_name(GenerationMixin.generate, CACHE_NAME)
+    prepare_inputs_for_generation = either_cache_name(
+        GenerationMixin.prepare_inputs_for_generation, CACHE_NAME
+    )
 
     def _prepare_cache_for_generation(
         self,
@@ -341,8 +347,8 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
                 f"cache_implementation: a Hope model has its own cache, got "
                 f"{generation_config.cache_implementation!r}; leave it unset"
             )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HopeCache(self.config)
+        if generation_config.use_cache and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = HopeCache(self.config)
 
 
 def _default(value: bool | None, default: bool | None) -> bool:

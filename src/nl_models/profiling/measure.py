@@ -139,10 +139,10 @@ def _decode(work: Work, model: HopeForCausalLM, tokens: torch.Tensor) -> Measure
     def once() -> None:
         with torch.no_grad():
             for _ in range(work.decode_tokens):
-                model(input_ids=token, past_key_values=cache, use_cache=True)
+                model(input_ids=token, cache=cache, use_cache=True)
 
     with torch.no_grad():
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, cache=cache, use_cache=True)
     peak = PeakMemory(tokens.device)
     times = _repeat(once, tokens.device, work.enough_seconds)
     return _result(work, times, work.decode_tokens, peak.bytes(), state_bytes)
@@ -157,7 +157,7 @@ def _read(model: HopeForCausalLM, tokens: torch.Tensor, segment: int) -> HopeCac
     """The state after ``tokens``, read in segments through the cache."""
     cache = HopeCache(model.config)
     for piece in tokens.split(segment, dim=1):
-        model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1)
     return cache
 
 

@@ -13,7 +13,7 @@ from nl_models.surgery.fast_weights import FastWeights
 class ContinuumCache(DynamicCache):
     """A :class:`transformers.DynamicCache` that carries fast weights along, and the states of memories.
 
-    ``model.generate(ids, past_key_values=ContinuumCache(model.config, fast_weights))`` reads with them;
+    ``model.generate(ids, cache=ContinuumCache(model.config, fast_weights))`` reads with them;
     they follow their sequences when beams are reordered.
 
     Args:

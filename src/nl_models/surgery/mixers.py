@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from nl_models.hf_names import either_cache_name
 from nl_models.layers.gated_delta_net import GatedDeltaNet
 from nl_models.layers.self_modifying_titans import SelfModifyingTitans
 
@@ -40,12 +41,12 @@ class MemoryMixer(nn.Module):
         else:
             self.memory = GatedDeltaNet(*sizes)
 
+    @either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: object = None,
-        past_key_values: Cache | None = None,
-        layer_past: Cache | None = None,
+        cache: Cache | None = None,
         padding_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
@@ -53,7 +54,6 @@ class MemoryMixer(nn.Module):
 
         ``padding_mask [B, T]`` is True at real tokens. The state after the tokens replaces that in the cache.
         """
-        cache = past_key_values if layer_past is None else layer_past
         carried = None if cache is None else cache.layers[self.layer_index]
         y, state = self.memory(
             hidden_states, None if carried is None else carried.state, padding_mask, carried is not None

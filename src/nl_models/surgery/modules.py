@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import ClassVar
 
 import torch
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMode
+from transformers.utils import TransformersKwargs
 
+from nl_models.hf_names import CACHE_NAME, either_cache_name
 from nl_models.layers.packing import current_mask, refuse_packed_positions
 from nl_models.surgery.cache import ContinuumCache
 from nl_models.surgery.fast_weights import FastWeights, LayerFastWeights, add_to_first, fast_product
@@ -99,6 +103,13 @@ class ContinuumBackbone:
     layer_class: ClassVar[type]
     mlp_class: ClassVar[type]
     attention_name: ClassVar[str] = "self_attn"
+    keywords: ClassVar[frozenset[str]]
+    """All that the family's forward takes. It ignores any other without a word."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        of_family = inspect.signature(super().forward).parameters
+        cls.keywords = frozenset((*of_family, *TransformersKwargs.__annotations__)) - {"self", "kwargs"}
 
     def __init__(self, config):
         super().__init__(config)
@@ -116,12 +127,13 @@ class ContinuumBackbone:
         """The decoder layers in order."""
         return getattr(self, self.layers_name)
 
+    @either_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         *,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         fast_weights: FastWeights | None = None,
@@ -129,33 +141,38 @@ class ContinuumBackbone:
     ):
         """The family's forward with the fast weights given, else those in the cache, else none.
 
+        ``past_key_values`` is the same argument as ``cache``.
+
         Raises:
-            TypeError: ``fast_weights`` of another type.
+            TypeError: ``fast_weights`` of another type, or a keyword that the family does not know.
             ValueError: fast weights for another number of layers, or that cannot serve the batch; with
                 memories in the place of attention, a cache that has no place for their states, a mask of
                 another shape than ``[B, T]`` or ``[B, S]`` with the past, or packed sequences.
         """
+        unknown = sorted(kwargs.keys() - self.keywords)
+        if unknown:
+            raise TypeError(f"{unknown[0]}: no argument of {type(self).__name__}, which would ignore it")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if fast_weights is None and isinstance(past_key_values, ContinuumCache):
-            fast_weights = past_key_values.fast_weights
+        if fast_weights is None and isinstance(cache, ContinuumCache):
+            fast_weights = cache.fast_weights
         if fast_weights is not None:
             self._check(fast_weights, inputs)
             kwargs["fast_weights"] = fast_weights
         if self.config.memory_layers:
             kwargs["padding_mask"] = self._memory_mask(
-                inputs, attention_mask, past_key_values, kwargs.get("position_ids")
+                inputs, attention_mask, cache, kwargs.get("position_ids")
             )
-        if past_key_values is None and (fast_weights is not None or self.config.memory_layers):
+        if cache is None and (fast_weights is not None or self.config.memory_layers):
             wants_cache = self.config.use_cache if use_cache is None else use_cache
             checkpointing = self.training and self.gradient_checkpointing  # keeps no cache
             if wants_cache and not checkpointing:
-                past_key_values = ContinuumCache(self.config, fast_weights)
+                cache = ContinuumCache(self.config, fast_weights)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
@@ -169,7 +186,7 @@ class ContinuumBackbone:
         """The mask ``[B, T]`` of the current tokens, which decoder layers do not get to see otherwise."""
         if cache is not None and not isinstance(cache, ContinuumCache):
             raise ValueError(
-                f"past_key_values: a {type(cache).__name__} has no place for the states of memories; "
+                f"cache: a {type(cache).__name__} has no place for the states of memories; "
                 "make a ContinuumCache(model.config)"
             )
         if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
@@ -194,6 +211,14 @@ class ContinuumCausalLM:
     """A converted language model. ``fast_weights`` go to ``forward`` by that name, or come with the cache."""
 
     backbone_class: ClassVar[type]
+    generate = either_cache_name(GenerationMixin.generate, CACHE_NAME)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if ContinuumCausalLM in cls.__bases__:
+            for name in ("forward", "prepare_inputs_for_generation"):
+                of_family = getattr(super(), name)
+                setattr(cls, name, either_cache_name(of_family, CACHE_NAME))
 
     def __init__(self, config):
         super().__init__(config)
@@ -221,8 +246,8 @@ class ContinuumCausalLM:
                 f"cache_implementation: the states of memories have their own cache, got "
                 f"{generation_config.cache_implementation!r}; leave it unset"
             )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = ContinuumCache(self.config)
+        if generation_config.use_cache and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = ContinuumCache(self.config)
         return None
 
     def initial_fast_weights(self, batch_size: int = 1) -> FastWeights:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from nl_models.continual import ContinuumLearner, MemoryFileError, StepRule
+from nl_models.hf_names import CACHE_NAME
 from nl_models.surgery import convert_mlp_to_continuum
 from tests.nl_models.continual.token_loop import cut, matrices_of_converted, read
 from tests.nl_models.surgery.models import LEVELS, VOCABULARY, make_model
@@ -91,7 +92,7 @@ def test_a_level_of_period_one_is_online_gradient_descent():
     optimizer = torch.optim.SGD([plain.get_parameter(n) for n in names], lr=0.05)
     cache, losses = DynamicCache(config=plain.config), []
     for t in range(tokens.shape[1] - 1):
-        output = plain(tokens[:, t : t + 1], past_key_values=cache, use_cache=True)
+        output = plain(tokens[:, t : t + 1], **{CACHE_NAME: cache}, use_cache=True)
         loss = F.cross_entropy(output.logits[0], tokens[:, t + 1])
         optimizer.zero_grad()
         loss.backward()

@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from nl_kernels import newton_schulz
+from nl_models.hf_names import CACHE_NAME
 from nl_models.surgery.families import FAMILIES
 
 
@@ -55,11 +56,11 @@ def read(
             leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
         inputs = {}
         hooks = [_keep_input(model, name, inputs) for name in {m.module for m in matrices}]
-        options = {"input_ids": tokens[None, t : t + 1], "past_key_values": cache, "use_cache": True}
+        options = {"input_ids": tokens[None, t : t + 1], CACHE_NAME: cache, "use_cache": True}
         output = functional_call(model, leaves, kwargs=options)
         for hook in hooks:
             hook.remove()
-        cache, seen = output.past_key_values, seen + 1
+        cache, seen = output[CACHE_NAME], seen + 1
         loss = F.cross_entropy(output.logits[0, 0], tokens[t + 1])
         losses.append(loss.detach())
         found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)))

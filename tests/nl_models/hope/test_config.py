@@ -100,7 +100,7 @@ def test_a_transformer_is_a_config(make_config, tokens):
     assert model.num_parameters() == expected
     ids = tokens(1, 6)
     cache = HopeCache(config)
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     for layer in cache.layers:
         assert layer.state.convolution is None
         assert layer.state.continuum == (None,)

@@ -31,7 +31,7 @@ def test_any_cut_and_padding_change_nothing(model, tokens):
     expected = model(ids).logits
     for cut in (1, 4, 11, 12):
         cache = HopeCache(model.config)
-        parts = [model(piece, past_key_values=cache).logits for piece in (ids[:, :cut], ids[:, cut:])]
+        parts = [model(piece, cache=cache).logits for piece in (ids[:, :cut], ids[:, cut:])]
         torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-9)
     mask = torch.ones(2, 20, dtype=torch.int64)
     mask[:, :3] = 0
@@ -46,12 +46,12 @@ def test_models_and_conversations_are_saved(model, tokens, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = HopeForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-10)
-    model(ids[:, :16], past_key_values=cache)
+    model(ids[:, :16], cache=cache)
     assert any(t.abs().sum() > 0 for t in state_tensors(cache.layers[0].state.continuum[0].up_momentum))
     cache.save(tmp_path / "conversation")
     resumed = HopeCache.load(tmp_path / "conversation", loaded.config)
-    expected = model(ids[:, 16:], past_key_values=cache).logits
-    found = loaded(ids[:, 16:], past_key_values=resumed).logits
+    expected = model(ids[:, 16:], cache=cache).logits
+    found = loaded(ids[:, 16:], cache=resumed).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
@@ -59,7 +59,7 @@ def test_a_conversation_saved_without_momenta_is_read(make_model, tokens, tmp_pa
     """The file format from before levels had momenta: six parts."""
     model = make_model("full_attention", continuum_levels=[{"hidden_size": 8, "chunk_size": 3}])
     cache, path = HopeCache(model.config), tmp_path / "conversation"
-    model(tokens(1, 5), past_key_values=cache)
+    model(tokens(1, 5), cache=cache)
     cache.save(path)
     with safetensors.safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -71,8 +71,8 @@ def test_a_conversation_saved_without_momenta_is_read(make_model, tokens, tmp_pa
     save_file(tensors, path, {**metadata, "structure": json.dumps(structure)})
     following = tokens(1, 4, seed=1)
     resumed = HopeCache.load(path, model.config)
-    expected = model(following, past_key_values=cache).logits
-    assert torch.equal(model(following, past_key_values=resumed).logits, expected)
+    expected = model(following, cache=cache).logits
+    assert torch.equal(model(following, cache=resumed).logits, expected)
 
 
 @pytest.mark.parametrize("detached", [False, True])

@@ -62,9 +62,9 @@ def test_reordering_the_state_is_reordering_the_sequences(make_model, tokens, ki
     order = torch.tensor([2, 0, 0, 1])
     cache = HopeCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         cache.reorder_cache(order)
-        logits = model(following, past_key_values=cache).logits
+        logits = model(following, cache=cache).logits
         expected = model(torch.cat([ids[order], following], 1)).logits[:, 7:]
     assert cache.batch_size == 4
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
@@ -74,10 +74,10 @@ def test_selecting_and_repeating_sequences(make_model, tokens, kind):
     model, ids = make_model(kind), tokens(3, 7)
     cache = HopeCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         cache.batch_select_indices(torch.tensor([True, False, True]))
         cache.batch_repeat_interleave(2)
-        logits = model(ids[[0, 0, 2, 2], :2], past_key_values=cache).logits
+        logits = model(ids[[0, 0, 2, 2], :2], cache=cache).logits
         expected = model(torch.cat([ids, ids[:, :2]], 1)).logits[[0, 0, 2, 2], 7:]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
 
@@ -86,9 +86,7 @@ def test_a_conversation_goes_on_from_a_returned_cache(make_model, tokens, kind):
     model, ids, turn = make_model(kind), tokens(1, 6), tokens(1, 4, seed=1)
     first = greedy(model, ids, 5, return_dict_in_generate=True)
     history = torch.cat([first.sequences, turn], 1)
-    assert torch.equal(
-        greedy(model, history, 5, past_key_values=first.past_key_values), greedy(model, history, 5)
-    )
+    assert torch.equal(greedy(model, history, 5, cache=first.cache), greedy(model, history, 5))
 
 
 def test_embeddings_may_start_a_generation(make_model, tokens):
@@ -100,14 +98,14 @@ def test_embeddings_may_start_a_generation(make_model, tokens):
 def test_foreign_caches_are_refused(make_model, make_config, tokens):
     model, ids = make_model("gated_delta_net"), tokens(1, 4)
     with pytest.raises(ValueError, match="expected a HopeCache, got DynamicCache"):
-        model(ids, past_key_values=DynamicCache())
+        model(ids, cache=DynamicCache())
     with pytest.raises(ValueError, match="another config"):
-        model(ids, past_key_values=HopeCache(make_config("full_attention")))
+        model(ids, cache=HopeCache(make_config("full_attention")))
     with pytest.raises(ValueError, match="cache_implementation"):
         greedy(model, ids, 2, cache_implementation="static")
-    cache = model(tokens(3, 4), use_cache=True).past_key_values
+    cache = model(tokens(3, 4), use_cache=True).cache
     with pytest.raises(ValueError, match="holds 3 sequences"):
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     with pytest.raises(ValueError, match="cannot forget"):
         cache.crop(-1)
 

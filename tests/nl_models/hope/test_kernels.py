@@ -73,8 +73,8 @@ def test_decoding_with_kernels_is_the_forward(make_pair, tokens, kind):
     with torch.no_grad():
         expected = eager(ids, use_cache=False).logits
         cache = HopeCache(kernels.config)
-        parts = [kernels(ids[:, :5], past_key_values=cache).logits]
-        parts += [kernels(ids[:, t : t + 1], past_key_values=cache).logits for t in range(5, 7)]
+        parts = [kernels(ids[:, :5], cache=cache).logits]
+        parts += [kernels(ids[:, t : t + 1], cache=cache).logits for t in range(5, 7)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5)
 
 

@@ -64,7 +64,7 @@ def test_a_long_stream_of_real_text_stays_finite(length, dtype, trained, hidden,
     cache, norms = HopeCache(config), []
     with torch.no_grad():
         for start in range(0, length, SEGMENT):
-            logits = model(text[:, start : start + SEGMENT], past_key_values=cache, use_cache=True).logits
+            logits = model(text[:, start : start + SEGMENT], cache=cache, use_cache=True).logits
             assert logits.isfinite().all()
             norms.append(largest_norm(cache))
     record_property("largest_norm", max(norms))

@@ -56,7 +56,7 @@ def test_loading_in_bf16_keeps_states_in_fp32(hybrid, tokens, tmp_path):
     output = loaded(tokens(2, 9), use_cache=True)
     assert output.logits.dtype == torch.bfloat16
     assert output.logits.isfinite().all()
-    for block, layer in zip(loaded.model.layers, output.past_key_values.layers):
+    for block, layer in zip(loaded.model.layers, output.cache.layers):
         dtypes = {t.dtype for t in state_tensors(layer.state.mixer)}
         attention = block.mixer.__class__.__name__ == "Attention"
         assert dtypes <= ({torch.bfloat16, torch.int64} if attention else {torch.float32, torch.int64})
@@ -68,14 +68,14 @@ def test_a_saved_conversation_goes_on_as_if_it_had_not_stopped(hybrid, tokens, t
     mask[1, :4] = 0
     cache = HopeCache(hybrid.config)
     with torch.no_grad():
-        hybrid(ids[:, :10], attention_mask=mask[:, :10], past_key_values=cache)
+        hybrid(ids[:, :10], attention_mask=mask[:, :10], cache=cache)
         cache.save(path)
         resumed = HopeCache.load(path, hybrid.config)
-        expected = hybrid(ids[:, 10:], past_key_values=cache).logits
+        expected = hybrid(ids[:, 10:], cache=cache).logits
         assert resumed.get_seq_length() == 10
-        assert torch.equal(hybrid(ids[:, 10:], past_key_values=resumed).logits, expected)
+        assert torch.equal(hybrid(ids[:, 10:], cache=resumed).logits, expected)
         assert torch.equal(
-            hybrid(ids[:, :1], past_key_values=HopeCache(hybrid.config)).logits, hybrid(ids[:, :1]).logits
+            hybrid(ids[:, :1], cache=HopeCache(hybrid.config)).logits, hybrid(ids[:, :1]).logits
         )
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -87,7 +87,7 @@ def test_an_empty_cache_can_be_saved(hybrid, tmp_path):
 
 def test_foreign_and_broken_files_are_refused(hybrid, make_config, tokens, tmp_path):
     path = tmp_path / "conversation"
-    cache = hybrid(tokens(1, 5), use_cache=True).past_key_values
+    cache = hybrid(tokens(1, 5), use_cache=True).cache
     cache.save(path)
     with pytest.raises(ValueError, match="another config"):
         HopeCache.load(path, make_config("titans"))
@@ -105,7 +105,7 @@ def test_foreign_and_broken_files_are_refused(hybrid, make_config, tokens, tmp_p
 
 def test_a_failed_save_leaves_the_old_file(hybrid, tokens, tmp_path, monkeypatch):
     path = tmp_path / "conversation"
-    cache = hybrid(tokens(1, 5), use_cache=True).past_key_values
+    cache = hybrid(tokens(1, 5), use_cache=True).cache
     cache.save(path)
     before = path.read_bytes()
 

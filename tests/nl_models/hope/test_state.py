@@ -19,7 +19,7 @@ def kind(request):
 
 def run(model, ids, cache, **options):
     with torch.no_grad():
-        return model(ids, past_key_values=cache, use_cache=True, **options).logits
+        return model(ids, cache=cache, use_cache=True, **options).logits
 
 
 @pytest.fixture

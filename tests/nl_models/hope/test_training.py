@@ -87,7 +87,7 @@ def test_gradients_flow_through_the_carried_state(make_model, tokens, kind):
 
     def loss(cuts):
         cache = HopeCache(model.config)
-        logits = [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split(cuts, 1)]
+        logits = [model(piece, cache=cache, use_cache=True).logits for piece in ids.split(cuts, 1)]
         return F.cross_entropy(torch.cat(logits, 1).flatten(0, 1), targets.flatten())
 
     def backward(cuts):
@@ -106,10 +106,8 @@ def test_gradients_flow_through_the_carried_state(make_model, tokens, kind):
 def test_detach_cuts_the_graph(make_model, tokens, kind):
     model = make_model(kind).train()
     cache = HopeCache(model.config)
-    first = model(
-        inputs_embeds=torch.randn(1, 5, 16, dtype=torch.float64, requires_grad=True), past_key_values=cache
-    )
-    assert first.past_key_values is cache
+    first = model(inputs_embeds=torch.randn(1, 5, 16, dtype=torch.float64, requires_grad=True), cache=cache)
+    assert first.cache is cache
     cache.detach()
     kept = [t for layer in cache.layers for t in state_tensors(layer.state)]
     assert kept
@@ -132,7 +130,7 @@ def test_autocast_keeps_states_in_fp32(make_model, tokens, kind):
     exact = model(ids, labels=ids).loss
     with torch.autocast("cpu", torch.bfloat16):
         cache = HopeCache(model.config)
-        output = model(ids, labels=ids, past_key_values=cache)
+        output = model(ids, labels=ids, cache=cache)
     output.loss.backward()
     assert abs(output.loss - exact) < 0.05
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -162,7 +160,7 @@ def test_sharded_training_keeps_states_in_fp32(make_model, tokens, one_process):
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
     cache = HopeCache(model.config)
-    logits = [model(piece, past_key_values=cache).logits for piece in ids.split([7, 9], 1)]
+    logits = [model(piece, cache=cache).logits for piece in ids.split([7, 9], 1)]
     loss = F.cross_entropy(torch.cat(logits, 1)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     loss.backward()
     assert abs(loss - exact) < 0.05
@@ -174,9 +172,9 @@ def test_sharded_training_keeps_states_in_fp32(make_model, tokens, one_process):
 
 def test_no_cache_is_made_in_training(make_model, tokens):
     model, ids = make_model("titans"), tokens(1, 4)
-    assert model.train()(ids).past_key_values is None
-    assert model.eval()(ids).past_key_values.get_seq_length() == 4
-    assert model(ids, use_cache=False).past_key_values is None
+    assert model.train()(ids).cache is None
+    assert model.eval()(ids).cache.get_seq_length() == 4
+    assert model(ids, use_cache=False).cache is None
 
 
 def test_a_rate_of_zero_switches_the_memory_off(make_model, tokens):

@@ -31,11 +31,11 @@ def kind(request):
 def test_a_cut_sequence_equals_the_uncut_one(family, layers, kind, tokens):
     hybrid = make_hybrid(family, kind, layers)
     whole = hybrid(tokens, use_cache=False)
-    assert whole.past_key_values is None
+    assert whole.cache is None
     for cut in (1, 6):
         first = hybrid(tokens[:, :cut])
-        assert isinstance(first.past_key_values, ContinuumCache)
-        second = hybrid(tokens[:, cut:], past_key_values=first.past_key_values)
+        assert isinstance(first.cache, ContinuumCache)
+        second = hybrid(tokens[:, cut:], cache=first.cache)
         pieces = torch.cat([first.logits, second.logits], dim=1)
         torch.testing.assert_close(pieces, whole.logits, atol=1e-6, rtol=0)
 
@@ -144,10 +144,10 @@ def test_both_conversions_go_together(family, kind, mlp_first, tokens, tmp_path)
     fast = random_fast_weights(both, len(tokens))
     whole = both(tokens, fast_weights=fast).logits
     first = both(tokens[:, :7], fast_weights=fast)
-    second = both(tokens[:, 7:], past_key_values=first.past_key_values)
+    second = both(tokens[:, 7:], cache=first.cache)
     pieces = torch.cat([first.logits, second.logits], dim=1)
     torch.testing.assert_close(pieces, whole, atol=1e-4, rtol=0)
-    first.past_key_values.reorder_cache(torch.tensor([2, 0, 1]))
+    first.cache.reorder_cache(torch.tensor([2, 0, 1]))
     # A learner's context holds the states of memories as well.
     rule = StepRule(rate=0.02)
     learner, loaded = ContinuumLearner(both, rule), ContinuumLearner(both, rule)
@@ -173,7 +173,7 @@ def test_what_it_cannot_do_is_refused(tokens):
     with pytest.raises(ValueError, match="chunk_size: expected an integer of at least 1"):
         convert_attention(model, [0], chunk_size=0)
     with pytest.raises(ValueError, match="a DynamicCache has no place for the states of memories"):
-        hybrid(tokens, past_key_values=DynamicCache(config=model.config))
+        hybrid(tokens, cache=DynamicCache(config=model.config))
     with pytest.raises(ValueError, match="position_ids: they start anew"):
         hybrid(tokens, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]]))
     with pytest.raises(ValueError, match="cache_implementation"):

@@ -83,7 +83,7 @@ def test_generation_reads_each_sequence_with_its_fast_weights(family, mode, toke
     converted = convert_mlp_to_continuum(make_model(family, torch.float64), LEVELS)
     fast = random_fast_weights(converted, len(tokens))
     cache = ContinuumCache(converted.config, fast)
-    together = converted.generate(tokens, past_key_values=cache, max_new_tokens=8, **SAMPLING[mode])
+    together = converted.generate(tokens, cache=cache, max_new_tokens=8, **SAMPLING[mode])
     for row in range(len(tokens)):
         merged = with_weights_of(converted, fast, row)
         alone = merged.generate(tokens[row : row + 1], max_new_tokens=8, **SAMPLING[mode])
@@ -96,9 +96,9 @@ def test_a_cut_sequence_equals_the_uncut_one(family, tokens):
     whole = converted(tokens, fast_weights=fast).logits
     for cut in (1, 5, 10):
         first = converted(tokens[:, :cut], fast_weights=fast, use_cache=True)
-        assert isinstance(first.past_key_values, ContinuumCache)
+        assert isinstance(first.cache, ContinuumCache)
         # The cache carries the fast weights on.
-        second = converted(tokens[:, cut:], past_key_values=first.past_key_values)
+        second = converted(tokens[:, cut:], cache=first.cache)
         pieces = torch.cat([first.logits, second.logits], dim=1)
         torch.testing.assert_close(pieces, whole, atol=1e-10, rtol=0)
 
@@ -112,9 +112,9 @@ def test_left_padding_changes_nothing(family, tokens):
     logits = converted(padded, attention_mask=mask, position_ids=positions, fast_weights=fast).logits[:, 4:]
     torch.testing.assert_close(logits, converted(tokens, fast_weights=fast).logits, atol=1e-10, rtol=0)
     options = {"max_new_tokens": 6, "do_sample": False}
-    plain = converted.generate(tokens, past_key_values=ContinuumCache(converted.config, fast), **options)
+    plain = converted.generate(tokens, cache=ContinuumCache(converted.config, fast), **options)
     cache = ContinuumCache(converted.config, fast)
-    shifted = converted.generate(padded, attention_mask=mask, past_key_values=cache, **options)
+    shifted = converted.generate(padded, attention_mask=mask, cache=cache, **options)
     assert torch.equal(shifted[:, 4:], plain)
 
 
@@ -132,13 +132,13 @@ def test_rows_that_are_reordered_take_their_fast_weights_along(shared, tokens):
     fast = random_fast_weights(converted, 2 if shared else 4)
     ids = tokens[[0, 1, 2, 0]]
     order = torch.tensor([1, 1, 3, 2] if shared else [3, 0, 0, 2])
-    cache = converted(ids[:, :6], fast_weights=fast, use_cache=True).past_key_values
+    cache = converted(ids[:, :6], fast_weights=fast, use_cache=True).cache
     cache.reorder_cache(order)
-    after = converted(ids[order, 6:], past_key_values=cache).logits
+    after = converted(ids[order, 6:], cache=cache).logits
     whole = converted(ids, fast_weights=fast).logits
     torch.testing.assert_close(after, whole[order, 6:], atol=1e-10, rtol=0)
     if shared:
-        cache = converted(ids, fast_weights=fast, use_cache=True).past_key_values
+        cache = converted(ids, fast_weights=fast, use_cache=True).cache
         with pytest.raises(ValueError, match="change places among themselves"):
             cache.reorder_cache(torch.tensor([0, 2, 1, 3]))
 
@@ -273,5 +273,5 @@ def test_arguments_of_other_types_are_refused(tokens):
 def test_an_ordinary_cache_is_the_source_models(tokens):
     model = make_model("llama")
     converted = convert_mlp_to_continuum(model, LEVELS)
-    assert type(converted(tokens, use_cache=True).past_key_values) is DynamicCache
+    assert type(converted(tokens, use_cache=True).cache) is DynamicCache
     assert set(CONFIGS) == {cls.config_class.model_type for cls in FAMILIES}
