@@ -2,6 +2,7 @@
 
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.continuum import (
+    ContinuumClock,
     ContinuumGradients,
     ContinuumLevel,
     ContinuumLevelState,
@@ -29,6 +30,7 @@ from nl_kernels.ops.self_modifying import (
 from nl_kernels.version import __version__
 
 __all__ = [
+    "ContinuumClock",
     "ContinuumGradients",
     "ContinuumLevel",
     "ContinuumLevelState",

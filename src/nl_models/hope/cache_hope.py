@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers.cache_utils import Cache
 
 from nl_kernels import (
+    ContinuumClock,
     ContinuumLevelState,
     DeepMemoryState,
     DeepMemoryWeights,
@@ -55,6 +56,7 @@ STATE_TYPES = {
         SelfModifyingState,
         MemoryStack,
         ContinuumLevelState,
+        ContinuumClock,
     )
 }
 """The named tuples that a saved cache may hold, by name."""

@@ -33,7 +33,8 @@ class LevelConfig:
             rate is ``η = r / (D · chunk_size)``. Keys have unit root mean square, so r is the gain of the
             first layer's step on a chunk of one repeated token, whatever the chunk size. With momentum
             ``η = r (1 − momentum_decay) / (D · chunk_size)``, so that it is that of all steps that follow.
-            0: the level never changes.
+            0: the level never changes. In the nested variant its chunk size still says when the next faster
+            level starts anew.
         initial_rate: r at initialisation, less than ``max_rate``.
         error_bound, momentum_decay, restore_norms: see :class:`nl_kernels.ContinuumLevel`.
         key_projection: keys are learned projections of what the block reads; False: they are what it reads,
@@ -225,7 +226,7 @@ class ContinuumBlock(nn.Module):
             up=self.up,
             down=self.down,
             gate=self.gate,
-            chunk_size=self.config.chunk_size if self.config.steps else None,
+            chunk_size=self.config.chunk_size,
             rate=self.rate(),
             key=self.key,
             value=self.value,

@@ -20,9 +20,14 @@ LEVELS = [
 VARIANTS = ["sequential", "nested", "independent"]
 
 
-@pytest.fixture(params=VARIANTS)
+RESTING = [LEVELS[0], {**LEVELS[1], "rule": "sgd", "max_rate": 0.0}, *LEVELS[2:]]
+"""With a level of rate 0, which the nested variant must count too."""
+
+
+@pytest.fixture(params=[*((variant, LEVELS) for variant in VARIANTS), ("nested", RESTING)])
 def model(request, make_model):
-    return make_model("full_attention", continuum_levels=LEVELS, continuum_variant=request.param)
+    variant, levels = request.param
+    return make_model("full_attention", continuum_levels=levels, continuum_variant=variant)
 
 
 @torch.no_grad()

@@ -63,6 +63,22 @@ def test_a_level_that_never_steps_has_only_the_parameters_of_an_mlp():
     }
 
 
+def test_a_nested_level_starts_anew_with_the_chunks_of_one_of_rate_zero():
+    torch.manual_seed(0)
+    levels = [
+        LevelConfig(hidden_size=24, chunk_size=2),
+        LevelConfig(hidden_size=24, chunk_size=6, max_rate=0.0),
+    ]
+    memory, x = ContinuumMemory(WIDTH, levels, variant="nested"), tokens(2, 18)
+    apart = torch.cat([memory(part)[0] for part in x.split(6, 1)], 1)
+    torch.testing.assert_close(memory(x)[0], apart)
+    state, parts = None, []
+    for part in x.split(4, 1):
+        y, state = memory(part, state, output_state=True)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), apart)
+
+
 def test_forward_changes_neither_parameters_nor_buffers():
     memory = build()
     before = copy.deepcopy(memory.state_dict())

@@ -3,6 +3,7 @@
 from nl_kernels.ops.continuum.api import continuum_flush, continuum_memory
 from nl_kernels.ops.continuum.mlp import ContinuumGradients, continuum_gradients, continuum_mlp
 from nl_kernels.ops.continuum.state import (
+    ContinuumClock,
     ContinuumLevel,
     ContinuumLevelState,
     ContinuumState,
@@ -14,6 +15,7 @@ from nl_kernels.ops.continuum.update import continuum_update
 from nl_kernels.ops.continuum.update_in_place import continuum_update_
 
 __all__ = [
+    "ContinuumClock",
     "ContinuumGradients",
     "ContinuumLevel",
     "ContinuumLevelState",

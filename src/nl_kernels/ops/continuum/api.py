@@ -22,6 +22,7 @@ from nl_kernels.ops.continuum.state import (
     ContinuumLevelState,
     ContinuumState,
     check_chunk_sizes,
+    entry_type,
     state_dtype,
 )
 
@@ -50,7 +51,8 @@ def continuum_memory(
     Every level is a pre-norm MLP ``f_θ(n(x))`` (Nested Learning, arXiv 2512.24695, Eqs. 70-74)::
 
         sequential    x ← x + f_ℓ(n_ℓ(x)), level after level (Eq. 70)
-        nested        the same; whenever a level steps, the next faster one goes back to its initial weights
+        nested        the same; whenever a level steps, the next faster one goes back to its initial weights,
+                      also where the rate of that step is 0 (Eq. 72)
         independent   x + Σ_ℓ w_ℓ f_ℓ(n_ℓ(x)) (Eq. 74)
 
     After every ``chunk_size`` tokens of a sequence a level takes one step on those tokens, all gradients at
@@ -81,9 +83,10 @@ def continuum_memory(
 
     Returns:
         y [B, T, D] and the final state: a tuple with one :class:`ContinuumLevelState` for each level, None in
-        the place of a level that never steps; None unless ``output_final_state``.
+        the place of a level that never steps; None unless ``output_final_state``. Of a level with the number
+        0 as its rate that resets a faster one, it holds a :class:`ContinuumClock`.
 
-    A level that never steps (``chunk_size=None``, or the number 0 as its ``rate``) gives bit for bit what
+    A level that never learns (``chunk_size=None``, or the number 0 as its ``rate``) gives bit for bit what
     ``F.linear``, ``F.gelu``/``F.silu`` and ``F.linear`` give on ``F.rms_norm``'s output.
 
     Raises:
@@ -148,7 +151,7 @@ def continuum_flush(
     """
     if not isinstance(state, tuple) or not any(isinstance(level, ContinuumLevelState) for level in state):
         raise TypeError(f"state: expected a ContinuumState with a level that steps, got {state!r:.200}")
-    like = next(level for level in state if level is not None).pending_inputs
+    like = next(level for level in state if isinstance(level, ContinuumLevelState)).pending_inputs
     if like.ndim != 3:
         raise ValueError(f"state: expected pending_inputs of shape [B, P, D], got {tuple(like.shape)}")
     _check_levels(levels, like, rates_of_tokens=True)
@@ -297,11 +300,18 @@ def _check_state(
     if not isinstance(state, tuple) or len(state) != len(levels):
         raise ValueError(f"{name}: expected a tuple of {len(levels)} level states, got {_kinds(state)}")
     for index, (before, level) in enumerate(zip(state, levels)):
-        expected = ContinuumLevelState if level.steps else type(None)
+        expected = entry_type(levels, index, variant)
         if not isinstance(before, expected):
             raise TypeError(f"{name}[{index}]: expected {expected.__name__}, got {type(before).__name__}")
-        if before is not None:
+        if before is None:
+            continue
+        _check_position(f"{name}[{index}].position", before.position, batch)
+        last = level.chunk_size - 1
+        if isinstance(before, ContinuumLevelState):
             _check_level_state(f"{name}[{index}]", before, f"levels[{index}]", level, batch, x)
+            last = before.pending_rates.shape[1]
+        if x.device.type == "cpu":
+            check_range(f"{name}[{index}].position", before.position, 0, last)
     if variant != "nested" or x.device.type != "cpu":
         return
     for index, (fast, slow) in enumerate(itertools.pairwise(state)):
@@ -340,10 +350,6 @@ def _check_level_state(
             _check_fp32(f"{name}.{part}", fast, (batch, *initial.shape), x)
         if momentum is not None:
             _check_fp32(f"{name}.{part}_momentum", momentum, (batch, *initial.shape), x)
-    if not isinstance(state.position, torch.Tensor) or state.position.dtype != torch.int64:
-        raise TypeError(f"{name}.position: expected a tensor of int64, got {_describe(state.position)}")
-    if state.position.shape != (batch,):
-        raise ValueError(f"{name}.position: expected shape {(batch,)}, got {_describe(state.position)}")
     longest = state.pending_rates.shape[-1]
     _check_fp32(f"{name}.pending_inputs", state.pending_inputs, (batch, longest, x.shape[2]), x)
     _check_fp32(f"{name}.pending_rates", state.pending_rates, (batch, longest), x)
@@ -351,8 +357,13 @@ def _check_level_state(
         raise ValueError(
             f"{name}.pending_rates: expected fewer than a chunk's {level.chunk_size}, got {longest}"
         )
-    if x.device.type == "cpu":
-        check_range(f"{name}.position", state.position, 0, longest)
+
+
+def _check_position(name: str, position: object, batch: int) -> None:
+    if not isinstance(position, torch.Tensor) or position.dtype != torch.int64:
+        raise TypeError(f"{name}: expected a tensor of int64, got {_describe(position)}")
+    if position.shape != (batch,):
+        raise ValueError(f"{name}: expected shape {(batch,)}, got {_describe(position)}")
 
 
 def _check_fp32(name: str, value: object, shape: tuple[int, ...], x: torch.Tensor) -> None:

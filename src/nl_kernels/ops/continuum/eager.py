@@ -14,8 +14,15 @@ from nl_kernels.dispatch import autocasting, needs_gradient
 from nl_kernels.ops.continuum.chunk_step import NO_MOMENTA, Weights, keys_of, learn, mlp, row_norms, serve
 from nl_kernels.ops.continuum.eager_backward import serve_detached
 from nl_kernels.ops.continuum.rows import Counts, Grid, pending_tokens, place_on_grid
-from nl_kernels.ops.continuum.schedule import Resets, chosen, fast_part, level_state
-from nl_kernels.ops.continuum.state import ContinuumLevel, ContinuumLevelState, ContinuumState, state_dtype
+from nl_kernels.ops.continuum.schedule import Resets, chosen, clock_after, fast_part, level_state
+from nl_kernels.ops.continuum.state import (
+    ContinuumClock,
+    ContinuumLevel,
+    ContinuumLevelState,
+    ContinuumState,
+    entry_type,
+    state_dtype,
+)
 
 
 class Chunk(NamedTuple):
@@ -49,12 +56,14 @@ def continuum_memory_eager(
     for index, level in enumerate(levels):
         inner = F.rms_norm(x, x.shape[-1:], level.norm.to(x.dtype), norm_eps)
         initial = Weights(level.up, level.down, level.gate)
+        before = None if initial_state is None else initial_state[index]
         if not level.steps:
             y, after = mlp(inner, *initial), None
+            if entry_type(levels, index, variant) is ContinuumClock:
+                after = clock_after(level, before, x, mask)
         else:
             resets = Resets.of(levels, index, variant, initial_state, counts.positions)
             run = SteppingLevel(level, resets, norm_eps, checkpoint_every, output_final_state, detach_updates)
-            before = None if initial_state is None else initial_state[index]
             y, after = run(inner, initial, before, mask, counts.positions[index], counts.tokens)
         state.append(after)
         if level_weights is not None:
@@ -78,8 +87,8 @@ def continuum_flush_eager(
     """See :func:`nl_kernels.continuum_flush`."""
     flushed = []
     for index, (level, before) in enumerate(zip(levels, state)):
-        if before is None:
-            flushed.append(None)
+        if not isinstance(before, ContinuumLevelState):
+            flushed.append(before and ContinuumClock(before.position * 0))
             continue
         run = SteppingLevel(level, None, norm_eps, None, True, detach_updates)
         weights, momenta = run.flushed(before)

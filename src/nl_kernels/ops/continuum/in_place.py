@@ -25,8 +25,15 @@ from nl_kernels.ops.continuum.level_pass import (
     walk,
 )
 from nl_kernels.ops.continuum.rows import Counts, Grid, pending_tokens, place_on_grid
-from nl_kernels.ops.continuum.schedule import Resets, chosen, fast_part, level_state
-from nl_kernels.ops.continuum.state import ContinuumLevel, ContinuumLevelState, ContinuumState, state_dtype
+from nl_kernels.ops.continuum.schedule import Resets, chosen, clock_after, fast_part, level_state
+from nl_kernels.ops.continuum.state import (
+    ContinuumClock,
+    ContinuumLevel,
+    ContinuumLevelState,
+    ContinuumState,
+    entry_type,
+    state_dtype,
+)
 
 
 class _Level(NamedTuple):
@@ -75,7 +82,7 @@ def continuum_memory_in_place(
     counts = Counts.of(len(levels), initial_state, mask)
     mask = None if counts.tokens is None else mask
     everything = list(range(len(levels)))
-    state: list[ContinuumLevelState | None] = [None] * len(levels)
+    state: list[ContinuumLevelState | ContinuumClock | None] = [None] * len(levels)
     total, held, waiting = x, [], []
     for indices in [everything] if variant == "independent" else [[index] for index in everything]:
         group = []
@@ -85,6 +92,8 @@ def continuum_memory_in_place(
             inner = F.rms_norm(x, x.shape[-1:], levels[index].norm.to(x.dtype), norm_eps)
             place = (mask, counts.positions[index], counts.tokens)
             group.append(_placed(levels[index], inner, before, resets, place, output_final_state))
+            if entry_type(levels, index, variant) is ContinuumClock:
+                state[index] = clock_after(levels[index], before, x, mask)
         served, steps = _serve(group, norm_eps, checkpoint_every, output_final_state, impl)
         held += steps
         for index, level, (y, weights, momenta) in zip(indices, group, served):
@@ -116,15 +125,15 @@ def continuum_flush_in_place(
     steps, passes = [], {}
     with torch.no_grad():
         for index, (level, before) in enumerate(zip(levels, state)):
-            pending = 0 if before is None else before.pending_rates.shape[1]
+            pending = before.pending_rates.shape[1] if isinstance(before, ContinuumLevelState) else 0
             if pending:
                 passes[index], step = _flushed(level, before, pending, norm_eps, impl)
                 steps.append(step)
         take(steps, impl)
     flushed = []
     for index, (level, before) in enumerate(zip(levels, state)):
-        if before is None:
-            flushed.append(None)
+        if not isinstance(before, ContinuumLevelState):
+            flushed.append(before and ContinuumClock(before.position * 0))
             continue
         weights, momenta = fast_part(before, True)
         if index in passes:

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from nl_kernels.ops.continuum.state import (
     RULES_WITH_MOMENTUM,
+    ContinuumClock,
     ContinuumLevel,
     ContinuumLevelState,
     ContinuumState,
+    entry_type,
     state_dtype,
 )
 from nl_kernels.ops.newton_schulz import MUON_COEFFICIENTS
@@ -32,6 +34,7 @@ class _Sequence(NamedTuple):
     momenta: _Weights
     pending: list[tuple[torch.Tensor, torch.Tensor]]  # input and rate of each token since the last step
     slower: int  # tokens since the last step of the next slower level
+    position: int = 0  # tokens since the last step, also of a level that steps by nothing
 
 
 def continuum_memory_reference(
@@ -55,7 +58,14 @@ def continuum_memory_reference(
             period = _reset_period(levels, index, variant)
             rows.append(_run(x[b], level, b, mask, start, period, norm_eps, detach_updates))
         y = torch.stack([row[0] for row in rows])
-        state.append(_stack_states(level, [row[1] for row in rows], x) if level.steps else None)
+        after = [row[1] for row in rows]
+        kind = entry_type(levels, index, variant)
+        if kind is ContinuumLevelState:
+            state.append(_stack_states(level, after, x))
+        elif kind is ContinuumClock:
+            state.append(ContinuumClock(torch.tensor([row.position for row in after], device=x.device)))
+        else:
+            state.append(None)
         if variant == "independent":
             total = total + (y if level_weights is None else level_weights[index].to(y.dtype) * y)
         else:
@@ -76,8 +86,8 @@ def continuum_flush_reference(
     """See :func:`nl_kernels.continuum_flush`."""
     flushed = []
     for index, level in enumerate(levels):
-        if not level.steps:
-            flushed.append(None)
+        if not isinstance(state[index], ContinuumLevelState):
+            flushed.append(state[index] and ContinuumClock(torch.zeros_like(state[index].position)))
             continue
         dtype, rows = state[index].up.dtype, []
         for b in range(state[index].position.shape[0]):
@@ -165,7 +175,7 @@ def mlp_backward(
 
 def _reset_period(levels: Sequence[ContinuumLevel], index: int, variant: str) -> int | None:
     """The tokens after which the next slower level steps, and takes this one back to its start."""
-    if variant != "nested" or index + 1 == len(levels) or not levels[index + 1].steps:
+    if variant != "nested" or index + 1 == len(levels):
         return None
     return levels[index + 1].chunk_size
 
@@ -187,9 +197,9 @@ def _start(
 ) -> _Sequence:
     level = levels[index]
     weights, momenta = _initial(level, dtype, b)
-    if state is None or state[index] is None:
-        return _Sequence(weights, momenta, [], 0)
-    before = state[index]
+    before = None if state is None else state[index]
+    if not isinstance(before, ContinuumLevelState):
+        return _Sequence(weights, momenta, [], 0, 0 if before is None else int(before.position[b]))
     weights = _Weights(before.up[b], before.down[b], None if before.gate is None else before.gate[b])
     if level.rule in RULES_WITH_MOMENTUM:
         given = (before.up_momentum, before.down_momentum, before.gate_momentum)
@@ -216,6 +226,7 @@ def _run(
     """The MLP's outputs [T, D] for one sequence [T, D], and its state after them."""
     compute = state_dtype(x.dtype)
     weights, momenta, pending, slower = start.weights, start.momenta, list(start.pending), start.slower
+    position = start.position
     rates = torch.as_tensor(level.rate, dtype=compute, device=x.device)
     outputs = []
     for t in range(x.shape[0]):
@@ -225,6 +236,7 @@ def _run(
         inner = F.rms_norm(x[t], x.shape[-1:], level.norm, norm_eps)
         outputs.append(_mlp(inner.to(compute), weights).to(x.dtype))
         if not level.steps:
+            position = (position + 1) % level.chunk_size if level.chunk_size else 0
             continue
         pending.append((inner.to(compute), rates[b, t] if rates.ndim else rates))
         slower += 1
@@ -234,7 +246,7 @@ def _run(
         if slower == reset_period:
             weights, momenta = _initial(level, compute)
             slower = 0
-    return torch.stack(outputs), _Sequence(weights, momenta, pending, slower)
+    return torch.stack(outputs), _Sequence(weights, momenta, pending, slower, position)
 
 
 def _mlp(inner: torch.Tensor, weights: _Weights, shifts: Sequence[torch.Tensor] = (0.0, 0.0, 0.0)):

@@ -10,6 +10,7 @@ import torch
 from nl_kernels.ops.continuum.chunk_step import Weights
 from nl_kernels.ops.continuum.state import (
     RULES_WITH_MOMENTUM,
+    ContinuumClock,
     ContinuumLevel,
     ContinuumLevelState,
     ContinuumState,
@@ -37,8 +38,10 @@ class Resets(NamedTuple):
         state: ContinuumState | None,
         positions: Sequence[Sequence[int] | None],
     ) -> Resets | None:
-        """Those of a level, whenever the next slower one steps; None: never."""
-        if variant != "nested" or index + 1 == len(levels) or not levels[index + 1].steps:
+        """Those of a level, whenever the next slower one steps, be it by nothing; None: never."""
+        if variant != "nested" or not levels[index].steps or index + 1 == len(levels):
+            return None
+        if levels[index + 1].chunk_size is None:
             return None
         size = levels[index].chunk_size
         first = 0
@@ -61,6 +64,14 @@ def reset_rows(resets: Resets | None, number: int, full: torch.Tensor | None) ->
     """
     reset = False if resets is None else resets.after(number)
     return reset if reset is False or full is None else full & reset
+
+
+def clock_after(
+    level: ContinuumLevel, before: ContinuumClock | None, x: torch.Tensor, mask: torch.Tensor | None
+) -> ContinuumClock:
+    """The place of a level of rate 0 in its chunk after the tokens of ``x`` [B, T, D]."""
+    tokens = x.new_full(x.shape[:1], x.shape[1], dtype=torch.int64) if mask is None else mask.sum(1)
+    return ContinuumClock((tokens if before is None else before.position + tokens) % level.chunk_size)
 
 
 def either(a: Owner, b: Owner) -> Owner:

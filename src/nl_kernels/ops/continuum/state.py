@@ -30,7 +30,8 @@ class ContinuumLevel:
         chunk_size: the level's weights step after every ``chunk_size`` tokens; None: never.
             Part of the model: weights trained at one chunk size run at that one.
         rate: η, the rate of every token: a number, or a tensor [] or [B, T]; finite and not negative.
-            The number 0 makes the level exactly the plain block. May need a gradient.
+            The number 0 makes the level exactly the plain block, whose steps change nothing of its own; they
+            still take the next faster level of the nested variant back to its start. May need a gradient.
         key: [D, D], makes the keys ``n(key n(x))`` (this ``n`` without a weight: unit root mean square).
             None: the keys are what the block reads, ``n(x)``, so that what it read serves its step too.
         value: [D, D], makes the targets ``value n(x)``. Needed unless the level never steps.
@@ -79,8 +80,23 @@ class ContinuumLevelState(NamedTuple):
     gate_momentum: torch.Tensor | None = None
 
 
+class ContinuumClock(NamedTuple):
+    """Of a level of the nested variant that steps by nothing (rate 0), and so resets the next faster one."""
+
+    position: torch.Tensor  # [B], int64: tokens since the last step, < chunk_size
+
+
 #: One entry for each level; None for a level that never steps.
-ContinuumState: TypeAlias = tuple[ContinuumLevelState | None, ...]
+ContinuumState: TypeAlias = tuple[ContinuumLevelState | ContinuumClock | None, ...]
+
+
+def entry_type(levels: Sequence[ContinuumLevel], index: int, variant: str) -> type:
+    """What a state holds for a level: its fast weights, only its place in its chunk, or None."""
+    level = levels[index]
+    if level.steps:
+        return ContinuumLevelState
+    resets = variant == "nested" and index > 0 and levels[index - 1].steps
+    return ContinuumClock if resets and level.chunk_size is not None else type(None)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -117,8 +133,8 @@ def continuum_reset(
 
 
 def _reset_level(
-    state: ContinuumLevelState, level: ContinuumLevel, rows: torch.Tensor | None
-) -> ContinuumLevelState:
+    state: ContinuumLevelState | ContinuumClock, level: ContinuumLevel, rows: torch.Tensor | None
+) -> ContinuumLevelState | ContinuumClock:
     position = state.position
     if rows is None:
         rows = torch.ones_like(position, dtype=torch.bool)
@@ -130,6 +146,8 @@ def _reset_level(
             f"on {rows.device}"
         )
     changed = {"position": position.masked_fill(rows, 0)}
+    if isinstance(state, ContinuumClock):
+        return state._replace(**changed)
     for name in ("up", "down", "gate"):
         fast, momentum = getattr(state, name), getattr(state, f"{name}_momentum")
         if fast is not None:

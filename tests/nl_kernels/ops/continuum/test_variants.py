@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from nl_kernels import (
+    ContinuumClock,
     continuum_clone,
     continuum_detach,
     continuum_flush,
@@ -16,6 +18,7 @@ from nl_kernels import (
     continuum_update,
 )
 from nl_kernels.ops.continuum import chunk_step, eager, eager_backward
+from nl_kernels.ops.continuum.in_place import continuum_flush_in_place
 from nl_kernels.ops.continuum.state import RULES, VARIANTS
 from tests.nl_kernels.continuum_levels import (
     PADDINGS,
@@ -23,6 +26,7 @@ from tests.nl_kernels.continuum_levels import (
     assert_same,
     close,
     flat,
+    in_place,
     make_level,
     random_tensor,
     rates,
@@ -365,3 +369,68 @@ def test_the_comparison_notices_a_broken_implementation(mutation, monkeypatch):
     monkeypatch.setattr(*MUTATIONS[mutation])
     with pytest.raises(AssertionError):
         assert_same(x, levels, state=state, **options)
+
+
+@pytest.mark.parametrize(
+    ("memory", "flush"),
+    [
+        (partial(continuum_memory, impl="reference"), partial(continuum_flush, impl="reference")),
+        (continuum_memory, continuum_flush),
+        (partial(in_place, impl="eager"), partial(continuum_flush_in_place, norm_eps=1e-6, impl="eager")),
+    ],
+    ids=["reference", "eager", "in place"],
+)
+def test_a_step_of_rate_zero_resets_the_faster_level_as_number_and_as_tensor(memory, flush):
+    """Eq. 72, at every cut, from ragged positions, and in a flush."""
+    fast, slow, slowest = make_level(1, chunk_size=2, rate=0.1), make_level(2, chunk_size=4), make_level(3)
+    x = random_tensor(2, 15, WIDTH, seed=0)
+    mask = torch.tensor([[1] * 15, [1, 0, 0, 1] + [1] * 11], dtype=torch.bool)
+
+    def results(rate, cut):
+        levels = [fast, dataclasses.replace(slow, rate=rate), slowest]
+        parts, state = [], None
+        for part, shown in zip(x.tensor_split([cut], 1), mask.tensor_split([cut], 1)):
+            y, state = memory(
+                part, levels, variant="nested", mask=shown, initial_state=state, output_final_state=True
+            )
+            parts.append(y)
+        assert [s.position.tolist() for s in state[:2]] == [[1, 1], [3, 1]]
+        flushed = flush(state, levels, variant="nested")
+        assert not any(s.position.any() for s in flushed[:2])
+        again = continuum_reset(state, levels, rows=torch.tensor([True, False]))
+        assert [s.position.tolist() for s in again[:2]] == [[0, 1], [0, 1]]
+        assert torch.equal(flushed[0].up, fast.up.expand(2, -1, -1))
+        return [torch.cat(parts, 1), state[0].up, state[0].pending_inputs, again[0].down], state[1]
+
+    expected, _ = results(torch.zeros((), dtype=torch.float64), 7)
+    for cut in (1, 6, 7, 14):
+        found, clock = results(0.0, cut)
+        close(found, expected, 1e-12)
+        assert type(clock) is ContinuumClock
+
+
+def test_only_a_slower_level_with_a_chunk_size_keeps_time():
+    fast, x = make_level(1, chunk_size=2, rate=0.1), random_tensor(1, 9, WIDTH, seed=0)
+    for levels, variant in (
+        ([fast, make_level(2)], "nested"),  # never steps: no period
+        ([fast, make_level(2, chunk_size=4, rate=0.0)], "sequential"),
+        ([make_level(2, chunk_size=4, rate=0.0)], "nested"),
+        ([make_level(1, chunk_size=2, rate=0.0), make_level(2, chunk_size=4, rate=0.0)], "nested"),
+    ):
+        _, state = continuum_memory(x, levels, variant=variant, output_final_state=True)
+        assert state[-1] is None
+
+
+def test_bad_clock():
+    levels = [make_level(1, chunk_size=2, rate=0.1), make_level(2, chunk_size=4, rate=0.0)]
+    x = random_tensor(2, 3, WIDTH, seed=0)
+    _, state = continuum_memory(x, levels, variant="nested", output_final_state=True)
+    for bad, message in (
+        (None, r"initial_state\[1\]: expected ContinuumClock, got NoneType"),
+        (ContinuumClock(torch.tensor([3, 4])), r"initial_state\[1\].position: expected .* got"),
+        (ContinuumClock(torch.tensor([2, 2])), r"initial_state\[0\].position: expected the place"),
+        (ContinuumClock(torch.tensor([3])), r"initial_state\[1\].position: expected shape \(2,\)"),
+        (ContinuumClock(torch.tensor([3.0, 3.0])), r"initial_state\[1\].position: .* tensor of int64"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            continuum_memory(x, levels, variant="nested", initial_state=(state[0], bad))
