@@ -8,7 +8,7 @@ from nl_kernels import ContinuumLevel, continuum_memory
 from nl_kernels.ops.continuum.in_place import continuum_memory_in_place
 
 WIDTH = 6
-TENSORS = ("norm", "up", "down", "gate", "key", "value", "rate")
+TENSORS = ("norm", "up", "down", "gate", "key", "value", "rate", "retention")
 
 
 def random_tensor(*shape, scale=1.0, shift=0.0, seed):

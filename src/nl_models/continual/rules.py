@@ -24,6 +24,8 @@ class StepRule:
             (:func:`nl_models.continual.next_token_loss_through_steps`): one number, or ``[B]``, one for each
             sequence, so that several rates are tried side by side.
         momentum_decay: of ``"momentum"`` and ``"muon"``, in [0, 1).
+        retention: α in [0, 1]: each step also takes ``1 − α`` of what was learned so far away, so that the
+            level remembers about 1 / (1 − α) of its chunks. 1: nothing is forgotten.
         anchored: of ``"dgd"``: the step erases what was learned along what is read, not the model's own
             weight; otherwise it erases of both.
         restore_norms: whether every row of a weight gets its initial norm back after the step, which bounds
@@ -33,6 +35,7 @@ class StepRule:
     rule: str = "sgd"
     rate: float | torch.Tensor = 0.0
     momentum_decay: float = 0.9
+    retention: float = 1.0
     anchored: bool = False
     restore_norms: bool = False
 
@@ -49,6 +52,10 @@ class StepRule:
             raise ValueError(f"rate: expected a finite number, at least 0, got {self.rate}")
         if not 0 <= self.momentum_decay < 1:
             raise ValueError(f"momentum_decay: expected a number in [0, 1), got {self.momentum_decay}")
+        if isinstance(self.retention, bool) or not isinstance(self.retention, (int, float)):
+            raise TypeError(f"retention: expected a number, got {self.retention!r}")
+        if not 0 <= self.retention <= 1:
+            raise ValueError(f"retention: expected a number in [0, 1], got {self.retention}")
         if self.anchored and (self.rule != "dgd" or self.restore_norms):
             raise ValueError("anchored: of rule 'dgd' only, without restore_norms")
 
@@ -72,7 +79,7 @@ class StepRule:
         return self.rule in ("momentum", "muon")
 
     def description(self) -> dict[str, object]:
-        """What a state of this rule depends on: all but the rate, which may change at any time."""
+        """What a state of this rule depends on: all but rate and retention, which may change at any time."""
         return {
             "rule": self.rule,
             "momentum_decay": self.momentum_decay if self.has_momentum else None,

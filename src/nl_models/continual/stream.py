@@ -191,6 +191,8 @@ def step_level(
             initial = initial if create_graph else initial.detach()
         if rule.rule == "dgd":
             options["gram"] = rule.rates() * state.grams[gram_name(parameter)]
+        if rule.retention < 1:
+            options |= {"initial": initial.expand_as(before), "retention": rule.retention}
         if rule.restore_norms:
             options["norms"] = torch.linalg.vector_norm(initial, dim=-1)
         new, momentum = continuum_update(initial + before, gradient, rule=rule.rule, **options)

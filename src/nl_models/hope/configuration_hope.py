@@ -61,7 +61,7 @@ class HopeConfig(PreTrainedConfig):
         continuum_levels: the levels of the continuum memory system, fast to slow, as options of
             :class:`nl_models.layers.continuum.LevelConfig`. By default a level of width ``hidden_size`` that
             learns every 64 tokens, and a plain one twice as wide. A single level without ``chunk_size``
-            is the MLP of a transformer.
+            is the MLP of a transformer. ``initial_retention`` is filled in where it is not given.
         continuum_variant: how the levels are put together: ``"sequential"``, ``"nested"`` or
             ``"independent"``; see :func:`nl_kernels.continuum_memory`.
         continuum_detach_updates: no outer gradient through the levels' steps; their rates and projections
@@ -134,7 +134,24 @@ class HopeConfig(PreTrainedConfig):
                 {"hidden_size": 2 * self.hidden_size},
             ]
         self._check(kwargs)
+        self.continuum_levels = [
+            {"initial_retention": LevelConfig.initial_retention, **level} if _learns(level) else level
+            for level in self.continuum_levels
+        ]
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> HopeConfig:
+        """A config from what a file holds.
+
+        Files say the retention of every level that learns. Those that are older than retention do not: their
+        models were trained to keep everything.
+        """
+        levels = config_dict.get("continuum_levels")
+        if levels is not None:
+            levels = [{"initial_retention": 1.0, **level} if _learns(level) else level for level in levels]
+            config_dict = {**config_dict, "continuum_levels": levels}
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict:
         """All fields, ``layer_types`` as ``mixer_types``.
@@ -162,8 +179,13 @@ class HopeConfig(PreTrainedConfig):
     def fingerprint(self) -> str:
         """A digest of all fields that shape the recurrent state: equal for models that can share a cache."""
         shaping = {name: getattr(self, name) for name in _STATE_FIELDS}
-        if self.continuum_variant != "sequential":  # digests of saved caches are older than the option
+        # Digests of saved caches are older than these options.
+        if self.continuum_variant != "sequential":
             shaping["continuum_variant"] = self.continuum_variant
+        shaping["continuum_levels"] = [
+            {k: v for k, v in level.items() if (k, v) != ("initial_retention", 1.0)}
+            for level in self.continuum_levels
+        ]
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 
     def validate_layer_type(self) -> None:
@@ -241,6 +263,10 @@ class HopeConfig(PreTrainedConfig):
         for fast, slow in itertools.pairwise(level.chunk_size for level in levels):
             if slow is not None and (fast is None or slow % fast):
                 raise ValueError(f"continuum_levels: chunk size {slow} is no multiple of {fast}, before it")
+
+
+def _learns(level: dict) -> bool:
+    return level.get("chunk_size") is not None and level.get("max_rate", LevelConfig.max_rate) > 0
 
 
 def _expected_options(options: type) -> str:

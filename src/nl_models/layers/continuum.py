@@ -36,6 +36,11 @@ class LevelConfig:
             0: the level never changes. In the nested variant its chunk size still says when the next faster
             level starts anew.
         initial_rate: r at initialisation, less than ``max_rate``.
+        initial_retention: α at initialisation, in (0, 1]. The level learns one α in (0, 1), the part of its
+            weights' distance from the initial ones that a step retains: they remember about 1 / (1 − α)
+            chunks, and stay where training has been, however long the context is. 1: α is 1 and is not
+            learned, so that nothing is forgotten; beyond the length of the training windows such a level
+            gets worse with every chunk (docs/defaults.md).
         error_bound, momentum_decay, restore_norms: see :class:`nl_kernels.ContinuumLevel`.
         key_projection: keys are learned projections of what the block reads; False: they are what it reads,
             which costs the least.
@@ -47,6 +52,7 @@ class LevelConfig:
     rule: str = "sgd"
     max_rate: float = 1.0
     initial_rate: float = 0.5
+    initial_retention: float = 0.9
     error_bound: float | None = 1.0
     momentum_decay: float = 0.9
     restore_norms: bool = False
@@ -61,6 +67,10 @@ class LevelConfig:
             raise ValueError(f"max_rate: expected a finite number, at least 0, got {self.max_rate}")
         if self.steps and not 0 < self.initial_rate < self.max_rate:
             raise ValueError(f"initial_rate: expected between 0 and {self.max_rate}, got {self.initial_rate}")
+        if not 0 < self.initial_retention <= 1:
+            raise ValueError(
+                f"initial_retention: expected more than 0 and at most 1, got {self.initial_retention}"
+            )
         if self.error_bound is not None and not self.error_bound > 0:
             raise ValueError(f"error_bound: expected more than 0 or None, got {self.error_bound}")
         if not 0 <= self.momentum_decay < 1:
@@ -90,8 +100,8 @@ class ContinuumMemory(nn.Module):
         levels: fast to slow; every chunk size a multiple of the one before, levels that never step last.
         variant: how levels are put together, see :func:`nl_kernels.continuum_memory`. ``"independent"`` has
             learned weights of the levels, 1 at the start.
-        detach_updates: no gradient through the steps. Rates and projections then stay as initialised, and do
-            not require gradients; the initial fast weights learn.
+        detach_updates: no gradient through the steps. Rates, retentions and projections then stay as
+            initialised, and do not require gradients; the initial fast weights learn.
         norm_eps: added to the mean square inside the norms.
         checkpoint_every: see :func:`nl_kernels.continuum_memory`.
         impl: see :func:`nl_kernels.continuum_memory`.
@@ -125,7 +135,7 @@ class ContinuumMemory(nn.Module):
         self.reset_parameters()
         if detach_updates:
             for level in self.levels:
-                for parameter in (level.key, level.value, level.rate_logit):
+                for parameter in (level.key, level.value, level.rate_logit, level.retention_logit):
                     if parameter is not None:
                         parameter.requires_grad_(False)
 
@@ -194,6 +204,8 @@ class ContinuumBlock(nn.Module):
         self.value = nn.Parameter(torch.empty(width, width)) if config.steps else None
         # Of one dimension: FSDP2 shards no scalars.
         self.rate_logit = nn.Parameter(torch.empty(1)) if config.steps else None
+        retains = config.steps and config.initial_retention < 1
+        self.retention_logit = nn.Parameter(torch.empty(1)) if retains else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -206,8 +218,9 @@ class ContinuumBlock(nn.Module):
             if self.key is not None:
                 nn.init.eye_(self.key)
             nn.init.kaiming_uniform_(self.value, a=math.sqrt(5))
-            share = self.config.initial_rate / self.config.max_rate
-            nn.init.constant_(self.rate_logit, math.log(share / (1 - share)))
+            nn.init.constant_(self.rate_logit, _logit(self.config.initial_rate / self.config.max_rate))
+            if self.retention_logit is not None:
+                nn.init.constant_(self.retention_logit, _logit(self.config.initial_retention))
 
     def rate(self) -> torch.Tensor | float:
         """η of every token: a scalar of at least fp32, or the number 0 for a level that never steps."""
@@ -218,6 +231,12 @@ class ContinuumBlock(nn.Module):
         if config.rule in RULES_WITH_MOMENTUM:
             scale *= 1 - config.momentum_decay
         return scale * torch.sigmoid(self.rate_logit[0].to(state_dtype(self.rate_logit.dtype)))
+
+    def retention(self) -> torch.Tensor | float:
+        """α of every step: a scalar of at least fp32, or the number 1 where nothing is forgotten."""
+        if self.retention_logit is None:
+            return 1.0
+        return torch.sigmoid(self.retention_logit[0].to(state_dtype(self.retention_logit.dtype)))
 
     def definition(self) -> ContinuumLevel:
         """This level as :func:`nl_kernels.continuum_memory` takes it."""
@@ -232,6 +251,11 @@ class ContinuumBlock(nn.Module):
             value=self.value,
             rule=self.config.rule,
             momentum_decay=self.config.momentum_decay,
+            retention=self.retention(),
             restore_norms=self.config.restore_norms,
             error_bound=self.config.error_bound,
         )
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))

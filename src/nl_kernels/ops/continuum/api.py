@@ -25,6 +25,7 @@ from nl_kernels.ops.continuum.state import (
     entry_type,
     state_dtype,
 )
+from nl_kernels.ops.continuum.update import check_retention
 
 SERVED_RULES = ("sgd", "momentum", "muon")
 """Those whose step is made of the sums Σ_t η_t δ_t x_tᵀ; dgd's takes a solve of each chunk."""
@@ -202,7 +203,16 @@ def _unserved(x: torch.Tensor, levels: Sequence[ContinuumLevel], flows: bool) ->
 def _tensors(levels: Sequence[ContinuumLevel], state: ContinuumState | None) -> Iterator[torch.Tensor]:
     """All tensors that a gradient may flow into."""
     for level in levels:
-        parts = (level.norm, level.up, level.down, level.gate, level.rate, level.key, level.value)
+        parts = (
+            level.norm,
+            level.up,
+            level.down,
+            level.gate,
+            level.rate,
+            level.key,
+            level.value,
+            level.retention,
+        )
         yield from (part for part in parts if isinstance(part, torch.Tensor))
     for before in state or ():
         yield from (part for part in before or () if part is not None)
@@ -268,6 +278,7 @@ def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor, rates_of_tok
         check_tensor(f"{name}.rate", level.rate, shape, like=x)
         if x.device.type == "cpu":  # reading it on an accelerator would wait for the device
             check_range(f"{name}.rate", level.rate, 0.0, math.inf, closed_high=False)
+    check_retention(f"{name}.retention", level.retention, x)
     _check_bool(f"{name}.restore_norms", level.restore_norms)
     _check_non_negative(f"{name}.momentum_decay", level.momentum_decay)
     if level.momentum_decay >= 1:

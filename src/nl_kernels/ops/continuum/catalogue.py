@@ -27,7 +27,7 @@ def _updates() -> Iterator[CatalogueEntry]:
     ):
         shapes = [(8, hidden, width), (8, width, hidden), (8, hidden, width)]
         weights = [unallocated(*shape) for shape in shapes]
-        started = "momentum norms sources where bfloat16"
+        started = "momentum norms sources where retention bfloat16"
         for options in ("plain", "momentum norms bfloat16", "momentum norms float16", started):
             dtype = {"plain": None}.get(options, getattr(torch, options.split()[-1], None))
             full = options != "plain"
@@ -40,6 +40,8 @@ def _updates() -> Iterator[CatalogueEntry]:
                 [unallocated(*shape, dtype=dtype) for shape in shapes] if full else None,
                 [unallocated(*shape[1:], dtype=dtype) for shape in shapes] if options == started else None,
                 [unallocated(8, dtype=torch.bool) for _ in shapes] if options == started else None,
+                [unallocated(*shape[1:]) for shape in shapes] if options == started else None,
+                [unallocated() for _ in shapes] if options == started else None,
             )
             for call in calls:
                 yield CatalogueEntry("continuum", f"{options} {words}", call)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from nl_kernels.ops.continuum.state import ContinuumLevel, state_dtype
-from nl_kernels.ops.continuum.update import evened_out, with_row_norms
+from nl_kernels.ops.continuum.update import evened_out, pulled_back, with_row_norms
 
 
 class Weights(NamedTuple):
@@ -210,14 +210,17 @@ def learn(
         signals[name] = (signal, _bounding(signal, level.error_bound), keyed)
     new, after = {"gate": None}, {"gate": None}
     for name, (signal, scale, along) in signals.items():
+        weight = getattr(weights, name)
         new[name], after[name] = rule.step(
-            getattr(weights, name),
+            weight,
             getattr(momenta, name),
             signal,
             scale,
             getattr(served.outputs, name),
             along,
         )
+        if weight.ndim == 3 and not level.retains_all:  # of all sequences: the level's own, not moved yet
+            new[name] = pulled_back(new[name], weight, getattr(level, name), level.retention)
         if norms is not None:
             new[name] = with_row_norms(new[name], getattr(norms, name))
     return Weights(**new), Weights(**after)

@@ -84,10 +84,15 @@ class Step(NamedTuple):
     copies: list[torch.Tensor] | None
     sources: list[torch.Tensor] | None
     where: list[torch.Tensor] | None
+    initial: list[torch.Tensor] | None
+    retention: list[torch.Tensor] | None
     decay: float
     evened: bool  # muon: what the step's direction is made of is the momentum, not what it subtracts
     reset: torch.Tensor | None  # [B]: sequences that go back to their start afterwards
     start: list[torch.Tensor]
+
+
+_PARTS = Step._fields.index("decay")  # a list each, of tensors for each matrix
 
 
 def take(steps: Sequence[Step], impl: str) -> None:
@@ -98,11 +103,13 @@ def take(steps: Sequence[Step], impl: str) -> None:
     if any(step.sources is not None for step in steps):
         steps = [s if s.sources is not None else s._replace(sources=s.weights) for s in steps]
     for step in steps:
-        options = (step.decay, *(part is None for part in step[:7]))
+        options = (step.decay, *(part is None for part in step[:_PARTS]))
         groups.setdefault(options, []).append(step)
     update = registration.implementation("update_in_place", impl)
     for (decay, *_), group in groups.items():
-        parts = [None if p[0] is None else [t for each in p for t in each] for p in list(zip(*group))[:7]]
+        parts = [
+            None if p[0] is None else [t for each in p for t in each] for p in list(zip(*group))[:_PARTS]
+        ]
         weights, gradients, momenta, *rest = parts
         update(weights, gradients, momenta, decay, *rest)
     for step in resets:
@@ -157,6 +164,11 @@ class LevelPass:
         self.momenta: Weights | None = None
         self.copies: Weights | None = None
         self.norms = row_norms(level)
+        self.retention = None
+        if not level.retains_all:
+            self.retention = torch.as_tensor(
+                level.retention, dtype=state_dtype(call.dtype), device=self.value.device
+            ).detach()
         self.owner: Owner = False
         self.outputs: list[torch.Tensor] = []
         self.made: list[Made] = []
@@ -229,6 +241,8 @@ class LevelPass:
             _present(self.copies) if copied else None,
             _present(old or self.source) if fresh else None,
             None if full is None else [full] * sum(given),
+            None if self.retention is None else _present(self.start),
+            None if self.retention is None else [self.retention] * sum(given),
             level.momentum_decay if self.momenta is not None else 0.0,
             level.rule == "muon",
             None if reset is False else reset,

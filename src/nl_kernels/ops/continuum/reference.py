@@ -111,6 +111,8 @@ def update_in_place(
     copies: Sequence[torch.Tensor] | None,
     sources: Sequence[torch.Tensor] | None,
     where: Sequence[torch.Tensor] | None,
+    initial: Sequence[torch.Tensor] | None,
+    retention: Sequence[torch.Tensor] | None,
 ) -> None:
     """See :func:`nl_kernels.continuum_update_`: in fp64, row by row."""
     for i, (weight, gradient) in enumerate(zip(weights, gradients)):
@@ -124,6 +126,9 @@ def update_in_place(
                     step = decay * momenta[i][row].double() + step
                     momenta[i][row] = step
                 new = new - step
+                if initial is not None:
+                    pulled = old[row] - initial[i].expand_as(weight)[row].double()
+                    new = new - (1 - retention[i].double()) * pulled
                 length = new.norm()
                 if wanted is not None and length > 0:
                     new = new * (wanted[row].double() / length)
@@ -290,6 +295,7 @@ def _step(
         else:
             m = level.momentum_decay * m + total
             new = w - (m if level.rule == "momentum" else _evened_out(m))
+        new = new - (1 - level.retention) * (w - start.to(w.dtype))
         if level.restore_norms:
             lengths = start.to(new.dtype).norm(dim=1, keepdim=True)
             new = (

@@ -24,7 +24,8 @@ _MODULES = {
 torch.library.define(
     _UPDATE,
     "(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[]? momenta, float decay, Tensor[]? norms, "
-    "Tensor(c!)[]? copies, Tensor[]? sources, Tensor[]? where, str impl) -> ()",
+    "Tensor(c!)[]? copies, Tensor[]? sources, Tensor[]? where, Tensor[]? initial, Tensor[]? retention, "
+    "str impl) -> ()",
 )
 torch.library.define(_MLP, "(Tensor x, Tensor up, Tensor down, Tensor? gate, str impl) -> Tensor")
 torch.library.define(
@@ -48,13 +49,18 @@ def update_in_place(
     copies: Sequence[torch.Tensor] | None,
     sources: Sequence[torch.Tensor] | None,
     where: Sequence[torch.Tensor] | None,
+    initial: Sequence[torch.Tensor] | None,
+    retention: Sequence[torch.Tensor] | None,
     impl: str,
 ) -> None:
     """The operator behind :func:`nl_kernels.continuum_update_`."""
     torch.ops.nl_kernels.continuum_update_(
         *(None if part is None else list(part) for part in (weights, gradients, momenta)),
         decay,
-        *(None if part is None else list(part) for part in (norms, copies, sources, where)),
+        *(
+            None if part is None else list(part)
+            for part in (norms, copies, sources, where, initial, retention)
+        ),
         impl,
     )
 
@@ -109,15 +115,15 @@ class _Mlp(torch.autograd.Function):
 
 
 @torch.library.impl(_UPDATE, "CompositeExplicitAutograd")
-def _(weights, gradients, momenta, decay, norms, copies, sources, where, impl):
+def _(weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention, impl):
     with torch.no_grad():
         implementation("update_in_place", impl)(
-            weights, gradients, momenta, decay, norms, copies, sources, where
+            weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention
         )
 
 
 @torch.library.register_fake(_UPDATE)
-def _(weights, gradients, momenta, decay, norms, copies, sources, where, impl):
+def _(weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention, impl):
     return None
 
 

@@ -34,6 +34,9 @@ class ContinuumLevel:
             still take the next faster level of the nested variant back to its start. May need a gradient.
         key: [D, D], makes the keys ``n(key n(x))`` (this ``n`` without a weight: unit root mean square).
             None: the keys are what the block reads, ``n(x)``, so that what it read serves its step too.
+        retention: α in [0, 1], a number or a tensor []: each step also takes ``(1 − α) (W − W_0)`` off the
+            weights, W_0 the level's own. Below 1 they stay near what they were trained for, however long a
+            sequence is. 1: nothing pulls them back. May need a gradient.
         value: [D, D], makes the targets ``value n(x)``. Needed unless the level never steps.
         rule: ``"sgd"``, ``"dgd"`` (delta gradient descent, in its exact mini-batch form), ``"momentum"`` or
             ``"muon"``; see :func:`nl_kernels.continuum_update`.
@@ -54,8 +57,14 @@ class ContinuumLevel:
     value: torch.Tensor | None = None
     rule: str = "sgd"
     momentum_decay: float = 0.9
+    retention: torch.Tensor | float = 1.0
     restore_norms: bool = False
     error_bound: float | None = 1.0
+
+    @property
+    def retains_all(self) -> bool:
+        """Whether nothing pulls the weights back to the level's own."""
+        return not isinstance(self.retention, torch.Tensor) and self.retention == 1
 
     @property
     def steps(self) -> bool:

@@ -1,4 +1,4 @@
-"""The steps of several weights in one pass over memory: momentum, weight, row norms, working copy.
+"""The steps of several weights in one pass over memory: momentum, weight, retention, row norms, working copy.
 
 A program has whole rows of one matrix, so that their norms are known before anything is written. Widths are
 compile-time constants: a launch is specialised for the matrices of its levels.
@@ -26,10 +26,13 @@ def _update_rows(
     copies,
     sources,
     where,
+    initial,
+    retention,
     block,
     rows,
     norm_rows,
     source_rows,
+    initial_rows,
     sequence_rows,
     decay,
     I: tl.constexpr,
@@ -59,6 +62,10 @@ def _update_rows(
     else:
         old = tl.load(weights[I] + at, mask=inside, other=0.0)
     new = old - step
+    if initial is not None:
+        own = (row % initial_rows).to(tl.int64)[:, None] * COLUMNS + column[None, :]
+        moved = old - tl.load(initial[I] + own, mask=inside, other=0.0).to(tl.float32)
+        new -= (1 - tl.load(retention[I])) * moved
     if norms is not None:
         wanted = tl.load(norms[I] + row % norm_rows, mask=row < rows, other=0.0)
         length = tl.sqrt(tl.sum(new * new, 1))
@@ -80,9 +87,12 @@ def update_kernel(
     copies,
     sources,
     where,
+    initial,
+    retention,
     rows,
     norm_rows,
     source_rows,
+    initial_rows,
     sequence_rows,
     decay,
     COUNT: tl.constexpr,
@@ -107,10 +117,13 @@ def update_kernel(
                 copies,
                 sources,
                 where,
+                initial,
+                retention,
                 program - first,
                 rows[i],
                 norm_rows[i],
                 source_rows[i],
+                initial_rows[i],
                 sequence_rows[i],
                 decay,
                 i,
@@ -130,6 +143,8 @@ def plan_update(
     copies: Sequence[torch.Tensor] | None,
     sources: Sequence[torch.Tensor] | None = None,
     where: Sequence[torch.Tensor] | None = None,
+    initial: Sequence[torch.Tensor] | None = None,
+    retention: Sequence[torch.Tensor] | None = None,
 ) -> list[KernelCall]:
     """The calls that step all matrices [.., out, in], all contiguous; runs nothing."""
     calls = []
@@ -139,11 +154,13 @@ def plan_update(
         rows = tuple(w.numel() // w.shape[-1] for w in part)
         tiles = [launch.update_tile(w.shape[-1]) for w in part]
         sequence_rows = tuple(w.shape[-2] for w in part)
-        norm_rows = source_rows = sequence_rows
+        norm_rows = source_rows = initial_rows = sequence_rows
         if norms is not None:
             norm_rows = tuple(n.numel() for n in norms[start:stop])
         if sources is not None:
             source_rows = tuple(s.numel() // s.shape[-1] for s in sources[start:stop])
+        if initial is not None:
+            initial_rows = tuple(w.numel() // w.shape[-1] for w in initial[start:stop])
         calls.append(
             KernelCall(
                 update_kernel,
@@ -156,9 +173,12 @@ def plan_update(
                     "copies": None if copies is None else tuple(copies[start:stop]),
                     "sources": None if sources is None else tuple(sources[start:stop]),
                     "where": None if where is None else tuple(m.view(torch.uint8) for m in where[start:stop]),
+                    "initial": None if initial is None else tuple(initial[start:stop]),
+                    "retention": None if retention is None else tuple(retention[start:stop]),
                     "rows": rows,
                     "norm_rows": norm_rows,
                     "source_rows": source_rows,
+                    "initial_rows": initial_rows,
                     "sequence_rows": sequence_rows,
                     "decay": float(decay),
                 },
@@ -184,7 +204,9 @@ def update_in_place(
     copies: Sequence[torch.Tensor] | None,
     sources: Sequence[torch.Tensor] | None = None,
     where: Sequence[torch.Tensor] | None = None,
+    initial: Sequence[torch.Tensor] | None = None,
+    retention: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """See :func:`nl_kernels.continuum_update_`."""
-    calls = plan_update(weights, gradients, momenta, decay, norms, copies, sources, where)
+    calls = plan_update(weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention)
     run_calls(calls, weights[0].device)

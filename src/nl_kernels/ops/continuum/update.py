@@ -21,6 +21,8 @@ def continuum_update(
     rates: torch.Tensor | None = None,
     momentum: torch.Tensor | None = None,
     momentum_decay: float = 0.9,
+    initial: torch.Tensor | None = None,
+    retention: float | torch.Tensor = 1.0,
     norms: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight of a linear layer after one step on a chunk (Nested Learning, arXiv 2512.24695, Eq. 71).
@@ -32,6 +34,7 @@ def continuum_update(
         momentum   M ← decay·M + G,  W − M
         muon       M ← decay·M + G,  W − (‖M‖_F / ‖O‖_F) O  with O = newton_schulz(M)
 
+    With ``retention`` α < 1, ``(1 − α) (W − W_0)`` is taken off as well: a part of how far the weight moved.
     Muon's step evens out M's singular values and keeps its Frobenius norm, so it has M's root mean square:
     it follows the rates as the other rules' steps do, and a rank-one M is stepped by as it is.
     Differentiable in every tensor; muon's step once.
@@ -45,6 +48,8 @@ def continuum_update(
         inputs, rates: of dgd: x_t [.., N, in] and η_t [.., N], ≥ 0, which take the smaller of the two solves.
         momentum: M [.., out, in] of ``momentum`` and ``muon`` from the step before; None: zero.
         momentum_decay: in [0, 1).
+        initial: W_0 [.., out, in], of a dtype and shape that go with the weight's; needed below retention 1.
+        retention: α in [0, 1], a number or a tensor of one.
         norms: [out] or [.., out], the Euclidean norm that each row gets back after the step (LaCT,
             arXiv 2505.23884); rows of zeros stay. None: rows are as the step leaves them.
 
@@ -55,13 +60,15 @@ def continuum_update(
         TypeError: an argument that is no tensor, or of another dtype than ``weight``.
         ValueError: another shape, device or value than said, or an argument that the rule does not take.
     """
-    _check(weight, gradient, rule, gram, inputs, rates, momentum, momentum_decay, norms)
+    _check(weight, gradient, rule, gram, inputs, rates, momentum, momentum_decay, initial, retention, norms)
     if rule in RULES_WITH_MOMENTUM:
         momentum = gradient if momentum is None else torch.add(gradient, momentum, alpha=momentum_decay)
     step = momentum if rule == "momentum" else evened_out(momentum) if rule == "muon" else gradient
     new = weight - step
     if rule == "dgd":
         new = _erased(new, gram, inputs, rates)
+    if isinstance(retention, torch.Tensor) or retention < 1:
+        new = pulled_back(new, weight, initial, retention)
     return new if norms is None else with_row_norms(new, norms), momentum
 
 
@@ -74,6 +81,8 @@ def update_in_place(
     copies: Sequence[torch.Tensor] | None,
     sources: Sequence[torch.Tensor] | None,
     where: Sequence[torch.Tensor] | None,
+    initial: Sequence[torch.Tensor] | None,
+    retention: Sequence[torch.Tensor] | None,
 ) -> None:
     """The eager implementation of :func:`nl_kernels.continuum_update_`."""
     for i, (weight, step) in enumerate(zip(weights, gradients)):
@@ -82,14 +91,23 @@ def update_in_place(
         if momenta is not None:
             after = momenta[i] * decay + step
             step = momenta[i].copy_(after if taken is None else torch.where(taken, after, momenta[i]))
-        if taken is None and norms is None:
+        if taken is None and norms is None and initial is None:
             torch.sub(old, step, out=weight)
         else:
             new = old - step
+            if initial is not None:
+                new = pulled_back(new, old, initial[i], retention[i])
             new = new if norms is None else with_row_norms(new, norms[i])
             weight.copy_(new if taken is None else torch.where(taken, new, old))
         if copies is not None:
             copies[i].copy_(weight)
+
+
+def pulled_back(
+    new: torch.Tensor, weight: torch.Tensor, initial: torch.Tensor, retention: float | torch.Tensor
+) -> torch.Tensor:
+    """What a step made of ``weight``, less the part of ``weight − initial`` that it does not retain."""
+    return new - (1 - retention) * (weight - initial.to(weight.dtype))
 
 
 def evened_out(momentum: torch.Tensor, impl: str | None = None) -> torch.Tensor:
@@ -121,7 +139,9 @@ def _erased(
     return torch.linalg.solve(eye + gram, weight, left=False)
 
 
-def _check(weight, gradient, rule, gram, inputs, rates, momentum, momentum_decay, norms) -> None:
+def _check(
+    weight, gradient, rule, gram, inputs, rates, momentum, momentum_decay, initial, retention, norms
+) -> None:
     check_choice("rule", rule, RULES)
     _check_matrix("gradient", gradient)
     _check_matrix("weight", weight)
@@ -154,8 +174,36 @@ def _check(weight, gradient, rule, gram, inputs, rates, momentum, momentum_decay
         _check_like("momentum", momentum, gradient.shape, weight)
     if not 0 <= momentum_decay < 1:
         raise ValueError(f"momentum_decay: expected a number in [0, 1), got {momentum_decay!r}")
+    check_retention("retention", retention, weight)
+    if initial is not None:
+        shape = getattr(initial, "shape", weight.shape)
+        if not _broadcasts(shape, gradient.shape) or shape[-2:] != weight.shape[-2:]:
+            raise ValueError(
+                f"initial: expected a shape that goes with {tuple(gradient.shape)}, got {tuple(shape)}"
+            )
+        check_tensor("initial", initial, shape, like=weight)
+    elif isinstance(retention, torch.Tensor) or retention < 1:
+        raise ValueError(
+            "initial: a retention below 1 needs the weights that the step pulls back to, got None"
+        )
     if norms is not None:
         _check_like("norms", norms, (out,) if getattr(norms, "ndim", 0) == 1 else (*leading, out), weight)
+
+
+def check_retention(name: str, value: object, like: torch.Tensor) -> None:
+    """A number in [0, 1], or a tensor of one.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if isinstance(value, torch.Tensor):
+        check_tensor(name, value, value.shape if value.numel() == 1 else (), like=like)
+        if value.device.type == "cpu":  # reading it on an accelerator would wait for the device
+            check_range(name, value, 0.0, 1.0)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number or a tensor of one, got {type(value).__name__}")
+    elif not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
 
 
 def _check_matrix(name: str, value: object) -> None:

@@ -9,6 +9,7 @@ import torch
 from nl_kernels.checks import FLOAT_DTYPES, check_tensor
 from nl_kernels.dispatch import choose_implementation
 from nl_kernels.ops.continuum import launch, registration
+from nl_kernels.ops.continuum.update import check_retention
 
 AVAILABLE = ("triton", "eager", "reference")
 _Tensors = Sequence[torch.Tensor]
@@ -24,6 +25,8 @@ def continuum_update_(
     copies: _Tensors | None = None,
     sources: _Tensors | None = None,
     where: _Tensors | None = None,
+    initial: _Tensors | None = None,
+    retention: _Tensors | None = None,
     impl: str | None = None,
 ) -> None:
     """:func:`nl_kernels.continuum_update` by ``sgd``, or with ``momenta`` by ``momentum``, in place.
@@ -42,6 +45,9 @@ def continuum_update_(
             ``weights`` hold, which are then only written.
         where: of each weight, bool [..]: the sequences that step. The others keep momentum and weight (of
             ``sources``, where given); their copies are filled all the same.
+        initial: of each weight W_0, [out, in] or in its shape, of any dtype; together with
+        retention: of each weight α in [0, 1], a tensor of one number in the weights' dtype: the step takes
+            ``(1 − α) (W − W_0)`` away, too. None: nothing.
         impl: ``"triton"`` (fp32, rows of at most 16,384), ``"eager"``, ``"reference"`` or None: by device.
 
     Raises:
@@ -49,7 +55,7 @@ def continuum_update_(
         NotImplementedError: ``impl="triton"`` with fp64 or longer rows.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
-    _check(weights, gradients, momenta, momentum_decay, norms, copies, sources, where)
+    _check(weights, gradients, momenta, momentum_decay, norms, copies, sources, where, initial, retention)
     if not weights:
         return
     refused = _unserved(weights)
@@ -59,11 +65,12 @@ def continuum_update_(
         if refused is not None:
             raise NotImplementedError(refused)
         gradients = [g.contiguous() for g in gradients]
-        norms, sources, where = (
-            None if part is None else [x.contiguous() for x in part] for part in (norms, sources, where)
+        norms, sources, where, initial = (
+            None if part is None else [x.contiguous() for x in part]
+            for part in (norms, sources, where, initial)
         )
     registration.update_in_place(
-        weights, gradients, momenta, momentum_decay, norms, copies, sources, where, chosen
+        weights, gradients, momenta, momentum_decay, norms, copies, sources, where, initial, retention, chosen
     )
 
 
@@ -80,7 +87,9 @@ def _unserved(weights: _Tensors) -> str | None:
     return None
 
 
-def _check(weights, gradients, momenta, momentum_decay, norms, copies, sources, where) -> None:
+def _check(
+    weights, gradients, momenta, momentum_decay, norms, copies, sources, where, initial, retention
+) -> None:
     parts = {
         "weights": weights,
         "gradients": gradients,
@@ -89,6 +98,8 @@ def _check(weights, gradients, momenta, momentum_decay, norms, copies, sources, 
         "copies": copies,
         "sources": sources,
         "where": where,
+        "initial": initial,
+        "retention": retention,
     }
     parts = {name: part for name, part in parts.items() if part is not None}
     for name, part in parts.items():
@@ -96,6 +107,8 @@ def _check(weights, gradients, momenta, momentum_decay, norms, copies, sources, 
             raise TypeError(f"{name}: expected a sequence of tensors, got {type(part).__name__}")
         if len(part) != len(weights):
             raise ValueError(f"{name}: expected one for each of {len(weights)} weights, got {len(part)}")
+    if (initial is None) != (retention is None):
+        raise ValueError("retention: expected together with initial, the weights that it pulls back to")
     for i, weight in enumerate(weights):
         _check_weight(f"weights[{i}]", weight, weights[0])
         for name, part in parts.items():
@@ -123,15 +136,22 @@ def _check_weight(name: str, weight: object, first: torch.Tensor) -> None:
 
 def _check_part(name: str, kind: str, value: object, weight: torch.Tensor) -> None:
     shape = weight.shape
+    if kind == "retention":
+        check_retention(name, value, weight)
+        if value.dtype != weight.dtype:
+            raise TypeError(f"{name}: expected {weight.dtype}, the weight's, got {value.dtype}")
+        return
     if kind == "where":
         _check_where(name, value, weight)
         return
     if kind == "norms":
         shape = shape[-2:-1] if getattr(value, "ndim", 0) == 1 else shape[:-1]
-    if kind == "sources" and getattr(value, "ndim", 0) == 2:
+    if kind in ("sources", "initial") and getattr(value, "ndim", 0) == 2:
         shape = shape[-2:]
     check_tensor(name, value, shape, like=weight)
-    accepted = {"copies": FLOAT_DTYPES[:3], "sources": FLOAT_DTYPES}.get(kind, (weight.dtype,))
+    accepted = {"copies": FLOAT_DTYPES[:3], "sources": FLOAT_DTYPES, "initial": FLOAT_DTYPES}.get(
+        kind, (weight.dtype,)
+    )
     if value.dtype not in accepted:
         raise TypeError(f"{name}: expected one of {[str(d) for d in accepted]}, got {value.dtype}")
     if kind in ("weights", "momenta", "copies") and not value.is_contiguous():

@@ -27,13 +27,13 @@ def test_updates(architecture):
         compiled = compile_call(entry.call, architecture)
         found = resources_of(compiled)
         assert found.spill_bytes <= 8, entry.variant
-        assert found.registers <= 96, entry.variant
+        assert found.registers <= 104, entry.variant
         assert found.shared_bytes <= TARGETS[architecture].shared_memory, entry.variant
         if architecture.startswith("sm") and "341" not in entry.variant:
             text = compiled.asm["ptx"]
             scalar = text.count("ld.global.b32") - text.count("ld.global.v4.b32")
             assert text.count("ld.global.v4") >= 16, entry.variant
-            assert scalar <= 3, entry.variant  # the norms: one a row
+            assert scalar <= 4, entry.variant  # the norms, one a row; the retention
 
 
 @pytest.mark.parametrize("part", ["hidden", "out", "signal", "up", "input"])

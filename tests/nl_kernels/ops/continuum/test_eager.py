@@ -226,7 +226,7 @@ def test_a_level_that_never_steps_is_the_plain_block_bit_for_bit(still, gated, d
         level = make_level(seed, gated=gated, hidden=33)
         return dataclasses.replace(
             level,
-            **{n: getattr(level, n).to(dtype) for n in TENSORS[:-1] if getattr(level, n) is not None},
+            **{n: getattr(level, n).to(dtype) for n in TENSORS[:-2] if getattr(level, n) is not None},
             **still,
         )
 

@@ -20,6 +20,7 @@ def call(
     copies,
     where=False,
     sources=False,
+    retention=False,
     dtype=torch.float64,
     copy_dtype=torch.float16,
     shapes=SHAPES,
@@ -42,6 +43,12 @@ def call(
         "where": [torch.arange(w[..., 0, 0].numel()).view(w.shape[:-2]) % 2 == 0 for w in weights]
         if where
         else None,
+        "initial": [random(*s[(i + 1) % 2 and len(s) - 2 :], seed=40 + i) for i, s in enumerate(shapes)]
+        if retention
+        else None,
+        "retention": [torch.tensor(0.5 + 0.1 * i, dtype=dtype) for i, _ in enumerate(shapes)]
+        if retention
+        else None,
     }
 
 
@@ -57,6 +64,8 @@ OPTIONS = [
     {"momentum": True, "norms": True, "copies": True, "where": True},
     {"momentum": False, "norms": False, "copies": False, "sources": True},
     {"momentum": True, "norms": True, "copies": True, "sources": True, "where": True},
+    {"momentum": False, "norms": False, "copies": False, "retention": True},
+    {"momentum": True, "norms": True, "copies": True, "sources": True, "where": True, "retention": True},
 ]
 
 
@@ -70,10 +79,13 @@ def test_equals_the_definition(options):
 
 
 def test_is_the_update_that_is_not_in_place():
-    arguments = call(momentum=True, norms=True, copies=False)
+    arguments = call(momentum=True, norms=True, copies=False, retention=True)
+    names = ("weights", "gradients", "momenta", "norms", "initial", "retention")
     expected = [
-        continuum_update(w, g, rule="momentum", momentum=m, momentum_decay=0.8, norms=n)
-        for w, g, m, n in zip(*(arguments[k] for k in ("weights", "gradients", "momenta", "norms")))
+        continuum_update(
+            w, g, rule="momentum", momentum=m, momentum_decay=0.8, norms=n, initial=i, retention=r
+        )
+        for w, g, m, n, i, r in zip(*(arguments[k] for k in names))
     ]
     continuum_update_(**arguments)
     for i, (new, momentum) in enumerate(expected):
@@ -101,7 +113,8 @@ def test_opcheck_and_compile():
     arguments = call(momentum=True, norms=True, copies=True)
     lists = [arguments[k] for k in ("weights", "gradients", "momenta")]
     more = call(momentum=True, norms=True, copies=True, sources=True, where=True)
-    for extra in (None, None), (more["sources"], more["where"]):
+    more |= {k: call(**OPTIONS[-1])[k] for k in ("initial", "retention")}
+    for extra in (None,) * 4, tuple(more[k] for k in ("sources", "where", "initial", "retention")):
         rest = (0.8, arguments["norms"], arguments["copies"], *extra, "eager")
         torch.library.opcheck(torch.ops.nl_kernels.continuum_update_, (*lists, *rest))
     found, expected = (call(momentum=True, norms=True, copies=True) for _ in range(2))
@@ -129,6 +142,19 @@ BAD_CALLS = {
     r"sources\[0\]: expected shape": (ValueError, also(sources=[torch.ones(5)])),
     r"where\[0\]: expected a tensor of torch.bool": (TypeError, also(where=[torch.ones(())])),
     r"where\[0\]: expected shape": (ValueError, also(where=[torch.ones(3, dtype=torch.bool)])),
+    "retention: expected together with initial": (ValueError, also(retention=[torch.tensor(0.5)])),
+    r"initial\[0\]: expected shape": (
+        ValueError,
+        also(initial=[torch.ones(5)], retention=[torch.tensor(0.5)]),
+    ),
+    r"retention\[0\]: expected (values|a number|a value)": (
+        ValueError,
+        also(initial=[torch.ones(3, 5)], retention=[torch.tensor(1.5)]),
+    ),
+    r"retention\[0\]: expected torch.float32": (
+        TypeError,
+        also(initial=[torch.ones(3, 5)], retention=[torch.tensor(0.5).double()]),
+    ),
     "momentum_decay": (ValueError, also(momentum_decay=-0.1)),
     "weights: an update in place": (ValueError, also(weights=[torch.ones(3, 5, requires_grad=True)])),
     "impl": (ValueError, also(impl="cuda")),

@@ -39,11 +39,20 @@ TOLERANCE = {"muon": 1e-8}
 
 
 def levels_of(rule, *, batch=2, length=13, gated=False, key=True, **options):
-    """Periods 2, 4, 8 and a level that never steps."""
+    """Periods 2, 4, 8 and a level that never steps; what a step retains is a tensor, a number, and all."""
+    retention, rate = torch.tensor([0.7, 0.03]).double()
     made = [
-        make_level(1, rule=rule, gated=gated, chunk_size=2, rate=rates(batch, length), error_bound=0.3),
-        make_level(2, rule=rule, gated=not gated, chunk_size=4, rate=0.04, hidden=3),
-        make_level(4, rule=rule, gated=gated, chunk_size=8, rate=torch.tensor(0.03).double(), hidden=8),
+        make_level(
+            1,
+            rule=rule,
+            gated=gated,
+            chunk_size=2,
+            rate=rates(batch, length),
+            error_bound=0.3,
+            retention=retention,
+        ),
+        make_level(2, rule=rule, gated=not gated, chunk_size=4, rate=0.04, hidden=3, retention=0.6),
+        make_level(4, rule=rule, gated=gated, chunk_size=8, rate=rate, hidden=8),
         make_level(3),
     ]
     made = [dataclasses.replace(level, **options) for level in made]
