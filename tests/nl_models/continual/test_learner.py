@@ -22,7 +22,10 @@ RULES = {
     "momentum": StepRule(rule="momentum", rate=0.03, momentum_decay=0.7),
     "muon": StepRule(rule="muon", rate=0.03, momentum_decay=0.7),
     "sgd, norms": StepRule(rate=0.05, restore_norms=True),
-    "muon, norms": StepRule(rule="muon", rate=0.03, restore_norms=True),
+    "muon, norms": StepRule(rule="muon", rate=0.03, restore_norms=True, retention=0.7),
+    "sgd, retention": StepRule(rate=0.05, retention=0.6),
+    "dgd, retention": StepRule(rule="dgd", rate=0.05, retention=0.6),
+    "dgd, anchored, retention": StepRule(rule="dgd", rate=0.05, anchored=True, retention=0.6),
 }
 
 

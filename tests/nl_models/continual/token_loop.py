@@ -101,6 +101,7 @@ def _step(m, rule, weights, initial, sums, grams, momenta):
         eye = torch.eye(new.shape[1], dtype=new.dtype)
         kept = m.of(initial) if rule.anchored else 0.0
         new = kept + (new - kept) @ torch.linalg.inv(eye + rule.rate * grams[m.name])
+    new = new - (1 - rule.retention) * (weight - m.of(initial))
     if rule.restore_norms:
         new = new * (m.of(initial).norm(dim=1) / new.norm(dim=1))[:, None]
     weight.copy_(new)

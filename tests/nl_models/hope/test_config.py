@@ -81,9 +81,23 @@ def test_conversations_saved_before_an_option_existed_still_fit():
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        continuum_levels=[{"hidden_size": 12, "chunk_size": 3}, {"hidden_size": 14}],
+        continuum_levels=[{"hidden_size": 12, "chunk_size": 3, "initial_retention": 1.0}, {"hidden_size": 14}],
     )
     assert config.fingerprint() == "a82e203867fe341d529f67bd6c3a552f55d965b110732fa341b7e2c1e069b08b"
+
+
+def test_models_saved_before_retention_keep_everything(make_config, tmp_path):
+    levels = [{"hidden_size": 12, "chunk_size": 3}, {"hidden_size": 14}]
+    config = make_config(continuum_levels=levels)
+    assert [level.get("initial_retention") for level in config.continuum_levels] == [0.9, None]
+    config.save_pretrained(tmp_path)
+    assert HopeConfig.from_pretrained(tmp_path).continuum_levels == config.continuum_levels
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "continuum_levels": levels}))
+    old = HopeConfig.from_pretrained(tmp_path)
+    assert [level.get("initial_retention") for level in old.continuum_levels] == [1.0, None]
+    assert old.fingerprint() != config.fingerprint()
+    assert make_config(continuum_levels=old.continuum_levels).fingerprint() == old.fingerprint()
 
 
 def test_a_transformer_is_a_config(make_config, tokens):

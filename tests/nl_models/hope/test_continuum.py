@@ -90,7 +90,7 @@ def test_what_can_learn_does(make_model, tokens, detached):
     )
     ids = tokens(2, 26)
     model(ids, labels=ids).loss.backward()
-    still = {"key", "value", "rate_logit"} if detached else set()
+    still = {"key", "value", "rate_logit", "retention_logit"} if detached else set()
     for name, parameter in model.model.layers[0].continuum.named_parameters():
         learns = name.rsplit(".", 1)[-1] not in still
         assert parameter.requires_grad == learns

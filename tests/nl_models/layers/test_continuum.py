@@ -164,15 +164,28 @@ def test_bf16_layers_have_fp32_states_and_finite_gradients(variant, rule, detach
     first = LevelConfig(
         hidden_size=24, chunk_size=4, rule=rule, gated=True, restore_norms=True, key_projection=False
     )
-    levels = [first, LevelConfig(hidden_size=20, chunk_size=8, rule=rule)]
+    levels = [first, LevelConfig(hidden_size=20, chunk_size=12, rule=rule)]
     memory = ContinuumMemory(WIDTH, levels, variant=variant, detach_updates=detach_updates).bfloat16()
-    y, state = memory(tokens(2, 21).bfloat16(), output_state=True)
+    y, state = memory(tokens(2, 37).bfloat16(), output_state=True)
     y.float().square().sum().backward()
     assert y.dtype == torch.bfloat16
     floating = [t for level in state for t in level if t is not None and t.is_floating_point()]
     assert {t.dtype for t in floating} == {torch.float32}
     assert all(p.grad.isfinite().all() and p.grad.any() for p in memory.parameters() if p.requires_grad)
     assert memory(tokens(2, 5).bfloat16(), memory.flush(state))[0].isfinite().all()
+
+
+def test_retention_starts_where_it_should_and_can_be_left_out():
+    first, second = build(initial_retention=0.8).levels
+    torch.testing.assert_close(first.retention(), torch.tensor(0.8))
+    assert not first.definition().retains_all
+    assert second.retention_logit.shape == (1,)
+    for level in build(initial_retention=1.0).levels:
+        assert level.retention_logit is None
+        assert level.definition().retains_all
+    for value in (0.0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="initial_retention: expected more than 0 and at most 1"):
+            LevelConfig(hidden_size=8, initial_retention=value)
 
 
 def test_rates_are_bounded_and_start_where_they_should():
