@@ -81,7 +81,10 @@ def test_conversations_saved_before_an_option_existed_still_fit():
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        continuum_levels=[{"hidden_size": 12, "chunk_size": 3, "initial_retention": 1.0}, {"hidden_size": 14}],
+        continuum_levels=[
+            {"hidden_size": 12, "chunk_size": 3, "initial_retention": 1.0},
+            {"hidden_size": 14},
+        ],
     )
     assert config.fingerprint() == "a82e203867fe341d529f67bd6c3a552f55d965b110732fa341b7e2c1e069b08b"
 

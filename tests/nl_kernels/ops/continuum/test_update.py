@@ -125,6 +125,24 @@ def test_rows_get_their_norms_back(rule):
         torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_not_retained_goes_back_to_the_initial_weight(rule):
+    weight, initial, gradient = (normal(2, 4, 7, seed=s) for s in range(3))
+    options = extra(rule, torch.eye(7).double().expand(2, 7, 7))
+    free, _ = continuum_update(weight, gradient, rule=rule, **options)
+    for retention in (0.3, torch.tensor(0.3, dtype=torch.float64)):
+        for start in (initial, initial[0]):
+            new, _ = continuum_update(
+                weight, gradient, rule=rule, retention=retention, initial=start, **options
+            )
+            torch.testing.assert_close(new, free - 0.7 * (weight - start), rtol=0, atol=1e-12)
+    # nothing left to learn: the distance shrinks by the retention, step by step
+    if rule == "sgd":
+        for _ in range(3):
+            weight, _ = continuum_update(weight, 0 * gradient, rule=rule, retention=0.5, initial=initial)
+        torch.testing.assert_close(weight - initial, (normal(2, 4, 7, seed=0) - initial) / 8)
+
+
 def test_rows_of_zeros_stay():
     weight = normal(3, 4, seed=0)
     new, _ = continuum_update(weight, weight.clone(), rule="sgd", norms=torch.ones(3).double())
@@ -137,15 +155,21 @@ def test_gradients(rule, shape):
     out, width = shape
     weight, signals, inputs, rates = chunk(out, width, tokens=2, batch=())
     norms, before = normal(out, seed=5).abs(), normal(out, width, seed=6)
-    tensors = [x.requires_grad_() for x in (weight, signals, inputs, rates, norms, before)]
+    initial, retention = normal(out, width, seed=7), torch.tensor(0.8).double()
+    tensors = [
+        x.requires_grad_() for x in (weight, signals, inputs, rates, norms, before, initial, retention)
+    ]
 
-    def step(weight, signals, inputs, rates, norms, before):
+    def step(weight, signals, inputs, rates, norms, before, initial, retention):
         options = {"momentum": before} if rule in ("momentum", "muon") else {}
+        options |= {"initial": initial, "retention": retention}
         gradient = gradient_of(signals, inputs, rates)
         if rule == "dgd":
             gram = gradient_of(inputs, inputs, rates)
-            long = continuum_update(weight, gradient, rule=rule, norms=norms, gram=gram)[0]
-            short = continuum_update(weight, gradient, rule=rule, norms=norms, inputs=inputs, rates=rates)[0]
+            long = continuum_update(weight, gradient, rule=rule, norms=norms, gram=gram, **options)[0]
+            short = continuum_update(
+                weight, gradient, rule=rule, norms=norms, inputs=inputs, rates=rates, **options
+            )[0]
             return long + 2 * short
         new, momentum = continuum_update(weight, gradient, rule=rule, norms=norms, **options)
         return new if momentum is None else (new, momentum)
@@ -207,6 +231,12 @@ BAD_CALLS = {
     "momentum: expected shape": (ValueError, also(rule="muon", momentum=torch.ones(3, 4).double())),
     "momentum_decay": (ValueError, also(momentum_decay=1.0)),
     "norms: expected shape": (ValueError, also(norms=torch.ones(2).double())),
+    "initial: a retention below 1 needs": (ValueError, also(retention=0.9)),
+    "initial: expected a shape": (ValueError, also(retention=0.9, initial=torch.ones(4, 3).double())),
+    "retention: expected a number in": (ValueError, also(retention=1.1)),
+    "retention: expected a number or": (TypeError, also(retention="some")),
+    "retention: expected values": (ValueError, also(retention=torch.tensor(-0.1), initial=SQUARE[:, :3])),
+    r"retention: expected shape \(\)": (ValueError, also(retention=RATES, initial=SQUARE[:, :3])),
 }
 
 
