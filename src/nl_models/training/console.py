@@ -80,6 +80,56 @@ class TrainingDisplay:
         )
 
 
+class ReadingDisplay:
+    """Shows how much of the tokens to read has been read.
+
+    Args:
+        console: where to; on a terminal a live bar, else one line per ten seconds; ``None``: nothing.
+        total: tokens.
+        label: in front of the bar or of each line.
+        clock: seconds; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        console: Console | None,
+        *,
+        total: int,
+        label: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console, self._total, self._label, self._clock = console, total, label, clock
+        self._done = 0
+        self._began = self._last_line = clock()
+        self._own = contextlib.nullcontext() if console is None else training_bars(console)
+        self._bars: Progress | None = None
+
+    def __enter__(self) -> ReadingDisplay:
+        self._bars = self._own.__enter__()
+        if self._bars:
+            self._task = self._bars.add_task(self._label, total=self._total, status="")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._own.__exit__(*error)
+
+    def advance(self, tokens: int, *, status: str = "") -> None:
+        """Report that ``tokens`` more have been read."""
+        self._done += tokens
+        now = self._clock()
+        left = (self._total - self._done) * max(now - self._began, 1e-9) / self._done
+        status = f"{status}  {duration(left)} left".strip()
+        if self._bars:
+            self._bars.update(self._task, completed=self._done, status=status)
+        elif self._console is not None and now - self._last_line >= _LINE_EVERY_SECONDS:
+            self._last_line = now
+            self._console.print(
+                f"{self._label}  {self._done:,}/{self._total:,} tokens  {status}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
 @contextlib.contextmanager
 def training_bars(console: Console) -> Iterator[Progress | None]:
     """Live bars on a terminal, for as long as the block lasts; elsewhere ``None``."""
