@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class PositionLosses:
     def buckets(self) -> list[PositionBucket]:
         """0–T, T–2T, 2T–4T, … for windows of T, up to the length."""
         edges = bucket_edges(self.window, self.length)
-        return [self.between(start, stop) for start, stop in zip(edges, edges[1:])]
+        return [self.between(start, stop) for start, stop in itertools.pairwise(edges)]
 
     def between(self, start: int, stop: int) -> PositionBucket:
         """The means over any range of positions."""
@@ -101,7 +102,7 @@ def loss_by_position(
     console: Console | None = None,
     label: str = "position",
 ) -> PositionLosses:
-    """Next-token losses with the state carried, with a fresh state every ``window`` tokens, and without writes.
+    """Next-token losses: state carried, a fresh state every ``window`` tokens, and writes switched off.
 
     The streams are rotations of one text: they start at evenly spaced places of it and go on at its beginning
     where it ends. So hard and easy parts are read at all distances from the start, and a trend over positions

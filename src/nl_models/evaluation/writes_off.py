@@ -47,8 +47,8 @@ def without_writes(model: HopeForCausalLM) -> HopeForCausalLM | None:
     foreign = sorted(tensors.keys() - wanted.keys() - only_written)
     if lacking or foreign:
         raise ValueError(
-            f"model: its parameters are not those of its config (lacks {lacking[:3] or 'nothing'}, has besides "
-            f"{foreign[:3] or 'nothing'}); merge adapters and convert nothing before it is measured"
+            f"model: its parameters are not those of its config (lacks {lacking[:3] or 'nothing'}, has "
+            f"besides {foreign[:3] or 'nothing'}); merge adapters and convert nothing before it is measured"
         )
     silent.load_state_dict({name: tensors[name] for name in wanted}, assign=True)
     return silent.requires_grad_(False).eval()

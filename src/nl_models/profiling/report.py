@@ -16,7 +16,7 @@ from rich.table import Table
 from nl_kernels.version import __version__
 from nl_models.files import write_json
 from nl_models.profiling.measure import Measurement
-from nl_models.training.plots import COLOURS, MARKERS, compact_number, new_figure, save_figure
+from nl_models.training.plots import COLOURS, MARKERS, compact_number, context_label, new_figure, save_figure
 
 FORMAT = "nl-models-profile-1"
 _TITLES = {"prefill": "Prefill", "training": "Training step", "decode": "Decode"}
@@ -136,7 +136,7 @@ def plot_profile(measurements: Sequence[Measurement], path: Path, *, title: str)
             axis.yaxis.set_major_formatter(FuncFormatter(compact_number))
             axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axis.yaxis.set_minor_formatter(NullFormatter())
-            axis.xaxis.set_major_formatter(FuncFormatter(_context_label))
+            axis.xaxis.set_major_formatter(FuncFormatter(context_label))
             _give_room(axis)
     axes[0].legend(frameon=False, fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
@@ -149,15 +149,6 @@ def _give_room(axis) -> None:
     if high / low < 10:
         middle = math.sqrt(low * high)
         axis.set_ylim(middle / math.sqrt(10), middle * math.sqrt(10))
-
-
-def _context_label(value: float, _position: object = None) -> str:
-    """2048 → ``2K`` (binary), 100000 → ``100K``."""
-    whole = round(value)
-    for size, suffix in ((2**20, "M"), (2**10, "K")):
-        if whole >= size and whole % size == 0:
-            return f"{whole // size}{suffix}"
-    return compact_number(value)
 
 
 def _in_order(values) -> list:

@@ -93,6 +93,15 @@ def compact_number(value: float, _position: object = None) -> str:
     return f"{value:.3g}"
 
 
+def context_label(value: float, _position: object = None) -> str:
+    """2048 → ``2K`` (binary), 100000 → ``100K``."""
+    whole = round(value)
+    for size, suffix in ((2**20, "M"), (2**10, "K")):
+        if whole >= size and whole % size == 0:
+            return f"{whole // size}{suffix}"
+    return compact_number(value)
+
+
 def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
     """Mean over the last ``width`` values (fewer at the start)."""
     total = np.cumsum(np.concatenate([[0.0], values]))

@@ -1,5 +1,7 @@
 """Losses by position against plain loops, for every kind of mixer and continuum."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,7 +47,7 @@ def token_by_token(model, stream):
     """Nats of ``stream [S + 1]``, one token at a time from the cache."""
     cache, losses = HopeCache(model.config), []
     with torch.no_grad():
-        for token, following in zip(stream[:-1], stream[1:]):
+        for token, following in itertools.pairwise(stream):
             logits = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True).logits
             losses.append(F.cross_entropy(logits[0], following.view(1)))
     return torch.stack(losses)
@@ -168,8 +170,8 @@ def test_every_module_is_in_its_own_mode_afterwards(make_model, text):
     modes = {name: module.training for name, module in model.named_modules()}
     loss_by_position(model, text, window=WINDOW, streams=1)
     assert {name: module.training for name, module in model.named_modules()} == modes
+    model.lm_head.register_forward_pre_hook(_break)
     with pytest.raises(RuntimeError, match="broken"):
-        model.lm_head.register_forward_pre_hook(_break)
         loss_by_position(model, text, window=WINDOW, streams=1)
     assert {name: module.training for name, module in model.named_modules()} == modes
 
