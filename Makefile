@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help install lock demo test lint bench bench-peers bench-gpu gpu-check aot clean
+.PHONY: help install lock demo test lanes newest lint bench bench-peers bench-gpu gpu-check aot clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,13 @@ test: install  ## run the tests, two at a time (WORKERS=)
 	$(PYTEST) -m "not interpreter and not aot"
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
 	$(PYTEST) -m aot
+
+# Beside the locked versions, which alone decide: what the ranges of setup.py promise. LANES= chooses.
+lanes: install  ## the model tests with the oldest and newest transformers, kernels with Triton 3.6 (LANES=)
+	$(BIN)/python -m tools.lanes --workers $(WORKERS) $(LANES)
+
+newest: install  ## what the newest transformers breaks, if it is not the locked one; a report that never fails
+	$(BIN)/python -m tools.lanes --workers $(WORKERS) --report
 
 lint: install  ## check style and formatting
 	$(BIN)/ruff check .

@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import venv
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tools.environment import LOCK, ROOT, InstallError, make
+
 ENVIRONMENT = ROOT / ".venv-peers"
 TORCH = "torch==2.13.0"
 PACKAGES = (
@@ -25,24 +24,13 @@ PACKAGES = (
     "fla-core==0.6.0",
     "triton==3.7.1",
 )
-
-
-def make(folder: Path = ENVIRONMENT) -> Path:
-    """Create the environment unless it is complete; returns its Python."""
-    python = folder / "bin" / "python"
-    stamp = folder / ".installed"
-    wanted = "\n".join((TORCH, *PACKAGES))
-    if stamp.exists() and stamp.read_text() == wanted and python.exists():
-        return python
-    print(f"making {folder} (once; torch and the peers, a few hundred megabytes)", flush=True)
-    venv.create(folder, with_pip=True, clear=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet"]
+STEPS = (
+    ("--constraint", str(LOCK), "pip", "setuptools"),
     # torch first and alone: a resolver that may choose takes a build for CUDA.
-    subprocess.run([*pip, TORCH], check=True)
-    subprocess.run([*pip, TORCH, *PACKAGES], check=True)
-    subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], check=True)
-    stamp.write_text(wanted)
-    return python
+    (TORCH,),
+    (TORCH, *PACKAGES),
+    ("--no-deps", "--no-build-isolation", "--editable", str(ROOT)),
+)
 
 
 def main() -> int:
@@ -50,7 +38,10 @@ def main() -> int:
     arguments = sys.argv[1:]
     if "--help" in arguments:
         print(__doc__, flush=True)
-    python = sys.executable if "--help" in arguments else make()
+    try:
+        python = sys.executable if "--help" in arguments else make(ENVIRONMENT, STEPS)
+    except InstallError as error:
+        sys.exit(f"error: {error}")
     command = [str(python), "-m", "benchmarks.run", *arguments]
     # From the root, where the package ``benchmarks`` lies.
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}).returncode

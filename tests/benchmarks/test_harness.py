@@ -315,7 +315,7 @@ def test_significant_digits():
 def test_help_makes_no_environment(monkeypatch, capfd):
     from benchmarks import peers_env
 
-    monkeypatch.setattr(peers_env, "make", lambda: pytest.fail("an environment was made"))
+    monkeypatch.setattr(peers_env, "make", lambda *_: pytest.fail("an environment was made"))
     monkeypatch.setattr("sys.argv", ["peers_env", "--help"])
     assert peers_env.main() == 0
     assert "--op" in capfd.readouterr().out
