@@ -26,6 +26,7 @@ from nl_kernels.ops.continuum.state import (
     state_dtype,
 )
 from nl_kernels.ops.continuum.update import check_retention
+from nl_kernels.zero_gradients import with_zero_gradients
 
 SERVED_RULES = ("sgd", "momentum", "muon")
 """Those whose step is made of the sums Σ_t η_t δ_t x_tᵀ; dgd's takes a solve of each chunk."""
@@ -117,6 +118,12 @@ def continuum_memory(
     }
     flows = not detach_updates and needs_gradient(x, level_weights, *_tensors(levels, initial_state))
     chosen = _choose("continuum_memory", impl, x, levels, flows)
+    for level in levels:
+        if level.steps:
+            start = () if initial_state is None else (level.up, level.down, level.gate)
+            numbers = [n for n in (level.rate, level.retention) if isinstance(n, torch.Tensor)]
+            made = () if detach_updates else (level.key, level.value, *numbers)
+            x = with_zero_gradients(x, (*start, *made))
     if chosen == "reference":
         return continuum_memory_reference(x, levels, detach_updates=detach_updates, **options)
     if chosen == "triton":

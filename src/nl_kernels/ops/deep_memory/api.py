@@ -32,6 +32,7 @@ from nl_kernels.ops.deep_memory.eager import deep_memory_eager
 from nl_kernels.ops.deep_memory.reference import deep_memory_reference
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
 from nl_kernels.triton_support.targets import architecture_of
+from nl_kernels.zero_gradients import with_zero_gradients
 
 READS = ("snapshot", "running")
 _DEFAULT_RULE = MemoryRule()
@@ -123,6 +124,10 @@ def deep_memory(
 
     dtype = state_dtype(q, k, v, rate, log_decay, momentum, *weights, *_leaves(initial_state))
     inputs = [None if x is None else x.to(dtype) for x in (q, k, v, rate, log_decay, momentum)]
+    tied = weights if initial_state is not None and not rule.anchored else ()
+    if chosen == "reference":  # its loop leaves out what the last tokens would write
+        tied = [*inputs[1:], *weights]
+    inputs[0] = with_zero_gradients(inputs[0], tied)
     alignment = None
     if cu_seqlens is not None:
         alignment = align_packed(cu_seqlens)

@@ -39,6 +39,7 @@ from nl_kernels.ops.self_modifying.state import (
     stack_memories,
 )
 from nl_kernels.triton_support.targets import architecture_of
+from nl_kernels.zero_gradients import with_zero_gradients
 
 READS = ("snapshot", "running")
 _DEFAULT_RULE = MemoryRule()
@@ -164,6 +165,10 @@ def self_modifying_memory(
 
     inputs = [None if x is None else x.to(dtype) for x in tensors]
     gates = [x.to(dtype) for x in gates]
+    tied = flat_weights if initial_state is not None and not rule.anchored else ()
+    if chosen == "reference":  # its loop leaves out what the last tokens would write
+        tied = [*inputs[1:], *gates, *flat_weights]
+    inputs[0] = with_zero_gradients(inputs[0], tied)
     alignment = None
     if cu_seqlens is not None:
         alignment = align_packed(cu_seqlens)
