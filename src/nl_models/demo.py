@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nl_models.data.prepare import prepare_data
-from nl_models.data.tokenizer import load_tokenizer
+from nl_models.data.tokenizer import Tokenizer
 from nl_models.demo_report import DemoResult, ModelResult, Sample, write_reports
+from nl_models.evaluation.held_out import measure_held_out
 from nl_models.files import write_json
 from nl_models.hope import HopeConfig, HopeForCausalLM
 from nl_models.processes import available_cores
@@ -55,6 +56,8 @@ class DemoSettings:
         evaluations: how often the validation loss is taken in training.
         validation_windows: windows of the validation set.
         sample_tokens: tokens to generate.
+        position_windows: windows of held-out text that are read with one state; less if there is less.
+        position_streams: rotations of that text.
         lengths, decode_after: contexts of the profile, tokens.
         threads: CPU threads of a training. Two are little faster, and many times slower where another process
             wants a core; on a CPU, as many trainings run at once as there are cores for.
@@ -78,6 +81,8 @@ class DemoSettings:
     evaluations: int = 8
     validation_windows: int = 48
     sample_tokens: int = 160
+    position_windows: int = 64
+    position_streams: int = 4
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
     decode_after: tuple[int, ...] = (1, 100, 1_000, 10_000)
     threads: int = 1
@@ -137,7 +142,7 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
     device = choose_device(settings.device)
     torch.set_num_threads(settings.threads)
     hope_run = settings.train_config("hope")
-    console.rule("[bold]1/4 text", align="left")
+    console.rule("[bold]1/5 text", align="left")
     data = prepare_data(hope_run.data_options, output / "data")
     for side in ("train", "validation"):
         about = data.description[side]
@@ -149,7 +154,7 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
         "transformer": attention_baseline(hope, same_blocks=False),
         "hope-attention": attention_baseline(hope),
     }
-    console.rule("[bold]2/4 training", align="left")
+    console.rule("[bold]2/5 training", align="left")
     jobs = []
     for name in MODELS:
         run, sizes = settings.train_config(name), configs[name]
@@ -166,12 +171,26 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
     records = {result.name: read_metrics(output / result.name / "metrics.jsonl") for result in results}
     plot_losses(records, output / "loss.png", title="The same text, tokens and parameter count")
 
-    console.rule("[bold]3/4 generation", align="left")
-    sample = _generate(output / "hope" / "model", settings, device)
+    console.rule("[bold]3/5 generation", align="left")
+    with without_progress_bars():
+        model = HopeForCausalLM.from_pretrained(output / "hope" / "model").to(device).eval()
+    sample = _generate(model, data.tokenizer, settings)
     console.print(sample.prompt, style="bold", end="", highlight=False, markup=False, soft_wrap=True)
     console.print(sample.continuation, highlight=False, markup=False, soft_wrap=True)
 
-    console.rule("[bold]4/4 speed and memory", align="left")
+    console.rule("[bold]4/5 loss by position", align="left")
+    position = measure_held_out(
+        model,
+        data.validation,
+        output,
+        window=settings.sequence_length,
+        length=settings.position_windows * settings.sequence_length,
+        streams=settings.position_streams,
+        console=console,
+        name="hope",
+    )
+
+    console.rule("[bold]5/5 speed and memory", align="left")
     profile_settings = ProfileSettings(
         lengths=settings.lengths,
         decode_after=settings.decode_after,
@@ -193,6 +212,7 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
     result = DemoResult(
         models=tuple(results),
         sample=sample,
+        position=position.to_dict(),
         measurements=tuple(measurements),
         settings=dataclasses.asdict(settings),
         data=data.description,
@@ -305,12 +325,9 @@ def _result(job: Job, parameters: int, seconds: float) -> ModelResult:
     )
 
 
-def _generate(folder: Path, settings: DemoSettings, device: torch.device) -> Sample:
-    """Sample from the saved model, one token at a time from its recurrent state."""
-    with without_progress_bars():
-        model = HopeForCausalLM.from_pretrained(folder).to(device).eval()
-    tokenizer = load_tokenizer(folder)
-    prompt = torch.tensor([tokenizer.encode(PROMPT)], device=device)
+def _generate(model: HopeForCausalLM, tokenizer: Tokenizer, settings: DemoSettings) -> Sample:
+    """Sample from the model, one token at a time from its recurrent state."""
+    prompt = torch.tensor([tokenizer.encode(PROMPT)], device=model.device)
     torch.manual_seed(settings.seed)
     began = time.monotonic()
     with torch.no_grad():
@@ -353,7 +370,11 @@ def _print_summary(console: Console, folder: Path, result: DemoResult) -> None:
     console.print(
         f"\n{duration(result.seconds)} in all. Read {folder / 'report.html'} (or report.md);", highlight=False
     )
-    console.print(f"plots {folder / 'loss.png'}, {folder / 'profile.png'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"plots {folder / 'loss.png'}, {folder / 'position.png'}, {folder / 'profile.png'}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nl_models.evaluation.position import PositionBucket
+from nl_models.evaluation.report import POSITION_HEADER, position_rows
 from nl_models.files import write_bytes
 from nl_models.profiling.measure import Measurement
 from nl_models.training.console import duration
@@ -41,10 +43,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """All that the reports tell. ``at_once`` trainings ran side by side."""
+    """All that the reports tell. ``at_once`` trainings ran side by side.
+
+    ``position`` is Hope's :meth:`~nl_models.evaluation.position.PositionLosses.to_dict`.
+    """
 
     models: tuple[ModelResult, ...]
     sample: Sample
+    position: dict
     measurements: tuple[Measurement, ...]
     settings: dict
     data: dict
@@ -89,7 +95,7 @@ _TITLE = "Hope and softmax attention on real text"
 
 
 def write_reports(folder: Path, result: DemoResult) -> None:
-    """Write ``report.md`` and ``report.html`` next to ``loss.png`` and ``profile.png`` in ``folder``."""
+    """Write ``report.md`` and ``report.html`` into ``folder``, beside the plots that they show."""
     blocks = _content(result, folder)
     write_bytes(folder / "report.md", _markdown(blocks).encode())
     write_bytes(folder / "report.html", _html(blocks, folder).encode())
@@ -101,10 +107,20 @@ def _against(model: ModelResult, other: ModelResult) -> str:
     return f"{abs(difference):.3f} {'below' if difference > 0 else 'above'} ({other.validation_loss:.4f})"
 
 
+def _position_verdict(buckets: Sequence[PositionBucket]) -> str:
+    last = buckets[-1]
+    return (
+        f"From token {last.start:,} to {last.stop:,} Hope's loss with its state carried is "
+        f"{last.carried:.3f} nats per token, {abs(last.difference):.3f} "
+        f"{'above' if last.difference > 0 else 'below'} that with a fresh state every window."
+    )
+
+
 def _content(result: DemoResult, folder: Path) -> list[_Block]:
     by_name = {model.name: model for model in result.models}
     hope = by_name["hope"]
     settings = result.settings
+    buckets = [PositionBucket(**bucket) for bucket in result.position["buckets"]]
     verdict = (
         f"Hope's validation loss is {hope.validation_loss:.4f} nats per token: "
         f"{_against(hope, by_name['transformer'])} a plain transformer's, and "
@@ -162,6 +178,17 @@ def _content(result: DemoResult, folder: Path) -> list[_Block]:
             f"top 40) in {result.sample.seconds:.1f} s, after the prompt in the first two lines:"
         ),
         _Code(result.sample.prompt + result.sample.continuation),
+        _Heading("Reading beyond the training window"),
+        _Image("position.png", "Hope's loss against the number of tokens read before"),
+        _Text(_position_verdict(buckets)),
+        _Rows(POSITION_HEADER, position_rows(buckets)),
+        _Text(
+            f"{len(result.position['starts'])} rotations of {result.position['length']:,} tokens of the "
+            "validation side, nats per token by the number of tokens read before. Carried: one state from "
+            f"the first token on. Fresh: a new state every {result.position['window']:,} tokens, as in "
+            "training. Writes off: the same weights, with a new state as often and all rates at 0, so that "
+            "neither the memories nor the continuum change. Behind ±: the standard error over the rotations."
+        ),
         _Heading("Speed and memory against context length"),
         _Image(
             "profile.png", "Tokens per second and memory of prefill, training step and decode against context"

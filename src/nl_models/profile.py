@@ -14,7 +14,7 @@ from nl_models.profiling.measure import Measurement
 from nl_models.profiling.report import describe_machine, plot_profile, profile_table, save_profile
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.training.baseline import attention_baseline, parameter_count
-from nl_models.training.command_line import fail
+from nl_models.training.command_line import fail, token_count
 from nl_models.training.config import TrainConfig
 from nl_models.training.loop import choose_device
 from nl_models.training.model import hope_config
@@ -67,8 +67,8 @@ def main(
     try:
         settings = ProfileSettings(
             modes=tuple(_split(modes)),
-            lengths=tuple(_number("lengths", text) for text in _split(lengths)),
-            decode_after=tuple(_number("decode_after", text) for text in _split(decode_after)),
+            lengths=tuple(token_count("lengths", text) for text in _split(lengths)),
+            decode_after=tuple(token_count("decode_after", text) for text in _split(decode_after)),
             segment=segment,
             device=str(choose_device(device)),
             precision=_precision(precision),
@@ -138,14 +138,6 @@ def config_arguments(config: HopeConfig) -> dict:
 
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _number(name: str, text: str) -> int:
-    factor = {"K": 2**10, "M": 2**20}.get(text[-1].upper(), 1)
-    digits = text[:-1] if factor > 1 else text
-    if not digits.isdigit() or int(digits) < 1:
-        raise ValueError(f"{name}: expected numbers such as 512 or 16K, got {text!r}")
-    return int(digits) * factor
 
 
 def _precision(text: str) -> str:

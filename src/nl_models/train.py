@@ -12,6 +12,7 @@ from rich.console import Console
 
 from nl_models.data.corpus import check_folder
 from nl_models.data.prepare import prepare_data
+from nl_models.evaluation.held_out import measure_held_out
 from nl_models.training.checkpoint import best_checkpoint
 from nl_models.training.command_line import fail, with_config_options
 from nl_models.training.config import TrainConfig, config_from_dict, read_options
@@ -21,6 +22,7 @@ from nl_models.training.loop import (
     Outcome,
     StopSignal,
     Trainer,
+    autocast,
     choose_device,
     continued_config,
     create_run,
@@ -29,6 +31,8 @@ from nl_models.training.loop import (
 from nl_models.training.metrics import read_metrics
 from nl_models.training.model import build_model, hope_config
 
+_POSITION_WINDOWS = 16
+_POSITION_STREAMS = 8
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 
 
@@ -58,10 +62,20 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
             console.print(
                 f"{folder} is complete: all {config.steps} steps are done", highlight=False, soft_wrap=True
             )
-            return Outcome(start, finished=True)
-        display = TrainingDisplay(console, steps=config.steps, start=start, label=config.model)
-        with StopSignal() as stop:
-            return trainer.run(display, stop)
+            outcome = Outcome(start, finished=True)
+        else:
+            display = TrainingDisplay(console, steps=config.steps, start=start, label=config.model)
+            with StopSignal() as stop:
+                outcome = trainer.run(display, stop)
+        windows = _POSITION_WINDOWS * config.sequence_length
+        length = windows if config.position_length is None else config.position_length
+        if outcome.finished and length and not (folder / "position.json").exists():
+            with autocast(config.precision, trainer.device):
+                measure_held_out(
+                    model, data.validation, folder, window=config.sequence_length, length=length,
+                    streams=_POSITION_STREAMS, console=console, name=config.model,
+                )  # fmt: skip
+        return outcome
 
 
 @with_config_options
@@ -121,19 +135,21 @@ def _print_summary(console: Console, folder: Path, trainer: Trainer, description
 def _print_results(console: Console, folder: Path) -> None:
     last = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"][-1]
     figures = f"{last['bits_per_byte']:.3f} bits per byte, perplexity {last['perplexity']:.2f}"
-    _print_pairs(
-        console,
-        loss=f"{last['loss']:.4f} nats per token on the validation windows, {figures}",
-        model=folder / "model",
-        best=best_checkpoint(folder / "checkpoints"),
-        metrics=f"{folder / 'metrics.jsonl'}, {folder / 'loss.png'}",
-    )
+    results = {
+        "loss": f"{last['loss']:.4f} nats per token on the validation windows, {figures}",
+        "model": folder / "model",
+        "best": best_checkpoint(folder / "checkpoints"),
+        "metrics": f"{folder / 'metrics.jsonl'}, {folder / 'loss.png'}",
+    }
+    if (folder / "position.json").exists():
+        results["position"] = f"{folder / 'position.json'}, {folder / 'position.png'}"
+    _print_pairs(console, **results)
 
 
 def _print_pairs(console: Console, **pairs: object) -> None:
     """Aligned names and values; long values are neither cut nor broken, so that paths can be copied."""
     for name, value in pairs.items():
-        console.print(f"[bold]{name:<8}[/]{value}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{name:<9}[/]{value}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

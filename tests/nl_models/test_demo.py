@@ -49,13 +49,14 @@ def test_the_reports_are_complete_and_the_html_needs_no_other_file(demo):
     output, _ = demo
     page = (output / "report.html").read_text()
     text = (output / "report.md").read_text()
-    for name in ("loss.png", "profile.png"):
+    for name in ("loss.png", "position.png", "profile.png"):
         assert (output / name).stat().st_size > 1000
         assert f"]({name})" in text
         assert name not in page
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     for content in (page, text):
         assert "validation loss" in content
+        assert "carried − fresh" in content
         assert "python -m nl_models.demo" in content
         assert "transformers" in content
 

@@ -15,6 +15,7 @@ from nl_models.files import new_directory, remove_incomplete
 
 _MANIFEST = "manifest.json"
 _FORMAT = "nl-models-data-1"
+_AT_ONCE = 64  # documents to encode
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _build(options: DataOptions, folder: Path) -> None:
         description["vocab_size"] = tokenizer.vocab_size
         for side in ("train", "validation"):
             files: Sequence[Document] = getattr(split, side)
-            tokens = _pack(files, tokenizer)
+            tokens = pack(files, tokenizer)
             np.save(temporary / f"{side}.npy", tokens)
             description[side] = {
                 "files": len(files),
@@ -89,13 +90,20 @@ def _build(options: DataOptions, folder: Path) -> None:
         (temporary / _MANIFEST).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
-def _pack(documents: Sequence[Document], tokenizer: ByteTokenizer | BytePairTokenizer) -> np.ndarray:
-    """All documents after one another, each ended by the separator."""
+def pack(
+    documents: Sequence[Document], tokenizer: ByteTokenizer | BytePairTokenizer, *, enough: int | None = None
+) -> np.ndarray:
+    """All documents after one another, each ended by the separator; no more than it takes for ``enough``."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     separator = np.array([tokenizer.separator_id], dtype=dtype)
-    pieces = []
-    for ids in tokenizer.encode_batch([document.text for document in documents]):
-        pieces += [np.array(ids, dtype=dtype), separator]
+    pieces, count = [], 0
+    for first in range(0, len(documents), _AT_ONCE):
+        if enough is not None and count >= enough:
+            break
+        texts = [document.text for document in documents[first : first + _AT_ONCE]]
+        for ids in tokenizer.encode_batch(texts):
+            pieces += [np.array(ids, dtype=dtype), separator]
+            count += len(ids) + 1
     return np.concatenate(pieces)
 
 

@@ -156,9 +156,9 @@ def generation_by_position(
     """
     check_model(model)
     prompt = check_tokens("prompt", prompt, model.config.vocab_size)
-    for name, value in (("tokens", tokens), ("window", window), ("samples", samples)):
+    for name, value in (("tokens", tokens), ("window", window)):
         check_positive_int(name, value)
-    _check_temperature(temperature)
+    check_sampling(samples, temperature)
     with evaluating(model), ReadingDisplay(console, total=2 * samples * tokens, label=label) as display:
         writer = _Writer(model, prompt[:1].expand(samples, 1), temperature, seed)
         for piece in prompt[1:].split(window):
@@ -201,7 +201,7 @@ def conversation_by_turn(
         TypeError, ValueError: an argument of another kind or size than said; nothing has run.
     """
     check_model(model)
-    for name, value in (("window", window), ("samples", samples), ("reply_tokens", reply_tokens)):
+    for name, value in (("window", window), ("reply_tokens", reply_tokens)):
         check_positive_int(name, value)
     if not turns:
         raise ValueError("turns: expected at least one row of token ids, got none")
@@ -212,7 +212,7 @@ def conversation_by_turn(
             raise ValueError(f"turns[{i}]: expected {low} to {window} (window) token ids, got {len(turn)}")
     if not _N <= reply_tokens <= window:
         raise ValueError(f"reply_tokens: expected {_N} to {window} (window), got {reply_tokens}")
-    _check_temperature(temperature)
+    check_sampling(samples, temperature)
     figures: dict[str, list[torch.Tensor]] = {
         name: [] for name in ("read_carried", "read_fresh", "judge", "distinct")
     }
@@ -269,6 +269,8 @@ def distinct_share(rows: torch.Tensor) -> torch.Tensor:
     return torch.tensor([len(row.unique(dim=0)) / len(row) for row in grams])
 
 
-def _check_temperature(temperature: float) -> None:
+def check_sampling(samples: int, temperature: float) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless texts can be sampled so."""
+    check_positive_int("samples", samples)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a positive number, got {temperature!r}")

@@ -39,7 +39,8 @@ def position_table(losses: PositionLosses, *, title: str = "Loss by position") -
     table = _table(f"{title} (nats per token)", POSITION_HEADER, position_rows(losses.buckets()))
     about = (
         f"carried: one state from the first token on; fresh: a new one every {losses.window:,} tokens; "
-        f"writes off: that, with rates of 0. ±: standard error over {len(losses.starts)} rotations of the text."
+        "writes off: that, with rates of 0. ±: standard error over "
+        f"{len(losses.starts)} rotations of the text."
     )
     table.caption = "\n".join([about, *losses.notes])
     return table

@@ -47,6 +47,19 @@ def fail(message: object) -> typing.NoReturn:
     sys.exit(2)
 
 
+def token_count(name: str, text: str) -> int:
+    """``512`` or ``16K`` as a number of tokens; K and M are 1024 and 1024².
+
+    Raises:
+        ValueError: something else; ``name`` is the option's.
+    """
+    factor = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
+    digits = text[:-1] if factor > 1 else text
+    if not digits.isdigit() or int(digits) < 1:
+        raise ValueError(f"{name}: expected numbers such as 512 or 16K, got {text!r}")
+    return int(digits) * factor
+
+
 def _escaped(message: object) -> str:
     return str(message).replace("[", r"\[")
 

@@ -74,6 +74,12 @@ class TrainConfig:
 
     evaluate_every: int = _option(100, _EVALUATION, "Steps between evaluations (also after the last step).")
     validation_windows: int = _option(64, _EVALUATION, "Windows of the fixed validation set.")
+    position_length: int | None = _option(
+        None,
+        _EVALUATION,
+        "Tokens of held-out text by whose position the loss is measured after the last step; 0: none. "
+        "Default: 16 windows.",
+    )
     checkpoint_every: int = _option(100, _EVALUATION, "Steps between checkpoints (also after the last step).")
     keep_checkpoints: int = _option(2, _EVALUATION, "Newest checkpoints to keep, besides the best.")
 
@@ -89,6 +95,11 @@ class TrainConfig:
         for name in ("evaluate_every", "validation_windows", "checkpoint_every", "keep_checkpoints"):
             _at_least(name, getattr(self, name), 1)
         _at_least("sequence_length", self.sequence_length, 2)
+        if self.position_length is not None and 0 != self.position_length < self.sequence_length:
+            raise ValueError(
+                "position_length: expected 0 (none) or at least "
+                f"sequence_length = {self.sequence_length}, got {self.position_length!r}"
+            )
         for name in ("warmup_steps", "seed", "weight_decay"):
             _at_least(name, getattr(self, name), 0)
         if self.threads is not None:
@@ -133,7 +144,7 @@ class TrainConfig:
 
 
 # What may differ between a run and its continuation, as it does not define the result.
-FREE_ON_RESUME = frozenset({"device", "threads", "checkpoint_every", "keep_checkpoints"})
+FREE_ON_RESUME = frozenset({"device", "threads", "checkpoint_every", "keep_checkpoints", "position_length"})
 
 
 def config_from_dict(values: object, *, source: str) -> TrainConfig:

@@ -8,6 +8,7 @@ A run's folder holds::
     checkpoints/    step-00000100/ …
     loss.png        written every minute and at the end
     model/          at the end: weights, config and tokenizer, for ``HopeForCausalLM.from_pretrained``
+    position.json   by the command, after the end: loss by position, with its plot
 """
 
 from __future__ import annotations
@@ -166,6 +167,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """What a run computes in: bf16 where ``precision`` says so, or is ``"auto"`` on CUDA."""
+    low = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
+
+
 class Trainer:
     """Trains a causal language model in a run's folder.
 
@@ -307,9 +314,7 @@ class Trainer:
         return {"step": self.step, "tokens": self.step * self.config.tokens_per_step}
 
     def _loss(self, rows: torch.Tensor) -> torch.Tensor:
-        precision = self.config.precision
-        low = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
+        with autocast(self.config.precision, self.device):
             return self.model(input_ids=rows, labels=rows, use_cache=False).loss
 
     def _plot(self) -> None:

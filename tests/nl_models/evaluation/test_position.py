@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nl_models import HopeCache, HopeConfig, HopeForCausalLM
+from nl_models import HopeCache
 from nl_models.evaluation.position import bucket_edges, loss_by_position
 from nl_models.evaluation.token_losses import token_losses
 from nl_models.evaluation.writes_off import without_writes
@@ -14,43 +14,22 @@ from nl_models.evaluation.writes_off import without_writes
 WINDOW = 8
 LENGTH = 48
 MEMORIES = ("self_modifying_titans", "titans", "gated_delta_net")
-LEVELS = [{"hidden_size": 12, "chunk_size": 3}, {"hidden_size": 10, "chunk_size": 6}, {"hidden_size": 14}]
 
 
-@pytest.fixture
-def make_model():
-    """A model whose writes matter: all parameters are far from their special initial values."""
-
-    def make(layer_types="self_modifying_titans", **options):
-        torch.manual_seed(0)
-        config = HopeConfig(
-            **{
-                "vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-                "layer_types": layer_types, "memory_chunk_size": 4, "continuum_levels": LEVELS, **options,
-            }
-        )  # fmt: skip
-        model = HopeForCausalLM(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        return model
-
-    return make
-
-
-@pytest.fixture
-def text():
-    return torch.randint(0, 37, (LENGTH,), generator=torch.Generator().manual_seed(1))
-
-
-def token_by_token(model, stream):
-    """Nats of ``stream [S + 1]``, one token at a time from the cache."""
+def token_by_token(model, rows):
+    """Nats ``[B, S]`` of ``rows [B, S + 1]``, one token at a time from the cache."""
     cache, losses = HopeCache(model.config), []
     with torch.no_grad():
-        for token, following in itertools.pairwise(stream):
-            logits = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True).logits
-            losses.append(F.cross_entropy(logits[0], following.view(1)))
-    return torch.stack(losses)
+        for token, following in itertools.pairwise(rows.unbind(1)):
+            logits = model(input_ids=token[:, None], past_key_values=cache, use_cache=True).logits
+            losses.append(F.cross_entropy(logits[:, 0], following, reduction="none"))
+    return torch.stack(losses, dim=1)
+
+
+def by_the_window(model, stream):
+    """The same of ``stream [S + 1]`` with a fresh state for each window."""
+    windows = [stream[i : i + WINDOW + 1] for i in range(0, LENGTH, WINDOW)]
+    return token_by_token(model, torch.stack(windows)).flatten()
 
 
 def rotated(text, start):
@@ -65,11 +44,10 @@ def test_losses_are_those_of_plain_loops(make_model, text, mixer, variant):
     found = loss_by_position(model, text, window=WINDOW, streams=3, piece=5)
     assert found.starts == (0, 16, 32)
     assert found.length == LENGTH
-    for stream, start in enumerate(found.starts):
-        wanted = rotated(text, start)
-        torch.testing.assert_close(found.carried[stream], token_by_token(model, wanted), atol=1e-4, rtol=0)
-        fresh = [token_by_token(model, wanted[i : i + WINDOW + 1]) for i in range(0, LENGTH, WINDOW)]
-        torch.testing.assert_close(found.fresh[stream], torch.cat(fresh), atol=1e-4, rtol=0)
+    streams = torch.stack([rotated(text, start) for start in found.starts])
+    torch.testing.assert_close(found.carried, token_by_token(model, streams), atol=1e-4, rtol=0)
+    for losses, stream in zip(found.fresh, streams):
+        torch.testing.assert_close(losses, by_the_window(model, stream), atol=1e-4, rtol=0)
     assert (found.carried - found.fresh)[:, :WINDOW].abs().max() < 1e-4
     assert (found.carried - found.fresh)[:, WINDOW:].abs().mean() > 1e-2  # state does something here
 
@@ -99,9 +77,8 @@ def test_without_writes_is_a_model_built_with_rates_of_zero(make_model, text, mi
     before = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.get_rng_state()
     silent = without_writes(model)
-    built = make_model(
-        mixer, memory_rate_max=0.0, continuum_levels=[{**level, "max_rate": 0.0} for level in LEVELS]
-    )
+    levels = [{**level, "max_rate": 0.0} for level in model.config.continuum_levels]
+    built = make_model(mixer, memory_rate_max=0.0, continuum_levels=levels)
     values = model.state_dict()
     built.load_state_dict({name: values[name] for name in built.state_dict()})
     with torch.no_grad():
@@ -110,8 +87,8 @@ def test_without_writes_is_a_model_built_with_rates_of_zero(make_model, text, mi
         assert not torch.allclose(model.eval()(text[None]).logits, wanted, atol=1e-2)
     torch.set_rng_state(generator)
     found = loss_by_position(model, text, window=WINDOW, streams=1)
-    off = [token_by_token(built, rotated(text, 0)[i : i + WINDOW + 1]) for i in range(0, LENGTH, WINDOW)]
-    torch.testing.assert_close(found.writes_off[0], torch.cat(off), atol=1e-4, rtol=0)
+    off = by_the_window(built, rotated(text, 0))
+    torch.testing.assert_close(found.writes_off[0], off, atol=1e-4, rtol=0)
     assert torch.equal(torch.get_rng_state(), generator)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -1,0 +1,199 @@
+"""Loss by position of a trained run: ``python -m nl_models.position``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+
+from nl_kernels.checks import check_positive_int
+from nl_models.data.corpus import read_folder
+from nl_models.data.prepare import pack, prepare_data
+from nl_models.data.tokenizer import Tokenizer, load_tokenizer
+from nl_models.evaluation.generation import check_sampling, conversation_by_turn, generation_by_position
+from nl_models.evaluation.position import loss_by_position
+from nl_models.evaluation.report import (
+    conversation_table,
+    generation_table,
+    plot_generation,
+    plot_position,
+    position_table,
+    save_position,
+)
+from nl_models.hope import HopeForCausalLM
+from nl_models.profiling.report import describe_machine
+from nl_models.training.command_line import fail, token_count
+from nl_models.training.config import TrainConfig, load_config
+from nl_models.training.console import without_progress_bars
+from nl_models.training.loop import autocast, choose_device
+
+_WINDOWS = 64  # of the text, unless told otherwise
+_TURN_TOKENS = 32
+_REPLY_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A finished training run."""
+
+    folder: Path
+    config: TrainConfig
+    model: HopeForCausalLM
+    tokenizer: Tokenizer
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished training run.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of UTF-8 text files that the model was not trained on. Without it: the run's own "
+            "held-out files."
+        ),
+    ] = None,
+    length: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens to read; K and M are 1024 and 1024². Without it: 64 windows, or what the text has."
+        ),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens between fresh states. Without it: the run's sequence length.")
+    ] = None,
+    streams: Annotated[int, typer.Option(help="Rotations of the text.")] = 8,
+    generate: Annotated[
+        int, typer.Option(help="Also let it write this many tokens, judged by itself with a fresh state.")
+    ] = 0,
+    turns: Annotated[
+        int, typer.Option(help="Also hold a conversation of this many turns, pieces of the text.")
+    ] = 0,
+    samples: Annotated[int, typer.Option(help="Texts and conversations, side by side.")] = 4,
+    temperature: Annotated[float, typer.Option(help="Of what it writes.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of what it writes.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results. Without it: 'position' in the run's folder.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier results there.")] = False,
+    device: Annotated[
+        str, typer.Option(help="'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
+) -> None:
+    """Measure a trained model's loss by its distance from the start of a text.
+
+    Three losses: one state carried from the first token on; a fresh state every window; the same without
+    writes. Reading on should not make the first worse than the second. Writes position.json and plots.
+    """
+    console = Console()
+    output = run / "position" if output is None else output
+    target = output / "position.json"
+    try:
+        if threads is not None:
+            if threads < 1:
+                raise ValueError(f"threads: expected at least 1, got {threads}")
+            torch.set_num_threads(threads)
+        for name, value in (("generate", generate), ("turns", turns)):
+            if value < 0:
+                raise ValueError(f"{name}: expected at least 0 (none), got {value}")
+        check_sampling(samples, temperature)
+        if target.exists() and not overwrite:
+            raise ValueError(f"{target} exists; choose another --output or add --overwrite")
+        chosen = choose_device(device)
+        opened = _open_run(run, chosen)
+        trained = opened.config.sequence_length
+        window = trained if window is None else window
+        check_positive_int("window", window)
+        tokens, source = _read_text(
+            opened, text, window, None if length is None else token_count("length", length)
+        )
+        spoken = _turns(tokens, turns, window)
+        output.mkdir(parents=True, exist_ok=True)
+        console.print(
+            f"{opened.config.model} of {run}, trained on windows of {trained:,}; {len(tokens):,} tokens of "
+            f"{source}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        reading = {"window": window, "console": console}
+        writing = {**reading, "samples": samples, "temperature": temperature, "seed": seed}
+        files = [target]
+        measured = {}
+        name = opened.config.model
+        with autocast(opened.config.precision, chosen):
+            position = loss_by_position(opened.model, tokens, streams=streams, **reading)
+            measured["position"] = position
+            console.print(position_table(position))
+            files.append(
+                plot_position(position, output / "position.png", title=f"{name}, by position in {source}")
+            )
+            if generate:
+                generation = generation_by_position(opened.model, tokens[:_TURN_TOKENS], generate, **writing)
+                measured["generation"] = generation
+                console.print(generation_table(generation))
+                title = f"What {name} writes, judged by itself with a fresh state"
+                files.append(plot_generation(generation, output / "generation.png", title=title))
+            if turns:
+                measured["conversation"] = conversation_by_turn(
+                    opened.model, spoken, reply_tokens=min(_REPLY_TOKENS, window), **writing
+                )
+                console.print(conversation_table(measured["conversation"]))
+        about = {"run": str(run), "text": source, "machine": describe_machine(str(chosen))}
+        if generate or turns:
+            about |= {"temperature": temperature, "seed": seed}
+        save_position(target, about=about, **measured)
+    except (ValueError, OSError) as error:
+        fail(error)
+    console.print("\n".join(map(str, files)), highlight=False, soft_wrap=True)
+
+
+def _open_run(folder: Path, device: torch.device) -> _Run:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"run: {folder} is not a training run (it has no config.json)")
+    config = load_config(folder / "config.json")
+    if not (folder / "model").is_dir():
+        raise ValueError(
+            f"run: {folder} has no model yet; finish it with "
+            f"python -m nl_models.train --output {folder} --resume"
+        )
+    with without_progress_bars():
+        model = HopeForCausalLM.from_pretrained(folder / "model").to(device)
+    return _Run(folder, config, model, load_tokenizer(folder / "model"))
+
+
+def _read_text(run: _Run, folder: Path | None, window: int, length: int | None) -> tuple[np.ndarray, str]:
+    """The tokens to read, and what they are."""
+    wanted = _WINDOWS * window if length is None else length
+    if folder is None:
+        tokens, source = _held_out(run), "held-out text"
+    else:
+        tokens, source = pack(read_folder(folder), run.tokenizer, enough=wanted), str(folder)
+    if length is not None and len(tokens) < length:
+        raise ValueError(
+            f"length: {source} has {len(tokens):,} tokens, {length:,} are asked for; choose a smaller "
+            "--length or a folder with more --text"
+        )
+    return tokens[:wanted], source
+
+
+def _held_out(run: _Run) -> np.ndarray:
+    # The demo's runs share the data beside them.
+    for folder in (run.folder / "data", run.folder.parent / "data"):
+        if folder.is_dir():
+            return prepare_data(run.config.data_options, folder).validation
+    raise ValueError(f"text: {run.folder} has no data folder; give a folder of text files with --text")
+
+
+def _turns(tokens: np.ndarray, turns: int, window: int) -> list[np.ndarray]:
+    size = min(_TURN_TOKENS, window)
+    if turns * size > len(tokens):
+        raise ValueError(f"turns: the text has {len(tokens) // size:,} turns of {size} tokens, not {turns:,}")
+    return [tokens[i * size : (i + 1) * size] for i in range(turns)]
+
+
+if __name__ == "__main__":
+    typer.run(main)
