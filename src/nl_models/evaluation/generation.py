@@ -254,7 +254,7 @@ class _Writer:
         drawn = []
         for _ in range(tokens):
             logits = self._model(
-                input_ids=self._last, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+                input_ids=self._last, cache=self._cache, use_cache=True, logits_to_keep=1
             ).logits[:, -1]
             shares = (logits.float() / self._temperature).softmax(-1)
             self._last = torch.multinomial(shares, 1, generator=self._generator)

@@ -70,9 +70,7 @@ def token_losses(model: HopeForCausalLM, rows: torch.Tensor, cache: HopeCache | 
         cache: the state before, which is replaced by that after ``rows[:, :-1]``; ``None``: a fresh one.
     """
     rows = rows.to(model.get_input_embeddings().weight.device)
-    hidden = model.model(
-        input_ids=rows[:, :-1], past_key_values=cache, use_cache=cache is not None
-    ).last_hidden_state
+    hidden = model.model(input_ids=rows[:, :-1], cache=cache, use_cache=cache is not None).last_hidden_state
     hidden, targets = hidden.flatten(0, 1), rows[:, 1:].flatten()
     at_once = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
     losses = [

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from nl_models.data import prepare
+from nl_models.data.corpus import Document
 from nl_models.data.prepare import DataOptions, prepare_data
+from nl_models.data.tokenizer import ByteTokenizer
 
 
 @pytest.fixture
@@ -59,7 +61,18 @@ def test_other_options_and_damaged_folders_are_refused_and_left_alone(corpus, tm
 
 
 def test_a_failure_while_preparing_leaves_nothing(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_pack", lambda *_: 1 / 0)
+    monkeypatch.setattr(prepare, "pack", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare_data(DataOptions(corpus=str(corpus), vocab_size=300), tmp_path / "run" / "data")
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_no_more_documents_are_encoded_than_it_takes():
+    documents = [Document(str(i), "abc") for i in range(200)]
+    tokenizer = ByteTokenizer()
+    whole = prepare.pack(documents, tokenizer)
+    assert whole.tolist() == [97, 98, 99, tokenizer.separator_id] * 200
+    some = prepare.pack(documents, tokenizer, enough=300)
+    assert 300 <= len(some) < 800
+    assert (some == whole[: len(some)]).all()
+    assert len(prepare.pack(documents, tokenizer, enough=10_000)) == 800

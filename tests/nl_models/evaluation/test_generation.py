@@ -21,7 +21,7 @@ WINDOW = 8
 def losses(model, row, cache=None):
     """Nats of ``row [S + 1]`` by one forward pass."""
     with torch.no_grad():
-        logits = model(input_ids=row[None, :-1], past_key_values=cache, use_cache=cache is not None).logits[0]
+        logits = model(input_ids=row[None, :-1], cache=cache, use_cache=cache is not None).logits[0]
     return F.cross_entropy(logits, row[1:], reduction="none")
 
 
@@ -33,7 +33,7 @@ def test_it_writes_with_its_state_and_is_judged_with_a_fresh_one(make_model, tex
     last, drawn = text[:11].expand(3, -1), []
     for _ in range(20):
         with torch.no_grad():
-            logits = model(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = model(input_ids=last, cache=cache, use_cache=True).logits[:, -1]
         last = torch.multinomial((logits / 0.7).softmax(-1), 1, generator=generator)
         drawn.append(last)
     assert torch.equal(found.tokens, torch.cat(drawn, 1))
@@ -76,7 +76,7 @@ def test_a_conversation_has_one_state(make_model, text):
         unread = context[:, cache.get_seq_length() :]
         for _ in range(4):
             with torch.no_grad():
-                logits = model(input_ids=unread, past_key_values=cache, use_cache=True).logits[:, -1]
+                logits = model(input_ids=unread, cache=cache, use_cache=True).logits[:, -1]
             unread = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             context = torch.cat([context, unread], 1)
         said = context

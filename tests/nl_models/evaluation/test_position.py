@@ -21,7 +21,7 @@ def token_by_token(model, rows):
     cache, losses = HopeCache(model.config), []
     with torch.no_grad():
         for token, following in itertools.pairwise(rows.unbind(1)):
-            logits = model(input_ids=token[:, None], past_key_values=cache, use_cache=True).logits
+            logits = model(input_ids=token[:, None], cache=cache, use_cache=True).logits
             losses.append(F.cross_entropy(logits[:, 0], following, reduction="none"))
     return torch.stack(losses, dim=1)
 
