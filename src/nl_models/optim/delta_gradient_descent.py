@@ -122,7 +122,7 @@ class DeltaGradientDescent(MixedOptimizer):
         super()._check_gradients(work)
         for group, params in work:
             for p in params:
-                if group["rule"] == "matrix" and self._recorder.of(p) is None:
+                if group["rule"] == "matrix" and group["lr"] and self._recorder.of(p) is None:
                     raise RuntimeError(
                         f"DeltaGradientDescent: the inputs behind the gradient of {self._name_of(group, p)} "
                         "are not known. It must come from backward passes through its nn.Linear, after this "
@@ -132,6 +132,8 @@ class DeltaGradientDescent(MixedOptimizer):
 
     def _matrix_step(self, matrices: list[tuple[Group, list[torch.Tensor]]]) -> None:
         for group, params in matrices:
+            if not group["lr"]:
+                continue  # W stays W, whatever the inputs: distributed checkpointing makes such a step
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             alike: dict[tuple, list[torch.Tensor]] = {}

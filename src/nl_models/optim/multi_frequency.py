@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
 from nl_models.optim.mixed_optimizer import Group, state_dtype
 
 REDUCTIONS = ("mean", "sum")
+
+# What this object adds to a saved state: of each parameter of a slow group, and in each group.
+_SUM = "multi_frequency_sum"
+_ADDED = "multi_frequency_added"
+_CALLS = "multi_frequency_calls"
+_REDUCTION = "multi_frequency_reduction"
 
 
 class MultiFrequency(Optimizer):
@@ -59,9 +68,11 @@ class MultiFrequency(Optimizer):
         self.optimizer = optimizer
         self.reduction = reduction
         self._calls = 0
+        self._begun = False
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
         for group, period in zip(optimizer.param_groups, periods):
             group["period"] = period
+        self._note_in_groups()
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # not yet there: while copying
@@ -76,13 +87,16 @@ class MultiFrequency(Optimizer):
 
     @property
     def param_groups(self) -> list[Group]:
-        """The optimiser's own, with ``"period"``."""
+        """The optimiser's own, with ``"period"`` and what a saved state is known by."""
         return self.optimizer.param_groups
 
     @property
-    def state(self) -> dict[torch.Tensor, Any]:
-        """The optimiser's own."""
-        return self.optimizer.state
+    def state(self) -> Mapping[torch.Tensor, Any]:
+        """What :meth:`state_dict` saves of each parameter; to look at, since it is made when asked for."""
+        merged: defaultdict[torch.Tensor, Any] = defaultdict(dict, self.optimizer.state)
+        for p in self._slow_parameters() if self._begun else ():
+            merged[p] = {**merged[p], **self._own_state(p)}
+        return MappingProxyType(merged)
 
     @property
     def defaults(self) -> Group:
@@ -94,6 +108,7 @@ class MultiFrequency(Optimizer):
         param_group = {"period": 1, **param_group}
         _check_period(param_group["period"])
         self.optimizer.add_param_group(param_group)
+        self._note_in_groups()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The optimiser's own; sums of the running period stay."""
@@ -112,6 +127,10 @@ class MultiFrequency(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_asked_for_its_state():
+            self.optimizer.step()
+            self._begun = True
+            return loss
         slow = [group for group in self.param_groups if group["period"] > 1]
         gradients = {p: p.grad for group in slow for p in group["params"]}
         for p, gradient in gradients.items():
@@ -120,7 +139,9 @@ class MultiFrequency(Optimizer):
                     f"MultiFrequency: a gradient of shape {tuple(p.shape)} is sparse, which is not supported "
                     "with a period above 1; make it with sparse=False"
                 )
+        self._begun = True
         self._calls += 1
+        self._note_in_groups()
         try:
             for group in slow:
                 self._add(group)
@@ -144,12 +165,43 @@ class MultiFrequency(Optimizer):
             grads = [p.grad.to(state_dtype(p)) for p in params]
             torch._foreach_add_([self._sums[p] for p in params], grads)
 
+    def _is_asked_for_its_state(self) -> bool:
+        """Whether this is a first call, with all rates and gradients zero: so PyTorch has states made.
+
+        ``torch.distributed.checkpoint`` does, where it is about to load one. It is no call of the period, and
+        every group takes it, or the states of slow groups would be missing.
+        """
+        if self._begun or any(group.get("lr") != 0 for group in self.param_groups):
+            return False
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+        return bool(whole) and not any(g.layout != torch.strided or g.any() for g in whole)
+
+    def _note_in_groups(self) -> None:
+        """PyTorch's tools carry what is in groups and states, and nothing else."""
+        for group in self.param_groups:
+            group[_CALLS], group[_REDUCTION] = self._calls, self.reduction
+
+    def _slow_parameters(self) -> Iterator[torch.Tensor]:
+        return (p for group in self.param_groups if group["period"] > 1 for p in group["params"])
+
+    def _own_state(self, p: torch.Tensor) -> dict[str, Any]:
+        """Always with a sum, so that a checkpoint has the same names at any call."""
+        total = self._sums.get(p)
+        zero = torch.zeros_like(p, dtype=state_dtype(p)) if total is None else total
+        return {_SUM: zero, _ADDED: int(total is not None)}
+
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's, with the calls counted so far and the sums of running periods beside it."""
+        """The optimiser's, with the sum of the running period in the state of each parameter of a slow group.
+
+        Calls counted so far, and the reduction, are in every group.
+        """
+        saved = self.optimizer.state_dict()
+        state = dict(saved["state"])
         numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        sums = {numbers[p]: total for p, total in self._sums.items()}
-        own = {"calls": self._calls, "reduction": self.reduction, "sums": sums}
-        return {**self.optimizer.state_dict(), "multi_frequency": own}
+        for p in self._slow_parameters() if self._begun else ():
+            state[numbers[p]] = {**state.get(numbers[p], {}), **self._own_state(p)}
+        return {**saved, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken, also within a period.
@@ -157,21 +209,21 @@ class MultiFrequency(Optimizer):
         Raises:
             ValueError: a state that was not saved by ``MultiFrequency``, or with another reduction.
         """
-        own = state_dict.get("multi_frequency")
-        if own is None:
-            raise ValueError("state_dict: saved by an optimiser without MultiFrequency; load it into that")
-        if own["reduction"] != self.reduction:
+        rest, calls, reduction, sums = _taken_apart(state_dict)
+        if reduction != self.reduction:
             raise ValueError(
-                f"state_dict: saved with reduction={own['reduction']!r}, this object has {self.reduction!r}"
+                f"state_dict: saved with reduction={reduction!r}, this object has {self.reduction!r}"
             )
-        rest = {key: value for key, value in state_dict.items() if key != "multi_frequency"}
         self.optimizer.load_state_dict(rest)
+        numbers = [number for group in rest["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        self._calls = own["calls"]
+        self._calls, self._begun = calls, self._begun or calls > 0
         self._sums = {
-            params[number]: total.to(device=params[number].device, copy=True)
-            for number, total in own["sums"].items()
+            p: sums[number].to(device=p.device, copy=True)
+            for number, p in zip(numbers, params)
+            if number in sums
         }
+        self._note_in_groups()
 
     def describe(self) -> str:
         """The optimiser's own description, where it has one, after a line with each group's period."""
@@ -185,6 +237,31 @@ class MultiFrequency(Optimizer):
 
     def __repr__(self) -> str:
         return f"MultiFrequency({self.optimizer!r})"
+
+
+def _taken_apart(
+    state_dict: dict[str, Any],
+) -> tuple[dict[str, Any], int, str, dict[Any, torch.Tensor]]:
+    """The inner optimiser's part, the calls, the reduction, and the sums by what names their parameters."""
+    older = state_dict.get("multi_frequency")  # where all this was before
+    if older is not None:
+        rest = {key: value for key, value in state_dict.items() if key != "multi_frequency"}
+        return rest, older["calls"], older["reduction"], older["sums"]
+    groups = state_dict["param_groups"]
+    if any(_CALLS not in group for group in groups):
+        raise ValueError("state_dict: saved by an optimiser without MultiFrequency; load it into that")
+    own = (_SUM, _ADDED, _CALLS, _REDUCTION)
+    slow = any(group["period"] > 1 for group in groups)
+    if slow and groups[0][_CALLS] and not any(_SUM in s for s in state_dict["state"].values()):
+        raise ValueError("state_dict: saved by the optimiser inside MultiFrequency, so sums are missing")
+    sums = {name: s[_SUM] for name, s in state_dict["state"].items() if s.get(_ADDED)}
+    without = {name: {k: v for k, v in s.items() if k not in own} for name, s in state_dict["state"].items()}
+    rest = {
+        **state_dict,
+        "state": {name: s for name, s in without.items() if s},
+        "param_groups": [{k: v for k, v in group.items() if k not in own} for group in groups],
+    }
+    return rest, groups[0][_CALLS], groups[0][_REDUCTION], sums
 
 
 def _check_period(period: Any) -> None:

@@ -122,11 +122,16 @@ def test_a_state_saved_within_a_period_continues_bit_for_bit(inner, dtype):
     saved = optimizer.state_dict()
     kept = copy.deepcopy(saved)
     # PyTorch's own optimisers share what they load; the sums are copied.
-    other.load_state_dict({**copy.deepcopy(saved), "multi_frequency": saved["multi_frequency"]})
+    given = copy.deepcopy(saved)
+    for number, values in given["state"].items():
+        if "multi_frequency_sum" in values:
+            values["multi_frequency_sum"] = saved["state"][number]["multi_frequency_sum"]
+    other.load_state_dict(given)
     assert {total.dtype for total in other._sums.values()} == {torch.float32}
     run(other, twins, range(5, 12))
-    for number, total in kept["multi_frequency"]["sums"].items():
-        assert torch.equal(total, saved["multi_frequency"]["sums"][number])
+    for number in (1, 2):
+        sums = (state["state"][number]["multi_frequency_sum"] for state in (kept, saved))
+        assert torch.equal(*sums)
     run(optimizer, params, range(5, 12))
     assert all(torch.equal(p, twin) for p, twin in zip(params, twins))
 
@@ -272,7 +277,12 @@ def test_bad_arguments_are_refused_by_name():
     assert "period" not in inner.param_groups[0]
     optimizer = MultiFrequency(inner, [2])
     with pytest.raises(ValueError, match="without MultiFrequency"):
-        optimizer.load_state_dict(inner.state_dict())
+        optimizer.load_state_dict(sgd(weights()).state_dict())
+    stepped, params = made(sgd, [2])
+    set_gradients(params, torch.Generator().manual_seed(0))
+    stepped.step()
+    with pytest.raises(ValueError, match="inside MultiFrequency, so sums are missing"):
+        stepped.load_state_dict(stepped.optimizer.state_dict())
     with pytest.raises(ValueError, match="saved with reduction='mean'"):
         MultiFrequency(sgd(weights()), [2], reduction="sum").load_state_dict(optimizer.state_dict())
 
