@@ -29,7 +29,7 @@ from nl_models.training.loop import (
     only_process,
 )
 from nl_models.training.metrics import read_metrics
-from nl_models.training.model import build_model, hope_config
+from nl_models.training.model import build_model, hope_config, levels_hardly_trained
 
 _POSITION_WINDOWS = 16
 _POSITION_STREAMS = 8
@@ -130,6 +130,13 @@ def _print_summary(console: Console, folder: Path, trainer: Trainer, description
         data=", ".join(sides),
         steps=f"{config.steps:,} of {config.tokens_per_step:,} tokens",
     )
+    for size in levels_hardly_trained(trainer.model.config, config.sequence_length):
+        _print_pairs(
+            console,
+            note=f"windows of {config.sequence_length} tokens hold fewer than three chunks of the level that "
+            f"learns every {size}: what its steps add up to is not trained. Use longer windows "
+            "(--sequence-length) or a smaller chunk_size (--model-option continuum_levels=...)",
+        )
 
 
 def _print_results(console: Console, folder: Path) -> None:

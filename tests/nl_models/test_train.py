@@ -138,6 +138,15 @@ def test_the_command_line_wins_over_the_file(corpus, tmp_path):
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["rope_theta"] == 7.0
 
 
+@pytest.mark.parametrize(("chunk_size", "noted"), [(5, False), (6, True)])
+def test_a_level_that_windows_are_too_short_for_is_noted(chunk_size, noted, corpus, tmp_path):
+    levels = json.dumps([{"hidden_size": 8, "chunk_size": chunk_size}])
+    options = [*TINY, "--steps", 1, "--warmup-steps", 0, "--model-option", f"continuum_levels={levels}"]
+    result = call("--output", tmp_path / "run", "--corpus", corpus, *options)
+    assert result.exit_code == 0, result.output
+    assert ("windows of 16 tokens hold fewer than three chunks" in " ".join(result.output.split())) == noted
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

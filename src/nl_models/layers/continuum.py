@@ -52,7 +52,7 @@ class LevelConfig:
     rule: str = "sgd"
     max_rate: float = 1.0
     initial_rate: float = 0.5
-    initial_retention: float = 0.9
+    initial_retention: float = 0.7
     error_bound: float | None = 1.0
     momentum_decay: float = 0.9
     restore_norms: bool = False

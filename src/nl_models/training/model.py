@@ -43,3 +43,16 @@ def build_model(config: TrainConfig, vocab_size: int, separator_id: int) -> PreT
     """A new model with initial weights drawn from ``config.seed``, on the CPU, in fp32."""
     torch.manual_seed(config.seed)
     return HopeForCausalLM(hope_config(config, vocab_size, separator_id))
+
+
+def levels_hardly_trained(model_config: HopeConfig, sequence_length: int) -> list[int]:
+    """Chunk sizes of the continuum's levels of which a training window holds fewer than three.
+
+    What a step does shows in the chunk after it, and what steps add up to after some more: such levels learn
+    in use what training has never shown them.
+    """
+    return [
+        level.chunk_size
+        for level in model_config.make_continuum_levels()
+        if level.steps and 3 * level.chunk_size > sequence_length
+    ]

@@ -92,7 +92,7 @@ def test_conversations_saved_before_an_option_existed_still_fit():
 def test_models_saved_before_retention_keep_everything(make_config, tmp_path):
     levels = [{"hidden_size": 12, "chunk_size": 3}, {"hidden_size": 14}]
     config = make_config(continuum_levels=levels)
-    assert [level.get("initial_retention") for level in config.continuum_levels] == [0.9, None]
+    assert [level.get("initial_retention") for level in config.continuum_levels] == [0.7, None]
     config.save_pretrained(tmp_path)
     assert HopeConfig.from_pretrained(tmp_path).continuum_levels == config.continuum_levels
     file = tmp_path / "config.json"
