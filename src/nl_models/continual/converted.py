@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from nl_models.continual.fast_parameters import Context, FastParameter, FastParameters, ModelOutput
 from nl_models.hope.cache_hope import STATE_TYPES
 from nl_models.layers.state import describe_state, rebuild_state
 from nl_models.layers.state_cache import StateCacheLayer
+from nl_models.module_views import device_of, dtype_of
 from nl_models.surgery import ContinuumCache, FastWeights, LayerFastWeights
+from nl_models.surgery.parts import matrix_of
 
 
 class ConvertedParameters(FastParameters):
@@ -45,12 +46,19 @@ class ConvertedParameters(FastParameters):
     def weight(self, parameter: FastParameter) -> torch.Tensor:
         layer, level, part = self._places[parameter.name]
         units, mlp = self.units[level], self._mlps[layer]
-        weight = matrix_of(mlp.get_submodule(mlp.parts[part]))
+        config = self.model.config
+        width = config.mlp_width if part == "down" else config.hidden_size
+        model_dtype, model_device = dtype_of(self.model), device_of(self.model)
+        weight = matrix_of(mlp.get_submodule(mlp.parts[part]), width, model_dtype, model_device)
         rows = weight[:, units.start : units.stop] if part == "down" else weight[units.start : units.stop]
         return rows.to(self.dtype)
 
-    def fast_weights(self, changes: Mapping[str, torch.Tensor]) -> FastWeights:
-        """The changes as the model takes them."""
+    def fast_weights(
+        self,
+        changes: Mapping[str, torch.Tensor],
+        inputs: dict[tuple[int, str], torch.Tensor] | None = None,
+    ) -> FastWeights:
+        """The changes as the model takes them; ``inputs`` as for :class:`FastWeights`."""
         layers: list[LayerFastWeights | None] = [None] * self.model.config.num_hidden_layers
         for index, mlp in self._mlps.items():
             joined = {
@@ -61,7 +69,7 @@ class ConvertedParameters(FastParameters):
                 for part in mlp.parts
             }
             layers[index] = LayerFastWeights(joined["up"], joined["down"], joined.get("gate"))
-        return FastWeights(layers)
+        return FastWeights(layers, inputs)
 
     def run(
         self,
@@ -72,37 +80,20 @@ class ConvertedParameters(FastParameters):
         keep_inputs: bool = False,
     ) -> ModelOutput:
         cache = ContinuumCache(self.model.config) if context is None else _shallow_copy(context)
+        read: dict[tuple[int, str], torch.Tensor] | None = {} if keep_inputs else None
+        output = self.model(
+            input_ids=ids,
+            fast_weights=self.fast_weights(changes, read),
+            cache=cache,
+            use_cache=True,
+        )
         inputs: dict[str, torch.Tensor] = {}
-        hooks = self._watch(inputs) if keep_inputs else []
-        try:
-            output = self.model(
-                input_ids=ids,
-                fast_weights=self.fast_weights(changes),
-                cache=cache,
-                use_cache=True,
-            )
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for index in self._mlps if keep_inputs else ():
+            inputs[f"{index}.inner"] = read[index, "up"].to(self.dtype)
+            for level, units in enumerate(self.units):
+                hidden = read[index, "down"][..., units.start : units.stop]
+                inputs[f"{index}.{level}.hidden"] = hidden.to(self.dtype)
         return ModelOutput(output.logits, cache, inputs)
-
-    def _watch(self, inputs: dict[str, torch.Tensor]) -> list:
-        """Hooks that keep what the MLPs' matrices multiply, by input name."""
-        hooks = []
-        for index, mlp in self._mlps.items():
-
-            def inner(module, arguments, index=index):
-                inputs[f"{index}.inner"] = arguments[0].to(self.dtype)
-
-            def hidden(module, arguments, index=index):
-                for level, units in enumerate(self.units):
-                    inputs[f"{index}.{level}.hidden"] = arguments[0][..., units.start : units.stop].to(
-                        self.dtype
-                    )
-
-            hooks.append(mlp.get_submodule(mlp.parts["up"]).register_forward_pre_hook(inner))
-            hooks.append(mlp.get_submodule(mlp.parts["down"]).register_forward_pre_hook(hidden))
-        return hooks
 
     def generate(
         self, changes: Mapping[str, torch.Tensor], ids: torch.Tensor, options: Mapping[str, Any]
@@ -145,19 +136,6 @@ class ConvertedParameters(FastParameters):
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous()
-
-
-def matrix_of(module: nn.Module) -> torch.Tensor:
-    """The weight ``[out, in]`` that a linear module applies, adapters and all."""
-    if type(module) is nn.Linear:
-        return module.weight
-    if type(module) is Conv1D:
-        return module.weight.T
-    # Whatever it is by now (LoRA, a quantised layer), what it does to the unit vectors is its matrix.
-    width = module.in_features
-    parameter = next(p for p in module.parameters() if p.is_floating_point())
-    vectors = torch.eye(width, dtype=parameter.dtype, device=parameter.device)
-    return (module(vectors) - module(torch.zeros_like(vectors[:1]))).T
 
 
 def _shallow_copy(cache: ContinuumCache) -> ContinuumCache:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from nl_models.module_views import device_of, dtype_of
+
 Context = Any
 """What a model carries from token to token: a cache, or one for each sequence. Opaque to the learner."""
 
@@ -88,15 +90,21 @@ class FastParameters(ABC):
     def rebuild_context(self, description: Any, tensors: Mapping[str, torch.Tensor]) -> Context:
         """The inverse of :meth:`describe_context`."""
 
+    def on(self, model: nn.Module) -> FastParameters:
+        """The same, of a view of the model (:mod:`nl_models.module_views`)."""
+        other = type(self)(model)
+        other.nested, other.level_norms = self.nested, self.level_norms
+        return other
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the fast weights: fp32, or fp64 for a model in fp64."""
-        return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+        return torch.promote_types(dtype_of(self.model) or torch.float32, torch.float32)
 
     @property
     def device(self) -> torch.device:
         """Of the model's input."""
-        return self.model.get_input_embeddings().weight.device
+        return device_of(self.model.get_input_embeddings()) or device_of(self.model)
 
     @functools.cached_property
     def level_norms(self) -> tuple[float, ...]:

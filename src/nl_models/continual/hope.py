@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 from nl_models.continual.fast_parameters import Context, FastParameter, FastParameters, ModelOutput
 from nl_models.hope import HopeForCausalLM
 from nl_models.hope.cache_hope import STATE_TYPES, HopeCache
 from nl_models.layers.continuum import ContinuumMemory
 from nl_models.layers.state import describe_state, rebuild_state
+from nl_models.module_views import with_parameters
 
 
 class HopeParameters(FastParameters):
@@ -31,7 +31,6 @@ class HopeParameters(FastParameters):
             )
         self.chunk_sizes = tuple(levels[place].chunk_size for place in places)
         self.nested = model.config.continuum_variant == "nested"
-        self._parts: dict[str, nn.Parameter] = {}
         self._names: dict[str, str] = {}
         parameters = []
         for layer, block in enumerate(model.model.layers):
@@ -42,21 +41,18 @@ class HopeParameters(FastParameters):
                         continue
                     name = f"layers.{layer}.levels.{level}.{part}"
                     read = f"{layer}.{place}.{'hidden' if part == 'down' else 'inner'}"
-                    self._parts[name] = getattr(memory, part)
                     self._names[name] = f"model.layers.{layer}.continuum.levels.{place}.{part}"
                     parameters.append(FastParameter(name, level, read))
         self.parameters = tuple(parameters)
 
     def weight(self, parameter: FastParameter) -> torch.Tensor:
-        return self._parts[parameter.name].to(self.dtype)
+        return self.model.get_parameter(self._names[parameter.name]).to(self.dtype)
 
     def _weights(self, changes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The weights of every level with the changes ``[B, out, in]``; of one sequence ``[out, in]``, as the
         model has them, so that products round as its own do."""
-        changed = {
-            self._names[name]: (weight + changes[name]).to(weight.dtype)
-            for name, weight in self._parts.items()
-        }
+        own = {name: self.model.get_parameter(path) for name, path in self._names.items()}
+        changed = {self._names[n]: (weight + changes[n]).to(weight.dtype) for n, weight in own.items()}
         return {n: w[0] if len(w) == 1 else w for n, w in changed.items()}
 
     def run(
@@ -75,27 +71,23 @@ class HopeParameters(FastParameters):
         if context is not None:
             for layer, before in zip(cache.layers, context.layers, strict=True):
                 layer.commit(before.state, before.seen)
+        view = with_parameters(self.model, weights)
         inputs: dict[str, torch.Tensor] = {}
-        hooks = self._watch(inputs) if keep_inputs else []
-        try:
-            output = functional_call(self.model, weights, kwargs={"input_ids": ids, "cache": cache})
-        finally:
-            for hook in hooks:
-                hook.remove()
+        if keep_inputs:
+            self._watch(view, inputs)
+        output = view(input_ids=ids, cache=cache)
         return ModelOutput(output.logits, cache, inputs)
 
-    def _watch(self, inputs: dict[str, torch.Tensor]) -> list:
-        """Hooks that compute what the matrices of every level multiply, by input name."""
-        hooks = []
-        for index, block in enumerate(self.model.model.layers):
+    def _watch(self, view: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+        """Put hooks on a view that compute what the matrices of every level multiply, by input name."""
+        for index, block in enumerate(view.model.layers):
 
             def watch(module: ContinuumMemory, arguments, index=index):
                 for place, inner, hidden in _level_inputs(module, arguments[0]):
                     inputs[f"{index}.{place}.inner"] = inner.to(self.dtype)
                     inputs[f"{index}.{place}.hidden"] = hidden.to(self.dtype)
 
-            hooks.append(block.continuum.register_forward_pre_hook(watch))
-        return hooks
+            block.continuum.register_forward_pre_hook(watch)
 
     def generate(
         self, changes: Mapping[str, torch.Tensor], ids: torch.Tensor, options: Mapping[str, Any]
@@ -105,9 +97,8 @@ class HopeParameters(FastParameters):
         rows = []
         for row, (row_ids, row_mask) in enumerate(zip(ids.split(shared), mask.split(shared), strict=True)):
             own = self._weights({name: change[row : row + 1] for name, change in changes.items()})
-            weights = {f"model.{name}": weight for name, weight in own.items()}
-            arguments = (row_ids, {**options, "attention_mask": row_mask})
-            rows.append(functional_call(_Generation(self.model), weights, arguments))
+            view = with_parameters(self.model, own)
+            rows.append(view.generate(row_ids, **{**options, "attention_mask": row_mask}))
         longest = max(row.shape[1] for row in rows)
         padding = options.get("pad_token_id", self.model.generation_config.pad_token_id) or 0
         return torch.cat([F.pad(row, (0, longest - row.shape[1]), value=padding) for row in rows])
@@ -131,17 +122,6 @@ class HopeParameters(FastParameters):
         for layer, (seen, state) in zip(cache.layers, description, strict=True):
             layer.commit(rebuild_state(state, get, STATE_TYPES), seen)
         return cache
-
-
-class _Generation(nn.Module):
-    """``generate`` as the ``forward`` that ``functional_call`` runs with other parameters."""
-
-    def __init__(self, model: HopeForCausalLM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-        return self.model.generate(ids, **options)
 
 
 def _level_inputs(memory: ContinuumMemory, x: torch.Tensor):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,11 +21,14 @@ from nl_models.continual.report import LearningReport
 from nl_models.continual.rules import StepRule, rules_of_levels
 from nl_models.continual.stream import StreamState, advance, begin_context, token_losses
 from nl_models.hope import HopeForCausalLM
+from nl_models.module_views import device_of, dtype_of, in_evaluation
 from nl_models.surgery import FastWeights
 from nl_models.surgery.modules import ContinuumCausalLM
 
 Text = str | torch.Tensor
 """A text, for a learner with a tokenizer, or tokens ``[T]`` or ``[B, T]`` (int64)."""
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Tokenizer(Protocol):
@@ -66,9 +69,11 @@ class ContinuumLearner:
 
     Raises:
         TypeError: a model of another kind, rules that are none, or ``nested`` that is no bool.
-        ValueError: a model without levels to step, or sizes that are no positive integers.
+        ValueError: a model without levels to step, offloaded, with layers that have no backward pass, or made
+            inside of ``torch.inference_mode()``; or sizes that are no positive integers.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -86,6 +91,10 @@ class ContinuumLearner:
         self.rules = rules_of_levels(rules, len(self.parameters.chunk_sizes), batch_size)
         if context_length is None:
             context_length = getattr(self.model.config, "max_position_embeddings", None)
+        if tokenizer is not None and not (hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")):
+            raise TypeError(
+                f"tokenizer: expected an object with encode and decode, got {type(tokenizer).__name__}"
+            )
         self.batch_size = batch_size
         self.context_length = context_length
         self.tokenizer = tokenizer
@@ -118,6 +127,7 @@ class ContinuumLearner:
             raise TypeError("fast_weights: only converted models take them; use loss, predict or generate")
         return self.parameters.fast_weights(self.state.changes)
 
+    @torch.inference_mode(False)
     def learn(
         self,
         stream: Text | Iterable[Text],
@@ -127,11 +137,12 @@ class ContinuumLearner:
         save_every: int | None = None,
         progress: bool = False,
     ) -> LearningReport:
-        """Read a stream, predicting every token before learning from it.
+        """Read a stream, predicting every token before learning from it; in evaluation mode.
 
         Args:
             stream: one text, which continues the current context, or documents, each of which begins a new
-                one. With ``batch_size`` B > 1, tokens ``[B, T]``.
+                one. With ``batch_size`` B > 1, tokens ``[B, T]``. Documents without a token are passed over.
+                All of a list or tuple are checked before the first is read, those of an iterator in turn.
             skip: tokens at the start of the stream that were read already, as ``tokens_read`` says after a
                 load; the document in which they end is continued.
             save_to: file that is kept up to date (see :meth:`save`), at the end and
@@ -142,7 +153,7 @@ class ContinuumLearner:
             Losses before learning, and how often and how far each level stepped.
 
         Raises:
-            TypeError: a stream that is no text and no tokens.
+            TypeError: a stream that is no text and no tokens, such as a mapping, a file, bytes or an array.
             ValueError: tokens of another batch size, outside of the vocabulary, or fewer than ``skip``.
             FileNotFoundError: the folder of ``save_to`` does not exist.
         """
@@ -150,27 +161,28 @@ class ContinuumLearner:
             raise ValueError(f"save_every: expected at least 1, together with save_to, got {save_every}")
         if save_to is not None:  # now, not after hours of reading
             memory_file.check_folder("save_to", save_to)
-        if isinstance(stream, (str, torch.Tensor)):
-            documents, fresh = [stream], False
-        elif isinstance(stream, Iterable):
-            documents, fresh = stream, True
-        else:
-            raise TypeError(f"stream: expected text, tokens or documents, got {type(stream).__name__}")
+        if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
+            raise ValueError(f"skip: expected a number of tokens, at least 0, got {skip!r}")
+        fresh = not isinstance(stream, (str, torch.Tensor))
+        documents = self._documents(stream) if fresh else [self._encode("stream", stream, self.batch_size)]
         report = LearningReport(self.chunk_sizes)
+        parameters = self._evaluating()
         saved = self.state.read
         self._before = self.state
-        with evaluating(self.model), _bar(progress) as bar:
-            for document in documents:
-                tokens = self._encode("stream", document, rows=self.batch_size)
+        with _bar(progress) as bar:
+            for tokens in documents:
+                if not tokens.shape[1]:
+                    report.empty_documents += 1
+                    continue
                 if skip and skip >= tokens.shape[1]:
                     skip -= tokens.shape[1]
                     continue
                 if fresh and not skip:
-                    self.state = begin_context(self.parameters, self.rules, self.state)
-                tokens, skip = tokens[:, skip:], 0
+                    self.state = begin_context(parameters, self.rules, self.state)
+                tokens, skip = tokens[:, skip:].to(self.parameters.device), 0
                 task = bar.add_task("learning", total=tokens.shape[1], loss="")
                 pieces = advance(
-                    self.parameters, self.rules, self.state, tokens, context_length=self.context_length
+                    parameters, self.rules, self.state, tokens, context_length=self.context_length
                 )
                 for state, piece in pieces:
                     self.state = state
@@ -196,25 +208,23 @@ class ContinuumLearner:
         ``text`` has N rows, a multiple of the batch size: those that follow one another share a sequence's
         fast weights. The context starts anew as it does in :meth:`learn`.
         """
-        tokens = self._encode("text", text)
-        with evaluating(self.model):
-            windows = tokens.split(self.context_length or tokens.shape[1], dim=1)
-            outputs = [self.parameters.run(self.state.changes, window, None) for window in windows]
+        tokens, parameters = self._prompt(text), self._evaluating()
+        windows = tokens.split(self.context_length or tokens.shape[1], dim=1)
+        outputs = [parameters.run(self.state.changes, window, None) for window in windows]
         return torch.cat([output.logits for output in outputs], dim=1)
 
     @torch.no_grad()
     def loss(self, text: Text) -> torch.Tensor:
         """Nats per token ``[N]`` of a new text of N rows after its first token; nothing is learned."""
-        tokens = self._encode("text", text)
+        tokens, parameters = self._prompt(text), self._evaluating()
         if tokens.shape[1] < 2:
             raise ValueError("text: expected at least two tokens, the first is not predicted")
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         window = self.context_length or inputs.shape[1]
         losses = []
-        with evaluating(self.model):
-            for x, y in zip(inputs.split(window, dim=1), targets.split(window, dim=1), strict=True):
-                logits = self.parameters.run(self.state.changes, x, None).logits
-                losses.append(token_losses(logits, y))
+        for x, y in zip(inputs.split(window, dim=1), targets.split(window, dim=1), strict=True):
+            logits = parameters.run(self.state.changes, x, None).logits
+            losses.append(token_losses(logits, y))
         return torch.cat(losses, dim=1).mean(1)
 
     def generate(self, text: Text, **options: Any) -> torch.Tensor | str:
@@ -223,11 +233,10 @@ class ContinuumLearner:
         Returns:
             Tokens ``[N, T']``, prompt included; for a text, the whole as text.
         """
-        tokens = self._encode("text", text)
-        with evaluating(self.model):
-            generated = self.parameters.generate(self.state.changes, tokens, options)
+        generated = self._evaluating().generate(self.state.changes, self._prompt(text), options)
         return self.tokenizer.decode(generated[0].tolist()) if isinstance(text, str) else generated
 
+    @torch.inference_mode(False)
     def state_dict(self) -> dict[str, Any]:
         """All that was learned, and where in the stream and in every chunk it stands.
 
@@ -236,6 +245,7 @@ class ContinuumLearner:
         fingerprint = memory_file.model_fingerprint(self.model)
         return memory_file.pack(self.state, self.parameters, self._options(), fingerprint)
 
+    @torch.inference_mode(False)
     def load_state_dict(self, packed: dict[str, Any], *, source: str = "state_dict") -> None:
         """Take over what :meth:`state_dict` gave.
 
@@ -319,28 +329,50 @@ class ContinuumLearner:
             "context_length": self.context_length,
         }
 
-    def _encode(self, name: str, text: Text, *, rows: int | None = None) -> torch.Tensor:
-        """Tokens ``[N, T]`` on the model's device, checked; ``rows`` is N where it must be."""
+    def _evaluating(self) -> FastParameters:
+        """The fast parameters of a view of the model in evaluation mode; the model's own mode stays."""
+        view = in_evaluation(self.model)
+        return self.parameters if view is self.model else self.parameters.on(view)
+
+    def _documents(self, stream: Iterable[Text]) -> Iterable[torch.Tensor]:
+        """The tokens of every document; those of a sequence, which can be read twice, checked beforehand."""
+        if not isinstance(stream, Iterable) or hasattr(stream, "__array__") or _is_no_stream(stream):
+            raise _no_text("stream", stream)
+        tokens = (self._encode(f"stream[{i}]", text, self.batch_size) for i, text in enumerate(stream))
+        return list(tokens) if isinstance(stream, Sequence) else tokens
+
+    def _prompt(self, text: Text) -> torch.Tensor:
+        """Tokens ``[N, T]`` of a text on the model's device, N a multiple of the batch size."""
+        return self._encode("text", text).to(self.parameters.device)
+
+    def _encode(self, name: str, text: Text, rows: int | None = None) -> torch.Tensor:
+        """Tokens ``[N, T]``, checked; ``rows`` is N where it must be, and then T may be 0 in a document."""
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise TypeError(f"{name}: a text needs a tokenizer; give the learner one, or pass tokens")
-            text = torch.tensor(self.tokenizer.encode(text), dtype=torch.int64)
-        if not isinstance(text, torch.Tensor) or text.is_floating_point() or text.dtype == torch.bool:
-            got = f"a tensor of {text.dtype}" if isinstance(text, torch.Tensor) else type(text).__name__
-            raise TypeError(f"{name}: expected text or a tensor of integer tokens, got {got}")
+            ids = self.tokenizer.encode(text)
+            if not isinstance(ids, Sequence) or not all(isinstance(i, int) for i in ids):
+                raise TypeError(
+                    f"tokenizer: expected encode(text) to give a list of integers, got {type(ids).__name__}"
+                )
+            text = torch.tensor(ids, dtype=torch.int64)
+        if not isinstance(text, torch.Tensor) or text.dtype not in _INTEGERS:
+            raise _no_text(name, text)
         tokens = text[None] if text.ndim == 1 else text
         wrong = len(tokens) != rows if rows is not None else not len(tokens) or len(tokens) % self.batch_size
-        if tokens.ndim != 2 or tokens.shape[1] < 1 or wrong:
+        shortest = 0 if name.startswith("stream[") else 1
+        if tokens.ndim != 2 or tokens.shape[1] < shortest or wrong:
             raise ValueError(
                 f"{name}: expected tokens [T] or [rows, T] for a batch size of {self.batch_size}, "
                 f"got shape {tuple(text.shape)}"
             )
         vocabulary = self.model.config.vocab_size
-        lowest, highest = int(tokens.min()), int(tokens.max())
+        lowest, highest = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
         if lowest < 0 or highest >= vocabulary:
             wrong_token = lowest if lowest < 0 else highest
             raise ValueError(f"{name}: expected tokens from 0 to {vocabulary - 1}, got {wrong_token}")
-        return tokens.to(self.parameters.device, torch.int64)
+        tokens = tokens.long()
+        return tokens.clone() if tokens.is_inference() else tokens  # autograd keeps them
 
 
 def find_fast_parameters(model: nn.Module, nested: bool | None = None) -> FastParameters:
@@ -348,7 +380,8 @@ def find_fast_parameters(model: nn.Module, nested: bool | None = None) -> FastPa
 
     Raises:
         TypeError: a model of a kind that has none, or ``nested`` of another type.
-        ValueError: a model without levels to step.
+        ValueError: a model without levels to step, offloaded, with layers that have no backward pass, or made
+            inside of ``torch.inference_mode()``.
     """
     if nested is not None and not isinstance(nested, bool):
         raise TypeError(f"nested: expected a bool or None, got {nested!r}")
@@ -363,21 +396,71 @@ def find_fast_parameters(model: nn.Module, nested: bool | None = None) -> FastPa
             f"model: expected a converted model (convert_mlp_to_continuum) or a HopeForCausalLM, "
             f"got {type(model).__name__}"
         )
+    for name, parameter in inner.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: {name} is on the meta device (offloaded, or not loaded); what learns has to be in "
+                "memory: accelerate.hooks.remove_hook_from_submodules(model) brings it back"
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"model: {name} was made inside of torch.inference_mode() and can have no gradient; make or "
+                "load the model outside of it"
+            )
+    _check_backward(inner)
     if nested is not None:
         parameters.nested = nested
     return parameters
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _check_backward(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a quantised layer through which no gradient comes back."""
+    for name, part in model.named_modules():
+        plain = type(part) is nn.Linear and type(part.weight) is nn.Parameter
+        if plain or not hasattr(part, "in_features"):
+            continue
+        dtype, device = dtype_of(part) or dtype_of(model), device_of(part) or device_of(model)
+        x = torch.zeros(1, part.in_features, dtype=dtype, device=device)
+        layer, gradient = in_evaluation(part), None
+        with torch.no_grad():
+            layer(x)  # after which some keep their weights in a form for reading only
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an op without a backward: said below
+            y = layer(x.requires_grad_())
+            if y.requires_grad:
+                (gradient,) = torch.autograd.grad(y.sum(), x, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                f"model: its {name} ({type(part).__module__}.{type(part).__name__}) lets no gradient "
+                "through; learning needs quantisation of the weights alone (bitsandbytes on a GPU, torchao's "
+                "weight-only kinds), or none"
+            )
+
+
+def _is_no_stream(value: object) -> bool:
+    """Whether iterating over ``value`` gives something else than documents in order."""
+    return isinstance(value, (Mapping, Set, bytes, bytearray, memoryview)) or hasattr(value, "read")
+
+
+def _no_text(name: str, value: object) -> TypeError:
+    """The error for ``value``, with the way to what is meant."""
+    got, remedy = type(value).__name__, "pass text, or tokens as torch.tensor([...])"
+    if isinstance(value, torch.Tensor):
+        got = f"a tensor of {value.dtype}"
+    elif isinstance(value, Mapping):
+        got = f"a {got} with the keys {sorted(map(str, value))}"
+        remedy = 'of a tokenizer\'s output pass "input_ids", as a tensor without padding'
+    elif isinstance(value, (bytes, bytearray, memoryview)):
+        remedy = 'decode it first: bytes.decode("utf-8")'
+    elif hasattr(value, "read") or isinstance(value, os.PathLike):
+        remedy = "read it first, and pass its text"
+    elif isinstance(value, Set):
+        remedy = "documents are read in order: pass a list"
+    elif hasattr(value, "__array__"):
+        remedy = "pass torch.from_numpy(...)"
+    return TypeError(
+        f"{name}: expected text, a tensor of integer tokens, or documents of these, got {got}; {remedy}"
+    )
 
 
 def _bar(show: bool) -> Progress:

@@ -13,6 +13,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nl_models.continual.fast_parameters import FastParameters
 from nl_models.continual.stream import StreamState
@@ -147,13 +148,21 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A digest of the names, shapes and a few values of all parameters: equal on every device."""
+    """A digest of the names, shapes and a few values of all weights: equal on every device."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
+    weights = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if callable(getattr(module, "weight", None)):  # a quantised module of torch, which has no parameters
+            weights[f"{name}.weight"] = module.weight()
+    for name, weight in weights.items():
+        if hasattr(weight, "quant_state"):  # bitsandbytes packs its 4 bits anew when it is called
+            digest.update(f"{name}\n".encode())
+            continue
+        quantised = weight.is_quantized or is_traceable_wrapper_subclass(weight)
+        values = (weight.dequantize() if quantised else weight).detach().flatten()
         places = torch.linspace(0, values.numel() - 1, min(_SAMPLES, values.numel()), dtype=torch.float64)
         sample = values[places.long().to(values.device)].to("cpu", torch.float32)
-        digest.update(f"{name} {tuple(parameter.shape)} {sample.tolist()}\n".encode())
+        digest.update(f"{name} {tuple(weight.shape)} {sample.tolist()}\n".encode())
     return digest.hexdigest()
 
 

@@ -41,10 +41,15 @@ def next_token_loss_through_steps(
         A scalar: nats per token. Its graph holds the activations of the whole stream.
 
     Raises:
-        ValueError: fewer than two tokens, a model whose layers are checkpointed, which keeps no context, or a
-            memory of another implementation.
+        TypeError: ``input_ids`` that are no tensor.
+        ValueError: inside of ``torch.inference_mode()``, fewer than two tokens, a model whose layers are
+            checkpointed, which keeps no context, or a memory of another implementation.
     """
     parameters = find_fast_parameters(model, nested)
+    if not isinstance(input_ids, torch.Tensor):
+        raise TypeError(f"input_ids: expected a tensor of tokens [B, T], got {type(input_ids).__name__}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode(): the loss has no gradient there; call it outside of it")
     if input_ids.ndim != 2 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected shape [B, T] with T >= 2, got {tuple(input_ids.shape)}")
     rules = rules_of_levels(rules, len(parameters.chunk_sizes), len(input_ids))

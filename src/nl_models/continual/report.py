@@ -14,11 +14,13 @@ class LearningReport:
         chunk_sizes: of the levels.
         tokens: of every piece.
         steps: how often each level stepped.
+        empty_documents: how many had no token, and were passed over.
     """
 
     def __init__(self, chunk_sizes: tuple[int, ...]):
         self.chunk_sizes = chunk_sizes
         self.tokens: list[int] = []
+        self.empty_documents = 0
         self.steps = [0] * len(chunk_sizes)
         self._losses: list[torch.Tensor] = []
         self._sizes: list[list[torch.Tensor]] = [[] for _ in chunk_sizes]

@@ -164,7 +164,7 @@ class ContinuumMemory(nn.Module):
         """
         return continuum_memory(
             x,
-            [level.definition() for level in self.levels],
+            [level() for level in self.levels],
             variant=self.variant,
             level_weights=self.level_weights,
             mask=mask,
@@ -180,7 +180,7 @@ class ContinuumMemory(nn.Module):
         """The state after a step on the tokens that wait for one; see :func:`nl_kernels.continuum_flush`."""
         return continuum_flush(
             state,
-            [level.definition() for level in self.levels],
+            [level() for level in self.levels],
             variant=self.variant,
             detach_updates=self.detach_updates,
             norm_eps=self.norm_eps,
@@ -238,8 +238,11 @@ class ContinuumBlock(nn.Module):
             return 1.0
         return torch.sigmoid(self.retention_logit[0].to(state_dtype(self.retention_logit.dtype)))
 
-    def definition(self) -> ContinuumLevel:
-        """This level as :func:`nl_kernels.continuum_memory` takes it."""
+    def forward(self) -> ContinuumLevel:
+        """This level as :func:`nl_kernels.continuum_memory` takes it.
+
+        A call, for what brings a module's parameters when the module is called (offloading).
+        """
         return ContinuumLevel(
             norm=self.norm,
             up=self.up,

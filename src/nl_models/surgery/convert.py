@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from nl_models.module_views import copy_tree, device_of, dtype_of
 from nl_models.surgery.families import FAMILIES
 from nl_models.surgery.levels import DEFAULT_LEVELS, ConversionLevel, check_layers, make_levels
 from nl_models.surgery.mixers import MemoryMixer, check_kind, projections, take_over
+from nl_models.surgery.parts import check_parts
+
+INPUT_HOOKS = ("_require_grads_hook", "_require_grads_hooks")
+"""Where a model of transformers keeps the handles of ``enable_input_require_grads``."""
 
 
 def convert_mlp_to_continuum(
@@ -30,6 +37,11 @@ def convert_mlp_to_continuum(
     Without fast weights the converted model runs the family's own code: its logits are those of ``model``,
     bit for bit. Fast weights are arguments of a call or part of its cache, never parameters or buffers.
 
+    Norms, activations, attention and linear modules go over as they are, whatever they are by now: replaced
+    or quantised too. What would only seem to go over is refused before anything is built: hooks, adapters,
+    pruned or parametrised weights, offloading, and decoder layers or MLPs of another class. ``model`` stays
+    as it is.
+
     Args:
         model: a Llama, Qwen2, Qwen3, GPT-NeoX or GPT-2 language model of transformers, of any size and dtype.
             Convert before adding adapters.
@@ -41,10 +53,10 @@ def convert_mlp_to_continuum(
         as any other, by the auto classes too once :func:`nl_models.register` was called.
 
     Raises:
-        TypeError: a model of another class, or levels that are none.
+        TypeError: a model of another class or with parts that cannot be converted, or levels that are none.
         ValueError: levels or layers that do not fit (see :func:`nl_models.surgery.levels.make_levels`).
     """
-    _converted_class(model)
+    check_parts(model, _converted_class(model))
     if getattr(model.config, "continuum_levels", None) is not None:
         raise TypeError("model: expected one whose MLPs are not converted yet")
     return _rebuild(
@@ -80,27 +92,30 @@ def convert_attention(
         A new model that shares all other parameters of ``model``; new ones are drawn at random.
 
     Raises:
-        TypeError: a model of another class.
+        TypeError: a model of another class, or with parts that cannot be converted.
         ValueError: layers that there are not, another kind, or a chunk size where there are no chunks.
     """
     if kind == "self_modifying_titans" and chunk_size is None:
         chunk_size = 16
     check_kind(kind, chunk_size)
     options = {"kind": kind} if chunk_size is None else {"kind": kind, "chunk_size": chunk_size}
-    _converted_class(model)
+    converted_class = _converted_class(model)
+    check_parts(model, converted_class)
     chosen = check_layers("layers", layers, model.config)
     replaced = dict(getattr(model.config, "memory_layers", None) or {})
     if set(map(str, chosen)) & set(replaced):
         raise ValueError(f"layers: {chosen} are to get a memory, but {sorted(replaced)} have one already")
+    backbone_class = converted_class.backbone_class
+    decoder_layers = getattr(model.base_model, backbone_class.layers_name)
+    attentions = {index: getattr(decoder_layers[index], backbone_class.attention_name) for index in chosen}
+    dtype, device = dtype_of(model), device_of(model)
+    taken = {index: projections(source, model.config, dtype, device) for index, source in attentions.items()}
     converted = _rebuild(model, memory_layers={**replaced, **{str(index): options for index in chosen}})
-    backbone = converted.base_model
-    for index in chosen:
-        name = backbone.attention_name
-        source = getattr(getattr(model.base_model, backbone.layers_name)[index], name)
-        like = next(source.parameters())
-        mixer = MemoryMixer(converted.config, index, **options).to(like.device, like.dtype)
-        take_over(mixer, projections(source, model.config))
-        setattr(backbone.decoder_layers()[index], name, mixer.train(source.training))
+    for index, source in attentions.items():
+        mixer = MemoryMixer(converted.config, index, **options)
+        mixer.to(device_of(source) or device, dtype_of(source) or dtype).train(source.training)
+        take_over(mixer, taken[index])
+        converted.base_model.replace_attention(index, mixer)
     return converted
 
 
@@ -115,7 +130,7 @@ def _converted_class(model: object) -> type[PreTrainedModel]:
 def _rebuild(model: PreTrainedModel, **fields: object) -> PreTrainedModel:
     """The converted class of ``model``'s family with the same parameters and ``fields`` in its config.
 
-    Modules that one of the two does not have stay as they are built, without storage.
+    Every module below the backbone is a copy of that of ``model`` with the same tensors.
     """
     converted_class = _converted_class(model)
     options = model.config.to_dict()
@@ -123,19 +138,31 @@ def _rebuild(model: PreTrainedModel, **fields: object) -> PreTrainedModel:
         options.pop(derived, None)
     config = converted_class.config_class(**{**options, **fields})
     config._attn_implementation = model.config._attn_implementation
-    # On the meta device: nothing is allocated, since every tensor is replaced by one of the source.
+    # transformers notes at construction what it knows about a class. On the meta device nothing is allocated:
+    # everything below is replaced.
     with torch.device("meta"):
         converted = converted_class(config)
-    targets = dict(converted.named_modules())
-    for name, source in model.named_modules():
-        target = targets.get(name)
-        if target is None:
-            continue
+    copies: dict[nn.Module, nn.Module] = {}
+    for target, source in ((converted.base_model, model.base_model), (converted, model)):
+        copies[source] = target
+        for name, child in source._modules.items():
+            target._modules[name] = None if child is None else copy_tree(child, copies)
         target._parameters.update(source._parameters)
         target._buffers.update(source._buffers)
+        for name, value in vars(source).items():  # how it was quantised, where it lies
+            known = name in vars(target) or hasattr(type(target), name)
+            if not known and name not in ("_output_capturing_hooks_installed", *INPUT_HOOKS):
+                setattr(target, name, value)
         target.training = source.training
         for setting in ("gradient_checkpointing", "_gradient_checkpointing_func"):
             if setting in vars(source):
                 setattr(target, setting, getattr(source, setting))
+    for source, copied in copies.items():
+        if vars(source).get("config") is model.config:
+            copied.config = config
+        copied._forward_hooks = OrderedDict()  # see RENEWED_HOOKS
+    converted.base_model.adopt_layers()
+    if vars(model).get("_require_grads_hooks"):
+        converted.enable_input_require_grads()
     converted.generation_config = copy.deepcopy(model.generation_config)
     return converted

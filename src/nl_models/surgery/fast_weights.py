@@ -28,10 +28,17 @@ class FastWeights:
 
     Args:
         layers: one for each decoder layer; ``None`` where the MLP has no levels.
+        inputs: where a call keeps what the matrices multiplied, by layer and part ("up", "gate", "down");
+            ``None``: nowhere.
     """
 
-    def __init__(self, layers: Sequence[LayerFastWeights | None]):
+    def __init__(
+        self,
+        layers: Sequence[LayerFastWeights | None],
+        inputs: dict[tuple[int, str], torch.Tensor] | None = None,
+    ):
         self.layers = tuple(layers)
+        self.inputs = inputs
         sizes = {tensor.shape[0] for layer in self.layers for tensor in layer or () if tensor is not None}
         if len(sizes) != 1:
             raise ValueError(f"layers: expected tensors of one batch size, got {sorted(sizes)}")
@@ -58,12 +65,12 @@ class FastWeights:
 
 
 def fast_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x [N, T, in]`` times the weight ``[B, out, in]`` of its sequence, in the dtype of ``x``.
+    """``x [N, T, in]`` times the weight ``[B, out, in]`` of its sequence, where and as ``x`` is.
 
     ``N = B r``: r rows that follow one another share a sequence's weights, as beams of one prompt do.
     """
     rows = x.reshape(weight.shape[0], -1, x.shape[-1])
-    return (rows @ weight.to(x.dtype).mT).view(*x.shape[:-1], weight.shape[1])
+    return (rows @ weight.to(x).mT).view(*x.shape[:-1], weight.shape[1])
 
 
 def add_to_first(y: torch.Tensor, addition: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from nl_models.hf_names import either_cache_name
 from nl_models.layers.gated_delta_net import GatedDeltaNet
 from nl_models.layers.self_modifying_titans import SelfModifyingTitans
+from nl_models.surgery.parts import matrix_of
 
 MIXER_KINDS = ("self_modifying_titans", "delta_memory")
 
@@ -63,26 +64,41 @@ class MemoryMixer(nn.Module):
         return y, None
 
 
-def projections(attention: nn.Module, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+def projections(
+    attention: nn.Module, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
     """The weights ``[d, d]`` of an attention's query, key, value and output projections, where they have one.
 
     Keys and values that several heads share are repeated for each. A projection of another width is left out.
+    ``dtype`` and ``device`` are those of the model (see :func:`nl_models.surgery.parts.matrix_of`).
+
+    Raises:
+        TypeError: a module without the projections of a known attention.
     """
     heads, width = config.num_attention_heads, config.hidden_size
+
+    def matrix(name: str) -> torch.Tensor:
+        if not isinstance(getattr(attention, name, None), nn.Module):
+            raise TypeError(
+                f"model: expected attention of its family, got {type(attention).__name__} without {name}; "
+                "put the family's own module in its place"
+            )
+        return matrix_of(getattr(attention, name), width, dtype, device).detach()
+
     if hasattr(attention, "c_attn"):  # GPT-2: one Conv1D [in, out]
-        q, k, v = attention.c_attn.weight.T.chunk(3)
-        found = {"q": q, "k": k, "v": v, "o": attention.c_proj.weight.T}
+        q, k, v = matrix("c_attn").chunk(3)
+        found = {"q": q, "k": k, "v": v, "o": matrix("c_proj")}
     elif hasattr(attention, "query_key_value"):  # GPT-NeoX: [heads, (q, k, v), head width]
-        fused = attention.query_key_value.weight.view(heads, 3, width // heads, width)
+        fused = matrix("query_key_value").reshape(heads, 3, width // heads, width)
         q, k, v = (fused[:, i].flatten(0, 1) for i in range(3))
-        found = {"q": q, "k": k, "v": v, "o": attention.dense.weight}
+        found = {"q": q, "k": k, "v": v, "o": matrix("dense")}
     else:
-        found = {"q": attention.q_proj.weight, "o": attention.o_proj.weight}
-        for name, projection in (("k", attention.k_proj), ("v", attention.v_proj)):
-            shared = projection.weight.unflatten(0, (config.num_key_value_heads, -1))
+        found = {"q": matrix("q_proj"), "o": matrix("o_proj")}
+        for name in ("k", "v"):
+            shared = matrix(f"{name}_proj").unflatten(0, (config.num_key_value_heads, -1))
             repeats = heads // config.num_key_value_heads
             found[name] = shared.repeat_interleave(repeats, dim=0).flatten(0, 1)
-    return {name: weight.detach() for name, weight in found.items() if weight.shape == (width, width)}
+    return {name: weight for name, weight in found.items() if weight.shape == (width, width)}
 
 
 def take_over(mixer: MemoryMixer, weights: Mapping[str, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import ClassVar
 
@@ -13,13 +14,14 @@ from transformers.utils import TransformersKwargs
 
 from nl_models.hf_names import CACHE_NAME, either_cache_name
 from nl_models.layers.packing import current_mask, refuse_packed_positions
+from nl_models.module_views import device_of, dtype_of
 from nl_models.surgery.cache import ContinuumCache
 from nl_models.surgery.fast_weights import FastWeights, LayerFastWeights, add_to_first, fast_product
 from nl_models.surgery.mixers import MemoryMixer
 
 
 class ContinuumMLP:
-    """An MLP whose first hidden units have fast weights while a layer serves a call with them.
+    """An MLP whose first hidden units have the fast weights that a call brings along.
 
     ``y = down σ(up x)``, every matrix with its sequence's fast weights added. Between two steps the levels
     are one product: Eq. 74's sum over levels, Σ_ℓ down_ℓ σ(up_ℓ x), is the product over all units. Without
@@ -29,12 +31,14 @@ class ContinuumMLP:
     parts: ClassVar[dict[str, str]]
     """Names of the linear modules of "up", "down" and, with a gate, "gate"."""
 
-    fast: LayerFastWeights | None = None
+    layer_index: int
 
-    def linear(self, part: str, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, part: str, x: torch.Tensor, fast_weights: FastWeights) -> torch.Tensor:
         """The module of ``part`` on ``x``, whatever it is by now, and the fast weights on top."""
         y = self.get_submodule(self.parts[part])(x)
-        weight = getattr(self.fast, part)
+        if fast_weights.inputs is not None:
+            fast_weights.inputs[self.layer_index, part] = x
+        weight = getattr(fast_weights.layers[self.layer_index], part)
         if part == "down":
             return y + fast_product(x[..., : weight.shape[2]], weight)
         return add_to_first(y, fast_product(x, weight))
@@ -45,28 +49,29 @@ class GatedContinuumMLP(ContinuumMLP):
 
     parts: ClassVar[dict[str, str]] = {"up": "up_proj", "down": "down_proj", "gate": "gate_proj"}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, fast_weights: FastWeights | None = None) -> torch.Tensor:
         """``x [B, T, D]`` to the same."""
-        if self.fast is None:
+        if fast_weights is None:
             return super().forward(x)
-        return self.linear("down", self.act_fn(self.linear("gate", x)) * self.linear("up", x))
+        hidden = self.act_fn(self.linear("gate", x, fast_weights)) * self.linear("up", x, fast_weights)
+        return self.linear("down", hidden, fast_weights)
 
 
 class PlainContinuumMLP(ContinuumMLP):
     """``down(act(up x))``, as in GPT-2 and GPT-NeoX, with their biases and GPT-2's dropout."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, fast_weights: FastWeights | None = None) -> torch.Tensor:
         """``x [B, T, D]`` to the same."""
-        if self.fast is None:
+        if fast_weights is None:
             return super().forward(x)
-        y = self.linear("down", self.act(self.linear("up", x)))
+        y = self.linear("down", self.act(self.linear("up", x, fast_weights)), fast_weights)
         return self.dropout(y) if hasattr(self, "dropout") else y
 
 
 class ContinuumDecoderLayer:
     """A decoder layer that hands its MLP the fast weights of the call.
 
-    A function of its arguments, so that activation checkpointing may replay it.
+    A function of its arguments, so that activation checkpointing may replay it, and several threads run it.
     """
 
     layer_index: int
@@ -86,14 +91,12 @@ class ContinuumDecoderLayer:
         """
         if padding_mask is not None and self.has_memory:
             kwargs["padding_mask"] = padding_mask
-        fast = None if fast_weights is None else fast_weights.layers[self.layer_index]
-        if fast is None:
+        if fast_weights is None or fast_weights.layers[self.layer_index] is None:
             return super().forward(hidden_states, *args, **kwargs)
-        self.mlp.fast = fast
-        try:
-            return super().forward(hidden_states, *args, **kwargs)
-        finally:
-            self.mlp.fast = None
+        # The family's code calls ``self.mlp(x)``. A view of the layer for this call alone adds the argument.
+        view = object.__new__(type(self))
+        vars(view).update(vars(self), mlp=functools.partial(self.mlp, fast_weights=fast_weights))
+        return super(ContinuumDecoderLayer, view).forward(hidden_states, *args, **kwargs)
 
 
 class ContinuumBackbone:
@@ -113,15 +116,22 @@ class ContinuumBackbone:
 
     def __init__(self, config):
         super().__init__(config)
-        # The layers stay the objects that the family built, with classes of a converted model.
+        for index, options in (config.memory_layers or {}).items():
+            self.replace_attention(int(index), MemoryMixer(config, int(index), **options))
+        self.adopt_layers()
+
+    def adopt_layers(self) -> None:
+        """Give the decoder layers that there are the classes of a converted model."""
         for index, layer in enumerate(self.decoder_layers()):
-            layer.__class__ = self.layer_class
-            layer.layer_index = index
-            layer.mlp.__class__ = self.mlp_class
-            options = (config.memory_layers or {}).get(str(index))
-            layer.has_memory = options is not None
-            if options is not None:
-                setattr(layer, self.attention_name, MemoryMixer(config, index, **options))
+            layer.__class__, layer.mlp.__class__ = self.layer_class, self.mlp_class
+            layer.layer_index = layer.mlp.layer_index = index
+            layer.has_memory = isinstance(getattr(layer, self.attention_name), MemoryMixer)
+
+    def replace_attention(self, index: int, mixer: MemoryMixer) -> None:
+        """Put a memory in the place of the attention of a layer."""
+        layer = self.decoder_layers()[index]
+        setattr(layer, self.attention_name, mixer)
+        layer.has_memory = True
 
     def decoder_layers(self) -> torch.nn.ModuleList:
         """The decoder layers in order."""
@@ -265,8 +275,8 @@ class ContinuumCausalLM:
             if index not in self.config.continuum_layers:
                 layers.append(None)
                 continue
-            dtype = torch.promote_types(self.dtype, torch.float32)
-            device = next(layer.mlp.parameters()).device
+            dtype = torch.promote_types(dtype_of(self) or torch.float32, torch.float32)
+            device = device_of(layer.mlp) or device_of(self)
 
             def zeros(*shape: int, dtype=dtype, device=device) -> torch.Tensor:
                 return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
