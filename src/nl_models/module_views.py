@@ -14,7 +14,16 @@ from torch import nn
 
 
 def copy_module(module: nn.Module) -> nn.Module:
-    """A module of the same class with the same tensors and children, in registries of its own."""
+    """A module of the same class with the same tensors and children, in registries of its own.
+
+    Raises:
+        ValueError: ``module`` has a forward from outside, which would run ``module`` itself.
+    """
+    if is_patched(module):
+        raise ValueError(
+            f"model: a {type(module).__name__} has a forward that was put on it from outside; take it away: "
+            "other weights, or another mode, for one call do not reach it"
+        )
     view = object.__new__(type(module))
     for name, value in vars(module).items():
         vars(view)[name] = value.copy() if isinstance(value, (dict, set, list)) else value
@@ -61,7 +70,7 @@ def in_evaluation(module: nn.Module) -> nn.Module:
     """``module`` if no part of it is in training mode, else a view of it of which none is.
 
     Raises:
-        ValueError: a part in training mode below one that a view cannot be made of.
+        ValueError: a part in training mode, and one that has a forward from outside.
     """
     if not any(part.training for part in module.modules()):
         return module

@@ -36,11 +36,14 @@ MODELS = {
 
 
 def dispatched(model, folder):
-    blocks = "model.layers" if hasattr(model, "model") else model.base_model_prefix
-    places = {name: "cpu" for name, _ in model.named_parameters()}
-    places = {
-        name: "disk" if name.startswith(blocks) and ".1." in name else place for name, place in places.items()
-    }
+    """The second block on the disk, all else in memory."""
+    prefix = model.base_model_prefix
+    places = {name: "cpu" for name, _ in model.named_children() if name != prefix}
+    for name, child in model.base_model.named_children():
+        if isinstance(child, torch.nn.ModuleList):
+            places |= {f"{prefix}.{name}.0": "cpu", f"{prefix}.{name}.1": "disk"}
+        else:
+            places[f"{prefix}.{name}"] = "cpu"
     return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
 
 
