@@ -71,7 +71,9 @@ def unpack(
         MemoryFileError: the memory is not one of this learner.
     """
     try:
-        header, tensors = packed["header"], dict(packed["tensors"])
+        header = packed["header"]
+        # Read inside of torch.inference_mode(), they could have no gradient.
+        tensors = {n: t.clone() if t.is_inference() else t for n, t in packed["tensors"].items()}
         if header["format"] != FORMAT:
             raise MemoryFileError(f"{source}: format {header['format']!r}, expected {FORMAT!r}")
         for name, value in options.items():
