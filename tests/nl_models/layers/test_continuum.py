@@ -178,11 +178,11 @@ def test_bf16_layers_have_fp32_states_and_finite_gradients(variant, rule, detach
 def test_retention_starts_where_it_should_and_can_be_left_out():
     first, second = build(initial_retention=0.8).levels
     torch.testing.assert_close(first.retention(), torch.tensor(0.8))
-    assert not first.definition().retains_all
+    assert not first().retains_all
     assert second.retention_logit.shape == (1,)
     for level in build(initial_retention=1.0).levels:
         assert level.retention_logit is None
-        assert level.definition().retains_all
+        assert level().retains_all
     for value in (0.0, 1.1, float("nan")):
         with pytest.raises(ValueError, match="initial_retention: expected more than 0 and at most 1"):
             LevelConfig(hidden_size=8, initial_retention=value)
