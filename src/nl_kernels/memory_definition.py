@@ -57,10 +57,11 @@ def memory_write(
     rule: MemoryRule,
     first_layer: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One step of a layer: ``U ← μU − η Σ δxᵀ``, ``W ← αW − η(Wx)xᵀ + U`` (Eq. 88), and the new (W, U).
+    """One step of a layer: ``U ← μU − sη Σ δxᵀ``, ``W ← αW − η(Wx)xᵀ + U`` (Eq. 88), and the new (W, U).
 
     The sum runs over the pairs (δ, x) in ``gradients``; the erase is along the first x, and a layer that does
-    not erase leaves that term out. Without momentum U is the write alone.
+    not erase leaves that term out. The share s of a write is 1 − μ where the rule averages writes, else 1.
+    Without momentum U is the write alone.
     """
     erases = rule.erases(first_layer)
     x = gradients[0][1]
@@ -69,6 +70,9 @@ def memory_write(
         rate = rate / (1 + rate * x.square().sum(-1, keepdim=True))
     write = -sum(_outer(rate * delta, pair_input) for delta, pair_input in gradients)
     if momentum is not None:
+        share = rule.share(momentum_decay)
+        if share is not None:
+            write = share[..., None, None] * write
         write = momentum = momentum_decay[..., None, None] * momentum + write
     updated = log_decay.exp()[..., None, None] * state + write
     if erases:

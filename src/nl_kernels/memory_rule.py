@@ -15,6 +15,7 @@ from nl_kernels.checks import check_choice
 
 ACTIVATIONS = ("silu", "gelu")
 ERASES = ("per_layer", "input", "none")
+MOMENTA = ("average", "sum")
 NORM_EPS = 1e-6  # added to squared norms, so that the zero vector has a finite Jacobian
 
 
@@ -55,9 +56,14 @@ class MemoryRule:
             state is never forgotten.
         error_bound: both local error signals, that of the output and that of the hidden layer, are scaled
             down to this length when longer (a Huber objective); ``None`` leaves them alone.
+        momentum: what momentum with decay μ makes of the writes, for calls that have it: their "average",
+            ``U ← μU + (1 − μ) write``, or their "sum", ``U ← μU + write``, as Titans prints it. The sum of
+            a lasting error is 1/(1 − μ) times as long as one write. Self-modifying memories feed on what
+            they write, and are chaotic at that gain.
 
     Raises:
-        ValueError: an unknown ``activation`` or ``erase``, or an ``error_bound`` that is not positive.
+        ValueError: an unknown ``activation``, ``erase`` or ``momentum``, or an ``error_bound`` that is not
+            positive.
     """
 
     activation: str = "silu"
@@ -69,10 +75,12 @@ class MemoryRule:
     proximal: bool = False
     anchored: bool = True
     error_bound: float | None = 1.0
+    momentum: str = "average"
 
     def __post_init__(self) -> None:
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("erase", self.erase, ERASES)
+        check_choice("momentum", self.momentum, MOMENTA)
         bound = self.error_bound
         if bound is not None and not (isinstance(bound, (int, float)) and 0 < bound < math.inf):
             raise ValueError(f"error_bound: expected a positive finite number or None, got {bound!r}")
@@ -80,7 +88,18 @@ class MemoryRule:
     @classmethod
     def literal(cls) -> MemoryRule:
         """The printed formulas: residuals, raw hidden layer, exact proximal rates, no safeguards."""
-        return cls(normalize_hidden=False, residual=True, proximal=True, anchored=False, error_bound=None)
+        return cls(
+            normalize_hidden=False,
+            residual=True,
+            proximal=True,
+            anchored=False,
+            error_bound=None,
+            momentum="sum",
+        )
+
+    def share(self, momentum: torch.Tensor | None) -> torch.Tensor | None:
+        """What momentum leaves of each write: 1 − μ of an average; ``None`` stands for all of it."""
+        return None if momentum is None or self.momentum == "sum" else 1 - momentum
 
     def erases(self, first_layer: bool) -> bool:
         """Whether the first (input) layer, or a later one, erases."""

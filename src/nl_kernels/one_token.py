@@ -50,7 +50,9 @@ def write_token(
     inplace: bool,
     echo: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``U ← μU − η δxᵀ``, ``S ← αS − η (Sx)xᵀ + U``: both after the token.
+    """``U ← μU − sη δxᵀ``, ``S ← αS − η (Sx)xᵀ + U``: both after the token.
+
+    The share s of a write is 1 − μ where the rule averages writes, else 1.
 
     Args:
         state, velocity: S and U [.., out, in]; U ``None`` without momentum.
@@ -73,9 +75,11 @@ def write_token(
     else:
         velocity = velocity.mul_(momentum) if inplace else velocity * momentum
         target, erased = velocity, recalled
-    target.addcmul_((signal * rate).mT, x, value=-1)
+    share = rule.share(momentum)
+    write_rate = rate if share is None else rate * share
+    target.addcmul_((signal * write_rate).mT, x, value=-1)
     if echo is not None:
-        target.addcmul_((echo[1] * rate).mT, echo[0], value=-1)
+        target.addcmul_((echo[1] * write_rate).mT, echo[0], value=-1)
     if erased is not None:
         after.addcmul_(erased.mul_(rate).mT, x, value=-1)
     if velocity is not None and applied is None:

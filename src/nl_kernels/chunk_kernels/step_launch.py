@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
+from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.kernel_call import KernelCall
 from nl_kernels.triton_support.tiles import power_of_two
 
@@ -38,6 +39,13 @@ def why_not(name: str, width: int, hidden: int | None, dtype: torch.dtype) -> st
         limit = f"at heads of {width} the Triton step takes hidden layers up to {widest} wide"
         return f"weights: {limit}, got {hidden}"
     return None
+
+
+def why_not_momentum(rule: MemoryRule, momentum: torch.Tensor | None) -> str | None:
+    """Why the kernels, which sum writes, do not serve a step with this momentum; ``None`` if they do."""
+    if momentum is None or rule.momentum == "sum":
+        return None
+    return f"momentum: the Triton step takes rule.momentum='sum' alone, got {rule.momentum!r}"
 
 
 def together(weights: Iterable[torch.Tensor | None], lead: tuple[int, int]) -> list[torch.Tensor | None]:

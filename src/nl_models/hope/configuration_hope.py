@@ -51,8 +51,11 @@ class HopeConfig(PreTrainedConfig):
         memory_rate_max: the largest learning rate, in [0, 1]. At 0 nothing is ever written: every memory
             stays at its learned initial state, the control for what a memory is worth.
         memory_rate_bias, memory_retention_bias: initial biases of the gates' logits.
-        memory_momentum: whether writes have momentum.
+        memory_momentum: whether writes have momentum: a running average, whose decay each token sets. It
+            costs about twice the time, and has no Triton kernels for rules that erase, as the default does.
         memory_rule: options of :class:`nl_kernels.memory_rule.MemoryRule` that differ from its default.
+            ``{"momentum": "sum"}`` is momentum as Titans prints it, a sum of writes: chaotic in
+            ``self_modifying_titans`` (docs/defaults.md). Models saved before the average existed have it.
         memory_truncate_every: the outer gradient does not cross every n-th chunk boundary (self-modifying);
             ``None`` for full backpropagation through time.
         memory_implementation: of the memories' ops: "auto" (Triton kernels on CUDA where they serve the
@@ -144,24 +147,24 @@ class HopeConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs) -> HopeConfig:
         """A config from what a file holds.
 
-        Files say the retention of every level that learns. Those that are older than retention do not: their
-        models were trained to keep everything.
+        Files say the retention of every level that learns, and the form of momentum. Those that are older do
+        not: their models were trained to keep everything, and with the sum of the writes.
         """
         levels = config_dict.get("continuum_levels")
         if levels is not None:
             levels = [{"initial_retention": 1.0, **level} if _learns(level) else level for level in levels]
             config_dict = {**config_dict, "continuum_levels": levels}
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(name_momentum(config_dict, "sum"), **kwargs)
 
     def to_dict(self) -> dict:
-        """All fields, ``layer_types`` as ``mixer_types``.
+        """All fields, ``layer_types`` as ``mixer_types``, and the form of momentum by name.
 
         The library reads the files of any model by its base class, too (a ``Trainer`` that resumes), which
         refuses ``layer_types`` other than its own.
         """
         fields = super().to_dict()
         fields["mixer_types"] = fields.pop("layer_types")
-        return fields
+        return name_momentum(fields, "average")
 
     @property
     def head_dim(self) -> int:
@@ -186,6 +189,9 @@ class HopeConfig(PreTrainedConfig):
             {k: v for k, v in level.items() if (k, v) != ("initial_retention", 1.0)}
             for level in self.continuum_levels
         ]
+        rule = {name: value for name, value in self.memory_rule.items() if name != "momentum"}
+        averages = self.memory_momentum and self.make_memory_rule().momentum == "average"
+        shaping["memory_rule"] = {**rule, "momentum": "average"} if averages else rule
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 
     def validate_layer_type(self) -> None:
@@ -267,6 +273,16 @@ class HopeConfig(PreTrainedConfig):
 
 def _learns(level: dict) -> bool:
     return level.get("chunk_size") is not None and level.get("max_rate", LevelConfig.max_rate) > 0
+
+
+def name_momentum(options: dict, form: str) -> dict:
+    """Fields of a config with the form of momentum by name in ``memory_rule``: ``form`` if there was none.
+
+    Saved fields always name it, so that those of older versions, which had the sum alone, are told apart.
+    """
+    if not options.get("memory_momentum"):
+        return options
+    return {**options, "memory_rule": {"momentum": form, **(options.get("memory_rule") or {})}}
 
 
 def _expected_options(options: type) -> str:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from nl_models.data.batches import TrainingBatches, validation_windows
 from nl_models.data.prepare import PreparedData
 from nl_models.files import new_directory, remove_incomplete, write_json
+from nl_models.hope.configuration_hope import name_momentum
 from nl_models.training.checkpoint import (
     Progress,
     list_checkpoints,
@@ -108,7 +109,9 @@ def create_run(folder: Path, config: TrainConfig) -> None:
             raise RunError(f"{folder} exists; continue it with --resume, or choose another --output")
         folder.rmdir()
     with new_directory(folder) as temporary:
-        write_json(temporary / "config.json", config.to_dict())
+        options = config.to_dict()
+        options["model_options"] = name_momentum(options["model_options"], "average")
+        write_json(temporary / "config.json", options)
 
 
 def continued_config(folder: Path, overrides: dict[str, object]) -> TrainConfig:
@@ -121,6 +124,9 @@ def continued_config(folder: Path, overrides: dict[str, object]) -> TrainConfig:
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder} is not a training run (it has no config.json); start one without --resume")
     saved = load_config(folder / "config.json").to_dict()
+    saved["model_options"] = name_momentum(saved["model_options"], "sum")
+    if "model_options" in overrides:
+        overrides = {**overrides, "model_options": name_momentum(overrides["model_options"], "average")}
     changed = sorted(
         name for name, value in overrides.items() if value != saved[name] and name not in FREE_ON_RESUME
     )

@@ -44,7 +44,7 @@ def token(inputs, t):
 def test_steps_equal_the_definition(memory, width, hidden, momentum):
     op, step, make = memory
     inputs = make(3, 40, 4, width, hidden, momentum=momentum)
-    options = {"chunk_size": 8, "read": "running"}
+    options = {"chunk_size": 8, "read": "running", "rule": nl_kernels.MemoryRule(momentum="sum")}
     wide = cast(inputs, torch.float64)
     expected, end = op(**wide, **options, impl="reference", output_final_state=True)
     _, state = op(**tokens(wide, 0, 3), **options, impl="reference", output_final_state=True)

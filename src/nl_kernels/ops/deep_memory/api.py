@@ -73,7 +73,8 @@ def deep_memory(
             [H, Dv, h], or [B, H, ..] by sequence; outer ``None`` for a linear memory (inner [.., Dv, D]).
             Unused values of a rule that is not anchored when ``initial_state`` is given.
         chunk_size: tokens between boundaries.
-        momentum: [B, T, H] in [0, 1), the decay μ of ``U ← μU + write``; ``None`` for no momentum.
+        momentum: [B, T, H] in [0, 1), the decay μ of the writes' average U, or of their sum: see
+            ``rule.momentum``. ``None`` for no momentum.
         rule: how the memory is applied and written; default ``MemoryRule()``.
         read: "snapshot": ``o_t = M(q_t)`` at the chunk's first state; "running": after token t.
         mask: [B, T] bool, True = real token. Padding neither writes nor counts, and its output is zero.
@@ -128,6 +129,8 @@ def deep_memory(
     if chosen == "reference":  # its loop leaves out what the last tokens would write
         tied = [*inputs[1:], *weights]
     inputs[0] = with_zero_gradients(inputs[0], tied)
+    if chosen == "triton":
+        inputs[3] = _summed_rate(rule, inputs[3], inputs[5])
     alignment = None
     if cu_seqlens is not None:
         alignment = align_packed(cu_seqlens)
@@ -208,7 +211,8 @@ def deep_memory_step(
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`deep_memory`; ``inplace`` where gradients are needed.
-        NotImplementedError: ``impl="triton"`` for heads or hidden layers wider than the kernel takes.
+        NotImplementedError: ``impl="triton"`` for heads or hidden layers wider than the kernel takes, or a
+            rule that erases and averages its writes.
     """
     rule = _DEFAULT_RULE if rule is None else rule
     _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, state)
@@ -220,6 +224,8 @@ def deep_memory_step(
     if impl == "triton" or (impl is None and q.is_cuda):
         hidden = None if weights.outer is None else weights.inner.shape[-2]
         unsupported = step_launch.why_not("q, k, v", max(q.shape[-1], v.shape[-1]), hidden, q.dtype)
+        if rule.erase != "none":
+            unsupported = unsupported or step_launch.why_not_momentum(rule, momentum)
     available = ("eager", "reference") if unsupported and impl is None else ("triton", "eager", "reference")
     chosen = choose_implementation("deep_memory_step", impl, q.device, available)
     if chosen == "triton" and unsupported:
@@ -246,8 +252,13 @@ def deep_memory_step(
         mask = None
     options = {"rule": rule, "read": read, "chunk_size": chunk_size, "mask": mask, "inplace": inplace}
     with without_autocast(q.device.type):
-        step = registration.deep_memory_step if chosen == "triton" else eager_step.deep_memory_step
-        o, state = step(*tensors, weights, state, **options)
+        if chosen == "triton":
+            rate = _summed_rate(rule, rate.to(state.running.inner.dtype), momentum)
+            o, state = registration.deep_memory_step(
+                q, k, v, rate, log_decay, momentum, weights, state, **options
+            )
+        else:
+            o, state = eager_step.deep_memory_step(*tensors, weights, state, **options)
     return o.to(q.dtype), state
 
 
@@ -330,6 +341,12 @@ def _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_s
     check_memory("weights", weights, batch, heads, width, out, q)
     _check_state("state", state, weights, batch, heads, momentum is not None, q)
     check_position("state.position", state.position, batch, chunk_size, q)
+
+
+def _summed_rate(rule: MemoryRule, rate: torch.Tensor, momentum: torch.Tensor | None) -> torch.Tensor:
+    """Rates at which the kernels, which sum writes, do as ``rule`` says; of a rule that does not erase."""
+    share = rule.share(None if momentum is None else momentum.to(rate.dtype))
+    return rate if share is None else rate * share
 
 
 def _by_name(state: DeepMemoryState) -> dict[str, torch.Tensor | None]:

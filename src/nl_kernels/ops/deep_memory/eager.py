@@ -56,7 +56,7 @@ def deep_memory_eager(
         checkpoint_every: chunks between the states kept for the backward pass.
     """
 
-    written_out = supports(read, momentum is not None)
+    written_out = supports(rule, read, momentum is not None)
 
     def compute(carried: State, constants: State, sequences: State, grid: ChunkGrid):
         rows, tokens = sequences[0].shape[:2]
@@ -119,13 +119,14 @@ class _Chunks:
             None if momentum is None else momentum[..., 0],
             None if applied is None else applied[..., 0],
         )
-        first = self._prepare(k, rate, coefficients, first_layer=True)
+        share = self.rule.share(momentum)
+        first = self._prepare(k, rate, share, coefficients, first_layer=True)
         firsts = [_unbind(x, chunks) for x in first]
-        by_chunk = [x.unbind(1) for x in (q, k, v, rate)]
+        by_chunk = [_unbind(x, chunks) for x in (q, k, v, rate, share)]
         coefficients = _unbind_coefficients(coefficients, chunks)
         outputs = []
         for i in range(chunks):
-            q_i, k_i, v_i, rate_i = (x[i] for x in by_chunk)
+            q_i, k_i, v_i, rate_i, share_i = (x[i] for x in by_chunk)
             erase, scaled_rate, gram, inverse = (x[i] for x in firsts)
             parts = coefficients[i]
             base = [
@@ -140,7 +141,9 @@ class _Chunks:
             )
             hidden = layers[1]
             if deep:
-                erase, scaled_rate, gram, inverse = self._prepare(hidden, rate_i, parts, first_layer=False)
+                erase, scaled_rate, gram, inverse = self._prepare(
+                    hidden, rate_i, share_i, parts, first_layer=False
+                )
                 running[1], velocity[1], written[1] = write_layer(
                     *before[1], LayerChunk(hidden, -scaled_rate * error, erase, gram, inverse, parts)
                 )
@@ -151,14 +154,19 @@ class _Chunks:
         output = outputs[0] if chunks == 1 else torch.cat(outputs, 1)
         return (*running, *velocity, *snapshot), output
 
-    def _prepare(self, x, rate, coefficients: ChunkCoefficients, *, first_layer: bool):
-        """β, η, the gram matrix and the inverse of a layer with inputs x."""
-        if not self.rule.erases(first_layer):
-            return None, rate, None, None
-        if self.rule.proximal:
+    def _prepare(self, x, rate, share, coefficients: ChunkCoefficients, *, first_layer: bool):
+        """β, η of the writes, the gram matrix and the inverse of a layer with inputs x.
+
+        Momentum leaves ``share`` of a write (``None``: all).
+        """
+        erases = self.rule.erases(first_layer)
+        if erases and self.rule.proximal:
             rate = rate / (1 + rate * x.square().sum(-1, keepdim=True))
+        written = rate if share is None else rate * share
+        if not erases:
+            return None, written, None, None
         gram = x @ x.transpose(-1, -2)
-        return rate, rate, gram, erase_inverse(gram, rate, coefficients.decay)
+        return rate, written, gram, erase_inverse(gram, rate, coefficients.decay)
 
     def _serve(self, q, k, v, base):
         """At the snapshot: the error, (δ of the first layer, input of the second), and the snapshot read."""

@@ -50,9 +50,9 @@ from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.snapshot import snapshot_adjoint, take_snapshot
 
 
-def supports(read: str, momentum: bool) -> bool:
+def supports(rule: MemoryRule, read: str, momentum: bool) -> bool:
     """Whether derivatives are written out for these options; autograd does the others."""
-    return not (momentum and read == "running")
+    return not momentum or (read == "snapshot" and rule.momentum == "sum")
 
 
 class _Tokens(NamedTuple):

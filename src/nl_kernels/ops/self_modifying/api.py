@@ -90,7 +90,8 @@ def self_modifying_memory(
         chunk_size: tokens between boundaries of ``weights.memory``.
         generator_chunk_size: the same for the other four; default ``chunk_size``. One of the two must be a
             multiple of the other.
-        momentum: [B, T, H] in [0, 1), the decay μ of ``U ← μU + write`` in every memory; ``None`` for none.
+        momentum: [B, T, H] in [0, 1), the decay μ of the average U of each memory's writes, or of their sum:
+            see ``rule.momentum``. ``None`` for none.
         rule: how the memories are applied and written; default ``MemoryRule()``.
         rate_max: in [0, 1], the largest rate, 0 writes nothing; a float or [H].
         rate_bias, retention_bias: floats or [H].
@@ -264,8 +265,8 @@ def self_modifying_memory_step(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`self_modifying_memory`; ``inplace`` where gradients are
             needed.
-        NotImplementedError: ``impl="triton"`` for wider heads or hidden layers than the kernel takes, or
-            targets that learn.
+        NotImplementedError: ``impl="triton"`` for wider heads or hidden layers than the kernel takes,
+            targets that learn, or a rule that averages its writes.
     """
     rule = _DEFAULT_RULE if rule is None else rule
     generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
@@ -296,6 +297,7 @@ def self_modifying_memory_step(
     if impl == "triton" or (impl is None and query.is_cuda):
         hidden = None if weights.key.outer is None else weights.key.inner.shape[-2]
         unsupported = step_launch.why_not("query", width, hidden, query.dtype)
+        unsupported = unsupported or step_launch.why_not_momentum(rule, momentum)
         if not detach_targets:
             unsupported = "detach_targets: the Triton kernels have constant targets alone"
     available = ("eager", "reference") if unsupported and impl is None else ("triton", "eager", "reference")

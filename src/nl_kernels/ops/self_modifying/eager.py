@@ -240,6 +240,8 @@ class _Chunks:
         if applied is not None:
             rate, log_decay = rate * applied, log_decay * applied
             momentum = None if momentum is None else momentum.where(applied, 1)
+        share = self.options.rule.share(momentum)
+        share = None if share is None else share[..., None].repeat(5, 1, 1)
         x = torch.cat([k, v], 1).repeat(5, 1, 1)
         hidden, wide, narrow = self._apply(base, x)
         wide_error, narrow_error = self._errors(k, v, wide, narrow)
@@ -264,7 +266,7 @@ class _Chunks:
         coefficients = chunk_coefficients(log_decay.repeat(5, 1), momentum, applied)
         rate = rate[..., None].repeat(5, 1, 1)
 
-        keys, key_rate, key_erase = self._prepare(x, rate, size, first_layer=True)
+        keys, key_rate, key_erase = self._prepare(x, rate, share, size, first_layer=True)
         # The keys are the same for all memories: one gram matrix and one inverse.
         shared = coefficients.map(lambda part: part[:rows])
         gram = inverse = None
@@ -277,7 +279,7 @@ class _Chunks:
         else:
             signal = signals[0] if self.detach_targets else _interleave(*signals)
             first = LayerChunk(keys, -key_rate * signal, key_erase, gram, inverse, coefficients)
-            inputs, rate, erase = self._prepare(inputs, rate, size, first_layer=False)
+            inputs, rate, erase = self._prepare(inputs, rate, share, size, first_layer=False)
             gram = inverse = None
             if erase is not None:
                 gram = torch.bmm(inputs, inputs.transpose(1, 2))
@@ -303,16 +305,20 @@ class _Chunks:
         gate_error = narrow[:, :size] - narrow[:, size:]
         return bound_length(error, rule.error_bound), bound_length(gate_error, rule.error_bound)
 
-    def _prepare(self, x, rate, size: int, *, first_layer: bool):
-        """A layer's inputs, η and β (``None`` if it does not erase) from x [5N, 2c, in], keys first."""
+    def _prepare(self, x, rate, share, size: int, *, first_layer: bool):
+        """A layer's inputs, the rates of its writes and β, from x [5N, 2c, in], keys first.
+
+        β is ``None`` if the layer does not erase. Momentum leaves ``share`` of a write (``None``: all).
+        """
         key, value = x[:, :size], x[:, size:]
         erases = self.options.rule.erases(first_layer)
         if erases and self.options.rule.proximal:
             rate = rate / (1 + rate * key.square().sum(-1, keepdim=True))
+        written = rate if share is None else rate * share
         if self.detach_targets:
-            return key, rate, rate if erases else None
+            return key, written, rate if erases else None
         erase = _interleave(rate, torch.zeros_like(rate)) if erases else None
-        return _interleave(key, value), _interleave(rate, rate), erase
+        return _interleave(key, value), _interleave(written, written), erase
 
     def _read_running(self, q, layers: MemoryStack, written: MemoryStack, before, velocity, anchor):
         """M_memory of the query after each token, in every layer; [N, c, D]."""

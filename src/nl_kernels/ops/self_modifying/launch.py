@@ -187,6 +187,11 @@ def why_not(
             f"momentum: the Triton kernels have it with rule.erase='none' alone, got {rule.erase!r}; "
             "use impl='eager'"
         )
+    if momentum and rule.momentum != "sum":
+        return (
+            f"momentum: the Triton kernels take rule.momentum='sum' alone, got {rule.momentum!r}; "
+            "use impl='eager'"
+        )
     sizes = {"width": width, "hidden": hidden, "chunk": chunk, "architecture": architecture}
     if regime_of(**sizes) == "row":
         return None

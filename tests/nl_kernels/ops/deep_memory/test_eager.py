@@ -12,28 +12,30 @@ from nl_kernels.ops.deep_memory import eager, eager_backward
 from nl_kernels.testing import deep_memory_inputs, relative_error, tensors_of
 from tests.nl_kernels.chunked_memories import assert_same, compare, join, leaves_like, results, tokens
 
-DEFAULT, LITERAL = MemoryRule(), MemoryRule.literal()
+DEFAULT, LITERAL, SUM = MemoryRule(), MemoryRule.literal(), MemoryRule(momentum="sum")
 RULES = {
     "default": DEFAULT,
     "literal": LITERAL,
     "gelu, not anchored, not bounded": MemoryRule(activation="gelu", anchored=False, error_bound=None),
     "input": MemoryRule(erase="input", residual=True, error_bound=0.3),
     "input, proximal": MemoryRule(erase="input", proximal=True, normalize_hidden=False),
-    "titans": MemoryRule(erase="none", residual=True, anchored=False, normalize_hidden=False),
+    "titans": MemoryRule(erase="none", residual=True, anchored=False, normalize_hidden=False, momentum="sum"),
+    "sum": SUM,
+    "none": MemoryRule(erase="none"),
 }
 
 
 # The paths of the implementation: derivatives by autograd, and written out for every kind of memory and read.
 PATHS = pytest.mark.parametrize(
-    ("kind", "read"),
+    ("kind", "path"),
     [
-        ({"momentum": True}, "running"),
-        ({"momentum": True}, "snapshot"),
-        ({}, "running"),
-        ({"hidden": None, "momentum": True}, "snapshot"),
-        ({"hidden": None}, "running"),
+        ({"momentum": True}, {"read": "running"}),
+        ({"momentum": True}, {"read": "snapshot", "rule": SUM}),
+        ({}, {"read": "running"}),
+        ({"hidden": None, "momentum": True}, {"read": "snapshot", "rule": SUM}),
+        ({"hidden": None}, {"read": "running"}),
     ],
-    ids=["autograd", "momentum, snapshot", "running", "linear, momentum, snapshot", "linear, running"],
+    ids=["autograd", "sum, snapshot", "running", "linear, sum, snapshot", "linear, running"],
 )
 
 
@@ -90,8 +92,9 @@ def test_weights_by_sequence():
 @PATHS
 @pytest.mark.parametrize("anchored", [True, False])
 @pytest.mark.parametrize("at", [3, 4])
-def test_gradients_reach_the_initial_state(at, anchored, kind, read):
-    options = {"rule": dataclasses.replace(DEFAULT, anchored=anchored), "chunk_size": 4, "read": read}
+def test_gradients_reach_the_initial_state(at, anchored, kind, path):
+    rule = dataclasses.replace(path.get("rule", DEFAULT), anchored=anchored)
+    options = {**path, "rule": rule, "chunk_size": 4}
     inputs = make(2, 12, **kind)
     _, state = deep_memory(**tokens(inputs, 0, at), **options, output_final_state=True)
     rest = {**tokens(inputs, at, 12), "initial_state": leaves_like(state)}
@@ -109,9 +112,9 @@ def test_forgetting_everything_is_exact():
 
 @PATHS
 @pytest.mark.parametrize("impl", ["eager", "reference"])
-def test_split_equals_whole_at_every_cut(impl, kind, read):
+def test_split_equals_whole_at_every_cut(impl, kind, path):
     inputs = make(1, 10, **kind)
-    options = {"read": read, "chunk_size": 4, "impl": impl}
+    options = {**path, "chunk_size": 4, "impl": impl}
     values, gradients, _ = results(deep_memory, inputs, **options)
 
     def cut_op(cut):
@@ -132,11 +135,11 @@ def test_split_equals_whole_at_every_cut(impl, kind, read):
 
 
 @PATHS
-def test_decoding_equals_the_forward_pass_when_sequences_are_apart(kind, read):
+def test_decoding_equals_the_forward_pass_when_sequences_are_apart(kind, path):
     # Three sequences, at positions 0, 1 and 3 of their chunks when decoding starts.
     length, chunk_size, heads = 9, 4, [4, 1, 3]
     inputs = make(3, length, **kind)
-    options = {"read": read, "chunk_size": chunk_size, "output_final_state": True}
+    options = {**path, "chunk_size": chunk_size, "output_final_state": True}
     with torch.no_grad():
         rows = [
             {n: x if n == "weights" or x is None else x[i : i + 1] for n, x in inputs.items()}
@@ -167,10 +170,10 @@ MASKS = {
 @PATHS
 @pytest.mark.parametrize("padding", MASKS)
 @pytest.mark.parametrize("resume", [False, True], ids=["", "resumed apart"])
-def test_padding_equals_separate_sequences(padding, resume, kind, read):
+def test_padding_equals_separate_sequences(padding, resume, kind, path):
     mask = torch.tensor(MASKS[padding], dtype=torch.bool)
     inputs = make(3, 7, **kind)
-    options = {"chunk_size": 3, "read": read}
+    options = {"chunk_size": 3, **path}
     states = [None] * 3
     if resume:
         earlier = make(1, 5, seed=1, **kind) | {"weights": inputs["weights"]}
@@ -297,16 +300,17 @@ def test_a_wrong_gradient_is_noticed(monkeypatch, piece):
         return 1.01 * found if isinstance(found, torch.Tensor) else (1.01 * found[0], *found[1:])
 
     monkeypatch.setattr(eager_backward, piece, wrong)
+    rule = dataclasses.replace(SUM, error_bound=0.3)
     with pytest.raises(AssertionError, match="differs by"):
-        compare(deep_memory, make(1, 6, momentum=True), chunk_size=4, rule=MemoryRule(error_bound=0.3))
+        compare(deep_memory, make(1, 6, momentum=True), chunk_size=4, rule=rule)
 
 
 @pytest.mark.parametrize("hidden", [6, None])
 @pytest.mark.parametrize("momentum", [False, True], ids=["", "momentum"])
 def test_the_written_out_derivative_equals_the_general_path(monkeypatch, momentum, hidden):
     inputs = make(2, 24, width=4, hidden=hidden, momentum=momentum)
-    found = results(deep_memory, inputs, chunk_size=4)
+    found = results(deep_memory, inputs, chunk_size=4, rule=SUM)
     monkeypatch.setattr(eager, "supports", lambda *options: False)
-    expected = results(deep_memory, inputs, chunk_size=4)
+    expected = results(deep_memory, inputs, chunk_size=4, rule=SUM)
     for a, b in zip(found[:2], expected[:2]):
         assert_same(a, b, 1e-11)

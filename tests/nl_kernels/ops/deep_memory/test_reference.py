@@ -148,8 +148,9 @@ def test_an_anchored_memory_forgets_only_what_it_learned():
         torch.testing.assert_close(o[0, 2, 0], expected, rtol=0, atol=1e-12)
 
 
-def test_momentum_accumulates_the_writes():
-    rule = dataclasses.replace(PLAIN, erase="none")
+@pytest.mark.parametrize("momentum", ["average", "sum"])
+def test_momentum_accumulates_the_writes(momentum):
+    rule = dataclasses.replace(PLAIN, erase="none", momentum=momentum)
     inputs = deep_memory_inputs(1, 3, 1, 4, None, momentum=True, dtype=torch.float64)
     inputs["log_decay"].zero_()
     _, state = deep_memory(**inputs, rule=rule, chunk_size=4, output_final_state=True, impl="reference")
@@ -157,8 +158,9 @@ def test_momentum_accumulates_the_writes():
     velocity, weight = torch.zeros_like(start), start
     for t in range(3):
         k, v = inputs["k"][0, t, 0], inputs["v"][0, t, 0]
-        velocity = inputs["momentum"][0, t, 0] * velocity
-        velocity = velocity - inputs["rate"][0, t, 0] * torch.outer(start @ k - v, k)
+        decay = inputs["momentum"][0, t, 0]
+        share = 1 - decay if momentum == "average" else 1
+        velocity = decay * velocity - share * inputs["rate"][0, t, 0] * torch.outer(start @ k - v, k)
         weight = weight + velocity
     torch.testing.assert_close(state.running.inner[0, 0], weight, rtol=0, atol=1e-12)
     torch.testing.assert_close(state.momentum.inner[0, 0], velocity, rtol=0, atol=1e-12)

@@ -15,7 +15,7 @@ RULES = {
     "gelu, not anchored, not bounded": MemoryRule(activation="gelu", anchored=False, error_bound=None),
     "input": MemoryRule(erase="input", residual=True, error_bound=0.3),
     "input, proximal": MemoryRule(erase="input", proximal=True, normalize_hidden=False),
-    "titans": MemoryRule(erase="none", residual=True, anchored=False, normalize_hidden=False),
+    "titans": MemoryRule(erase="none", residual=True, anchored=False, normalize_hidden=False, momentum="sum"),
 }
 CHUNK = 4
 

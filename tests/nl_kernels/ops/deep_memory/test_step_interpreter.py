@@ -14,10 +14,10 @@ from tests.nl_kernels.chunked_memories import assert_same, assert_steps_equal_th
 pytestmark = pytest.mark.interpreter
 
 RULES = {
-    "default": MemoryRule(),
+    "default": MemoryRule(momentum="sum"),
     "literal": MemoryRule.literal(),
     "gelu, input": MemoryRule(
-        activation="gelu", erase="input", proximal=True, residual=True, error_bound=0.3
+        activation="gelu", erase="input", proximal=True, residual=True, error_bound=0.3, momentum="sum"
     ),
     "titans": MemoryRule(erase="none", residual=True, anchored=False, normalize_hidden=False),
 }
@@ -31,7 +31,7 @@ def token(inputs, t):
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_equals_the_definition(rule, hidden):
     cases = list(itertools.product(["snapshot", "running"], [False, True]))
-    for index, (read, momentum) in enumerate(cases if rule == MemoryRule() else cases[1:3]):
+    for index, (read, momentum) in enumerate(cases if rule == RULES["default"] else cases[1:3]):
         out = 3 if rule.residual else 5
         inputs = deep_memory_inputs(2, 9, 2, 3, hidden, out, momentum=momentum, seed=index)
         assert_steps_equal_the_definition(
@@ -133,7 +133,11 @@ def test_compiles_without_a_graph_break(started):
     assert_same([found, *tensors_of(after)], [expected, *tensors_of(end)], 0)
 
 
-def test_refuses_what_it_does_not_cover():
+def test_refuses_what_it_does_not_cover(started):
+    with pytest.raises(
+        NotImplementedError, match=r"momentum: .*'sum' alone, got 'average'; use impl='eager'"
+    ):
+        step(**{**started, "rule": MemoryRule()})
     wide = deep_memory_inputs(1, 2, 1, 129, None)
     _, state = op(**tokens(wide, 0, 1), chunk_size=2, output_final_state=True)
     with pytest.raises(NotImplementedError, match=r"q, k, v: .* up to 128 wide, got 129; use impl='eager'"):

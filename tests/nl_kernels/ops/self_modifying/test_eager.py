@@ -18,7 +18,7 @@ RULES = {
     "literal": LITERAL,
     "gelu, not anchored, not bounded": MemoryRule(activation="gelu", anchored=False, error_bound=None),
     "input": MemoryRule(erase="input", proximal=True, residual=True, error_bound=0.3),
-    "titans": MemoryRule(erase="none", projection_residual=False, target_residual=False),
+    "titans": MemoryRule(erase="none", projection_residual=False, target_residual=False, momentum="sum"),
 }
 # Two-layer memories with and without momentum, and linear ones: each has a path of its own.
 KINDS = pytest.mark.parametrize(

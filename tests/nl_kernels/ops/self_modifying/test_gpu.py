@@ -8,7 +8,7 @@ from nl_kernels.testing import RoundedProducts, relative_error, self_modifying_i
 
 pytestmark = pytest.mark.gpu
 
-TITANS = MemoryRule(erase="none")
+TITANS = MemoryRule(erase="none", momentum="sum")
 SHARED = ("weights", "rate_max", "rate_bias", "retention_bias")
 
 

@@ -20,7 +20,7 @@ RULES = {
     "gelu, input": MemoryRule(
         activation="gelu", erase="input", proximal=True, residual=True, anchored=False, error_bound=0.3
     ),
-    "titans": MemoryRule(erase="none", projection_residual=False, target_residual=False),
+    "titans": MemoryRule(erase="none", projection_residual=False, target_residual=False, momentum="sum"),
 }
 SHARED = ("weights", "rate_max", "rate_bias", "retention_bias")
 KINDS = [pytest.param(None, id="linear"), pytest.param(5, id="two layers")]
@@ -167,6 +167,10 @@ def test_16_bit_inputs():
     ("change", "message"),
     [
         ({"momentum": 0.5 * torch.ones(1, 2, 1)}, "erase='none' alone"),
+        (
+            {"momentum": 0.5 * torch.ones(1, 2, 1), "rule": MemoryRule(erase="none")},
+            "momentum='sum' alone, got 'average'; use impl='eager'",
+        ),
         ({"detach_targets": False}, "constant targets alone"),
         ({"chunk_size": 4097}, "chunks up to 4096, got 4097"),
         (make(2, 65), "two-layer memories up to 64 wide, got 65; use impl='eager', or chunks of 16 and more"),

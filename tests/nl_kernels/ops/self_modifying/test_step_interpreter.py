@@ -14,12 +14,14 @@ from tests.nl_kernels.chunked_memories import assert_same, assert_steps_equal_th
 pytestmark = pytest.mark.interpreter
 
 RULES = {
-    "default": MemoryRule(),
+    "default": MemoryRule(momentum="sum"),
     "literal": MemoryRule.literal(),
     "gelu, input": MemoryRule(
-        activation="gelu", erase="input", proximal=True, residual=True, error_bound=0.3
+        activation="gelu", erase="input", proximal=True, residual=True, error_bound=0.3, momentum="sum"
     ),
-    "titans": MemoryRule(erase="none", projection_residual=False, target_residual=False, anchored=False),
+    "titans": MemoryRule(
+        erase="none", projection_residual=False, target_residual=False, anchored=False, momentum="sum"
+    ),
 }
 SHARED = ("weights", "rate_max", "rate_bias", "retention_bias")
 
@@ -32,7 +34,7 @@ def token(inputs, t):
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_equals_the_definition(rule, hidden):
     cases = list(itertools.product(["snapshot", "running"], [False, True]))
-    for index, (read, momentum) in enumerate(cases if rule == MemoryRule() else cases[1:3]):
+    for index, (read, momentum) in enumerate(cases if rule == RULES["default"] else cases[1:3]):
         inputs = self_modifying_inputs(2, 9, 1, 3, hidden, momentum=momentum, seed=index)
         if rule.error_bound is None:
             inputs["rate_max"] = 0.05 * inputs["rate_max"]
@@ -64,7 +66,7 @@ def test_half_precision_inputs():
 @pytest.fixture
 def started():
     inputs = self_modifying_inputs(2, 4, 2, 5, 3, momentum=True)
-    rule = MemoryRule(erase="none")
+    rule = MemoryRule(erase="none", momentum="sum")
     _, state = op(**tokens(inputs, 0, 3), chunk_size=4, rule=rule, output_final_state=True)
     return {**token(inputs, 3), "state": state.clone(), "chunk_size": 4, "rule": rule, "impl": "triton"}
 
@@ -135,6 +137,10 @@ def test_compiles_without_a_graph_break(started):
 def test_refuses_what_it_does_not_cover(started):
     with pytest.raises(NotImplementedError, match=r"detach_targets: .*use impl='eager'"):
         step(**started, detach_targets=False)
+    with pytest.raises(
+        NotImplementedError, match=r"momentum: .*'sum' alone, got 'average'; use impl='eager'"
+    ):
+        step(**{**started, "rule": MemoryRule()})
     wide = self_modifying_inputs(1, 2, 1, 129, None)
     _, state = op(**tokens(wide, 0, 1), chunk_size=2, output_final_state=True)
     with pytest.raises(NotImplementedError, match=r"query: .* up to 128 wide, got 129"):
