@@ -37,8 +37,9 @@ class Setting:
 
 # By name of the case: the default rule; titans-pytorch's own rule, without the delta rule and the safeguards,
 # and with its small rates; and the linear memories with running reads that Hope's layers have by default.
+# Momentum is titans-pytorch's, the sum of the writes, which is also that of the step kernel.
 SETTINGS = {
-    "Titans layer": Setting(MemoryRule()),
+    "Titans layer": Setting(MemoryRule(momentum="sum")),
     "plain Titans layer": Setting(
         MemoryRule(
             activation="gelu",
@@ -47,11 +48,12 @@ SETTINGS = {
             erase="none",
             anchored=False,
             error_bound=None,
+            momentum="sum",
         ),
         rate_max=0.01,
     ),
     "linear Titans layer": Setting(MemoryRule(), read="running"),
-    "decode": Setting(MemoryRule()),
+    "decode": Setting(MemoryRule(momentum="sum")),
     "linear decode": Setting(MemoryRule(), read="running"),
 }
 

@@ -22,6 +22,17 @@ def test_the_gradient_grows_with_long_inputs_and_shrinks_with_unit_ones():
     assert shrinks < -0.1
 
 
+def test_models_are_chaotic_with_summed_momentum_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(gradient_growth, "MODEL_LENGTHS", (64, 512))
+    gradient_growth.study_models(["average", "sum"], tmp_path / "rows.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        chaotic = row["momentum"] == "sum"
+        assert (row["norms"][-1] > row["norms"][0]) == chaotic
+        assert (row["moved"] > 1e-5) == chaotic
+    assert len(rows) == 4
+
+
 @pytest.mark.parametrize("op", ["deep_memory", "self_modifying_memory"])
 def test_a_breakdown_tells_calls_apart(op):
     app = typer.Typer()

@@ -23,7 +23,7 @@ class MemoryLayer(nn.Module):
         rule: how a memory is applied and written.
         rate_max: largest rate, in [0, 1]; 0 switches writing off.
         rate_bias, retention_bias: initial biases of the gates' logits.
-        momentum: whether writes have momentum.
+        momentum: whether writes have momentum, in the form that ``rule.momentum`` says.
         implementation: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
     """
 
@@ -59,6 +59,7 @@ class MemoryLayer(nn.Module):
         }.items():
             self.add_module(name, nn.Linear(hidden_size, width, bias=False))
         self.momentum_proj = nn.Linear(hidden_size, num_heads, bias=False) if momentum else None
+        self.momentum_max = 1.0
         self.rate_bias = nn.Parameter(torch.empty(num_heads))
         self.retention_bias = nn.Parameter(torch.empty(num_heads))
 
@@ -75,7 +76,8 @@ class MemoryLayer(nn.Module):
         """The decays of momentum ``[.., H]`` for ``x [.., d]``, at least fp32; ``None`` without momentum."""
         if self.momentum_proj is None:
             return None
-        return self.momentum_proj(x).to(torch.promote_types(x.dtype, torch.float32)).sigmoid()
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return self.momentum_max * self.momentum_proj(x).to(exact).sigmoid()
 
 
 def is_decoding(x: torch.Tensor, state: object | None) -> bool:

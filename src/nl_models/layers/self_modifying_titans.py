@@ -20,6 +20,9 @@ from nl_models.layers.memory_layer import MemoryLayer, is_decoding
 GATE_INITIALIZER_RANGE = 0.25
 """Standard deviation of the gates' logits at the start, for inputs of unit length."""
 
+MOMENTUM_MAX = 0.7
+"""Largest decay of averaged momentum: above it the outer gradient grows faster on repeated tokens."""
+
 
 class SelfModifyingTitans(MemoryLayer):
     """Five memories per head, fed by slow projections, on the ``self_modifying_memory`` op.
@@ -43,7 +46,8 @@ class SelfModifyingTitans(MemoryLayer):
         rule: how a memory is applied and written.
         rate_max: largest rate, in [0, 1]; 0 switches writing off.
         rate_bias, retention_bias: initial biases of the gates' logits.
-        momentum: whether writes have momentum.
+        momentum: whether writes have momentum, in the form that ``rule.momentum`` says: by default their
+            running average with decays up to :data:`MOMENTUM_MAX`. Their sum is chaotic here.
         truncate_every: the outer gradient does not cross every n-th chunk boundary; ``None`` for all.
         initializer_range: standard deviation of the initial last layers of the memories with a residual and
             of the one that is read.
@@ -82,6 +86,8 @@ class SelfModifyingTitans(MemoryLayer):
             momentum=momentum,
             implementation=implementation,
         )
+        if self.rule.momentum == "average":
+            self.momentum_max = MOMENTUM_MAX
         self.generator_chunk_size = generator_chunk_size
         self.truncate_every = truncate_every
         wide = (self.head_dim, initializer_range)

@@ -24,7 +24,8 @@ class Titans(MemoryLayer):
         rule: how a memory is applied and written.
         rate_max: largest rate, in [0, 1]; 0 switches writing off.
         rate_bias, retention_bias: initial biases of the gates' logits.
-        momentum: whether writes have momentum.
+        momentum: whether writes have momentum, in the form that ``rule.momentum`` says: by default their
+            running average.
         initializer_range: standard deviation of the memory's initial last layer.
         eps: of the output norm.
         implementation: of the op, "triton", "eager" or "reference"; ``None`` picks by device.

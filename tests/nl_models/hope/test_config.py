@@ -28,6 +28,7 @@ from nl_models.hope.configuration_hope import LAYER_TYPES
         ({"memory_implementation": "cuda"}, "memory_implementation: expected 'auto' or one of"),
         ({"continuum_implementation": "cuda"}, "continuum_implementation: expected 'auto' or one of"),
         ({"memory_rule": {"erase": "all"}}, "erase: expected one of"),
+        ({"memory_rule": {"momentum": "mean"}}, "momentum: expected one of"),
         ({"memory_rule": {"forget": True}}, "memory_rule: expected options"),
         ({"memory_chunks": 4}, "memory_chunks: HopeConfig has no such option"),
         ({"continuum_variant": "parallel"}, "continuum_variant: expected one of"),
@@ -101,6 +102,42 @@ def test_models_saved_before_retention_keep_everything(make_config, tmp_path):
     assert [level.get("initial_retention") for level in old.continuum_levels] == [1.0, None]
     assert old.fingerprint() != config.fingerprint()
     assert make_config(continuum_levels=old.continuum_levels).fingerprint() == old.fingerprint()
+
+
+SMALL = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("momentum", ["average", "sum"])
+def test_a_saved_config_names_the_form_of_momentum(tmp_path, momentum):
+    rule = {"erase": "none"} if momentum == "average" else {"erase": "none", "momentum": "sum"}
+    config = HopeConfig(**SMALL, memory_momentum=True, memory_rule=rule)
+    assert config.make_memory_rule().momentum == momentum
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["memory_rule"]["momentum"] == momentum
+    loaded = HopeConfig.from_pretrained(tmp_path)
+    assert loaded.make_memory_rule() == config.make_memory_rule()
+    assert loaded.fingerprint() == config.fingerprint()
+
+
+def test_momentum_saved_before_the_average_existed_is_the_sum(tmp_path):
+    levels = [{"hidden_size": 16, "chunk_size": 64, "initial_retention": 1.0}, {"hidden_size": 32}]
+    new = HopeConfig(**SMALL, memory_momentum=True, continuum_levels=levels)
+    new.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    del saved["memory_rule"]
+    file.write_text(json.dumps(saved))
+    old = HopeConfig.from_pretrained(tmp_path)
+    assert old.make_memory_rule().momentum == "sum"
+    # The digest of caches that its conversations left; those of the average are others.
+    assert old.fingerprint() == "a91db05a7ad44effc929572c786b34ed4a3d241abb2ca322b4bfc26589b04152"
+    assert new.fingerprint() != old.fingerprint()
+    # An override in code is of today.
+    del saved["memory_momentum"]
+    file.write_text(json.dumps(saved))
+    again = HopeConfig.from_pretrained(tmp_path, memory_momentum=True)
+    assert again.fingerprint() == new.fingerprint()
+    assert again.to_dict()["memory_rule"] == {"momentum": "average"}
 
 
 def test_a_transformer_is_a_config(make_config, tokens):

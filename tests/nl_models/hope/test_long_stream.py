@@ -51,11 +51,19 @@ def train_briefly(model, text, steps=30, length=256):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("hidden", [None, 32])
-def test_a_long_stream_of_real_text_stays_finite(length, dtype, trained, hidden, record_property):
+@pytest.mark.parametrize(
+    "momentum", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "momentum"]
+)
+def test_a_long_stream_of_real_text_stays_finite(length, dtype, trained, hidden, momentum, record_property):
     torch.manual_seed(0)
     text = real_bytes(length)
     config = HopeConfig(
-        vocab_size=256, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, memory_hidden_size=hidden
+        vocab_size=256,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        memory_hidden_size=hidden,
+        memory_momentum=momentum,
     )
     model = HopeForCausalLM(config)
     if trained:
@@ -68,7 +76,10 @@ def test_a_long_stream_of_real_text_stays_finite(length, dtype, trained, hidden,
             assert logits.isfinite().all()
             norms.append(largest_norm(cache))
     record_property("largest_norm", max(norms))
-    print(f"tokens {length}  {dtype}  trained {trained}  hidden {hidden}  largest norm {max(norms):.1f}")
+    print(
+        f"tokens {length}  {dtype}  trained {trained}  hidden {hidden}"
+        f"  momentum {momentum}  largest norm {max(norms):.1f}"
+    )
     # Far above what was seen, and far below a blow-up, which passes it within some thousand tokens.
     assert max(norms) < 500
     assert max(norms[len(norms) // 2 :]) < 4 * max(norms[: max(1, len(norms) // 2)])

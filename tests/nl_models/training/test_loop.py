@@ -168,6 +168,19 @@ def test_a_continuation_keeps_what_defines_the_result(tmp_path, config):
         continued_config(tmp_path / "run", {})
 
 
+def test_a_continued_run_keeps_its_form_of_momentum(tmp_path, config):
+    """A run folder names it; one that does not is of a version that had the sum alone."""
+    given = {"memory_momentum": True}
+    create_run(tmp_path / "run", dataclasses.replace(config, model_options=given))
+    options = continued_config(tmp_path / "run", {"model_options": given}).model_options
+    assert options["memory_rule"] == {"momentum": "average"}
+    file = tmp_path / "run" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_options": given}))
+    assert continued_config(tmp_path / "run", {}).model_options["memory_rule"] == {"momentum": "sum"}
+    with pytest.raises(RunError, match="model_options"):
+        continued_config(tmp_path / "run", {"model_options": given})
+
+
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
     with only_process(tmp_path), pytest.raises(RunError, match="another process"), only_process(tmp_path):
         raise AssertionError("both got the lock")
