@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from nl_models.optim import DeltaMomentum
+from nl_models.training.plots import save_figure
 
 console = Console(width=max(120, Console().width))
 DEFAULT_OUTPUT = Path("benchmarks/results/curvature.jsonl")
@@ -107,7 +108,7 @@ def plot(rows: list[dict], steps: int, path: Path) -> None:
         panel.legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
     console.print(f"plot: {path}")
 
 

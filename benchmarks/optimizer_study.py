@@ -28,6 +28,7 @@ from rich.table import Table
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.optimizer_tasks import TASKS, Task
+from nl_models.training.plots import save_figure
 
 console = Console(width=max(120, Console().width))
 DEFAULT_OUTPUT = Path("benchmarks/results/optimizer_study.jsonl")
@@ -214,7 +215,7 @@ def plot(summaries: list[dict], unit: str, path: Path) -> None:
     figure.suptitle(summaries[0]["task"])
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
     plt.close(figure)
     console.print(f"plot: {path}")
 

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from nl_models import HopeConfig, HopeForCausalLM
 from nl_models.data.associative_recall import AssociativeRecall, recall_accuracy
+from nl_models.training.plots import save_figure
 
 console = Console()
 DEFAULT_OUTPUT = Path("benchmarks/results/recall.jsonl")
@@ -141,7 +142,7 @@ def plot(rows: list[dict], path: Path) -> None:
     handles = {label: line for p in panels[0] for line, label in zip(*p.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    save_figure(figure, path, tight=True)
     console.print(f"plot: {path}")
 
 

@@ -6,6 +6,7 @@ The JSONL file is the record and only ever grows; everything here is derived fro
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections import defaultdict
@@ -18,6 +19,8 @@ import typer
 from benchmarks.harness import SCHEMA, headline
 from benchmarks.report import Row, markdown_cases, markdown_headlines, shape_text, times
 from benchmarks.run import load_cases, op_names
+from nl_models.files import write_bytes
+from nl_models.training.plots import save_figure
 
 MARKER = re.compile(
     r"(<!-- benchmarks:(?P<kind>headlines|cases) ?(?P<op>\w*) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL
@@ -113,12 +116,13 @@ def fill_markers(text: str, cases: Sequence[Sequence[Row]]) -> str:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """All rows, one column a field; dictionaries become text."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            flat = {**row, "shape": shape_text(row["shape"]), "versions": json.dumps(row["versions"])}
-            writer.writerow(flat)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+    writer.writeheader()
+    for row in rows:
+        flat = {**row, "shape": shape_text(row["shape"]), "versions": json.dumps(row["versions"])}
+        writer.writerow(flat)
+    write_bytes(path, file.getvalue().encode())
 
 
 def plot_scaling(folder: Path, cases: Sequence[Sequence[Row]]) -> list[Path]:
@@ -170,7 +174,7 @@ def plot_scaling(folder: Path, cases: Sequence[Sequence[Row]]) -> list[Path]:
         figure.tight_layout()
         name = re.sub(r"[^a-z0-9]+", "-", f"{device}-{op}-{case}-{mode}-{sizes}".lower()).strip("-")
         path = folder / f"{name}.png"
-        figure.savefig(path, dpi=130)
+        save_figure(figure, path)
         pyplot.close(figure)
         written.append(path)
     return written
@@ -205,7 +209,7 @@ def plot_headlines(folder: Path, cases: Sequence[Sequence[Row]]) -> list[Path]:
         axis.set_xlabel("times as fast as the fastest other")
         figure.tight_layout()
         path = folder / f"{device}-headlines.png"
-        figure.savefig(path, dpi=130)
+        save_figure(figure, path)
         pyplot.close(figure)
         written.append(path)
     return written
@@ -238,7 +242,7 @@ def main(
             filled = fill_markers(path.read_text(encoding="utf-8"), cases)
         except ValueError as error:
             raise typer.BadParameter(f"{path}: {error}", param_hint="--write") from None
-        path.write_text(filled, encoding="utf-8")
+        write_bytes(path, filled.encode())
         typer.echo(f"filled {path}")
     if csv_file is not None:
         csv_file.parent.mkdir(parents=True, exist_ok=True)

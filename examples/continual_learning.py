@@ -29,8 +29,9 @@ from transformers import LlamaForCausalLM
 from examples.continual_report import plot_exchange, plot_streams, report
 from examples.prose_and_code import SMALL, Data, Sizes, prepare, train_on_prose
 from nl_models.continual import ContinuumLearner, StepRule
-from nl_models.files import write_bytes
+from nl_models.files import make_folder, write_bytes
 from nl_models.surgery import convert_mlp_to_continuum
+from nl_models.training.command_line import explained_errors
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,7 @@ def read_frozen(model: LlamaForCausalLM, data: Data, sizes: Sizes) -> list[dict]
     ]
 
 
+@explained_errors()
 def main(
     output: Annotated[Path, typer.Option(help="Folder for results and plots.")] = Path("runs/continual"),
     readers: Annotated[
@@ -261,7 +263,7 @@ def main(
     torch.set_num_threads(1)
     console = Console()
     sizes = dataclasses.replace(SMALL if small else Sizes(), streams=streams)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     data = prepare(sizes, seed, console)
     model = train_on_prose(data, sizes, seed)
     records = read_frozen(model, data, sizes)

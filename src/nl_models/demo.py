@@ -24,7 +24,7 @@ from nl_models.profile import config_arguments, progress_printer
 from nl_models.profiling.report import describe_machine, plot_profile, profile_table, save_profile
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.training.baseline import attention_baseline, parameter_count
-from nl_models.training.command_line import fail
+from nl_models.training.command_line import explained_errors, fail
 from nl_models.training.config import TrainConfig
 from nl_models.training.console import duration, without_progress_bars
 from nl_models.training.loop import DivergedError, choose_device
@@ -274,9 +274,9 @@ def main(
     Some four minutes on two cores with the defaults. Writes plots and a report (Markdown and HTML).
     """
     console = Console()
-    folder = fresh_folder(output)
     command = f"python -m nl_models.demo --output {output}"
-    try:
+    with explained_errors(DivergedError):
+        folder = fresh_folder(output)
         settings = DemoSettings(
             corpus=corpus,
             vocab_size=vocab_size,
@@ -297,11 +297,10 @@ def main(
             device=device,
             seed=seed,
         )
-        result = run_demo(folder, settings, console=console, command=command)
-    except (ValueError, DivergedError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        fail(f"stopped; what was done so far is in {folder}")
+        try:
+            result = run_demo(folder, settings, console=console, command=command)
+        except KeyboardInterrupt:
+            fail(f"stopped; what was done so far is in {folder}")
     _print_summary(console, folder, result)
 
 
@@ -348,7 +347,7 @@ def _generate(model: HopeForCausalLM, tokenizer: Tokenizer, settings: DemoSettin
 def _print_summary(console: Console, folder: Path, result: DemoResult) -> None:
     console.rule("[bold]result", align="left")
     console.print(profile_table(result.measurements))
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name, justify in (
         ("model", "left"), ("parameters", "right"), ("tokens", "right"), ("validation loss", "right"),
         ("bits/byte", "right"), ("perplexity", "right"), ("time", "right"),
@@ -362,19 +361,14 @@ def _print_summary(console: Console, folder: Path, result: DemoResult) -> None:
             f"{model.tokens:,}",
             f"{model.validation_loss:.4f}",
             f"{model.bits_per_byte:.3f}",
-            f"{model.perplexity:.2f}",
+            f"{model.perplexity:.4g}",
             duration(model.seconds),
             style="bold" if model.validation_loss == best else None,
         )
     console.print(table)
-    console.print(
-        f"\n{duration(result.seconds)} in all. Read {folder / 'report.html'} (or report.md);", highlight=False
-    )
-    console.print(
-        f"plots {folder / 'loss.png'}, {folder / 'position.png'}, {folder / 'profile.png'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(f"\n{duration(result.seconds)} in all. Read:", highlight=False)
+    for name in ("report.html", "report.md", "loss.png", "position.png", "profile.png"):
+        console.print(folder / name, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

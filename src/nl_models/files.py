@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 _TEMPORARY_PREFIX = ".incomplete-"
 
@@ -24,11 +28,12 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: ``path`` exists already.
+        OSError: it cannot be written; where safetensors could not, too.
     """
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{path.name}-", dir=path.parent))
     try:
         yield temporary
@@ -41,9 +46,24 @@ def new_directory(path: Path) -> Iterator[Path]:
             _flush(Path(folder))
         temporary.rename(path)
         _flush(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        number = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Raises:
+        NotADirectoryError: a file stands where a folder should.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(errno.ENOTDIR, "a file stands where a folder should", str(path)) from error
 
 
 def remove_incomplete(folder: Path, *, name: str | None = None) -> None:
@@ -56,9 +76,18 @@ def remove_incomplete(folder: Path, *, name: str | None = None) -> None:
             left_over.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the file ``path`` by ``content`` in one step."""
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Replace the file ``path`` by ``content`` in one step.
+
+    It is on the disk before it appears, and has the rights that any new file has.
+
+    Raises:
+        FileNotFoundError: there is no folder for it.
+    """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: '{path}' has no folder to lie in; make it first")
+    remove_incomplete(path.parent, name=path.name)
     handle, name = tempfile.mkstemp(prefix=f"{_TEMPORARY_PREFIX}{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -87,7 +116,10 @@ def _umask() -> int:
 
 def _flush(path: Path) -> None:
     """Ask the operating system to put a file, or a folder's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return  # it opens no folders, and flushes only what is open for writing
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

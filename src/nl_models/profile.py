@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from nl_models.files import make_folder
 from nl_models.hope import HopeConfig
 from nl_models.profiling.measure import Measurement
 from nl_models.profiling.report import describe_machine, plot_profile, profile_table, save_profile
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.training.baseline import attention_baseline, parameter_count
-from nl_models.training.command_line import fail, token_count
+from nl_models.training.command_line import explained_errors, token_count
 from nl_models.training.config import TrainConfig
 from nl_models.training.loop import choose_device
 from nl_models.training.model import hope_config
@@ -64,7 +65,7 @@ def main(
     above that of the idle model. For a million tokens and more: --modes prefill --lengths 64K,256K,1M.
     """
     console = Console()
-    try:
+    with explained_errors():
         settings = ProfileSettings(
             modes=tuple(_split(modes)),
             lengths=tuple(token_count("lengths", text) for text in _split(lengths)),
@@ -79,22 +80,22 @@ def main(
         target = output / "profile.json"
         if target.exists() and not overwrite:
             raise ValueError(f"{target} exists; choose another --output or add --overwrite")
-    except ValueError as error:
-        fail(error)
+        make_folder(output)
     counts = {name: parameter_count(HopeConfig(**config)) for name, config in configs.items()}
     console.print(
         ", ".join(f"{name}: {count:,} parameters" for name, count in counts.items()), highlight=False
     )
     results = profile_models(configs, settings, report=progress_printer(console))
-    output.mkdir(parents=True, exist_ok=True)
     described = {**dataclasses.asdict(settings), "models": configs, "parameters": counts}
     machine = describe_machine(settings.device)
-    save_profile(target, results, settings=described, machine=machine)
+    with explained_errors():
+        save_profile(target, results, settings=described, machine=machine)
     title = (
         f"{' and '.join(configs)}, {layers} layers of width {hidden_size}, {precision}, {machine['device']}"
     )
-    plot = plot_profile(results, output / "profile.png", title=title)
     console.print(profile_table(results))
+    with explained_errors():
+        plot = plot_profile(results, output / "profile.png", title=title)
     console.print(f"{target}\n{plot}", highlight=False, soft_wrap=True)
 
 
@@ -102,13 +103,13 @@ def progress_printer(console: Console):
     """A ``report`` for :func:`profile_models`: one line per measurement, or a status line on a terminal."""
 
     def report(done: int, total: int, result: Measurement) -> None:
-        what = f"[{done}/{total}] {result.model} {result.mode} after {result.context:,} tokens"
+        what = f"[{done}/{total}] {result.model} {result.mode} {result.context:,}"
         figure = (
-            f"{result.tokens_per_second:,.0f} tokens/s, peak {result.peak_bytes / 2**20:,.1f} MiB"
+            f"{result.tokens_per_second:,.0f} tokens/s, {result.peak_bytes / 2**20:,.1f} MiB"
             if result.status == "ok"
             else result.status
         )
-        console.print(f"{what}: {figure}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{what}: {figure}", highlight=False, markup=False)
 
     return report
 

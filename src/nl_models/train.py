@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,8 @@ from nl_models.data.corpus import check_folder
 from nl_models.data.prepare import prepare_data
 from nl_models.evaluation.held_out import measure_held_out
 from nl_models.training.checkpoint import best_checkpoint
-from nl_models.training.command_line import fail, with_config_options
-from nl_models.training.config import TrainConfig, config_from_dict, read_options
+from nl_models.training.command_line import explained_errors, with_config_options
+from nl_models.training.config import TrainConfig, config_from_dict, read_options, typed_options
 from nl_models.training.console import TrainingDisplay
 from nl_models.training.loop import (
     DivergedError,
@@ -53,10 +54,15 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
             check_folder(config.corpus)
         create_run(folder, config)
     with only_process(folder):
-        data = prepare_data(config.data_options, folder / "data")
-        model = build_model(config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
-        trainer = Trainer(folder, config, model, data)
-        start = trainer.resume() if resume else 0
+        try:
+            data = prepare_data(config.data_options, folder / "data")
+            model = build_model(config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
+            trainer = Trainer(folder, config, model, data)
+            start = trainer.resume() if resume else 0
+        except (ValueError, OSError):
+            if not resume:  # refused after all: the folder would stand in the way of the next try
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         _print_summary(console, folder, trainer, data.description, start)
         if start >= config.steps and (folder / "model").exists():
             console.print(
@@ -95,15 +101,14 @@ def main(
     A killed run continues with --resume to the same loss curve. Ctrl-C saves a checkpoint first.
     """
     console = Console()
-    try:
+    with explained_errors(DivergedError):
         options = {**(read_options(config) if config else {}), **overrides}
-        checked = config_from_dict(options, source=str(config) if config else "options")
+        source = str(config) if config else "options"
         if resume:
-            given = {name: getattr(checked, name) for name in options}
-            checked = continued_config(output, given)
+            checked = continued_config(output, typed_options(options, source=source))
+        else:
+            checked = config_from_dict(options, source=source)
         outcome = train(output, checked, resume=resume, console=console)
-    except (ValueError, DivergedError) as error:
-        fail(error)
     if outcome.finished:
         _print_results(console, output)
     else:
@@ -119,15 +124,13 @@ def main(
 def _print_summary(console: Console, folder: Path, trainer: Trainer, description: dict, start: int) -> None:
     config = trainer.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    sides = [
-        f"{description[side]['tokens']:,} tokens of {description[side]['files']:,} file(s) for {side}"
-        for side in ("train", "validation")
-    ]
+    learned, held_out = (description[side] for side in ("train", "validation"))
     _print_pairs(
         console,
         run=f"{folder}{f' (continued after step {start})' if start else ''}",
         model=f"{config.model}, {parameters:,} parameters, on {trainer.device}",
-        data=", ".join(sides),
+        data=f"{learned['tokens']:,} tokens of {learned['files']:,} files, "
+        f"{held_out['tokens']:,} of {held_out['files']:,} for validation",
         steps=f"{config.steps:,} of {config.tokens_per_step:,} tokens",
     )
     for size in levels_hardly_trained(trainer.model.config, config.sequence_length):
@@ -141,12 +144,13 @@ def _print_summary(console: Console, folder: Path, trainer: Trainer, description
 
 def _print_results(console: Console, folder: Path) -> None:
     last = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"][-1]
-    figures = f"{last['bits_per_byte']:.3f} bits per byte, perplexity {last['perplexity']:.2f}"
+    figures = f"{last['bits_per_byte']:.3f} bits per byte, perplexity {last['perplexity']:.4g}"
     results = {
-        "loss": f"{last['loss']:.4f} nats per token on the validation windows, {figures}",
+        "loss": f"{last['loss']:.4f} nats/token in validation, {figures}",
         "model": folder / "model",
         "best": best_checkpoint(folder / "checkpoints"),
-        "metrics": f"{folder / 'metrics.jsonl'}, {folder / 'loss.png'}",
+        "metrics": folder / "metrics.jsonl",
+        "plot": folder / "loss.png",
     }
     if (folder / "position.json").exists():
         results["position"] = f"{folder / 'position.json'}, {folder / 'position.png'}"

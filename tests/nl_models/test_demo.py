@@ -43,6 +43,9 @@ def test_all_models_are_trained_on_the_same_tokens_with_as_many_parameters(demo)
         assert model["name"] in printed
     assert result["sample"]["tokens"] == 3
     assert all(m["status"] == "ok" for m in result["measurements"])
+    lines = [line for line in printed.splitlines() if str(output) not in line]
+    assert max(map(len, lines)) <= 80
+    assert "…" not in printed
 
 
 def test_the_reports_are_complete_and_the_html_needs_no_other_file(demo):
@@ -72,6 +75,9 @@ def test_a_second_demo_gets_a_folder_of_its_own(tmp_path):
 def test_help_and_bad_options():
     assert "--hope-learning-rate" in CliRunner().invoke(APP, ["--help"]).output
     assert CliRunner().invoke(APP, ["--corpus", "/nowhere", "--output", "/tmp/never-made"]).exit_code == 2
+    below = CliRunner().invoke(APP, ["--output", f"{__file__}/demo"])
+    assert below.exit_code == 2
+    assert "a file stands where a folder should" in " ".join(below.output.split())
 
 
 def test_the_baseline_has_as_many_parameters_over_many_sizes():

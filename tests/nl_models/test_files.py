@@ -1,8 +1,18 @@
 """Files and folders appear whole or not at all."""
 
+import ast
+import os
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nl_models.files import new_directory, remove_incomplete, write_bytes, write_json
+from nl_models.hope import HopeConfig, HopeForCausalLM
+from tests.nl_models.full_disk import small_files
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_folder_appears_with_all_its_files(tmp_path):
@@ -42,3 +52,74 @@ def test_left_overs_are_removed_and_nothing_else(tmp_path):
     (tmp_path / "kept").write_text("whole")
     remove_incomplete(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_file_has_the_rights_of_any_new_file_and_is_on_the_disk_first(tmp_path, monkeypatch):
+    flushed = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (flushed.append(descriptor), real(descriptor)))
+    model = HopeForCausalLM(
+        HopeConfig(vocab_size=13, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    cache = model(torch.arange(5)[None], use_cache=True).past_key_values
+    before = os.umask(0o027)
+    try:
+        (tmp_path / "plain").touch()
+        write_json(tmp_path / "json", {})
+        cache.save(tmp_path / "conversation")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert set(modes) == {"plain", "json", "conversation"}
+    assert len(set(modes.values())) == 1
+    assert len(flushed) == 4  # each of the two files, and its folder's names
+
+
+def test_what_is_in_the_way_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no-folder/file' has no folder to lie in"):
+        write_bytes(tmp_path / "no-folder" / "file", b"")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileNotFoundError, match="file/below' has no folder to lie in"):
+        write_bytes(tmp_path / "file" / "below", b"")
+    with pytest.raises(NotADirectoryError), new_directory(tmp_path / "file" / "below"):
+        raise AssertionError("entered the block")
+
+
+def test_a_full_disk_is_the_same_error_whoever_writes(tmp_path):
+    """safetensors has an exception of its own, which is no OSError. Here a limit stands for the disk."""
+
+    def write():
+        with new_directory(tmp_path / "folder") as temporary:
+            save_file({"a": torch.zeros(1 << 16)}, temporary / "file")
+
+    with small_files(1 << 16), pytest.raises(OSError, match="File too large") as caught:
+        write()
+    assert caught.value.filename == str(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+# What writes within `new_directory`, which flushes it and gives it its rights; the kernel's own files.
+OTHERS = {
+    ("data/tokenizer.py", "write_text"),
+    ("data/prepare.py", "write_text"),
+    ("training/checkpoint.py", "write_text"),
+    ("training/checkpoint.py", "save_file"),
+    ("profiling/memory.py", "write_text"),
+    ("measure.py", "write_text"),
+    # Programs that run where the models cannot be imported.
+    ("gpu_check.py", "write_text"),
+    ("test_regression.py", "write_text"),
+}
+
+
+def test_nothing_writes_in_a_way_of_its_own():
+    """In the package, and what benchmarks and examples draw."""
+    writers = {"write_text", "save_file", "mkstemp", "savefig"}
+    found = set()
+    for folder in ("src/nl_models", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                called = ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else None
+                if called in writers:
+                    found.add((path.relative_to(ROOT / folder).as_posix(), called))
+    assert found == OTHERS | {("files.py", "mkstemp"), ("training/plots.py", "savefig")}

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from nl_models.train import main
 from nl_models.training.metrics import read_metrics
+from tests.nl_models.full_disk import small_files
 
 APP = typer.Typer()
 APP.command()(main)
@@ -166,8 +167,8 @@ def test_bad_input_is_explained_without_a_traceback(options, message, corpus, tm
     result = call("--output", tmp_path / "run", *corpus_options, *TINY, *options)
     assert result.exit_code == 2
     assert message in " ".join((result.output + capfd.readouterr().err).split())
-    # What a reading of the corpus shows comes later; anything else before a folder appears.
-    assert (tmp_path / "run").exists() == ("--sequence-length" in options)
+    # Also what only a reading of the corpus shows: a folder would stand in the way of the next try.
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_existing_run_is_neither_overwritten_nor_changed(corpus, tmp_path):
@@ -181,3 +182,58 @@ def test_an_existing_run_is_neither_overwritten_nor_changed(corpus, tmp_path):
     assert changed.exit_code == 2
     assert "learning_rate (0.002 → 0.5)" in " ".join(changed.output.split())
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_options_of_a_continued_run_are_checked_with_its_own(corpus, tmp_path):
+    """Not with the defaults, whose warm-up is longer than this run."""
+    run = tmp_path / "run"
+    assert call("--output", run, "--corpus", corpus, *TINY, "--steps", "4").exit_code == 0
+    again = call("--output", run, "--resume", "--steps", "4", "--checkpoint-every", "2")
+    assert (again.exit_code, "is complete" in again.output) == (0, True), again.output
+    longer = call("--output", run, "--resume", "--steps", "5")
+    assert longer.exit_code == 2
+    assert "steps (4 → 5)" in " ".join(longer.output.split())
+    assert "unknown option" not in longer.output
+
+
+def test_what_the_disk_refuses_is_one_line(corpus, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    below = call("--output", tmp_path / "file" / "run", "--corpus", corpus, *TINY)
+    assert below.exit_code == 2
+    assert "a file stands where a folder should; choose another --output" in " ".join(below.output.split())
+    nowhere = call("--output", "/proc/nowhere/run", "--corpus", corpus, *TINY)
+    assert nowhere.exit_code == 2
+    assert "/proc/nowhere" in nowhere.output
+
+    run = tmp_path / "run"
+    with small_files(16_000):  # room for the tokens, and for no checkpoint
+        full = call("--output", run, "--corpus", corpus, *TINY)
+    assert full.exit_code == 2
+    assert "File too large; choose an --output on a disk that takes larger files" in " ".join(
+        full.output.split()
+    )
+    assert call("--output", run, "--resume").exit_code == 0
+    with small_files(1_000):  # not even for the tokens
+        assert call("--output", tmp_path / "second", "--corpus", corpus, *TINY).exit_code == 2
+    assert not (tmp_path / "second").exists()
+
+
+def test_lines_have_80_columns_but_for_paths(corpus, tmp_path):
+    result = call("--output", tmp_path / "run", "--corpus", corpus, *TINY, "--steps", "20")
+    assert result.exit_code == 0
+    lines = [line for line in result.output.splitlines() if str(tmp_path) not in line]
+    assert len(lines) > 6
+    assert max(map(len, lines)) <= 80
+
+
+def test_it_trains_where_there_are_no_file_locks(corpus, tmp_path):
+    """As on Windows: the module cannot be imported, and the one who starts it is told."""
+    script = (
+        "import sys, typer; sys.modules['fcntl'] = None; from nl_models import train; typer.run(train.main)"
+    )
+    command = [sys.executable, "-c", script, "--output", tmp_path / "run", "--corpus", corpus, *TINY]
+    done = subprocess.run(
+        [*command, "--steps", "4"], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "start no second process in this folder" in done.stderr

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nl_models.continual.fast_parameters import FastParameters
 from nl_models.continual.stream import StreamState
-from nl_models.files import remove_incomplete, write_bytes
+from nl_models.files import write_bytes
 
 FORMAT = "nl_models.ContinuumLearner.2"
 _SAMPLES = 16
@@ -120,7 +120,6 @@ def write(path: str | os.PathLike, packed: Mapping[str, Any]) -> None:
     """Write a packed state; the file appears whole, in place of what was there, or not at all."""
     path = Path(path)
     check_folder("path", path)
-    remove_incomplete(path.parent, name=path.name)
     metadata = {"header": json.dumps(packed["header"]), "sha256": _digest(packed)}
     write_bytes(path, safetensors.torch.save(packed["tensors"], metadata))
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from nl_models.data.corpus import Document, read_folder, read_standard_library, split_by_file
 from nl_models.data.tokenizer import TOKENIZERS, BytePairTokenizer, ByteTokenizer, load_tokenizer, train_bpe
-from nl_models.files import new_directory, remove_incomplete
+from nl_models.files import make_folder, new_directory, remove_incomplete
 
 _MANIFEST = "manifest.json"
 _FORMAT = "nl-models-data-1"
@@ -71,7 +71,7 @@ def _build(options: DataOptions, folder: Path) -> None:
         tokenizer: ByteTokenizer | BytePairTokenizer = ByteTokenizer()
     else:
         tokenizer = train_bpe((document.text for document in split.train), vocab_size=options.vocab_size)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     remove_incomplete(folder.parent)
     with new_directory(folder) as temporary:
         tokenizer.save(temporary)

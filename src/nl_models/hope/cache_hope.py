@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import safetensors
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from transformers.cache_utils import Cache
 
 from nl_kernels import (
@@ -21,6 +20,7 @@ from nl_kernels import (
     MemoryStack,
     SelfModifyingState,
 )
+from nl_models.files import write_bytes
 from nl_models.layers.attention import AttentionState
 from nl_models.layers.state import State, describe_state, rebuild_state, state_tensors
 from nl_models.layers.state_cache import StateCacheLayer
@@ -120,15 +120,7 @@ class HopeCache(Cache):
             "seen": json.dumps([layer.seen for layer in self.layers]),
             "structure": json.dumps(structure),
         }
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_bytes(path, safetensors.torch.save(tensors, metadata))
 
     @classmethod
     def load(

@@ -76,8 +76,7 @@ def load_profile(path: Path) -> tuple[list[Measurement], dict]:
 
 
 def profile_table(measurements: Sequence[Measurement]) -> Table:
-    """A row per mode and context, the models side by side; memory in MiB."""
-    models = _in_order(m.model for m in measurements)
+    """A row per measurement, the models below one another, so that any number has room; memory in MiB."""
     table = Table(
         box=None,
         title="Speed and memory against context length",
@@ -87,22 +86,22 @@ def profile_table(measurements: Sequence[Measurement]) -> Table:
     )
     table.add_column("", no_wrap=True)
     table.add_column("context", justify="right", no_wrap=True)
+    table.add_column("model", no_wrap=True)
     for what in ("tokens/s", "peak MiB", "state MiB"):
-        for model in models:
-            table.add_column(f"{what}\n{model}", justify="right", no_wrap=True)
-    found = {(m.mode, m.context, m.model): m for m in measurements}
+        table.add_column(what, justify="right", no_wrap=True)
+    shown = None
     for mode in _in_order(m.mode for m in measurements):
-        contexts = sorted({m.context for m in measurements if m.mode == mode})
-        for context in contexts:
-            row = [found.get((mode, context, model)) for model in models]
+        for m in sorted((m for m in measurements if m.mode == mode), key=lambda m: m.context):
+            place = (m.mode, m.context)
             table.add_row(
-                mode if context == contexts[0] else "",
-                f"{context:,}",
-                *(_rate(m) for m in row),
-                *(_size(m.peak_bytes if m else None) for m in row),
-                *(_size(m.state_bytes if m else None) for m in row),
-                end_section=context == contexts[-1],
+                "" if shown and shown[0] == mode else mode,
+                "" if shown == place else f"{m.context:,}",
+                m.model,
+                _rate(m),
+                _size(m.peak_bytes),
+                _size(m.state_bytes),
             )
+            shown = place
     return table
 
 
@@ -155,9 +154,7 @@ def _in_order(values) -> list:
     return list(dict.fromkeys(values))
 
 
-def _rate(measurement: Measurement | None) -> str:
-    if measurement is None:
-        return "–"
+def _rate(measurement: Measurement) -> str:
     if measurement.status != "ok":
         return measurement.status.split(":")[0]
     return f"{measurement.tokens_per_second:,.0f}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import inspect
 import json
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import typer
 from rich.console import Console
@@ -39,6 +41,38 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = signature.replace(parameters=own + generated)
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in own + generated}
     return wrapped
+
+
+@contextlib.contextmanager
+def explained_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Within the block, or in the command so decorated, bad input and what the disk refuses are one line.
+
+    Args:
+        kinds: further exceptions whose text says all.
+    """
+    try:
+        yield
+    except (ValueError, *kinds) as error:
+        fail(error)
+    except OSError as error:
+        fail(_told(error))
+
+
+def _told(error: OSError) -> str:
+    """What the system said of which file, and what to do about it."""
+    reason = error.strerror or str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    remedies = {
+        errno.ENOSPC: "free some space, or choose an --output on another disk",
+        errno.EDQUOT: "free some space, or choose an --output on another disk",
+        errno.EFBIG: "choose an --output on a disk that takes larger files",
+        errno.ENOTDIR: "choose another --output",
+        errno.EACCES: "choose an --output that you may write to",
+        errno.EPERM: "choose an --output that you may write to",
+        errno.EROFS: "choose an --output that you may write to",
+    }
+    remedy = f"; {remedies[error.errno]}" if error.errno in remedies else ""
+    return f"{where}{reason}{remedy}"
 
 
 def fail(message: object) -> typing.NoReturn:

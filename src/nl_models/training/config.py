@@ -153,6 +153,19 @@ def config_from_dict(values: object, *, source: str) -> TrainConfig:
     Raises:
         ValueError: not an object, unknown name (the closest known one is suggested), or a bad value.
     """
+    checked = typed_options(values, source=source)
+    try:
+        return TrainConfig(**checked)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def typed_options(values: object, *, source: str) -> dict[str, typing.Any]:
+    """Some options from JSON values: names and types are checked, and not yet whether they go together.
+
+    Raises:
+        ValueError: not an object, unknown name (the closest known one is suggested), or another type.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{source}: expected a JSON object of options, got {type(values).__name__}")
     hints = typing.get_type_hints(TrainConfig)
@@ -164,10 +177,7 @@ def config_from_dict(values: object, *, source: str) -> TrainConfig:
             hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
             raise ValueError(f"{source}: unknown option {name!r}{hint}")
         checked[name] = _typed(f"{source}: {name}", value, hints[name])
-    try:
-        return TrainConfig(**checked)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    return checked
 
 
 def load_config(path: str | Path) -> TrainConfig:

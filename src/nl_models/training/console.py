@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 from transformers.utils import logging as transformers_logging
 
 _LINE_EVERY_SECONDS = 10.0
@@ -61,20 +62,20 @@ class TrainingDisplay:
         seconds = max(now - self._began, 1e-9)
         rate = done * tokens_per_step / seconds
         left = duration((self._steps - step) * seconds / done)
-        status = f"loss {loss:.3f}  {rate:,.0f} tokens/s  {left} left"
+        status = f"loss {loss:.3f}  {rate:,.0f} tokens/s  {left} left"  # a line has 80 columns
         if self._bars:
             self._bars.update(self._task, completed=step, status=status)
         elif step == self._steps or now - self._last_line >= _LINE_EVERY_SECONDS:
             self._last_line = now
             self._console.print(
-                f"{self._label}  step {step}/{self._steps}  {status}", highlight=False, soft_wrap=True
+                f"{self._label}  {step}/{self._steps}  {status}", highlight=False, soft_wrap=True
             )
 
     def validation(self, *, loss: float, bits_per_byte: float, perplexity: float) -> None:
         """Report an evaluation."""
         self._console.print(
-            f"{self._label}  step {self._step}/{self._steps}  validation loss {loss:.4f}  "
-            f"{bits_per_byte:.3f} bits/byte  perplexity {perplexity:.2f}",
+            f"{self._label}  {self._step}/{self._steps}  validation {loss:.4f}  "
+            f"{bits_per_byte:.3f} bits/byte  ppl {perplexity:.4g}",
             highlight=False,
             soft_wrap=True,
         )
@@ -136,13 +137,12 @@ def training_bars(console: Console) -> Iterator[Progress | None]:
     if not console.is_terminal:
         yield None
         return
+    whole = Column(no_wrap=True)  # the bar is what gives way in a narrow terminal
     with Progress(
-        TextColumn("[bold]{task.description}"),
+        TextColumn("[bold]{task.description}", table_column=whole),
         BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=whole),
+        TextColumn("{task.fields[status]}", table_column=whole),
         console=console,
         expand=True,
     ) as bars:

@@ -14,10 +14,10 @@ A run's folder holds::
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,11 @@ from types import FrameType
 import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from nl_models.data.batches import TrainingBatches, validation_windows
 from nl_models.data.prepare import PreparedData
@@ -143,9 +148,15 @@ def continued_config(folder: Path, overrides: dict[str, object]) -> TrainConfig:
 def only_process(folder: Path) -> Iterator[None]:
     """Hold the run's lock; it goes with the process, however that ends.
 
+    Where the system has no such locks (Windows), there is none, and a warning says so.
+
     Raises:
         RunError: another process trains in this folder.
     """
+    if fcntl is None:
+        warnings.warn(f"{folder}: no locks here; start no second process in this folder", stacklevel=3)
+        yield
+        return
     with (Path(folder) / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -32,10 +32,10 @@ def new_figure(
     return figure, axes
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG in one step."""
+def save_figure(figure: Figure, path: Path, *, tight: bool = False) -> Path:
+    """Write a PNG in one step; ``tight`` makes room for what stands outside the axes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight" if tight else None)
     write_bytes(path, buffer.getvalue())
     return path
 

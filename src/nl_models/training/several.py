@@ -149,7 +149,7 @@ def _train(job: Job, sender: Connection) -> None:
             create_run(job.folder, job.config)
             model = build_model(job.config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
             Trainer(job.folder, job.config, model, data).run(_Sender(sender), stop)
-        except (ValueError, DivergedError) as error:
+        except (ValueError, OSError, DivergedError) as error:
             sender.send(("error", error))
         else:
             sender.send(("end", {}))

@@ -10,6 +10,7 @@ from nl_models import HopeCache, HopeConfig, HopeForCausalLM, HopeModel
 from nl_models.hope.configuration_hope import LAYER_TYPES
 from nl_models.hope.modeling_hope import LAYERS_WITH_PARAMETERS
 from nl_models.layers.state import state_tensors
+from tests.nl_models.full_disk import small_files
 
 HYBRID = list(LAYER_TYPES)
 
@@ -103,17 +104,13 @@ def test_foreign_and_broken_files_are_refused(hybrid, make_config, tokens, tmp_p
         HopeCache.load(tmp_path / "missing", hybrid.config)
 
 
-def test_a_failed_save_leaves_the_old_file(hybrid, tokens, tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_old_file(hybrid, tokens, tmp_path):
     path = tmp_path / "conversation"
     cache = hybrid(tokens(1, 5), use_cache=True).cache
     cache.save(path)
     before = path.read_bytes()
 
-    def fail(*_args, **_options):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("nl_models.hope.cache_hope.save_file", fail)
-    with pytest.raises(OSError, match="no space"):
+    with small_files(100), pytest.raises(OSError, match="File too large"):
         cache.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -1,5 +1,6 @@
 """Measurements: the figures mean what they say, and a failing one stays alone."""
 
+import io
 import json
 import math
 import multiprocessing
@@ -7,9 +8,10 @@ import multiprocessing
 import pytest
 import torch
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
-from nl_models.profile import main
+from nl_models.profile import main, progress_printer
 from nl_models.profiling.measure import Measurement, Work, measure
 from nl_models.profiling.memory import PeakMemory
 from nl_models.profiling.process import OVER_TIME, measure_alone
@@ -100,7 +102,7 @@ def test_after_a_failure_longer_contexts_are_left_out(monkeypatch):
     ]  # fmt: skip
     assert seen == [(i, 6) for i in range(1, 7)]
     rows = profile_table(results)
-    assert rows.row_count == 3
+    assert rows.row_count == 6
 
 
 def test_the_command_writes_table_plot_and_json(tmp_path):
@@ -126,6 +128,35 @@ def test_the_command_writes_table_plot_and_json(tmp_path):
     refused = CliRunner().invoke(app, arguments)
     assert refused.exit_code == 2
     assert "--overwrite" in CliRunner().invoke(app, ["--help"]).output
+
+
+def test_lines_and_the_table_have_80_columns():
+    """Of the demo's longest name, a million tokens and terabytes."""
+    points = [
+        Measurement("hope-attention", "training", 2**20, "ok", 1.0, 1234567.0, 2**37, 2**36),
+        Measurement("hope-attention", "training", 2**21, OVER_TIME),
+        Measurement("hope-attention", "training", 2**22, "left out: a shorter context failed"),
+        Measurement("hope-attention", "training", 2**23, f"failed: {'many words ' * 20}"),
+    ]
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    for number, point in enumerate(points):
+        progress_printer(console)(number, 100, point)
+    console.print(profile_table(points))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "[0/100] hope-attention training 1,048,576: 1,234,567 tokens/s, 131,072.0 MiB" in lines
+    assert not any("…" in line for line in lines)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("nl_models.profile.profile_models", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "file").write_text("mine")
+    app = typer.Typer()
+    app.command()(main)
+    refused = CliRunner().invoke(app, ["--output", str(tmp_path / "file" / "profile"), "--device", "cpu"])
+    assert refused.exit_code == 2
+    assert "a file stands where a folder should" in " ".join(refused.output.split())
 
 
 def test_bad_settings_and_files_are_refused(tmp_path):

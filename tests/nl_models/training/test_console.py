@@ -1,7 +1,9 @@
 """The display: plain lines without a terminal."""
 
 import io
+import re
 
+import pytest
 from rich.console import Console
 
 from nl_models.training.console import TrainingDisplay, duration
@@ -16,11 +18,30 @@ def test_plain_output_has_a_line_per_interval_and_one_at_the_end():
             display.step(step, loss=loss, tokens_per_step=60)
         display.validation(loss=2.25, bits_per_byte=1.5, perplexity=9.49)
     assert out.getvalue().splitlines() == [
-        "hope  step 5/6  loss 2.500  10 tokens/s  0:06 left",
-        "hope  step 6/6  loss 2.000  13 tokens/s  0:00 left",
-        "hope  step 6/6  validation loss 2.2500  1.500 bits/byte  perplexity 9.49",
+        "hope  5/6  loss 2.500  10 tokens/s  0:06 left",
+        "hope  6/6  loss 2.000  13 tokens/s  0:00 left",
+        "hope  6/6  validation 2.2500  1.500 bits/byte  ppl 9.49",
     ]
 
 
 def test_durations():
     assert [duration(s) for s in (0, 61.6, 3600)] == ["0:00", "1:02", "1:00:00"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_everything_fits_80_columns(terminal):
+    """The demo's longest name, a long run and a start at random weights."""
+    out = io.StringIO()
+    seconds = iter([0.0, 100.0])
+    console = Console(file=out, force_terminal=terminal, width=80, color_system=None)
+    with TrainingDisplay(
+        console, steps=100000, start=99998, label="hope-attention", clock=lambda: next(seconds)
+    ) as display:
+        display.step(99999, loss=11.25, tokens_per_step=12345600)
+        display.validation(loss=1.25, bits_per_byte=10.5, perplexity=1.2e300)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "\n")
+    assert max(map(len, text.splitlines())) <= 80
+    assert "ppl 1.2e+300" in text
+    if terminal:
+        assert "hope-attention" in text
+        assert "99999/100000 loss 11.250  123,456 tokens/s  1:40 left" in text
