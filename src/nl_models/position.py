@@ -25,9 +25,10 @@ from nl_models.evaluation.report import (
     position_table,
     save_position,
 )
+from nl_models.files import make_folder
 from nl_models.hope import HopeForCausalLM
 from nl_models.profiling.report import describe_machine
-from nl_models.training.command_line import fail, token_count
+from nl_models.training.command_line import explained_errors, token_count
 from nl_models.training.config import TrainConfig, load_config
 from nl_models.training.console import without_progress_bars
 from nl_models.training.loop import autocast, choose_device
@@ -92,7 +93,7 @@ def main(
     console = Console()
     output = run / "position" if output is None else output
     target = output / "position.json"
-    try:
+    with explained_errors():
         if threads is not None:
             if threads < 1:
                 raise ValueError(f"threads: expected at least 1, got {threads}")
@@ -112,7 +113,7 @@ def main(
             opened, text, window, None if length is None else token_count("length", length)
         )
         spoken = _turns(tokens, turns, window)
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         console.print(
             f"{opened.config.model} of {run}, trained on windows of {trained:,}; {len(tokens):,} tokens of "
             f"{source}",
@@ -146,8 +147,6 @@ def main(
         if generate or turns:
             about |= {"temperature": temperature, "seed": seed}
         save_position(target, about=about, **measured)
-    except (ValueError, OSError) as error:
-        fail(error)
     console.print("\n".join(map(str, files)), highlight=False, soft_wrap=True)
 
 

@@ -134,11 +134,11 @@ def _print_summary(console: Console, folder: Path, trainer: Trainer, description
         steps=f"{config.steps:,} of {config.tokens_per_step:,} tokens",
     )
     for size in levels_hardly_trained(trainer.model.config, config.sequence_length):
-        _print_pairs(
-            console,
-            note=f"windows of {config.sequence_length} tokens hold fewer than three chunks of the level that "
-            f"learns every {size}: what its steps add up to is not trained. Use longer windows "
-            "(--sequence-length) or a smaller chunk_size (--model-option continuum_levels=...)",
+        console.print(  # a sentence, which is broken where the terminal ends
+            f"[bold]note    [/]windows of {config.sequence_length} tokens hold fewer than three chunks of "
+            f"the level that learns every {size}: what its steps add up to is not trained. Use longer "
+            "windows (--sequence-length) or a smaller chunk_size (--model-option continuum_levels=...)",
+            highlight=False,
         )
 
 
