@@ -71,6 +71,7 @@ class HopeParameters(FastParameters):
         if context is not None:
             for layer, before in zip(cache.layers, context.layers, strict=True):
                 layer.commit(before.state, before.seen)
+                layer.padding = before.padding
         view = with_parameters(self.model, weights)
         inputs: dict[str, torch.Tensor] = {}
         if keep_inputs:

@@ -114,11 +114,13 @@ class HopeCache(Cache):
         """Write the cache to a safetensors file; the file appears whole or not at all."""
         tensors: dict[str, torch.Tensor] = {}
         structure = [describe_state(layer.state, str(i), tensors) for i, layer in enumerate(self.layers)]
+        padding = describe_state(self.layers[0].padding, "padding", tensors)  # all have read the same columns
         metadata = {
             "format": FILE_FORMAT,
             "fingerprint": self.fingerprint,
             "seen": json.dumps([layer.seen for layer in self.layers]),
             "structure": json.dumps(structure),
+            "padding": json.dumps(padding),
         }
         write_bytes(path, safetensors.torch.save(tensors, metadata))
 
@@ -149,9 +151,12 @@ class HopeCache(Cache):
                 if metadata["fingerprint"] != cache.fingerprint:
                     raise ValueError(f"path: {path} was saved from a model of another config")
                 seen, structure = json.loads(metadata["seen"]), json.loads(metadata["structure"])
+                # Files of earlier versions say nothing of padding: then there is none.
+                padding = rebuild_state(json.loads(metadata.get("padding", "null")), file.get_tensor, {})
                 for layer, tokens, description in zip(cache.layers, seen, structure, strict=True):
                     if description is not None:
                         layer.commit(rebuild_state(description, file.get_tensor, STATE_TYPES), tokens)
+                        layer.padding = padding
         except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"path: {path} is truncated or no saved HopeCache: {error}") from error
         return cache

@@ -11,6 +11,7 @@ from transformers.generation import GenerationConfig, GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
+from nl_models.generation import StatefulGeneration
 from nl_models.hf_names import CACHE_NAME, CACHE_NAMES, BackboneOutput, CausalOutput, either_cache_name
 from nl_models.hope.cache_hope import BlockState, HopeCache
 from nl_models.hope.configuration_hope import HopeConfig
@@ -227,7 +228,7 @@ class HopeModel(HopePreTrainedModel):
         past = cache.get_seq_length() if cache is not None else 0
         if past and cache.batch_size != B:
             raise ValueError(f"cache: holds {cache.batch_size} sequences, the input has {B}")
-        mask = current_mask(attention_mask, B, T, past)
+        mask = current_mask(attention_mask, B, T, None if cache is None else cache.layers[0])
         if cu_seqlens is None:
             refuse_packed_positions(position_ids, mask, "pass packed sequences with cu_seqlens")
         packing = None
@@ -248,7 +249,7 @@ class HopeModel(HopePreTrainedModel):
             carried = CarriedState(layer.state) if layer is not None and layer.state is not None else None
             hidden_states, state = block(hidden_states, carried, mask, position_ids, layer is not None)
             if layer is not None:
-                layer.commit(state, T)
+                layer.commit(state, T, mask)
         hidden_states = self.norm(hidden_states)
         all_hidden_states.append(hidden_states)
         if packing is not None:
@@ -260,7 +261,7 @@ class HopeModel(HopePreTrainedModel):
         )
 
 
-class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
+class HopeForCausalLM(HopePreTrainedModel, StatefulGeneration, GenerationMixin):
     """A language model: :class:`HopeModel` and an output layer, by default tied to the embedding."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -327,11 +328,6 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             **{CACHE_NAME: outputs.cache},
         )
-
-    generate = either_cache_name(GenerationMixin.generate, CACHE_NAME)
-    prepare_inputs_for_generation = either_cache_name(
-        GenerationMixin.prepare_inputs_for_generation, CACHE_NAME
-    )
 
     def _prepare_cache_for_generation(
         self,

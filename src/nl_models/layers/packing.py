@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nl_kernels.checks import check_cu_seqlens
+from nl_models.layers.state_cache import StateCacheLayer, padding_digest
 
 
 class Packing:
@@ -40,17 +41,38 @@ class Packing:
         return padded[self._real][None]
 
 
-def current_mask(attention_mask: torch.Tensor | None, B: int, T: int, past: int) -> torch.Tensor | None:
-    """The mask ``[B, T]`` bool of the current tokens, or ``None`` where all are real."""
+def current_mask(
+    attention_mask: torch.Tensor | None, B: int, T: int, past: StateCacheLayer | None
+) -> torch.Tensor | None:
+    """The mask ``[B, T]`` bool of the current tokens, or ``None`` where all are real.
+
+    ``past`` is the layer of a cache that has read what came before.
+
+    Raises:
+        ValueError: a mask of another shape, or whose past columns are not as they were read.
+    """
     if attention_mask is None:
         return None
-    if tuple(attention_mask.shape) not in ((B, T), (B, past + T)):
+    seen = 0 if past is None else past.seen
+    if tuple(attention_mask.shape) not in ((B, T), (B, seen + T)):
         raise ValueError(
-            f"attention_mask: expected shape {(B, T)}, or {(B, past + T)} with the past, "
+            f"attention_mask: expected shape {(B, T)}, or {(B, seen + T)} with the past, "
             f"got {tuple(attention_mask.shape)}"
         )
-    mask = attention_mask[:, -T:].bool()
-    return None if bool(mask.all()) else mask
+    mask = attention_mask.bool()
+    padded = not bool(mask.all())
+    if seen and mask.shape[1] > T and (padded or past.padding is not None):
+        contradicted = padding_digest(mask[:, :seen])
+        if past.padding is not None:
+            contradicted = contradicted - past.padding
+        if bool(contradicted.any()):
+            raise ValueError(
+                f"attention_mask: the past columns of row {int(contradicted.nonzero()[0])} have padding "
+                "elsewhere than the cache was given it. A state cannot forget: pass the mask of the past "
+                f"as it was, or only that of the {T} current columns"
+            )
+    current = mask[:, mask.shape[1] - T :]
+    return current if padded and not bool(current.all()) else None
 
 
 def refuse_packed_positions(

@@ -10,26 +10,51 @@ from transformers.cache_utils import CacheLayerMixin
 from nl_models.layers.state import State, map_state
 
 
+def padding_digest(mask: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """Which columns of ``mask [B, T]`` are padding (False), as a number for each row, ``[B]`` int64.
+
+    A sum over columns of numbers that look random, 0 where there is no padding: it adds up piece by piece,
+    and its size does not grow with the context. ``start`` is the number of the first column.
+    """
+    rows, columns = (~mask).nonzero(as_tuple=True)
+    x = (columns + start + 1) * -7046029254386353131  # splitmix64: its increment and its first round
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    return torch.zeros(len(mask), dtype=torch.int64, device=mask.device).index_add_(0, rows, x ^ (x >> 27))
+
+
 class StateCacheLayer(CacheLayerMixin):
-    """The state of one layer, and how many columns of the input it has seen."""
+    """The state of one layer, and what columns of the input it has seen.
+
+    Attributes:
+        state: what the layer carries.
+        seen: number of columns, padding included.
+        padding: ``[B]`` int64, which of them were padding, as :func:`padding_digest` has it; ``None``: none.
+    """
 
     def __init__(self):
         super().__init__()
         self.state: State = None
         self.seen = 0
+        self.padding: torch.Tensor | None = None
 
-    def commit(self, state: State, tokens: int) -> None:
-        """Replace the state by that after ``tokens`` more columns (padding included)."""
+    def commit(self, state: State, tokens: int, mask: torch.Tensor | None = None) -> None:
+        """Replace the state by that after ``tokens`` more columns.
+
+        ``mask [B, tokens]`` is True at real ones; ``None``: all are.
+        """
+        if mask is not None:
+            padding = padding_digest(mask, self.seen)
+            self.padding = padding if self.padding is None else self.padding + padding
         self.state = state
         self.seen += tokens
         self.is_initialized = True
 
     def map(self, function) -> None:
         """Apply ``function`` to every tensor of the state."""
-        self.state = map_state(function, self.state)
+        self.state, self.padding = map_state(function, (self.state, self.padding))
 
     def reset(self) -> None:
-        self.state, self.seen, self.is_initialized = None, 0, False
+        self.state, self.padding, self.seen, self.is_initialized = None, None, 0, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.map(lambda t: t.index_select(0, beam_idx.to(t.device)))

@@ -60,7 +60,7 @@ class MemoryMixer(nn.Module):
             hidden_states, None if carried is None else carried.state, padding_mask, carried is not None
         )
         if carried is not None:
-            carried.commit(state, hidden_states.shape[1])
+            carried.commit(state, hidden_states.shape[1], padding_mask)
         return y, None
 
 

@@ -7,13 +7,14 @@ import inspect
 from typing import ClassVar
 
 import torch
-from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMode
 from transformers.utils import TransformersKwargs
 
+from nl_models.generation import StatefulGeneration
 from nl_models.hf_names import CACHE_NAME, either_cache_name
 from nl_models.layers.packing import current_mask, refuse_packed_positions
+from nl_models.layers.state_cache import StateCacheLayer
 from nl_models.module_views import device_of, dtype_of
 from nl_models.surgery.cache import ContinuumCache
 from nl_models.surgery.fast_weights import FastWeights, LayerFastWeights, add_to_first, fast_product
@@ -157,7 +158,8 @@ class ContinuumBackbone:
             TypeError: ``fast_weights`` of another type, or a keyword that the family does not know.
             ValueError: fast weights for another number of layers, or that cannot serve the batch; with
                 memories in the place of attention, a cache that has no place for their states, a mask of
-                another shape than ``[B, T]`` or ``[B, S]`` with the past, or packed sequences.
+                another shape than ``[B, T]`` or ``[B, S]`` with the past, or that
+                contradicts what the states have read, or packed sequences.
         """
         unknown = sorted(kwargs.keys() - self.keywords)
         if unknown:
@@ -201,8 +203,8 @@ class ContinuumBackbone:
             )
         if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
             raise ValueError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
-        past = 0 if cache is None else cache.get_seq_length()
-        mask = current_mask(attention_mask, inputs.shape[0], inputs.shape[1], past)
+        memory = None if cache is None else next(x for x in cache.layers if isinstance(x, StateCacheLayer))
+        mask = current_mask(attention_mask, inputs.shape[0], inputs.shape[1], memory)
         refuse_packed_positions(positions, mask, "a converted model reads one sequence in a row")
         return mask
 
@@ -217,18 +219,15 @@ class ContinuumBackbone:
         fast_weights.check_batch(inputs.shape[0])
 
 
-class ContinuumCausalLM:
+class ContinuumCausalLM(StatefulGeneration):
     """A converted language model. ``fast_weights`` go to ``forward`` by that name, or come with the cache."""
 
     backbone_class: ClassVar[type]
-    generate = either_cache_name(GenerationMixin.generate, CACHE_NAME)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if ContinuumCausalLM in cls.__bases__:
-            for name in ("forward", "prepare_inputs_for_generation"):
-                of_family = getattr(super(), name)
-                setattr(cls, name, either_cache_name(of_family, CACHE_NAME))
+            cls.forward = either_cache_name(super().forward, CACHE_NAME)
 
     def __init__(self, config):
         super().__init__(config)
