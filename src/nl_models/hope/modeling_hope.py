@@ -19,7 +19,7 @@ from nl_models.layers.attention import Attention
 from nl_models.layers.continuum import ContinuumBlock, ContinuumMemory
 from nl_models.layers.gated_delta_net import GatedDeltaNet
 from nl_models.layers.initial_memory import InitialMemory
-from nl_models.layers.packing import Packing, current_mask, refuse_packed_positions
+from nl_models.layers.packing import Packing, current_mask, packed_bounds
 from nl_models.layers.self_modifying_titans import SelfModifyingTitans
 from nl_models.layers.short_convolution import ShortConvolution
 from nl_models.layers.titans import Titans
@@ -182,6 +182,11 @@ class HopeModel(HopePreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: torch.Tensor | None = None,
     ) -> BackboneOutput:
         """Hidden states of a batch of sequences, or of the pieces of them that follow a cache.
 
@@ -199,15 +204,27 @@ class HopeModel(HopePreTrainedModel):
             output_hidden_states: whether to return the input of every block, and the last output.
             cu_seqlens: ``[N + 1]``, the bounds of N packed sequences in a batch of one; they do not see each
                 other. Not together with a cache or a mask.
+            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx: the same, as collators of
+                transformers and TRL say it. They may come together, and with ``position_ids`` ``[1, T]`` that
+                begin anew at each sequence, which are enough by themselves; all must agree.
 
         Raises:
-            ValueError: no tokens, arguments that contradict each other, a cache of another config, or packed
-                positions without ``cu_seqlens``.
+            ValueError: no tokens, arguments that contradict each other, or a cache of another config.
         """
         if _default(output_attentions, self.config.output_attentions):
             raise ValueError("output_attentions: not available, a Hope model keeps no attention weights")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        cu_seqlens = packed_bounds(
+            position_ids,
+            attention_mask,
+            cu_seqlens,
+            cu_seq_lens_q,
+            cu_seq_lens_k,
+            max_length_q,
+            max_length_k,
+            seq_idx,
+        )
         if cache is not None:
             if not isinstance(cache, HopeCache):
                 raise ValueError(
@@ -229,8 +246,6 @@ class HopeModel(HopePreTrainedModel):
         if past and cache.batch_size != B:
             raise ValueError(f"cache: holds {cache.batch_size} sequences, the input has {B}")
         mask = current_mask(attention_mask, B, T, None if cache is None else cache.layers[0])
-        if cu_seqlens is None:
-            refuse_packed_positions(position_ids, mask, "pass packed sequences with cu_seqlens")
         packing = None
         if cu_seqlens is not None:
             if mask is not None or past or use_cache:
@@ -289,6 +304,11 @@ class HopeForCausalLM(HopePreTrainedModel, StatefulGeneration, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cu_seqlens: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
     ) -> CausalOutput:
         """Logits ``[B, T, vocab_size]``, and the next-token loss where ``labels`` are given.
@@ -302,6 +322,16 @@ class HopeForCausalLM(HopePreTrainedModel, StatefulGeneration, GenerationMixin):
 
         The other arguments are those of :meth:`HopeModel.forward`.
         """
+        cu_seqlens = packed_bounds(
+            position_ids,
+            attention_mask,
+            cu_seqlens,
+            cu_seq_lens_q,
+            cu_seq_lens_k,
+            max_length_q,
+            max_length_k,
+            seq_idx,
+        )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -75,18 +75,68 @@ def current_mask(
     return current if padded and not bool(current.all()) else None
 
 
-def refuse_packed_positions(
-    position_ids: torch.Tensor | None, mask: torch.Tensor | None, remedy: str
-) -> None:
-    """Positions that start anew mean packed sequences, which memories can tell apart by bounds only.
+PACKING_NAMES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""What packed sequences are told by, beside ``position_ids`` that begin anew."""
+
+
+def packed_bounds(
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    seq_idx: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """The bounds ``[N + 1]`` of packed sequences, by whichever names they came; ``None``: nothing is packed.
+
+    Collators of transformers and TRL send several of them at once, which must tell the same.
+
+    Args:
+        position_ids: ``[B, T]``; where they do not grow from one real token to the next, a sequence begins.
+        attention_mask: ``[B, T]``, or with columns of the past before.
+        cu_seqlens, cu_seq_lens_q, cu_seq_lens_k: ``[N + 1]`` bounds: 0, …, T.
+        max_length_q, max_length_k: at least the longest length; only beside bounds.
+        seq_idx: ``[1, T]``, the number of each token's sequence.
 
     Raises:
-        ValueError: they do, at a real token.
+        ValueError: they contradict each other, or positions begin anew in a batch of several rows.
     """
-    if position_ids is None or position_ids.shape[1] < 2:
-        return
-    restarts = position_ids[:, 1:] <= position_ids[:, :-1]
-    if mask is not None:
-        restarts = restarts & mask[:, 1:] & mask[:, :-1]
-    if bool(restarts.any()):
-        raise ValueError(f"position_ids: they start anew within a row; {remedy}")
+    found = {"cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+    if seq_idx is not None:
+        found["seq_idx"] = _bounds_at_changes("seq_idx", seq_idx, seq_idx[:, 1:] != seq_idx[:, :-1])
+    if position_ids is not None and position_ids.shape[1] > 1:
+        anew = position_ids[:, 1:] <= position_ids[:, :-1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            real = attention_mask[:, -position_ids.shape[1] :].bool()
+            anew = anew & real[:, 1:] & real[:, :-1]
+        if bool(anew.any()):
+            found["position_ids"] = _bounds_at_changes("position_ids", position_ids, anew)
+    found = {name: bounds for name, bounds in found.items() if bounds is not None}
+    longest = {"max_length_q": max_length_q, "max_length_k": max_length_k}
+    longest = {name: int(length) for name, length in longest.items() if length is not None}
+    if not found:
+        if longest:
+            raise ValueError(f"{next(iter(longest))}: comes with bounds only; pass cu_seqlens, too")
+        return None
+    name, bounds = next(iter(found.items()))
+    for other, others in found.items():
+        if others is not bounds and not torch.equal(others.long(), bounds.long().to(others.device)):
+            raise ValueError(
+                f"{other}: bounds of packed sequences other than those of {name}: "
+                f"{others.tolist()} and {bounds.tolist()}"
+            )
+    for other, length in longest.items():
+        if length < int(bounds.diff().max()):
+            raise ValueError(f"{other}: {length}, but the bounds of {name} have a longer sequence")
+    return bounds
+
+
+def _bounds_at_changes(name: str, of: torch.Tensor, changes: torch.Tensor) -> torch.Tensor:
+    if of.shape[0] != 1:
+        raise ValueError(
+            f"{name}: tells of packed sequences in a batch of {of.shape[0]} rows; lay them end to end in one"
+        )
+    starts = changes[0].nonzero()[:, 0] + 1
+    return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), of.shape[1])])

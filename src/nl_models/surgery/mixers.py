@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from nl_models.hf_names import either_cache_name
 from nl_models.layers.gated_delta_net import GatedDeltaNet
+from nl_models.layers.packing import Packing
 from nl_models.layers.self_modifying_titans import SelfModifyingTitans
 from nl_models.surgery.parts import matrix_of
 
@@ -49,12 +50,16 @@ class MemoryMixer(nn.Module):
         attention_mask: object = None,
         cache: Cache | None = None,
         padding_mask: torch.Tensor | None = None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """``hidden_states [B, T, d]`` to the same, and no attention weights.
 
         ``padding_mask [B, T]`` is True at real tokens. The state after the tokens replaces that in the cache.
+        ``packing`` is of sequences in one row that do not see each other; there is no cache then.
         """
+        if packing is not None:
+            return packing.pack(self.memory(packing.unpack(hidden_states), None, packing.mask)[0]), None
         carried = None if cache is None else cache.layers[self.layer_index]
         y, state = self.memory(
             hidden_states, None if carried is None else carried.state, padding_mask, carried is not None

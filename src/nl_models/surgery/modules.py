@@ -13,7 +13,7 @@ from transformers.utils import TransformersKwargs
 
 from nl_models.generation import StatefulGeneration
 from nl_models.hf_names import CACHE_NAME, either_cache_name
-from nl_models.layers.packing import current_mask, refuse_packed_positions
+from nl_models.layers.packing import PACKING_NAMES, Packing, current_mask, packed_bounds
 from nl_models.layers.state_cache import StateCacheLayer
 from nl_models.module_views import device_of, dtype_of
 from nl_models.surgery.cache import ContinuumCache
@@ -84,14 +84,15 @@ class ContinuumDecoderLayer:
         *args,
         fast_weights: FastWeights | None = None,
         padding_mask: torch.Tensor | None = None,
+        packing: Packing | None = None,
         **kwargs,
     ):
         """The family's forward, with ``fast_weights`` of the whole model, or ``None``.
 
-        ``padding_mask [B, T]`` is for a memory in the place of the attention.
+        ``padding_mask [B, T]`` and ``packing`` are for a memory in the place of the attention.
         """
-        if padding_mask is not None and self.has_memory:
-            kwargs["padding_mask"] = padding_mask
+        if self.has_memory:
+            kwargs |= {"padding_mask": padding_mask, "packing": packing}
         if fast_weights is None or fast_weights.layers[self.layer_index] is None:
             return super().forward(hidden_states, *args, **kwargs)
         # The family's code calls ``self.mlp(x)``. A view of the layer for this call alone adds the argument.
@@ -113,7 +114,8 @@ class ContinuumBackbone:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         of_family = inspect.signature(super().forward).parameters
-        cls.keywords = frozenset((*of_family, *TransformersKwargs.__annotations__)) - {"self", "kwargs"}
+        known = (*of_family, *TransformersKwargs.__annotations__, *PACKING_NAMES)
+        cls.keywords = frozenset(known) - {"self", "kwargs"}
 
     def __init__(self, config):
         super().__init__(config)
@@ -159,7 +161,8 @@ class ContinuumBackbone:
             ValueError: fast weights for another number of layers, or that cannot serve the batch; with
                 memories in the place of attention, a cache that has no place for their states, a mask of
                 another shape than ``[B, T]`` or ``[B, S]`` with the past, or that
-                contradicts what the states have read, or packed sequences.
+                contradicts what the states have read; packed sequences with a cache or a mask, or whose
+                bounds contradict each other.
         """
         unknown = sorted(kwargs.keys() - self.keywords)
         if unknown:
@@ -170,10 +173,12 @@ class ContinuumBackbone:
         if fast_weights is not None:
             self._check(fast_weights, inputs)
             kwargs["fast_weights"] = fast_weights
+        bounds = self._packed_bounds(inputs, attention_mask, cache, use_cache, kwargs)
+        if bounds is not None:
+            use_cache, attention_mask = False, None  # with either, the family would not look at the positions
         if self.config.memory_layers:
-            kwargs["padding_mask"] = self._memory_mask(
-                inputs, attention_mask, cache, kwargs.get("position_ids")
-            )
+            kwargs["padding_mask"] = self._memory_mask(inputs, attention_mask, cache)
+            kwargs["packing"] = None if bounds is None else Packing(bounds, inputs)
         if cache is None and (fast_weights is not None or self.config.memory_layers):
             wants_cache = self.config.use_cache if use_cache is None else use_cache
             checkpointing = self.training and self.gradient_checkpointing  # keeps no cache
@@ -193,7 +198,6 @@ class ContinuumBackbone:
         inputs: torch.Tensor,
         attention_mask: torch.Tensor | None,
         cache: Cache | None,
-        positions: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """The mask ``[B, T]`` of the current tokens, which decoder layers do not get to see otherwise."""
         if cache is not None and not isinstance(cache, ContinuumCache):
@@ -204,9 +208,41 @@ class ContinuumBackbone:
         if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
             raise ValueError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
         memory = None if cache is None else next(x for x in cache.layers if isinstance(x, StateCacheLayer))
-        mask = current_mask(attention_mask, inputs.shape[0], inputs.shape[1], memory)
-        refuse_packed_positions(positions, mask, "a converted model reads one sequence in a row")
-        return mask
+        return current_mask(attention_mask, inputs.shape[0], inputs.shape[1], memory)
+
+    def _packed_bounds(
+        self,
+        inputs: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+        kwargs: dict,
+    ) -> torch.Tensor | None:
+        """The bounds of packed sequences, which the family is then told by ``position_ids`` in ``kwargs``.
+
+        Only those does each of its attentions follow.
+        """
+        names = {name: kwargs.pop(name) for name in PACKING_NAMES if kwargs.get(name) is not None}
+        positions = kwargs.get("position_ids")
+        if not names and not self.config.memory_layers and (cache is not None or inputs.shape[0] > 1):
+            return None  # nothing here depends on it
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
+        bounds = packed_bounds(positions, mask, **names)
+        if bounds is None:
+            return None
+        if cache is not None or use_cache or (mask is not None and not bool(mask.all())):
+            raise ValueError("cu_seqlens: packed sequences take neither a padding mask nor a cache")
+        Packing(bounds, inputs)  # checks them
+        bounds = bounds.long()
+        starts = bounds[:-1].repeat_interleave(bounds.diff())
+        own = (torch.arange(inputs.shape[1], device=inputs.device) - starts)[None]
+        if positions is None:
+            kwargs["position_ids"] = own
+        elif len(bounds) > 2 and not torch.equal(positions - positions[:, starts], own):
+            raise ValueError(
+                "position_ids: expected them to begin anew at each bound, and to count from there"
+            )
+        return bounds
 
     def _check(self, fast_weights: FastWeights, inputs: torch.Tensor) -> None:
         if not isinstance(fast_weights, FastWeights):

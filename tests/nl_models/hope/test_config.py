@@ -169,7 +169,7 @@ def test_arguments_that_contradict_each_other(make_model, tokens):
         model(ids, attention_mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match="attention_mask"):
         model(ids, attention_mask=torch.ones(2, 1, 6, 6))
-    with pytest.raises(ValueError, match="pass packed sequences with cu_seqlens"):
+    with pytest.raises(ValueError, match="expected a batch of one, got 2"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
     with pytest.raises(ValueError, match="batch of one"):
         model(ids, cu_seqlens=torch.tensor([0, 6]))

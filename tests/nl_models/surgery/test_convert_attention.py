@@ -174,8 +174,8 @@ def test_what_it_cannot_do_is_refused(tokens):
         convert_attention(model, [0], chunk_size=0)
     with pytest.raises(ValueError, match="a DynamicCache has no place for the states of memories"):
         hybrid(tokens, cache=DynamicCache(config=model.config))
-    with pytest.raises(ValueError, match="position_ids: they start anew"):
-        hybrid(tokens, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]]))
+    with pytest.raises(ValueError, match="position_ids: tells of packed sequences in a batch of"):
+        hybrid(tokens, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]] * len(tokens)))
     with pytest.raises(ValueError, match="cache_implementation"):
         hybrid.generate(tokens, max_new_tokens=3, cache_implementation="static")
     with pytest.raises(ValueError, match="attention_mask: expected shape"):
