@@ -18,12 +18,13 @@ from nl_kernels.ops.continuum.state import VARIANTS
 from nl_models.hf_names import CACHE_NAME
 from nl_models.layers.attention import ATTENTION_IMPLEMENTATIONS
 from nl_models.layers.continuum import LevelConfig
+from nl_models.remote_code import RemoteCodeConfig
 
 LAYER_TYPES = ("self_modifying_titans", "titans", "gated_delta_net", "full_attention")
 
 
 @strict
-class HopeConfig(PreTrainedConfig):
+class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
     """Configuration of :class:`HopeModel`.
 
     A block is norm → short convolution → token mixer → continuum memory system. ``layer_types`` picks the
@@ -155,6 +156,12 @@ class HopeConfig(PreTrainedConfig):
             levels = [{"initial_retention": 1.0, **level} if _learns(level) else level for level in levels]
             config_dict = {**config_dict, "continuum_levels": levels}
         return super().from_dict(name_momentum(config_dict, "sum"), **kwargs)
+
+    @classmethod
+    def auto_classes(cls) -> dict[str, type]:
+        from nl_models.hope.modeling_hope import HopeForCausalLM, HopeModel
+
+        return {"AutoConfig": HopeConfig, "AutoModel": HopeModel, "AutoModelForCausalLM": HopeForCausalLM}
 
     def to_dict(self) -> dict:
         """All fields, ``layer_types`` as ``mixer_types``, and the form of momentum by name.

@@ -23,6 +23,7 @@ from nl_models.layers.packing import Packing, current_mask, packed_bounds
 from nl_models.layers.self_modifying_titans import SelfModifyingTitans
 from nl_models.layers.short_convolution import ShortConvolution
 from nl_models.layers.titans import Titans
+from nl_models.remote_code import OwnClasses
 
 
 class CarriedState:
@@ -140,7 +141,7 @@ LAYERS_WITH_PARAMETERS = (
 """Layers with parameters of their own beside those of their linear children."""
 
 
-class HopePreTrainedModel(PreTrainedModel):
+class HopePreTrainedModel(OwnClasses, PreTrainedModel):
     """Loading, saving and initialization, common to the Hope models."""
 
     config_class = HopeConfig

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 
 from nl_kernels.checks import check_positive_int
 from nl_kernels.ops.continuum.state import check_chunk_sizes
+from nl_models.remote_code import RemoteCodeConfig
 from nl_models.surgery.mixers import check_kind
 
 
@@ -95,7 +96,7 @@ def share_units(levels: Sequence[ConversionLevel], width: int) -> tuple[LevelUni
     return tuple(shared)
 
 
-class ContinuumConfigMixin:
+class ContinuumConfigMixin(RemoteCodeConfig):
     """What a converted model's config knows beside its family's.
 
     Subclasses declare the fields ``continuum_levels``, ``continuum_layers`` and ``memory_layers``.
@@ -113,6 +114,14 @@ class ContinuumConfigMixin:
         super().__post_init__(**kwargs)
         if self.continuum_levels is not None:
             self.level_units()
+
+    @classmethod
+    def auto_classes(cls) -> dict[str, type]:
+        from nl_models.surgery.families import FAMILIES
+
+        model = next(converted for converted in FAMILIES.values() if issubclass(cls, converted.config_class))
+        names = {"AutoModel": model.backbone_class, "AutoModelForCausalLM": model}
+        return {"AutoConfig": model.config_class, **names}
 
     @property
     def mlp_width(self) -> int:

@@ -16,6 +16,7 @@ from nl_models.hf_names import CACHE_NAME, either_cache_name
 from nl_models.layers.packing import PACKING_NAMES, Packing, current_mask, packed_bounds
 from nl_models.layers.state_cache import StateCacheLayer
 from nl_models.module_views import device_of, dtype_of
+from nl_models.remote_code import OwnClasses
 from nl_models.surgery.cache import ContinuumCache
 from nl_models.surgery.fast_weights import FastWeights, LayerFastWeights, add_to_first, fast_product
 from nl_models.surgery.mixers import MemoryMixer
@@ -101,7 +102,7 @@ class ContinuumDecoderLayer:
         return super(ContinuumDecoderLayer, view).forward(hidden_states, *args, **kwargs)
 
 
-class ContinuumBackbone:
+class ContinuumBackbone(OwnClasses):
     """The model without its output layer: finds the fast weights of a call."""
 
     layers_name: ClassVar[str] = "layers"
@@ -255,7 +256,7 @@ class ContinuumBackbone:
         fast_weights.check_batch(inputs.shape[0])
 
 
-class ContinuumCausalLM(StatefulGeneration):
+class ContinuumCausalLM(OwnClasses, StatefulGeneration):
     """A converted language model. ``fast_weights`` go to ``forward`` by that name, or come with the cache."""
 
     backbone_class: ClassVar[type]
