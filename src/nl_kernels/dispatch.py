@@ -58,7 +58,8 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
 
 def autocasting(device_type: str) -> bool:
     """Whether products on such a device are rounded to a shorter dtype."""
-    return torch.is_autocast_enabled(device_type)
+    # Of a device that autocast does not know (meta), torch would raise for the question, too.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from nl_kernels.dispatch import without_autocast
 from nl_models.optim.mixed_optimizer import state_dtype
 
 
@@ -103,7 +104,7 @@ class InputRecorder:
                 f"DeltaGradientDescent: a gradient of shape {tuple(weight.shape)} was changed between two "
                 "backward passes; call the optimiser's zero_grad() before the first, and clip after the last"
             )
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device.type):
             for number, rows in waiting:
                 if number == task:  # others asked for gradients of other things
                     inputs.add(rows)

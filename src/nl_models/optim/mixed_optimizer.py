@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from nl_kernels.dispatch import without_autocast
+
 RULES = ("matrix", "adamw")
 
 Group = dict[str, Any]
@@ -63,7 +65,7 @@ class MixedOptimizer(Optimizer):
         matrices = [(group, params) for group, params in work if params and group["rule"] == "matrix"]
         if matrices:
             # A step within autocast would round its products.
-            with torch.autocast(matrices[0][1][0].device.type, enabled=False):
+            with without_autocast(matrices[0][1][0].device.type):
                 self._matrix_step(matrices)
         return loss
 

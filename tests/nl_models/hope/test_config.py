@@ -202,3 +202,19 @@ def test_input_without_tokens_is_refused(make_config, shape):
         model(torch.zeros(shape, dtype=torch.int64))
     with pytest.raises(ValueError, match="inputs_embeds: expected sequences of at least one token"):
         model(inputs_embeds=torch.zeros(*shape, 16))
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("kind", LAYER_TYPES)
+def test_the_meta_device(kind, implementation):
+    """Shapes alone, forward and backward: no autocast is asked about a device that has none."""
+    options = {"memory_implementation": implementation, "continuum_implementation": implementation}
+    with torch.device("meta"):
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = HopeForCausalLM(HopeConfig(vocab_size=31, layer_types=kind, **sizes, **options))
+        ids = torch.ones(2, 20, dtype=torch.long)
+        output = model(ids, labels=ids)
+        output.loss.backward()
+    assert output.logits.device.type == "meta"
+    assert output.logits.shape == (2, 20, 31)
+    assert all(p.grad.shape == p.shape for p in model.parameters())

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nl_kernels.dispatch import autocasting, needs_gradient
+from nl_kernels.dispatch import autocasting, needs_gradient, without_autocast
 from nl_kernels.ops.continuum.chunk_step import NO_MOMENTA, Weights, keys_of, learn, mlp, row_norms, serve
 from nl_kernels.ops.continuum.eager_backward import serve_detached
 from nl_kernels.ops.continuum.rows import Counts, Grid, pending_tokens, place_on_grid
@@ -146,7 +146,7 @@ class SteppingLevel(NamedTuple):
         stops = [*range(size, length, size), length]
         reads = [stops[0] - grid.first, *(b - a for a, b in itertools.pairwise(stops))]
         inputs = grid.inputs[:, : steps * size]
-        with torch.autocast(inputs.device.type, enabled=False), self.recording():
+        with without_autocast(inputs.device.type), self.recording():
             # split, not slices: the gradient of a slice is as long as the sequence
             keys = keys_of(self.level, inputs, self.norm_eps).split(size, dim=1)
             targets = F.linear(inputs, self.level.value.to(inputs.dtype)).split(size, dim=1)
@@ -232,7 +232,7 @@ class SteppingLevel(NamedTuple):
             return start, NO_MOMENTA
         weights = Weights(*(None if w is None else w.to(chunk.targets.dtype) for w in weights))
         # reduced precision is for the reads: steps accumulate
-        with torch.autocast(chunk.targets.device.type, enabled=False):
+        with without_autocast(chunk.targets.device.type):
             keys = inner if chunk.keys is None else chunk.keys
             served = serve(keys, weights) if served is None else served
             new, after = learn(self.level, weights, momenta, norms, served, keys, chunk.targets, chunk.rates)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nl_kernels.dispatch import autocasting
+from nl_kernels.dispatch import autocasting, without_autocast
 from nl_kernels.ops.continuum.chunk_step import Weights, row_norms, serve
 from nl_kernels.ops.continuum.schedule import add_owned, either, reset_rows
 
@@ -49,7 +49,7 @@ class _Detached(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(reads.device.type)
         weights, norms = Weights(*matrices[:3]), row_norms(run.level)
         outputs, made, owners, reset = [], [], [], False
-        with torch.autocast(reads.device.type, enabled=False):
+        with without_autocast(reads.device.type):
             for chunk, inner in zip(chunks, reads.split([c.read for c in chunks], dim=1)):
                 served = None
                 if chunk.read:

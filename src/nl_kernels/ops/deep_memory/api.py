@@ -150,7 +150,7 @@ def deep_memory(
         state = _cast(initial_state, dtype)
 
     # Autocast would round the products, and with them the state, to half precision.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         if chosen == "reference":
             o, final = deep_memory_reference(
                 *inputs, anchor, state, rule=rule, read=read, chunk_size=chunk_size, mask=mask

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from nl_kernels.chunk_alignment import ChunkGrid
 from nl_kernels.chunk_kernels.step_launch import together
 from nl_kernels.chunk_recompute import State
-from nl_kernels.dispatch import note_kernels
+from nl_kernels.dispatch import note_kernels, without_autocast
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory import launch
 from nl_kernels.ops.deep_memory.launch import Inputs, Options, Results, StepInputs
@@ -257,11 +257,6 @@ def _filled(results, like: torch.Tensor):
     return tuple(like.new_empty(0) if x is None else x for x in results)
 
 
-def _without_autocast(device_type: str):
-    """Autocast off: it would cast what the public function has brought to fp32."""
-    return torch.autocast(device_type, enabled=False)
-
-
 def _split(args) -> tuple[Inputs, tuple]:
     return Inputs(*args[:_TENSORS]), args[_TENSORS:]
 
@@ -274,7 +269,7 @@ def _forward(*args):
         from nl_kernels.ops.deep_memory.triton_tiled_forward import deep_memory_forward
     else:
         from nl_kernels.ops.deep_memory.triton_forward import deep_memory_forward
-    with _without_autocast(inputs.q.device.type):
+    with without_autocast(inputs.q.device.type):
         return _filled(deep_memory_forward(inputs, options, keep=keep), inputs.q)
 
 
@@ -286,7 +281,7 @@ def _backward(do, *args):
         from nl_kernels.ops.deep_memory.triton_tiled_backward import deep_memory_backward
     else:
         from nl_kernels.ops.deep_memory.triton_backward import deep_memory_backward
-    with _without_autocast(do.device.type):
+    with without_autocast(do.device.type):
         found = deep_memory_backward(do, args[:4], args[4:6], inputs, rest[:4], options)
     return _filled(found, do)
 

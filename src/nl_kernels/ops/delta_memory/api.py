@@ -7,7 +7,7 @@ import math
 import torch
 
 from nl_kernels.checks import check_choice, check_cu_seqlens, check_positive_int, check_range, check_tensor
-from nl_kernels.dispatch import choose_implementation, needs_gradient
+from nl_kernels.dispatch import autocasting, choose_implementation, needs_gradient
 from nl_kernels.ops.delta_memory import reference, registration
 
 AVAILABLE = ("triton", "eager", "reference")
@@ -236,7 +236,7 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if not all(isinstance(x, torch.Tensor) and x.dtype != torch.float64 for x in tensors):
         return tensors
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not autocasting(device_type):
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
 

@@ -208,7 +208,7 @@ def self_modifying_memory(
     }
     chunked = {"at_boundary": initial_state is None, "checkpoint_every": checkpoint_every}
     # Autocast would round the products, and with them the state, to half precision.
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         if chosen == "reference":
             o, final = self_modifying_memory_reference(
                 *inputs, anchor, state, **options, detach_targets=detach_targets

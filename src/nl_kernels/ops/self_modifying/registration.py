@@ -7,13 +7,11 @@ operators, whose schema has no optional results.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch.autograd.function import once_differentiable
 
 from nl_kernels.chunk_kernels.step_launch import together
-from nl_kernels.dispatch import note_kernels
+from nl_kernels.dispatch import note_kernels, without_autocast
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.self_modifying import launch
 from nl_kernels.ops.self_modifying.launch import (
@@ -263,13 +261,6 @@ def _present(results, like: torch.Tensor):
     return tuple(like.new_empty(0) if x is None else x for x in results)
 
 
-def _without_autocast(device_type: str):
-    """Autocast off: it would cast the fp32 states. The public function has cast everything."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 @torch.library.impl(_FORWARD, "CompositeExplicitAutograd")
 def _forward(*args):
     count = _TENSORS + 12
@@ -278,7 +269,7 @@ def _forward(*args):
         from nl_kernels.ops.self_modifying.triton_tiled_forward import self_modifying_forward
     else:
         from nl_kernels.ops.self_modifying.triton_forward import self_modifying_forward
-    with _without_autocast(tensors[0].device.type):
+    with without_autocast(tensors[0].device.type):
         return _present(self_modifying_forward(*tensors, options=options), tensors[0])
 
 
@@ -292,7 +283,7 @@ def _backward(grad_o, *args):
     else:
         from nl_kernels.ops.self_modifying.triton_backward import self_modifying_backward
     tensors[-6:] = (None if x.numel() == 0 else x for x in tensors[-6:])
-    with _without_autocast(grad_o.device.type):
+    with without_autocast(grad_o.device.type):
         return _present(self_modifying_backward(grad_o, cotangents, *tensors, options=options), grad_o)
 
 
