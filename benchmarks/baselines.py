@@ -13,7 +13,6 @@ from benchmarks.measure import Work, random_tensors
 
 PAST = 100_000
 PREFILL = 2_000
-COMPILED_CHUNKS = 8  # torch.compile unrolls the loop over chunks: a minute of compilation for so many
 DECODED = 64  # tokens decoded before the one that is timed: the state then lies as decoding leaves it
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.baselines import COMPILED_CHUNKS, decode_case, forward_backward, stream_of
-from benchmarks.harness import COMPILED, Case, Factories, Provider
+from benchmarks.baselines import decode_case, forward_backward, stream_of
+from benchmarks.harness import Case, Factories, Provider
 from benchmarks.measure import Work, random_tensors
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory, deep_memory_step
@@ -148,15 +148,13 @@ def training_providers(case: Case, device: torch.device) -> Factories:
     """Forward and backward of the layer, with the setting that goes by the case's name."""
     sizes = case.shape
 
-    def ours(role: str = "ours", impl: str | None = None, compiled: bool = False) -> Provider:
+    def ours(role: str = "ours", impl: str | None = None) -> Provider:
         layer = Layer.random(case, device, case.dtype)
         x, cotangent = stream_of(case, device, case.dtype)
 
         def serve() -> Tensor:
             return layer(x, impl=impl)[0]
 
-        if compiled:
-            serve = torch.compile(serve)
         run = forward_backward(serve, [x, *layer.parameters], cotangent)
         return Provider(run, role=role, comparable=True)
 
@@ -184,8 +182,6 @@ def training_providers(case: Case, device: torch.device) -> Factories:
         "titans-pytorch": lambda: titans(True),
         "titans-pytorch, one snapshot": lambda: titans(False),
     }
-    if sizes["T"] // sizes["C"] <= COMPILED_CHUNKS:
-        factories[COMPILED] = lambda: ours("variant", impl="eager", compiled=True)
     if not sizes["h"]:
         factories["TTT-Linear, plain PyTorch"] = ttt
     return factories

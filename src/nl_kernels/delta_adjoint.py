@@ -386,8 +386,8 @@ def decay_products(log: torch.Tensor) -> Spread:
     matrix = log.new_empty(*log.shape[:-1], size + 1, size + 1)
     matrix[..., 0, :] = 0
     matrix[..., 0, 0] = 1
-    rows = torch.cumsum(log[..., None] * lower, -2, out=matrix[..., 1:, :])
-    rows.exp2_().tril_(1)
+    # not out=: torch.compile takes no view there
+    matrix[..., 1:, :] = torch.cumsum(log[..., None] * lower, -2).exp2_().tril_(1)
     return spread(matrix)
 
 

@@ -168,6 +168,10 @@ class SteppingLevel(NamedTuple):
         """Whether what a step is made of is recorded for the backward pass."""
         return torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_updates)
 
+    @torch.compiler.disable(
+        reason="continuum_memory's steps are a loop over chunks, which a trace would unroll; "
+        "without fullgraph=True it runs as it is"
+    )
     def walk(
         self, weights: Weights, momenta: Weights, grid: Grid, chunks: Sequence[Chunk]
     ) -> tuple[torch.Tensor, Weights, Weights]:

@@ -32,6 +32,10 @@ from nl_kernels.ops.deep_memory.state import DeepMemoryState
 KEPT_BYTES = 12 << 20  # of activations that are not recomputed
 
 
+@torch.compiler.disable(
+    reason="deep_memory's eager path is a loop over chunks, which a trace would unroll; "
+    "without fullgraph=True it runs as it is"
+)
 def deep_memory_eager(
     q: torch.Tensor,
     k: torch.Tensor,

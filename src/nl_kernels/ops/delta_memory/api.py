@@ -13,6 +13,21 @@ from nl_kernels.ops.delta_memory import reference, registration
 AVAILABLE = ("triton", "eager", "reference")
 READS = ("after", "before")
 
+_OF_CALLERS = frozenset(
+    (
+        "use_cache",
+        "output_router_logits",
+        "output_attentions",
+        "output_hidden_states",
+        "num_items_in_batch",
+        "position_ids",
+        # of packed sequences, whose bounds are cu_seqlens
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+    )
+)
+
 State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -172,6 +187,8 @@ def chunk_gated_delta_rule(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    chunk_size: int = 64,
+    **others: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gated DeltaNet (arXiv 2412.06464) with flash-linear-attention's arguments, layouts and defaults.
 
@@ -179,14 +196,20 @@ def chunk_gated_delta_rule(
     with erase ``β e^g`` and write ``β v``.
 
     Args:
-        q, k: ``[B, T, H, Dk]``. v: ``[B, T, H, Dv]``, unscaled.
-            Where several heads of v share one of q and k, repeat q and k for them first.
+        q, k: ``[B, T, G, Dk]``. v: ``[B, T, H, Dv]``, unscaled. H is a multiple of G: each head of q and k
+            serves H / G heads of v that follow one another. It is repeated for them, a copy.
         g: log decay ``[B, T, H]``, at most 0. beta: ``[B, T, H]`` in [0, 2).
         scale: of the outputs; ``Dk ** -0.5`` if None.
         initial_state: ``[N, H, Dk, Dv]``: keys first, the transpose of :func:`delta_memory`'s.
         output_final_state: whether to return the state after the last token.
         use_qk_l2norm_in_kernel: whether to give q and k unit norm first (with 1e-6 under the root).
         cu_seqlens: bounds of packed sequences ``[N + 1]``.
+        chunk_size: see :func:`delta_memory`.
+        others: what models of transformers hand on to the rule from their own callers, and what does not
+            concern it (``use_cache``, ``output_router_logits``, …); any other keyword is refused.
+
+    With T = 1 and a state this is one step of decoding, as ``fused_recurrent_gated_delta_rule`` is; both are
+    one function here.
 
     Returns:
         ``(o, final_state)``: ``[B, T, H, Dv]`` and ``[N, H, Dk, Dv]`` in fp32, or None.
@@ -194,6 +217,10 @@ def chunk_gated_delta_rule(
     Raises:
         TypeError, ValueError: as :func:`delta_memory`.
     """
+    unknown = [name for name, value in others.items() if name not in _OF_CALLERS and value is not None]
+    if unknown:
+        raise TypeError(f"{unknown[0]}: chunk_gated_delta_rule has no such option; leave it out or at None")
+    q, k = _for_each_value_head(q, k, v)
     _check_tokens(q, k, v, g, beta, None, leading=4, names=("g", "beta"))
     if initial_state is not None:
         sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -212,8 +239,24 @@ def chunk_gated_delta_rule(
         initial_state=None if initial_state is None else initial_state.mT,
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
     )
     return o, None if state is None else state.mT.contiguous()
+
+
+def _for_each_value_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q and k ``[B, T, H, Dk]``, where several heads of v share one of theirs."""
+    if not all(isinstance(x, torch.Tensor) and x.ndim == 4 and x.numel() for x in (q, k, v)):
+        return q, k  # refused by the checks that follow
+    heads = v.shape[2]
+    for name, x in (("q", q), ("k", k)):
+        if heads % x.shape[2]:
+            raise ValueError(f"{name}: expected a divisor of v's {heads} heads, got {x.shape[2]} heads")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"k: expected q's {q.shape[2]} heads, got {k.shape[2]}")
+    if q.shape[2] == heads:
+        return q, k
+    return tuple(x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
 
 
 def _one_token(

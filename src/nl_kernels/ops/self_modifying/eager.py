@@ -45,6 +45,10 @@ from nl_kernels.ops.self_modifying.state import MemoryStack, SelfModifyingState,
 KEPT_BYTES = 40 << 20  # of activations that are not recomputed: about a dozen chunks of 16 at 4 heads of 64
 
 
+@torch.compiler.disable(
+    reason="self_modifying_memory's eager path is a loop over chunks, which a trace would unroll; "
+    "without fullgraph=True it runs as it is"
+)
 def self_modifying_memory_eager(
     query: torch.Tensor,
     key_input: torch.Tensor,

@@ -314,3 +314,14 @@ def test_the_written_out_derivative_equals_the_general_path(monkeypatch, momentu
     expected = results(deep_memory, inputs, chunk_size=4, rule=SUM)
     for a, b in zip(found[:2], expected[:2]):
         assert_same(a, b, 1e-11)
+
+
+@pytest.mark.parametrize("hidden", [None, 4])
+def test_one_token_that_is_padding_behind_a_state(hidden):
+    """It writes nothing and does not count, and the token beside it does."""
+    options = {"chunk_size": 4, "mask": torch.tensor([[False], [True]])}
+    _, state = deep_memory(**make(2, 1, hidden=hidden), chunk_size=4, output_final_state=True)
+    inputs = {**make(2, 1, hidden=hidden, seed=1), "initial_state": leaves_like(state)}
+    _, after = deep_memory(**inputs, **options, output_final_state=True)
+    assert after.position.tolist() == [1, 2]
+    compare(deep_memory, inputs, **options)

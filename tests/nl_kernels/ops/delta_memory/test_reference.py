@@ -128,3 +128,31 @@ def test_chunk_gated_delta_rule_takes_packed_sequences_and_a_scale():
         )
         torch.testing.assert_close(o[:, tokens], expected, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(final[n : n + 1], expected_final, rtol=1e-10, atol=1e-10)
+
+
+def test_heads_of_values_that_share_one_of_queries_and_keys():
+    """The same as with the shared heads repeated, and gradients of the shared ones; packed, with a state."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q, k, v, start = random(1, 11, 2, 4), random(1, 11, 2, 4), random(1, 11, 6, 3), random(2, 6, 4, 3)
+    g, beta = -random(1, 11, 6).exp(), random(1, 11, 6).sigmoid()
+    options = {"initial_state": start, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    options |= {"cu_seqlens": torch.tensor([0, 4, 11]), "chunk_size": 16}
+    found = chunk_gated_delta_rule(q, k, v, g=g, beta=beta, **options)
+    repeated = (torch.stack([x[:, :, 0]] * 3 + [x[:, :, 1]] * 3, 2) for x in (q, k))
+    expected = chunk_gated_delta_rule(*repeated, v, g=g, beta=beta, **options)
+    gradients = []
+    for results in (found, expected):
+        loss = sum((x * torch.linspace(-1, 1, x.numel()).view(x.shape)).sum() for x in results)
+        gradients.append(torch.autograd.grad(loss, [q, k, v, start], retain_graph=True))
+    for a, b in zip((*found, *gradients[0]), (*expected, *gradients[1])):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    with pytest.raises(TypeError, match="head_first: chunk_gated_delta_rule has no such option"):
+        chunk_gated_delta_rule(q, k, v, g, beta, head_first=True)
+    with pytest.raises(ValueError, match="q: expected a divisor of v's 6 heads, got 4 heads"):
+        chunk_gated_delta_rule(torch.cat([q, q], 2), torch.cat([k, k], 2), v, g, beta)
+    with pytest.raises(ValueError, match="k: expected q's 2 heads, got 1"):
+        chunk_gated_delta_rule(q, k[:, :, :1], v, g, beta)

@@ -370,3 +370,27 @@ def test_a_wrong_gradient_is_noticed_on_the_general_path(monkeypatch):
     monkeypatch.setattr(eager, "hidden_gradient", wrong)
     with pytest.raises(AssertionError, match="differs by"):
         compare(self_modifying_memory, make(1, 6, momentum=True), chunk_size=2)
+
+
+@pytest.mark.parametrize("hidden", [None, 4])
+def test_one_token_that_is_padding_behind_a_state(hidden):
+    """It writes nothing and does not count, and the token beside it does."""
+    options = {"chunk_size": 4, "mask": torch.tensor([[False], [True]])}
+    _, state = self_modifying_memory(**make(2, 1, hidden=hidden), chunk_size=4, output_final_state=True)
+    inputs = {**make(2, 1, hidden=hidden, seed=1), "initial_state": leaves_like(state)}
+    _, after = self_modifying_memory(**inputs, **options, output_final_state=True)
+    assert after.position.tolist() == [1, 2]
+    compare(self_modifying_memory, inputs, tolerance=1e-9, **options)
+
+
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+def test_targets_have_a_residual_by_default(impl):
+    """As the definition says of a call without a rule, ``v + f(v)``, and not as with ``f(v)``."""
+    inputs = make(1, 3, hidden=None)
+
+    def state(**rule):
+        options = {"rule": MemoryRule(**rule)} if rule else {}
+        return self_modifying_memory(**inputs, chunk_size=2, output_final_state=True, impl=impl, **options)[1]
+
+    assert_same(list(tensors_of(state())), list(tensors_of(state(target_residual=True))), 0.0)
+    assert not torch.allclose(state().running.last, state(target_residual=False).running.last, atol=1e-3)
