@@ -30,10 +30,12 @@ class CarriedState:
     """An opaque box round the state of a block.
 
     FSDP2 casts every tensor to bf16 that it finds among a module's arguments, in tuples and dataclasses too.
+    Reentrant checkpointing, which looks for tensors among the arguments itself, is refused for that reason.
     """
 
-    def __init__(self, state: BlockState):
+    def __init__(self, state: BlockState | None):
         self.state = state
+        self.recorded = torch.is_grad_enabled()  # when it was put in, outside of any checkpoint
 
 
 class HopeBlock(GradientCheckpointingLayer):
@@ -75,7 +77,13 @@ class HopeBlock(GradientCheckpointingLayer):
         ``mask [B, T]`` is True at real tokens; padding changes no state. ``positions [B, T]`` replaces the
         count of real tokens in attention.
         """
-        before = carried.state if carried is not None else BlockState(None, None, None)
+        if carried is not None and carried.recorded and not torch.is_grad_enabled():
+            raise ValueError(
+                "past_key_values: checkpointing with use_reentrant=True loses the gradients of carried "
+                "states; expected gradient_checkpointing_enable({'use_reentrant': False}), or no cache"
+            )
+        before = None if carried is None else carried.state
+        before = BlockState(None, None, None) if before is None else before
         x = self.norm(hidden_states)
         convolution = None
         if self.convolution is not None:
@@ -262,7 +270,7 @@ class HopeModel(HopePreTrainedModel):
         for block, layer in zip(self.layers, cache_layers):
             if keep_hidden_states:
                 all_hidden_states.append(hidden_states)
-            carried = CarriedState(layer.state) if layer is not None and layer.state is not None else None
+            carried = None if layer is None else CarriedState(layer.state)
             hidden_states, state = block(hidden_states, carried, mask, position_ids, layer is not None)
             if layer is not None:
                 layer.commit(state, T, mask)

@@ -215,3 +215,29 @@ def test_a_few_steps_learn_a_constant_text(kind):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_through_a_carried_cache(make_model, tokens, kind, reentrant):
+    """Equal gradients without reentry; with it they would be lost on the way through the cache."""
+    ids = tokens(1, 12)
+
+    def gradients(checkpointing):
+        model = make_model(kind).train()
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        cache = HopeCache(model.config)
+        sum(model(p, labels=p, past_key_values=cache).loss for p in ids.split(6, 1)).backward()
+        return [p.grad for p in model.parameters()]
+
+    if reentrant:
+        with pytest.raises(ValueError, match="past_key_values: checkpointing with use_reentrant=True loses"):
+            gradients(True)
+        model = make_model(kind).train()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model(ids, labels=ids).loss.backward()  # without a cache nothing is lost
+        with torch.no_grad():
+            model(ids, past_key_values=HopeCache(model.config))
+        return
+    for found, expected in zip(gradients(reentrant), gradients(None), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)

@@ -30,7 +30,7 @@ def make_model():
 
 
 def use_ours(model, monkeypatch):
-    """In the places of both rules, called as this version calls them; the calls that came, by their length."""
+    """In the places of both rules, called as this version calls them; returns the calls' lengths."""
     lengths = []
 
     def ours(query, key, value, **options):
