@@ -15,7 +15,7 @@ from nl_models.module_views import copy_tree, device_of, dtype_of
 from nl_models.surgery.families import FAMILIES
 from nl_models.surgery.levels import DEFAULT_LEVELS, ConversionLevel, check_layers, make_levels
 from nl_models.surgery.mixers import MemoryMixer, check_kind, projections, take_over
-from nl_models.surgery.parts import check_parts
+from nl_models.surgery.parts import check_parts, check_widths
 
 INPUT_HOOKS = ("_require_grads_hook", "_require_grads_hooks")
 """Where a model of transformers keeps the handles of ``enable_input_require_grads``."""
@@ -39,8 +39,8 @@ def convert_mlp_to_continuum(
 
     Norms, activations, attention and linear modules go over as they are, whatever they are by now: replaced
     or quantised too. What would only seem to go over is refused before anything is built: hooks, adapters,
-    pruned or parametrised weights, offloading, and decoder layers or MLPs of another class. ``model`` stays
-    as it is.
+    pruned or parametrised weights, offloading, decoder layers or MLPs of another class or that several layers
+    share, and MLPs of another width than the config's. ``model`` stays as it is.
 
     Args:
         model: a Llama, Qwen2, Qwen3, GPT-NeoX or GPT-2 language model of transformers, of any size and dtype.
@@ -56,14 +56,14 @@ def convert_mlp_to_continuum(
         TypeError: a model of another class or with parts that cannot be converted, or levels that are none.
         ValueError: levels or layers that do not fit (see :func:`nl_models.surgery.levels.make_levels`).
     """
-    check_parts(model, _converted_class(model))
+    converted_class = _converted_class(model)
+    check_parts(model, converted_class)
     if getattr(model.config, "continuum_levels", None) is not None:
         raise TypeError("model: expected one whose MLPs are not converted yet")
-    return _rebuild(
-        model,
-        continuum_levels=[asdict(level) for level in make_levels(levels)],
-        continuum_layers=check_layers("layers", layers, model.config),
-    )
+    levels = [asdict(level) for level in make_levels(levels)]
+    chosen = check_layers("layers", layers, model.config)
+    check_widths(model, converted_class, chosen)
+    return _rebuild(model, continuum_levels=levels, continuum_layers=chosen)
 
 
 def convert_attention(

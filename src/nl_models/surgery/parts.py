@@ -30,10 +30,32 @@ def check_parts(model: PreTrainedModel, converted_class: type[PreTrainedModel]) 
         if obstacle is not None:
             _refuse(name, part, *obstacle)
     _check_class(model.base_model_prefix, model.base_model, backbone_class)
+    places: dict[nn.Module, str] = {}
     for index, layer in enumerate(getattr(model.base_model, backbone_class.layers_name)):
         name = f"{model.base_model_prefix}.{backbone_class.layers_name}.{index}"
         _check_class(name, layer, backbone_class.layer_class)
         _check_class(f"{name}.mlp", layer.mlp, backbone_class.mlp_class)
+        for place, part in ((name, layer), (f"{name}.mlp", layer.mlp)):
+            first = places.setdefault(part, place)
+            if first != place:  # it could not tell whose fast weights are meant
+                remedy = "give each layer a copy (copy.deepcopy); parameters may be shared"
+                _refuse(place, part, f"is also {first}", remedy)
+
+
+def check_widths(model: PreTrainedModel, converted_class: type[PreTrainedModel], layers: list[int]) -> None:
+    """Raise ``TypeError`` for an MLP of ``layers`` with another number of hidden units than the config."""
+    backbone_class, config_class = converted_class.backbone_class, converted_class.config_class
+    width = config_class.mlp_width.fget(model.config)
+    decoder_layers = getattr(model.base_model, backbone_class.layers_name)
+    for index in layers:
+        for part, name in backbone_class.mlp_class.parts.items():
+            linear = decoder_layers[index].mlp.get_submodule(name)
+            names = ("in_features", "nx") if part == "down" else ("out_features", "nf")
+            units = next((getattr(linear, n) for n in names if hasattr(linear, n)), width)
+            if units != width:
+                place = f"{model.base_model_prefix}.{backbone_class.layers_name}.{index}.mlp.{name}"
+                what = f"has {units} hidden units where the config has {width}"
+                _refuse(place, linear, what, "leave this layer out (layers=…)")
 
 
 def matrix_of(

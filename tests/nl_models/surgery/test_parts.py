@@ -203,6 +203,26 @@ REFUSED = {
 }
 
 
+def share(name):
+    """The first layer's part in the second layer too."""
+
+    def shared(model):
+        model.set_submodule(f"model.layers.1{name}", model.get_submodule(f"model.layers.0{name}"))
+        return model
+
+    def unshared(model):
+        name_there = f"model.layers.1{name}"
+        model.set_submodule(name_there, copy.deepcopy(model.get_submodule(name_there)))
+
+    return shared, unshared
+
+
+for part in ("", ".mlp"):
+    shared, unshared = share(part)
+    message = rf"its model.layers.1{part} \(.*\) is also model.layers.0{part}, .*deepcopy"
+    REFUSED[f"shared layer{part}"] = (shared, message, unshared)
+
+
 def adapted(model):
     peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
     config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
@@ -256,6 +276,23 @@ def test_what_would_only_seem_to_go_over_is_refused(kind, convert, tokens):
             assert got.isfinite().all()
             if converted.config.memory_layers is None:
                 assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("part", ["up_proj", "down_proj"])
+def test_an_mlp_of_another_width_is_refused(part, tokens):
+    model = make_model("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj, mlp.up_proj = nn.Linear(16, 20, bias=False), nn.Linear(16, 20, bias=False)
+    mlp.down_proj = nn.Linear(20, 16, bias=False)
+    if part == "down_proj":  # the others do not say their width
+        mlp.gate_proj, mlp.up_proj = nn.Sequential(mlp.gate_proj), nn.Sequential(mlp.up_proj)
+    with pytest.raises(TypeError, match=rf"its model.layers.0.mlp.{part} .* has 20 hidden units .*leave this"):
+        convert_mlp_to_continuum(model, LEVELS)
+    converted = convert_mlp_to_continuum(model, LEVELS, layers=[1])
+    with torch.no_grad():
+        fast = converted.initial_fast_weights()
+        got = converted(tokens, fast_weights=fast, use_cache=False).logits
+        torch.testing.assert_close(got, model(tokens).logits)
 
 
 def test_what_is_done_to_the_converted_model_does_not_reach_the_source(family, tokens):
