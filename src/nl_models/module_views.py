@@ -101,3 +101,8 @@ def device_of(module: nn.Module) -> torch.device | None:
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
     executed = (getattr(hook, "execution_device", None) for hook in hooks)
     return next((torch.device(place) for place in executed if place is not None), None)
+
+
+def input_device(model: nn.Module) -> torch.device | None:
+    """Where a language model takes its tokens."""
+    return device_of(model.get_input_embeddings()) or device_of(model)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nl_models.module_views import device_of, dtype_of
+from nl_models.module_views import dtype_of, input_device
 
 Context = Any
 """What a model carries from token to token: a cache, or one for each sequence. Opaque to the learner."""
@@ -104,7 +104,7 @@ class FastParameters(ABC):
     @property
     def device(self) -> torch.device:
         """Of the model's input."""
-        return device_of(self.model.get_input_embeddings()) or device_of(self.model)
+        return input_device(self.model)
 
     @functools.cached_property
     def level_norms(self) -> tuple[float, ...]:

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from nl_kernels.checks import check_positive_int
 from nl_models.evaluation.position import bucket_edges, standard_error
-from nl_models.evaluation.token_losses import check_model, check_tokens, evaluating, token_losses
+from nl_models.evaluation.token_losses import check_model, check_tokens, token_losses
 from nl_models.hope import HopeCache, HopeForCausalLM
+from nl_models.module_views import in_evaluation, input_device
 from nl_models.training.console import ReadingDisplay
 
 _N = 4  # of the n-grams
@@ -141,7 +142,7 @@ def generation_by_position(
     every window is judged alike.
 
     Args:
-        model: Hope or a baseline of its family, on any device; its mode is as before afterwards.
+        model: Hope or a baseline of its family, on any device; its own mode stays.
         prompt: ``[P]`` ids; it is read, and neither judged nor returned.
         tokens: M, to write.
         window: T, as the model was trained.
@@ -159,7 +160,8 @@ def generation_by_position(
     for name, value in (("tokens", tokens), ("window", window)):
         check_positive_int(name, value)
     check_sampling(samples, temperature)
-    with evaluating(model), ReadingDisplay(console, total=2 * samples * tokens, label=label) as display:
+    model = in_evaluation(model)
+    with torch.no_grad(), ReadingDisplay(console, total=2 * samples * tokens, label=label) as display:
         writer = _Writer(model, prompt[:1].expand(samples, 1), temperature, seed)
         for piece in prompt[1:].split(window):
             writer.read(piece)
@@ -190,7 +192,7 @@ def conversation_by_turn(
     ``window`` tokens.
 
     Args:
-        model: Hope or a baseline of its family, on any device; its mode is as before afterwards.
+        model: Hope or a baseline of its family, on any device; its own mode stays.
         turns: K rows of ids, what the other side says; at least 2 ids in the first, at most ``window`` each.
         reply_tokens: that the model writes after each turn; from 4 to ``window``.
         window: T, as the model was trained.
@@ -217,7 +219,8 @@ def conversation_by_turn(
         name: [] for name in ("read_carried", "read_fresh", "judge", "distinct")
     }
     total = samples * (sum(map(len, turns)) + reply_tokens * len(turns))
-    with evaluating(model), ReadingDisplay(console, total=total, label=label) as display:
+    model = in_evaluation(model)
+    with torch.no_grad(), ReadingDisplay(console, total=total, label=label) as display:
         first, turns[0] = turns[0][:1], turns[0][1:]
         text = first.expand(samples, 1)
         writer = _Writer(model, text, temperature, seed)
@@ -238,7 +241,7 @@ class _Writer:
 
     def __init__(self, model: HopeForCausalLM, first: torch.Tensor, temperature: float, seed: int) -> None:
         self._model, self._temperature = model, temperature
-        self._device = model.get_input_embeddings().weight.device
+        self._device = input_device(model)
         self._cache = HopeCache(model.config)
         self._last = first.to(self._device)  # [N, 1], not read yet
         self._generator = torch.Generator(self._device).manual_seed(seed)

@@ -11,9 +11,10 @@ import torch
 from rich.console import Console
 
 from nl_kernels.checks import check_positive_int
-from nl_models.evaluation.token_losses import check_model, check_tokens, evaluating, token_losses
+from nl_models.evaluation.token_losses import check_model, check_tokens, token_losses
 from nl_models.evaluation.writes_off import without_writes
 from nl_models.hope import HopeCache, HopeForCausalLM
+from nl_models.module_views import in_evaluation
 from nl_models.training.console import ReadingDisplay
 
 
@@ -118,7 +119,7 @@ def loss_by_position(
     it are carried through the first window only.
 
     Args:
-        model: Hope or a baseline of its family, on any device; its mode is as before afterwards. Runs under
+        model: Hope or a baseline of its family, on any device; its own mode stays. Runs under
             the caller's ``torch.autocast``.
         tokens: ``[L]`` ids of a text that it was not trained on; what is over after the last full window is
             left out. The streams are as long.
@@ -162,7 +163,8 @@ def loss_by_position(
 
     rows = max(1, streams * piece // window)
     total = streams * far + (1 if silent is None else 2) * length
-    with evaluating(model), ReadingDisplay(console, total=total, label=label) as display:
+    model = in_evaluation(model)
+    with torch.no_grad(), ReadingDisplay(console, total=total, label=label) as display:
         fresh = _fresh_losses(model, ring, window, rows, display)
         off = None if silent is None else _fresh_losses(silent, ring, window, rows, display)
         carried = _carried_losses(model, ring, starts, far, piece, display)

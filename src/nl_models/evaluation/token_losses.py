@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from nl_models.hope import HopeCache, HopeForCausalLM
+from nl_models.module_views import input_device
 
 _LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32
 
@@ -48,19 +45,6 @@ def check_tokens(name: str, tokens: object, vocab_size: int) -> torch.Tensor:
     return tokens
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients in the block; then every module is in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def token_losses(model: HopeForCausalLM, rows: torch.Tensor, cache: HopeCache | None = None) -> torch.Tensor:
     """Nats ``[B, T]``, fp32 on the CPU, of predicting ``rows[:, 1:]`` from the tokens before.
 
@@ -69,7 +53,7 @@ def token_losses(model: HopeForCausalLM, rows: torch.Tensor, cache: HopeCache | 
         rows: ``[B, T + 1]`` ids; the last column is only a target.
         cache: the state before, which is replaced by that after ``rows[:, :-1]``; ``None``: a fresh one.
     """
-    rows = rows.to(model.get_input_embeddings().weight.device)
+    rows = rows.to(input_device(model))
     hidden = model.model(input_ids=rows[:, :-1], cache=cache, use_cache=cache is not None).last_hidden_state
     hidden, targets = hidden.flatten(0, 1), rows[:, 1:].flatten()
     at_once = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)

@@ -24,7 +24,8 @@ def without_writes(model: HopeForCausalLM) -> HopeForCausalLM | None:
         The model, in evaluation mode; ``None`` where ``model`` has nothing that could be switched off.
 
     Raises:
-        ValueError: the parameters are not those of the config (an adapter, a quantised layer, ...).
+        ValueError: the parameters are not those of the config (an adapter, a quantised layer, ...),
+            or are not in memory.
     """
     config = copy.deepcopy(model.config)
     writes = config.memory_rate_max > 0 and set(config.layer_types) & set(_WRITTEN)
@@ -35,6 +36,12 @@ def without_writes(model: HopeForCausalLM) -> HopeForCausalLM | None:
     config.continuum_levels = [{**level, "max_rate": 0.0} for level in config.continuum_levels]
     with torch.device("meta"):
         silent = type(model)(config)
+    offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if offloaded is not None:
+        raise ValueError(
+            f"model: {offloaded} is on the meta device (offloaded, or not loaded), so that a second model "
+            "cannot share it; accelerate.hooks.remove_hook_from_submodules(model) brings it back"
+        )
     tensors, wanted = model.state_dict(), silent.state_dict()
     only_written = {
         f"{name}.{parameter}"

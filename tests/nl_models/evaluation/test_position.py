@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nl_models import HopeCache
+from nl_models.evaluation.generation import conversation_by_turn, generation_by_position
 from nl_models.evaluation.position import bucket_edges, loss_by_position
 from nl_models.evaluation.token_losses import token_losses
 from nl_models.evaluation.writes_off import without_writes
@@ -141,20 +142,45 @@ def test_attention_is_carried_through_the_first_window_only(make_model, text, mi
     assert all(b.fresh and b.writes_off for b in later)
 
 
-def test_every_module_is_in_its_own_mode_afterwards(make_model, text):
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_module_stays_in_its_own_mode(make_model, text, fails):
     model = make_model().train()
-    model.model.layers[1].eval()
+    model.model.layers[0].norm.eval()
+    expected = loss_by_position(make_model().eval(), text, window=12, streams=2).carried
     modes = {name: module.training for name, module in model.named_modules()}
-    loss_by_position(model, text, window=WINDOW, streams=1)
-    assert {name: module.training for name, module in model.named_modules()} == modes
-    model.lm_head.register_forward_pre_hook(_break)
-    with pytest.raises(RuntimeError, match="broken"):
-        loss_by_position(model, text, window=WINDOW, streams=1)
+    seen, read = [], []
+
+    def look(module, *_):
+        read.append(module.training)
+        seen.append({name: part.training for name, part in model.named_modules()} == modes)
+        if fails:
+            raise RuntimeError("stop")
+
+    model.model.layers[1].mixer.register_forward_hook(look)
+    if fails:
+        with pytest.raises(RuntimeError, match="stop"):
+            loss_by_position(model, text, window=12, streams=2)
+    else:
+        assert torch.equal(loss_by_position(model, text, window=12, streams=2).carried, expected)
+    generation = {"tokens": 8, "window": 8, "samples": 2}
+    if not fails:
+        generation_by_position(model, text[:9], **generation)
+        conversation_by_turn(model, [text[:5], text[5:9]], reply_tokens=4, window=8, samples=1)
+    assert seen
+    assert all(seen)
+    assert not any(read)
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 
-def _break(*_):
-    raise RuntimeError("broken")
+def test_an_offloaded_model_writes_but_has_no_control(make_model, text):
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
+    model = make_model().eval()
+    options = {"tokens": 8, "window": 8, "samples": 2}
+    expected = generation_by_position(model, text[:9], **options).tokens
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert torch.equal(generation_by_position(model, text[:9], **options).tokens, expected)
+    with pytest.raises(ValueError, match=r"on the meta device .*remove_hook"):
+        loss_by_position(model, text, window=12, streams=2)
 
 
 def test_logits_never_exist_for_more_than_a_piece(make_model, text, monkeypatch):

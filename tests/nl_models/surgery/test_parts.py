@@ -286,7 +286,7 @@ def test_an_mlp_of_another_width_is_refused(part, tokens):
     mlp.down_proj = nn.Linear(20, 16, bias=False)
     if part == "down_proj":  # the others do not say their width
         mlp.gate_proj, mlp.up_proj = nn.Sequential(mlp.gate_proj), nn.Sequential(mlp.up_proj)
-    with pytest.raises(TypeError, match=rf"its model.layers.0.mlp.{part} .* has 20 hidden units .*leave this"):
+    with pytest.raises(TypeError, match=rf"its model.layers.0.mlp.{part} .* has 20 hidden units .*leave"):
         convert_mlp_to_continuum(model, LEVELS)
     converted = convert_mlp_to_continuum(model, LEVELS, layers=[1])
     with torch.no_grad():
