@@ -77,16 +77,20 @@ def remove_incomplete(folder: Path, *, name: str | None = None) -> None:
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Replace the file ``path`` by ``content`` in one step.
+    """Replace the file ``path``, or that to which it is a link, by ``content`` in one step.
 
     It is on the disk before it appears, and has the rights that any new file has.
 
     Raises:
         FileNotFoundError: there is no folder for it.
+        FileExistsError: ``path`` is a folder, or no ordinary file.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: '{path}' has no folder to lie in; make it first")
+    if path.exists() and not path.is_file():  # root could replace a device
+        kind = "a folder" if path.is_dir() else "no ordinary file (a device, a pipe)"
+        raise FileExistsError(f"path: '{path}' is {kind}; name a file that can be replaced")
     remove_incomplete(path.parent, name=path.name)
     handle, name = tempfile.mkstemp(prefix=f"{_TEMPORARY_PREFIX}{path.name}-", dir=path.parent)
     try:

@@ -46,6 +46,29 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("there", "missing"):
+        target, link = tmp_path / "elsewhere" / name, tmp_path / name
+        link.symlink_to(target)
+        if name == "there":
+            target.write_text("old")
+        write_bytes(link, b"new")
+        assert link.is_symlink()
+        assert target.read_bytes() == b"new"
+
+
+def test_only_ordinary_files_are_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    before = {path: path.lstat() for path in tmp_path.iterdir()}
+    for name, message in (("pipe", "is no ordinary"), ("link", "is no ordinary"), ("folder", "is a folder")):
+        with pytest.raises(FileExistsError, match=f"path: .*{message}"):
+            write_bytes(tmp_path / name, b"new")
+    assert {path: path.lstat() for path in tmp_path.iterdir()} == before
+
+
 def test_left_overs_are_removed_and_nothing_else(tmp_path):
     (tmp_path / ".incomplete-x-1").mkdir()
     (tmp_path / ".incomplete-y-2").write_text("half")
