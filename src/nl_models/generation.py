@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.generation import StoppingCriteriaList
 
 from nl_models.hf_names import CACHE_NAME, either_cache_name, name_cache
@@ -46,11 +47,12 @@ class StatefulGeneration:
 
     def _sample(self, input_ids: torch.Tensor, *, stopping_criteria: StoppingCriteriaList, **kwargs):
         ended = EndedRows(stopping_criteria)
-        if self._is_stateful and ended.padded and len(input_ids) > 1:
+        ends = self._is_stateful and ended.padded and len(input_ids) > 1
+        if ends:
             kwargs["ended_rows"] = ended
-            if kwargs.get("attention_mask") is None:  # transformers leaves out a mask of ones
-                length = kwargs["generation_config"]._mask_length
-                kwargs["attention_mask"] = input_ids.new_ones(len(input_ids), length)
+        if (ends or _has_read_padding(kwargs.get(CACHE_NAME))) and kwargs.get("attention_mask") is None:
+            length = kwargs["generation_config"]._mask_length  # transformers leaves out a mask of ones
+            kwargs["attention_mask"] = input_ids.new_ones(len(input_ids), length)
         return super()._sample(input_ids, stopping_criteria=ended, **kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict[str, Any], *args, **kwargs):
@@ -59,3 +61,8 @@ class StatefulGeneration:
         if ended is not None and ended.rows is not None and mask is not None:
             mask[:, -1].masked_fill_(ended.rows.to(mask.device), 0)  # the column that was just added
         return model_kwargs
+
+
+def _has_read_padding(cache: Cache | None) -> bool:
+    """Whether a mask of ones contradicts what a state in ``cache`` has read."""
+    return any(getattr(layer, "padding", None) is not None for layer in getattr(cache, "layers", ()))

@@ -175,6 +175,20 @@ def test_a_mask_that_contradicts_the_state_is_refused(name, read_with):
     torch.testing.assert_close(torch.cat([step, last], 1)[1:], whole[1:, -2:], rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("eos", [None, 60])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_generation_with_a_mask_that_contradicts_the_state_is_refused(name, eos):
+    model, ids, mask = make(name), tokens(1, 8), padded(1, 8)
+    options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": PAD, "eos_token_id": eos}
+    cache = make_cache(model)
+    model(ids, attention_mask=mask, cache=cache)
+    further, ones = torch.cat([ids, tokens(1, 2, seed=6)], 1), torch.ones(1, 10, dtype=torch.long)
+    with pytest.raises(ValueError, match="attention_mask: the past columns of row 0"):
+        model.generate(further, attention_mask=ones, cache=cache, **options)
+    assert cache.get_seq_length() == 8
+    model.generate(further, attention_mask=padded(1, 10), cache=cache, **options)
+
+
 def test_what_was_padding_goes_along_with_the_rows(tmp_path):
     model, ids, further = make("self_modifying_titans"), tokens(3, 8), tokens(3, 2, seed=6)
     cache, mask = HopeCache(model.config), padded(3, 10)
