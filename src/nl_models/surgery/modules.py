@@ -163,7 +163,7 @@ class ContinuumBackbone(OwnClasses):
                 memories in the place of attention, a cache that has no place for their states, a mask of
                 another shape than ``[B, T]`` or ``[B, S]`` with the past, or that
                 contradicts what the states have read; packed sequences with a cache or a mask, or whose
-                bounds contradict each other.
+                bounds contradict each other; a cache in training with activation checkpointing.
         """
         unknown = sorted(kwargs.keys() - self.keywords)
         if unknown:
@@ -180,9 +180,14 @@ class ContinuumBackbone(OwnClasses):
         if self.config.memory_layers:
             kwargs["padding_mask"] = self._memory_mask(inputs, attention_mask, cache)
             kwargs["packing"] = None if bounds is None else Packing(bounds, inputs)
+        checkpointing = self.training and self.gradient_checkpointing
+        if checkpointing and cache is not None:
+            raise ValueError(
+                "cache: the family's layers leave it out in training with activation checkpointing, and the "
+                "past with it; pass none (fast weights as fast_weights), or switch the checkpointing off"
+            )
         if cache is None and (fast_weights is not None or self.config.memory_layers):
             wants_cache = self.config.use_cache if use_cache is None else use_cache
-            checkpointing = self.training and self.gradient_checkpointing  # keeps no cache
             if wants_cache and not checkpointing:
                 cache = ContinuumCache(self.config, fast_weights)
         return super().forward(

@@ -200,6 +200,19 @@ def test_checkpointing_gives_the_same_gradients(family, tokens):
         torch.testing.assert_close(plain, replayed, atol=1e-12, rtol=0)
 
 
+def test_checkpointing_with_a_cache_is_refused(family, tokens):
+    converted = convert_mlp_to_continuum(make_model(family), LEVELS).train()
+    fast = random_fast_weights(converted, len(tokens))
+    first = converted(tokens, fast_weights=fast)  # without checkpointing
+    converted.gradient_checkpointing_enable()
+    for cache in (first.past_key_values, ContinuumCache(converted.config, fast)):
+        with pytest.raises(ValueError, match=r"cache: .* leave it out in training with activation check"):
+            converted(tokens, cache=cache)
+    converted(tokens, fast_weights=fast).logits.sum().backward()
+    converted.eval()
+    assert converted(tokens, cache=first.past_key_values).logits.isfinite().all()
+
+
 def test_a_converted_model_can_be_trained_and_copied(family, tokens):
     converted = convert_mlp_to_continuum(make_model(family), LEVELS)
     twin = copy.deepcopy(converted)
