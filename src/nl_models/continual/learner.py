@@ -358,10 +358,14 @@ class ContinuumLearner:
             text = torch.tensor(ids, dtype=torch.int64)
         if not isinstance(text, torch.Tensor) or text.dtype not in _INTEGERS:
             raise _no_text(name, text)
-        tokens = text[None] if text.ndim == 1 else text
+        if text.is_nested or text.layout is not torch.strided or text.is_meta:
+            raise ValueError(
+                f"{name}: expected a dense tensor of tokens with values, got {text.layout} on {text.device}"
+            )
+        tokens = text if text.ndim == 2 else text.reshape(1, -1)
         wrong = len(tokens) != rows if rows is not None else not len(tokens) or len(tokens) % self.batch_size
         shortest = 0 if name.startswith("stream[") else 1
-        if tokens.ndim != 2 or tokens.shape[1] < shortest or wrong:
+        if text.ndim not in (1, 2) or tokens.shape[1] < shortest or wrong:
             raise ValueError(
                 f"{name}: expected tokens [T] or [rows, T] for a batch size of {self.batch_size}, "
                 f"got shape {tuple(text.shape)}"
@@ -439,7 +443,8 @@ def _check_backward(model: nn.Module) -> None:
 
 def _is_no_stream(value: object) -> bool:
     """Whether iterating over ``value`` gives something else than documents in order."""
-    return isinstance(value, (Mapping, Set, bytes, bytearray, memoryview)) or hasattr(value, "read")
+    named = isinstance(value, tuple) and hasattr(value, "_fields")
+    return named or isinstance(value, (Mapping, Set, bytes, bytearray, memoryview)) or hasattr(value, "read")
 
 
 def _no_text(name: str, value: object) -> TypeError:
@@ -454,6 +459,8 @@ def _no_text(name: str, value: object) -> TypeError:
         remedy = 'decode it first: bytes.decode("utf-8")'
     elif hasattr(value, "read") or isinstance(value, os.PathLike):
         remedy = "read it first, and pass its text"
+    elif hasattr(value, "_fields"):
+        remedy = f"pass the one of its fields that is meant: {', '.join(value._fields)}"
     elif isinstance(value, Set):
         remedy = "documents are read in order: pass a list"
     elif hasattr(value, "__array__"):

@@ -1,5 +1,6 @@
 """What a learner takes for text, what it refuses before it learns anything, and what it passes over."""
 
+import collections
 import io
 import pathlib
 
@@ -52,6 +53,10 @@ NO_TEXT = {
     "real numbers": (torch.ones(5), "got a tensor of torch.float32"),
     "truth values": (torch.ones(5, dtype=torch.bool), "got a tensor of torch.bool"),
 }
+NO_TEXT["a named tuple"] = (
+    collections.namedtuple("Batch", "ids mask")(tokens(5), tokens(5)),
+    "fields .*: ids, mask",
+)
 NO_DOCUMENT = {**NO_TEXT, "a list of tokens": ([1, 2, 3], "got list; pass text, or tokens as torch.tensor")}
 
 
@@ -76,6 +81,27 @@ def test_a_list_with_what_is_no_document_is_refused_before_anything_is_learned(k
     assert learner.tokens_read == 0
     with pytest.raises(TypeError, match=rf"stream\[0\]: expected text, a tensor.*{message}"):
         learner.learn(iter([value]))
+    assert learner.tokens_read == 0
+
+
+ODD = {
+    "of no dimension": torch.tensor(3),
+    "sparse": tokens(5)[None].to_sparse(),
+    "nested": torch.nested.nested_tensor([tokens(5), tokens(3)]),
+    "jagged": torch.nested.nested_tensor([tokens(5), tokens(3)], layout=torch.jagged),
+    "without values": tokens(5).to("meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_tensors_are_refused(kind):
+    learner = make_learner()
+    for name, value in (("stream", ODD[kind]), (r"stream\[1\]", [tokens(9), ODD[kind]])):
+        with pytest.raises(ValueError, match=f"{name}: expected (tokens|a dense tensor)"):
+            learner.learn(value)
+    with pytest.raises(ValueError, match=r"text: expected (tokens|a dense tensor)"):
+        learner.predict(ODD[kind])
     assert learner.tokens_read == 0
 
 
