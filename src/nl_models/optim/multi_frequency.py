@@ -255,7 +255,11 @@ def _taken_apart(
     if slow and groups[0][_CALLS] and not any(_SUM in s for s in state_dict["state"].values()):
         raise ValueError("state_dict: saved by the optimiser inside MultiFrequency, so sums are missing")
     sums = {name: s[_SUM] for name, s in state_dict["state"].items() if s.get(_ADDED)}
-    without = {name: {k: v for k, v in s.items() if k not in own} for name, s in state_dict["state"].items()}
+    # From a flat checkpoint, PyTorch fills in {} for what a state had not yet when it was saved.
+    without = {
+        name: {k: v for k, v in s.items() if k not in own and not (isinstance(v, dict) and not v)}
+        for name, s in state_dict["state"].items()
+    }
     rest = {
         **state_dict,
         "state": {name: s for name, s in without.items() if s},

@@ -86,6 +86,21 @@ def test_training_goes_on_as_if_it_had_not_stopped(make, way, tmp_path):
 
 
 @pytest.mark.parametrize("make", SLOW.values(), ids=SLOW)
+def test_a_flat_checkpoint_of_before_the_first_step(make):
+    model, optimizer = made(make)
+    train(model, optimizer, range(1))
+    options = StateDictOptions(flatten_optimizer_state_dict=True, strict=False)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    other, fresh = made(make)
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other, fresh, saved, options=options)
+    for one, its in ((model, optimizer), (other, fresh)):
+        train(one, its, range(1, 7))
+    for expected, got in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("make", SLOW.values(), ids=SLOW)
 def test_asking_for_the_state_is_no_call(make):
     """Before the first step, and before any group has stepped, when PyTorch makes a step to have states."""
     model, optimizer = made(make)
