@@ -101,9 +101,13 @@ def packed_bounds(
         seq_idx: ``[1, T]``, the number of each token's sequence.
 
     Raises:
-        ValueError: they contradict each other, or positions begin anew in a batch of several rows.
+        ValueError: they contradict each other, have another number of dimensions, or positions begin anew in
+            a batch of several rows.
     """
     found = {"cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+    for name, ids in (("seq_idx", seq_idx), ("position_ids", position_ids)):
+        if ids is not None and ids.ndim != 2:
+            raise ValueError(f"{name}: expected shape [B, T], got {tuple(ids.shape)}")
     if seq_idx is not None:
         found["seq_idx"] = _bounds_at_changes("seq_idx", seq_idx, seq_idx[:, 1:] != seq_idx[:, :-1])
     if position_ids is not None and position_ids.shape[1] > 1:

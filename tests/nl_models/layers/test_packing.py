@@ -134,6 +134,8 @@ def test_bounds_that_disagree_are_refused(name):
         {"position_ids": POSITIONS, "use_cache": True},
         {"seq_idx": SEQ_IDX, "attention_mask": torch.arange(21)[None] > 2},
         {"seq_idx": SEQ_IDX.repeat(2, 1), "input_ids": ids.repeat(2, 1)},
+        {"seq_idx": SEQ_IDX[0]},
+        {"position_ids": POSITIONS[0]},
     ):
         with pytest.raises(ValueError):
             model(**{"input_ids": ids, **refused})
