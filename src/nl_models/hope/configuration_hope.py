@@ -51,12 +51,14 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         memory_read: ``"snapshot"`` reads the state at the chunk's start, ``"running"`` that after each token.
         memory_rate_max: the largest learning rate, in [0, 1]. At 0 nothing is ever written: every memory
             stays at its learned initial state, the control for what a memory is worth.
-        memory_rate_bias, memory_retention_bias: initial biases of the gates' logits.
+        memory_rate_bias, memory_retention_bias: initial biases of the gates' logits. Rates near 1
+            (a bias of 4) leave the stable region of ``self_modifying_titans`` (docs/defaults.md).
         memory_momentum: whether writes have momentum: a running average, whose decay each token sets. It
             costs about twice the time, and has no Triton kernels for rules that erase, as the default does.
         memory_rule: options of :class:`nl_kernels.memory_rule.MemoryRule` that differ from its default.
             ``{"momentum": "sum"}`` is momentum as Titans prints it, a sum of writes: chaotic in
             ``self_modifying_titans`` (docs/defaults.md). Models saved before the average existed have it.
+            ``{"erase": "none"}`` leaves the stable region there too.
         memory_truncate_every: the outer gradient does not cross every n-th chunk boundary (self-modifying);
             ``None`` for full backpropagation through time.
         memory_implementation: of the memories' ops: "auto" (Triton kernels on CUDA where they serve the
