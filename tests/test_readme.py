@@ -10,6 +10,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from nl_models import HopeConfig, HopeForCausalLM
 from nl_models.surgery import convert_mlp_to_continuum
 
 ROOT = Path(__file__).parent.parent
@@ -83,12 +84,19 @@ def before_optimisers(names: dict) -> None:
     names["model"] = llama()
 
 
+def before_measuring(names: dict) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    names["model"] = HopeForCausalLM(HopeConfig(vocab_size=256, **sizes))
+    names["tokens"] = torch.arange(64 * 64) % 256
+
+
 # What each page takes for granted before its blocks, one after another in one namespace.
 ASSUMED = {
     "docs/continual_learning.md": [before_learning],
     "docs/conversion.md": [before_conversion, after_conversion],
     "docs/model.md": [],
     "docs/optimisers.md": [before_optimisers],
+    "docs/training.md": [before_measuring],
 }
 
 
