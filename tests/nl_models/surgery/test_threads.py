@@ -69,7 +69,7 @@ def test_fast_weights_belong_to_a_call(family, tokens):
 
     alone = [serve(fast) for fast in users]
     # All calls meet in every attention, after each layer has been given its fast weights.
-    barrier = threading.Barrier(len(users), timeout=20)
+    barrier = threading.Barrier(len(users), timeout=300)
     for layer in converted.base_model.decoder_layers():
         attention = getattr(layer, converted.base_model.attention_name)
         attention.register_forward_hook(meeting(barrier))
@@ -125,7 +125,7 @@ def test_two_learners_read_at_once(kind):
     streams = [torch.arange(1, 41) * step % VOCABULARY for step in (1, 3)]
     rule = StepRule(rule="dgd", rate=0.05)
     alone = [ContinuumLearner(model, rule).learn(stream).loss for stream in streams]
-    barrier = threading.Barrier(2, timeout=20)
+    barrier = threading.Barrier(2, timeout=300)
     layers_of(model)[0].register_forward_hook(meeting(barrier))
     learners = [ContinuumLearner(model, rule) for _ in streams]
     reports = in_threads(*(lambda pair=pair: pair[0].learn(pair[1]).loss for pair in zip(learners, streams)))
