@@ -21,7 +21,10 @@ def entries_of(architecture, *words):
     return found
 
 
-@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize(
+    "architecture",
+    [a if a in ("sm_90", "gfx942") else pytest.param(a, marks=pytest.mark.slow) for a in TARGETS],
+)
 def test_updates(architecture):
     for entry in [e for e in entries_of(architecture) if e.kernel == "update"]:
         compiled = compile_call(entry.call, architecture)

@@ -45,7 +45,8 @@ def test_the_backward_kernel_of_a_linear_memory():
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kind"), [("sm_80", "mma"), ("sm_100", "tcgen05"), ("gfx942", "mfma")]
+    ("architecture", "kind"),
+    [pytest.param("sm_80", "mma", marks=pytest.mark.slow), ("sm_100", "tcgen05"), ("gfx942", "mfma")],
 )
 def test_other_architectures(architecture, kind):
     found = compiled(architecture, "deep_memory_forward", "bfloat16 64x64 C16 running default")
@@ -56,8 +57,15 @@ def test_other_architectures(architecture, kind):
 STEPS = {"64xlinear": 0, "64x64": 0, "128x128": 128}
 
 
-@pytest.mark.parametrize("momentum", ["", " momentum"])
-@pytest.mark.parametrize("sizes", STEPS)
+# With momentum there is more to hold: without it every day where there is least.
+@pytest.mark.parametrize(
+    ("sizes", "momentum"),
+    [
+        pytest.param(s, m, marks=() if m or s == "64xlinear" else pytest.mark.slow)
+        for s in STEPS
+        for m in ("", " momentum")
+    ],
+)
 def test_the_step_holds_whole_matrices_in_registers(sizes, momentum):
     found = compiled("sm_90", "step", f"bfloat16 {sizes} running default{momentum}")
     assert found.spill_bytes <= STEPS[sizes]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -83,13 +84,23 @@ def assert_kernels_within_budget(x, **options):
             assert_within_budget(a, b, c, factor=factor, name=f"{kind} {index} of shape {tuple(c.shape)}")
 
 
-@pytest.mark.parametrize("hidden", [12, None], ids=["two layers", "linear"])
-@pytest.mark.parametrize("read", ["snapshot", "running"])
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_results_and_every_gradient(rule, read, hidden):
+# Every rule with both reads and with both kinds of layers, but not with all four pairs of them.
+RULES_READS_LAYERS = list(itertools.product(RULES, ("snapshot", "running"), (12, None)))
+QUICK = {
+    (name, read, hidden)
+    for name, read, hidden in RULES_READS_LAYERS
+    if (read == "running") == ((hidden is None) == (name in ("literal", "titans")))
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "hidden"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in RULES_READS_LAYERS],
+)
+def test_results_and_every_gradient(name, read, hidden):
     """Resumed within a chunk and left within another one."""
-    x = inputs(6, hidden=hidden, momentum=rule is TITANS, resumed_at=[3])
-    assert_kernels_within_budget(x, rule=rule, read=read, chunk_size=C)
+    x = inputs(6, hidden=hidden, momentum=name == "titans", resumed_at=[3])
+    assert_kernels_within_budget(x, rule=RULES[name], read=read, chunk_size=C)
 
 
 @pytest.mark.parametrize("length", [1, C - 1, C, C + 1, 3 * C + 7])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -52,9 +53,18 @@ def assert_kernels_within_budget(x, **options):
         assert_within_budget(triton[name], eager[name], expected[name], name=name)
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 55])
-@pytest.mark.parametrize("read", ["after", "before"])
-@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
+LENGTHS = itertools.product([False, True], ["after", "before"], [1, 15, 16, 17, 55])
+
+
+def quick(momentum, read, length):
+    """Every length with momentum and reads before, the shortest and the longest with all of them."""
+    return length in (1, 55) or (momentum and read == "before")
+
+
+@pytest.mark.parametrize(
+    ("momentum", "read", "length"),
+    [pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow) for case in LENGTHS],
+)
 def test_results_and_every_gradient(momentum, read, length):
     # Several heads where a single one has too few numbers for a norm to mean something.
     x = inputs(length, momentum=momentum, heads=3 if length == 1 else 1)

@@ -14,6 +14,8 @@ from tests.nl_kernels.chunked_memories import leaves_like, tokens
 
 pytestmark = pytest.mark.interpreter
 
+SLOW = pytest.mark.slow
+
 RULES = {
     "default": MemoryRule(),
     "literal": MemoryRule.literal(),
@@ -74,7 +76,8 @@ def assert_kernels_within_budget(inputs, factor=4.0, **options):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "length"), [*((None, n) for n in (1, 15, 16, 17, 55)), *((5, n) for n in (1, 17, 35))]
+    ("hidden", "length"),
+    [*((None, n) for n in (1, 15, 16, 17, 55)), (5, 1), (5, 17), pytest.param(5, 35, marks=SLOW)],
 )
 def test_results_and_every_gradient(hidden, length):
     assert_kernels_within_budget(make(length, hidden), read="running", chunk_size=16)
@@ -84,11 +87,11 @@ def test_results_and_every_gradient(hidden, length):
     ("hidden", "name", "read"),
     [
         (None, "default", "snapshot"),
-        (None, "literal", "snapshot"),
+        pytest.param(None, "literal", "snapshot", marks=SLOW),
         (None, "literal", "running"),
         (None, "gelu, input", "running"),
         (None, "titans", "snapshot"),
-        (None, "titans", "running"),
+        pytest.param(None, "titans", "running", marks=SLOW),
         (5, "default", "snapshot"),
         (5, "literal", "running"),
         (5, "gelu, input", "running"),
@@ -112,7 +115,10 @@ def test_chunks_of_several_blocks_and_sequences():
 MASK = torch.tensor([[1] * 9, [0, 0, 1, 1, 0, 1, 1, 1, 0]], dtype=torch.bool)
 
 
-@pytest.mark.parametrize(("hidden", "clocks"), [(None, (4, 4)), (None, (2, 4)), (None, (4, 2)), (5, (2, 4))])
+@pytest.mark.parametrize(
+    ("hidden", "clocks"),
+    [pytest.param(None, (4, 4), marks=SLOW), (None, (2, 4)), (None, (4, 2)), (5, (2, 4))],
+)
 def test_padding_resumed_apart(hidden, clocks):
     """Sequences at different positions of both clocks, gradients into every part of the initial state."""
     options = {"chunk_size": clocks[0], "generator_chunk_size": clocks[1], "read": "running"}
@@ -255,7 +261,7 @@ def test_every_element_is_written_and_nothing_else(hidden):
             buffer.check(name)
 
 
-@pytest.mark.parametrize("hidden", KINDS)
+@pytest.mark.parametrize("hidden", [KINDS[0], pytest.param(5, id="two layers", marks=SLOW)])
 def test_operators_pass_opcheck(hidden):
     tensors, options = operator_arguments(hidden, momentum=True)
     arguments = (*tensors, *options.as_tuple())
