@@ -31,7 +31,7 @@ def has_tiny(python: Path) -> bool:
 
 def test_an_environment_is_whole_or_made_anew(wheel, tmp_path, capfd, monkeypatch):
     folder, steps = tmp_path / "env", [["--no-index", str(wheel)]]
-    with pytest.raises(InstallError, match="The next make starts anew"):
+    with pytest.raises(InstallError, match="the next make starts anew"):
         make(folder, [["--no-index", "no-such-package"]])
     assert not (folder / ".installed").exists()
 

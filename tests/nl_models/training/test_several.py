@@ -4,6 +4,7 @@ import dataclasses
 import io
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -65,17 +66,16 @@ def test_every_run_is_what_it_is_alone(jobs, tmp_path, at_once):
         Trainer(alone, job.config, model, data).run(Silent())
         assert losses(job.folder) == losses(alone)
         assert (job.folder / "model" / "model.safetensors").exists()
-        assert f"{job.name}  step 6/6  validation loss" in shown.file.getvalue()
+        assert f"{job.name}  6/6  validation " in shown.file.getvalue()
     assert losses(jobs[0].folder) != losses(jobs[1].folder)
 
 
 def test_on_a_terminal_the_runs_have_bars(jobs):
     shown = Console(file=io.StringIO(), force_terminal=True, width=100)
     train_several(jobs, at_once=2, console=shown)
-    text = shown.file.getvalue()
-    assert "seed 1" in text
-    assert "seed 2" in text
-    assert "100%" in text
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.file.getvalue())  # without colours and movements
+    for job in jobs:
+        assert re.search(rf"{job.name} .*6/6", text)
 
 
 def test_a_run_that_diverges_ends_all_with_its_error(jobs):
