@@ -61,7 +61,10 @@ print(json.dumps([found.__module__, found.__name__, logits[0, -1].tolist(), text
 """
 
 
-@pytest.mark.parametrize("name", MODELS)
+# The hybrid has levels too; what the other two add is the name of a class.
+@pytest.mark.parametrize(
+    "name", ["hope", "hybrid", *(pytest.param(n, marks=pytest.mark.slow) for n in ("levels", "gpt2"))]
+)
 def test_a_process_without_this_package_loads_it(tmp_path, name):
     torch.manual_seed(0)
     model, folder = MODELS[name]().eval(), tmp_path / "model"
