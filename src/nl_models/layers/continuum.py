@@ -36,11 +36,13 @@ class LevelConfig:
             0: the level never changes. In the nested variant its chunk size still says when the next faster
             level starts anew.
         initial_rate: r at initialisation, less than ``max_rate``.
-        initial_retention: α at initialisation, in (0, 1]. The level learns one α in (0, 1), the part of its
-            weights' distance from the initial ones that a step retains: they remember about 1 / (1 − α)
-            chunks, and stay where training has been, however long the context is. 1: α is 1 and is not
-            learned, so that nothing is forgotten; beyond the length of the training windows such a level
-            gets worse with every chunk (docs/defaults.md).
+        initial_retention: α at initialisation, in (0, max_retention), or 1. The level learns one α in
+            (0, max_retention), the part of its weights' distance from the initial ones that a step retains:
+            they remember about 1 / (1 − α) chunks. 1: α is 1 and is not learned, so that nothing is
+            forgotten; beyond the length of the training windows such a level gets worse with every chunk
+            (docs/defaults.md).
+        max_retention: the largest α, at most 1. Training windows should hold at least 1 / (1 − max_retention)
+            chunks: what a level would remember of more than they show it has not been trained for.
         error_bound, momentum_decay, restore_norms: see :class:`nl_kernels.ContinuumLevel`.
         key_projection: keys are learned projections of what the block reads; False: they are what it reads,
             which costs the least.
@@ -53,6 +55,7 @@ class LevelConfig:
     max_rate: float = 1.0
     initial_rate: float = 0.5
     initial_retention: float = 0.7
+    max_retention: float = 0.9
     error_bound: float | None = 1.0
     momentum_decay: float = 0.9
     restore_norms: bool = False
@@ -67,9 +70,12 @@ class LevelConfig:
             raise ValueError(f"max_rate: expected a finite number, at least 0, got {self.max_rate}")
         if self.steps and not 0 < self.initial_rate < self.max_rate:
             raise ValueError(f"initial_rate: expected between 0 and {self.max_rate}, got {self.initial_rate}")
-        if not 0 < self.initial_retention <= 1:
+        if not 0 < self.max_retention <= 1:
+            raise ValueError(f"max_retention: expected more than 0 and at most 1, got {self.max_retention}")
+        if self.initial_retention != 1 and not 0 < self.initial_retention < self.max_retention:
             raise ValueError(
-                f"initial_retention: expected more than 0 and at most 1, got {self.initial_retention}"
+                f"initial_retention: expected between 0 and max_retention={self.max_retention}, or 1, got "
+                f"{self.initial_retention}"
             )
         if self.error_bound is not None and not self.error_bound > 0:
             raise ValueError(f"error_bound: expected more than 0 or None, got {self.error_bound}")
@@ -220,7 +226,8 @@ class ContinuumBlock(nn.Module):
             nn.init.kaiming_uniform_(self.value, a=math.sqrt(5))
             nn.init.constant_(self.rate_logit, _logit(self.config.initial_rate / self.config.max_rate))
             if self.retention_logit is not None:
-                nn.init.constant_(self.retention_logit, _logit(self.config.initial_retention))
+                share = self.config.initial_retention / self.config.max_retention
+                nn.init.constant_(self.retention_logit, _logit(share))
 
     def rate(self) -> torch.Tensor | float:
         """η of every token: a scalar of at least fp32, or the number 0 for a level that never steps."""
@@ -236,7 +243,8 @@ class ContinuumBlock(nn.Module):
         """α of every step: a scalar of at least fp32, or the number 1 where nothing is forgotten."""
         if self.retention_logit is None:
             return 1.0
-        return torch.sigmoid(self.retention_logit[0].to(state_dtype(self.retention_logit.dtype)))
+        logit = self.retention_logit[0].to(state_dtype(self.retention_logit.dtype))
+        return self.config.max_retention * torch.sigmoid(logit)
 
     def forward(self) -> ContinuumLevel:
         """This level as :func:`nl_kernels.continuum_memory` takes it.

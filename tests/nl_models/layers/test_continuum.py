@@ -183,9 +183,14 @@ def test_retention_starts_where_it_should_and_can_be_left_out():
     for level in build(initial_retention=1.0).levels:
         assert level.retention_logit is None
         assert level().retains_all
-    for value in (0.0, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="initial_retention: expected more than 0 and at most 1"):
+    with torch.no_grad():
+        first.retention_logit.fill_(100.0)
+    torch.testing.assert_close(first.retention(), torch.tensor(0.9))
+    for value in (0.0, 0.9, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="expected between 0 and max_retention=0"):
             LevelConfig(hidden_size=8, initial_retention=value)
+    with pytest.raises(ValueError, match="max_retention: expected more than 0 and at most 1"):
+        LevelConfig(hidden_size=8, max_retention=1.5)
 
 
 def test_rates_are_bounded_and_start_where_they_should():
