@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from nl_kernels.ops.continuum.state import ContinuumLevel, state_dtype
-from nl_kernels.ops.continuum.update import evened_out, pulled_back, with_row_norms
+from nl_kernels.ops.continuum.update import evened_out, with_row_norms
 
 
 class Weights(NamedTuple):
@@ -211,6 +211,9 @@ def learn(
     new, after = {"gate": None}, {"gate": None}
     for name, (signal, scale, along) in signals.items():
         weight = getattr(weights, name)
+        if weight.ndim == 3 and not level.retains_all:  # of all sequences: the level's own, not moved yet
+            # every rule adds to the weight, so what is retained of it may come first
+            weight = torch.lerp(getattr(level, name).to(weight.dtype), weight, level.retention)
         new[name], after[name] = rule.step(
             weight,
             getattr(momenta, name),
@@ -219,8 +222,6 @@ def learn(
             getattr(served.outputs, name),
             along,
         )
-        if weight.ndim == 3 and not level.retains_all:  # of all sequences: the level's own, not moved yet
-            new[name] = pulled_back(new[name], weight, getattr(level, name), level.retention)
         if norms is not None:
             new[name] = with_row_norms(new[name], getattr(norms, name))
     return Weights(**new), Weights(**after)
