@@ -67,7 +67,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         continuum_levels: the levels of the continuum memory system, fast to slow, as options of
             :class:`nl_models.layers.continuum.LevelConfig`. By default a level of width ``hidden_size`` that
             learns every 64 tokens, and a plain one twice as wide. A single level without ``chunk_size``
-            is the MLP of a transformer. ``initial_retention`` is filled in where it is not given.
+            is the MLP of a transformer. Rates and retention are filled in where they are not given.
         continuum_variant: how the levels are put together: ``"sequential"``, ``"nested"`` or
             ``"independent"``; see :func:`nl_kernels.continuum_memory`.
         continuum_detach_updates: no outer gradient through the levels' steps; their rates and projections
@@ -140,23 +140,20 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
                 {"hidden_size": 2 * self.hidden_size},
             ]
         self._check(kwargs)
-        self.continuum_levels = [
-            {"initial_retention": LevelConfig.initial_retention, **level} if _learns(level) else level
-            for level in self.continuum_levels
-        ]
+        defaults = {name: getattr(LevelConfig, name) for name in _BEFORE_RETENTION}
+        self.continuum_levels = _filled_in(self.continuum_levels, defaults)
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> HopeConfig:
         """A config from what a file holds.
 
-        Files say the retention of every level that learns, and the form of momentum. Those that are older do
-        not: their models were trained to keep everything, and with the sum of the writes.
+        Files say the rates and retention of every level that learns, and the form of momentum. Those that are
+        older do not: their models were trained to keep everything, and with the sum of the writes.
         """
         levels = config_dict.get("continuum_levels")
         if levels is not None:
-            levels = [{"initial_retention": 1.0, **level} if _learns(level) else level for level in levels]
-            config_dict = {**config_dict, "continuum_levels": levels}
+            config_dict = {**config_dict, "continuum_levels": _filled_in(levels, _BEFORE_RETENTION)}
         return super().from_dict(name_momentum(config_dict, "sum"), **kwargs)
 
     @classmethod
@@ -195,7 +192,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         if self.continuum_variant != "sequential":
             shaping["continuum_variant"] = self.continuum_variant
         shaping["continuum_levels"] = [
-            {k: v for k, v in level.items() if (k, v) != ("initial_retention", 1.0)}
+            {name: value for name, value in level.items() if _BEFORE_RETENTION.get(name) != value}
             for level in self.continuum_levels
         ]
         rule = {name: value for name, value in self.memory_rule.items() if name != "momentum"}
@@ -280,8 +277,14 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
                 raise ValueError(f"continuum_levels: chunk size {slow} is no multiple of {fast}, before it")
 
 
-def _learns(level: dict) -> bool:
-    return level.get("chunk_size") is not None and level.get("max_rate", LevelConfig.max_rate) > 0
+_BEFORE_RETENTION = {"max_rate": 1.0, "initial_rate": 0.5, "initial_retention": 1.0}
+"""What was so, and not in files, before levels had a retention."""
+
+
+def _filled_in(levels: list[dict], options: dict) -> list[dict]:
+    """The levels, with these options of those that learn where they are not given."""
+    learns = [level.get("chunk_size") is not None and level.get("max_rate", 1.0) > 0 for level in levels]
+    return [{**options, **level} if does else level for level, does in zip(levels, learns)]
 
 
 def name_momentum(options: dict, form: str) -> dict:

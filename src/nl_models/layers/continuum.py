@@ -40,7 +40,7 @@ class LevelConfig:
             (0, max_retention), the part of its weights' distance from the initial ones that a step retains:
             they remember about 1 / (1 − α) chunks. 1: α is 1 and is not learned, so that nothing is
             forgotten; beyond the length of the training windows such a level gets worse with every chunk
-            (docs/defaults.md).
+            (docs/defaults.md). ``max_rate`` should then be 1.
         max_retention: the largest α, at most 1. Training windows should hold at least 1 / (1 − max_retention)
             chunks: what a level would remember of more than they show it has not been trained for.
         error_bound, momentum_decay, restore_norms: see :class:`nl_kernels.ContinuumLevel`.
@@ -52,7 +52,7 @@ class LevelConfig:
     chunk_size: int | None = None
     gated: bool = False
     rule: str = "sgd"
-    max_rate: float = 1.0
+    max_rate: float = 2.0
     initial_rate: float = 0.5
     initial_retention: float = 0.7
     max_retention: float = 0.9

@@ -83,7 +83,7 @@ def test_conversations_saved_before_an_option_existed_still_fit():
         num_hidden_layers=2,
         num_attention_heads=2,
         continuum_levels=[
-            {"hidden_size": 12, "chunk_size": 3, "initial_retention": 1.0},
+            {"hidden_size": 12, "chunk_size": 3, "initial_retention": 1.0, "max_rate": 1.0},
             {"hidden_size": 14},
         ],
     )
@@ -94,12 +94,14 @@ def test_models_saved_before_retention_keep_everything(make_config, tmp_path):
     levels = [{"hidden_size": 12, "chunk_size": 3}, {"hidden_size": 14}]
     config = make_config(continuum_levels=levels)
     assert [level.get("initial_retention") for level in config.continuum_levels] == [0.7, None]
+    assert [level.get("max_rate") for level in config.continuum_levels] == [2.0, None]
     config.save_pretrained(tmp_path)
     assert HopeConfig.from_pretrained(tmp_path).continuum_levels == config.continuum_levels
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "continuum_levels": levels}))
     old = HopeConfig.from_pretrained(tmp_path)
     assert [level.get("initial_retention") for level in old.continuum_levels] == [1.0, None]
+    assert [level.get("max_rate") for level in old.continuum_levels] == [1.0, None]
     assert old.fingerprint() != config.fingerprint()
     assert make_config(continuum_levels=old.continuum_levels).fingerprint() == old.fingerprint()
 
@@ -120,7 +122,8 @@ def test_a_saved_config_names_the_form_of_momentum(tmp_path, momentum):
 
 
 def test_momentum_saved_before_the_average_existed_is_the_sum(tmp_path):
-    levels = [{"hidden_size": 16, "chunk_size": 64, "initial_retention": 1.0}, {"hidden_size": 32}]
+    learning = {"hidden_size": 16, "chunk_size": 64, "initial_retention": 1.0, "max_rate": 1.0}
+    levels = [learning, {"hidden_size": 32}]
     new = HopeConfig(**SMALL, memory_momentum=True, continuum_levels=levels)
     new.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
