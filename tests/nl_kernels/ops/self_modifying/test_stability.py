@@ -76,17 +76,16 @@ def test_the_default_stays_bounded(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_averaged_momentum_stays_bounded(kind):
-    assert largest_state(kind, 2048, MemoryRule(), chunk_size=64, decay=0.7) < 40
-    assert largest_state(kind, 128, MemoryRule(), chunk_size=1, read="running", decay=0.7) < 40
+    """In the first of these streams the sum of the writes reaches 25."""
+    assert largest_state(kind, 2048, MemoryRule(), chunk_size=64, decay=0.7) < 12
+    assert largest_state(kind, 128, MemoryRule(), chunk_size=1, read="running", decay=0.7) < 12
 
 
 def test_the_largest_decays_are_bounded_too_and_the_sum_is_far_above():
-    averaged, summed = (
-        largest_state("one constant token", 2048, MemoryRule(momentum=m), chunk_size=64, decay=0.99)
-        for m in ("average", "sum")
-    )
-    assert averaged < 200
-    assert summed > 1000
+    options = {"kind": "one constant token", "length": 2048, "chunk_size": 64, "decay": 0.99}
+    assert largest_state(rule=MemoryRule(), **options) < 200  # by default
+    assert largest_state(rule=MemoryRule(momentum="average"), **options) < 200
+    assert largest_state(rule=MemoryRule(momentum="sum"), **options) > 1000
 
 
 def test_bounding_is_what_does_it():
