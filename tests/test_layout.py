@@ -120,7 +120,7 @@ def test_class_variables_say_their_type():
         assert not bare, f"{path}: lines {bare}"
 
 
-def test_the_map_names_every_folder_and_module_of_the_packages():
+def test_the_map_names_every_folder_and_module_of_the_packages_and_every_example():
     described = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     for package in ("nl_kernels", "nl_models"):
         for path in (ROOT / "src" / package).iterdir():
@@ -128,3 +128,5 @@ def test_the_map_names_every_folder_and_module_of_the_packages():
                 assert f"`{path.name}`" in described, path
             elif path.is_dir() and path.name != "__pycache__":
                 assert f"{path.name}/" in described, path
+    for path in (ROOT / "examples").rglob("*.py"):
+        assert f"`{path.name}`" in described, path

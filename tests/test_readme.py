@@ -16,7 +16,7 @@ from nl_models.surgery import convert_mlp_to_continuum
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 OP_PAGES = sorted((ROOT / "src/nl_kernels/ops").glob("*/README.md"))
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *OP_PAGES]
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *OP_PAGES, ROOT / "examples/minimal/README.md"]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 
 
