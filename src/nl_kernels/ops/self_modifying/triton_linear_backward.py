@@ -192,6 +192,7 @@ def linear_backward_kernel(
             clear(grad_snapshot_last, at + MATRIX, cut, d, WIDTH, d, WIDTH)
             clear(grad_snapshot_last, at + 2 * MATRIX, cut, d, WIDTH, d, WIDTH)
             clear(grad_snapshot_gate, gate_at, cut, g, GATES, d, WIDTH)
+            tl.debug_barrier()
 
         # The chunk again, up to the errors.
         gate_state = take(kept_gate, slot * GATES * WIDTH, g, GATES, d, WIDTH)

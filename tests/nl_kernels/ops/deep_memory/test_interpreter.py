@@ -136,17 +136,32 @@ def test_tiles_handed_on_by_memory():
     assert_kernels_within_budget(x, read="running", chunk_size=64)
 
 
-@pytest.mark.parametrize("hidden", [12, None], ids=["two layers", "linear"])
-def test_padding_moves_nothing(hidden):
-    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1], [0, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0]]) > 0
-    x = inputs(8, batch=3, hidden=hidden, resumed_at=[3, 4, 1])
-    assert_kernels_within_budget(x, mask=mask, chunk_size=C)
+@pytest.mark.parametrize("read", ["snapshot", pytest.param("running", marks=pytest.mark.slow)])
+def test_without_erasing(read):
+    rule = dataclasses.replace(MemoryRule(), erase="none")
+    assert_kernels_within_budget(inputs(8), rule=rule, read=read, chunk_size=C)
 
 
-def test_packed_sequences():
-    x = inputs(9, hidden=None)
+@pytest.mark.parametrize(
+    ("hidden", "momentum"),
+    [(12, False), (None, False), (None, True), pytest.param(12, True, marks=pytest.mark.slow)],
+)
+def test_padding_moves_nothing(hidden, momentum):
+    """Sequences that end in a later chunk, at a boundary, in their first chunk, and one without a token."""
+    mask = torch.zeros(4, 8)
+    mask[0, [2, 3, 5, 6, 7]] = 1
+    mask[1, 1] = mask[2, 0] = 1
+    x = inputs(8, batch=4, hidden=hidden, momentum=momentum, resumed_at=[3, 4, 1, 1])
+    options = {"rule": MemoryRule(erase="none"), "read": "running"} if momentum else {}
+    assert_kernels_within_budget(x, mask=mask > 0, chunk_size=C, **options)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_packed_sequences(momentum):
+    x = inputs(9, hidden=None, momentum=momentum)
+    options = {"rule": MemoryRule(erase="none")} if momentum else {}
     cu_seqlens = torch.tensor([0, 1, 7, 9])
-    assert_kernels_within_budget(x, cu_seqlens=cu_seqlens, read="running", chunk_size=C)
+    assert_kernels_within_budget(x, cu_seqlens=cu_seqlens, read="running", chunk_size=C, **options)
 
 
 def test_one_token_each_at_different_positions():

@@ -1,6 +1,7 @@
 """The Triton kernels, interpreted, against the token loop in fp64."""
 
 import dataclasses
+import functools
 import importlib.util
 import inspect
 
@@ -9,6 +10,7 @@ import torch
 
 from nl_kernels import MemoryRule, self_modifying_memory
 from nl_kernels.ops.self_modifying import launch, registration
+from nl_kernels.ops.self_modifying.state import map_stack
 from nl_kernels.testing import GuardedBuffer, relative_error, self_modifying_inputs, tensors_of
 from tests.nl_kernels.chunked_memories import leaves_like, tokens
 
@@ -58,6 +60,13 @@ def values_and_gradients(inputs, **options):
     numbers = torch.cat([x for x in gradients if x.ndim == 1])
     gradients = [*(x for x in gradients if x.ndim > 1), numbers]
     return [*(x.detach() for x in values), *gradients], state
+
+
+def resumed_at(place, inputs, **options):
+    """The inputs after ``place`` tokens, resumed from a state that takes gradients in all its parts."""
+    given = {**options, "impl": "eager", "output_final_state": True}
+    _, state = self_modifying_memory(**tokens(inputs, 0, place, SHARED), **given)
+    return {**tokens(inputs, place, None, SHARED), "initial_state": leaves_like(state)}
 
 
 def assert_kernels_within_budget(inputs, factor=4.0, **options):
@@ -116,23 +125,58 @@ MASK = torch.tensor([[1] * 9, [0, 0, 1, 1, 0, 1, 1, 1, 0]], dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
-    ("hidden", "clocks"),
-    [pytest.param(None, (4, 4), marks=SLOW), (None, (2, 4)), (None, (4, 2)), (5, (2, 4))],
+    ("hidden", "clocks", "momentum"),
+    [
+        pytest.param(None, (4, 4), False, marks=SLOW),
+        (None, (2, 4), False),
+        (None, (2, 4), True),
+        (None, (4, 2), False),
+        (5, (2, 4), False),
+        pytest.param(5, (4, 2), True, marks=SLOW),
+    ],
 )
-def test_padding_resumed_apart(hidden, clocks):
+def test_padding_resumed_apart(hidden, clocks, momentum):
     """Sequences at different positions of both clocks, gradients into every part of the initial state."""
     options = {"chunk_size": clocks[0], "generator_chunk_size": clocks[1], "read": "running"}
+    if momentum:
+        options["rule"] = RULES["titans"]
     if clocks == (2, 4):
-        options |= {"truncate_every": 3, "rule": dataclasses.replace(MemoryRule(), anchored=False)}
-    inputs = make(9, hidden, batch=2)
+        rule = dataclasses.replace(options.get("rule", MemoryRule()), anchored=False)
+        options |= {"truncate_every": 3, "rule": rule}
+    inputs = make(9, hidden, batch=2, momentum=momentum)
     _, state = self_modifying_memory(
         **tokens(inputs, 0, 4, SHARED), **options, mask=MASK[:, :4], output_final_state=True, impl="eager"
     )
+    # A snapshot of its own also where a clock has just struck: there it is the running state otherwise.
+    state = state._replace(snapshot=map_stack(lambda x: 1.25 * x, state.snapshot))
     inputs["initial_state"] = leaves_like(state)
     assert_kernels_within_budget(inputs, mask=MASK, **options)
     if clocks == (4, 2):
         one = tokens(inputs, 4, 5, (*SHARED, "initial_state"))
         assert_kernels_within_budget(one, mask=MASK[:, 4:5], **options)
+
+
+@pytest.mark.parametrize(
+    ("clocks", "place", "truncate", "every"),
+    [((2, 6), 3, 4, 1), ((6, 3), 0, 3, 2), pytest.param((6, 2), 5, None, 2, marks=SLOW)],
+)
+@pytest.mark.parametrize("read", ["snapshot", pytest.param("running", marks=SLOW)])
+def test_two_clocks(clocks, place, truncate, every, read):
+    """All sequences at the same place: within periods, over several; cut, and recomputed."""
+    options = {"chunk_size": clocks[0], "generator_chunk_size": clocks[1], "read": read}
+    inputs = make(14, None, outer_scale=0.3)
+    if place:
+        inputs = resumed_at(place, inputs, **options)
+    assert_kernels_within_budget(inputs, truncate_every=truncate, checkpoint_every=every, **options)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "read"),
+    [(None, "snapshot"), *(pytest.param(5, x, marks=SLOW) for x in ("snapshot", "running"))],
+)
+def test_without_erasing(hidden, read):
+    rule = dataclasses.replace(MemoryRule(), erase="none", error_bound=0.3)
+    assert_kernels_within_budget(make(6, hidden), rule=rule, read=read, chunk_size=4)
 
 
 def test_packed_sequences():
@@ -238,11 +282,14 @@ def run_guarded(calls, given):
     return buffers
 
 
-@pytest.mark.parametrize("hidden", KINDS)
-def test_every_element_is_written_and_nothing_else(hidden):
+@pytest.mark.parametrize(
+    ("hidden", "momentum"),
+    [(None, False), (5, False), *(pytest.param(x, True, marks=SLOW) for x in (None, 5))],
+)
+def test_every_element_is_written_and_nothing_else(hidden, momentum):
     from nl_kernels.ops.self_modifying import triton_backward, triton_forward
 
-    tensors, options = operator_arguments(hidden)
+    tensors, options = operator_arguments(hidden, momentum=momentum)
     tensors[5] = None
     calls, (o, *made) = triton_forward.plan_forward(*tensors, options=options, architecture="sm_90")
     for name, buffer in run_guarded(calls, tensors).values():
@@ -285,6 +332,25 @@ def test_compiles_without_a_graph_break():
     o, state = compiled(**inputs)
     for found, value in zip([o, *tensors_of(state)], expected):
         assert torch.equal(found, value)
+
+
+@functools.cache
+def found():
+    """Results and gradients of two layers by the kernels, by eager and in fp64, of a case that has all."""
+    options = {"read": "running", "chunk_size": 5}
+    inputs = resumed_at(3, make(9, 6, outer_scale=0.3), **options)
+    calls = ((inputs, "triton"), (inputs, "eager"), (in_float64(inputs), "reference"))
+    return [values_and_gradients(x, impl=impl, **options)[0] for x, impl in calls]
+
+
+@pytest.mark.parametrize("index", range(28))
+def test_a_mistake_of_one_percent_in_any_gradient_is_seen(index):
+    triton, eager, expected = found()
+    assert len(triton) == 28
+    worst = max(relative_error(a, b) for a, b in zip(eager, expected))
+    budget = 4 * (worst + torch.finfo(torch.float32).eps)
+    assert relative_error(triton[index], expected[index]) <= budget
+    assert relative_error(1.01 * triton[index], expected[index]) > 100 * budget
 
 
 # One deliberate mistake for each gradient: (kernel source, its corruption).
