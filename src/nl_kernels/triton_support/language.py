@@ -44,6 +44,28 @@ def matmul(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_product(acc, a, b, PRECISION: tl.constexpr):
+    """``acc + a @ b``, operands in the named precision; in 16 bits that is bf16 alone."""
+    if PRECISION == "bf16":
+        acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+    else:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def load_operand(place, row, column, ROWS, COLUMNS, WIDTH: tl.constexpr, TURNED: tl.constexpr):
+    """A tile of the ROWS × COLUMNS matrix at ``place``, or of the transpose of what is there."""
+    if TURNED:
+        mask = (column < COLUMNS)[:, None] & (row < ROWS)[None, :]
+        tile = tl.trans(tl.load(place + column[:, None] * WIDTH + row[None, :], mask=mask, other=0.0))
+    else:
+        mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+        tile = tl.load(place + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
 def safe_log(x):
     """``log(x)``, with the clamped log of zero for x = 0."""
     return tl.where(x > 0, tl.log(tl.where(x > 0, x, 1.0)), _LOG_ZERO)

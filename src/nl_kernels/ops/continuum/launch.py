@@ -6,11 +6,13 @@ The numbers come from ahead-of-time compilation (registers, spills), not from ti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from nl_kernels.chunk_kernels.tiled_launch import Tiles, tiles_of
+import torch
+
+from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.triton_support.kernel_call import Argument, KernelCall
-from nl_kernels.triton_support.tiles import power_of_two
+from nl_kernels.triton_support.tiles import padded, power_of_two
 
 MAX_WIDTH = 16_384
 """The widest row that one program holds: 32 elements of each tensor a thread."""
@@ -37,15 +39,37 @@ def update_tile(width: int) -> UpdateTile:
     return UpdateTile(max(1, _TILE // block_n), block_n, max(4, min(16, block_n // 512)))
 
 
+def product_precision(dtype: torch.dtype, architecture: str) -> str:
+    """How products compute for callers of ``dtype``: bf16 ones round operands to bf16."""
+    return "bf16" if dtype == torch.bfloat16 else precision_of(dtype, architecture)
+
+
+def operand_dtype(precision: str) -> torch.dtype:
+    """How what products alone read is stored."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+class Tiles(NamedTuple):
+    """Tiles of a product, and how it runs."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
 def product_tiles(m: int, n: int, k: int, precision: str, architecture: str, *, held: int = 1) -> Tiles:
     """Tiles of a program that holds ``held`` products [m, n], each a sum over k, at once.
 
+    They are of 128 where both extents fill several, else of 64; a step takes 128 bytes of the contracted one.
     Products in more than 16 bits, and several at once, take more registers a number: their tiles are smaller.
     """
-    tiles = tiles_of(m, n, k, precision, architecture)
-    widest = 128 if precision == "bf16" else 64
-    m, n = min(tiles.m, widest), min(tiles.n, widest if held == 1 else widest // 2)
-    return tiles._replace(m=m, n=n, warps=8 if m * n > 64 * 64 else 4)
+    side = 128 if min(m, n) >= 256 else 64
+    widest, deepest = (128, 64) if precision == "bf16" else (64, 32)
+    m, n = min(side, padded(m), widest), min(side, padded(n), widest if held == 1 else widest // 2)
+    stages = 2 if architecture.startswith("gfx") else 3
+    return Tiles(m, n, min(deepest, padded(k)), 8 if m * n > 64 * 64 else 4, stages)
 
 
 def call_of(

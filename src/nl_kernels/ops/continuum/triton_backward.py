@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.forward import activated
-from nl_kernels.chunk_kernels.tiled_launch import operand_dtype, tiled_precision
-from nl_kernels.chunk_kernels.tiled_products import add_product, load_operand
 from nl_kernels.ops.continuum import launch
 from nl_kernels.ops.continuum.triton_forward import (
     add_rows,
@@ -25,6 +23,7 @@ from nl_kernels.ops.continuum.triton_forward import (
     tile_of,
 )
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
+from nl_kernels.triton_support.language import add_product, load_operand
 from nl_kernels.triton_support.targets import TARGETS, architecture_of
 
 
@@ -152,7 +151,7 @@ def signal_call(
     """The call of :func:`signal_kernel`, and what it fills; squared lengths where ``bounded``."""
     batches, rows, width = x.shape
     hidden_width = up.shape[1]
-    kind = operand_dtype(precision)
+    kind = launch.operand_dtype(precision)
     tiles = launch.product_tiles(rows, hidden_width, width, precision, architecture, held=3)
     parts = triton.cdiv(hidden_width, tiles.n)
 
@@ -238,7 +237,7 @@ def plan_backward(
     architecture: str,
 ) -> tuple[list[KernelCall], list[torch.Tensor | None]]:
     """The calls, and what they fill: the gradients of x, up, down and gate; runs nothing."""
-    precision = tiled_precision(x.dtype, architecture)
+    precision = launch.product_precision(x.dtype, architecture)
     bounded = error_bound is not None
     first, signals = signal_call(error, x, up, down, gate, bounded, precision, architecture)
     sums = [None if w is None else torch.empty_like(w, dtype=torch.float32) for w in (up, down, gate)]

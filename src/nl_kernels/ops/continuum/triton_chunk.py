@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from nl_kernels.chunk_kernels.tiled_launch import operand_dtype, tiled_precision
 from nl_kernels.ops.continuum import launch
 from nl_kernels.ops.continuum.triton_backward import Signals, signal_call, sum_calls
 from nl_kernels.ops.continuum.triton_forward import (
@@ -133,7 +132,7 @@ def plan_chunk(
 ) -> tuple[list[KernelCall], list[torch.Tensor | None]]:
     """The calls, and what they fill: the MLP's outputs (or None), and the sums of up, down and gate."""
     batches, tokens, width = keys.shape
-    precision = tiled_precision(keys.dtype, architecture)
+    precision = launch.product_precision(keys.dtype, architecture)
     weights = (up, down, gate)
     sums = [None if w is None else w.new_empty(batches, *w.shape[-2:], dtype=torch.float32) for w in weights]
     # weights of all sequences: their tokens are one matrix
@@ -165,7 +164,7 @@ def plan_read_backward(
 ) -> tuple[list[KernelCall], torch.Tensor]:
     """The calls that fill the gradient of x and add to each owner's totals, see :func:`read_backward`."""
     batches, _, width = x.shape
-    precision = tiled_precision(x.dtype, architecture)
+    precision = launch.product_precision(x.dtype, architecture)
     rows, error, up, down, gate = _of_all(x, grad, up, down, gate)
     first, signals = signal_call(error, rows, up, down, gate, False, precision, architecture)
     grad_x = torch.empty_like(rows)
@@ -221,7 +220,7 @@ def _error_call(
     hidden_width = hidden.shape[2]
     tiles = launch.product_tiles(rows, width, hidden_width, precision, architecture)
     parts = triton.cdiv(width, tiles.n)
-    error = torch.empty_like(inputs, dtype=operand_dtype(precision))
+    error = torch.empty_like(inputs, dtype=launch.operand_dtype(precision))
     squares = inputs.new_empty(batches, rows, parts, dtype=torch.float32) if bounded else None
     call = launch.call_of(
         error_kernel,

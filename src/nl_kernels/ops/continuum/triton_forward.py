@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.forward import activated
-from nl_kernels.chunk_kernels.tiled_launch import operand_dtype, tiled_precision
-from nl_kernels.chunk_kernels.tiled_products import add_product, load_operand
 from nl_kernels.ops.continuum import launch
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
+from nl_kernels.triton_support.language import add_product, load_operand
 from nl_kernels.triton_support.targets import architecture_of
 
 
@@ -185,7 +184,7 @@ def hidden_call(
     batches, rows, width = x.shape
     hidden_width = up.shape[1]
     made = [
-        x.new_empty(batches, rows, hidden_width, dtype=operand_dtype(precision)) if there else None
+        x.new_empty(batches, rows, hidden_width, dtype=launch.operand_dtype(precision)) if there else None
         for there in (True, slopes, slopes and gate is not None)
     ]
     hidden = Hidden(*made)
@@ -206,7 +205,7 @@ def plan_forward(
     x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None, *, architecture: str
 ) -> tuple[list[KernelCall], torch.Tensor]:
     """The calls, and the tensor that the last one fills; runs nothing."""
-    precision = tiled_precision(x.dtype, architecture)
+    precision = launch.product_precision(x.dtype, architecture)
     first, hidden = hidden_call(x, up, gate, False, precision, architecture)
     out = torch.empty_like(x)
     return [first, product_call(hidden.out, down, None, None, out, True, precision, architecture)], out
