@@ -79,17 +79,6 @@ def _require_triton(op: str, device: torch.device) -> None:
         )
 
 
-def note_kernels(op: str, regime: str) -> None:
-    """Say once, at debug level, which kind of kernels serves ``op``."""
-    if not torch.compiler.is_compiling():
-        _say_kernels_once(op, regime)
-
-
-@functools.cache
-def _say_kernels_once(op: str, regime: str) -> None:
-    logger.debug("%s: %s kernels", op, regime)
-
-
 @functools.cache
 def _say_once(op: str, chosen: str, device_type: str) -> None:
     logger.debug("%s on %s: using the %s implementation", op, device_type, chosen)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.ahead_of_time import unallocated
 from nl_kernels.triton_support.kernel_call import KernelCall
@@ -49,17 +50,9 @@ def deep_memory_calls(
     packed: bool = False,
 ) -> list[KernelCall]:
     """Forward and backward, with momentum by a rule that does not erase; ``packed``: rows lie differently."""
-    from nl_kernels.ops.deep_memory import (
-        launch,
-        triton_backward,
-        triton_forward,
-        triton_tiled_backward,
-        triton_tiled_forward,
-    )
+    from nl_kernels.ops.deep_memory import launch, triton_backward, triton_forward
     from nl_kernels.ops.deep_memory.catalogue import inputs_of
 
-    sizes = {"key_dim": width, "value_dim": width, "hidden": hidden, "chunk_size": chunk_size}
-    regime = launch.regime_of(**sizes, architecture=ARCHITECTURE)
     resumed = offset % chunk_size > 0 or packed
     inputs = inputs_of(
         rows, tokens, width, hidden, rule, momentum=rule.erase == "none", resumed=resumed, apart=packed
@@ -70,19 +63,12 @@ def deep_memory_calls(
         chunk_size=chunk_size,
         read="running",
         checkpoint_every=None,
-        precision=launch.precision_for(BF16, regime, ARCHITECTURE),
-        regime=regime,
+        precision=precision_of(BF16, ARCHITECTURE),
     )
-    if regime == "row":
-        forward, results = triton_forward.plan_forward(inputs, options, keep=True)
-        parts = results.o, results[1:5], results[5:7], inputs, results[7:], options
-        backward, _ = triton_backward.plan_backward(*parts)
-        return [*forward, *backward]
-    target = {"architecture": ARCHITECTURE}
-    forward, results = triton_tiled_forward.plan_forward(inputs, options, keep=True, **target)
+    forward, results = triton_forward.plan_forward(inputs, options, keep=True)
     parts = results.o, results[1:5], results[5:7], inputs, results[7:], options
-    backward, _ = triton_tiled_backward.plan_backward(*parts, **target)
-    return [*forward.calls, *backward.calls]
+    backward, _ = triton_backward.plan_backward(*parts)
+    return [*forward, *backward]
 
 
 def self_modifying_calls(
@@ -98,47 +84,27 @@ def self_modifying_calls(
     packed: bool = False,
 ) -> list[KernelCall]:
     """As :func:`deep_memory_calls`."""
-    from nl_kernels.ops.self_modifying import (
-        launch,
-        rows,
-        triton_backward,
-        triton_forward,
-        triton_tiled_backward,
-        triton_tiled_forward,
-    )
+    from nl_kernels.ops.self_modifying import launch, triton_backward, triton_forward
     from nl_kernels.ops.self_modifying.catalogue import arguments_of
 
-    sizes = {"width": width, "hidden": hidden, "chunk": chunk_size, "architecture": ARCHITECTURE}
-    regime = launch.regime_of(**sizes)
     slots = offset + tokens
-    chunks = -(-slots // chunk_size)
     options = launch.Options.of(
         rule,
         read="running",
         chunk_size=chunk_size,
         generator_chunk_size=chunk_size,
         truncate=0,
-        checkpoint_every=launch.checkpoint_interval(
-            chunks, None, 1, tiled=regime == "tiled", numbers=batch * heads * 5 * width * (hidden or width)
-        ),
-        precision=launch.precision_for(BF16, regime, ARCHITECTURE),
+        checkpoint_every=launch.checkpoint_interval(-(-slots // chunk_size), None, 1),
+        precision=precision_of(BF16, ARCHITECTURE),
         offset=offset,
         slots=slots,
-        regime=regime,
     )
-
     resumed = offset % chunk_size > 0 or packed
     arguments = arguments_of(batch, tokens, heads, width, hidden, rule, resumed=resumed, apart=packed)
     shared = {"options": options, "architecture": ARCHITECTURE}
-    if regime == "row":
-        forward, (o, *made) = triton_forward.plan_forward(*arguments, **shared)
-        backward, _ = triton_backward.plan_backward(o, made[:9], *arguments, *made[9:], **shared)
-        return [*forward, *backward]
-    inputs = rows.tiled_inputs(*arguments)
-    forward, made = triton_tiled_forward.plan_forward(inputs, **shared)
-    parts = made.o, made.running, made.velocity, made.snapshot, inputs, made.kept
-    backward, _ = triton_tiled_backward.plan_backward(*parts, **shared)
-    return [*forward.calls, *backward.calls]
+    forward, (o, *made) = triton_forward.plan_forward(*arguments, **shared)
+    backward, _ = triton_backward.plan_backward(o, made[:9], *arguments, *made[9:], **shared)
+    return [*forward, *backward]
 
 
 def continuum_calls(batch: int, tokens: int, width: int, hidden: int) -> list[KernelCall]:

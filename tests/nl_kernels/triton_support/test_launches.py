@@ -18,13 +18,7 @@ TOKENS = 2**20  # with 8 sequences and 16 heads of 64: 2³³ numbers a tensor
 LARGE = {
     "delta_memory": lambda: planned.delta_memory_calls(8, TOKENS, 16, 64),
     "deep_memory": lambda: planned.deep_memory_calls(128, TOKENS, 64, 64, 16),
-    "deep_memory tiled": lambda: planned.deep_memory_calls(
-        128, TOKENS, 512, 4096, 4096, rule=planned.TITANS, offset=5
-    ),
     "self_modifying": lambda: planned.self_modifying_calls(8, TOKENS, 16, 64, 64, 16),
-    "self_modifying tiled": lambda: planned.self_modifying_calls(
-        8, TOKENS, 16, 128, 4096, 4096, rule=planned.TITANS, offset=5
-    ),
     "continuum": lambda: planned.continuum_calls(8, TOKENS, 4096, 16384),
     "newton_schulz": lambda: planned.newton_schulz_calls(2**16 - 1, 1024, 4096),
     "one token": lambda: planned.step_calls(2**16, 64, 64, 64),
@@ -35,13 +29,11 @@ MORE = {
         128, TOKENS, 64, 64, 16, rule=planned.TITANS, offset=5
     ),
     "deep_memory linear packed": lambda: planned.deep_memory_calls(1024, TOKENS, 64, None, 16, packed=True),
-    "deep_memory tiled erasing": lambda: planned.deep_memory_calls(128, TOKENS, 64, 256, 2048),
     "self_modifying linear packed": lambda: planned.self_modifying_calls(
         8, TOKENS, 16, 64, None, 16, rule=planned.TITANS, packed=True
     ),
-    "self_modifying tiled erasing": lambda: planned.self_modifying_calls(8, TOKENS, 16, 64, 512, 2048),
-    "self_modifying tiled linear packed": lambda: planned.self_modifying_calls(
-        8, TOKENS, 16, 512, None, 4096, packed=True
+    "self_modifying momentum": lambda: planned.self_modifying_calls(
+        8, TOKENS, 16, 64, 64, 16, rule=planned.TITANS, offset=5
     ),
 }
 
@@ -93,14 +85,8 @@ GROWING = {
         1, tokens, 4, 64, sequences=2 + tokens % 5
     ),
     "deep_memory": lambda tokens, offset: planned.deep_memory_calls(8, tokens, 64, 64, 16, offset=offset),
-    "deep_memory tiled": lambda tokens, offset: planned.deep_memory_calls(
-        8, tokens, 64, 256, 32, offset=offset
-    ),
     "self_modifying": lambda tokens, offset: planned.self_modifying_calls(
         2, tokens, 4, 64, 64, 16, offset=offset
-    ),
-    "self_modifying tiled": lambda tokens, offset: planned.self_modifying_calls(
-        2, tokens, 4, 64, 512, 32, offset=offset
     ),
     "continuum": lambda tokens, offset: planned.continuum_calls(2, tokens, 64, 128),
     "one token": lambda tokens, offset: planned.step_calls(tokens, 4, 64, 64),

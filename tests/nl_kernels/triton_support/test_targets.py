@@ -39,7 +39,6 @@ def test_a_gpu_without_the_products_is_refused(monkeypatch):
 CALLS = {
     "newton_schulz": (planned.newton_schulz_calls, (24, 1024, 4096), slice(1, 3)),
     "continuum": (planned.continuum_calls, (8, 64, 1024, 4096), slice(3, 4)),
-    "tiled product": (planned.deep_memory_calls, (1, 256, 512, 512, 256), slice(9, 10)),
 }
 
 

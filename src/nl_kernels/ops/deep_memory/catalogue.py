@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from nl_kernels.chunk_kernels import tiled_launch
+from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.memory_rule import MemoryRule
-from nl_kernels.ops.deep_memory.launch import Inputs, Options, StepInputs, precision_for, widest
+from nl_kernels.ops.deep_memory.launch import Inputs, Options, StepInputs, widest
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, unallocated
 
 ROWS = 8
@@ -39,14 +39,6 @@ def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
         yield _step_entry(architecture, dtype, 40, 24, read, "literal", literal, False)
     gelu = MemoryRule(activation="gelu", erase="input")
     yield from _entries(architecture, torch.bfloat16, 40, 24, 10, "snapshot", "gelu input", gelu)
-    for read in ("snapshot", "running"):
-        sizes = (128, 512, 64)
-        yield from _tiled_entries(architecture, torch.bfloat16, *sizes, read, "titans", titans, momentum=True)
-    for sizes in ((64, 256, 64), (128, 512, 64), (512, 1536, 2048), (128, None, 64)):
-        yield from _tiled_entries(architecture, torch.bfloat16, *sizes, "running", "default", default)
-    yield from _tiled_entries(architecture, torch.bfloat16, 128, 512, 64, "snapshot", "literal", literal)
-    yield from _tiled_entries(architecture, torch.float32, 128, 512, 64, "running", "default", default)
-    yield from _tiled_entries(architecture, torch.float32, 40, 200, 100, "snapshot", "gelu input", gelu)
 
 
 def _entries(
@@ -64,72 +56,20 @@ def _entries(
     from nl_kernels.ops.deep_memory.triton_backward import plan_backward
     from nl_kernels.ops.deep_memory.triton_forward import plan_forward
 
-    options = _options(architecture, dtype, chunk_size, read, rule, "row")
+    options = Options.of(
+        rule,
+        offset=0,
+        chunk_size=chunk_size,
+        read=read,
+        checkpoint_every=4,
+        precision=precision_of(dtype, architecture),
+    )
     inputs = inputs_of(ROWS, 1024, width, hidden, rule, momentum=momentum)
     words = f"{str(dtype).removeprefix('torch.')} {width}x{hidden or 'linear'} C{chunk_size} {read} {name}"
     forward, results = plan_forward(inputs, options, keep=True)
     backward, _ = plan_backward(results.o, results[1:5], results[5:7], inputs, results[7:], options)
     for call in (*forward, backward[-1]):
         yield CatalogueEntry("deep_memory", words, call)
-
-
-def _tiled_entries(
-    architecture: str,
-    dtype: torch.dtype,
-    width: int,
-    hidden: int | None,
-    chunk_size: int,
-    read: str,
-    name: str,
-    rule: MemoryRule,
-    *,
-    momentum: bool = False,
-) -> Iterator[CatalogueEntry]:
-    """Of every kind of call one."""
-    words = f"{str(dtype).removeprefix('torch.')} {width}x{hidden or 'linear'} C{chunk_size} {read} {name}"
-    schedules = tiled_schedules(architecture, dtype, width, hidden, chunk_size, read, rule, momentum=momentum)
-    yield from tiled_launch.entries_of("deep_memory", words, schedules)
-
-
-def tiled_schedules(
-    architecture: str,
-    dtype: torch.dtype,
-    width: int,
-    hidden: int | None,
-    chunk_size: int,
-    read: str,
-    rule: MemoryRule,
-    *,
-    momentum: bool = False,
-    chunks: int = 2,
-    checkpoint_every: int = 4,
-) -> dict[str, tiled_launch.Schedule]:
-    """Both passes over some chunks, planned on no device."""
-    from nl_kernels.ops.deep_memory.triton_tiled_backward import plan_backward
-    from nl_kernels.ops.deep_memory.triton_tiled_forward import plan_forward
-
-    options = _options(architecture, dtype, chunk_size, read, rule, "tiled")
-    options = options._replace(checkpoint_every=checkpoint_every)
-    inputs = inputs_of(ROWS, chunks * chunk_size, width, hidden, rule, momentum=momentum)
-    forward, results = plan_forward(inputs, options, keep=True, architecture=architecture)
-    backward, _ = plan_backward(
-        results.o, results[1:5], results[5:7], inputs, results[7:], options, architecture=architecture
-    )
-    return {"forward": forward, "backward": backward}
-
-
-def _options(
-    architecture: str, dtype: torch.dtype, chunk_size: int, read: str, rule: MemoryRule, regime: str
-) -> Options:
-    return Options.of(
-        rule,
-        offset=0,
-        chunk_size=chunk_size,
-        read=read,
-        checkpoint_every=4,
-        precision=precision_for(dtype, regime, architecture),
-        regime=regime,
-    )
 
 
 def inputs_of(

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nl_kernels.chunk_kernels import tiled_launch
-from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.kernel_call import KernelCall
 from nl_kernels.triton_support.targets import is_ampere
@@ -26,8 +24,8 @@ MAX_WIDTH = 128
 MAX_CHUNK = 64
 """Largest chunk that one program takes."""
 
-MIN_TILED_CHUNK = 16
-"""Smallest chunk for the tiled kernels: a product of fewer rows is mostly padding."""
+SMALL_CHUNK = 16
+"""Largest chunk for which a program has the most room for weights."""
 
 HELD_MATRIX = 4096  # numbers of a linear memory up to which the forward kernel holds it in registers
 HELD_TILE = 1024  # numbers of a chunk's hidden layer up to which the forward kernel holds it in registers
@@ -120,7 +118,6 @@ class Options(NamedTuple):
         offset: slot of the first token where all rows have the same slots.
         checkpoint_every: chunks between the states kept for the backward pass; 0 picks.
         precision: of products, a name of :func:`nl_kernels.triton_support.language.matmul`.
-        regime: of :func:`regime_of`.
     """
 
     offset: int
@@ -134,7 +131,6 @@ class Options(NamedTuple):
     error_bound: float | None
     checkpoint_every: int
     precision: str
-    regime: str
 
     @classmethod
     def of(
@@ -146,7 +142,6 @@ class Options(NamedTuple):
         read: str,
         checkpoint_every: int | None,
         precision: str,
-        regime: str = "row",
     ) -> Options:
         return cls(
             offset,
@@ -160,31 +155,12 @@ class Options(NamedTuple):
             rule.error_bound,
             checkpoint_every or 0,
             precision,
-            regime,
         )
 
 
 def contiguous(tensors: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:
     """Each tensor in the row-major layout that the kernels index."""
     return (None if x is None else x.contiguous() for x in tensors)
-
-
-def regime_of(*, key_dim: int, value_dim: int, hidden: int | None, chunk_size: int, architecture: str) -> str:
-    """Which kernels are for these sizes.
-
-    "row": one program a row walks over its chunks, and a layer's matrix is one tile. "tiled": a chunk is a
-    number of products that are cut into tiles, so that it may be as large as memory allows.
-    """
-    if chunk_size <= MAX_CHUNK and max(key_dim, value_dim, hidden or 1) <= widest(chunk_size, architecture):
-        return "row"
-    return "tiled"
-
-
-def precision_for(dtype: torch.dtype, regime: str, architecture: str) -> str:
-    """How products compute for callers of ``dtype``."""
-    if regime == "tiled":
-        return tiled_launch.tiled_precision(dtype, architecture)
-    return precision_of(dtype, architecture)
 
 
 def unsupported(
@@ -203,19 +179,19 @@ def unsupported(
         return f"momentum: the Triton kernels take it with rule.erase='none' alone, got {rule.erase!r}"
     if dtype == torch.float64:
         return "q, k, v: the Triton kernels take bfloat16, float16 and float32, got float64"
-    sizes = {"key_dim": key_dim, "value_dim": value_dim, "hidden": hidden}
-    if regime_of(**sizes, chunk_size=chunk_size, architecture=architecture) == "row":
-        return None
-    longest, limit = tiled_launch.MAX_LENGTH, tiled_launch.MAX_WIDTH
-    if not MIN_TILED_CHUNK <= chunk_size <= longest:
+    longest = MAX_CHUNK if widest(MAX_CHUNK, architecture) else SMALL_CHUNK
+    if chunk_size > longest:
         return (
-            f"chunk_size: on {architecture}, for these widths, the Triton kernels take chunks from "
-            f"{MIN_TILED_CHUNK} to {longest}, got {chunk_size}"
+            f"chunk_size: on {architecture} the Triton kernels take chunks up to {longest}, got {chunk_size}"
         )
+    limit = widest(chunk_size, architecture)
     for name, size in (("q, k", key_dim), ("v", value_dim), ("weights", hidden or 1)):
         if size > limit:
             what = "hidden layers" if name == "weights" else "heads"
-            return f"{name}: the Triton kernels take {what} up to {limit} wide, got {size}"
+            return (
+                f"{name}: on {architecture} with chunks of {chunk_size} the Triton kernels take {what} up to "
+                f"{limit} wide, got {size}"
+            )
     return None
 
 
@@ -224,7 +200,7 @@ def widest(chunk_size: int, architecture: str) -> int:
 
     What limits them is shared memory; on sm_80 spills, and on sm_100 tensor memory.
     """
-    small = chunk_size <= 16
+    small = chunk_size <= SMALL_CHUNK
     if architecture == "sm_90":
         return MAX_WIDTH if small else 64
     return 64 if small or is_ampere(architecture) else 0

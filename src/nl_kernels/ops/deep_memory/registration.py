@@ -10,11 +10,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nl_kernels.chunk_alignment import ChunkGrid
+from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.chunk_kernels.step_launch import together
 from nl_kernels.chunk_recompute import State
-from nl_kernels.dispatch import note_kernels, without_autocast
+from nl_kernels.dispatch import without_autocast
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
-from nl_kernels.ops.deep_memory import launch
 from nl_kernels.ops.deep_memory.launch import Inputs, Options, Results, StepInputs
 from nl_kernels.ops.deep_memory.rows import run_on_rows
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
@@ -30,7 +30,7 @@ _INPUTS = (
 )
 _OPTIONS = (
     "int offset, int chunk_size, str read, str activation, bool normalize_hidden, bool residual, str erase, "
-    "bool proximal, float? error_bound, int checkpoint_every, str precision, str regime"
+    "bool proximal, float? error_bound, int checkpoint_every, str precision"
 )
 _STEP = "nl_kernels::deep_memory_step"
 _STEP_INPUTS = (
@@ -78,23 +78,13 @@ def deep_memory_triton(
     def compute(carried: State, constants: State, sequences: State, grid: ChunkGrid):
         gates = (None if x is None else x[..., 0] for x in sequences[3:6])
         slots = (grid.begin, grid.stop, grid.begin if grid.single else None)
-        architecture = architecture_of(tensors[0].device)
-        regime = launch.regime_of(
-            key_dim=sequences[1].shape[-1],
-            value_dim=sequences[2].shape[-1],
-            hidden=None if carried[1] is None else carried[0].shape[1],
-            chunk_size=chunk_size,
-            architecture=architecture,
-        )
-        note_kernels("deep_memory", regime)
         options = Options.of(
             rule,
             offset=grid.offset,
             chunk_size=chunk_size,
             read=read,
             checkpoint_every=checkpoint_every,
-            precision=launch.precision_for(dtype, regime, architecture),
-            regime=regime,
+            precision=precision_of(dtype, architecture_of(tensors[0].device)),
         )
         o, *after = apply(Inputs(*sequences[:3], *gates, *carried, *constants, *slots), options)
         return o, tuple(after)
@@ -196,7 +186,6 @@ class _DeepMemory(torch.autograd.Function):
         error_bound,
         checkpoint_every,
         precision,
-        regime,
     ):
         return torch.ops.nl_kernels.deep_memory_forward(
             q,
@@ -227,7 +216,6 @@ class _DeepMemory(torch.autograd.Function):
             error_bound,
             checkpoint_every,
             precision,
-            regime,
             True,
         )
 
@@ -263,24 +251,19 @@ def _split(args) -> tuple[Inputs, tuple]:
 
 @torch.library.impl(_FORWARD, "CompositeExplicitAutograd")
 def _forward(*args):
+    from nl_kernels.ops.deep_memory.triton_forward import deep_memory_forward
+
     inputs, (*options, keep) = _split(args)
-    options = Options(*options)
-    if options.regime == "tiled":
-        from nl_kernels.ops.deep_memory.triton_tiled_forward import deep_memory_forward
-    else:
-        from nl_kernels.ops.deep_memory.triton_forward import deep_memory_forward
     with without_autocast(inputs.q.device.type):
-        return _filled(deep_memory_forward(inputs, options, keep=keep), inputs.q)
+        return _filled(deep_memory_forward(inputs, Options(*options), keep=keep), inputs.q)
 
 
 @torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
 def _backward(do, *args):
+    from nl_kernels.ops.deep_memory.triton_backward import deep_memory_backward
+
     inputs, rest = _split(args[6:])
     options = Options(*rest[4:])
-    if options.regime == "tiled":
-        from nl_kernels.ops.deep_memory.triton_tiled_backward import deep_memory_backward
-    else:
-        from nl_kernels.ops.deep_memory.triton_backward import deep_memory_backward
     with without_autocast(do.device.type):
         found = deep_memory_backward(do, args[:4], args[4:6], inputs, rest[:4], options)
     return _filled(found, do)
@@ -288,16 +271,11 @@ def _backward(do, *args):
 
 @torch.library.register_fake(_FORWARD)
 def _(*args):
-    inputs, (*options, keep) = _split(args)
-    options = Options(*options)
-    inputs = Inputs(*(None if x is None else x.contiguous() for x in inputs))
-    if options.regime == "tiled":
-        from nl_kernels.ops.deep_memory.triton_tiled_forward import make_results
-
-        return _filled(make_results(inputs, options, keep=keep), inputs.q)
     from nl_kernels.ops.deep_memory.triton_forward import plan_forward
 
-    return _filled(plan_forward(inputs, options, keep=keep)[1], inputs.q)
+    inputs, (*options, keep) = _split(args)
+    inputs = Inputs(*(None if x is None else x.contiguous() for x in inputs))
+    return _filled(plan_forward(inputs, Options(*options), keep=keep)[1], inputs.q)
 
 
 @torch.library.register_fake(_BACKWARD)

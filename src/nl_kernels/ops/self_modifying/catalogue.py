@@ -7,14 +7,12 @@ from collections.abc import Iterator
 
 import torch
 
-from nl_kernels.chunk_kernels import tiled_launch
 from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.self_modifying.launch import (
     Options,
     StepInputs,
-    precision_for,
-    regime_of,
+    limits_of,
     step_options,
 )
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, unallocated
@@ -24,7 +22,6 @@ from nl_kernels.triton_support.kernel_call import KernelCall
 def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
     """Every kernel at the widths models use: the calls of the launchers."""
     yield from _chunk_entries(architecture)
-    yield from _tiled_entries(architecture)
     yield from _step_entries(architecture)
 
 
@@ -81,8 +78,8 @@ def _chunk_entries(architecture: str) -> Iterator[CatalogueEntry]:
         (bf16, 40, 24, 10, "running", "gelu", gelu),
     ]
     for dtype, width, hidden, chunk, read, name, rule in cases:
-        sizes = {"width": width, "hidden": hidden, "chunk": chunk, "architecture": architecture}
-        if regime_of(**sizes) == "row":
+        _, widest = limits_of(linear=hidden is None, chunk=chunk, architecture=architecture)
+        if max(width, hidden or 0) <= widest:
             words = [
                 str(dtype).removeprefix("torch."),
                 f"{width}x{hidden or 'linear'}",
@@ -123,7 +120,6 @@ def _chunk_calls(
         precision=precision_of(dtype, architecture),
         offset=0,
         slots=tokens,
-        regime="row",
     )
     shared = {"options": options, "architecture": architecture}
     (forward,), (o, *made) = plan_forward(*arguments, **shared)
@@ -195,74 +191,3 @@ def _stack(batch: int, heads: int, width: int, hidden: int | None) -> list[torch
     inner = hidden or width
     first = None if hidden is None else unallocated(batch, heads, 5, hidden, width)
     return [first, unallocated(batch, heads, 3, width, inner), unallocated(batch, heads, 2, inner)]
-
-
-def _tiled_entries(architecture: str) -> Iterator[CatalogueEntry]:
-    """Of every kind of call of the tiled kernels one."""
-    default, literal = MemoryRule(), MemoryRule.literal()
-    titans = dataclasses.replace(default, erase="none")
-    gelu = MemoryRule(activation="gelu", erase="input")
-    bf16, fp32 = torch.bfloat16, torch.float32
-    for dtype, width, hidden, chunk, read, name, rule in (
-        (bf16, 128, 512, 64, "running", "default", default),
-        (bf16, 512, 1536, 2048, "running", "default", default),
-        (bf16, 128, None, 64, "running", "default", default),
-        (bf16, 128, 512, 64, "snapshot", "literal", literal),
-        (bf16, 128, None, 64, "snapshot", "literal", literal),
-        (bf16, 128, 512, 64, "running", "titans", titans),
-        (fp32, 128, 512, 64, "running", "default", default),
-        (fp32, 40, 200, 100, "snapshot", "gelu input", gelu),
-    ):
-        kind = f"{width}x{hidden or 'linear'} C{chunk}"
-        words = f"{str(dtype).removeprefix('torch.')} {kind} {read} {name}"
-        schedules = tiled_schedules(
-            architecture, dtype, width, hidden, chunk, read, rule, resumed=name == "gelu input"
-        )
-        yield from tiled_launch.entries_of("self_modifying", words, schedules)
-
-
-def tiled_schedules(
-    architecture: str,
-    dtype: torch.dtype,
-    width: int,
-    hidden: int | None,
-    chunk: int,
-    read: str,
-    rule: MemoryRule,
-    *,
-    resumed: bool = False,
-    chunks: int = 2,
-    checkpoint_every: int = 2,
-) -> dict[str, tiled_launch.Schedule]:
-    """Both passes over some chunks, planned on no device; a resumed call has rows that lie differently."""
-    from nl_kernels.ops.self_modifying.rows import tiled_inputs
-    from nl_kernels.ops.self_modifying.triton_tiled_backward import plan_backward
-    from nl_kernels.ops.self_modifying.triton_tiled_forward import plan_forward
-
-    inputs = tiled_inputs(
-        *arguments_of(2, chunks * chunk, 4, width, hidden, rule, resumed=resumed, apart=resumed)
-    )
-    options = Options.of(
-        rule,
-        read=read,
-        chunk_size=chunk,
-        generator_chunk_size=chunk,
-        truncate=0,
-        checkpoint_every=checkpoint_every,
-        precision=precision_for(dtype, "tiled", architecture),
-        offset=0,
-        slots=chunks * chunk,
-        regime="tiled",
-    )
-    forward, results = plan_forward(inputs, options, architecture=architecture)
-    backward, _ = plan_backward(
-        results.o,
-        results.running,
-        results.velocity,
-        results.snapshot,
-        inputs,
-        results.kept,
-        options,
-        architecture=architecture,
-    )
-    return {"forward": forward, "backward": backward}

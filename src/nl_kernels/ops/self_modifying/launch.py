@@ -13,16 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nl_kernels.chunk_kernels import tiled_launch
-from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.kernel_call import KernelCall
 from nl_kernels.triton_support.tiles import padded
-
-MIN_TILED_CHUNK = 16
-"""Smallest chunk for the tiled kernels: a product of fewer rows is mostly padding."""
-
-KEPT_BYTES = 256 << 20  # of states at every chunk's start; beyond, the tiled kernels recompute some
 
 # By architecture and by whether memories are linear: the widest head and hidden layer by length of chunks.
 _LIMITS = {
@@ -46,7 +39,6 @@ class Options:
         precision: of the products, a name of :func:`nl_kernels.triton_support.language.matmul`.
         offset: slot of the first token.
         slots: slots of the grid, from the boundary before the first token.
-        regime: of :func:`regime_of`.
     """
 
     activation: str
@@ -65,7 +57,6 @@ class Options:
     precision: str
     offset: int
     slots: int
-    regime: str
 
     @classmethod
     def of(cls, rule: MemoryRule, **others: Any) -> Options:
@@ -151,7 +142,6 @@ def step_options(rule: MemoryRule, *, read: str, chunk_size: int, generator_chun
         precision="ieee",
         offset=0,
         slots=1,
-        regime="row",
     )
 
 
@@ -192,49 +182,20 @@ def why_not(
             f"momentum: the Triton kernels take rule.momentum='sum' alone, got {rule.momentum!r}; "
             "use impl='eager'"
         )
-    sizes = {"width": width, "hidden": hidden, "chunk": chunk, "architecture": architecture}
-    if regime_of(**sizes) == "row":
-        return None
-    return _why_not_tiled(**sizes)
-
-
-def regime_of(*, width: int, hidden: int | None, chunk: int, architecture: str) -> str:
-    """Which kernels are for these sizes.
-
-    "row": one program a row walks over its chunks, and a layer's matrix is one tile. "tiled": a chunk is a
-    number of products that are cut into tiles, so that it may be as large as memory allows.
-    """
-    _, widest = limits_of(linear=hidden is None, chunk=chunk, architecture=architecture)
-    return "row" if max(padded(width), padded(hidden or width)) <= widest else "tiled"
-
-
-def _why_not_tiled(*, width: int, hidden: int | None, chunk: int, architecture: str) -> str | None:
-    """Why chunks and widths too large for the row kernels are not for the tiled ones."""
-    longest, limit = tiled_launch.MAX_LENGTH, tiled_launch.MAX_WIDTH
-    if chunk > longest:
-        return f"chunk_size: the Triton kernels take chunks up to {longest}, got {chunk}; use impl='eager'"
+    longest, widest = limits_of(linear=hidden is None, chunk=chunk, architecture=architecture)
+    kind = "linear" if hidden is None else "two-layer"
+    if not widest:
+        return (
+            f"chunk_size: on {architecture} the Triton kernels of {kind} memories take chunks up to "
+            f"{longest}, got {chunk}; use impl='eager'"
+        )
     largest = max(width, hidden or 0)
-    if chunk < MIN_TILED_CHUNK:
-        _, widest = limits_of(linear=hidden is None, chunk=chunk, architecture=architecture)
-        kind = "linear" if hidden is None else "two-layer"
+    if largest > widest:
         return (
             f"weights: on {architecture} with chunks of {chunk} the Triton kernels take heads and hidden "
-            f"layers of {kind} memories up to {widest} wide, got {largest}; use impl='eager', or chunks of "
-            f"{MIN_TILED_CHUNK} and more"
-        )
-    if largest > limit:
-        return (
-            f"weights: the Triton kernels take heads and hidden layers up to {limit} wide, got {largest}; "
-            "use impl='eager'"
+            f"layers of {kind} memories up to {widest} wide, got {largest}; use impl='eager'"
         )
     return None
-
-
-def precision_for(dtype: torch.dtype, regime: str, architecture: str) -> str:
-    """How products compute for callers of ``dtype``."""
-    if regime == "tiled":
-        return tiled_launch.tiled_precision(dtype, architecture)
-    return precision_of(dtype, architecture)
 
 
 def limits_of(*, linear: bool, chunk: int, architecture: str) -> tuple[int, int]:
@@ -246,16 +207,12 @@ def limits_of(*, linear: bool, chunk: int, architecture: str) -> tuple[int, int]
     return max(table), next((width for most, width in sorted(table.items()) if padded(chunk) <= most), 0)
 
 
-def checkpoint_interval(chunks: int, every: int | None, ratio: int, *, tiled: bool, numbers: int) -> int:
-    """Chunks between kept states of ``numbers`` in all; whole periods of the slower clock, or 1 if tiled.
+def checkpoint_interval(chunks: int, every: int | None, ratio: int) -> int:
+    """Chunks between kept states: whole periods (of ``ratio`` chunks) of the slower clock.
 
-    By default about their square root; of the tiled kernels 1 while that takes little memory.
+    By default about the square root of their number.
     """
-    if every is None:
-        few = tiled and 4 * chunks * numbers <= KEPT_BYTES
-        every = 1 if few else max(1, math.isqrt(chunks))
-    if tiled and every == 1:
-        return 1
+    every = max(1, math.isqrt(chunks)) if every is None else every
     return -(-min(every, chunks) // ratio) * ratio
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.chunk_kernels.step_launch import together
-from nl_kernels.dispatch import note_kernels, without_autocast
+from nl_kernels.dispatch import without_autocast
 from nl_kernels.memory_rule import MemoryRule
-from nl_kernels.ops.self_modifying import launch
 from nl_kernels.ops.self_modifying.launch import (
     Options,
     StepInputs,
@@ -26,13 +26,11 @@ from nl_kernels.ops.self_modifying.rows import (
     collect_output,
     collect_state,
     place_tokens,
-    stack_rows,
 )
 from nl_kernels.ops.self_modifying.state import (
     MemoryStack,
     SelfModifyingState,
     SelfModifyingWeights,
-    map_stack,
 )
 from nl_kernels.triton_support.targets import architecture_of
 
@@ -143,17 +141,7 @@ def self_modifying_memory_triton(
         *(ABSENT if at_boundary else state.snapshot),
     ]
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    architecture = architecture_of(query.device)
-    hidden = None if state.running.first is None else state.running.last.shape[-1]
-    regime = launch.regime_of(width=query.shape[-1], hidden=hidden, chunk=chunk, architecture=architecture)
-    note_kernels("self_modifying_memory", regime)
-    interval = checkpoint_interval(
-        -(-slots // chunk),
-        checkpoint_every,
-        period // chunk,
-        tiled=regime == "tiled",
-        numbers=sum(x.numel() for x in state.running if x is not None),
-    )
+    interval = checkpoint_interval(-(-slots // chunk), checkpoint_every, period // chunk)
     options = Options.of(
         rule,
         read=read,
@@ -161,10 +149,9 @@ def self_modifying_memory_triton(
         generator_chunk_size=generator_chunk_size,
         truncate=0 if truncate_every is None else chunk * truncate_every,
         checkpoint_every=interval if needs_grad else 0,
-        precision=launch.precision_for(dtype, regime, architecture),
+        precision=precision_of(dtype, architecture_of(query.device)),
         offset=offset,
         slots=slots,
-        regime=regime,
     )
     o, made = apply(*tensors, options=options)
     stacks = (MemoryStack(*made[i : i + 3]) for i in (0, 3, 6))
@@ -263,25 +250,21 @@ def _present(results, like: torch.Tensor):
 
 @torch.library.impl(_FORWARD, "CompositeExplicitAutograd")
 def _forward(*args):
+    from nl_kernels.ops.self_modifying.triton_forward import self_modifying_forward
+
     count = _TENSORS + 12
     tensors, options = args[:count], Options(*args[count:])
-    if options.regime == "tiled":
-        from nl_kernels.ops.self_modifying.triton_tiled_forward import self_modifying_forward
-    else:
-        from nl_kernels.ops.self_modifying.triton_forward import self_modifying_forward
     with without_autocast(tensors[0].device.type):
         return _present(self_modifying_forward(*tensors, options=options), tensors[0])
 
 
 @torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
 def _backward(grad_o, *args):
+    from nl_kernels.ops.self_modifying.triton_backward import self_modifying_backward
+
     cotangents, args = args[:9], args[9:]
     count = _TENSORS + 12 + 6
     tensors, options = list(args[:count]), Options(*args[count:])
-    if options.regime == "tiled":
-        from nl_kernels.ops.self_modifying.triton_tiled_backward import self_modifying_backward
-    else:
-        from nl_kernels.ops.self_modifying.triton_backward import self_modifying_backward
     tensors[-6:] = (None if x.numel() == 0 else x for x in tensors[-6:])
     with without_autocast(grad_o.device.type):
         return _present(self_modifying_backward(grad_o, cotangents, *tensors, options=options), grad_o)
@@ -296,12 +279,8 @@ def _(*args):
     kept = [None] * 6
     if options.checkpoint_every:
         slots = -(-options.chunks // options.checkpoint_every)
-        rows = [MemoryStack(*running), MemoryStack(*velocity)]
-        if options.regime == "tiled":
-            rows = map(stack_rows, rows)
-        else:
-            rows = (map_stack(lambda x: x.flatten(0, 1), stack) for stack in rows)
-        kept = [None if x is None else x.new_empty((len(x), slots, *x.shape[1:])) for y in rows for x in y]
+        rows = (None if x is None else x.flatten(0, 1) for x in (*running, *velocity))
+        kept = [None if x is None else x.new_empty((len(x), slots, *x.shape[1:])) for x in rows]
     return _present((query.new_empty(query.shape), *made, *kept), query)
 
 

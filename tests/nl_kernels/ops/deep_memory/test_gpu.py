@@ -62,54 +62,6 @@ def test_error_budget(dtype, rule, read, width, hidden, chunk):
         assert_within_budget(actual, eager[index], expected[index], name=f"tensor {index}", factor=factor)
 
 
-# One row and many; the last with products of many tiles and a solve of 32 blocks.
-TILED = {
-    "wide hidden layer": (MemoryRule(), "running", 64, 256, 64, 2, 4, 400),
-    "wide": (MemoryRule(), "snapshot", 128, 512, 64, 1, 2, 300),
-    "literal": (MemoryRule.literal(), "snapshot", 128, 128, 64, 1, 1, 150),
-    "linear": (MemoryRule(), "running", 128, None, 128, 2, 2, 300),
-    "large chunks": (MemoryRule(), "running", 512, 1536, 2048, 1, 1, 3000),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    ("rule", "read", "width", "hidden", "chunk", "batch", "heads", "length"), TILED.values(), ids=TILED
-)
-def test_error_budget_of_tiled_kernels(dtype, rule, read, width, hidden, chunk, batch, heads, length):
-    x = deep_memory_inputs(batch, length, heads, width, hidden, outer_scale=0.1, dtype=dtype)
-    with torch.no_grad():
-        x["rate"] *= 0.2
-    options = {"rule": rule, "read": read, "chunk_size": chunk}
-    expected = results_and_gradients(x, torch.float64, impl="eager", **options)
-    with RoundedProducts(dtype):
-        eager = results_and_gradients(x, impl="eager", **options)
-    factor = 8.0 if dtype == torch.float32 else 4.0
-    for index, actual in enumerate(results_and_gradients(x, impl="triton", **options)):
-        assert_within_budget(actual, eager[index], expected[index], name=f"tensor {index}", factor=factor)
-
-
-def test_tiled_kernels_are_deterministic():
-    x = deep_memory_inputs(2, 600, 2, 128, 512, dtype=torch.bfloat16)
-    first = results_and_gradients(x, chunk_size=256, read="running", impl="triton")
-    second = results_and_gradients(x, chunk_size=256, read="running", impl="triton")
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
-
-
-def test_memory_ceiling_of_tiled_kernels():
-    """States kept, and the buffers of one chunk: the rest is linear in the tokens."""
-    from nl_kernels.ops.deep_memory.launch import KEPT_BYTES
-
-    heads, width, hidden, chunk = 4, 128, 512, 256
-    x = to(deep_memory_inputs(2, 4096, heads, width, hidden, dtype=torch.bfloat16))
-    given = sum(t.nbytes for t in tensors_of(x))
-    one_chunk = 4 * 2 * heads * chunk * (24 * hidden + 12 * width + 8 * chunk)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    deep_memory(**x, chunk_size=chunk, read="running", impl="triton")[0].sum().backward()
-    assert torch.cuda.max_memory_allocated() - before < 14 * given + KEPT_BYTES + one_chunk
-
-
 def test_the_default_is_triton_where_it_serves(caplog):
     dispatch._say_once.cache_clear()
     x = to(deep_memory_inputs(1, 20, 1, 64, 64))

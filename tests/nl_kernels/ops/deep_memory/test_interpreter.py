@@ -260,9 +260,13 @@ def test_every_element_is_written_and_nothing_else(momentum):
 
 def test_refuses_what_the_kernels_do_not_serve():
     cases = {
-        "chunks from 16 to 4096, got 4": (inputs(2, width=129), {}),
-        "chunks from 16 to 4096, got 5000": (inputs(2), {"chunk_size": 5000}),
-        "hidden layers up to 4096 wide, got 5000": (inputs(2, hidden=5000), {"chunk_size": 64}),
+        "q, k: on sm_90 with chunks of 4 .* heads up to 128 wide, got 129": (inputs(2, width=129), {}),
+        "v: on sm_90 with chunks of 17 .* heads up to 64 wide, got 65": (
+            inputs(2, value_width=65),
+            {"chunk_size": 17},
+        ),
+        "weights: .* hidden layers up to 128 wide, got 129": (inputs(2, hidden=129), {}),
+        "chunk_size: on sm_90 .* chunks up to 64, got 65": (inputs(2), {"chunk_size": 65}),
         "rule.erase='none' alone": (inputs(2, momentum=True), {}),
         "got float64": (inputs(2, dtype=torch.float64), {}),
     }

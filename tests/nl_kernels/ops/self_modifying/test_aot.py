@@ -1,7 +1,9 @@
 """The chunked kernels compile for GPUs that are not here, within what those GPUs have."""
 
 import pytest
+import torch
 
+from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.self_modifying import launch
 from nl_kernels.ops.self_modifying.catalogue import catalogue
 from nl_kernels.triton_support.ahead_of_time import compile_call
@@ -10,7 +12,7 @@ from nl_kernels.triton_support.targets import TARGETS
 
 pytestmark = pytest.mark.aot
 
-ROW_KERNELS = {"linear_forward", "linear_backward", "two_layer_forward", "two_layer_backward"}
+KERNELS = {"linear_forward", "linear_backward", "two_layer_forward", "two_layer_backward"}
 
 
 def compiled(architecture, kernel, variant):
@@ -52,8 +54,8 @@ def test_two_layers_on_hopper():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", TARGETS)
-def test_every_row_kernel_fits_its_architecture(architecture):
-    entries = [e for e in catalogue(architecture) if e.kernel in ROW_KERNELS]
+def test_every_kernel_fits_its_architecture(architecture):
+    entries = [e for e in catalogue(architecture) if e.kernel in KERNELS]
     assert len(entries) >= 4
     for entry in entries:
         within_limits(architecture, entry)
@@ -61,8 +63,7 @@ def test_every_row_kernel_fits_its_architecture(architecture):
 
 def test_catalogue_has_every_kernel_rule_and_read():
     entries = [e for e in catalogue("sm_90") if e.kernel != "step"]
-    tiled = {"product", "solve", "generate_rows", "gate_coefficients", "gates_adjoint", "signal_adjoint"}
-    assert {e.kernel for e in entries} >= ROW_KERNELS | tiled
+    assert {e.kernel for e in entries} == KERNELS
     words = {word for e in entries for word in e.variant.split()}
     assert words >= {"bfloat16", "float32", "default", "literal", "titans", "gelu", "snapshot", "running"}
 
@@ -78,6 +79,7 @@ def test_limits_are_a_table_of_powers_of_two(architecture):
         ]
         assert widest == sorted(widest, reverse=True)
         assert all(width & (width - 1) == 0 for width in widest)
-        hidden = None if linear else 17
-        assert launch.regime_of(width=16, hidden=hidden, chunk=1, architecture=architecture) == "row"
-        assert launch.regime_of(width=129, hidden=hidden, chunk=1, architecture=architecture) == "tiled"
+        call = {"rule": MemoryRule(), "dtype": torch.float32, "hidden": None if linear else 17, "chunk": 1}
+        call |= {"momentum": False, "detach_targets": True, "architecture": architecture}
+        assert launch.why_not(**call, width=16) is None
+        assert "up to" in launch.why_not(**call, width=129)

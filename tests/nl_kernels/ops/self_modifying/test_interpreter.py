@@ -222,9 +222,13 @@ def test_16_bit_inputs():
             "momentum='sum' alone, got 'average'; use impl='eager'",
         ),
         ({"detach_targets": False}, "constant targets alone"),
-        ({"chunk_size": 4097}, "chunks up to 4096, got 4097"),
-        (make(2, 65), "two-layer memories up to 64 wide, got 65; use impl='eager', or chunks of 16 and more"),
-        ({**make(2, 4097, width=3), "chunk_size": 16}, "up to 4096 wide, got 4097"),
+        ({"chunk_size": 33}, "of linear memories take chunks up to 32, got 33; use impl='eager'"),
+        ({**make(2, 5), "chunk_size": 17}, "of two-layer memories take chunks up to 16, got 17"),
+        (make(2, 65), "chunks of 4 .* of two-layer memories up to 64 wide, got 65; use impl='eager'"),
+        (
+            {**make(2, None, width=65), "chunk_size": 17},
+            "with chunks of 17 .* of linear memories up to 64 wide, got 65",
+        ),
     ],
 )
 def test_refuses_what_the_kernels_do_not_cover(change, message):
@@ -260,7 +264,7 @@ def operator_arguments(hidden, *, momentum=False, length=7):
     options = launch.Options(
         *(rule.activation, rule.normalize_hidden, rule.residual, rule.projection_residual),
         *(rule.target_residual, rule.erase, rule.proximal, 1.0, "running", chunk, chunk, 0, 1, "tf32x3"),
-        *(0, length, "row"),
+        *(0, length),
     )
     return tensors, options
 
