@@ -24,6 +24,7 @@ from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory, deep_memory
 from nl_kernels.testing import deep_memory_inputs, tensors_of
 
 EAGER_LIMIT = 8192  # beyond, its loop over chunks takes seconds for the launches of its kernels alone
+KERNEL_CHUNK = 16  # the cases with larger ones are too large for the kernels, so that their default is eager
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def op_inputs(case: Case, device: torch.device) -> dict[str, object]:
 
 
 def op_providers(case: Case, device: torch.device) -> Factories:
-    """The op itself, no projections: the kernels, and where its loop over chunks is short, eager."""
+    """The op itself, no projections: the default, and beside kernels eager where its loop is short."""
 
     def ours(impl: str | None, role: str) -> Provider:
         inputs = op_inputs(case, device)
@@ -249,7 +250,7 @@ def op_providers(case: Case, device: torch.device) -> Factories:
         return Provider(run, role=role, comparable=True)
 
     factories = {"nl_kernels": lambda: ours(None, "ours")}
-    if case.shape["T"] <= EAGER_LIMIT:
+    if case.shape["T"] <= EAGER_LIMIT and case.shape["C"] <= KERNEL_CHUNK:
         factories["nl_kernels eager"] = lambda: ours("eager", "variant")
     return factories
 
@@ -273,7 +274,7 @@ def op_work(sizes: dict[str, int], passes: int) -> Work:
 
 
 def op_case(mode: str, *, quick: bool = False, **sizes: int) -> Case:
-    """One case of the op itself on CUDA, in bf16."""
+    """One case of the op itself on CUDA, in bf16; chunks beyond ``KERNEL_CHUNK`` run eager."""
     return Case(
         op="deep_memory",
         name="two-layer memory" if sizes["h"] else "linear memory",

@@ -30,6 +30,7 @@ from nl_kernels.ops.self_modifying import (
 from nl_kernels.testing import self_modifying_inputs, tensors_of
 
 EAGER_LIMIT = 8192  # beyond, its loop over chunks takes seconds for the launches of its kernels alone
+KERNEL_CHUNK = 16  # the cases with larger ones are too large for the kernels, so that their default is eager
 WINDOW = 4
 # By name of the case: the read, and whether the memories are linear (h = 0), as Hope's are by default.
 READS = {
@@ -195,7 +196,7 @@ def op_inputs(case: Case, device: torch.device) -> dict[str, object]:
 
 
 def op_providers(case: Case, device: torch.device) -> Factories:
-    """The op itself, no projections: the kernels, and where its loop over chunks is short, eager."""
+    """The op itself, no projections: the default, and beside kernels eager where its loop is short."""
 
     def ours(impl: str | None, role: str) -> Provider:
         inputs = op_inputs(case, device)
@@ -213,7 +214,7 @@ def op_providers(case: Case, device: torch.device) -> Factories:
         return Provider(run, role=role, comparable=True)
 
     factories = {"nl_kernels": lambda: ours(None, "ours")}
-    if case.shape["T"] <= EAGER_LIMIT:
+    if case.shape["T"] <= EAGER_LIMIT and case.shape["C"] <= KERNEL_CHUNK:
         factories["nl_kernels eager"] = lambda: ours("eager", "variant")
     return factories
 
@@ -243,7 +244,7 @@ def op_work(sizes: dict[str, int], passes: int) -> Work:
 
 
 def op_case(mode: str, *, quick: bool = False, **sizes: int) -> Case:
-    """One case of the op itself on CUDA, in bf16."""
+    """One case of the op itself on CUDA, in bf16; chunks beyond ``KERNEL_CHUNK`` run eager."""
     return Case(
         op="self_modifying",
         name="two-layer memories" if sizes["h"] else "linear memories",

@@ -1,7 +1,10 @@
 """The kernels compile for GPUs that are not here, within what those GPUs have."""
 
 import pytest
+import torch
 
+from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.ops.deep_memory import launch
 from nl_kernels.ops.deep_memory.catalogue import catalogue
 from nl_kernels.triton_support.ahead_of_time import compile_call
 from nl_kernels.triton_support.resources import resources_of
@@ -83,6 +86,25 @@ def test_catalogue_has_every_kernel_and_every_rule_and_read():
     assert {e.kernel for e in entries} == kernels
     words = {word for e in entries for word in e.variant.split()}
     assert words >= {"bfloat16", "float32", "default", "literal", "titans", "gelu", "snapshot", "running"}
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_what_is_too_large_is_refused_with_the_limit(architecture):
+    call = {"rule": MemoryRule(), "has_momentum": False, "dtype": torch.float32, "architecture": architecture}
+    sizes = {"key_dim": 16, "value_dim": 16, "hidden": 16, "chunk_size": 16}
+    longest = 64 if launch.widest(64, architecture) else 16
+    refused = launch.unsupported(**call, **{**sizes, "chunk_size": 1000})
+    assert (
+        refused == f"chunk_size: on {architecture} the Triton kernels take chunks up to {longest}, got 1000"
+    )
+    for chunk in (16, longest):
+        limit = launch.widest(chunk, architecture)
+        for name, argument in (("key_dim", "q, k"), ("value_dim", "v"), ("hidden", "weights")):
+            fits = {**sizes, "chunk_size": chunk, name: limit}
+            assert launch.unsupported(**call, **fits) is None
+            refused = launch.unsupported(**call, **{**fits, name: limit + 1})
+            assert refused.startswith(f"{argument}: on {architecture} with chunks of {chunk} ")
+            assert refused.endswith(f"up to {limit} wide, got {limit + 1}")
 
 
 @pytest.mark.slow
