@@ -1,7 +1,7 @@
 """One layer of a memory over one chunk, as Triton functions on tiles in registers.
 
 The formulas of :mod:`nl_kernels.delta_chunk`, :mod:`nl_kernels.delta_adjoint` and
-:mod:`nl_kernels.hidden_layer`, under the same names; ``forward`` computes, ``adjoint`` takes derivatives.
+:mod:`nl_kernels.memory.hidden`, under the same names; ``forward`` computes, ``adjoint`` takes derivatives.
 The kernels of several ops are built on them.
 
 Conventions. A tile of tokens is [C, width], one number a token is [C], a state is [out, in]; all are fp32.

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from nl_kernels.chunk_alignment import ChunkGrid
 from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.chunk_kernels.step_launch import together
-from nl_kernels.chunk_recompute import State
 from nl_kernels.dispatch import without_autocast
+from nl_kernels.memory.loop import State
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory.launch import Inputs, Options, Results, StepInputs
 from nl_kernels.ops.deep_memory.rows import run_on_rows

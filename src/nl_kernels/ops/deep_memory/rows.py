@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
-from nl_kernels.chunk_recompute import State
+from nl_kernels.memory.loop import State
 from nl_kernels.memory_rule import DeepMemoryWeights
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
 

@@ -43,6 +43,7 @@ from nl_kernels.zero_gradients import with_zero_gradients
 
 READS = ("snapshot", "running")
 _DEFAULT_RULE = MemoryRule()
+_LEARNING_TARGETS = "the token loop alone has targets that learn; use impl='reference' or None"
 
 
 def self_modifying_memory(
@@ -162,6 +163,10 @@ def self_modifying_memory(
     if impl == "triton" and uncovered is not None:
         raise NotImplementedError(uncovered)
     available = ("eager", "reference") if uncovered is not None else ("triton", "eager", "reference")
+    if not detach_targets:
+        if impl == "eager":
+            raise NotImplementedError(f"detach_targets=False: {_LEARNING_TARGETS}")
+        available = ("reference",)
     chosen = choose_implementation("self_modifying_memory", impl, query.device, available)
 
     inputs = [None if x is None else x.to(dtype) for x in tensors]
@@ -219,7 +224,7 @@ def self_modifying_memory(
             )
         else:
             o, final = self_modifying_memory_eager(
-                *inputs, anchor, state, **options, **chunked, detach_targets=detach_targets
+                *inputs, anchor, state, **options, **chunked
             )
     if alignment is not None:
         o = alignment.scatter(o, 1, length)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from nl_kernels.hidden_layer import Activated, activated, error_signal, length_factor
+from nl_kernels.memory.hidden import Activated, activated, error_signal, length_factor
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule, l2_normalize
-from nl_kernels.one_token import Gates, advance, where_met, write_token
+from nl_kernels.memory.step import Gates, advance, where_met, write_token
 from nl_kernels.ops.self_modifying.state import (
     MemoryStack,
     SelfModifyingState,

@@ -1,7 +1,7 @@
 """The hidden layer ``n(σ(z))`` of a memory, the error signal that flows back through it, and their adjoints.
 
-The forward functions are differentiable. The adjoints are the same derivatives written out, for code that
-does without autograd: they take few passes, and none keeps what another has.
+None of these is differentiable by autograd: the adjoints are the derivatives written out. They take few passes, and
+none keeps what another has.
 """
 
 from __future__ import annotations
@@ -11,32 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.memory_rule import MemoryRule, activate, bound_length, inverse_norm
-
-
-class Hidden(NamedTuple):
-    """A hidden layer [.., h]: its value, the slope σ'(z), and 1/‖σ(z)‖ [.., 1] when it is normalised."""
-
-    value: torch.Tensor
-    slope: torch.Tensor
-    scale: torch.Tensor | None
-
-
-def hidden_layer(z: torch.Tensor, rule: MemoryRule) -> Hidden:
-    """``n(σ(z))`` with what its derivative needs."""
-    value, slope = activate(z, rule.activation)
-    if not rule.normalize_hidden:
-        return Hidden(value, slope, None)
-    scale = inverse_norm(value)
-    return Hidden(value * scale, slope, scale)
-
-
-def hidden_gradient(back: torch.Tensor, hidden: Hidden, rule: MemoryRule) -> torch.Tensor:
-    """The error signal at z, bounded, from ``back``, the one at ``n(σ(z))``."""
-    value, slope, scale = hidden
-    if scale is not None:
-        back = scale * (back - value * (value * back).sum(-1, keepdim=True))
-    return bound_length(back * slope, rule.error_bound)
+from nl_kernels.memory_rule import MemoryRule, activate, inverse_norm
 
 
 class Activated(NamedTuple):
@@ -114,7 +89,7 @@ class Signal(NamedTuple):
 
 
 def error_signal(back: torch.Tensor, hidden: Activated, rule: MemoryRule) -> Signal:
-    """As :func:`hidden_gradient`, with what the adjoint needs; not differentiable by autograd."""
+    """The error signal at z, bounded, from ``back``, the one at ``n(σ(z))``."""
     value, slope, _, scale = hidden
     along, tangent = None, back
     if scale is not None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.hidden_layer import row_dot
+from nl_kernels.memory.hidden import row_dot
 from nl_kernels.memory_rule import MemoryRule
 
 Met = bool | torch.Tensor

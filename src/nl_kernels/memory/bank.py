@@ -1,0 +1,152 @@
+"""A bank: the memories of one head, and how the memories of N banks lie in tensors.
+
+``deep_memory`` has a bank of one memory, which is given its targets. ``self_modifying_memory`` has a bank of five:
+the memory that is read, those that make keys and values (the projections are these three), and those that make
+rates and retentions (the gates). All memories of a bank learn the same keys at the same rates and retentions.
+
+With M memories, of which m are projections, and N = sequences × heads, the memory axis comes first: a layer of
+all memories is [M · N, out, in]. The memory that is read is the first one. Linear memories take in the same keys,
+so that a bank of them is a single layer whose outputs are those of all memories, one below the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+Met = bool | torch.Tensor
+"""Where a boundary is met: everywhere, nowhere, or a bool tensor that broadcasts."""
+
+Bank = tuple[torch.Tensor, ...]
+"""The layers of N banks: weights, changes, velocities, or adjoints of them. Empty where there is none.
+
+Two-layer memories have their first layers [M · N, h, D], the last layers of the projections [m · N, Dv, h], and
+those of the gates [2 · N, 1, h], if there are gates. Linear ones have one layer, [N, outputs, D].
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What the memories of N banks are.
+
+    Attributes:
+        banks: N.
+        width: outputs of a projection.
+        self_made: a bank of five that makes its targets itself; otherwise of one that is given them.
+        linear: memories of one layer.
+    """
+
+    banks: int
+    width: int
+    self_made: bool
+    linear: bool
+
+    @functools.cached_property
+    def projections(self) -> int:
+        return 3 if self.self_made else 1
+
+    @functools.cached_property
+    def memories(self) -> int:
+        return 5 if self.self_made else 1
+
+    @functools.cached_property
+    def layers(self) -> int:
+        """Layers of a bank."""
+        return 1 if self.linear else 3 if self.self_made else 2
+
+    @functools.cached_property
+    def read_layers(self) -> int:
+        """Layers of the memory that is read; they come first."""
+        return 1 if self.linear else 2
+
+    @functools.cached_property
+    def batched(self) -> bool:
+        """Whether several memories lie along the batch."""
+        return self.self_made and not self.linear
+
+    def lasts(self, bank: Bank) -> Bank:
+        """The last layers."""
+        return bank if self.linear else bank[1:]
+
+    def each(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, ..] for every memory that lies along the batch."""
+        return torch.cat([x] * self.memories) if self.batched else x  # a fifth of the time of ``repeat``
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """[m · N, ..] summed over memories, [N, ..]."""
+        return x if len(x) == self.banks else x.view(-1, self.banks, *x.shape[1:]).sum(0)
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[M · N, ..] as the parts that belong to each of :meth:`lasts`."""
+        return x.split((3 * self.banks, 2 * self.banks)) if self.batched else (x,)
+
+    def read_weights(self, weights: torch.Tensor) -> torch.Tensor:
+        """Of a layer [.., out, in] the part of the memory that is read."""
+        if not self.self_made:
+            return weights
+        return weights[:, : self.width] if self.linear else weights[: self.banks]
+
+    def read_outputs(self, y: torch.Tensor | None) -> torch.Tensor | None:
+        """Of a layer's outputs [.., c, out] the part of the memory that is read."""
+        if not self.self_made or y is None:
+            return y
+        return y[..., : self.width] if self.linear else y[: self.banks]
+
+    def read_inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """Of a layer's inputs [.., c, in] the part of the memory that is read."""
+        return x[: self.banks] if self.batched else x
+
+    def by_projection(self, outputs: list[torch.Tensor]) -> torch.Tensor:
+        """Outputs of the last layers, those of the projections [m, N, c, Dv], a view."""
+        wide = outputs[0]
+        if self.linear and self.self_made:
+            return wide[..., : 3 * self.width].unflatten(-1, (3, self.width)).permute(2, 0, 1, 3)
+        return wide.view(self.projections, self.banks, *wide.shape[1:])
+
+    def gates(self, outputs: list[torch.Tensor]) -> torch.Tensor | None:
+        """Outputs of the last layers, those of the gates, a view; ``None`` if there are none."""
+        if not self.self_made:
+            return None
+        return outputs[0][..., 3 * self.width :] if self.linear else outputs[1]
+
+    def met(self, read: Met, others: Met, device: torch.device) -> list[Met]:
+        """By layer, where a boundary is met that two clocks meet as given ([N] or a bool)."""
+        if isinstance(read, bool) and read is others:
+            return [read] * self.layers
+        if not self.self_made:
+            return [read if isinstance(read, bool) else read[:, None, None]] * self.layers
+        read, others = (
+            torch.as_tensor(met, device=device).reshape(-1, 1, 1).expand(self.banks, 1, 1)
+            for met in (read, others)
+        )
+        if self.linear:
+            outputs = torch.arange(3 * self.width + 2, device=device)[None, :, None]
+            return [torch.where(outputs < self.width, read, others)]
+        met = torch.cat([read, *[others] * 4])
+        return [met, *self.split(met)]
+
+
+def take_snapshot(
+    met: Met, after: torch.Tensor, before: torch.Tensor, snapshot: torch.Tensor | None
+) -> torch.Tensor:
+    """The snapshot after a chunk, from the weights after and before it and the snapshot that it had.
+
+    A snapshot of ``None`` equals the running weights.
+    """
+    old = before if snapshot is None else snapshot
+    return old if met is False else torch.where(met, after, old)
+
+
+def snapshot_adjoint(
+    met: Met, d_after: torch.Tensor | None, d_snapshot: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Adjoints of the weights after a chunk and of the snapshot it had, from those of both after it.
+
+    ``None`` is zero.
+    """
+    if d_snapshot is None or isinstance(met, bool):
+        return d_after, d_snapshot  # where met everywhere there is no snapshot, nor its adjoint
+    taken = d_snapshot.where(met, 0)
+    return taken if d_after is None else d_after + taken, d_snapshot.masked_fill(met, 0)

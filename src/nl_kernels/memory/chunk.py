@@ -1,0 +1,318 @@
+"""A bank of memories learns one chunk of tokens and is read.
+
+``prepare`` has what depends on tokens alone and takes several chunks at once; ``learn`` is one chunk. Shapes as in :mod:`nl_kernels.memory.bank`; N = sequences × heads, c tokens in a chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import torch
+
+from nl_kernels.memory.bank import Bank, Layout
+from nl_kernels.memory.decays import Coefficients, Spread, chunk_coefficients
+from nl_kernels.memory.hidden import Activated, Signal, activated, error_signal, length_factor
+from nl_kernels.memory.layer import (
+    Erase,
+    LayerInput,
+    Read,
+    Write,
+    erase_matrices,
+    proximal_rate,
+    read,
+    write,
+)
+from nl_kernels.memory_rule import MemoryRule
+
+
+class Tokens(NamedTuple):
+    """What the tokens of a chunk say: [N, c, ·], or [N, n, c, ·] of n chunks; ``None`` where there is none.
+
+    Attributes:
+        query, k: [.., c, D]. v: [.., c, Dv], the targets, or what self-made ones are made of.
+        rate, log_decay, momentum: [.., c, 1].
+        applied: [.., c, 1], 0 in places that hold no token.
+    """
+
+    query: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    rate: torch.Tensor
+    log_decay: torch.Tensor
+    momentum: torch.Tensor | None
+    applied: torch.Tensor | None
+
+
+class Prepared(NamedTuple):
+    """What depends on no state: [N, c, ·], or [N, n, c, ·] of n chunks.
+
+    ``rate`` is η as given, ``first_rate`` that of layers which take in the keys; ``gram`` and ``erase`` are theirs.
+    ``share``: what momentum leaves of a write.
+    """
+
+    coefficients: Coefficients
+    rate: torch.Tensor
+    first_rate: torch.Tensor
+    gram: torch.Tensor | None
+    erase: Erase | None
+    share: torch.Tensor | None
+
+
+def prepare(rule: MemoryRule, tokens: Tokens) -> Prepared:
+    """What depends on tokens alone, of one chunk or of several."""
+    _, k, _, rate, log_decay, momentum, applied = tokens
+    if applied is not None:
+        rate, log_decay = rate * applied, log_decay.masked_fill(applied == 0, 0)
+        momentum = None if momentum is None else momentum.where(applied != 0, 1)
+    flat = (None if x is None else x[..., 0] for x in (log_decay, momentum, applied))
+    coefficients = chunk_coefficients(*flat)
+    first_rate, gram, erase = rate, None, None
+    if rule.erases(True):
+        first_rate = proximal_rate(rate, k) if rule.proximal else rate
+        gram = k @ k.mT
+        erased = gram if momentum is None else gram.clone()
+        erase = erase_matrices(erased, first_rate, coefficients.decay.strict)
+    gram = None if momentum is None else gram
+    return Prepared(coefficients, rate, first_rate, gram, erase, rule.share(momentum))
+
+
+class Learned(NamedTuple):
+    """What :func:`learn` computed and its adjoint needs.
+
+    Attributes:
+        x: what the first layers are applied to (:meth:`BankRule.inputs`); of linear ones that make their targets
+            the difference of keys and values.
+        hidden: the hidden layers there.
+        features: what the last layers made the errors of [.., c, in].
+        errors: by last layer; ``factor`` scaled them to their bound.
+        signal: of the hidden layers.
+        layers, writes: by layer, what it took in and wrote.
+        probe: the hidden layer of the read.
+        reads: by layer, of running reads.
+    """
+
+    x: torch.Tensor
+    hidden: Activated | None
+    features: torch.Tensor
+    errors: list[torch.Tensor]
+    factor: torch.Tensor | None
+    signal: Signal | None
+    layers: list[LayerInput]
+    writes: tuple[Write, ...]
+    probe: Activated | None
+    reads: list[Read]
+
+
+@dataclasses.dataclass(frozen=True)
+class BankRule:
+    """How the memories of a bank are applied, written and read."""
+
+    rule: MemoryRule
+    read: str
+    layout: Layout
+
+    @functools.cached_property
+    def residuals(self) -> slice | None:
+        """The projections that add their input."""
+        rule, count = self.rule, self.layout.projections
+        start, stop = 0 if rule.residual else 1, count if rule.projection_residual else int(rule.residual)
+        return slice(start, stop) if start < stop else None
+
+    @functools.cached_property
+    def reads_inputs(self) -> bool:
+        """Whether reads are at the snapshot and go through the same products as the keys."""
+        return self.read == "snapshot" and not self.layout.self_made
+
+    def inputs(self, tokens: Tokens) -> torch.Tensor:
+        """What the first layers are applied to at the snapshot: keys, then what targets are made of or queries."""
+        if self.layout.self_made:
+            return self.layout.each(torch.cat([tokens.k, tokens.v], 1))
+        return torch.cat([tokens.k, tokens.query], 1) if self.reads_inputs else tokens.k
+
+    def curved(self, size: int) -> bool | slice:
+        """Of which of these the adjoint needs the hidden layer's curvature."""
+        return self.layout.self_made or slice(None, size)
+
+    @functools.cached_property
+    def targets_add_value(self) -> bool:
+        """Whether a projection's target has v itself; the target is v where it is given."""
+        return self.rule.target_residual or not self.layout.self_made
+
+
+def learn(
+    bank: BankRule,
+    tokens: Tokens,
+    prepared: Prepared,
+    base: Bank,
+    running: Bank,
+    velocity: Bank,
+    anchor: Bank,
+    keep: bool,
+) -> tuple[torch.Tensor, Bank, Bank, Learned | None]:
+    """One chunk: reads [N, c, Dv], weights and velocities after it, and with ``keep`` what the adjoint needs.
+
+    Args:
+        base: the snapshot's weights, with the anchor.
+        running, velocity: before the chunk; ``velocity`` is absent without momentum.
+        anchor: absent for a rule that is not anchored.
+    """
+    rule, layout = bank.rule, bank.layout
+    k, v, size = tokens.k, tokens.v, tokens.k.shape[1]
+    # Errors at the snapshot, and what of them reaches the hidden layers.
+    hidden = signal = None
+    if layout.linear and layout.self_made:
+        x = features = k - v
+    else:
+        x = features = bank.inputs(tokens)
+    if not layout.linear:
+        hidden = activated(torch.bmm(x, base[0].mT), rule, curved=keep and bank.curved(size))
+        features = hidden.value
+        if layout.self_made:
+            features = features[:, :size] - features[:, size:]
+    lasts = layout.lasts(base)
+    outputs = [torch.bmm(part, w.mT) for part, w in zip(layout.split(features), lasts)]
+    errors = [y[:, :size] for y in outputs]
+    factor = _finish_errors(bank, errors, k, v)
+    keys = None if hidden is None else hidden.rows(slice(None, size))
+    if hidden is not None:
+        signal = error_signal(_back(errors, lasts), keys, rule)
+
+    layers = _layer_inputs(bank, tokens, prepared, k if layout.linear else x[:, :size], keys, errors, signal)
+    velocities = velocity or (None,) * len(layers)
+    after, velocity_after, writes = zip(*map(write, running, velocities, layers))
+    if bank.reads_inputs:
+        o, probe, reads = outputs[0][:, size:], None, []
+    elif bank.read == "running":
+        parts = read_layers(bank, running, velocity, anchor, layers, writes)
+        o, probe, reads = _running_read(bank, tokens.query, parts, prepared.coefficients, keep)
+    else:
+        o, probe = _snapshot_read(bank, tokens.query, base, keep)
+        reads = []
+    if rule.residual:
+        o = o + tokens.query
+    learned = None
+    if keep:
+        learned = Learned(x, hidden, features, errors, factor, signal, layers, writes, probe, reads)
+    return o, after, velocity_after if velocity else (), learned
+
+
+def _finish_errors(bank: BankRule, errors: list[torch.Tensor], k, v) -> torch.Tensor | None:
+    """Targets and residuals into the errors, and the bound; in place. What scaled the projections' [m, N, c, 1]."""
+    by_projection, gates = bank.layout.by_projection(errors), bank.layout.gates(errors)
+    if bank.targets_add_value:
+        by_projection -= v
+    if bank.residuals is not None:
+        by_projection[bank.residuals] += k
+    bound = bank.rule.error_bound
+    factor = length_factor(by_projection, bound)
+    if factor is not None:
+        by_projection *= factor
+        if gates is not None:
+            gates.clamp_(-bound, bound)  # the length of one number is its absolute value
+    return factor
+
+
+def _back(errors: list[torch.Tensor], lasts: Bank) -> torch.Tensor:
+    """Errors [.., c, out] through the last layers, for all memories [M · N, c, h]."""
+    parts = [e * w if w.shape[1] == 1 else torch.bmm(e, w) for e, w in zip(errors, lasts)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _layer_inputs(bank: BankRule, tokens: Tokens, prepared: Prepared, x, keys, errors, signal):
+    """What each layer takes in."""
+    rule, layout = bank.rule, bank.layout
+    if layout.linear:
+        coefficients, rate, share = prepared.coefficients, prepared.first_rate, prepared.share
+        return [LayerInput(x, errors[0], rate, coefficients, prepared.erase, prepared.gram, share)]
+    each = layout.each
+    coefficients = prepared.coefficients
+    if layout.memories > 1:
+        coefficients = _each_coefficients(layout, coefficients)
+    share = None if prepared.share is None else each(prepared.share)
+    gram = None if prepared.gram is None else each(prepared.gram)
+    erase = None if prepared.erase is None else Erase(*map(each, prepared.erase))
+    rate = each(prepared.rate)
+    first_rate = rate if prepared.first_rate is prepared.rate else each(prepared.first_rate)
+    first = LayerInput(x, signal.value, first_rate, coefficients, erase, gram, share)
+
+    gram = erase = None
+    if rule.erases(False):
+        rate = proximal_rate(rate, keys.value) if rule.proximal else rate
+        gram = torch.bmm(keys.value, keys.value.mT)
+        erased = gram if tokens.momentum is None else gram.clone()
+        erase = erase_matrices(erased, rate, each(prepared.coefficients.decay.strict))
+        gram = None if tokens.momentum is None else gram
+    whole = LayerInput(keys.value, None, rate, coefficients, erase, gram, share)
+    return [first, *(part._replace(signal=e) for part, e in zip(_split_input(layout, whole), errors))]
+
+
+def _each_coefficients(layout: Layout, coefficients: Coefficients) -> Coefficients:
+    """For every memory; without momentum only the parts with one value a token, which alone are used."""
+    if coefficients.mixed is not None:
+        return coefficients.map(layout.each)
+    decay = coefficients.decay
+    once = {"before": decay.before, "to_end": decay.to_end, "final": decay.final}
+    return Coefficients(
+        Spread(*(layout.each(once[name]) if name in once else None for name in Spread._fields)), None, None
+    )
+
+
+def _split_input(layout: Layout, whole: LayerInput) -> list[LayerInput]:
+    """By last layer."""
+    count = len(layout.split(whole.x))
+    if count == 1:
+        return [whole]
+
+    def cut(x: torch.Tensor | None) -> list:
+        return [None] * count if x is None else layout.split(x)
+
+    coefficients = whole.coefficients.map(cut)
+    erases = [None] * count if whole.erase is None else [Erase(*p) for p in zip(*map(cut, whole.erase))]
+    return [
+        LayerInput(
+            cut(whole.x)[i],
+            None,
+            cut(whole.rate)[i],
+            coefficients.map(lambda part, i=i: part[i]),
+            erases[i],
+            cut(whole.gram)[i],
+            cut(whole.share)[i],
+        )
+        for i in range(count)
+    ]
+
+
+def read_layers(bank: BankRule, running: Bank, velocity: Bank, anchor: Bank, layers, writes) -> list[tuple]:
+    """By layer of the memory that is read: weights, velocity, anchor, x, and what was written."""
+    layout = bank.layout
+    found = []
+    for i in range(layout.read_layers):
+        weights = (layout.read_weights(each[i]) if each else None for each in (running, velocity, anchor))
+        written = map(layout.read_outputs, writes[i][:2])
+        found.append((*weights, layout.read_inputs(layers[i].x), *written))
+    return found
+
+
+def _running_read(bank: BankRule, query, parts: list[tuple], coefficients: Coefficients, keep: bool):
+    """Reads after each token, layer by layer."""
+    y, probe, reads = query, None, []
+    for i, layer in enumerate(parts):
+        if i == 1:
+            probe = activated(y, bank.rule, sloped=keep, curved=False)
+            y = probe.value
+        y, done = read(y, *layer, coefficients)
+        reads.append(done)
+    return y, probe, reads
+
+
+def _snapshot_read(bank: BankRule, query, base: Bank, keep: bool):
+    """Reads at the snapshot."""
+    y, probe = query, None
+    for i in range(bank.layout.read_layers):
+        if i == 1:
+            probe = activated(y, bank.rule, sloped=keep, curved=False)
+            y = probe.value
+        y = torch.bmm(y, bank.layout.read_weights(base[i]).mT)
+    return y, probe

@@ -1,0 +1,309 @@
+"""The adjoint of a chunk: of :func:`~nl_kernels.memory.chunk.learn` and :func:`~nl_kernels.memory.chunk.prepare`.
+
+An adjoint is called ``d_…``; shapes as there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from nl_kernels.memory.bank import Bank, Layout
+from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, read_layers
+from nl_kernels.memory.decays import Coefficients, Parts, coefficient_adjoint
+from nl_kernels.memory.hidden import bound_adjoint, hidden_adjoint, signal_adjoint
+from nl_kernels.memory.layer import (
+    ReadAdjoint,
+    WriteAdjoint,
+    gram_adjoint,
+    proximal_adjoint,
+    read_adjoint,
+    write_adjoint,
+)
+from nl_kernels.memory_rule import MemoryRule
+
+
+class TokenAdjoints(NamedTuple):
+    """Adjoints that end at a chunk's tokens, summed over memories and layers.
+
+    ``first_rate``, ``gram`` and ``mixed_gram`` are of the layers that take in the keys; ``rate`` of the others.
+    """
+
+    query: torch.Tensor | None
+    k: torch.Tensor
+    v: torch.Tensor
+    rate: torch.Tensor | None
+    first_rate: torch.Tensor
+    momentum: torch.Tensor | None
+    gram: torch.Tensor | None
+    mixed_gram: torch.Tensor | None
+    decay: Parts
+    mixed: Parts
+    carried: Parts
+
+
+def prepare_adjoint(rule: MemoryRule, tokens: Tokens, prepared: Prepared, found: TokenAdjoints) -> Tokens:
+    """The adjoints of the tokens, from what :func:`learn_adjoint` found in each chunk."""
+    k, momentum, applied = tokens.k, tokens.momentum, tokens.applied
+    d_k, d_rate = found.k, found.first_rate
+    if prepared.erase is not None:
+        d_gram = found.gram * prepared.coefficients.decay.strict
+        if found.mixed_gram is not None:
+            d_gram.addcmul_(found.mixed_gram, prepared.coefficients.mixed.strict)
+        d_k = d_k + gram_adjoint(d_gram, k)
+        if rule.proximal:
+            d_rate, extra = proximal_adjoint(d_rate, prepared.rate, k, prepared.first_rate)
+            d_k += extra
+    if found.rate is not None:
+        d_rate = d_rate + found.rate
+    if applied is not None and momentum is not None:
+        momentum = momentum.where(applied != 0, 1)
+    d_decay, d_momentum = coefficient_adjoint(
+        prepared.coefficients,
+        None if momentum is None else momentum[..., 0],
+        None if applied is None else applied[..., 0],
+        found.decay,
+        found.mixed,
+        found.carried,
+    )
+    d_decay = d_decay[..., None]
+    if momentum is not None:
+        d_momentum = d_momentum[..., None]
+        if found.momentum is not None:
+            d_momentum = d_momentum + found.momentum
+    gates = [d_rate, d_decay, d_momentum]
+    if applied is not None:
+        gates = [None if x is None else x.masked_fill(applied == 0, 0) for x in gates]
+    return Tokens(found.query, d_k, found.v, *gates, None)
+
+
+class ChunkAdjoint(NamedTuple):
+    """What :func:`learn_adjoint` gives.
+
+    ``read_anchor``: by layer, of the anchor of the memory that is read, from running reads; the rest of the
+    anchor's adjoint is that of ``base``.
+    """
+
+    tokens: TokenAdjoints
+    running: Bank
+    velocity: Bank
+    base: Bank
+    read_anchor: list[torch.Tensor]
+
+
+def learn_adjoint(
+    bank: BankRule,
+    tokens: Tokens,
+    prepared: Prepared,
+    base: Bank,
+    running: Bank,
+    velocity: Bank,
+    anchor: Bank,
+    learned: Learned,
+    d_o: torch.Tensor | None,
+    d_after: Bank,
+    d_velocity: Bank,
+) -> ChunkAdjoint:
+    """Adjoints of a chunk's arguments from those of its reads and of weights and velocities after it."""
+    rule, layout = bank.rule, bank.layout
+    count = len(learned.layers)
+    read_by_layer: list[ReadAdjoint | None] = [None] * count
+    reads = []
+    if d_o is not None and bank.read == "running":
+        parts = read_layers(bank, running, velocity, anchor, learned.layers, learned.writes)
+        reads = _running_read_adjoint(bank, parts, prepared.coefficients, learned, d_o)
+        for i, part in enumerate(reads):
+            read_by_layer[i] = _among_outputs(layout, part, learned.layers[i].signal)
+    writes = [
+        write_adjoint(*x)
+        for x in zip(
+            d_after,
+            d_velocity or [None] * count,
+            read_by_layer,
+            running,
+            velocity or [None] * count,
+            learned.layers,
+            learned.writes,
+        )
+    ]
+    for part, found in zip(reads, writes):
+        layout.read_inputs(found.x).add_(part.x)
+        layout.read_weights(found.state).add_(part.state)
+        if part.velocity is not None:
+            layout.read_weights(found.velocity).add_(part.velocity)
+
+    d_rate, d_keys = (None, None) if layout.linear else _hidden_inputs_adjoint(bank, prepared, learned, writes)
+    d_k, d_v, d_query, d_base = _errors_adjoint(bank, base, learned, writes, d_keys, d_o)
+    if reads:
+        d_query = reads[0].queries
+    elif d_o is not None and not bank.reads_inputs:
+        d_query = _snapshot_read_adjoint(bank, tokens.query, base, learned, d_o, d_base)
+    if rule.residual and d_o is not None:
+        d_query = d_query + d_o
+    first = writes[0]
+    momenta = [part.momentum for part in writes if part.momentum is not None]
+    adjoints = TokenAdjoints(
+        d_query,
+        d_k,
+        d_v,
+        d_rate,
+        layout.total(first.rate),
+        _sum([layout.total(part) for part in momenta]),
+        None if first.gram is None else layout.total(first.gram),
+        None if first.mixed_gram is None else layout.total(first.mixed_gram),
+        _sum_parts(layout, [part.decay for part in (*writes, *reads)]),
+        _sum_parts(layout, [part.mixed for part in (*writes, *reads)]),
+        _sum_parts(layout, [part.carried for part in writes]),
+    )
+    return ChunkAdjoint(
+        adjoints,
+        tuple(part.state for part in writes),
+        tuple(part.velocity for part in writes) if velocity else (),
+        d_base,
+        [part.anchor for part in reads if part.anchor is not None],
+    )
+
+
+def _running_read_adjoint(
+    bank: BankRule, parts: list[tuple], coefficients: Coefficients, learned: Learned, d_y: torch.Tensor
+) -> list[ReadAdjoint]:
+    """By layer, from the adjoint of the running reads."""
+    found = []
+    for i in reversed(range(len(parts))):
+        found.append(read_adjoint(d_y, *parts[i], coefficients, learned.reads[i]))
+        if i == 1:
+            d_y = hidden_adjoint(found[-1].queries, learned.probe)
+    return found[::-1]
+
+
+def _among_outputs(layout: Layout, part: ReadAdjoint, like: torch.Tensor) -> ReadAdjoint:
+    """``part`` with the adjoints of what was written among those of all memories' outputs."""
+    if not layout.self_made:
+        return part
+
+    def placed(x: torch.Tensor | None) -> torch.Tensor | None:
+        if x is None:
+            return None
+        whole = torch.zeros_like(like)
+        layout.read_outputs(whole).copy_(x)
+        return whole
+
+    return part._replace(decaying=placed(part.decaying), written=placed(part.written))
+
+
+def _snapshot_read_adjoint(bank: BankRule, query, base: Bank, learned: Learned, d_y, d_base: Bank):
+    """The adjoint of the queries; adds to ``d_base``."""
+    for i in reversed(range(bank.layout.read_layers)):
+        weights, into = (bank.layout.read_weights(each[i]) for each in (base, d_base))
+        into += torch.bmm(d_y.mT, query if i == 0 else learned.probe.value)
+        d_y = torch.bmm(d_y, weights)
+        if i == 1:
+            d_y = hidden_adjoint(d_y, learned.probe)
+    return d_y
+
+
+def _hidden_inputs_adjoint(bank: BankRule, prepared: Prepared, learned: Learned, writes: list[WriteAdjoint]):
+    """Of what the last layers take in: the adjoints of the rate as given [N, c, 1] and of the keys' hidden layers."""
+    rule, layout = bank.rule, bank.layout
+    d_keys, d_rates = [], []
+    for layer, part in zip(learned.layers[1:], writes[1:]):
+        d_x, d_rate = part.x, part.rate
+        if part.gram is not None:
+            d_gram = part.gram * _for_layers(layout, prepared.coefficients.decay.strict, part.gram)
+            if part.mixed_gram is not None:
+                mixed = prepared.coefficients.mixed.strict
+                d_gram.addcmul_(part.mixed_gram, _for_layers(layout, mixed, part.gram))
+            d_x += gram_adjoint(d_gram, layer.x)
+            if rule.proximal:
+                given = prepared.rate.repeat(len(d_rate) // layout.banks, 1, 1)
+                d_rate, extra = proximal_adjoint(d_rate, given, layer.x, layer.rate)
+                d_x += extra
+        d_keys.append(d_x)
+        d_rates.append(layout.total(d_rate))
+    return _sum(d_rates), d_keys[0] if len(d_keys) == 1 else torch.cat(d_keys)
+
+
+def _for_layers(layout: Layout, strict: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[N, c, c] for the layers of ``like``."""
+    return strict if len(like) == layout.banks else torch.cat([strict] * (len(like) // layout.banks))
+
+
+def _errors_adjoint(bank: BankRule, base: Bank, learned: Learned, writes: list[WriteAdjoint], d_keys, d_o):
+    """Adjoints of k, v, of queries that went with the keys, and of the snapshot.
+
+    ``d_keys``: of the keys' hidden layers from the writes.
+    """
+    rule, layout, hidden = bank.rule, bank.layout, learned.hidden
+    size = writes[0].x.shape[1]
+    d_errors = [part.signal for part in (writes if layout.linear else writes[1:])]
+    lasts, d_lasts, radial, d_slope = layout.lasts(base), [], None, None
+    if hidden is not None:
+        keys = hidden.rows(slice(None, size))
+        d_back, d_value, d_slope, radial = signal_adjoint(writes[0].signal, learned.signal, keys, rule)
+        if d_value is not None:
+            d_keys += d_value
+        for part, d_error, error, w in zip(layout.split(d_back), d_errors, learned.errors, lasts):
+            d_error.baddbmm_(part, w.mT)
+            d_lasts.append(torch.bmm(error.mT, part))
+    _unbound_errors(bank, d_errors, learned)
+    features, d_outputs = layout.split(learned.features), d_errors
+    if bank.reads_inputs:
+        d_outputs = [torch.cat([d_errors[0], torch.zeros_like(d_errors[0]) if d_o is None else d_o], 1)]
+    if hidden is None:
+        d_lasts = [torch.bmm(d.mT, x) for d, x in zip(d_outputs, features)]
+    else:
+        d_lasts = [total.baddbmm_(d.mT, x) for total, d, x in zip(d_lasts, d_outputs, features)]
+    d_features = [d * w if w.shape[1] == 1 else torch.bmm(d, w) for d, w in zip(d_outputs, lasts)]
+    d_features = d_features[0] if len(d_features) == 1 else torch.cat(d_features)
+
+    d_first = ()
+    if hidden is None:
+        d_x, d_more = d_features, d_features.neg() if layout.self_made else d_features[:, size:]
+    else:
+        d_hidden = torch.cat([d_features, d_features.neg()], 1) if layout.self_made else d_features
+        d_hidden[:, :size] += d_keys
+        d_z = hidden_adjoint(d_hidden, hidden, radial)
+        d_z[:, :size] += d_slope
+        d_first = (torch.bmm(d_z.mT, learned.x),)
+        d_x = torch.bmm(d_z, base[0])
+        d_more = layout.total(d_x[:, size:])
+    d_k = layout.total(writes[0].x.add_(d_x[:, :size]))
+    d_v, d_query = (d_more, None) if layout.self_made else (None, d_more)
+
+    by_projection = layout.by_projection(d_errors)
+    if bank.residuals is not None:
+        d_k += by_projection[bank.residuals].sum(0)
+    if bank.targets_add_value:
+        total = by_projection[0] if layout.projections == 1 else by_projection.sum(0)
+        d_v = total.neg() if d_v is None else d_v.sub_(total)
+    return d_k, d_v, d_query if bank.reads_inputs else None, (*d_first, *d_lasts)
+
+
+def _unbound_errors(bank: BankRule, d_errors: list[torch.Tensor], learned: Learned) -> None:
+    """Adjoints of the errors before their bound, in place."""
+    if learned.factor is None:
+        return
+    bound = bank.rule.error_bound
+    d_projection, projection = map(bank.layout.by_projection, (d_errors, learned.errors))
+    d_projection.copy_(bound_adjoint(d_projection, projection, learned.factor, bound))
+    gates = bank.layout.gates(learned.errors)
+    if gates is not None:
+        bank.layout.gates(d_errors).masked_fill_(gates.abs() >= bound, 0)
+
+
+def _sum(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    total = None
+    for part in parts:
+        total = part if total is None else total + part
+    return total
+
+
+def _sum_parts(layout: Layout, layers: list[Parts]) -> Parts:
+    """Sums over layers and memories, by name."""
+    found: Parts = {}
+    for parts in layers:
+        for name, part in parts.items():
+            part = layout.total(part)
+            found[name] = found[name] + part if name in found else part
+    return found

@@ -1,0 +1,475 @@
+"""The loop over chunks around a bank of memories: one node of the autograd graph for a whole call.
+
+It owns all that is not arithmetic of a chunk: segments and what their backward pass keeps, snapshots at the
+boundaries of two clocks, truncation, and places that hold no token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from nl_kernels.chunk_alignment import ChunkGrid
+from nl_kernels.memory.bank import Bank, Layout, snapshot_adjoint, take_snapshot
+from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, learn, prepare
+from nl_kernels.memory.chunk_adjoint import ChunkAdjoint, TokenAdjoints, learn_adjoint, prepare_adjoint
+
+State = tuple[torch.Tensor | None, ...]
+KEPT_BYTES = 12 << 20  # of activations of one layer or memory that are not recomputed
+
+
+class Segment(NamedTuple):
+    """Consecutive chunks of one length that are computed, and recomputed, together.
+
+    Attributes:
+        start: index of the first token in the call.
+        length: tokens in each chunk.
+        chunks: number of chunks.
+        slot: slot of the first token on the grid.
+        kept: its activations are kept, so that it is not recomputed; only at the end of a call.
+    """
+
+    start: int
+    length: int
+    chunks: int
+    slot: int
+    kept: bool = False
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length * self.chunks
+
+
+class Footprint(NamedTuple):
+    """Bytes that decide what the backward pass keeps.
+
+    Attributes:
+        state: of a state kept for one segment.
+        chunk: of what one chunk's backward pass needs.
+        kept: to spend on chunks, the last ones, that are not recomputed.
+    """
+
+    state: int
+    chunk: int
+    kept: int
+
+
+def plan_segments(
+    tokens: int,
+    chunk_size: int,
+    offset: int,
+    checkpoint_every: int | None,
+    footprint: Footprint,
+    block: int = 1,
+) -> list[Segment]:
+    """Cut ``tokens`` at the chunk boundaries of a grid on which the first one has slot ``offset``.
+
+    No segment begins within a block, which is as many chunks, but for what the call's ends leave of one.
+    Without ``checkpoint_every`` the last chunks are one segment that is not recomputed, as many as
+    ``footprint.kept`` has room for, and the others are cut so that the states kept and the activations of a
+    segment that is recomputed take like shares of memory; at least into segments as long as the last one,
+    whose memory is free again by then.
+    """
+    head = min(-offset % chunk_size, tokens)
+    segments = [Segment(0, head, 1, offset)] if head else []
+    chunks, done = (tokens - head) // chunk_size, head
+    first = min(-((offset + done) // chunk_size) % block, chunks)
+    if first:
+        segments.append(Segment(done, chunk_size, first, offset + done))
+        done += first * chunk_size
+    blocks, odd = divmod(chunks - first, block)
+    last = min(blocks, footprint.kept // (footprint.chunk * block))
+    step = max(1, last, math.isqrt((blocks - last) * footprint.state // (footprint.chunk * block)))
+    if checkpoint_every is not None:
+        step, last = max(1, checkpoint_every // block), 0
+    cuts = [*range(0, blocks - last, step), *([blocks - last] if last else []), blocks]
+    for begin, end in itertools.pairwise(cuts):
+        start = done + begin * block * chunk_size
+        count = (end - begin) * block
+        segments.append(Segment(start, chunk_size, count, offset + start, begin == blocks - last))
+    done += blocks * block * chunk_size
+    kept = last > 0 or not blocks
+    if odd:
+        segments.append(Segment(done, chunk_size, odd, offset + done, kept))
+        done += odd * chunk_size
+    if done < tokens:
+        segments.append(Segment(done, tokens - done, 1, offset + done, kept))
+    return segments
+
+
+class Source(Protocol):
+    """Where a bank's tokens come from: what a call gives, or what the memories make of it."""
+
+    block: int
+    """Chunks whose tokens are known at the start of the first one; ``None``: all."""
+
+    def tokens(
+        self, base: Bank, constants: State, sequences: State, keep: bool
+    ) -> tuple[Tokens, Any]:
+        """The tokens of a block from its sequences [N, T, ..], and what the adjoint needs."""
+
+    def tokens_adjoint(
+        self,
+        base: Bank,
+        constants: State,
+        sequences: State,
+        made: Any,
+        d_tokens: Tokens,
+        d_base: Bank,
+        d_constants: State,
+        d_sequences: State,
+    ) -> None:
+        """Fills ``d_sequences`` and adds to ``d_base`` and ``d_constants``, where these are not ``None``."""
+
+
+class _Chunk(NamedTuple):
+    """What a chunk met; the snapshot is absent where it was the running weights."""
+
+    running: Bank
+    velocity: Bank
+    snapshot: Bank
+    learned: Learned
+
+
+class _Block(NamedTuple):
+    tokens: Tokens
+    made: Any
+    prepared: Prepared
+    chunks: list[_Chunk]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What runs a segment forward and backward.
+
+    A state is running weights, velocities and snapshot, a bank each (:mod:`nl_kernels.memory.bank`); constants are
+    the anchor's bank and those of ``source``.
+
+    Attributes:
+        clocks: tokens between the boundaries of the memory that is read, and of the others.
+        truncate_period: tokens between boundaries that no gradient crosses, or ``None``.
+        grid: where the tokens lie, for N banks.
+    """
+
+    bank: BankRule
+    source: Source
+    clocks: tuple[int, int]
+    truncate_period: int | None
+    grid: ChunkGrid
+
+    def forward(
+        self, segment: Segment, state: State, constants: State, sequences: State, keep: bool
+    ) -> tuple[State, list[torch.Tensor], list[_Block]]:
+        """The state after a segment, its reads [N, tokens, Dv] in parts, and with ``keep`` what backward needs."""
+        running, velocity, snapshot = self._banks(state)
+        anchor, own = self._constants(constants)
+        scratch = [torch.empty_like(x) for x in anchor]
+        outputs, blocks = [], []
+        for start, count in self._blocks(segment):
+            base = _base(running, snapshot, anchor, scratch)
+            tokens, made = self.source.tokens(base, own, _span(sequences, segment, start, count), keep)
+            tokens = _shaped(tokens, count)
+            prepared = prepare(self.bank.rule, tokens)
+            chunks = []
+            for i, (part, here) in enumerate(zip(_unbound(tokens, count), _unbound(prepared, count))):
+                if i:
+                    base = _base(running, snapshot, anchor, scratch)
+                o, after, velocity_after, learned = learn(
+                    self.bank, part, here, base, running, velocity, anchor, keep
+                )
+                outputs.append(o)
+                if keep:
+                    chunks.append(_Chunk(running, velocity, snapshot, learned))
+                snapshot = self._snapshot(segment, start + i, after, running, snapshot)
+                running, velocity = after, velocity_after
+            if keep:
+                blocks.append(_Block(tokens, made, prepared, chunks))
+        return self._state(running, velocity, snapshot), outputs, blocks
+
+    def backward(
+        self,
+        segment: Segment,
+        blocks: list[_Block],
+        constants: State,
+        sequences: State,
+        d_state: State,
+        d_output: torch.Tensor | None,
+        d_constants: State,
+        d_sequences: State,
+    ) -> State:
+        """The adjoint of the state before a segment; adds to ``d_constants`` and fills ``d_sequences``.
+
+        Tensors of ``d_state`` may be overwritten.
+        """
+        anchor, own = self._constants(constants)
+        scratch = [torch.empty_like(x) for x in anchor]
+        d_anchor, d_own = self._constants(d_constants)
+        count = self.bank.layout.layers
+        carried = [d_state[i * count : (i + 1) * count] for i in range(3)]
+        for start, count in reversed(list(self._blocks(segment))):
+            block = blocks.pop()
+            parts, shared = _unbound(block.tokens, count), _unbound(block.prepared, count)
+            d_outputs = _unbound(_shaped(_span((d_output,), segment, start, count), count), count)
+            found: list[TokenAdjoints] = []
+            for i in reversed(range(count)):
+                chunk = block.chunks.pop()
+                d_running, d_velocity, d_snapshot = self._through_boundary(segment, start + i, carried, chunk)
+                base = _base(chunk.running, chunk.snapshot, anchor, scratch)
+                found_here = learn_adjoint(
+                    self.bank,
+                    parts[i],
+                    shared[i],
+                    base,
+                    chunk.running,
+                    chunk.velocity,
+                    anchor,
+                    chunk.learned,
+                    d_outputs[i][0],
+                    d_running,
+                    d_velocity,
+                )
+                found.append(found_here.tokens)
+                if i == 0:
+                    d_tokens = prepare_adjoint(
+                        self.bank.rule, block.tokens, block.prepared, _joined_adjoints(found[::-1])
+                    )
+                    if count > 1:
+                        d_tokens = Tokens(*(None if x is None else x.flatten(1, 2) for x in d_tokens))
+                    self.source.tokens_adjoint(
+                        base,
+                        own,
+                        _span(sequences, segment, start, count),
+                        block.made,
+                        d_tokens,
+                        found_here.base,
+                        d_own,
+                        _span(d_sequences, segment, start, count),
+                    )
+                self._add_anchor(d_anchor, found_here)
+                d_base = [d if old is None else old.add_(d) for d, old in zip(found_here.base, d_snapshot)]
+                carried = [found_here.running, found_here.velocity, d_base]
+                if not chunk.snapshot:
+                    carried[0] = [d.add_(b) for d, b in zip(found_here.running, d_base)]
+                    carried[2] = ()
+        return self._state(*carried)
+
+    def _banks(self, state: State) -> Iterator[Bank]:
+        """Running weights, velocities and snapshot."""
+        count = self.bank.layout.layers
+        parts = (state[i * count : (i + 1) * count] for i in range(3))
+        return (() if part[0] is None else part for part in parts)
+
+    def _constants(self, constants: State) -> tuple[Bank, State]:
+        """The anchor, and what is the source's."""
+        count = self.bank.layout.layers
+        return () if constants[0] is None else constants[:count], constants[count:]
+
+    def _state(self, *banks: Bank) -> State:
+        """The inverse of :meth:`_banks`."""
+        absent = (None,) * self.bank.layout.layers
+        return tuple(x for bank in banks for x in (bank or absent))
+
+    def _blocks(self, segment: Segment) -> Iterator[tuple[int, int]]:
+        """The first chunk, and the number of chunks, of each block of a segment."""
+        block = self.source.block or segment.chunks
+        for start in range(0, segment.chunks, block):
+            yield start, min(block, segment.chunks - start)
+
+    def _met(self, segment: Segment, chunk: int, clocks: tuple[int, int]) -> list[bool | torch.Tensor]:
+        """By layer, where boundaries of the clocks are met after a chunk."""
+        end = segment.slot + (chunk + 1) * segment.length
+        met = (self.grid.meets_boundary(end, clock) for clock in clocks)
+        return self.bank.layout.met(*met, self.grid.position.device)
+
+    def _snapshot(self, segment: Segment, chunk: int, after: Bank, before: Bank, snapshot: Bank) -> Bank:
+        met = self._met(segment, chunk, self.clocks)
+        if met[0] is True:
+            return ()
+        return tuple(map(take_snapshot, met, after, before, snapshot or (None,) * len(met)))
+
+    def _through_boundary(
+        self, segment: Segment, chunk: int, carried: list, before: _Chunk
+    ) -> tuple[Bank, Bank, list[torch.Tensor | None]]:
+        """Adjoints of weights and velocities just after a chunk and of the snapshot that it had, by layer."""
+        running, velocity, snapshot = (part or (None,) * self.bank.layout.layers for part in carried)
+        if self.truncate_period is not None:
+            cut = self._met(segment, chunk, (self.truncate_period,) * 2)
+            running, velocity, snapshot = (
+                [_without(met, d) for met, d in zip(cut, part)] for part in (running, velocity, snapshot)
+            )
+        met = self._met(segment, chunk, self.clocks)
+        running, snapshot = zip(*map(snapshot_adjoint, met, running, snapshot))
+        running = [torch.zeros_like(x) if d is None else d for d, x in zip(running, before.running)]
+        velocity = [torch.zeros_like(x) if d is None else d for d, x in zip(velocity, before.velocity)]
+        return running, velocity, snapshot
+
+    def _add_anchor(self, totals: State, found: ChunkAdjoint) -> None:
+        for total, d in zip(totals, found.base):
+            if total is not None:
+                total += d
+        for total, d in zip(totals, found.read_anchor):
+            if total is not None:
+                self.bank.layout.read_weights(total).add_(d)
+
+
+def run(
+    loop: Loop, segments: Sequence[Segment], state: State, constants: State, sequences: State
+) -> tuple[torch.Tensor, State]:
+    """Run the segments and join their reads along time.
+
+    Args:
+        segments: in order, covering the sequences.
+        state: tensors carried from segment to segment (``None`` for an absent one, in and out).
+        constants: tensors that every segment uses.
+        sequences: tensors [N, T, ..].
+
+    Returns:
+        The reads [N, T, Dv] and the last state. Gradients flow to all tensors; the backward pass keeps one
+        state per segment and recomputes the rest, one segment at a time, but for the segments marked as kept.
+        It cannot be differentiated again.
+    """
+    tensors = (*state, *constants, *sequences)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        layout = (len(state), len(constants))
+        output, *state = _WithAdjoint.apply(loop, tuple(segments), layout, *tensors)
+        return output, tuple(state)
+    outputs = []
+    for segment in segments:
+        state, parts, _ = loop.forward(segment, state, constants, _of_segment(sequences, segment), False)
+        outputs += parts
+    return _joined(outputs), state
+
+
+class _WithAdjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loop, segments, layout, *tensors):
+        states, constants = layout
+        state, shared, sequences = _split(tensors, states, constants)
+        outputs, starts, made = [], [], []
+        for segment in segments:
+            starts += state if made else ()
+            keep = segment.kept or len(segments) == 1
+            state, parts, blocks = loop.forward(segment, state, shared, _of_segment(sequences, segment), keep)
+            outputs += parts
+            made.append(blocks if keep else None)
+        ctx.loop, ctx.segments, ctx.layout, ctx.made = loop, segments, layout, made
+        ctx.save_for_backward(*tensors, *starts)
+        ctx.set_materialize_grads(False)
+        return (_joined(outputs), *_unaliased(state, tensors))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_output, *d_state):
+        states, constants = ctx.layout
+        needs = ctx.needs_input_grad[3:]
+        saved = ctx.saved_tensors
+        first, shared, sequences = _split(saved[: len(needs)], states, constants)
+        starts = [first, *(saved[i : i + states] for i in range(len(needs), len(saved), states))]
+        _, shared_needs, sequence_needs = _split(needs, states, constants)
+        totals = [torch.zeros_like(x) if need else None for x, need in zip(shared, shared_needs)]
+        joined = [torch.empty_like(x) if need else None for x, need in zip(sequences, sequence_needs)]
+        d_state = tuple(None if d is None else d.clone() for d in d_state)
+        for i in reversed(range(len(ctx.segments))):
+            segment, made = ctx.segments[i], ctx.made[i]
+            parts = _of_segment(sequences, segment)
+            ctx.made[i] = None  # frees it; a second backward pass recomputes
+            if made is None:
+                made = ctx.loop.forward(segment, starts[i], shared, parts, True)[2]
+            outer = None if d_output is None else d_output[:, segment.start : segment.stop]
+            d_state = ctx.loop.backward(
+                segment, made, shared, parts, d_state, outer, totals, _of_segment(joined, segment)
+            )
+        d_state = (d if need else None for d, need in zip(d_state, needs))
+        return (None, None, None, *d_state, *totals, *joined)
+
+
+def _split(tensors: State, states: int, constants: int) -> tuple[State, State, State]:
+    return tensors[:states], tensors[states : states + constants], tensors[states + constants :]
+
+
+def _joined(outputs: list[torch.Tensor]) -> torch.Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _unaliased(final: State, tensors: State) -> State:
+    """The same tensors, cloned where one is among ``tensors`` or comes twice, as a node's outputs may not."""
+    own = []
+    for i, x in enumerate(final):
+        # compared, not looked up by id: torch.compile would take the ids of one call for constants
+        seen = any(x is other for other in (*tensors, *final[:i]))
+        own.append(x.clone() if x is not None and seen else x)
+    return tuple(own)
+
+
+def _of_segment(sequences: State, segment: Segment) -> State:
+    return tuple(x if x is None else x[:, segment.start : segment.stop] for x in sequences)
+
+
+def _span(sequences: State, segment: Segment, start: int, count: int) -> State:
+    """``count`` chunks of a segment's sequences, from the chunk ``start`` on."""
+    begin, end = start * segment.length, (start + count) * segment.length
+    return tuple(x if x is None else x[:, begin:end] for x in sequences)
+
+
+def _shaped(values: State, chunks: int) -> State:
+    """Tensors [N, n · c, ..] as [N, n, c, ..]; those of a single chunk stay [N, c, ..]."""
+    if chunks == 1:
+        return values
+    parts = (None if x is None else x.unflatten(1, (chunks, -1)) for x in values)
+    return type(values)(*parts) if hasattr(values, "_fields") else tuple(parts)
+
+
+def _unbound(value, chunks: int) -> list:
+    """Nested tuples of tensors [N, n, c, ..], or of one chunk, by chunk."""
+    if chunks == 1:
+        return [value]
+    if value is None:
+        return [None] * chunks
+    if isinstance(value, torch.Tensor):
+        return value.unbind(1)
+    kind = type(value) if hasattr(value, "_fields") else lambda *parts: parts
+    return [kind(*parts) for parts in zip(*(_unbound(part, chunks) for part in value))]
+
+
+def _joined_adjoints(values: list):
+    """The inverse of :func:`_unbound`, of dictionaries too."""
+    first = values[0]
+    if first is None or len(values) == 1:
+        return first
+    if isinstance(first, torch.Tensor):
+        return torch.stack(values, 1)
+    if isinstance(first, dict):
+        return {name: _joined_adjoints([value[name] for value in values]) for name in first}
+    return type(first)(*map(_joined_adjoints, zip(*values)))
+
+
+def _base(running: Bank, snapshot: Bank, anchor: Bank, scratch: list[torch.Tensor]) -> Bank:
+    """The weights at the snapshot; sums are put into ``scratch``, which stays in the cache."""
+    weights = snapshot or running
+    return [torch.add(*x, out=out) for *x, out in zip(weights, anchor, scratch)] if anchor else weights
+
+
+def _without(met: bool | torch.Tensor, d: torch.Tensor | None) -> torch.Tensor | None:
+    """``d`` without what is cut where ``met``."""
+    if d is None or met is True:
+        return None
+    return d if met is False else d.masked_fill(met, 0)
+
+
+def footprint(layout: Layout, running: Bank, chunk_size: int, width: int) -> Footprint:
+    """What the backward pass needs: counts of tensors of each kind in :class:`~nl_kernels.memory.chunk.Learned`."""
+    numbers = sum(x.numel() for x in running)
+    tokens, item = layout.banks * chunk_size, running[0].element_size()
+    if layout.linear:
+        chunk = numbers + tokens * (4 * running[0].shape[1] + 2 * width + 5 * chunk_size)
+        kept = KEPT_BYTES
+    else:
+        hidden = running[0].shape[1]
+        chunk = numbers + layout.memories * tokens * (13 * hidden + 6 * width + 11 * chunk_size)
+        kept = KEPT_BYTES * (2 + 2 * layout.memories) // 4
+    return Footprint(item * numbers, item * chunk, kept)
