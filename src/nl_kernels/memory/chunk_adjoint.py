@@ -5,6 +5,7 @@ An adjoint is called ``d_…``; shapes as there.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -108,19 +109,16 @@ def learn_adjoint(
     """Adjoints of a chunk's arguments from those of its reads and of weights and velocities after it."""
     rule, layout = bank.rule, bank.layout
     count = len(learned.layers)
-    read_by_layer: list[ReadAdjoint | None] = [None] * count
-    reads = []
+    reads: list[ReadAdjoint] = []
     if d_o is not None and bank.read == "running":
         parts = read_layers(bank, running, velocity, anchor, learned.layers, learned.writes)
         reads = _running_read_adjoint(bank, parts, prepared.coefficients, learned, d_o)
-        for i, part in enumerate(reads):
-            read_by_layer[i] = _among_outputs(layout, part, learned.layers[i].signal)
     writes = [
         write_adjoint(*x)
         for x in zip(
             d_after,
             d_velocity or [None] * count,
-            read_by_layer,
+            [functools.partial(_add_reads, layout, x) for x in (*reads, *[None] * (count - len(reads)))],
             running,
             velocity or [None] * count,
             learned.layers,
@@ -177,19 +175,14 @@ def _running_read_adjoint(
     return found[::-1]
 
 
-def _among_outputs(layout: Layout, part: ReadAdjoint, like: torch.Tensor) -> ReadAdjoint:
-    """``part`` with the adjoints of what was written among those of all memories' outputs."""
-    if not layout.self_made:
-        return part
-
-    def placed(x: torch.Tensor | None) -> torch.Tensor | None:
-        if x is None:
-            return None
-        whole = torch.zeros_like(like)
-        layout.read_outputs(whole).copy_(x)
-        return whole
-
-    return part._replace(decaying=placed(part.decaying), written=placed(part.written))
+def _add_reads(
+    layout: Layout, part: ReadAdjoint | None, decaying: torch.Tensor | None, written: torch.Tensor | None
+) -> None:
+    """Add what running reads have of the adjoints of a layer's writes."""
+    if part is not None:
+        for whole, d in ((decaying, part.decaying), (written, part.written)):
+            if d is not None:
+                layout.read_outputs(whole).add_(d)
 
 
 def _snapshot_read_adjoint(bank: BankRule, query, base: Bank, learned: Learned, d_y, d_base: Bank):
@@ -289,7 +282,8 @@ def _unbound_errors(bank: BankRule, d_errors: list[torch.Tensor], learned: Learn
     d_projection.copy_(bound_adjoint(d_projection, projection, learned.factor, bound))
     gates = bank.layout.gates(learned.errors)
     if gates is not None:
-        bank.layout.gates(d_errors).masked_fill_(gates.abs() >= bound, 0)
+        d_gates = bank.layout.gates(d_errors)
+        d_gates.copy_(torch.ops.aten.hardtanh_backward(d_gates, gates, -bound, bound))
 
 
 def _sum(parts: list[torch.Tensor]) -> torch.Tensor | None:

@@ -111,14 +111,13 @@ def _below(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def _spread(matrix: torch.Tensor) -> Spread:
-    return Spread(
-        matrix[..., :-1, :1],
-        matrix[..., 1:, :1],
-        matrix[..., :-1, 1:],
-        matrix[..., 1:, 1:],
-        matrix[..., -1, 1:, None],
-        matrix[..., -1:, :1],
-    )
+    size = matrix.shape[-1] - 1
+    from_start, from_tokens = matrix.split_with_sizes((1, size), -1)  # half the time of slices
+    before, final = from_start.split_with_sizes((size, 1), -2)
+    strict, to_end = from_tokens.split_with_sizes((size, 1), -2)
+    _, after = from_start.split_with_sizes((1, size), -2)
+    _, full = from_tokens.split_with_sizes((1, size), -2)
+    return Spread(before, after, strict, full, to_end.mT, final)
 
 
 def _matrix(parts: Spread) -> torch.Tensor:

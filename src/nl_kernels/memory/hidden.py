@@ -120,7 +120,8 @@ def length_factor(x: torch.Tensor, bound: float | None) -> torch.Tensor | None:
     """What scales ``x`` down to length ``bound`` along its last dimension; ``None`` without a bound."""
     if bound is None:
         return None
-    return row_dot(x, x).rsqrt_().mul_(bound).clamp_(max=1)  # exactly 1 where x is not too long
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return length.reciprocal_().mul_(bound).clamp_(max=1)  # exactly 1 where x is not too long
 
 
 def bound_adjoint(grad, bounded, factor, bound: float | None) -> torch.Tensor:

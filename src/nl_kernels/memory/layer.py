@@ -21,6 +21,7 @@ products with the decays, summed where they meet, so that exact zeros stay harml
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -152,27 +153,27 @@ class WriteAdjoint(NamedTuple):
 def write_adjoint(
     d_after: torch.Tensor,
     d_velocity: torch.Tensor | None,
-    d_read: ReadAdjoint | None,
+    add_reads: Callable[[torch.Tensor | None, torch.Tensor | None], None],
     state: torch.Tensor,
     velocity: torch.Tensor | None,
     layer: LayerInput,
     done: Write,
 ) -> WriteAdjoint:
-    """Adjoints from those of S and U after the chunk and of what running reads took from the writes."""
+    """Adjoints from those of S and U after the chunk.
+
+    ``add_reads(d_decaying, d_written)`` adds to the adjoints of what was written those that running reads have.
+    """
     if velocity is not None:
-        return _momentum_adjoint(d_after, d_velocity, d_read, state, velocity, layer, done)
+        return _momentum_adjoint(d_after, d_velocity, add_reads, state, velocity, layer, done)
     x, _, rate, (decay, _, _), erase, _, _ = layer
     d_x = torch.bmm(done.decaying, d_after).mul_(decay.to_end)
     parts = {"to_end": row_dot(d_x, x)}
-    d_written = x * decay.to_end
-    if d_read is None:
-        d_written = torch.bmm(d_written, d_after.mT)
-    else:
-        d_written = torch.baddbmm(d_read.decaying, d_written, d_after.mT)
+    d_written = torch.bmm(x * decay.to_end, d_after.mT)
+    add_reads(d_written, None)
     d_rate = row_dot(d_written, done.surprise).neg_()
     d_surprise = d_written.mul_(-rate)
     d_state = d_after * decay.final
-    parts["final"] = (d_state * state).sum((1, 2), keepdim=True)
+    parts["final"] = _inner(d_state, state)
     if erase is None:
         return WriteAdjoint(d_state, None, d_x, d_surprise, d_rate, None, None, None, parts, {}, {})
     d_signal = torch.bmm(erase.inverse.mT, d_surprise)
@@ -194,32 +195,30 @@ def _erase_adjoint(d_sum, surprise, rate, erase: Erase, d_rate, parts: Parts) ->
     return gram.mul_(columns)
 
 
-def _momentum_adjoint(d_after, d_velocity, d_read, state, velocity, layer: LayerInput, done: Write):
+def _momentum_adjoint(d_after, d_velocity, add_reads, state, velocity, layer: LayerInput, done: Write):
     x, signal, rate, (decay, momentum, mixed), erase, gram, share = layer
     d_end, d_velocity_end = torch.bmm(x, d_after.mT), torch.bmm(x, d_velocity.mT)
     d_x = torch.bmm(_at_end(done, layer.coefficients), d_after)
     d_x.baddbmm_(done.written * momentum.to_end, d_velocity)
     mixed_parts = {
         "to_end": row_dot(d_end, done.written),
-        "final": (d_after * velocity).sum((1, 2), keepdim=True),
+        "final": _inner(d_after, velocity),
     }
     carried_parts = {
         "to_end": row_dot(d_velocity_end, done.written),
-        "final": (d_velocity * velocity).sum((1, 2), keepdim=True),
+        "final": _inner(d_velocity, velocity),
     }
     d_written = (d_end * mixed.to_end).addcmul_(d_velocity_end, momentum.to_end)
-    if d_read is not None:
-        d_written += d_read.written
     d_state = d_after * decay.final
-    parts = {"final": (d_state * state).sum((1, 2), keepdim=True)}
+    parts = {"final": _inner(d_state, state)}
     d_momentum_state = torch.addcmul(d_velocity * momentum.final, d_after, mixed.final)
-    d_gram = d_mixed_gram = None
+    d_gram = d_mixed_gram = d_erased = None
     d_rate = torch.zeros_like(rate)
     if erase is not None:
         d_erased = d_end.mul_(decay.to_end)
         parts["to_end"] = row_dot(d_erased, done.decaying)
-        if d_read is not None:
-            d_erased += d_read.decaying
+    add_reads(d_erased, d_written)
+    if erase is not None:
         d_rate -= row_dot(d_erased, done.surprise)
         d_sum = torch.bmm(erase.inverse.mT, d_erased.mul_(-rate))
         d_recalled, d_recalled_velocity = d_sum * decay.before, d_sum * mixed.before
@@ -363,6 +362,11 @@ def read_adjoint(
     return ReadAdjoint(
         d_queries, d_state, d_velocity, d_anchor, d_x, d_decaying, d_written, parts, mixed_parts
     )
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The inner products of [P, out, in], [P, 1, 1]: as a product, which keeps nothing in between."""
+    return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1))
 
 
 def gram_adjoint(d_gram: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

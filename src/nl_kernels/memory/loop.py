@@ -121,10 +121,8 @@ class Source(Protocol):
         made: Any,
         d_tokens: Tokens,
         d_base: Bank,
-        d_constants: State,
-        d_sequences: State,
-    ) -> None:
-        """Fills ``d_sequences`` and adds to ``d_base`` and ``d_constants``, where these are not ``None``."""
+    ) -> tuple[State, State]:
+        """The adjoints of the sequences, and of the constants by token [N, T, ..]; adds to ``d_base``."""
 
 
 class _Chunk(NamedTuple):
@@ -170,9 +168,10 @@ class Loop:
         anchor, own = self._constants(constants)
         scratch = [torch.empty_like(x) for x in anchor]
         outputs, blocks = [], []
-        for start, count in self._blocks(segment):
+        starts = self._blocks(segment)
+        for (start, count), given in zip(starts, _spans(sequences, segment, starts)):
             base = _base(running, snapshot, anchor, scratch)
-            tokens, made = self.source.tokens(base, own, _span(sequences, segment, start, count), keep)
+            tokens, made = self.source.tokens(base, own, given, keep)
             tokens = _shaped(tokens, count)
             prepared = prepare(self.bank.rule, tokens)
             chunks = []
@@ -211,10 +210,11 @@ class Loop:
         d_anchor, d_own = self._constants(d_constants)
         count = self.bank.layout.layers
         carried = [d_state[i * count : (i + 1) * count] for i in range(3)]
-        for start, count in reversed(list(self._blocks(segment))):
-            block = blocks.pop()
+        starts, d_given = self._blocks(segment), []
+        given, d_reads = (_spans(x, segment, starts) for x in (sequences, (d_output,)))
+        for start, count in reversed(starts):
+            block, d_outputs = blocks.pop(), _unbound(_shaped(d_reads.pop(), count), count)
             parts, shared = _unbound(block.tokens, count), _unbound(block.prepared, count)
-            d_outputs = _unbound(_shaped(_span((d_output,), segment, start, count), count), count)
             found: list[TokenAdjoints] = []
             for i in reversed(range(count)):
                 chunk = block.chunks.pop()
@@ -240,15 +240,10 @@ class Loop:
                     )
                     if count > 1:
                         d_tokens = Tokens(*(None if x is None else x.flatten(1, 2) for x in d_tokens))
-                    self.source.tokens_adjoint(
-                        base,
-                        own,
-                        _span(sequences, segment, start, count),
-                        block.made,
-                        d_tokens,
-                        found_here.base,
-                        d_own,
-                        _span(d_sequences, segment, start, count),
+                    d_given.append(
+                        self.source.tokens_adjoint(
+                            base, own, given.pop(), block.made, d_tokens, found_here.base
+                        )
                     )
                 self._add_anchor(d_anchor, found_here)
                 d_base = [d if old is None else old.add_(d) for d, old in zip(found_here.base, d_snapshot)]
@@ -256,6 +251,13 @@ class Loop:
                 if not chunk.snapshot:
                     carried[0] = [d.add_(b) for d, b in zip(found_here.running, d_base)]
                     carried[2] = ()
+        d_given, d_by_token = (zip(*parts) for parts in zip(*d_given[::-1]))
+        for place, parts in zip(d_sequences, d_given):
+            if place is not None:
+                place.zero_() if parts[0] is None else place.copy_(_joined(parts))
+        for total, parts in zip(d_own, d_by_token):
+            if total is not None:
+                total += _joined(parts).sum(1, keepdim=True)
         return self._state(*carried)
 
     def _banks(self, state: State) -> Iterator[Bank]:
@@ -274,11 +276,10 @@ class Loop:
         absent = (None,) * self.bank.layout.layers
         return tuple(x for bank in banks for x in (bank or absent))
 
-    def _blocks(self, segment: Segment) -> Iterator[tuple[int, int]]:
+    def _blocks(self, segment: Segment) -> list[tuple[int, int]]:
         """The first chunk, and the number of chunks, of each block of a segment."""
-        block = self.source.block or segment.chunks
-        for start in range(0, segment.chunks, block):
-            yield start, min(block, segment.chunks - start)
+        block, chunks = self.source.block, segment.chunks
+        return [(start, min(block, chunks - start)) for start in range(0, chunks, block)]
 
     def _met(self, segment: Segment, chunk: int, clocks: tuple[int, int]) -> list[bool | torch.Tensor]:
         """By layer, where boundaries of the clocks are met after a chunk."""
@@ -392,7 +393,7 @@ def _split(tensors: State, states: int, constants: int) -> tuple[State, State, S
     return tensors[:states], tensors[states : states + constants], tensors[states + constants :]
 
 
-def _joined(outputs: list[torch.Tensor]) -> torch.Tensor:
+def _joined(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
@@ -410,10 +411,10 @@ def _of_segment(sequences: State, segment: Segment) -> State:
     return tuple(x if x is None else x[:, segment.start : segment.stop] for x in sequences)
 
 
-def _span(sequences: State, segment: Segment, start: int, count: int) -> State:
-    """``count`` chunks of a segment's sequences, from the chunk ``start`` on."""
-    begin, end = start * segment.length, (start + count) * segment.length
-    return tuple(x if x is None else x[:, begin:end] for x in sequences)
+def _spans(sequences: State, segment: Segment, blocks: list[tuple[int, int]]) -> list[State]:
+    """A segment's sequences by block."""
+    sizes = [count * segment.length for _, count in blocks]
+    return list(zip(*([None] * len(sizes) if x is None else x.split_with_sizes(sizes, 1) for x in sequences)))
 
 
 def _shaped(values: State, chunks: int) -> State:

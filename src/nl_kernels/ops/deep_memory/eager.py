@@ -83,9 +83,7 @@ class GivenTokens:
         return Tokens(*sequences), None
 
     def tokens_adjoint(
-        self, base, constants, sequences, made, d_tokens: Tokens, d_base, d_constants, d_sequences
-    ) -> None:
-        for place, d in zip(d_sequences, d_tokens):
-            if place is not None:
-                place.zero_() if d is None else place.copy_(d)
+        self, base, constants, sequences, made, d_tokens: Tokens, d_base: Bank
+    ) -> tuple[State, State]:
+        return d_tokens, ()
 

@@ -63,7 +63,8 @@ def self_modifying_memory_eager(
     absent = (None,) * layout.layers
     velocity = absent if state.momentum is None else to_bank(state.momentum)
     snapshot = absent if at_boundary else to_bank(state.snapshot)
-    gates = [x.repeat(batch)[:, None] for x in (rate_max, rate_bias, retention_bias)]
+    biases = torch.stack([rate_bias, retention_bias], -1).repeat(batch, 1)[:, None]
+    gates = (rate_max.repeat(batch)[:, None, None], biases)
     constants = (*(to_bank(anchor) if rule.anchored else absent), *gates)
     loop = Loop(
         BankRule(rule, read, layout),
