@@ -33,7 +33,7 @@ ALLOWED = REQUIRED | {
     "eager_momentum.py",
     "state.py",
     "eager_backward.py",
-    "eager_linear.py",
+    "generate.py",
     "coefficients.py",
     "stack.py",
     "update.py",

@@ -21,8 +21,8 @@ def choose_implementation(op: str, impl: str | None, device: torch.device, avail
 
     Args:
         op: the public name of the op, for messages.
-        impl: what the caller asked for; ``None`` picks Triton on CUDA where the op has it, else eager, else the reference.
-            An explicit choice is never replaced by another one.
+        impl: what the caller asked for; ``None`` picks Triton on CUDA where the op has it, else eager, else
+            the reference. An explicit choice is never replaced by another one.
         device: where the op's tensors live.
         available: the implementations that the op has, of :data:`IMPLEMENTATIONS`.
 
@@ -31,7 +31,9 @@ def choose_implementation(op: str, impl: str | None, device: torch.device, avail
         RuntimeError: ``impl="triton"`` cannot run here; the message names the remedy.
     """
     if impl is None:
-        chosen = next(x for x in IMPLEMENTATIONS if x in available and (x != "triton" or device.type == "cuda"))
+        chosen = next(
+            x for x in IMPLEMENTATIONS if x in available and (x != "triton" or device.type == "cuda")
+        )
         if not torch.compiler.is_compiling():
             _say_once(op, chosen, device.type)
         return chosen

@@ -1,12 +1,14 @@
 """A bank: the memories of one head, and how the memories of N banks lie in tensors.
 
-``deep_memory`` has a bank of one memory, which is given its targets. ``self_modifying_memory`` has a bank of five:
-the memory that is read, those that make keys and values (the projections are these three), and those that make
-rates and retentions (the gates). All memories of a bank learn the same keys at the same rates and retentions.
+``deep_memory`` has a bank of one memory, which is given its targets. ``self_modifying_memory`` has a bank of
+five: the memory that is read, those that make keys and values (the projections are these three), and those
+that make rates and retentions (the gates). All memories of a bank learn the same keys at the same rates and
+retentions.
 
-With M memories, of which m are projections, and N = sequences × heads, the memory axis comes first: a layer of
-all memories is [M · N, out, in]. The memory that is read is the first one. Linear memories take in the same keys,
-so that a bank of them is a single layer whose outputs are those of all memories, one below the other.
+With M memories, of which m are projections, and N = sequences × heads, the memory axis comes first: a layer
+of all memories is [M · N, out, in]. The memory that is read is the first one. Linear memories take in the
+same keys, so that a bank of them is a single layer whose outputs are those of all memories, one below the
+other.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ Met = bool | torch.Tensor
 Bank = tuple[torch.Tensor, ...]
 """The layers of N banks: weights, changes, velocities, or adjoints of them. Empty where there is none.
 
-Two-layer memories have their first layers [M · N, h, D], the last layers of the projections [m · N, Dv, h], and
-those of the gates [2 · N, 1, h], if there are gates. Linear ones have one layer, [N, outputs, D].
+Two-layer memories have their first layers [M · N, h, D], the last layers of the projections [m · N, Dv, h],
+and those of the gates [2 · N, 1, h], if there are gates. Linear ones have one layer, [N, outputs, D].
 """
 
 

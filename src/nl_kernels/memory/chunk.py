@@ -1,6 +1,7 @@
 """A bank of memories learns one chunk of tokens and is read.
 
-``prepare`` has what depends on tokens alone and takes several chunks at once; ``learn`` is one chunk. Shapes as in :mod:`nl_kernels.memory.bank`; N = sequences × heads, c tokens in a chunk.
+``prepare`` has what depends on tokens alone and takes several chunks at once; ``learn`` is one chunk. Shapes
+as in :mod:`nl_kernels.memory.bank`; N = sequences × heads, c tokens in a chunk.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Tokens(NamedTuple):
 class Prepared(NamedTuple):
     """What depends on no state: [N, c, ·], or [N, n, c, ·] of n chunks.
 
-    ``rate`` is η as given, ``first_rate`` that of layers which take in the keys; ``gram`` and ``erase`` are theirs.
-    ``share``: what momentum leaves of a write.
+    ``rate`` is η as given, ``first_rate`` that of layers which take in the keys; ``gram`` and ``erase`` are
+    theirs. ``share``: what momentum leaves of a write.
     """
 
     coefficients: Coefficients
@@ -82,8 +83,8 @@ class Learned(NamedTuple):
     """What :func:`learn` computed and its adjoint needs.
 
     Attributes:
-        x: what the first layers are applied to (:meth:`BankRule.inputs`); of linear ones that make their targets
-            the difference of keys and values.
+        x: what the first layers are applied to (:meth:`BankRule.inputs`); of linear ones that make their
+            targets the difference of keys and values.
         hidden: the hidden layers there.
         features: what the last layers made the errors of [.., c, in].
         errors: by last layer; ``factor`` scaled them to their bound.
@@ -126,7 +127,7 @@ class BankRule:
         return self.read == "snapshot" and not self.layout.self_made
 
     def inputs(self, tokens: Tokens) -> torch.Tensor:
-        """What the first layers are applied to at the snapshot: keys, then what targets are made of or queries."""
+        """What the first layers are applied to at the snapshot: keys, then values or queries, if any."""
         if self.layout.self_made:
             return self.layout.each(torch.cat([tokens.k, tokens.v], 1))
         return torch.cat([tokens.k, tokens.query], 1) if self.reads_inputs else tokens.k
@@ -199,7 +200,7 @@ def learn(
 
 
 def _finish_errors(bank: BankRule, errors: list[torch.Tensor], k, v) -> torch.Tensor | None:
-    """Targets and residuals into the errors, and the bound; in place. What scaled the projections' [m, N, c, 1]."""
+    """Targets, residuals and bound, in place; what scaled the projections' errors [m, N, c, 1]."""
     by_projection, gates = bank.layout.by_projection(errors), bank.layout.gates(errors)
     if bank.targets_add_value:
         by_projection -= v

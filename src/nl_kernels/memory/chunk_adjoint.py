@@ -1,4 +1,4 @@
-"""The adjoint of a chunk: of :func:`~nl_kernels.memory.chunk.learn` and :func:`~nl_kernels.memory.chunk.prepare`.
+"""The adjoint of a chunk: of ``learn`` and ``prepare`` in :mod:`nl_kernels.memory.chunk`.
 
 An adjoint is called ``d_…``; shapes as there.
 """
@@ -28,7 +28,8 @@ from nl_kernels.memory_rule import MemoryRule
 class TokenAdjoints(NamedTuple):
     """Adjoints that end at a chunk's tokens, summed over memories and layers.
 
-    ``first_rate``, ``gram`` and ``mixed_gram`` are of the layers that take in the keys; ``rate`` of the others.
+    ``first_rate``, ``gram`` and ``mixed_gram`` are of the layers that take in the keys; ``rate`` of the
+    others.
     """
 
     query: torch.Tensor | None
@@ -131,7 +132,9 @@ def learn_adjoint(
         if part.velocity is not None:
             layout.read_weights(found.velocity).add_(part.velocity)
 
-    d_rate, d_keys = (None, None) if layout.linear else _hidden_inputs_adjoint(bank, prepared, learned, writes)
+    d_rate, d_keys = (
+        (None, None) if layout.linear else _hidden_inputs_adjoint(bank, prepared, learned, writes)
+    )
     d_k, d_v, d_query, d_base = _errors_adjoint(bank, base, learned, writes, d_keys, d_o)
     if reads:
         d_query = reads[0].queries
@@ -197,7 +200,7 @@ def _snapshot_read_adjoint(bank: BankRule, query, base: Bank, learned: Learned, 
 
 
 def _hidden_inputs_adjoint(bank: BankRule, prepared: Prepared, learned: Learned, writes: list[WriteAdjoint]):
-    """Of what the last layers take in: the adjoints of the rate as given [N, c, 1] and of the keys' hidden layers."""
+    """Adjoints of what the last layers take in: the rate as given [N, c, 1], and hidden layers of keys."""
     rule, layout = bank.rule, bank.layout
     d_keys, d_rates = [], []
     for layer, part in zip(learned.layers[1:], writes[1:]):

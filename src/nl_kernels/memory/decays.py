@@ -1,7 +1,7 @@
 """Products of decays within a chunk, and their adjoints.
 
-Every coefficient of a chunk of c tokens is an entry of a lower-triangular matrix over the instants 0 (before the
-chunk) … c (after its last token): ``decay[i, j] = α_{j+1} ⋯ α_i``, ``momentum`` likewise with μ, and
+Every coefficient of a chunk of c tokens is an entry of a lower-triangular matrix over the instants 0 (before
+the chunk) … c (after its last token): ``decay[i, j] = α_{j+1} ⋯ α_i``, ``momentum`` likewise with μ, and
 ``mixed[i, j]``, the weight in S_i of the write of token j without erasing (of the incoming U for j = 0).
 Entries are sums of logs and not differences of such sums, so that a decay of 0 is exact.
 """
@@ -101,7 +101,7 @@ def coefficient_adjoint(
 def _products(log: torch.Tensor) -> torch.Tensor:
     """[.., c + 1, c + 1], products over tokens j + 1 … i, from the logs [.., c]."""
     rows = torch.cat([log.new_zeros(*log.shape[:-1], 1), log.clamp_min(LOWEST_LOG)], -1)[..., None]
-    return torch.cumsum(rows * _below(rows.shape[-2], log.dtype, log.device), -2).exp2_().tril_()
+    return torch.cumsum(rows * _below(rows.shape[-2], log.dtype, log.device), -2).exp2_().tril()
 
 
 @functools.cache

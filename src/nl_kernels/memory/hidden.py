@@ -1,6 +1,7 @@
 """The hidden layer ``n(σ(z))`` of a memory, the error signal that flows back through it, and their adjoints.
 
-None of these is differentiable by autograd: the adjoints are the derivatives written out. They take few passes, and
+None of these is differentiable by autograd: the adjoints are the derivatives written out. They take few
+    passes, and
 none keeps what another has.
 """
 

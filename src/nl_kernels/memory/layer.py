@@ -1,6 +1,7 @@
 """One layer of a memory over one chunk of tokens, without a loop over tokens, and its adjoint.
 
-For tokens t = 1 … c with error signals δ_t, rates η_t, decays α_t and, with momentum, μ_t and the share s_t that
+For tokens t = 1 … c with error signals δ_t, rates η_t, decays α_t and, with momentum, μ_t and the share s_t
+that
 momentum leaves of a write (1 without momentum)::
 
     U_t = μ_t U_{t-1} − s_t η_t δ_t x_tᵀ
@@ -10,7 +11,8 @@ With ``K = strict_lower(decay · x xᵀ)``, without momentum::
 
     ω = (I + K diag(η))⁻¹ (δ + before · (x Sᵀ))        u = −η ω        S' = final S + uᵀ (to_end x)
 
-Its adjoint needs no second triangular solve: with ``ρ = (I + K diag(η))⁻ᵀ (−η ū)``, that of δ is ρ and that of K
+Its adjoint needs no second triangular solve: with ``ρ = (I + K diag(η))⁻ᵀ (−η ū)``, that of δ is ρ and that
+    of K
 is −ρ uᵀ. With momentum the write w = −s η δ and what is erased, −η ω, decay differently, and
 ``ω = (I + K diag(η))⁻¹ (before (x Sᵀ) + mixed.before (x Uᵀ) + (mixed.strict ∘ x xᵀ) w)``.
 
@@ -80,7 +82,9 @@ def erase_matrices(gram: torch.Tensor, rate: torch.Tensor, strict: torch.Tensor)
     """:class:`Erase` from x xᵀ [.., c, c] (overwritten), η [.., c, 1] and the decay before each token."""
     gram = gram.mul_(strict)
     identity = _identity(gram.shape[-1], gram.dtype, gram.device).expand_as(gram)
-    return Erase(gram, torch.linalg.solve_triangular(gram * rate.mT, identity, upper=False, unitriangular=True))
+    return Erase(
+        gram, torch.linalg.solve_triangular(gram * rate.mT, identity, upper=False, unitriangular=True)
+    )
 
 
 @functools.cache
@@ -161,7 +165,8 @@ def write_adjoint(
 ) -> WriteAdjoint:
     """Adjoints from those of S and U after the chunk.
 
-    ``add_reads(d_decaying, d_written)`` adds to the adjoints of what was written those that running reads have.
+    ``add_reads(d_decaying, d_written)`` adds to the adjoints of what was written those that running reads
+    have.
     """
     if velocity is not None:
         return _momentum_adjoint(d_after, d_velocity, add_reads, state, velocity, layer, done)
@@ -253,8 +258,8 @@ def _momentum_adjoint(d_after, d_velocity, add_reads, state, velocity, layer: La
 class Read(NamedTuple):
     """A running read: its queries, the recalls q Sᵀ and q Uᵀ [P, c, out], and the scores [P, c, c].
 
-    ``scores`` are ``decay.full ∘ q xᵀ`` (``None`` where nothing only decays), ``mixed_scores`` those of writes
-    with momentum, and ``plain_scores`` q xᵀ with momentum.
+    ``scores`` are ``decay.full ∘ q xᵀ`` (``None`` where nothing only decays), ``mixed_scores`` those of
+    writes with momentum, and ``plain_scores`` q xᵀ with momentum.
     """
 
     queries: torch.Tensor

@@ -1,105 +1,25 @@
 """The loop over chunks around a bank of memories: one node of the autograd graph for a whole call.
 
-It owns all that is not arithmetic of a chunk: segments and what their backward pass keeps, snapshots at the
-boundaries of two clocks, truncation, and places that hold no token.
+It owns all that is not arithmetic of a chunk: what the backward pass keeps and what it recomputes, snapshots
+    at the
+boundaries of two clocks, and truncation.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from nl_kernels.chunk_alignment import ChunkGrid
-from nl_kernels.memory.bank import Bank, Layout, snapshot_adjoint, take_snapshot
+from nl_kernels.memory.bank import Bank, snapshot_adjoint, take_snapshot
 from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, learn, prepare
 from nl_kernels.memory.chunk_adjoint import ChunkAdjoint, TokenAdjoints, learn_adjoint, prepare_adjoint
+from nl_kernels.memory.segments import Segment
 
 State = tuple[torch.Tensor | None, ...]
-KEPT_BYTES = 12 << 20  # of activations of one layer or memory that are not recomputed
-
-
-class Segment(NamedTuple):
-    """Consecutive chunks of one length that are computed, and recomputed, together.
-
-    Attributes:
-        start: index of the first token in the call.
-        length: tokens in each chunk.
-        chunks: number of chunks.
-        slot: slot of the first token on the grid.
-        kept: its activations are kept, so that it is not recomputed; only at the end of a call.
-    """
-
-    start: int
-    length: int
-    chunks: int
-    slot: int
-    kept: bool = False
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.length * self.chunks
-
-
-class Footprint(NamedTuple):
-    """Bytes that decide what the backward pass keeps.
-
-    Attributes:
-        state: of a state kept for one segment.
-        chunk: of what one chunk's backward pass needs.
-        kept: to spend on chunks, the last ones, that are not recomputed.
-    """
-
-    state: int
-    chunk: int
-    kept: int
-
-
-def plan_segments(
-    tokens: int,
-    chunk_size: int,
-    offset: int,
-    checkpoint_every: int | None,
-    footprint: Footprint,
-    block: int = 1,
-) -> list[Segment]:
-    """Cut ``tokens`` at the chunk boundaries of a grid on which the first one has slot ``offset``.
-
-    No segment begins within a block, which is as many chunks, but for what the call's ends leave of one.
-    Without ``checkpoint_every`` the last chunks are one segment that is not recomputed, as many as
-    ``footprint.kept`` has room for, and the others are cut so that the states kept and the activations of a
-    segment that is recomputed take like shares of memory; at least into segments as long as the last one,
-    whose memory is free again by then.
-    """
-    head = min(-offset % chunk_size, tokens)
-    segments = [Segment(0, head, 1, offset)] if head else []
-    chunks, done = (tokens - head) // chunk_size, head
-    first = min(-((offset + done) // chunk_size) % block, chunks)
-    if first:
-        segments.append(Segment(done, chunk_size, first, offset + done))
-        done += first * chunk_size
-    blocks, odd = divmod(chunks - first, block)
-    last = min(blocks, footprint.kept // (footprint.chunk * block))
-    step = max(1, last, math.isqrt((blocks - last) * footprint.state // (footprint.chunk * block)))
-    if checkpoint_every is not None:
-        step, last = max(1, checkpoint_every // block), 0
-    cuts = [*range(0, blocks - last, step), *([blocks - last] if last else []), blocks]
-    for begin, end in itertools.pairwise(cuts):
-        start = done + begin * block * chunk_size
-        count = (end - begin) * block
-        segments.append(Segment(start, chunk_size, count, offset + start, begin == blocks - last))
-    done += blocks * block * chunk_size
-    kept = last > 0 or not blocks
-    if odd:
-        segments.append(Segment(done, chunk_size, odd, offset + done, kept))
-        done += odd * chunk_size
-    if done < tokens:
-        segments.append(Segment(done, tokens - done, 1, offset + done, kept))
-    return segments
 
 
 class Source(Protocol):
@@ -108,9 +28,7 @@ class Source(Protocol):
     block: int
     """Chunks whose tokens are known at the start of the first one; ``None``: all."""
 
-    def tokens(
-        self, base: Bank, constants: State, sequences: State, keep: bool
-    ) -> tuple[Tokens, Any]:
+    def tokens(self, base: Bank, constants: State, sequences: State, keep: bool) -> tuple[Tokens, Any]:
         """The tokens of a block from its sequences [N, T, ..], and what the adjoint needs."""
 
     def tokens_adjoint(
@@ -145,8 +63,8 @@ class _Block(NamedTuple):
 class Loop:
     """What runs a segment forward and backward.
 
-    A state is running weights, velocities and snapshot, a bank each (:mod:`nl_kernels.memory.bank`); constants are
-    the anchor's bank and those of ``source``.
+    A state is running weights, velocities and snapshot, a bank each (:mod:`nl_kernels.memory.bank`);
+    constants are the anchor's bank and those of ``source``.
 
     Attributes:
         clocks: tokens between the boundaries of the memory that is read, and of the others.
@@ -163,7 +81,7 @@ class Loop:
     def forward(
         self, segment: Segment, state: State, constants: State, sequences: State, keep: bool
     ) -> tuple[State, list[torch.Tensor], list[_Block]]:
-        """The state after a segment, its reads [N, tokens, Dv] in parts, and with ``keep`` what backward needs."""
+        """The state after a segment, its reads in parts [N, .., Dv], and with ``keep`` for the backward."""
         running, velocity, snapshot = self._banks(state)
         anchor, own = self._constants(constants)
         scratch = [torch.empty_like(x) for x in anchor]
@@ -210,7 +128,7 @@ class Loop:
         d_anchor, d_own = self._constants(d_constants)
         count = self.bank.layout.layers
         carried = [d_state[i * count : (i + 1) * count] for i in range(3)]
-        starts, d_given = self._blocks(segment), []
+        starts, d_given, written = self._blocks(segment), [], segment.chunks
         given, d_reads = (_spans(x, segment, starts) for x in (sequences, (d_output,)))
         for start, count in reversed(starts):
             block, d_outputs = blocks.pop(), _unbound(_shaped(d_reads.pop(), count), count)
@@ -251,13 +169,10 @@ class Loop:
                 if not chunk.snapshot:
                     carried[0] = [d.add_(b) for d, b in zip(found_here.running, d_base)]
                     carried[2] = ()
-        d_given, d_by_token = (zip(*parts) for parts in zip(*d_given[::-1]))
-        for place, parts in zip(d_sequences, d_given):
-            if place is not None:
-                place.zero_() if parts[0] is None else place.copy_(_joined(parts))
-        for total, parts in zip(d_own, d_by_token):
-            if total is not None:
-                total += _joined(parts).sum(1, keepdim=True)
+            if start == 0 or (written - start) * segment.length >= 128:  # few copies, and none of much
+                here = slice(start * segment.length, written * segment.length)
+                _fill([None if x is None else x[:, here] for x in d_sequences], d_own, d_given)
+                d_given, written = [], start
         return self._state(*carried)
 
     def _banks(self, state: State) -> Iterator[Bank]:
@@ -389,6 +304,17 @@ class _WithAdjoint(torch.autograd.Function):
         return (None, None, None, *d_state, *totals, *joined)
 
 
+def _fill(places: State, totals: State, blocks: list[tuple[State, State]]) -> None:
+    """Copy adjoints of sequences to their places, and add those of constants; the last block comes first."""
+    d_sequences, d_by_token = (zip(*parts) for parts in zip(*blocks[::-1]))
+    for place, parts in zip(places, d_sequences):
+        if place is not None:
+            place.zero_() if parts[0] is None else place.copy_(_joined(parts))
+    for total, parts in zip(totals, d_by_token):
+        if total is not None:
+            total += _joined(parts).sum(1, keepdim=True)
+
+
 def _split(tensors: State, states: int, constants: int) -> tuple[State, State, State]:
     return tensors[:states], tensors[states : states + constants], tensors[states + constants :]
 
@@ -460,17 +386,3 @@ def _without(met: bool | torch.Tensor, d: torch.Tensor | None) -> torch.Tensor |
     if d is None or met is True:
         return None
     return d if met is False else d.masked_fill(met, 0)
-
-
-def footprint(layout: Layout, running: Bank, chunk_size: int, width: int) -> Footprint:
-    """What the backward pass needs: counts of tensors of each kind in :class:`~nl_kernels.memory.chunk.Learned`."""
-    numbers = sum(x.numel() for x in running)
-    tokens, item = layout.banks * chunk_size, running[0].element_size()
-    if layout.linear:
-        chunk = numbers + tokens * (4 * running[0].shape[1] + 2 * width + 5 * chunk_size)
-        kept = KEPT_BYTES
-    else:
-        hidden = running[0].shape[1]
-        chunk = numbers + layout.memories * tokens * (13 * hidden + 6 * width + 11 * chunk_size)
-        kept = KEPT_BYTES * (2 + 2 * layout.memories) // 4
-    return Footprint(item * numbers, item * chunk, kept)

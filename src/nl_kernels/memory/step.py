@@ -48,7 +48,6 @@ def write_token(
     *,
     first_layer: bool,
     inplace: bool,
-    echo: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``U ← μU − sη δxᵀ``, ``S ← αS − η (Sx)xᵀ + U``: both after the token.
 
@@ -60,7 +59,6 @@ def write_token(
         signal: δ [.., 1, out].
         first_layer: whether the layer is its memory's first, for ``rule.erase``.
         inplace: write into ``state`` and ``velocity``; otherwise they stay and the results are new.
-        echo: a second pair (x, δ) that is written too, and erases nothing.
     """
     rate, decay, momentum, applied = gates
     erases = rule.erases(first_layer)
@@ -78,8 +76,6 @@ def write_token(
     share = rule.share(momentum)
     write_rate = rate if share is None else rate * share
     target.addcmul_((signal * write_rate).mT, x, value=-1)
-    if echo is not None:
-        target.addcmul_((echo[1] * write_rate).mT, echo[0], value=-1)
     if erased is not None:
         after.addcmul_(erased.mul_(rate).mT, x, value=-1)
     if velocity is not None and applied is None:

@@ -5,10 +5,10 @@ import torch
 import triton
 import triton.language as tl
 
-from nl_kernels import delta_adjoint, hidden_layer
 from nl_kernels.chunk_kernels import adjoint, forward
-from nl_kernels.delta_chunk import TINY, chunk_coefficients
-from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.memory import layer
+from nl_kernels.memory.decays import TINY, chunk_coefficients, coefficient_adjoint
+from nl_kernels.memory_rule import MemoryRule, activate, bound_length, inverse_norm
 
 pytestmark = pytest.mark.interpreter
 
@@ -57,10 +57,13 @@ def test_hidden_layer_and_error_signal(activation, normalized, bound):
     _hidden[(1,)](*given, outs, C, OUT, activation, normalized, bound or 0.0)
     z.requires_grad_()
     back.requires_grad_()
-    hidden = hidden_layer.hidden_layer(z, rule)
-    signal = hidden_layer.hidden_gradient(back, hidden, rule)
-    both = torch.autograd.grad((signal, hidden.value), (back, z), (grad, at_value), retain_graph=True)
-    (plain,) = torch.autograd.grad(hidden.value, z, at_value)
+    value, slope = activate(z, rule.activation)
+    scale = inverse_norm(value) if rule.normalize_hidden else 1
+    value = value * scale
+    tangent = back - value * (value * back).sum(-1, keepdim=True) if rule.normalize_hidden else back
+    signal = bound_length(scale * tangent * slope, rule.error_bound)
+    both = torch.autograd.grad((signal, value), (back, z), (grad, at_value), retain_graph=True)
+    (plain,) = torch.autograd.grad(value, z, at_value)
     for found, expected in zip(outs, (*both, plain)):
         torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
 
@@ -119,13 +122,21 @@ def _write(
 def test_write(erases, outer):
     grad, grad_written, state, x, signal = draw((OUT, IN), (C, OUT), (OUT, IN), (C, IN), (C, OUT))
     x, rate = x / 4, torch.rand(1, C, 1, dtype=torch.float64)
-    log, _, (decay, _, _) = coefficients()
-    erase = delta_adjoint.erase_matrices(x @ x.mT, rate, decay.strict) if erases else None
-    _, write = delta_adjoint.write_forward(state, x, signal, rate, decay, erase)
+    log, _, spreads = coefficients()
+    erase = layer.erase_matrices(x @ x.mT, rate, spreads.decay.strict) if erases else None
+    given = layer.LayerInput(x, signal, rate, spreads, erase, None, None)
+    _, _, write = layer.write(state, None, given)
     outer = grad_written if outer else None
-    expected = delta_adjoint.write_adjoint(grad, outer, state, x, write, rate, decay, erase)
-    zeros = {"strict": log.new_zeros(C, C), "gram": log.new_zeros(C, C), "before": log.new_zeros(C)}
-    expected = [zeros[n] if v is None else v for n, v in expected._asdict().items()]
+
+    def add_reads(decaying, written):
+        if outer is not None:
+            decaying += outer
+
+    found = layer.write_adjoint(grad, None, add_reads, state, None, given, write)
+    zeros = {"strict": log.new_zeros(C, C), "before": log.new_zeros(C)} | found.decay
+    gram = log.new_zeros(C, C) if found.gram is None else found.gram
+    expected = [found.state, found.x, found.signal, found.rate, zeros["strict"], gram]
+    expected += [zeros[name] for name in ("before", "to_end", "final")]
     shapes = [(OUT, IN), (C, IN), (C, OUT), (C,), (C, C), (C, C), (C,), (C,), (1,)]
     outs = [torch.empty(shape) for shape in shapes]
     given = [None if t is None else t.float() for t in (grad, outer, state, x, signal, rate, log)]
@@ -161,12 +172,13 @@ def _read(
 def test_running_read():
     given = draw((C, OUT), (C, IN), (OUT, IN), (C, IN), (C, OUT))
     grad, queries, state, x, written = given
-    log, _, (decay, _, _) = coefficients()
-    _, read = delta_adjoint.read_forward(queries, state, None, x, written, decay)
-    expected = delta_adjoint.read_adjoint(grad, queries, state, None, x, written, decay, read)
+    log, _, spreads = coefficients()
+    _, read = layer.read(queries, state, None, None, x, written, None, spreads)
+    expected = layer.read_adjoint(grad, state, None, None, x, written, None, spreads, read)
+    parts = (expected.queries, expected.state, expected.x, expected.decaying)
     outs = [torch.empty(shape) for shape in [(C, IN), (OUT, IN), (C, IN), (C, OUT), (C,), (C, C)]]
     _read[(1,)](*(t.float() for t in given), log.float(), *outs, C, IN, OUT)
-    assert_tiles(outs, [part for name, part in expected._asdict().items() if name != "anchor"])
+    assert_tiles(outs, [*parts, expected.decay["after"], expected.decay["full"]])
 
 
 @triton.jit
@@ -184,9 +196,8 @@ def test_gram_and_proximal_rate():
     rate = torch.rand(1, C, 1, dtype=torch.float64)
     outs = [torch.empty(shape) for shape in [(C, IN), (C,), (C, IN)]]
     _pieces[(1,)](*(t.float() for t in (gram, x, grad, rate)), *outs, C, IN)
-    effective = delta_adjoint.proximal_rate(rate, x)
-    proximal = delta_adjoint.proximal_adjoint(grad, rate, x, effective)
-    assert_tiles(outs, [delta_adjoint.gram_adjoint(gram, x), *proximal])
+    proximal = layer.proximal_adjoint(grad, rate, x, layer.proximal_rate(rate, x))
+    assert_tiles(outs, [layer.gram_adjoint(gram, x), *proximal])
 
 
 @triton.jit
@@ -207,9 +218,10 @@ def test_log_decays():
     out = torch.empty(2, C)
     _decays[(1,)](*(t.float() for t in (before, after, strict, full, to_end, final)), out, C)
     parts = {"before": before, "after": after, "strict": strict, "full": full, "to_end": to_end}
-    expected = delta_adjoint.decay_adjoint(C, log_like := before.new_empty(1, C), **parts, final=final)
-    only = delta_adjoint.decay_adjoint(C, log_like, final=final)
-    assert_tiles(out, [expected, only])
+    spreads = coefficients()[2]
+    expected, _ = coefficient_adjoint(spreads, None, None, parts | {"final": final}, {}, {})
+    only, _ = coefficient_adjoint(spreads, None, None, {"final": final}, {}, {})
+    assert_tiles(out[:, None], [expected, only])
 
 
 @triton.jit

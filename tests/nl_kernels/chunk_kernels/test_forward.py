@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from nl_kernels import delta_adjoint, delta_chunk, hidden_layer
 from nl_kernels.chunk_kernels import forward
+from nl_kernels.memory import decays, hidden, layer
 from nl_kernels.memory_rule import MemoryRule
 
 pytestmark = pytest.mark.interpreter
@@ -180,7 +180,7 @@ def assert_equal(found, expected):
 
 def test_spread():
     log = logs()
-    expected = delta_chunk.chunk_coefficients(log, None, None).decay
+    expected = decays.chunk_coefficients(log, None, None).decay
     found = empty_like(expected)
     _spread[(1,)](log, *found, C)
     assert_equal(found, expected)
@@ -189,10 +189,10 @@ def test_spread():
 def test_mixed_spread():
     log, momentum, applied = logs(), torch.rand(C), (torch.arange(C) < 12).float()
     momentum[3] = 0
-    expected = delta_chunk.chunk_coefficients(log, momentum, applied).mixed
+    expected = decays.chunk_coefficients(log, momentum, applied).mixed
     expected = (expected.after, expected.full, expected.to_end, expected.final)
     found = empty_like(expected)
-    _mixed[(1,)](log, (momentum + delta_chunk.TINY).log(), applied, *found, C)
+    _mixed[(1,)](log, (momentum + decays.TINY).log(), applied, *found, C)
     assert_equal(found, expected)
 
 
@@ -204,13 +204,13 @@ def test_hidden_layer_and_error_signal(activation, normalized, bound):
     z, back = 2 * torch.randn(C, WIDTH), torch.randn(C, WIDTH)
     z[3] = 0
     back[4] *= 0.01
-    hidden = hidden_layer.activated(z.clone(), rule)
-    signal = hidden_layer.error_signal(back, hidden, rule)
+    at_z = hidden.activated(z.clone(), rule)
+    signal = hidden.error_signal(back, at_z, rule)
     one = torch.ones(C, 1)
-    scale = one if hidden.scale is None else hidden.scale
+    scale = one if at_z.scale is None else at_z.scale
     factor = one if signal.factor is None else signal.factor
-    along = hidden_layer.row_dot(hidden.value, back)
-    expected = (*hidden[:3], scale, signal.value, signal.tangent, along, factor)
+    along = hidden.row_dot(at_z.value, back)
+    expected = (*at_z[:3], scale, signal.value, signal.tangent, along, factor)
     found = empty_like(expected)
     _hidden[(1,)](z, back, *found, C, WIDTH, activation, normalized, bound or 0.0)
     assert_equal(found, expected)
@@ -221,15 +221,14 @@ def test_hidden_layer_and_error_signal(activation, normalized, bound):
 def test_write_and_read(erases):
     state, x, signal = torch.randn(OUT, WIDTH), torch.randn(C, WIDTH), torch.randn(C, OUT)
     rate, log = torch.rand(C), logs()
-    decay = delta_chunk.chunk_coefficients(log[None], None, None).decay
-    used = delta_adjoint.proximal_rate(rate[None, :, None], x[None])
-    erase = delta_adjoint.erase_matrices((x @ x.T)[None], used, decay.strict)
-    after, write = delta_adjoint.write_forward(
-        state[None], x[None], signal[None], used, decay, erase if erases else None
-    )
+    coefficients = decays.chunk_coefficients(log[None], None, None)
+    used = layer.proximal_rate(rate[None, :, None], x[None])
+    erase = layer.erase_matrices((x @ x.T)[None], used, coefficients.decay.strict)
+    given = layer.LayerInput(x[None], signal[None], used, coefficients, erase if erases else None, None, None)
+    after, _, write = layer.write(state[None], None, given)
     recalled = torch.zeros(C, OUT) if write.recalled is None else write.recalled
-    reads, read = delta_adjoint.read_forward((x + 1)[None], state[None], None, x[None], write.written, decay)
-    expected = (*erase, used, write.surprise, write.written, recalled, after, reads, read.scores)
+    reads, read = layer.read((x + 1)[None], state[None], None, None, x[None], *write[:2], coefficients)
+    expected = (*erase, used, write.surprise, write.decaying, recalled, after, reads, read.scores)
     found = empty_like(expected)
     _write[(1,)](state, x, signal, rate, log, *found, erases, C, WIDTH, OUT)
     assert_equal(found, expected)
@@ -239,10 +238,10 @@ def test_momentum():
     state, velocity = torch.randn(OUT, WIDTH), torch.randn(OUT, WIDTH)
     x, signal = torch.randn(C, WIDTH), torch.randn(C, OUT)
     rate, log, momentum = torch.rand(C), logs(), torch.rand(C)
-    coefficients = delta_chunk.chunk_coefficients(log[None], momentum[None], None)
-    given = (velocity[None], state[None], x[None], signal[None], rate[None, :, None], coefficients)
-    after, velocity_after, kept = delta_adjoint.momentum_forward(*given, None, None)
-    expected = (after, velocity_after, kept.write)
+    coefficients = decays.chunk_coefficients(log[None], momentum[None], None)
+    given = layer.LayerInput(x[None], signal[None], rate[None, :, None], coefficients, None, None, None)
+    after, velocity_after, write = layer.write(state[None], velocity[None], given)
+    expected = (after, velocity_after, write.written)
     found = empty_like(expected)
     _momentum[(1,)](state, velocity, x, signal, rate, log, momentum.log(), *found, C, WIDTH, OUT)
     assert_equal(found, expected)

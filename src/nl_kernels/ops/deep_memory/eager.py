@@ -10,7 +10,8 @@ import torch
 from nl_kernels.chunk_alignment import ChunkGrid
 from nl_kernels.memory.bank import Bank, Layout
 from nl_kernels.memory.chunk import BankRule, Tokens
-from nl_kernels.memory.loop import Loop, State, footprint, plan_segments, run
+from nl_kernels.memory.loop import Loop, State, run
+from nl_kernels.memory.segments import footprint, plan_segments
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory.rows import run_on_rows
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
@@ -49,7 +50,13 @@ def deep_memory_eager(
         layers = [x[:1] if linear else x for x in (carried[:2], carried[2:4], carried[4:], constants)]
         running = layers[0]
         layout = Layout(len(running[0]), running[-1].shape[1], False, linear)
-        loop = Loop(BankRule(rule, read, layout), GivenTokens(max(1, 256 // chunk_size)), (chunk_size, chunk_size), None, grid)
+        loop = Loop(
+            BankRule(rule, read, layout),
+            GivenTokens(max(1, 256 // chunk_size)),
+            (chunk_size, chunk_size),
+            None,
+            grid,
+        )
         size = footprint(layout, running, chunk_size, sequences[1].shape[-1])
         segments = plan_segments(sequences[0].shape[1], chunk_size, grid.offset, checkpoint_every, size)
         *banks, anchors = layers
@@ -86,4 +93,3 @@ class GivenTokens:
         self, base, constants, sequences, made, d_tokens: Tokens, d_base: Bank
     ) -> tuple[State, State]:
         return d_tokens, ()
-

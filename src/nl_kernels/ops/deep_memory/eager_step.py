@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from nl_kernels.memory.hidden import activated, error_signal, length_factor
-from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.memory.step import Gates, Met, advance, where_met, write_token
+from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
 
 

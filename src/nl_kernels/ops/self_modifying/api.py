@@ -43,7 +43,6 @@ from nl_kernels.zero_gradients import with_zero_gradients
 
 READS = ("snapshot", "running")
 _DEFAULT_RULE = MemoryRule()
-_LEARNING_TARGETS = "the token loop alone has targets that learn; use impl='reference' or None"
 
 
 def self_modifying_memory(
@@ -98,7 +97,8 @@ def self_modifying_memory(
         rate_bias, retention_bias: floats or [H].
         read: "snapshot": o from the state at the chunk's start; "running": from the state after token t.
         detach_targets: the inner objective takes ``M(v)`` as a constant; otherwise its gradient also flows
-            into the memory through its own target. Either way the outer gradient is exact.
+            into the memory through its own target, which only the reference does. Either way the outer
+            gradient is exact.
         truncate_every: the outer gradient does not cross every n-th boundary of the faster clock, counted
             from the slower clock's last boundary before this call; ``None`` for full backpropagation through
             time.
@@ -157,16 +157,13 @@ def self_modifying_memory(
         hidden=None if weights.key.outer is None else weights.key.inner.shape[-2],
         chunk=min(chunk_size, generator_chunk_size),
         momentum=momentum is not None,
-        detach_targets=detach_targets,
         architecture=architecture_of(query.device),
     )
-    if impl == "triton" and uncovered is not None:
-        raise NotImplementedError(uncovered)
     available = ("eager", "reference") if uncovered is not None else ("triton", "eager", "reference")
     if not detach_targets:
-        if impl == "eager":
-            raise NotImplementedError(f"detach_targets=False: {_LEARNING_TARGETS}")
-        available = ("reference",)
+        available = _alone_in_the_reference(impl)
+    elif impl == "triton" and uncovered is not None:
+        raise NotImplementedError(uncovered)
     chosen = choose_implementation("self_modifying_memory", impl, query.device, available)
 
     inputs = [None if x is None else x.to(dtype) for x in tensors]
@@ -223,9 +220,7 @@ def self_modifying_memory(
                 *inputs, anchor, state, **options, **chunked, dtype=query.dtype
             )
         else:
-            o, final = self_modifying_memory_eager(
-                *inputs, anchor, state, **options, **chunked
-            )
+            o, final = self_modifying_memory_eager(*inputs, anchor, state, **options, **chunked)
     if alignment is not None:
         o = alignment.scatter(o, 1, length)
     return o.to(query.dtype), final if output_final_state else None
@@ -303,9 +298,9 @@ def self_modifying_memory_step(
         hidden = None if weights.key.outer is None else weights.key.inner.shape[-2]
         unsupported = step_launch.why_not("query", width, hidden, query.dtype)
         unsupported = unsupported or step_launch.why_not_momentum(rule, momentum)
-        if not detach_targets:
-            unsupported = "detach_targets: the Triton kernels have constant targets alone"
     available = ("eager", "reference") if unsupported and impl is None else ("triton", "eager", "reference")
+    if not detach_targets:
+        available = _alone_in_the_reference(impl)
     chosen = choose_implementation("self_modifying_memory_step", impl, query.device, available)
     if chosen == "triton" and unsupported:
         raise NotImplementedError(f"{unsupported}; use impl='eager'")
@@ -335,9 +330,18 @@ def self_modifying_memory_step(
             )
         else:
             o, state = eager_step.self_modifying_memory_step(
-                *inputs, weights, state, **options, detach_targets=detach_targets, mask=mask, inplace=inplace
+                *inputs, weights, state, **options, mask=mask, inplace=inplace
             )
     return o.to(query.dtype), state
+
+
+def _alone_in_the_reference(impl: str | None) -> tuple[str, ...]:
+    """The implementations of targets that learn; an error for others."""
+    if impl in ("triton", "eager"):
+        raise NotImplementedError(
+            "detach_targets: the reference alone has targets that learn; use impl='reference' or None"
+        )
+    return ("reference",)
 
 
 def _check_clocks(chunk_size: object, generator_chunk_size: object) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from nl_kernels.chunk_alignment import place_on_grid
 from nl_kernels.memory.bank import Bank, Layout
 from nl_kernels.memory.chunk import BankRule
-from nl_kernels.memory.loop import Loop, footprint, plan_segments, run
+from nl_kernels.memory.loop import Loop, run
+from nl_kernels.memory.segments import footprint, plan_segments
 from nl_kernels.memory_rule import MemoryRule, l2_normalize
 from nl_kernels.ops.self_modifying.generate import GeneratedTokens
+from nl_kernels.ops.self_modifying.rows import collect_output, place_tokens
 from nl_kernels.ops.self_modifying.state import MemoryStack, SelfModifyingState
 
 
@@ -46,17 +47,23 @@ def self_modifying_memory_eager(
     """
     batch, _, heads, width = query.shape
     period, chunk = max(chunk_size, generator_chunk_size), min(chunk_size, generator_chunk_size)
-    grid = place_on_grid(state.position, mask, query.shape[1], period, at_boundary)
-    sequences = [key_input, value_input, l2_normalize(query), gate_input]
-    sequences.append(None if momentum is None else momentum[..., None])
-    placed = mask
-    if grid.alignment is not None:
-        sequences = [None if x is None else grid.alignment.gather(x) for x in sequences]
-        placed = grid.alignment.valid
+    placed = place_tokens(
+        l2_normalize(query),
+        key_input,
+        value_input,
+        gate_input,
+        momentum,
+        mask,
+        state.position,
+        period=period,
+        at_boundary=at_boundary,
+    )
     applied = None
-    if placed is not None:
-        applied = placed[:, :, None, None].expand(*placed.shape, heads, 1).to(query.dtype)
-    sequences = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in (*sequences, applied)]
+    if placed.applied is not None:
+        applied = placed.applied[:, :, None, None].expand(*placed.applied.shape, heads, 1).to(query.dtype)
+    momentum = None if momentum is None else placed.momentum[..., None]
+    sequences = (placed.key_input, placed.value_input, placed.query, placed.gate_input, momentum, applied)
+    sequences = tuple(None if x is None else x.transpose(1, 2).flatten(0, 1) for x in sequences)
 
     running = to_bank(state.running)
     layout = Layout(batch * heads, width, True, len(running) == 1)
@@ -71,21 +78,17 @@ def self_modifying_memory_eager(
         GeneratedTokens(rule, layout, generator_chunk_size // chunk),
         (chunk_size, generator_chunk_size),
         None if truncate_every is None else chunk * truncate_every,
-        grid.for_heads(heads),
+        placed.grid.for_heads(heads),
     )
     size = footprint(layout, running, chunk, width)
     tokens, block = sequences[0].shape[1], generator_chunk_size // chunk
-    segments = plan_segments(tokens, chunk, grid.offset, checkpoint_every, size, block)
-    o, after = run(loop, segments, (*running, *velocity, *snapshot), constants, tuple(sequences))
+    segments = plan_segments(tokens, chunk, placed.grid.offset, checkpoint_every, size, block)
+    o, after = run(loop, segments, (*running, *velocity, *snapshot), constants, sequences)
 
-    o = o.unflatten(0, (batch, heads)).transpose(1, 2)
-    if grid.alignment is not None:
-        o = grid.alignment.scatter(o, batch, query.shape[1])
-    elif mask is not None:
-        o = o.masked_fill(~mask[:, :, None, None], 0)
+    o = collect_output(o.unflatten(0, (batch, heads)).transpose(1, 2), placed)
     count = layout.layers
     running, velocity, snapshot = (from_bank(after[i * count : (i + 1) * count], batch) for i in range(3))
-    return o, SelfModifyingState(snapshot or running, running, grid.position, velocity)
+    return o, SelfModifyingState(snapshot or running, running, placed.grid.position, velocity)
 
 
 def to_bank(stack: MemoryStack) -> Bank:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from nl_kernels.memory.hidden import Activated, activated, error_signal, length_factor
-from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule, l2_normalize
 from nl_kernels.memory.step import Gates, advance, where_met, write_token
+from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule, l2_normalize
 from nl_kernels.ops.self_modifying.state import (
     MemoryStack,
     SelfModifyingState,
@@ -38,7 +38,6 @@ def self_modifying_memory_step(
     read: str,
     chunk_size: int,
     generator_chunk_size: int,
-    detach_targets: bool,
     mask: torch.Tensor | None,
     inplace: bool,
 ) -> tuple[torch.Tensor, SelfModifyingState]:
@@ -66,7 +65,7 @@ def self_modifying_memory_step(
     k = l2_normalize(key)
     gates = _gates(gate, momentum, mask, (batch, heads, dtype), rate_max, rate_bias, retention_bias)
 
-    pairs = _pairs(k, value, base, rule, detach_targets)
+    pairs = _pairs(k, value, base, rule)
     running, velocity = _write(pairs, running, velocity, gates, rule, inplace)
     if read == "running":
         o = _read(inputs[2].reshape(rows, 1, width), running, weights, rule)
@@ -156,10 +155,8 @@ def _gates(
     return Gates(*(None if x is None else x.reshape(-1, 1, 1) for x in (rate, decay, momentum, applied)))
 
 
-def _pairs(
-    k: torch.Tensor, v: torch.Tensor, base: MemoryStack, rule: MemoryRule, detach_targets: bool
-) -> list[MemoryStack]:
-    """What each layer takes in and its error signal, pairs (x, δ): of the key, and of a target that learns.
+def _pairs(k: torch.Tensor, v: torch.Tensor, base: MemoryStack, rule: MemoryRule) -> MemoryStack:
+    """What each layer takes in and its error signal, pairs (x, δ).
 
     Inputs are [N, 1, in] where a stack shares them, with signals [N, 1, m · out], else [N, m, 1, in] with
     [N, m, 1, out].
@@ -192,23 +189,17 @@ def _pairs(
         back = torch.bmm(wide.view(rows * 3, 1, width), base.last.view(rows * 3, width, -1)).view(rows, 3, -1)
         back = torch.cat([back, gate[:, :, None] * base.gate], 1)
 
-    pairs = []
-    for i, x in enumerate((k,) if detach_targets else (k, v)):
-        if i == 1:
-            wide, gate = -wide, -gate
-        if linear:
-            pairs.append(MemoryStack(None, (x, wide.view(rows, 1, -1)), (x, gate.view(rows, 1, 2))))
-            continue
-        at_x = Activated(*(None if part is None else part[:, i] for part in hidden))
-        signal = error_signal(-back if i == 1 else back, at_x, rule).value
-        a = at_x.value.unsqueeze(2)
-        last, gates = (a[:, :3], wide.unsqueeze(2)), (a[:, 3:], gate.view(rows, 2, 1, 1))
-        pairs.append(MemoryStack((x, signal.view(rows, 1, -1)), last, gates))
-    return pairs
+    if linear:
+        return MemoryStack(None, (k, wide.view(rows, 1, -1)), (k, gate.view(rows, 1, 2)))
+    at_keys = Activated(*(None if part is None else part[:, 0] for part in hidden))
+    signal = error_signal(back, at_keys, rule).value
+    a = at_keys.value.unsqueeze(2)
+    last, gates = (a[:, :3], wide.unsqueeze(2)), (a[:, 3:], gate.view(rows, 2, 1, 1))
+    return MemoryStack((k, signal.view(rows, 1, -1)), last, gates)
 
 
 def _write(
-    pairs: list[MemoryStack],
+    pairs: MemoryStack,
     running: MemoryStack,
     velocity: MemoryStack | None,
     gates: Gates,
@@ -224,17 +215,14 @@ def _write(
             continue
         # Layers that share their input are one; the last layers of two-layer memories do not.
         shared = linear or layer == 0
-        (x, signal), *echo = (pair[layer] for pair in pairs)
         after = write_token(
             _one_layer(state, shared=shared),
             None if momentum is None else _one_layer(momentum, shared=shared),
-            x,
-            signal,
+            *pairs[layer],
             gates if shared else gates.broadcast(),
             rule,
             first_layer=shared,
             inplace=inplace,
-            echo=echo[0] if echo else None,
         )
         written.append(tuple(None if part is None else part.view(state.shape) for part in after))
     running, momentum = (MemoryStack(*parts) for parts in zip(*written))

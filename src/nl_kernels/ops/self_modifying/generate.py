@@ -1,4 +1,4 @@
-"""The memories of a bank make keys, values, rates and retentions, and the adjoint: Eqs. 83-87 of the paper."""
+"""The memories of a bank make keys, values, rates and retentions (Eqs. 83-87), and the adjoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nl_kernels.memory_rule import MemoryRule, inverse_norm
 
 
 class _Made(NamedTuple):
-    """What the adjoint needs; ``inputs`` and ``hidden`` of two-layer memories, of keys, values and twice the gates."""
+    """What the adjoint needs; ``inputs`` and ``hidden`` are those of two-layer memories."""
 
     inputs: torch.Tensor | None
     hidden: Activated | None

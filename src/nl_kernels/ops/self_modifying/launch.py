@@ -165,13 +165,11 @@ def config_of(
 
 def why_not(
     *, rule: MemoryRule, dtype: torch.dtype, width: int, hidden: int | None, chunk: int, momentum: bool,
-    detach_targets: bool, architecture: str,
+    architecture: str,
 ) -> str | None:  # fmt: skip
     """What the kernels do not cover of a call, with the remedy; ``None`` if they cover it."""
     if dtype == torch.float64:
         return "query: the Triton kernels take bfloat16, float16 and float32, got float64; use impl='eager'"
-    if not detach_targets:
-        return "detach_targets: the Triton kernels have constant targets alone; use impl='eager'"
     if momentum and rule.erase != "none":
         return (
             f"momentum: the Triton kernels have it with rule.erase='none' alone, got {rule.erase!r}; "

@@ -1,6 +1,7 @@
 """The chunked path against the definition: values, states and every gradient; cuts, padding, packing."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory
-from nl_kernels.ops.deep_memory import eager, eager_backward
+from nl_kernels.memory import chunk_adjoint
 from nl_kernels.testing import deep_memory_inputs, relative_error, tensors_of
 from tests.nl_kernels.chunked_memories import assert_same, compare, join, leaves_like, results, tokens
 
@@ -277,43 +278,26 @@ def test_low_precision_inputs_keep_a_full_precision_state():
     assert relative_error(state.running.inner, expected_state.running.inner) < 1e-5
 
 
-def test_a_wrong_gradient_is_noticed_on_the_general_path(monkeypatch):
-    from nl_kernels import delta_chunk
-
-    true_backward = delta_chunk._UnitLowerInverse.backward
-    monkeypatch.setattr(
-        delta_chunk._UnitLowerInverse, "backward", staticmethod(lambda ctx, g: 1.01 * true_backward(ctx, g))
-    )
-    with pytest.raises(AssertionError, match="differs by"):
-        compare(deep_memory, make(1, 6, momentum=True), chunk_size=4, read="running")
+PIECES = ["hidden_adjoint", "signal_adjoint", "bound_adjoint", "gram_adjoint", "coefficient_adjoint"]
 
 
 @pytest.mark.parametrize(
-    "piece",
-    ["hidden_adjoint", "signal_adjoint", "bound_adjoint", "gram_adjoint", "momentum_coefficient_adjoint"],
+    ("piece", "read"), [*itertools.product(PIECES, ["snapshot", "running"]), ("read_adjoint", "running")]
 )
-def test_a_wrong_gradient_is_noticed(monkeypatch, piece):
-    true_adjoint = getattr(eager_backward, piece)
+def test_a_wrong_gradient_is_noticed(monkeypatch, piece, read):
+    true_adjoint = getattr(chunk_adjoint, piece)
 
     def wrong(*args):
         found = true_adjoint(*args)
-        return 1.01 * found if isinstance(found, torch.Tensor) else (1.01 * found[0], *found[1:])
+        if isinstance(found, torch.Tensor):
+            return 1.01 * found
+        changed = (1.01 * found[0], *found[1:])
+        return type(found)(*changed) if hasattr(found, "_fields") else changed
 
-    monkeypatch.setattr(eager_backward, piece, wrong)
-    rule = dataclasses.replace(SUM, error_bound=0.3)
+    monkeypatch.setattr(chunk_adjoint, piece, wrong)
+    rule = MemoryRule(error_bound=0.3)
     with pytest.raises(AssertionError, match="differs by"):
-        compare(deep_memory, make(1, 6, momentum=True), chunk_size=4, rule=rule)
-
-
-@pytest.mark.parametrize("hidden", [6, None])
-@pytest.mark.parametrize("momentum", [False, True], ids=["", "momentum"])
-def test_the_written_out_derivative_equals_the_general_path(monkeypatch, momentum, hidden):
-    inputs = make(2, 24, width=4, hidden=hidden, momentum=momentum)
-    found = results(deep_memory, inputs, chunk_size=4, rule=SUM)
-    monkeypatch.setattr(eager, "supports", lambda *options: False)
-    expected = results(deep_memory, inputs, chunk_size=4, rule=SUM)
-    for a, b in zip(found[:2], expected[:2]):
-        assert_same(a, b, 1e-11)
+        compare(deep_memory, make(1, 6, momentum=True), chunk_size=4, rule=rule, read=read)
 
 
 @pytest.mark.parametrize("hidden", [None, 4])

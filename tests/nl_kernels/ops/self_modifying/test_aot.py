@@ -80,6 +80,6 @@ def test_limits_are_a_table_of_powers_of_two(architecture):
         assert widest == sorted(widest, reverse=True)
         assert all(width & (width - 1) == 0 for width in widest)
         call = {"rule": MemoryRule(), "dtype": torch.float32, "hidden": None if linear else 17, "chunk": 1}
-        call |= {"momentum": False, "detach_targets": True, "architecture": architecture}
+        call |= {"momentum": False, "architecture": architecture}
         assert launch.why_not(**call, width=16) is None
         assert "up to" in launch.why_not(**call, width=129)

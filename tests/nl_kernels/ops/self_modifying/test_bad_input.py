@@ -56,7 +56,7 @@ CASES = {
     "not covered by the kernels": (
         {"impl": "triton", "detach_targets": False},
         NotImplementedError,
-        "constant targets alone; use impl='eager'",
+        "the reference alone has targets that learn; use impl='reference'",
     ),
     "no such implementation": ({"impl": "cuda"}, ValueError, "impl: expected one of"),
 }

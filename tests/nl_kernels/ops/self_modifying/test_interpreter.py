@@ -221,7 +221,7 @@ def test_16_bit_inputs():
             {"momentum": 0.5 * torch.ones(1, 2, 1), "rule": MemoryRule(erase="none")},
             "momentum='sum' alone, got 'average'; use impl='eager'",
         ),
-        ({"detach_targets": False}, "constant targets alone"),
+        ({"detach_targets": False}, "the reference alone"),
         ({"chunk_size": 33}, "of linear memories take chunks up to 32, got 33; use impl='eager'"),
         ({**make(2, 5), "chunk_size": 17}, "of two-layer memories take chunks up to 16, got 17"),
         (make(2, 65), "chunks of 4 .* of two-layer memories up to 64 wide, got 65; use impl='eager'"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nl_kernels import deep_memory
-from nl_kernels.memory.loop import Footprint, plan_segments
+from nl_kernels.memory.segments import Footprint, plan_segments
 from nl_kernels.testing import deep_memory_inputs
 
 

@@ -1,0 +1,104 @@
+"""How a call is cut into segments: chunks that the backward pass keeps, or recomputes, together."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+from nl_kernels.memory.bank import Bank, Layout
+
+KEPT_BYTES = 12 << 20  # of activations of one layer or memory that are not recomputed
+
+
+class Segment(NamedTuple):
+    """Consecutive chunks of one length that are computed, and recomputed, together.
+
+    Attributes:
+        start: index of the first token in the call.
+        length: tokens in each chunk.
+        chunks: number of chunks.
+        slot: slot of the first token on the grid.
+        kept: its activations are kept, so that it is not recomputed; only at the end of a call.
+    """
+
+    start: int
+    length: int
+    chunks: int
+    slot: int
+    kept: bool = False
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length * self.chunks
+
+
+class Footprint(NamedTuple):
+    """Bytes that decide what the backward pass keeps.
+
+    Attributes:
+        state: of a state kept for one segment.
+        chunk: of what one chunk's backward pass needs.
+        kept: to spend on chunks, the last ones, that are not recomputed.
+    """
+
+    state: int
+    chunk: int
+    kept: int
+
+
+def plan_segments(
+    tokens: int,
+    chunk_size: int,
+    offset: int,
+    checkpoint_every: int | None,
+    footprint: Footprint,
+    block: int = 1,
+) -> list[Segment]:
+    """Cut ``tokens`` at the chunk boundaries of a grid on which the first one has slot ``offset``.
+
+    No segment begins within a block, which is as many chunks, but for what the call's ends leave of one.
+    Without ``checkpoint_every`` the last chunks are one segment that is not recomputed, as many as
+    ``footprint.kept`` has room for, and the others are cut so that the states kept and the activations of a
+    segment that is recomputed take like shares of memory; at least into segments as long as the last one,
+    whose memory is free again by then.
+    """
+    head = min(-offset % chunk_size, tokens)
+    segments = [Segment(0, head, 1, offset)] if head else []
+    chunks, done = (tokens - head) // chunk_size, head
+    first = min(-((offset + done) // chunk_size) % block, chunks)
+    if first:
+        segments.append(Segment(done, chunk_size, first, offset + done))
+        done += first * chunk_size
+    blocks, odd = divmod(chunks - first, block)
+    last = min(blocks, footprint.kept // (footprint.chunk * block))
+    step = max(1, last, math.isqrt((blocks - last) * footprint.state // (footprint.chunk * block)))
+    if checkpoint_every is not None:
+        step, last = max(1, checkpoint_every // block), 0
+    cuts = [*range(0, blocks - last, step), *([blocks - last] if last else []), blocks]
+    for begin, end in itertools.pairwise(cuts):
+        start = done + begin * block * chunk_size
+        count = (end - begin) * block
+        segments.append(Segment(start, chunk_size, count, offset + start, begin == blocks - last))
+    done += blocks * block * chunk_size
+    kept = last > 0 or not blocks
+    if odd:
+        segments.append(Segment(done, chunk_size, odd, offset + done, kept))
+        done += odd * chunk_size
+    if done < tokens:
+        segments.append(Segment(done, tokens - done, 1, offset + done, kept))
+    return segments
+
+
+def footprint(layout: Layout, running: Bank, chunk_size: int, width: int) -> Footprint:
+    """What the backward pass needs, from counts of tensors in :class:`~nl_kernels.memory.chunk.Learned`."""
+    numbers = sum(x.numel() for x in running)
+    tokens, item = layout.banks * chunk_size, running[0].element_size()
+    if layout.linear:
+        chunk = numbers + tokens * (4 * running[0].shape[1] + 2 * width + 5 * chunk_size)
+        kept = KEPT_BYTES
+    else:
+        hidden = running[0].shape[1]
+        chunk = numbers + layout.memories * tokens * (13 * hidden + 6 * width + 11 * chunk_size)
+        kept = KEPT_BYTES * (3 + 7 * layout.memories) // 10
+    return Footprint(item * numbers, item * chunk, kept)
