@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from nl_kernels.memory.bank import Bank, Layout
 
-KEPT_BYTES = 12 << 20  # of activations of one layer or memory that are not recomputed
+KEPT_MEGABYTES = {"one linear": 6, "one": 10, "five linear": 11, "five": 42}
+"""Of activations that are not recomputed, by memories of a bank."""
 
 
 class Segment(NamedTuple):
@@ -96,9 +97,8 @@ def footprint(layout: Layout, running: Bank, chunk_size: int, width: int) -> Foo
     tokens, item = layout.banks * chunk_size, running[0].element_size()
     if layout.linear:
         chunk = numbers + tokens * (4 * running[0].shape[1] + 2 * width + 5 * chunk_size)
-        kept = KEPT_BYTES
     else:
         hidden = running[0].shape[1]
         chunk = numbers + layout.memories * tokens * (13 * hidden + 6 * width + 11 * chunk_size)
-        kept = KEPT_BYTES * (3 + 7 * layout.memories) // 10
-    return Footprint(item * numbers, item * chunk, kept)
+    kind = f"{'five' if layout.self_made else 'one'}{' linear' if layout.linear else ''}"
+    return Footprint(item * numbers, item * chunk, KEPT_MEGABYTES[kind] << 20)
