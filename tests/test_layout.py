@@ -40,12 +40,12 @@ ALLOWED = REQUIRED | {
     "mlp.py",
     "update_in_place.py",
     "triton_update.py",
-    "chunk_step.py",
     "orthogonal.py",
     "schedule.py",
-    "in_place.py",
-    "level_pass.py",
+    "loop.py",
+    "chunk_walk.py",
     "first_order.py",
+    "grid.py",
 }
 
 

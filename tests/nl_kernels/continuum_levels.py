@@ -5,7 +5,9 @@ import dataclasses
 import torch
 
 from nl_kernels import ContinuumLevel, continuum_memory
-from nl_kernels.ops.continuum.in_place import continuum_memory_in_place
+from nl_kernels.ops.continuum import eager, update
+from nl_kernels.ops.continuum.loop import Options, run_flush, run_memory
+from nl_kernels.ops.continuum.state import Weights
 
 WIDTH = 6
 TENSORS = ("norm", "up", "down", "gate", "key", "value", "rate", "retention")
@@ -64,16 +66,44 @@ def close(found, expected, tolerance=1e-10):
             assert (f - e).abs().max() <= tolerance * max(1.0, e.abs().max().item())
 
 
+class ExactProducts:
+    """What the kernels make of a chunk, in PyTorch: any machine runs it in any dtype."""
+
+    IMPL = "eager"
+    update_in_place = staticmethod(update.update_in_place)
+
+    @staticmethod
+    def read(x, weights, records):
+        return eager.mlp(x, *weights), ()
+
+    @staticmethod
+    def chunk_sums(level, keys, inputs, weights, rates, reads):
+        weights = eager.cast(weights, keys.dtype)
+        made = eager.evaluate(keys, weights)
+        targets = inputs @ level.value.to(inputs.dtype).mT
+        factors = eager.step_factors(level, weights, made, keys, targets, rates)
+        sums = (f and f[0].to(rates.dtype).mT @ f[1].to(rates.dtype) for f in factors)
+        return made.outputs.down if reads else None, Weights(*sums)
+
+    @staticmethod
+    def read_backward(d_y, x, weights, activations, owners):
+        _, activations = eager.read(x, eager.cast(weights, x.dtype), True)
+        return eager.read_backward(d_y, x, weights, activations, owners)
+
+
 def in_place(
-    x, levels, *, impl, detach_updates=True, initial_state=None, output_final_state=False, **options
-):
-    """The loop around the kernels, with pieces that any machine runs in any dtype."""
+    x, levels, *, impl="eager", detach_updates=True, initial_state=None, output_final_state=False,
+    variant="sequential", level_weights=None, mask=None, checkpoint_every=None,
+):  # fmt: skip
+    """The memory with steps in place, as the kernels take them."""
     assert detach_updates
-    defaults = {"variant": "sequential", "level_weights": None, "mask": None, "checkpoint_every": None}
-    return continuum_memory_in_place(
-        x, levels, initial_state=initial_state, output_final_state=output_final_state, norm_eps=1e-6,
-        impl=impl, **defaults | options,
-    )  # fmt: skip
+    assert impl == "eager"
+    options = Options(variant, 1e-6, False, ExactProducts, checkpoint_every, output_final_state)
+    return run_memory(x, levels, options, level_weights=level_weights, mask=mask, initial_state=initial_state)
+
+
+def flush_in_place(state, levels, *, variant="sequential"):
+    return run_flush(state, levels, Options(variant, 1e-6, False, ExactProducts))
 
 
 def run_with_gradients(

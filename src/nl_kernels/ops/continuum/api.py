@@ -10,10 +10,10 @@ import torch
 
 from nl_kernels.checks import check_choice, check_positive_int, check_range, check_tensor
 from nl_kernels.dispatch import choose_implementation, needs_gradient
-from nl_kernels.ops.continuum.eager import continuum_flush_eager, continuum_memory_eager
-from nl_kernels.ops.continuum.in_place import continuum_flush_in_place, continuum_memory_in_place
 from nl_kernels.ops.continuum.launch import MAX_WIDTH
+from nl_kernels.ops.continuum.loop import Options, run_flush, run_memory
 from nl_kernels.ops.continuum.reference import continuum_flush_reference, continuum_memory_reference
+from nl_kernels.ops.continuum.registration import products
 from nl_kernels.ops.continuum.state import (
     RULES,
     RULES_WITH_MOMENTUM,
@@ -108,14 +108,7 @@ def continuum_memory(
         check_positive_int("checkpoint_every", checkpoint_every)
     _check_bool("detach_updates", detach_updates)
     _check_non_negative("norm_eps", norm_eps)
-    options = {
-        "variant": variant,
-        "level_weights": level_weights,
-        "mask": mask,
-        "initial_state": initial_state,
-        "output_final_state": output_final_state,
-        "norm_eps": norm_eps,
-    }
+    tensors = {"level_weights": level_weights, "mask": mask, "initial_state": initial_state}
     flows = not detach_updates and needs_gradient(x, level_weights, *_tensors(levels, initial_state))
     chosen = _choose("continuum_memory", impl, x, levels, flows)
     for level in levels:
@@ -125,12 +118,17 @@ def continuum_memory(
             made = () if detach_updates else (level.key, level.value, *numbers)
             x = with_zero_gradients(x, (*start, *made))
     if chosen == "reference":
-        return continuum_memory_reference(x, levels, detach_updates=detach_updates, **options)
-    if chosen == "triton":
-        return continuum_memory_in_place(x, levels, checkpoint_every=checkpoint_every, impl=chosen, **options)
-    return continuum_memory_eager(
-        x, levels, checkpoint_every=checkpoint_every, detach_updates=detach_updates, **options
-    )
+        return continuum_memory_reference(
+            x,
+            levels,
+            variant=variant,
+            output_final_state=output_final_state,
+            detach_updates=detach_updates,
+            norm_eps=norm_eps,
+            **tensors,
+        )
+    options = Options(variant, norm_eps, flows, products(chosen), checkpoint_every, output_final_state)
+    return run_memory(x, levels, options, **tensors)
 
 
 def continuum_flush(
@@ -167,14 +165,13 @@ def continuum_flush(
     _check_state("state", state, levels, like.shape[0], like, variant)
     _check_bool("detach_updates", detach_updates)
     _check_non_negative("norm_eps", norm_eps)
-    options = {"variant": variant, "norm_eps": norm_eps}
     flows = not detach_updates and needs_gradient(*_tensors(levels, state))
     chosen = _choose("continuum_flush", impl, like, levels, flows)
     if chosen == "reference":
-        return continuum_flush_reference(state, levels, detach_updates=detach_updates, **options)
-    if chosen == "triton":
-        return continuum_flush_in_place(state, levels, impl=chosen, **options)
-    return continuum_flush_eager(state, levels, detach_updates=detach_updates, **options)
+        return continuum_flush_reference(
+            state, levels, variant=variant, detach_updates=detach_updates, norm_eps=norm_eps
+        )
+    return run_flush(state, levels, Options(variant, norm_eps, flows, products(chosen)))
 
 
 def _choose(op: str, impl: str | None, x: torch.Tensor, levels: Sequence[ContinuumLevel], flows: bool) -> str:

@@ -1,262 +1,265 @@
-"""Level by level, chunk by chunk, batched over sequences; exact gradients by autograd through the steps."""
+"""A chunk's products in PyTorch: what a level reads, the step that its weights take, and the way back.
+
+Autograd follows all of it; :func:`read_backward` is the derivative written out, for steps that are constants.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from nl_kernels.dispatch import autocasting, needs_gradient, without_autocast
-from nl_kernels.ops.continuum.chunk_step import NO_MOMENTA, Weights, keys_of, learn, mlp, row_norms, serve
-from nl_kernels.ops.continuum.eager_backward import serve_detached
-from nl_kernels.ops.continuum.rows import Counts, Grid, pending_tokens, place_on_grid
-from nl_kernels.ops.continuum.schedule import Resets, chosen, clock_after, fast_part, level_state
 from nl_kernels.ops.continuum.state import (
-    ContinuumClock,
+    NO_MOMENTA,
+    RULES_WITH_MOMENTUM,
     ContinuumLevel,
-    ContinuumLevelState,
-    ContinuumState,
-    entry_type,
+    Weights,
+    initial_weights,
     state_dtype,
 )
+from nl_kernels.ops.continuum.update import evened_out, with_row_norms
 
 
-class Chunk(NamedTuple):
-    """The slots of one chunk; what is learned from them is None where no step follows."""
+class Evaluated(NamedTuple):
+    """What the MLP makes of the inputs of a chunk: what a step and a backward pass need of it."""
 
-    read: int  # how many of its slots are read: the last ones
-    keys: torch.Tensor | None  # [B, C, D]; None also where the keys are what is read
-    targets: torch.Tensor | None  # [B, C, D]
-    rates: torch.Tensor | None  # [B, C]
-    number: int  # since the first slot
-    stop: int  # the slot after its last
+    outputs: Weights  # [B, C, H], [B, C, D], [B, C, H]: of the linear layers
+    hidden: torch.Tensor  # [B, C, H]
+    slopes: tuple[torch.Tensor, ...]  # ∂hidden/∂up's output, and with a gate ∂hidden/∂gate's output
 
 
-def continuum_memory_eager(
+def mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """``down σ(up x)`` with GELU, or ``down (SiLU(gate x) ∘ up x)``."""
+    opened = _product(x, up)
+    hidden = F.gelu(opened) if gate is None else F.silu(_product(x, gate)) * opened
+    return _product(hidden, down)
+
+
+def evaluate(x: torch.Tensor, weights: Weights) -> Evaluated:
+    """The MLP with its intermediate values."""
+    up = _product(x, weights.up)
+    if weights.gate is None:
+        gate, hidden = None, F.gelu(up)
+        slopes = (torch.ops.aten.gelu_backward(torch.ones_like(up), up),)
+    else:
+        gate = _product(x, weights.gate)
+        opening = torch.sigmoid(gate)
+        opened = gate * opening
+        hidden = opened * up
+        slopes = (opened, up * (opening + opened * (1 - opening)))
+    return Evaluated(Weights(up, _product(hidden, weights.down), gate), hidden, slopes)
+
+
+def mlp_backward(
+    error: torch.Tensor,
     x: torch.Tensor,
-    levels: Sequence[ContinuumLevel],
-    *,
-    variant: str,
-    level_weights: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    initial_state: ContinuumState | None,
-    output_final_state: bool,
-    detach_updates: bool,
-    norm_eps: float,
-    checkpoint_every: int | None,
-) -> tuple[torch.Tensor, ContinuumState | None]:
-    """See :func:`nl_kernels.continuum_memory`."""
-    counts = Counts.of(len(levels), initial_state, mask)
-    mask = None if counts.tokens is None else mask
-    state, total = [], x
-    for index, level in enumerate(levels):
-        inner = F.rms_norm(x, x.shape[-1:], level.norm.to(x.dtype), norm_eps)
-        initial = Weights(level.up, level.down, level.gate)
-        before = None if initial_state is None else initial_state[index]
-        if not level.steps:
-            y, after = mlp(inner, *initial), None
-            if entry_type(levels, index, variant) is ContinuumClock:
-                after = clock_after(level, before, x, mask)
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+    rates: torch.Tensor | None,
+    error_bound: float | None,
+    input_gradient: bool,
+) -> list[torch.Tensor | None]:
+    """Gradients of x, up, down, gate; see :func:`.registration.mlp_backward`."""
+    weights = cast(Weights(up, down, gate), x.dtype)
+    made = evaluate(x, weights)
+    signals = _signals(error, weights, made.slopes)
+    layers = [(signals[0], x, error_bound), (error, made.hidden, None)]
+    layers += [(signal, x, error_bound) for signal in signals[1:]]
+    sums = [_token_sum(*layer, rates) for layer in layers]
+    return [_to_inputs(signals, weights) if input_gradient else None, *sums, *[None] * (3 - len(sums))]
+
+
+def read(x: torch.Tensor, weights: Weights, records: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The MLP's outputs for x [B, C, D]; with ``records`` what :func:`read_backward` needs of them."""
+    if not records:
+        return mlp(x, *weights), ()
+    made = evaluate(x, weights)
+    return made.outputs.down, (made.hidden, *made.slopes)
+
+
+def learn(
+    level: ContinuumLevel,
+    keys: torch.Tensor,
+    targets: torch.Tensor,
+    weights: Weights,
+    momenta: Weights,
+    norms: Weights | None,
+    rates: torch.Tensor,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], Weights, Weights]:
+    """One step on a chunk, all gradients at ``weights`` (Eq. 71); nothing is overwritten.
+
+    Args:
+        keys, targets: [B, C, D] in the dtype of the steps.
+        weights: of all sequences or of each, of any dtype.
+        norms: row norms to restore; None: rows are as the step leaves them.
+        rates: [B, C], 0 where there is no token.
+
+    Returns:
+        Of the keys what :func:`read` returns, recorded; and weights and momenta after the step.
+    """
+    weights = cast(weights, keys.dtype)
+    made = evaluate(keys, weights)
+    factors = step_factors(level, weights, made, keys, targets, rates)
+    new, after = [], []
+    parts = zip(weights, initial_weights(level), momenta, norms or NO_MOMENTA, factors)
+    for weight, initial, momentum, norm, sides in parts:
+        if weight is not None:
+            left, right = sides[0].mT, sides[1]
+            if weight.ndim == 3 and not level.retains_all:  # of all sequences: the level's own, not moved yet
+                # every rule adds to the weight, so what is retained of it may come first
+                weight = torch.lerp(initial.to(weight.dtype), weight, level.retention)
+            if level.rule not in RULES_WITH_MOMENTUM:
+                weight = torch.baddbmm(weight, left, right, alpha=-1)
+            else:
+                if momentum is None:
+                    momentum = left @ right
+                else:
+                    momentum = torch.baddbmm(momentum, left, right, beta=level.momentum_decay)
+                weight = weight - (momentum if level.rule == "momentum" else evened_out(momentum))
+            if norm is not None:
+                weight = with_row_norms(weight, norm)
+        new.append(weight)
+        after.append(momentum)
+    return made.outputs.down, (made.hidden, *made.slopes), Weights(*new), Weights(*after)
+
+
+def read_backward(
+    d_y: torch.Tensor,
+    x: torch.Tensor,
+    weights: Weights,
+    activations: Sequence[torch.Tensor],
+    owners: Sequence[tuple[torch.Tensor | None, Sequence[torch.Tensor | None]]],
+) -> torch.Tensor:
+    """The gradient of x [B, C, D] from that of what was read; adds those of the weights to the totals.
+
+    Args:
+        weights: of all sequences or of each; of any dtype.
+        activations: from :func:`read`.
+        owners: weights that the gradient belongs to: for each the sequences' share in it [B] (None: 1), and
+            the totals of its up, down and gate, of all sequences or of each.
+    """
+    weights = cast(weights, x.dtype)
+    hidden, *slopes = activations
+    signals = _signals(d_y, weights, slopes)
+    layers = [(signals[0], x), (d_y, hidden), *((signal, x) for signal in signals[1:])]
+    for share, totals in owners:
+        for total, (signal, inputs) in zip(totals, layers):
+            if share is not None:
+                signal = signal * share[:, None, None].to(signal.dtype)
+            if total.ndim == 2:
+                signal, inputs = signal.flatten(0, 1), inputs.flatten(0, 1)
+            if total.dtype != signal.dtype:
+                total += signal.mT @ inputs
+            elif total.ndim == 2:
+                total.addmm_(signal.mT, inputs)
+            else:
+                total.baddbmm_(signal.mT, inputs)
+    return _to_inputs(signals, weights)
+
+
+def keys_of(level: ContinuumLevel, inputs: torch.Tensor, norm_eps: float) -> torch.Tensor:
+    """The keys of tokens n(x), in their dtype."""
+    if level.key is None:
+        return inputs
+    keys = F.linear(inputs, level.key.to(inputs.dtype))
+    return F.rms_norm(keys, keys.shape[-1:], None, norm_eps)
+
+
+def row_norms(level: ContinuumLevel) -> Weights | None:
+    """The row norms to restore after each step, [out] of each matrix."""
+    if not level.restore_norms:
+        return None
+    weights = cast(initial_weights(level), state_dtype(level.up.dtype))
+    return Weights(*(None if w is None else torch.linalg.vector_norm(w, dim=-1) for w in weights))
+
+
+def step_factors(
+    level: ContinuumLevel,
+    weights: Weights,
+    made: Evaluated,
+    keys: torch.Tensor,
+    targets: torch.Tensor,
+    rates: torch.Tensor,
+) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """Of each weight A [B, C, out] and B [B, C, in], whose Aᵀ B is what the step subtracts (Eq. 71).
+
+    All gradients are at ``weights``, of which ``made`` came.
+    """
+    rates, bound = rates[..., None], level.error_bound
+    error = made.outputs.down - targets
+    scale = _bounding(error, bound)
+    if scale is not None:
+        error = error * scale
+    signals = _signals(error, weights, made.slopes)
+    layers = [(signals[0], bound, made.outputs.up, keys), (error, None, made.outputs.down, made.hidden)]
+    layers += [(signal, bound, made.outputs.gate, keys) for signal in signals[1:]]
+    erasing: dict[int, torch.Tensor] = {}
+    factors = []
+    for signal, bound, output, inputs in layers:
+        scale = _bounding(signal, bound)
+        if level.rule == "dgd":
+            if id(inputs) not in erasing:
+                erasing[id(inputs)] = _erasing(inputs, rates)
+            # the erased part X Wᵀ is the layer's own output
+            pulled = output + signal if scale is None else torch.addcmul(output, signal, scale)
+            factors.append((pulled, erasing[id(inputs)]))
         else:
-            resets = Resets.of(levels, index, variant, initial_state, counts.positions)
-            run = SteppingLevel(level, resets, norm_eps, checkpoint_every, output_final_state, detach_updates)
-            y, after = run(inner, initial, before, mask, counts.positions[index], counts.tokens)
-        state.append(after)
-        if level_weights is not None:
-            y = level_weights[index].to(y.dtype) * y
-        total = total + y
-        if variant != "independent":
-            x = total
-    if mask is not None:
-        total = total.masked_fill(~mask[..., None], 0.0)
-    return total, tuple(state) if output_final_state else None
+            factors.append((signal * (rates if scale is None else rates * scale), inputs))
+    return [*factors, *[None] * (3 - len(factors))]
 
 
-def continuum_flush_eager(
-    state: ContinuumState,
-    levels: Sequence[ContinuumLevel],
-    *,
-    variant: str,
-    detach_updates: bool,
-    norm_eps: float,
-) -> ContinuumState:
-    """See :func:`nl_kernels.continuum_flush`."""
-    flushed = []
-    for index, (level, before) in enumerate(zip(levels, state)):
-        if not isinstance(before, ContinuumLevelState):
-            flushed.append(before and ContinuumClock(before.position * 0))
-            continue
-        run = SteppingLevel(level, None, norm_eps, None, True, detach_updates)
-        weights, momenta = run.flushed(before)
-        if variant == "nested" and index + 1 < len(levels) and state[index + 1] is not None:
-            slower_steps = (state[index + 1].position > 0)[:, None, None]
-            weights = chosen(slower_steps, Weights(level.up, level.down, level.gate), weights)
-            momenta = chosen(slower_steps, NO_MOMENTA, momenta)
-        nothing = before.pending_inputs[:, :0], before.pending_rates[:, :0], before.position * 0
-        flushed.append(level_state(level, weights, momenta, *nothing))
-    return tuple(flushed)
+def _erasing(inputs: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+    """The R [B, C, in] along which dgd writes a layer with these inputs X.
+
+    With D = diag(rates): D X (I + Xᵀ D X)^{-1} = (I + D X Xᵀ)^{-1} D X, by the smaller of the two systems. No
+    square root of the rates: its derivative at 0 is infinite.
+    """
+    rated = inputs * rates
+    tokens, width = inputs.shape[-2:]
+    eye = torch.eye(min(tokens, width), dtype=inputs.dtype, device=inputs.device)
+    if tokens < width:
+        return torch.linalg.inv(eye + rated @ inputs.mT) @ rated
+    return rated @ torch.linalg.inv(eye + inputs.mT @ rated)
 
 
-class SteppingLevel(NamedTuple):
-    """A level that learns, in one call."""
+def _signals(error: torch.Tensor, weights: Weights, slopes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradient at the outputs of up and gate from that at the MLP's output."""
+    back = error @ weights.down
+    return [back * slope for slope in slopes]
 
-    level: ContinuumLevel
-    resets: Resets | None
-    norm_eps: float
-    checkpoint_every: int | None
-    keep_state: bool
-    detach_updates: bool
 
-    def __call__(
-        self,
-        inner: torch.Tensor,
-        weights: Weights,
-        before: ContinuumLevelState | None,
-        mask: torch.Tensor | None,
-        position: Sequence[int] | None,
-        tokens: Sequence[int] | None,
-    ) -> tuple[torch.Tensor, ContinuumLevelState | None]:
-        """The MLP's outputs [B, T, D] (at padding: anything) and the state after them."""
-        rates = torch.as_tensor(self.level.rate, dtype=state_dtype(inner.dtype), device=inner.device)
-        rates = rates.expand(inner.shape[:2])
-        momenta = NO_MOMENTA
-        if before is not None:
-            weights, momenta = fast_part(before, self.detach_updates)
-        grid = place_on_grid(inner, rates, before, mask, position, tokens)
-        length, size = grid.inputs.shape[1], self.level.chunk_size
-        # the step after the last token changes only the state
-        steps = (length if self.keep_state else length - 1) // size
-        if not steps:
-            # no step between the tokens: they are read where they lie
-            y = mlp(inner, *weights)
-        else:
-            y, weights, momenta = self.walk(weights, momenta, grid, self.split(grid, steps))
-            y = grid.restored(y, *inner.shape[:2])
-        if not self.keep_state:
-            return y, None
-        return y, level_state(self.level, weights, momenta, *pending_tokens(grid, size))
+def _to_inputs(signals: Sequence[torch.Tensor], weights: Weights) -> torch.Tensor:
+    inputs = signals[0] @ weights.up
+    return inputs if weights.gate is None else inputs + signals[1] @ weights.gate
 
-    def split(self, grid: Grid, steps: int) -> list[Chunk]:
-        """The chunks of the grid, with keys and targets for the first ``steps``."""
-        length, size = grid.inputs.shape[1], self.level.chunk_size
-        stops = [*range(size, length, size), length]
-        reads = [stops[0] - grid.first, *(b - a for a, b in itertools.pairwise(stops))]
-        inputs = grid.inputs[:, : steps * size]
-        with without_autocast(inputs.device.type), self.recording():
-            # split, not slices: the gradient of a slice is as long as the sequence
-            keys = keys_of(self.level, inputs, self.norm_eps).split(size, dim=1)
-            targets = F.linear(inputs, self.level.value.to(inputs.dtype)).split(size, dim=1)
-            rates = grid.rates[:, : steps * size].split(size, dim=1)
-        if (
-            self.level.key is None
-            and grid.reads.dtype == inputs.dtype
-            and not autocasting(inputs.device.type)
-        ):
-            keys = [key if read < size else None for key, read in zip(keys, reads)]
-        return [
-            Chunk(read, *parts, number, stop)
-            for number, (read, *parts, stop) in enumerate(
-                itertools.zip_longest(reads, keys, targets, rates, stops)
-            )
-        ]
 
-    def recording(self) -> torch.autograd.grad_mode.set_grad_enabled:
-        """Whether what a step is made of is recorded for the backward pass."""
-        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_updates)
+def _token_sum(
+    signal: torch.Tensor, inputs: torch.Tensor, bound: float | None, rates: torch.Tensor | None
+) -> torch.Tensor:
+    signal, inputs = (t.to(state_dtype(t.dtype)) for t in (signal, inputs))
+    if rates is not None:
+        scale = _bounding(signal, bound)
+        signal = signal * (rates[..., None] if scale is None else rates[..., None] * scale)
+    return signal.mT @ inputs
 
-    @torch.compiler.disable(
-        reason="continuum_memory's steps are a loop over chunks, which a trace would unroll; "
-        "without fullgraph=True it runs as it is"
-    )
-    def walk(
-        self, weights: Weights, momenta: Weights, grid: Grid, chunks: Sequence[Chunk]
-    ) -> tuple[torch.Tensor, Weights, Weights]:
-        """Outputs for all slots that are read, and the last weights and momenta."""
-        every = self.checkpoint_every
-        if every is None or not torch.is_grad_enabled():
-            return self.serve(chunks, grid.lengths, grid.reads, weights, momenta)
-        groups = [chunks[begin : begin + every] for begin in range(0, len(chunks), every)]
-        outputs = []
-        for group, reads in zip(groups, grid.reads.split([sum(c.read for c in g) for g in groups], dim=1)):
-            y, weights, momenta = checkpoint(
-                self.serve,
-                group,
-                grid.lengths,
-                reads,
-                weights,
-                momenta,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            outputs.append(y)
-        return torch.cat(outputs, dim=1), weights, momenta
 
-    def serve(
-        self,
-        chunks: Sequence[Chunk],
-        lengths: torch.Tensor | None,
-        reads: torch.Tensor,
-        weights: Weights,
-        momenta: Weights,
-    ) -> tuple[torch.Tensor, Weights, Weights]:
-        """Reads each chunk, then steps."""
-        level = self.level
-        if self.detach_updates and needs_gradient(reads, *weights, level.up, level.down, level.gate):
-            return serve_detached(self, chunks, lengths, reads, weights, momenta)
-        norms, outputs = row_norms(self.level), []
-        for chunk, inner in zip(chunks, reads.split([c.read for c in chunks], dim=1)):
-            shared = None
-            if chunk.targets is not None and chunk.keys is None:
-                shared = serve(inner, weights)
-                outputs.append(shared.outputs.down)
-            elif chunk.read:
-                outputs.append(mlp(inner, *weights))
-            if chunk.targets is not None:
-                weights, momenta = self.stepped(weights, momenta, norms, chunk, inner, shared, lengths)
-        return torch.cat(outputs, dim=1) if outputs else reads, weights, momenta
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x Wᵀ`` in the dtype of x, with one W for all sequences or one for each."""
+    weight = weight.to(x.dtype)
+    return F.linear(x, weight) if weight.ndim == 2 else x @ weight.mT
 
-    def stepped(
-        self,
-        weights: Weights,
-        momenta: Weights,
-        norms: Weights | None,
-        chunk: Chunk,
-        inner: torch.Tensor,
-        served: object,
-        lengths: torch.Tensor | None,
-    ) -> tuple[Weights, Weights]:
-        """Weights and momenta after a chunk: of those sequences that fill it; the others keep theirs."""
-        reset = self.resets is not None and self.resets.after(chunk.number)
-        start = Weights(self.level.up, self.level.down, self.level.gate)
-        if reset is True and lengths is None:
-            return start, NO_MOMENTA
-        weights = Weights(*(None if w is None else w.to(chunk.targets.dtype) for w in weights))
-        # reduced precision is for the reads: steps accumulate
-        with without_autocast(chunk.targets.device.type):
-            keys = inner if chunk.keys is None else chunk.keys
-            served = serve(keys, weights) if served is None else served
-            new, after = learn(self.level, weights, momenta, norms, served, keys, chunk.targets, chunk.rates)
-        if reset is not False:
-            reset = torch.as_tensor(reset, device=inner.device).view(-1, 1, 1)
-            new, after = chosen(reset, start, new), chosen(reset, NO_MOMENTA, after)
-        if lengths is None:
-            return new, after
-        full = (lengths >= chunk.stop)[:, None, None]
-        return chosen(full, new, weights), chosen(full, after, momenta)
 
-    def flushed(self, before: ContinuumLevelState) -> tuple[Weights, Weights]:
-        """Weights and momenta after a step on the pending tokens, of those sequences that have any."""
-        weights, momenta = fast_part(before, self.detach_updates)
-        pending = before.pending_rates.shape[1]
-        if not pending:
-            return weights, momenta
-        taken = torch.arange(pending, device=before.position.device) < before.position[:, None]
-        inputs, rates = before.pending_inputs * taken[..., None], before.pending_rates * taken
-        keys = keys_of(self.level, inputs, self.norm_eps)
-        chunk = Chunk(0, keys, F.linear(inputs, self.level.value.to(inputs.dtype)), rates, 0, 1)
-        _, weights, momenta = self.serve([chunk], before.position, inputs[:, :0], weights, momenta)
-        return weights, momenta
+def cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    return Weights(*(None if w is None else w.to(dtype) for w in weights))
+
+
+def _bounding(signal: torch.Tensor, bound: float | None) -> torch.Tensor | None:
+    """What scales a signal [B, C, width] down to a root mean square of ``bound`` where it is longer."""
+    if bound is None:
+        return None
+    longest = bound * signal.shape[-1] ** 0.5
+    length = torch.linalg.vector_norm(signal, dim=-1, keepdim=True)
+    return longest / length.clamp_min(longest)

@@ -1,25 +1,24 @@
 """The gradient of what is read, with steps as constants: levels' chunks as one node.
 
 A step is a constant that is added to the weights, so the gradient of the weights after it is that of the
-weights before it: all chunks add to one gradient, of the weights that they came from. Each chunk's hidden
-layer is computed again from its inputs and from the weights that served it.
+weights before it: all chunks add to one gradient, of the weights that they came from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from nl_kernels.ops.continuum import registration
-from nl_kernels.ops.continuum.chunk_step import Weights
-from nl_kernels.ops.continuum.level_pass import LevelPass, Made, Span, contiguous, in_chunks, walk
-from nl_kernels.ops.continuum.schedule import Owner, add_owned
+from nl_kernels.ops.continuum.chunk_walk import Recorded, Span, contiguous, in_chunks, take, walk
+from nl_kernels.ops.continuum.schedule import Owner
+from nl_kernels.ops.continuum.state import NO_MOMENTA, Weights, initial_weights, state_dtype
 
 _INPUTS = 7  # of each span: reads, its weights, the weights that resets go back to
 
 
-def serve_recorded(
+def walk_recorded(
     spans: Sequence[Span],
     reads: Sequence[torch.Tensor],
     states: Sequence[tuple[Weights, Weights]],
@@ -28,102 +27,108 @@ def serve_recorded(
     """Of each span the outputs [B, L, D], and with ``keep_state`` the last weights and momenta."""
     tensors = []
     for span, part, (weights, _) in zip(spans, reads, states):
-        level = span.call.level
-        start = (level.up, level.down, level.gate) if span.call.resets is not None else (None, None, None)
+        start = NO_MOMENTA if span.call.resets is None else initial_weights(span.call.level)
         tensors += [part, *weights, *start]
     momenta = [each for _, each in states]
-    found = iter(_FirstOrder.apply(spans, momenta, keep_state, *tensors))
-    return [
-        (next(found), Weights(*(next(found) for _ in range(3))), Weights(*(next(found) for _ in range(3))))
-        for _ in spans
-    ]
+    results = iter(_FirstOrder.apply(spans, momenta, keep_state, *tensors))
+    return [(next(results), *(Weights(*(next(results) for _ in range(3))) for _ in range(2))) for _ in spans]
 
 
 class _FirstOrder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spans, momenta, keep_state, *tensors):
-        passes = []
-        for i, (span, before) in enumerate(zip(spans, momenta)):
-            reads, *matrices = tensors[i * _INPUTS : (i + 1) * _INPUTS]
-            passes.append((LevelPass(span.call, Weights(*matrices[:3]), before, True), span.chunks(reads)))
-        walk(passes, hold=False)
-        served = [of.weights for level_pass, _ in passes for of in level_pass.made if of.weights is not None]
+        walks = [
+            span.call.walk(Weights(*tensors[i + 1 : i + 4]), before, True)
+            for i, span, before in zip(range(0, len(tensors), _INPUTS), spans, momenta)
+        ]
+        take(walk(walks, spans, tensors[::_INPUTS]), spans[0].call.products)
         # saved, not hung on the node: whoever checkpoints this call drops them
-        ctx.save_for_backward(*tensors, *(w for weights in served for w in weights))
-        ctx.spans = spans
-        ctx.owners = [
-            ([(of.weights is None, of.owner) for of in level_pass.made], level_pass.owner)
-            for level_pass, _ in passes
+        saved = [t for each in walks for of in each.recorded for t in (*(of.weights or ()), *of.activations)]
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.layouts = [
+            (
+                [(of.weights is not None, of.owner, len(of.activations)) for of in each.recorded],
+                each.owner,
+                0 if span.chunks[0].number else span.call.first,
+                span.call.level.chunk_size,
+                span.call.products,
+            )
+            for each, span in zip(walks, spans)
         ]
         results = []
-        for level_pass, _ in passes:
-            weights, after = level_pass.last() if keep_state else ((None,) * 3, (None,) * 3)
-            # the node must not keep, nor hand on, its own outputs and inputs
-            fast = [None if w is None else w.clone() for w in weights]
-            slow = [None if m is None else m.clone() for m in after]
-            ctx.mark_non_differentiable(*(m for m in slow if m is not None))
-            results += [torch.cat(level_pass.outputs, dim=1), *fast, *slow]
+        for each in walks:
+            results.append(torch.cat(each.outputs, dim=1))
+            for last in (each.weights, each.momenta):
+                # the node must not keep, nor hand on, its own outputs and inputs
+                results += [w.clone() if keep_state and w is not None else None for w in last]
+            ctx.mark_non_differentiable(*(m for m in results[-3:] if m is not None))
         ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        found = []
-        saved = ctx.saved_tensors
-        served = iter(saved[len(ctx.spans) * _INPUTS :])
-        for i, (span, (chunks, owner)) in enumerate(zip(ctx.spans, ctx.owners)):
+        tensors = ctx.saved_tensors
+        saved = iter(tensors[len(ctx.layouts) * _INPUTS :])
+        results = []
+        for i, (layout, last_owner, first, size, products) in enumerate(ctx.layouts):
             own = slice(i * _INPUTS, (i + 1) * _INPUTS)
-            made = [
-                Made(None if first else Weights(*(next(served) for _ in range(3))), of)
-                for first, of in chunks
+            recorded = [
+                Recorded(
+                    Weights(*(next(saved) for _ in range(3))) if stepped else None,
+                    owner,
+                    [next(saved) for _ in range(activations)],
+                )
+                for stepped, owner, activations in layout
             ]
-            found += _through(span, made, owner, grads[own], saved[own])
-        return None, None, None, *found
+            d_y, *d_last = grads[own][:4]
+            results += _through(recorded, last_owner, first, size, products, d_y, d_last, tensors[own])
+        return None, None, None, *results
 
 
 def _through(
-    span: Span,
-    made: Sequence[Made],
+    recorded: Sequence[Recorded],
     last_owner: Owner,
-    grads: Sequence[torch.Tensor | None],
+    first: int,
+    size: int,
+    products: Any,
+    d_y: torch.Tensor | None,
+    d_last: Sequence[torch.Tensor | None],
     tensors: Sequence[torch.Tensor | None],
 ) -> list[torch.Tensor | None]:
-    """Gradients of reads, weights and start."""
+    """Gradients of reads, weights and start, from those of the outputs and of the last weights."""
     reads, *matrices = tensors
-    call = span.call
-    first, start = contiguous(matrices[:3]), contiguous(matrices[3:])
-    totals = [
-        None if w is None else w.new_zeros(w.shape, dtype=torch.promote_types(w.dtype, torch.float32))
-        for w in matrices
-    ]
-    grad_reads = None
-    if grads[0] is not None:
-        backward = registration.implementation("read_backward", call.impl)
-        begin, size = 0 if span.begin else call.first, call.level.chunk_size
-        parts = zip(made, in_chunks(grads[0].to(reads.dtype), begin, size), in_chunks(reads, begin, size))
-        grad_reads = torch.cat(
+    totals = [None if w is None else w.new_zeros(w.shape, dtype=state_dtype(w.dtype)) for w in matrices]
+    d_reads = None
+    if d_y is not None:
+        given, start = contiguous(matrices[:3]), contiguous(matrices[3:])
+        backward = products.read_backward
+        parts = zip(recorded, in_chunks(d_y.to(reads.dtype), first, size), in_chunks(reads, first, size))
+        d_reads = torch.cat(
             [
                 backward(
-                    grad,
+                    d_part,
                     x,
-                    *(of.weights or (start if of.owner is True else first)),
-                    _owners(of.owner, totals, x),
+                    of.weights or (start if of.owner is True else given),
+                    of.activations,
+                    _owners(of.owner, totals),
                 )
-                for of, grad, x in parts
+                for of, d_part, x in parts
             ],
             dim=1,
         )
-    for i, grad in enumerate(grads[1:4]):
-        if grad is not None:
-            add_owned(grad, last_owner, totals[i], totals[i + 3], first[i], start[i])
-    return [grad_reads, *(None if t is None else t.to(w.dtype) for t, w in zip(totals, matrices))]
+    for share, owned in _owners(last_owner, totals):
+        for d_weight, total in zip(d_last, owned):
+            if d_weight is not None:
+                part = d_weight if share is None else d_weight * share[:, None, None]
+                total += part.sum_to_size(total.shape)
+    return [d_reads, *(None if t is None else t.to(w.dtype) for t, w in zip(totals, matrices))]
 
 
-def _owners(owner: Owner, totals: Sequence[torch.Tensor | None], x: torch.Tensor) -> list[tuple]:
-    """What the gradients of a chunk are added to, with the tokens that belong to it (None: all)."""
-    first, start = totals[:3], totals[3:]
+def _owners(owner: Owner, totals: Sequence[torch.Tensor | None]) -> list[tuple]:
+    """What gradients of weights are added to, with the sequences' share in it (None: 1)."""
+    given, start = totals[:3], totals[3:]
     if isinstance(owner, bool):
-        return [(None, start if owner else first)]
-    share = owner[:, None].expand(x.shape[:2]).to(first[0].dtype).contiguous()
-    return [(1 - share, first), (share, start)]
+        return [(None, start if owner else given)]
+    share = owner.to(given[0].dtype)
+    return [(1 - share, given), (share, start)]

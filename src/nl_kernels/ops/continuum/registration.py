@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 
@@ -14,11 +15,9 @@ _UPDATE, _MLP, _BACKWARD = (
     f"nl_kernels::{name}" for name in ("continuum_update_", "continuum_mlp", "continuum_mlp_backward")
 )
 _MODULES = {
-    "update_in_place": {"triton": "triton_update", "eager": "update", "reference": "reference"},
-    "mlp": {"triton": "triton_forward", "eager": "chunk_step", "reference": "reference"},
-    "mlp_backward": {"triton": "triton_backward", "eager": "chunk_step", "reference": "reference"},
-    "chunk_sums": {"triton": "triton_chunk", "eager": "chunk_step"},
-    "read_backward": {"triton": "triton_chunk", "eager": "chunk_step"},
+    "update_in_place": {"triton": "triton_update", "eager": "update"},
+    "mlp": {"triton": "triton_forward"},
+    "mlp_backward": {"triton": "triton_backward"},
 }
 
 torch.library.define(
@@ -37,7 +36,13 @@ torch.library.define(
 
 def implementation(function: str, impl: str) -> Callable:
     """The function of this name, imported now."""
-    return getattr(importlib.import_module(f"nl_kernels.ops.continuum.{_MODULES[function][impl]}"), function)
+    module = _MODULES[function].get(impl, impl)
+    return getattr(importlib.import_module(f"nl_kernels.ops.continuum.{module}"), function)
+
+
+def products(impl: str) -> ModuleType:
+    """The module of a chunk's products: ``"eager"`` or ``"triton"``."""
+    return importlib.import_module(f"nl_kernels.ops.continuum.{'triton_chunk' if impl == 'triton' else impl}")
 
 
 def update_in_place(

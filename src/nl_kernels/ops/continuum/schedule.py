@@ -1,4 +1,4 @@
-"""When a level goes back to its start, and how its fast weights come out of a state and into one."""
+"""When a level of the nested variant goes back to its start, and whose weights it then has."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from nl_kernels.ops.continuum.chunk_step import Weights
-from nl_kernels.ops.continuum.state import (
-    RULES_WITH_MOMENTUM,
-    ContinuumClock,
-    ContinuumLevel,
-    ContinuumLevelState,
-    ContinuumState,
-)
+from nl_kernels.ops.continuum.state import ContinuumClock, ContinuumLevel, ContinuumState, Weights
 
 Owner: TypeAlias = bool | torch.Tensor
 """Whether weights came from their start by a reset, not from those that the call began with: all, or [B]."""
@@ -35,7 +28,7 @@ class Resets(NamedTuple):
         levels: Sequence[ContinuumLevel],
         index: int,
         variant: str,
-        state: ContinuumState | None,
+        state: ContinuumState | Sequence[None],
         positions: Sequence[Sequence[int] | None],
     ) -> Resets | None:
         """Those of a level, whenever the next slower one steps, be it by nothing; None: never."""
@@ -45,25 +38,16 @@ class Resets(NamedTuple):
             return None
         size = levels[index].chunk_size
         first = 0
-        if state is not None:
+        if state[index] is not None:
             known = {(slow - fast) // size for slow, fast in zip(positions[index + 1], positions[index])}
             first = known.pop()
             if known:
                 first = (state[index + 1].position - state[index].position) // size
         return cls(levels[index + 1].chunk_size // size, first)
 
-    def after(self, number: int) -> bool | torch.Tensor:
+    def after(self, number: int) -> Owner:
         """Whether the level is reset after the chunk of this number: one answer, or that of each, [B]."""
         return (self.first + number + 1) % self.period == 0
-
-
-def reset_rows(resets: Resets | None, number: int, full: torch.Tensor | None) -> Owner:
-    """Whether sequences go back to their start after a chunk: all, none, or [B].
-
-    ``full`` [B]: those that fill the chunk; None: all.
-    """
-    reset = False if resets is None else resets.after(number)
-    return reset if reset is False or full is None else full & reset
 
 
 def clock_after(
@@ -79,27 +63,9 @@ def either(a: Owner, b: Owner) -> Owner:
     return b if a is False else a if b is False or a is True else a | b
 
 
-def add_owned(
-    grad: torch.Tensor,
-    reset: Owner,
-    total: torch.Tensor,
-    start_total: torch.Tensor | None,
-    first: torch.Tensor,
-    start: torch.Tensor | None,
-) -> None:
-    """Add the gradient of last weights to that of the weights that they came from."""
-    if isinstance(reset, bool):
-        parts = [(grad, start_total, start)] if reset else [(grad, total, first)]
-    else:
-        reset = reset.view(-1, 1, 1)
-        parts = [(grad * ~reset, total, first), (grad * reset, start_total, start)]
-    for part, to, weight in parts:
-        to += part.sum_to_size(weight.shape).to(to.dtype)
-
-
 def chosen(condition: torch.Tensor, new: Weights, old: Weights) -> Weights:
-    """``new`` where the condition [B, 1, 1] holds, else ``old``; an absent momentum is zero."""
-    return Weights(*(_where(condition, n, o) for n, o in zip(new, old)))
+    """``new`` for the sequences of the condition [B], else ``old``; an absent momentum is zero."""
+    return Weights(*(_where(condition[:, None, None], n, o) for n, o in zip(new, old)))
 
 
 def _where(
@@ -110,31 +76,3 @@ def _where(
     like = new if old is None else old
     new, old = (torch.zeros((), dtype=like.dtype, device=like.device) if w is None else w for w in (new, old))
     return torch.where(condition, new.to(like.dtype), old)
-
-
-def fast_part(state: ContinuumLevelState, detach_updates: bool) -> tuple[Weights, Weights]:
-    """Weights and momenta of a state."""
-    momenta = Weights(state.up_momentum, state.down_momentum, state.gate_momentum)
-    if detach_updates:
-        momenta = Weights(*(None if m is None else m.detach() for m in momenta))
-    return Weights(state.up, state.down, state.gate), momenta
-
-
-def level_state(
-    level: ContinuumLevel,
-    weights: Weights,
-    momenta: Weights,
-    inputs: torch.Tensor,
-    rates: torch.Tensor,
-    position: torch.Tensor,
-) -> ContinuumLevelState:
-    """The state of these weights, of all sequences or of each, with the tokens that wait for a step."""
-    batch = len(position)
-    fast = [
-        w if w is None or w.ndim == 3 else w.to(inputs.dtype).expand(batch, -1, -1).clone() for w in weights
-    ]
-    if level.rule in RULES_WITH_MOMENTUM:
-        momenta = [
-            None if w is None else torch.zeros_like(w) if m is None else m for w, m in zip(fast, momenta)
-        ]
-    return ContinuumLevelState(*fast, inputs, rates, position, *momenta)

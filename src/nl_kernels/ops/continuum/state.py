@@ -72,6 +72,25 @@ class ContinuumLevel:
         return self.chunk_size is not None and (isinstance(self.rate, torch.Tensor) or self.rate > 0)
 
 
+class Weights(NamedTuple):
+    """Shared by all sequences ([H, D], …) until the first step, of each one ([B, H, D], …) from then on.
+
+    Also momenta (None: zero), row norms and what a step subtracts, in the same places.
+    """
+
+    up: torch.Tensor | None
+    down: torch.Tensor | None
+    gate: torch.Tensor | None
+
+
+NO_MOMENTA = Weights(None, None, None)
+
+
+def initial_weights(level: ContinuumLevel) -> Weights:
+    """The level's own weights, where every sequence starts."""
+    return Weights(level.up, level.down, level.gate)
+
+
 class ContinuumLevelState(NamedTuple):
     """A level's fast weights and the tokens that it has seen since its last step, for each of B sequences.
 
@@ -111,6 +130,34 @@ def entry_type(levels: Sequence[ContinuumLevel], index: int, variant: str) -> ty
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of fast weights and of everything that changes them: fp32, or fp64 for fp64 inputs."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def fast_part(state: ContinuumLevelState, detached: bool) -> tuple[Weights, Weights]:
+    """Weights and momenta of a state; ``detached``: momenta are constants."""
+    momenta = Weights(state.up_momentum, state.down_momentum, state.gate_momentum)
+    if detached:
+        momenta = Weights(*(None if m is None else m.detach() for m in momenta))
+    return Weights(state.up, state.down, state.gate), momenta
+
+
+def level_state(
+    level: ContinuumLevel,
+    weights: Weights,
+    momenta: Weights,
+    inputs: torch.Tensor,
+    rates: torch.Tensor,
+    position: torch.Tensor,
+) -> ContinuumLevelState:
+    """The state of these weights, of all sequences or of each, with the tokens that wait for a step."""
+    fast = [
+        w if w is None or w.ndim == 3 else w.to(inputs.dtype).expand(len(position), -1, -1).clone()
+        for w in weights
+    ]
+    if level.rule in RULES_WITH_MOMENTUM:
+        momenta = [
+            None if w is None else torch.zeros_like(w) if m is None else m for w, m in zip(fast, momenta)
+        ]
+    return ContinuumLevelState(*fast, inputs, rates, position, *momenta)
 
 
 def continuum_detach(state: ContinuumState) -> ContinuumState:

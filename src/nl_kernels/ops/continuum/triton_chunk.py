@@ -13,18 +13,23 @@ import triton
 import triton.language as tl
 
 from nl_kernels.ops.continuum import launch
+from nl_kernels.ops.continuum.state import ContinuumLevel, Weights
 from nl_kernels.ops.continuum.triton_backward import Signals, signal_call, sum_calls
 from nl_kernels.ops.continuum.triton_forward import (
     Hidden,
     add_rows,
     hidden_call,
+    mlp,
     product_call,
     store_rows,
     store_squares,
     tile_of,
 )
+from nl_kernels.ops.continuum.triton_update import update_in_place  # noqa: F401  one of a chunk's products
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
 from nl_kernels.triton_support.targets import architecture_of
+
+IMPL = "triton"
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -292,37 +297,48 @@ def _back_call(
     return call, Signals(hidden.out, up, gate, up_squares, gate_squares)
 
 
+def read(x: torch.Tensor, weights: Weights, records: bool) -> tuple[torch.Tensor, tuple[()]]:
+    """See :func:`.eager.read`; nothing is recorded, as the backward computes the hidden layer again."""
+    x_of_all, _, *weights = _of_all(x, x, *weights)
+    return mlp(x_of_all, *weights).view_as(x), ()
+
+
 def chunk_sums(
+    level: ContinuumLevel,
     keys: torch.Tensor,
     inputs: torch.Tensor,
-    value: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    gate: torch.Tensor | None,
+    weights: Weights,
     rates: torch.Tensor,
-    error_bound: float | None,
-    output: bool,
-) -> list[torch.Tensor | None]:
-    """See :func:`.chunk_step.chunk_sums`."""
-    architecture = architecture_of(keys.device)
-    calls, made = plan_chunk(
-        keys, inputs, value, up, down, gate, rates, error_bound, output, architecture=architecture
+    reads: bool,
+) -> tuple[torch.Tensor | None, Weights]:
+    """What a chunk's step subtracts from weights or adds to momenta: Σ_t η_t δ_t x_tᵀ of each, fp32.
+
+    Args:
+        keys, inputs: [B, C, D]; the targets are ``level.value`` times the inputs.
+        weights: of all sequences or of each.
+        rates: [B, C], 0 where there is no token.
+        reads: also return the MLP's outputs for the keys, otherwise None.
+    """
+    value, architecture = level.value.contiguous(), architecture_of(keys.device)
+    calls, (y, *sums) = plan_chunk(
+        keys, inputs, value, *weights, rates, level.error_bound, reads, architecture=architecture
     )
     run_calls(calls, keys.device)
-    return made
+    return y, Weights(*sums)
 
 
 def read_backward(
-    grad: torch.Tensor,
+    d_y: torch.Tensor,
     x: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    gate: torch.Tensor | None,
+    weights: Weights,
+    activations: tuple[()],
     owners: Sequence[tuple[torch.Tensor | None, Sequence[torch.Tensor | None]]],
 ) -> torch.Tensor:
-    """See :func:`.chunk_step.read_backward`."""
-    calls, grad_x = plan_read_backward(
-        grad, x, up, down, gate, owners, architecture=architecture_of(x.device)
-    )
+    """See :func:`.eager.read_backward`."""
+    shares = [
+        None if share is None else share[:, None].expand(x.shape[:2]).contiguous() for share, _ in owners
+    ]
+    owners = [(share, totals) for share, (_, totals) in zip(shares, owners)]
+    calls, d_x = plan_read_backward(d_y, x, *weights, owners, architecture=architecture_of(x.device))
     run_calls(calls, x.device)
-    return grad_x
+    return d_x

@@ -89,14 +89,16 @@ def update_in_place(
         old = weight if sources is None else sources[i].to(weight.dtype)
         taken = None if where is None else where[i][..., None, None]
         if momenta is not None:
-            after = momenta[i] * decay + step
-            step = momenta[i].copy_(after if taken is None else torch.where(taken, after, momenta[i]))
-        if taken is None and norms is None and initial is None:
-            torch.sub(old, step, out=weight)
+            if taken is None:
+                step = momenta[i].mul_(decay).add_(step)
+            else:
+                after = momenta[i] * decay + step
+                step = momenta[i].copy_(torch.where(taken, after, momenta[i]))
+        new = old if initial is None else torch.lerp(initial[i].to(old.dtype), old, retention[i])
+        if taken is None and norms is None:
+            torch.sub(new, step, out=weight)
         else:
-            new = old - step
-            if initial is not None:
-                new = pulled_back(new, old, initial[i], retention[i])
+            new = new - step
             new = new if norms is None else with_row_norms(new, norms[i])
             weight.copy_(new if taken is None else torch.where(taken, new, old))
         if copies is not None:

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from nl_kernels import ContinuumLevel, continuum_memory
-from nl_kernels.ops.continuum import chunk_step, eager
+from nl_kernels.ops.continuum import chunk_walk, eager, loop
+from nl_kernels.ops.continuum.state import Weights
 from tests.nl_kernels.continuum_levels import (
     PADDINGS,
     TENSORS,
@@ -326,32 +327,29 @@ def changed(owner, name, change):
     return owner, name, lambda *args: change(original(*args), *args)
 
 
-def rates_ignored(rule, level, rates):
-    rule.rule, rule.decay, rule.rates = (
-        level.rule,
-        level.momentum_decay,
-        torch.full_like(rates, 0.05)[..., None],
-    )
+def turned_round(made, level, keys, targets, weights, *_):
+    new = (None if w is None else 2 * old - w for w, old in zip(made[2], weights))
+    return *made[:2], Weights(*new), made[3]
 
 
 MUTATIONS = {
-    "writes turned round": changed(
-        chunk_step._Rule, "step", lambda made, rule, weight, *_: (2 * weight - made[0], made[1])
+    "writes turned round": changed(eager, "learn", turned_round),
+    "bound forgotten": (eager, "_bounding", lambda signal, bound: None),
+    "rates ignored": (
+        loop, "Chunk", lambda keys, targets, rates, *rest: chunk_walk.Chunk(
+            keys, targets, None if rates is None else torch.full_like(rates, 0.05), *rest
+        )
     ),
-    "bound forgotten": (chunk_step, "_bounding", lambda signal, bound: None),
-    "rates ignored": (chunk_step._Rule, "__init__", rates_ignored),
     "hidden layer not learned": changed(
-        eager, "learn", lambda made, level, weights, *_: (made[0]._replace(up=weights.up), made[1])
+        eager, "learn", lambda made, level, keys, targets, weights, *_: (
+            *made[:2], made[2]._replace(up=weights.up), made[3]
+        )
     ),
-    "learned from the wrong chunk": changed(
-        eager.SteppingLevel,
-        "split",
-        lambda chunks, *_: [c if c.rates is None else c._replace(targets=chunks[0].targets) for c in chunks],
-    ),
+    "learned from the wrong chunk": (loop, "_targets", lambda level, inputs: inputs.flip(1) @ level.value.mT),
     "pending rates lost": changed(
-        eager, "pending_tokens", lambda pending, *_: (pending[0], torch.zeros_like(pending[1]), pending[2])
+        loop, "pending_tokens", lambda pending, *_: (pending[0], torch.zeros_like(pending[1]), pending[2])
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)

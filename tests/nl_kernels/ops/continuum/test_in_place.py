@@ -1,4 +1,4 @@
-"""The loop around the kernels, with pieces in fp64 in their place, against the token-by-token reference."""
+"""Steps in place, with products in fp64 in the kernels' place, against the token-by-token reference."""
 
 import dataclasses
 import itertools
@@ -9,15 +9,16 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from nl_kernels import continuum_flush, continuum_memory
-from nl_kernels.ops.continuum import api, chunk_step, first_order, level_pass, schedule
-from nl_kernels.ops.continuum.in_place import continuum_flush_in_place
+from nl_kernels.ops.continuum import api, chunk_walk, eager, first_order, schedule
 from nl_kernels.ops.continuum.state import VARIANTS
 from tests.nl_kernels.continuum_levels import (
     PADDINGS,
     WIDTH,
+    ExactProducts,
     assert_same,
     close,
     flat,
+    flush_in_place,
     in_place,
     make_level,
     random_tensor,
@@ -131,7 +132,7 @@ def test_a_flush_equals_the_reference(rule, variant):
             x, levels, variant=variant, mask=mask, output_final_state=True, detach_updates=True
         )
         if impl == "eager":
-            state = continuum_flush_in_place(state, levels, variant=variant, norm_eps=1e-6, impl=impl)
+            state = flush_in_place(state, levels, variant=variant)
         else:
             state = continuum_flush(state, levels, variant=variant, detach_updates=True, impl=impl)
         assert all(not s.position.any() and not s.pending_inputs.shape[1] for s in state[:3])
@@ -232,28 +233,34 @@ def test_the_default_is_triton_on_cuda_for_what_it_serves():
     assert chosen([make_level(1, rule="dgd")]) == "triton"
 
 
+def learned_from_the_first():
+    original, first = ExactProducts.chunk_sums, []
+
+    def chunk_sums(level, keys, inputs, *rest):
+        first.append(inputs)
+        return original(level, keys, first[0] if inputs.shape == first[0].shape else inputs, *rest)
+
+    return staticmethod(chunk_sums)
+
+
 MUTATIONS = {
     "reset one chunk late": changed(
         schedule.Resets, "after", lambda _, r, n: (r.first + n) % r.period == 0
     ),
     "momentum forgotten": changed(
-        level_pass.LevelPass, "_step", lambda step, *_: step._replace(momenta=None)
+        chunk_walk.InPlaceWalk, "_learn", lambda made, *_: (*made[:2], made[2]._replace(momenta=None))
     ),
-    "muon's direction is the momentum": (level_pass, "evened_out", lambda momentum, impl: momentum),
-    "norms not restored": changed(level_pass, "row_norms", lambda *_: None),
+    "muon's direction is the momentum": (chunk_walk, "evened_out", lambda momentum, impl: momentum),
+    "norms not restored": changed(eager, "row_norms", lambda *_: None),
     "stepped where the chunk is not full": changed(
-        level_pass.LevelPass, "_step", lambda step, *_: step._replace(where=None)
+        chunk_walk.InPlaceWalk, "_learn", lambda made, *_: (*made[:2], made[2]._replace(where=None))
     ),
-    "steps not taken": (level_pass, "take", lambda steps, impl: None),
+    "steps not taken": (chunk_walk, "take", lambda steps, products: None),
     "gradients of a reset weight given to the first": changed(
-        first_order, "_owners", lambda _, owner, totals, x: [(None, totals[:3])]
+        first_order, "_owners", lambda _, owner, totals: [(None, totals[:3])]
     ),
-    "slope of the step in the read": changed(chunk_step, "read_backward", lambda grad, *_: 2 * grad),
-    "learned from the wrong chunk": changed(
-        level_pass.Span,
-        "chunks",
-        lambda chunks, *_: [c if c.keys is None else c._replace(inputs=chunks[0].inputs) for c in chunks],
-    ),
+    "slope of the step in the read": changed(eager, "read_backward", lambda grad, *_: 2 * grad),
+    "learned from the wrong chunk": (ExactProducts, "chunk_sums", learned_from_the_first()),
 }  # fmt: skip
 
 

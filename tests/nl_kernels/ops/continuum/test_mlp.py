@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from nl_kernels import continuum_gradients, continuum_mlp, continuum_update
-from nl_kernels.ops.continuum import chunk_step
+from nl_kernels.ops.continuum import eager
 
 CASES = [(False, None), (True, None), (False, 0.3), (True, 0.3)]
 
@@ -127,7 +127,7 @@ def test_opcheck_and_compile():
 
 MUTATIONS = {
     "signal not bounded": ("_bounding", lambda signal, bound: None),
-    "slope forgotten": ("serve", None),
+    "slope forgotten": ("evaluate", None),
 }
 
 
@@ -135,13 +135,13 @@ MUTATIONS = {
 def test_the_comparison_notices_a_broken_implementation(mutation, monkeypatch):
     name, broken = MUTATIONS[mutation]
     if broken is None:
-        original = getattr(chunk_step, name)
+        original = getattr(eager, name)
 
         def broken(*args):
-            served = original(*args)
-            return served._replace(slopes=tuple(torch.ones_like(s) for s in served.slopes))
+            made = original(*args)
+            return made._replace(slopes=tuple(torch.ones_like(s) for s in made.slopes))
 
-    monkeypatch.setattr(chunk_step, name, broken)
+    monkeypatch.setattr(eager, name, broken)
     with pytest.raises(AssertionError):
         test_the_gradients_of_a_step_equal_the_definition(True, 0.3)
 

@@ -17,15 +17,15 @@ from nl_kernels import (
     continuum_reset,
     continuum_update,
 )
-from nl_kernels.ops.continuum import chunk_step, eager, eager_backward
-from nl_kernels.ops.continuum.in_place import continuum_flush_in_place
-from nl_kernels.ops.continuum.state import RULES, VARIANTS
+from nl_kernels.ops.continuum import eager, first_order, schedule
+from nl_kernels.ops.continuum.state import NO_MOMENTA, RULES, VARIANTS
 from tests.nl_kernels.continuum_levels import (
     PADDINGS,
     WIDTH,
     assert_same,
     close,
     flat,
+    flush_in_place,
     in_place,
     make_level,
     random_tensor,
@@ -355,14 +355,14 @@ def changed(owner, name, change):
 
 
 MUTATIONS = {
-    "reset one chunk late": changed(eager.Resets, "after", lambda _, r, n: (r.first + n) % r.period == 0),
-    "never reset": (eager.Resets, "after", lambda resets, number: False),
-    "momentum forgotten": changed(eager, "learn", lambda made, *_: (made[0], eager.NO_MOMENTA)),
-    "norms not restored": (chunk_step, "with_row_norms", lambda weight, norms: weight),
-    "slope of the step in the read": changed(
-        eager_backward, "_through_reads", lambda made, *_: (2 * made[0], made[1])
+    "reset one chunk late": changed(schedule.Resets, "after", lambda _, r, n: (r.first + n) % r.period == 0),
+    "never reset": (schedule.Resets, "after", lambda resets, number: False),
+    "momentum forgotten": changed(eager, "learn", lambda made, *_: (*made[:3], NO_MOMENTA)),
+    "norms not restored": (eager, "with_row_norms", lambda weight, norms: weight),
+    "slope of the step in the read": changed(eager, "read_backward", lambda d_x, *_: 2 * d_x),
+    "gradients of a reset weight given to the first": changed(
+        first_order, "_owners", lambda _, owner, totals: [(None, totals[:3])]
     ),
-    "gradients of a reset weight given to the first": (eager_backward, "reset_rows", lambda *_: False),
 }  # fmt: skip
 
 
@@ -385,7 +385,7 @@ def test_the_comparison_notices_a_broken_implementation(mutation, monkeypatch):
     [
         (partial(continuum_memory, impl="reference"), partial(continuum_flush, impl="reference")),
         (continuum_memory, continuum_flush),
-        (partial(in_place, impl="eager"), partial(continuum_flush_in_place, norm_eps=1e-6, impl="eager")),
+        (in_place, flush_in_place),
     ],
     ids=["reference", "eager", "in place"],
 )

@@ -15,19 +15,19 @@ from nl_kernels.ops.continuum.state import ContinuumLevelState, ContinuumState
 class Grid(NamedTuple):
     """The tokens of a call, behind those that came with the state, by their place since a chunk's start.
 
-    Slot s of every sequence belongs to chunk s // C, so that all sequences step together.
+    Position p of every sequence belongs to chunk p // C, so that all sequences step together.
     """
 
     inputs: torch.Tensor  # [B, L, D], fp32: n(x) of all tokens
-    rates: torch.Tensor  # [B, L], 0 in empty slots
+    rates: torch.Tensor  # [B, L], 0 where there is no token
     reads: torch.Tensor  # [B, L - first, D]: n(x) as it is read
-    first: int  # the first slot that is read
-    lengths: torch.Tensor | None  # [B]: how many slots are taken; None: all of every sequence
+    first: int  # the first position that is read
+    lengths: torch.Tensor | None  # [B]: how many positions are taken; None: all of every sequence
     ends: list[int] | None  # the same, on the host
     alignment: ChunkAlignment | None  # how tokens moved; None: they lie as they came
 
     def restored(self, y: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-        """Outputs of the slots that are read, back in the places of the call's tokens."""
+        """Outputs of what is read, back in the places of the call's tokens."""
         if self.alignment is None:
             return y
         return self.alignment.scatter(F.pad(y, (0, 0, self.first, 0)), batch, length)
@@ -50,8 +50,8 @@ class Counts(NamedTuple):
         positions: list[list[int] | None] = [None] * levels
         there = [index for index, level in enumerate(state or ()) if level is not None]
         if there:
-            found = torch.stack([state[index].position for index in there]).tolist()
-            for index, position in zip(there, found):
+            known = torch.stack([state[index].position for index in there]).tolist()
+            for index, position in zip(there, known):
                 positions[index] = position
         return cls(positions, tokens)
 
@@ -97,9 +97,9 @@ def pending_tokens(grid: Grid, chunk_size: int) -> tuple[torch.Tensor, torch.Ten
     position = grid.lengths % chunk_size
     place = torch.arange(max(end % chunk_size for end in grid.ends), device=position.device)
     taken = place < position[:, None]
-    slots = ((grid.lengths - position)[:, None] + place).clamp_max(length - 1)
-    inputs = grid.inputs.gather(1, slots[..., None].expand(-1, -1, width)) * taken[..., None]
-    return inputs, grid.rates.gather(1, slots) * taken, position
+    pending = ((grid.lengths - position)[:, None] + place).clamp_max(length - 1)
+    inputs = grid.inputs.gather(1, pending[..., None].expand(-1, -1, width)) * taken[..., None]
+    return inputs, grid.rates.gather(1, pending) * taken, position
 
 
 def _ragged_grid(
@@ -120,7 +120,7 @@ def _ragged_grid(
         pending = min(before.pending_rates.shape[1], inputs.shape[1])
         taken = torch.arange(pending, device=inner.device) < before.position[:, None]
         empty = inputs.shape[1] - pending
-        # tokens of the state and of this call have different slots
+        # tokens of the state and of this call have different places
         earlier = before.pending_inputs[:, :pending] * taken[..., None]
         inputs = inputs + F.pad(earlier, (0, 0, 0, empty))
         rates = rates + F.pad(before.pending_rates[:, :pending] * taken, (0, empty))

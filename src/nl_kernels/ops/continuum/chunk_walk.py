@@ -1,0 +1,324 @@
+"""A level on its way through its chunks: what it reads, the steps between, and how these are taken.
+
+Eager steps make new weights, so that autograd can follow them. Those of any other products are taken in
+place, and several levels' at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from nl_kernels.ops.continuum import eager
+from nl_kernels.ops.continuum.schedule import Owner, Resets, chosen, either
+from nl_kernels.ops.continuum.state import (
+    NO_MOMENTA,
+    RULES_WITH_MOMENTUM,
+    ContinuumLevel,
+    Weights,
+    initial_weights,
+    state_dtype,
+)
+from nl_kernels.ops.continuum.update import evened_out
+
+
+class Chunk(NamedTuple):
+    """What is learned from the tokens of one chunk, [B, C, ..], each tensor contiguous."""
+
+    keys: torch.Tensor | None  # None: what is read
+    targets: torch.Tensor | None  # for steps in place the inputs that they are made of; None: what is read
+    rates: torch.Tensor | None  # None: nothing is learned
+    number: int  # since the first position
+    stop: int  # the position after its last
+
+
+class LevelCall(NamedTuple):
+    """A level in one call: what stays the same from chunk to chunk."""
+
+    level: ContinuumLevel
+    resets: Resets | None
+    lengths: torch.Tensor | None  # [B]: how many positions are taken; None: all of every sequence
+    first: int  # the first position that is read
+    dtype: torch.dtype  # of what is read
+    products: Any  # of a chunk: the module eager or triton_chunk, or what has the functions of the latter
+
+    def walk(self, weights: Weights, momenta: Weights, records: bool) -> LevelWalk:
+        """The level at the start of its chunks."""
+        kind = LevelWalk if self.products is eager else InPlaceWalk
+        return kind(self, weights, momenta, records)
+
+
+class Span(NamedTuple):
+    """Consecutive chunks of a level in one call."""
+
+    call: LevelCall
+    chunks: Sequence[Chunk]
+
+    def cut(self, reads: torch.Tensor) -> list[torch.Tensor]:
+        """What is read in these chunks [B, L, ..], chunk by chunk."""
+        return in_chunks(reads, 0 if self.chunks[0].number else self.call.first, self.call.level.chunk_size)
+
+
+class Step(NamedTuple):
+    """A step on a chunk, yet to be taken: arguments of the update for each matrix."""
+
+    weights: list[torch.Tensor]
+    gradients: list[torch.Tensor]
+    momenta: list[torch.Tensor] | None
+    norms: list[torch.Tensor] | None
+    copies: list[torch.Tensor] | None
+    sources: list[torch.Tensor] | None
+    where: list[torch.Tensor] | None
+    initial: list[torch.Tensor] | None
+    retention: list[torch.Tensor] | None
+    decay: float
+    evened: bool  # muon: what the step's direction is made of is the momentum, not what it subtracts
+    reset: torch.Tensor | None  # [B]: sequences that go back to their start afterwards
+    start: list[torch.Tensor]
+
+
+_PARTS = Step._fields.index("decay")  # a list each, of tensors for each matrix
+
+
+def take(steps: Sequence[Step], products: Any) -> None:
+    """Take all steps: those with the same options in one launch."""
+    resets = [step for step in steps if step.reset is not None]
+    steps = [_evened_out(step, products.IMPL) if step.evened else step for step in steps]
+    groups: dict[tuple, list[Step]] = {}
+    if any(step.sources is not None for step in steps):
+        steps = [s if s.sources is not None else s._replace(sources=s.weights) for s in steps]
+    for step in steps:
+        options = (step.decay, *(part is None for part in step[:_PARTS]))
+        groups.setdefault(options, []).append(step)
+    for (decay, *_), group in groups.items():
+        parts = [
+            None if p[0] is None else [t for each in p for t in each] for p in list(zip(*group))[:_PARTS]
+        ]
+        weights, gradients, momenta, *rest = parts
+        products.update_in_place(weights, gradients, momenta, decay, *rest)
+    for step in resets:
+        _go_back(step)
+
+
+def _evened_out(step: Step, impl: str) -> Step:
+    """Momenta after the step, and a step that subtracts what muon makes of them."""
+    directions = []
+    for i, (momentum, gradient) in enumerate(zip(step.momenta, step.gradients)):
+        after = torch.add(gradient, momentum, alpha=step.decay)
+        if step.where is not None:
+            after = torch.where(step.where[i][:, None, None], after, momentum)
+        directions.append(evened_out(momentum.copy_(after), impl))
+    return step._replace(gradients=directions, momenta=None, decay=0.0)
+
+
+def _go_back(step: Step) -> None:
+    again = step.reset[:, None, None]
+    for i, start in enumerate(step.start):
+        torch.where(again, start.to(step.weights[i].dtype), step.weights[i], out=step.weights[i])
+        if step.copies is not None:
+            torch.where(again, start.to(step.copies[i].dtype), step.copies[i], out=step.copies[i])
+        if step.momenta is not None:
+            step.momenta[i].masked_fill_(again, 0.0)
+
+
+class Recorded(NamedTuple):
+    """What the backward pass needs of the read of one chunk."""
+
+    weights: Weights | None  # that were read with; None: those of the owner
+    owner: Owner
+    activations: Sequence[torch.Tensor]
+
+
+class LevelWalk:
+    """A level on its way through chunks, with steps by :func:`.eager.learn`.
+
+    Args:
+        weights: at the start, of all sequences or of each; they stay as they are.
+        momenta: at the start, None for zero; they stay as they are.
+        records: keep for a backward pass what each chunk was read with.
+    """
+
+    def __init__(self, call: LevelCall, weights: Weights, momenta: Weights, records: bool) -> None:
+        self.call, self.records = call, records
+        self.start = initial_weights(call.level)
+        self.weights, self.momenta = weights, momenta
+        self.stepped = False  # whether weights and momenta are this walk's own
+        self.norms = eager.row_norms(call.level)
+        self.owner: Owner = False
+        self.outputs: list[torch.Tensor] = []
+        self.recorded: list[Recorded] = []
+
+    def advance(self, chunk: Chunk, reads: torch.Tensor | None) -> Step | None:
+        """Read a chunk (None: nothing), and step on it; or return the step, due before the next chunk."""
+        call = self.call
+        weights, owner, stepped = self._read_with(), self.owner, self.stepped
+        reset = False if call.resets is None or chunk.rates is None else call.resets.after(chunk.number)
+        begins_anew = reset is True and call.lengths is None  # then no step is needed
+        y, activations, step = None, (), None
+        if chunk.rates is not None and not begins_anew:
+            full = None if call.lengths is None else call.lengths >= chunk.stop
+            reset = full & reset if full is not None and reset is not False else reset
+            keys = reads if chunk.keys is None else chunk.keys
+            targets = reads if chunk.targets is None else chunk.targets
+            y, activations, step = self._learn(keys, targets, chunk, full, reset)
+            self.stepped, self.owner = True, either(owner, reset)
+        if reads is not None:
+            if y is None or chunk.keys is not None:
+                y, activations = call.products.read(reads, weights, self.records)
+            self.outputs.append(y)
+            if self.records:
+                self.recorded.append(Recorded(weights if stepped else None, owner, activations))
+        if begins_anew:
+            self._begin_anew()
+        return step
+
+    def _read_with(self) -> Weights:
+        return eager.cast(self.weights, self.call.dtype)
+
+    def _begin_anew(self) -> None:
+        self.weights, self.momenta = self.start, NO_MOMENTA
+        self.stepped, self.owner = False, True
+
+    def _learn(
+        self,
+        keys: torch.Tensor,
+        targets: torch.Tensor,
+        chunk: Chunk,
+        full: torch.Tensor | None,
+        reset: Owner,
+    ) -> tuple[torch.Tensor | None, Sequence[torch.Tensor], Step | None]:
+        """The outputs for the keys, what is recorded of them, and a step that is yet to be taken.
+
+        Args:
+            full: [B], the sequences that step; None: all.
+            reset: the sequences that go back to their start afterwards.
+        """
+        old, before = eager.cast(self.weights, keys.dtype), self.momenta
+        y, activations, new, after = eager.learn(
+            self.call.level, keys, targets, old, before, self.norms, chunk.rates
+        )
+        if full is not None:
+            new, after = chosen(full, new, old), chosen(full, after, before)
+        if reset is not False:
+            new, after = chosen(reset, self.start, new), chosen(reset, NO_MOMENTA, after)
+        self.weights, self.momenta = new, after
+        return y, activations, None
+
+
+class InPlaceWalk(LevelWalk):
+    """The same with steps in place, which are made here and taken together with those of other levels.
+
+    Weights are one buffer, which every step writes; where products round to 16 bits, also the copy that they
+    read. What the backward pass needs is not overwritten.
+    """
+
+    def __init__(self, call: LevelCall, weights: Weights, momenta: Weights, records: bool) -> None:
+        super().__init__(call, contiguous(weights), momenta, records)
+        self.start = contiguous(self.start)
+        self.copies: Weights | None = None  # in 16 bits
+        self.retention = None
+        if not call.level.retains_all:
+            self.retention = torch.as_tensor(
+                call.level.retention, dtype=state_dtype(call.dtype), device=weights.up.device
+            ).detach()
+
+    def _read_with(self) -> Weights:
+        return self.copies or self.weights
+
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        self.copies = None
+
+    def _learn(
+        self,
+        keys: torch.Tensor,
+        targets: torch.Tensor,
+        chunk: Chunk,
+        full: torch.Tensor | None,
+        reset: Owner,
+    ) -> tuple[torch.Tensor | None, Sequence[torch.Tensor], Step | None]:
+        call, level, old = self.call, self.call.level, self.weights
+        y, sums = call.products.chunk_sums(
+            level, keys, targets, self._read_with(), chunk.rates, chunk.keys is None
+        )
+        copied = call.dtype != state_dtype(call.dtype)
+        new = not self.stepped or (self.records and not copied)
+        if new:
+            self.weights = sums  # which the step reads before it writes
+        if copied and (self.copies is None or self.records):
+            self.copies = _like(sums, lambda w, _: torch.empty_like(w, dtype=call.dtype))
+        if not self.stepped and level.rule in RULES_WITH_MOMENTUM:
+            self.momenta = _like(
+                sums,
+                lambda w, m: (
+                    torch.zeros_like(w) if m is None else m.clone(memory_format=torch.contiguous_format)
+                ),
+                self.momenta,
+            )
+        matrices = len(_present(sums))
+        step = Step(
+            _present(self.weights),
+            _present(sums),
+            _present(self.momenta) or None,
+            None if self.norms is None else _present(self.norms),
+            _present(self.copies) if copied else None,
+            _present(old) if new else None,
+            None if full is None else [full] * matrices,
+            None if self.retention is None else _present(self.start),
+            None if self.retention is None else [self.retention] * matrices,
+            level.momentum_decay if level.rule in RULES_WITH_MOMENTUM else 0.0,
+            level.rule == "muon",
+            None if reset is False else reset,
+            _present(self.start),
+        )
+        return y, (), step
+
+
+def walk(walks: Sequence[LevelWalk], spans: Sequence[Span], reads: Sequence[torch.Tensor]) -> list[Step]:
+    """Take all levels through their chunks side by side, those that are due together by one step.
+
+    Returns:
+        The steps after the last chunks, not yet taken.
+    """
+    due: dict[int, list[tuple[LevelWalk, Chunk, torch.Tensor]]] = {}
+    for level_walk, span, part in zip(walks, spans, reads):
+        for chunk, inputs in zip(span.chunks, span.cut(part)):
+            due.setdefault(chunk.stop - span.call.first, []).append((level_walk, chunk, inputs))
+    steps: list[Step] = []
+    for position in sorted(due):
+        take(steps, spans[0].call.products)
+        steps = []  # their sums make room for the next ones
+        made = (level_walk.advance(chunk, inputs) for level_walk, chunk, inputs in due.pop(position))
+        steps = [step for step in made if step is not None]
+    return steps
+
+
+def in_chunks(x: torch.Tensor, first: int, size: int) -> list[torch.Tensor]:
+    """x [B, L, ..] from position ``first`` of a chunk on, chunk by chunk, contiguous: one copy at most."""
+    length = x.shape[1]
+    head = min(-first % size, length)
+    whole = (length - head) // size
+    sizes = [head, whole * size, length - head - whole * size]
+    # split, not slices: the gradient of a slice is as long as the sequence
+    begin, middle, end = x.split(sizes, dim=1) if whole * size < length else (None, x, None)
+    parts = [begin.contiguous()] if head else []
+    if whole:
+        parts += middle.unflatten(1, (whole, size)).transpose(0, 1).contiguous().unbind()
+    if sizes[2]:
+        parts.append(end.contiguous())
+    return parts
+
+
+def contiguous(weights: Sequence[torch.Tensor | None]) -> Weights:
+    """The weights as kernels read them."""
+    return Weights(*(None if w is None else w.contiguous() for w in weights))
+
+
+def _like(weights: Weights, make: Callable, others: Weights = NO_MOMENTA) -> Weights:
+    return Weights(*(None if w is None else make(w, other) for w, other in zip(weights, others)))
+
+
+def _present(parts: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    return [part for part in parts if part is not None]

@@ -1,0 +1,271 @@
+"""Level by level, chunk by chunk: the loop around every implementation of a chunk's products."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nl_kernels.dispatch import autocasting, needs_gradient, without_autocast
+from nl_kernels.ops.continuum import eager, registration
+from nl_kernels.ops.continuum.chunk_walk import (
+    Chunk,
+    LevelCall,
+    Span,
+    Step,
+    contiguous,
+    in_chunks,
+    take,
+    walk,
+)
+from nl_kernels.ops.continuum.first_order import walk_recorded
+from nl_kernels.ops.continuum.grid import Counts, Grid, pending_tokens, place_on_grid
+from nl_kernels.ops.continuum.schedule import Resets, chosen, clock_after
+from nl_kernels.ops.continuum.state import (
+    NO_MOMENTA,
+    ContinuumClock,
+    ContinuumLevel,
+    ContinuumLevelState,
+    ContinuumState,
+    Weights,
+    entry_type,
+    fast_part,
+    initial_weights,
+    level_state,
+    state_dtype,
+)
+
+
+class Options(NamedTuple):
+    """What all levels of a call share."""
+
+    variant: str
+    norm_eps: float
+    through: bool  # gradients flow through the steps
+    products: Any  # of a chunk: the module eager or triton_chunk, or what has the functions of the latter
+    checkpoint_every: int | None = None
+    keep_state: bool = True
+
+    def following(self) -> torch.autograd.grad_mode.set_grad_enabled:
+        """Whether what a step is made of is recorded for the backward pass."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and self.through)
+
+
+class _Level(NamedTuple):
+    """A level of a call, before it runs."""
+
+    level: ContinuumLevel
+    inner: torch.Tensor  # [B, T, D]: n(x)
+    weights: Weights
+    momenta: Weights
+    grid: Grid | None  # None: never steps
+    span: Span | None  # None: no step between the tokens
+
+
+def run_memory(
+    x: torch.Tensor,
+    levels: Sequence[ContinuumLevel],
+    options: Options,
+    *,
+    level_weights: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    initial_state: ContinuumState | None,
+) -> tuple[torch.Tensor, ContinuumState | None]:
+    """See :func:`nl_kernels.continuum_memory`.
+
+    Levels side by side are walked together, so that those that are due at one position step in one launch;
+    those one after the other wait for the outputs before theirs, and share the launch of the steps after the
+    last token.
+    """
+    counts = Counts.of(len(levels), initial_state, mask)
+    mask = None if counts.tokens is None else mask
+    initial_state = initial_state or [None] * len(levels)
+    indices = list(range(len(levels)))
+    state, total, last_steps = [], x, []
+    for group in [indices] if options.variant == "independent" else [[index] for index in indices]:
+        results, steps = _walked(
+            [_placed(x, levels, index, initial_state, mask, counts, options) for index in group], options
+        )
+        last_steps += steps
+        for index, (y, after) in zip(group, results):
+            total = total + (y if level_weights is None else level_weights[index].to(y.dtype) * y)
+            if entry_type(levels, index, options.variant) is ContinuumClock:
+                after = clock_after(levels[index], initial_state[index], x, mask)
+            state.append(after)
+        x = total
+    with torch.no_grad():
+        take(last_steps, options.products)
+    if mask is not None:
+        total = total.masked_fill(~mask[..., None], 0.0)
+    return total, tuple(state) if options.keep_state else None
+
+
+def run_flush(state: ContinuumState, levels: Sequence[ContinuumLevel], options: Options) -> ContinuumState:
+    """See :func:`nl_kernels.continuum_flush`."""
+    steps, walks = [], {}
+    with options.following():
+        for index, (level, before) in enumerate(zip(levels, state)):
+            pending = before.pending_rates.shape[1] if isinstance(before, ContinuumLevelState) else 0
+            if pending:
+                taken = torch.arange(pending, device=before.position.device) < before.position[:, None]
+                inputs = before.pending_inputs * taken[..., None]
+                keys = eager.keys_of(level, inputs, options.norm_eps)
+                targets = _targets(level, inputs) if options.products is eager else inputs
+                call = LevelCall(level, None, before.position, 0, inputs.dtype, options.products)
+                walks[index] = call.walk(*fast_part(before, not options.through), False)
+                chunk = Chunk(keys, targets, before.pending_rates * taken, 0, 1)
+                steps.append(walks[index].advance(chunk, None))
+        take([step for step in steps if step is not None], options.products)
+    flushed = []
+    for index, (level, before) in enumerate(zip(levels, state)):
+        if not isinstance(before, ContinuumLevelState):
+            flushed.append(before and ContinuumClock(before.position * 0))
+            continue
+        weights, momenta = fast_part(before, not options.through)
+        if index in walks:
+            new, momenta = walks[index].weights, walks[index].momenta
+            weights = new if options.through else Weights(*map(_constant_step, weights, new))
+        if options.variant == "nested" and index + 1 < len(levels) and state[index + 1] is not None:
+            slower_steps = state[index + 1].position > 0
+            weights = chosen(slower_steps, initial_weights(level), weights)
+            momenta = chosen(slower_steps, NO_MOMENTA, momenta)
+        nothing = before.pending_inputs[:, :0], before.pending_rates[:, :0], before.position * 0
+        flushed.append(level_state(level, weights, momenta, *nothing))
+    return tuple(flushed)
+
+
+def _placed(
+    x: torch.Tensor,
+    levels: Sequence[ContinuumLevel],
+    index: int,
+    state: Sequence[ContinuumLevelState | ContinuumClock | None],
+    mask: torch.Tensor | None,
+    counts: Counts,
+    options: Options,
+) -> _Level:
+    """A level with its tokens in their chunks."""
+    level, before = levels[index], state[index]
+    inner = F.rms_norm(x, x.shape[-1:], level.norm.to(x.dtype), options.norm_eps)
+    weights, momenta = initial_weights(level), NO_MOMENTA
+    if not level.steps:
+        return _Level(level, inner, weights, momenta, None, None)
+    if before is not None:
+        weights, momenta = fast_part(before, not options.through)
+    rates = torch.as_tensor(level.rate, dtype=state_dtype(x.dtype), device=x.device).expand(x.shape[:2])
+    grid = place_on_grid(inner, rates, before, mask, counts.positions[index], counts.tokens)
+    size, length = level.chunk_size, grid.inputs.shape[1]
+    # the step after the last token changes only the state
+    steps = (length - (not options.keep_state)) // size
+    if not steps:
+        return _Level(level, inner, weights, momenta, grid, None)
+    dtype, exact = _read_dtype(inner), options.products is eager
+    head = size if grid.first else 0  # the first chunk, where it is read in part
+    with options.following(), without_autocast(inner.device.type):
+        if exact:  # as the weights are; other products round to what is read
+            inputs = grid.inputs[:, : steps * size]
+        else:
+            inputs = (grid.inputs if head else grid.reads)[:, : steps * size].to(dtype)
+        as_read = level.key is None and inputs.dtype == dtype
+        keys = eager.keys_of(level, inputs[:, :head] if as_read else inputs, options.norm_eps)
+        targets = _targets(level, inputs) if exact else inputs[:, :head]
+        parts = [in_chunks(t, 0, size) for t in (keys, targets, grid.rates[:, : steps * size])]
+    stops = [*range(size, length, size), length]
+    chunks = [Chunk(*each) for each in itertools.zip_longest(*parts, range(len(stops)), stops)]
+    resets = Resets.of(levels, index, options.variant, state, counts.positions)
+    call = LevelCall(level, resets, grid.lengths, grid.first, dtype, options.products)
+    return _Level(level, inner, weights, momenta, grid, Span(call, chunks))
+
+
+def _walked(
+    group: Sequence[_Level], options: Options
+) -> tuple[list[tuple[torch.Tensor, ContinuumLevelState | None]], list[Step]]:
+    """Of each level the outputs [B, T, D] and the state after them; and the steps yet to be taken."""
+    results = {i: (_plain(of, options), of.weights, of.momenta) for i, of in enumerate(group) if not of.span}
+    stepping, last_steps = [(i, of) for i, of in enumerate(group) if of.span], []
+    if stepping:
+        with without_autocast(group[0].inner.device.type):
+            reads = [of.grid.reads.to(of.span.call.dtype) for _, of in stepping]
+            leaves = (w for _, of in stepping for w in (*of.weights, *initial_weights(of.level)))
+            records = not options.through and needs_gradient(*reads, *leaves)
+            if options.checkpoint_every is not None and (options.through or records):
+                walked = [_checkpointed(of, part, records, options) for (_, of), part in zip(stepping, reads)]
+            else:
+                spans, states = zip(*((of.span, (of.weights, of.momenta)) for _, of in stepping))
+                walked, last_steps = _run(spans, reads, states, records, options)
+        for (i, of), (y, *last) in zip(stepping, walked):
+            results[i] = (of.grid.restored(y, *of.inner.shape[:2]), *last)
+    after = []
+    for i, of in enumerate(group):
+        y, *last = results.pop(i)
+        state = None
+        if options.keep_state and of.grid is not None:
+            # steps that are yet to be taken write these very weights
+            state = level_state(of.level, *last, *pending_tokens(of.grid, of.level.chunk_size))
+        after.append((y, state))
+    return after, last_steps
+
+
+@torch.compiler.disable(
+    reason="continuum_memory's steps are a loop over chunks, which a trace would unroll; "
+    "without fullgraph=True it runs as it is"
+)
+def _run(
+    spans: Sequence[Span],
+    reads: Sequence[torch.Tensor],
+    states: Sequence[tuple[Weights, Weights]],
+    records: bool,
+    options: Options,
+) -> tuple[list[tuple[torch.Tensor, Weights, Weights]], list[Step]]:
+    """Outputs, weights and momenta of each span, and the steps yet to be taken."""
+    if records:
+        return walk_recorded(spans, reads, states, options.keep_state), []
+    with options.following():
+        walks = [span.call.walk(*before, False) for span, before in zip(spans, states)]
+        steps = walk(walks, spans, reads)
+        return [(torch.cat(each.outputs, dim=1), each.weights, each.momenta) for each in walks], steps
+
+
+def _checkpointed(
+    of: _Level, reads: torch.Tensor, records: bool, options: Options
+) -> tuple[torch.Tensor, Weights, Weights]:
+    """One level, which keeps for the backward the weights of every so many chunks."""
+    chunks, every = of.span.chunks, options.checkpoint_every
+    spans = [of.span._replace(chunks=chunks[i : i + every]) for i in range(0, len(chunks), every)]
+    bounds = [of.grid.first, *(span.chunks[-1].stop for span in spans)]
+    options = options._replace(keep_state=True)
+    outputs, state = [], (of.weights, of.momenta)
+    for span, part in zip(spans, reads.split([b - a for a, b in itertools.pairwise(bounds)], dim=1)):
+        ((y, *state),), _ = checkpoint(
+            _run, [span], [part], [state], records, options, use_reentrant=False, preserve_rng_state=False
+        )
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), *state
+
+
+def _plain(of: _Level, options: Options) -> torch.Tensor:
+    """Tokens without a step between them, where they lie: with weights of all sequences as a plain block."""
+    if options.products is eager or of.weights.up.ndim == 2:
+        return eager.mlp(of.inner, *of.weights)
+    with without_autocast(of.inner.device.type):
+        x = of.inner.to(_read_dtype(of.inner)).contiguous()
+        return registration.mlp(x, *contiguous(of.weights), options.products.IMPL)
+
+
+def _read_dtype(inner: torch.Tensor) -> torch.dtype:
+    """What tokens are read in; autocast leaves fp64 as it is."""
+    device = inner.device.type
+    rounds = autocasting(device) and inner.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if rounds else inner.dtype
+
+
+def _targets(level: ContinuumLevel, inputs: torch.Tensor) -> torch.Tensor:
+    return F.linear(inputs, level.value.to(inputs.dtype))
+
+
+def _constant_step(weight: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+    """The new weight, with the gradient of the one before the step."""
+    return new if weight is None or not needs_gradient(weight) else new + (weight - weight.detach())
