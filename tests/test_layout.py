@@ -38,7 +38,7 @@ ALLOWED = REQUIRED | {
     "stack.py",
     "update.py",
     "mlp.py",
-    "update_in_place.py",
+    "checks.py",
     "triton_update.py",
     "orthogonal.py",
     "schedule.py",

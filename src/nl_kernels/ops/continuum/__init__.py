@@ -11,8 +11,7 @@ from nl_kernels.ops.continuum.state import (
     continuum_detach,
     continuum_reset,
 )
-from nl_kernels.ops.continuum.update import continuum_update
-from nl_kernels.ops.continuum.update_in_place import continuum_update_
+from nl_kernels.ops.continuum.update import continuum_update, continuum_update_
 
 __all__ = [
     "ContinuumClock",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nl_kernels.ops.continuum import eager
+from nl_kernels.ops.continuum.registration import Update
 from nl_kernels.ops.continuum.schedule import Owner, Resets, chosen, either
 from nl_kernels.ops.continuum.state import (
     NO_MOMENTA,
@@ -35,14 +36,19 @@ class Chunk(NamedTuple):
 
 
 class LevelCall(NamedTuple):
-    """A level in one call: what stays the same from chunk to chunk."""
+    """A level in one call, or in some of its chunks."""
 
     level: ContinuumLevel
     resets: Resets | None
     lengths: torch.Tensor | None  # [B]: how many positions are taken; None: all of every sequence
-    first: int  # the first position that is read
+    first: int  # the position in its chunk of the first token that is read
     dtype: torch.dtype  # of what is read
     products: Any  # of a chunk: the module eager or triton_chunk, or what has the functions of the latter
+    chunks: Sequence[Chunk] = ()
+
+    def cut(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What is read [B, L, ..], chunk by chunk."""
+        return in_chunks(x, self.first, self.level.chunk_size)
 
     def walk(self, weights: Weights, momenta: Weights, records: bool) -> LevelWalk:
         """The level at the start of its chunks."""
@@ -50,77 +56,54 @@ class LevelCall(NamedTuple):
         return kind(self, weights, momenta, records)
 
 
-class Span(NamedTuple):
-    """Consecutive chunks of a level in one call."""
-
-    call: LevelCall
-    chunks: Sequence[Chunk]
-
-    def cut(self, reads: torch.Tensor) -> list[torch.Tensor]:
-        """What is read in these chunks [B, L, ..], chunk by chunk."""
-        return in_chunks(reads, 0 if self.chunks[0].number else self.call.first, self.call.level.chunk_size)
-
-
 class Step(NamedTuple):
-    """A step on a chunk, yet to be taken: arguments of the update for each matrix."""
+    """A step on a chunk, yet to be taken."""
 
-    weights: list[torch.Tensor]
-    gradients: list[torch.Tensor]
-    momenta: list[torch.Tensor] | None
-    norms: list[torch.Tensor] | None
-    copies: list[torch.Tensor] | None
-    sources: list[torch.Tensor] | None
-    where: list[torch.Tensor] | None
-    initial: list[torch.Tensor] | None
-    retention: list[torch.Tensor] | None
-    decay: float
+    update: Update
     evened: bool  # muon: what the step's direction is made of is the momentum, not what it subtracts
     reset: torch.Tensor | None  # [B]: sequences that go back to their start afterwards
     start: list[torch.Tensor]
 
 
-_PARTS = Step._fields.index("decay")  # a list each, of tensors for each matrix
-
-
 def take(steps: Sequence[Step], products: Any) -> None:
     """Take all steps: those with the same options in one launch."""
-    resets = [step for step in steps if step.reset is not None]
-    steps = [_evened_out(step, products.IMPL) if step.evened else step for step in steps]
-    groups: dict[tuple, list[Step]] = {}
-    if any(step.sources is not None for step in steps):
-        steps = [s if s.sources is not None else s._replace(sources=s.weights) for s in steps]
+    updates = [_evened_out(step.update, products.IMPL) if step.evened else step.update for step in steps]
+    if any(update.sources is not None for update in updates):
+        updates = [u if u.sources is not None else u._replace(sources=u.weights) for u in updates]
+    groups: dict[tuple, list[Update]] = {}
+    for update in updates:
+        options = (update.decay, *(part is None for part in update))
+        groups.setdefault(options, []).append(update)
+    for group in groups.values():
+        joined = {
+            name: [tensor for update in group for tensor in getattr(update, name)]
+            for name, part in group[0]._asdict().items()
+            if name != "decay" and part is not None
+        }
+        products.update_in_place(group[0]._replace(**joined))
     for step in steps:
-        options = (step.decay, *(part is None for part in step[:_PARTS]))
-        groups.setdefault(options, []).append(step)
-    for (decay, *_), group in groups.items():
-        parts = [
-            None if p[0] is None else [t for each in p for t in each] for p in list(zip(*group))[:_PARTS]
-        ]
-        weights, gradients, momenta, *rest = parts
-        products.update_in_place(weights, gradients, momenta, decay, *rest)
-    for step in resets:
-        _go_back(step)
+        if step.reset is not None:
+            _go_back(step)
 
 
-def _evened_out(step: Step, impl: str) -> Step:
+def _evened_out(update: Update, impl: str) -> Update:
     """Momenta after the step, and a step that subtracts what muon makes of them."""
     directions = []
-    for i, (momentum, gradient) in enumerate(zip(step.momenta, step.gradients)):
-        after = torch.add(gradient, momentum, alpha=step.decay)
-        if step.where is not None:
-            after = torch.where(step.where[i][:, None, None], after, momentum)
+    for i, (momentum, gradient) in enumerate(zip(update.momenta, update.gradients)):
+        after = torch.add(gradient, momentum, alpha=update.decay)
+        if update.where is not None:
+            after = torch.where(update.where[i][:, None, None], after, momentum)
         directions.append(evened_out(momentum.copy_(after), impl))
-    return step._replace(gradients=directions, momenta=None, decay=0.0)
+    return update._replace(gradients=directions, momenta=None, decay=0.0)
 
 
 def _go_back(step: Step) -> None:
     again = step.reset[:, None, None]
-    for i, start in enumerate(step.start):
-        torch.where(again, start.to(step.weights[i].dtype), step.weights[i], out=step.weights[i])
-        if step.copies is not None:
-            torch.where(again, start.to(step.copies[i].dtype), step.copies[i], out=step.copies[i])
-        if step.momenta is not None:
-            step.momenta[i].masked_fill_(again, 0.0)
+    for written in (step.update.weights, step.update.copies):
+        for weight, start in zip(written or (), step.start):
+            torch.where(again, start.to(weight.dtype), weight, out=weight)
+    for momentum in step.update.momenta or ():
+        momentum.masked_fill_(again, 0.0)
 
 
 class Recorded(NamedTuple):
@@ -258,39 +241,37 @@ class InPlaceWalk(LevelWalk):
                 self.momenta,
             )
         matrices = len(_present(sums))
-        step = Step(
+        update = Update(
             _present(self.weights),
             _present(sums),
             _present(self.momenta) or None,
+            level.momentum_decay if level.rule in RULES_WITH_MOMENTUM else 0.0,
             None if self.norms is None else _present(self.norms),
             _present(self.copies) if copied else None,
             _present(old) if new else None,
             None if full is None else [full] * matrices,
             None if self.retention is None else _present(self.start),
             None if self.retention is None else [self.retention] * matrices,
-            level.momentum_decay if level.rule in RULES_WITH_MOMENTUM else 0.0,
-            level.rule == "muon",
-            None if reset is False else reset,
-            _present(self.start),
         )
+        step = Step(update, level.rule == "muon", None if reset is False else reset, _present(self.start))
         return y, (), step
 
 
-def walk(walks: Sequence[LevelWalk], spans: Sequence[Span], reads: Sequence[torch.Tensor]) -> list[Step]:
+def walk(walks: Sequence[LevelWalk], reads: Sequence[torch.Tensor]) -> list[Step]:
     """Take all levels through their chunks side by side, those that are due together by one step.
 
     Returns:
         The steps after the last chunks, not yet taken.
     """
     due: dict[int, list[tuple[LevelWalk, Chunk, torch.Tensor]]] = {}
-    for level_walk, span, part in zip(walks, spans, reads):
-        for chunk, inputs in zip(span.chunks, span.cut(part)):
-            due.setdefault(chunk.stop - span.call.first, []).append((level_walk, chunk, inputs))
+    for each, part in zip(walks, reads):
+        for chunk, inputs in zip(each.call.chunks, each.call.cut(part)):
+            due.setdefault(chunk.stop - each.call.first, []).append((each, chunk, inputs))
     steps: list[Step] = []
     for position in sorted(due):
-        take(steps, spans[0].call.products)
+        take(steps, walks[0].call.products)
         steps = []  # their sums make room for the next ones
-        made = (level_walk.advance(chunk, inputs) for level_walk, chunk, inputs in due.pop(position))
+        made = (each.advance(chunk, inputs) for each, chunk, inputs in due.pop(position))
         steps = [step for step in made if step is not None]
     return steps
 

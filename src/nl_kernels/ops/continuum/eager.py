@@ -62,7 +62,7 @@ def mlp_backward(
     error_bound: float | None,
     input_gradient: bool,
 ) -> list[torch.Tensor | None]:
-    """Gradients of x, up, down, gate; see :func:`.registration.mlp_backward`."""
+    """Gradients of x, up, down, gate: the operator ``continuum_mlp_backward``."""
     weights = cast(Weights(up, down, gate), x.dtype)
     made = evaluate(x, weights)
     signals = _signals(error, weights, made.slopes)

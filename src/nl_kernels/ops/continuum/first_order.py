@@ -7,53 +7,50 @@ weights before it: all chunks add to one gradient, of the weights that they came
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from nl_kernels.ops.continuum.chunk_walk import Recorded, Span, contiguous, in_chunks, take, walk
+from nl_kernels.ops.continuum.chunk_walk import LevelCall, Recorded, contiguous, take, walk
 from nl_kernels.ops.continuum.schedule import Owner
 from nl_kernels.ops.continuum.state import NO_MOMENTA, Weights, initial_weights, state_dtype
 
-_INPUTS = 7  # of each span: reads, its weights, the weights that resets go back to
+_INPUTS = 7  # of each call: reads, its weights, the weights that resets go back to
 
 
 def walk_recorded(
-    spans: Sequence[Span],
+    calls: Sequence[LevelCall],
     reads: Sequence[torch.Tensor],
     states: Sequence[tuple[Weights, Weights]],
     keep_state: bool,
 ) -> list[tuple[torch.Tensor, Weights, Weights]]:
-    """Of each span the outputs [B, L, D], and with ``keep_state`` the last weights and momenta."""
+    """Of each call the outputs [B, L, D], and with ``keep_state`` the last weights and momenta."""
     tensors = []
-    for span, part, (weights, _) in zip(spans, reads, states):
-        start = NO_MOMENTA if span.call.resets is None else initial_weights(span.call.level)
+    for call, part, (weights, _) in zip(calls, reads, states):
+        start = NO_MOMENTA if call.resets is None else initial_weights(call.level)
         tensors += [part, *weights, *start]
     momenta = [each for _, each in states]
-    results = iter(_FirstOrder.apply(spans, momenta, keep_state, *tensors))
-    return [(next(results), *(Weights(*(next(results) for _ in range(3))) for _ in range(2))) for _ in spans]
+    results = iter(_FirstOrder.apply(calls, momenta, keep_state, *tensors))
+    return [(next(results), *(Weights(*(next(results) for _ in range(3))) for _ in range(2))) for _ in calls]
 
 
 class _FirstOrder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, spans, momenta, keep_state, *tensors):
+    def forward(ctx, calls, momenta, keep_state, *tensors):
         walks = [
-            span.call.walk(Weights(*tensors[i + 1 : i + 4]), before, True)
-            for i, span, before in zip(range(0, len(tensors), _INPUTS), spans, momenta)
+            call.walk(Weights(*tensors[i + 1 : i + 4]), before, True)
+            for i, call, before in zip(range(0, len(tensors), _INPUTS), calls, momenta)
         ]
-        take(walk(walks, spans, tensors[::_INPUTS]), spans[0].call.products)
+        take(walk(walks, tensors[::_INPUTS]), calls[0].products)
         # saved, not hung on the node: whoever checkpoints this call drops them
         saved = [t for each in walks for of in each.recorded for t in (*(of.weights or ()), *of.activations)]
         ctx.save_for_backward(*tensors, *saved)
-        ctx.layouts = [
+        ctx.walks = [
             (
-                [(of.weights is not None, of.owner, len(of.activations)) for of in each.recorded],
+                call._replace(chunks=()),
                 each.owner,
-                0 if span.chunks[0].number else span.call.first,
-                span.call.level.chunk_size,
-                span.call.products,
+                [(of.weights is not None, of.owner, len(of.activations)) for of in each.recorded],
             )
-            for each, span in zip(walks, spans)
+            for each, call in zip(walks, calls)
         ]
         results = []
         for each in walks:
@@ -69,9 +66,9 @@ class _FirstOrder(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         tensors = ctx.saved_tensors
-        saved = iter(tensors[len(ctx.layouts) * _INPUTS :])
+        saved = iter(tensors[len(ctx.walks) * _INPUTS :])
         results = []
-        for i, (layout, last_owner, first, size, products) in enumerate(ctx.layouts):
+        for i, (call, last_owner, layout) in enumerate(ctx.walks):
             own = slice(i * _INPUTS, (i + 1) * _INPUTS)
             recorded = [
                 Recorded(
@@ -82,16 +79,14 @@ class _FirstOrder(torch.autograd.Function):
                 for stepped, owner, activations in layout
             ]
             d_y, *d_last = grads[own][:4]
-            results += _through(recorded, last_owner, first, size, products, d_y, d_last, tensors[own])
+            results += _through(call, recorded, last_owner, d_y, d_last, tensors[own])
         return None, None, None, *results
 
 
 def _through(
+    call: LevelCall,
     recorded: Sequence[Recorded],
     last_owner: Owner,
-    first: int,
-    size: int,
-    products: Any,
     d_y: torch.Tensor | None,
     d_last: Sequence[torch.Tensor | None],
     tensors: Sequence[torch.Tensor | None],
@@ -102,11 +97,10 @@ def _through(
     d_reads = None
     if d_y is not None:
         given, start = contiguous(matrices[:3]), contiguous(matrices[3:])
-        backward = products.read_backward
-        parts = zip(recorded, in_chunks(d_y.to(reads.dtype), first, size), in_chunks(reads, first, size))
+        parts = zip(recorded, call.cut(d_y.to(reads.dtype)), call.cut(reads))
         d_reads = torch.cat(
             [
-                backward(
+                call.products.read_backward(
                     d_part,
                     x,
                     of.weights or (start if of.owner is True else given),

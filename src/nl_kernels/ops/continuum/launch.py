@@ -59,29 +59,45 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def product_tiles(m: int, n: int, k: int, precision: str, architecture: str, *, held: int = 1) -> Tiles:
-    """Tiles of a program that holds ``held`` products [m, n], each a sum over k, at once.
+class Plan:
+    """The calls of one function in their order; runs nothing.
 
-    They are of 128 where both extents fill several, else of 64; a step takes 128 bytes of the contracted one.
-    Products in more than 16 bits, and several at once, take more registers a number: their tiles are smaller.
+    Products round their operands as the dtype of ``x`` says, and accumulate in fp32.
     """
-    side = 128 if min(m, n) >= 256 else 64
-    widest, deepest = (128, 64) if precision == "bf16" else (64, 32)
-    m, n = min(side, padded(m), widest), min(side, padded(n), widest if held == 1 else widest // 2)
-    stages = 2 if architecture.startswith("gfx") else 3
-    return Tiles(m, n, min(deepest, padded(k)), 8 if m * n > 64 * 64 else 4, stages)
 
+    def __init__(self, x: torch.Tensor, architecture: str) -> None:
+        self.x, self.architecture = x, architecture
+        self.precision = product_precision(x.dtype, architecture)
+        self.calls: list[KernelCall] = []
 
-def call_of(
-    kernel: Any,
-    tiles: Tiles,
-    shape: tuple[int, int, int],
-    precision: str,
-    arguments: dict[str, Argument],
-    constants: dict[str, Any],
-) -> KernelCall:
-    """The call of a kernel of which each program makes a tile of ``shape`` [batches, m, n]."""
-    batches, m, n = shape
-    programs = batches * -(-m // tiles.m) * -(-n // tiles.n)
-    blocks = {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "PRECISION": precision}
-    return KernelCall(kernel, (programs,), arguments, {**constants, **blocks}, tiles.warps, tiles.stages)
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What a call fills, by default in the dtype of operands."""
+        return self.x.new_empty(shape, dtype=operand_dtype(self.precision) if dtype is None else dtype)
+
+    def tiles(self, m: int, n: int, k: int, *, held: int = 1) -> Tiles:
+        """Tiles of a program that holds ``held`` products [m, n], each a sum over k, at once.
+
+        They are of 128 where both extents fill several, else of 64; a step takes 128 bytes of the contracted
+        one. Products in more than 16 bits, and several at once, take more registers a number: their tiles are
+        smaller.
+        """
+        side = 128 if min(m, n) >= 256 else 64
+        widest, deepest = (128, 64) if self.precision == "bf16" else (64, 32)
+        m, n = min(side, padded(m), widest), min(side, padded(n), widest if held == 1 else widest // 2)
+        stages = 2 if self.architecture.startswith("gfx") else 3
+        return Tiles(m, n, min(deepest, padded(k)), 8 if m * n > 64 * 64 else 4, stages)
+
+    def add(
+        self,
+        kernel: Any,
+        tiles: Tiles,
+        shape: tuple[int, int, int],
+        constants: dict[str, Any],
+        **arguments: Argument,
+    ) -> None:
+        """A call of which each program makes a tile of ``shape`` [batches, m, n]."""
+        batches, m, n = shape
+        programs = batches * -(-m // tiles.m) * -(-n // tiles.n)
+        blocks = {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "PRECISION": self.precision}
+        constants = {**constants, **blocks}
+        self.calls.append(KernelCall(kernel, (programs,), arguments, constants, tiles.warps, tiles.stages))

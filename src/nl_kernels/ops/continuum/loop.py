@@ -15,7 +15,6 @@ from nl_kernels.ops.continuum import eager, registration
 from nl_kernels.ops.continuum.chunk_walk import (
     Chunk,
     LevelCall,
-    Span,
     Step,
     contiguous,
     in_chunks,
@@ -63,7 +62,7 @@ class _Level(NamedTuple):
     weights: Weights
     momenta: Weights
     grid: Grid | None  # None: never steps
-    span: Span | None  # None: no step between the tokens
+    call: LevelCall | None  # None: no step between the tokens
 
 
 def run_memory(
@@ -176,26 +175,26 @@ def _placed(
     stops = [*range(size, length, size), length]
     chunks = [Chunk(*each) for each in itertools.zip_longest(*parts, range(len(stops)), stops)]
     resets = Resets.of(levels, index, options.variant, state, counts.positions)
-    call = LevelCall(level, resets, grid.lengths, grid.first, dtype, options.products)
-    return _Level(level, inner, weights, momenta, grid, Span(call, chunks))
+    call = LevelCall(level, resets, grid.lengths, grid.first, dtype, options.products, chunks)
+    return _Level(level, inner, weights, momenta, grid, call)
 
 
 def _walked(
     group: Sequence[_Level], options: Options
 ) -> tuple[list[tuple[torch.Tensor, ContinuumLevelState | None]], list[Step]]:
     """Of each level the outputs [B, T, D] and the state after them; and the steps yet to be taken."""
-    results = {i: (_plain(of, options), of.weights, of.momenta) for i, of in enumerate(group) if not of.span}
-    stepping, last_steps = [(i, of) for i, of in enumerate(group) if of.span], []
+    results = {i: (_plain(of, options), of.weights, of.momenta) for i, of in enumerate(group) if not of.call}
+    stepping, last_steps = [(i, of) for i, of in enumerate(group) if of.call], []
     if stepping:
         with without_autocast(group[0].inner.device.type):
-            reads = [of.grid.reads.to(of.span.call.dtype) for _, of in stepping]
+            reads = [of.grid.reads.to(of.call.dtype) for _, of in stepping]
             leaves = (w for _, of in stepping for w in (*of.weights, *initial_weights(of.level)))
             records = not options.through and needs_gradient(*reads, *leaves)
             if options.checkpoint_every is not None and (options.through or records):
                 walked = [_checkpointed(of, part, records, options) for (_, of), part in zip(stepping, reads)]
             else:
-                spans, states = zip(*((of.span, (of.weights, of.momenta)) for _, of in stepping))
-                walked, last_steps = _run(spans, reads, states, records, options)
+                calls, states = zip(*((of.call, (of.weights, of.momenta)) for _, of in stepping))
+                walked, last_steps = _run(calls, reads, states, records, options)
         for (i, of), (y, *last) in zip(stepping, walked):
             results[i] = (of.grid.restored(y, *of.inner.shape[:2]), *last)
     after = []
@@ -214,18 +213,18 @@ def _walked(
     "without fullgraph=True it runs as it is"
 )
 def _run(
-    spans: Sequence[Span],
+    calls: Sequence[LevelCall],
     reads: Sequence[torch.Tensor],
     states: Sequence[tuple[Weights, Weights]],
     records: bool,
     options: Options,
 ) -> tuple[list[tuple[torch.Tensor, Weights, Weights]], list[Step]]:
-    """Outputs, weights and momenta of each span, and the steps yet to be taken."""
+    """Outputs, weights and momenta of each level, and the steps yet to be taken."""
     if records:
-        return walk_recorded(spans, reads, states, options.keep_state), []
+        return walk_recorded(calls, reads, states, options.keep_state), []
     with options.following():
-        walks = [span.call.walk(*before, False) for span, before in zip(spans, states)]
-        steps = walk(walks, spans, reads)
+        walks = [call.walk(*before, False) for call, before in zip(calls, states)]
+        steps = walk(walks, reads)
         return [(torch.cat(each.outputs, dim=1), each.weights, each.momenta) for each in walks], steps
 
 
@@ -233,14 +232,16 @@ def _checkpointed(
     of: _Level, reads: torch.Tensor, records: bool, options: Options
 ) -> tuple[torch.Tensor, Weights, Weights]:
     """One level, which keeps for the backward the weights of every so many chunks."""
-    chunks, every = of.span.chunks, options.checkpoint_every
-    spans = [of.span._replace(chunks=chunks[i : i + every]) for i in range(0, len(chunks), every)]
-    bounds = [of.grid.first, *(span.chunks[-1].stop for span in spans)]
-    options = options._replace(keep_state=True)
+    chunks, every = of.call.chunks, options.checkpoint_every
+    parts = [chunks[i : i + every] for i in range(0, len(chunks), every)]
+    bounds = [of.call.first, *(part[-1].stop for part in parts)]
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
+    options, first = options._replace(keep_state=True), of.call.first
     outputs, state = [], (of.weights, of.momenta)
-    for span, part in zip(spans, reads.split([b - a for a, b in itertools.pairwise(bounds)], dim=1)):
+    for part, x in zip(parts, reads.split(lengths, dim=1)):
+        call, first = of.call._replace(chunks=part, first=first), 0
         ((y, *state),), _ = checkpoint(
-            _run, [span], [part], [state], records, options, use_reentrant=False, preserve_rng_state=False
+            _run, [call], [x], [state], records, options, use_reentrant=False, preserve_rng_state=False
         )
         outputs.append(y)
     return torch.cat(outputs, dim=1), *state

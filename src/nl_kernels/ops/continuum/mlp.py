@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 
 from nl_kernels.checks import check_range, check_tensor
-from nl_kernels.dispatch import choose_implementation, without_autocast
+from nl_kernels.dispatch import without_autocast
 from nl_kernels.ops.continuum import registration
+from nl_kernels.ops.continuum.checks import check_bound, check_stream, choose_served
 from nl_kernels.ops.continuum.state import state_dtype
-
-AVAILABLE = ("triton", "eager", "reference")
 
 
 class ContinuumGradients(NamedTuple):
@@ -50,9 +49,9 @@ def continuum_mlp(
         NotImplementedError: ``impl="triton"`` in fp64.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
-    _check_input("x", x)
+    check_stream("x", x)
     _check_weights(x, up, down, gate)
-    chosen = _choose("continuum_mlp", impl, x)
+    chosen = choose_served("continuum_mlp", impl, x.device, _unserved(x))
     batch, _, width = x.shape
     shared = up.ndim == 2
     if shared:
@@ -93,7 +92,7 @@ def continuum_gradients(
         NotImplementedError: ``impl="triton"`` in fp64.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
-    _check_input("inputs", inputs)
+    check_stream("inputs", inputs)
     check_tensor("error", error, inputs.shape, like=inputs)
     if error.dtype != inputs.dtype:
         raise TypeError(f"error: expected {inputs.dtype}, that of inputs, got {error.dtype}")
@@ -103,8 +102,7 @@ def continuum_gradients(
     if isinstance(up, torch.Tensor) and up.ndim == 2:
         raise ValueError(f"up: expected shape [B, H, D], weights of each sequence, got {tuple(up.shape)}")
     _check_weights(inputs, up, down, gate)
-    if error_bound is not None and not 0 < error_bound < math.inf:
-        raise ValueError(f"error_bound: expected more than 0 or None, got {error_bound!r}")
+    check_bound("error_bound", error_bound)
     tensors = {"inputs": inputs, "error": error, "rates": rates, "up": up, "down": down, "gate": gate}
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
@@ -112,30 +110,17 @@ def continuum_gradients(
                 raise ValueError(
                     f"{name}: the gradients have no derivative; detach it or use torch.no_grad()"
                 )
-    chosen = _choose("continuum_gradients", impl, inputs)
+    chosen = choose_served("continuum_gradients", impl, inputs.device, _unserved(inputs))
     rates = rates.to(state_dtype(inputs.dtype))
     contiguous = [None if t is None else t.contiguous() for t in (error, inputs, up, down, gate, rates)]
     with without_autocast(inputs.device.type):
-        sums = registration.mlp_backward(*contiguous, error_bound, False, chosen)
+        sums = torch.ops.nl_kernels.continuum_mlp_backward(*contiguous, error_bound, False, chosen)
     return ContinuumGradients(sums[0], sums[1], sums[2] if gate is not None else None)
 
 
-def _choose(op: str, impl: str | None, x: torch.Tensor) -> str:
-    available = AVAILABLE[1:] if impl is None and x.dtype == torch.float64 else AVAILABLE
-    chosen = choose_implementation(op, impl, x.device, available)
-    if chosen == "triton" and x.dtype == torch.float64:
-        raise NotImplementedError(
-            f"{op}: the Triton kernels serve bfloat16, float16 and float32, got float64; use impl='eager'"
-        )
-    return chosen
-
-
-def _check_input(name: str, x: object) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.ndim != 3 or min(x.shape) < 1:
-        raise ValueError(f"{name}: expected shape [B, T, D] with B, T, D >= 1, got {tuple(x.shape)}")
-    check_tensor(name, x, x.shape)
+def _unserved(x: torch.Tensor) -> str | None:
+    served = "the Triton kernels serve bfloat16, float16 and float32, got float64"
+    return served if x.dtype == torch.float64 else None
 
 
 def _check_weights(x: torch.Tensor, up: object, down: object, gate: object) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from nl_kernels.ops.continuum.registration import Update
 from nl_kernels.ops.continuum.state import (
     RULES_WITH_MOMENTUM,
     ContinuumClock,
@@ -102,19 +103,9 @@ def continuum_flush_reference(
     return tuple(flushed)
 
 
-def update_in_place(
-    weights: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor],
-    momenta: Sequence[torch.Tensor] | None,
-    decay: float,
-    norms: Sequence[torch.Tensor] | None,
-    copies: Sequence[torch.Tensor] | None,
-    sources: Sequence[torch.Tensor] | None,
-    where: Sequence[torch.Tensor] | None,
-    initial: Sequence[torch.Tensor] | None,
-    retention: Sequence[torch.Tensor] | None,
-) -> None:
+def update_in_place(update: Update) -> None:
     """See :func:`nl_kernels.continuum_update_`: in fp64, row by row."""
+    weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention = update
     for i, (weight, gradient) in enumerate(zip(weights, gradients)):
         old = (weight if sources is None else sources[i].expand_as(weight)).double()
         wanted = None if norms is None else norms[i].expand(weight.shape[:-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -27,11 +28,31 @@ torch.library.define(
     "str impl) -> ()",
 )
 torch.library.define(_MLP, "(Tensor x, Tensor up, Tensor down, Tensor? gate, str impl) -> Tensor")
+# Gives the gradients of x (with input_gradient, in its dtype) and of up, down, gate (in fp32), those there
+# are; tokens are weighted by rates [B, T] (None: 1), and bounded as continuum_gradients says.
 torch.library.define(
     _BACKWARD,
     "(Tensor error, Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor? rates, float? error_bound, "
     "bool input_gradient, str impl) -> Tensor[]",
 )
+
+
+class Update(NamedTuple):
+    """Many matrices and what their steps take, each a list of one for each matrix or None.
+
+    See :func:`nl_kernels.continuum_update_`.
+    """
+
+    weights: Sequence[torch.Tensor]
+    gradients: Sequence[torch.Tensor]
+    momenta: Sequence[torch.Tensor] | None
+    decay: float
+    norms: Sequence[torch.Tensor] | None
+    copies: Sequence[torch.Tensor] | None
+    sources: Sequence[torch.Tensor] | None = None
+    where: Sequence[torch.Tensor] | None = None
+    initial: Sequence[torch.Tensor] | None = None
+    retention: Sequence[torch.Tensor] | None = None
 
 
 def implementation(function: str, impl: str) -> Callable:
@@ -45,29 +66,10 @@ def products(impl: str) -> ModuleType:
     return importlib.import_module(f"nl_kernels.ops.continuum.{'triton_chunk' if impl == 'triton' else impl}")
 
 
-def update_in_place(
-    weights: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor],
-    momenta: Sequence[torch.Tensor] | None,
-    decay: float,
-    norms: Sequence[torch.Tensor] | None,
-    copies: Sequence[torch.Tensor] | None,
-    sources: Sequence[torch.Tensor] | None,
-    where: Sequence[torch.Tensor] | None,
-    initial: Sequence[torch.Tensor] | None,
-    retention: Sequence[torch.Tensor] | None,
-    impl: str,
-) -> None:
+def update_in_place(update: Update, impl: str) -> None:
     """The operator behind :func:`nl_kernels.continuum_update_`."""
-    torch.ops.nl_kernels.continuum_update_(
-        *(None if part is None else list(part) for part in (weights, gradients, momenta)),
-        decay,
-        *(
-            None if part is None else list(part)
-            for part in (norms, copies, sources, where, initial, retention)
-        ),
-        impl,
-    )
+    parts = (part if part is None or isinstance(part, float) else list(part) for part in update)
+    torch.ops.nl_kernels.continuum_update_(*parts, impl)
 
 
 def mlp(
@@ -75,27 +77,6 @@ def mlp(
 ) -> torch.Tensor:
     """The operator behind :func:`nl_kernels.continuum_mlp`, with its derivative; weights [B, ..]."""
     return _Mlp.apply(x, up, down, gate, impl)
-
-
-def mlp_backward(
-    error: torch.Tensor,
-    x: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    gate: torch.Tensor | None,
-    rates: torch.Tensor | None,
-    error_bound: float | None,
-    input_gradient: bool,
-    impl: str,
-) -> list[torch.Tensor]:
-    """The gradients of x (with ``input_gradient``, in its dtype), up, down, gate (in fp32), those there are.
-
-    Tokens' shares in the sums are weighted by ``rates`` [B, T] (None: 1) and bounded by ``error_bound`` as
-    :func:`nl_kernels.continuum_gradients` says.
-    """
-    return torch.ops.nl_kernels.continuum_mlp_backward(
-        error, x, up, down, gate, rates, error_bound, input_gradient, impl
-    )
 
 
 class _Mlp(torch.autograd.Function):
@@ -113,22 +94,23 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx, grad):
         x, up, down, gate = ctx.saved_tensors
         wanted = ctx.needs_input_grad[0]
-        grads = mlp_backward(grad.contiguous(), x, up, down, gate, None, None, wanted, ctx.impl)
+        grads = torch.ops.nl_kernels.continuum_mlp_backward(
+            grad.contiguous(), x, up, down, gate, None, None, wanted, ctx.impl
+        )
         grad_x, *sums = grads if wanted else (None, *grads)
         sums = [g.to(w.dtype) for g, w in zip(sums, (up, down, gate))]
         return grad_x, *sums, *((None, None) if gate is None else (None,))
 
 
 @torch.library.impl(_UPDATE, "CompositeExplicitAutograd")
-def _(weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention, impl):
+def _(*arguments):
+    *parts, impl = arguments
     with torch.no_grad():
-        implementation("update_in_place", impl)(
-            weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention
-        )
+        implementation("update_in_place", impl)(Update(*parts))
 
 
 @torch.library.register_fake(_UPDATE)
-def _(weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention, impl):
+def _(*arguments):
     return None
 
 

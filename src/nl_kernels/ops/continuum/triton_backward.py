@@ -7,17 +7,18 @@ rate and bound; and the gradient of the input.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.forward import activated
-from nl_kernels.ops.continuum import launch
+from nl_kernels.ops.continuum.launch import Plan
+from nl_kernels.ops.continuum.state import Weights
 from nl_kernels.ops.continuum.triton_forward import (
+    add_product_call,
     add_rows,
-    product_call,
     store_rows,
     store_squares,
     tile_of,
@@ -125,11 +126,11 @@ def token_sum_kernel(
 
 
 class Signals(NamedTuple):
-    """What the hidden layer and its error signals are on the way back, [batches, rows, H]."""
+    """What :func:`signal_kernel` fills, [batches, rows, H]."""
 
     hidden: torch.Tensor
-    up: torch.Tensor
-    gate: torch.Tensor | None
+    up_signal: torch.Tensor
+    gate_signal: torch.Tensor | None
     up_squares: torch.Tensor | None  # [batches, rows, tiles]
     gate_squares: torch.Tensor | None
 
@@ -138,58 +139,28 @@ class Signals(NamedTuple):
         return Signals(*(None if t is None else t.view(batches, -1, t.shape[2]) for t in self))
 
 
-def signal_call(
-    error: torch.Tensor,
-    x: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    gate: torch.Tensor | None,
-    bounded: bool,
-    precision: str,
-    architecture: str,
-) -> tuple[KernelCall, Signals]:
-    """The call of :func:`signal_kernel`, and what it fills; squared lengths where ``bounded``."""
-    batches, rows, width = x.shape
-    hidden_width = up.shape[1]
-    kind = launch.operand_dtype(precision)
-    tiles = launch.product_tiles(rows, hidden_width, width, precision, architecture, held=3)
-    parts = triton.cdiv(hidden_width, tiles.n)
-
-    def made(width: int, dtype: torch.dtype, there: bool = True) -> torch.Tensor | None:
-        return x.new_empty(batches, rows, width, dtype=dtype) if there else None
-
-    gated = gate is not None
+def add_signal_call(
+    plan: Plan, error: torch.Tensor, x: torch.Tensor, weights: Weights, bounded: bool
+) -> Signals:
+    """Plan :func:`signal_kernel`; squared lengths where ``bounded``."""
+    (batches, rows, width), hidden_width, gated = x.shape, weights.up.shape[1], weights.gate is not None
+    shape = batches, rows, hidden_width
+    tiles = plan.tiles(rows, hidden_width, width, held=3)
+    parts = batches, rows, triton.cdiv(hidden_width, tiles.n)
     signals = Signals(
-        made(hidden_width, kind),
-        made(hidden_width, kind),
-        made(hidden_width, kind, gated),
-        made(parts, torch.float32, bounded),
-        made(parts, torch.float32, bounded and gated),
+        *(plan.empty(*shape) if there else None for there in (True, True, gated)),
+        *(
+            plan.empty(*parts, dtype=torch.float32) if there else None
+            for there in (bounded, bounded and gated)
+        ),
     )
-    call = launch.call_of(
-        signal_kernel,
-        tiles,
-        (batches, rows, hidden_width),
-        precision,
-        {
-            "x": x,
-            "error": error,
-            "up": up,
-            "down": down,
-            "gate": gate,
-            "hidden": signals.hidden,
-            "up_signal": signals.up,
-            "gate_signal": signals.gate,
-            "up_squares": signals.up_squares,
-            "gate_squares": signals.gate_squares,
-            "rows": rows,
-        },
-        {"WIDTH": width, "HIDDEN": hidden_width},
-    )
-    return call, signals
+    arguments = {"x": x, "error": error, **weights._asdict(), **signals._asdict(), "rows": rows}
+    plan.add(signal_kernel, tiles, shape, {"WIDTH": width, "HIDDEN": hidden_width}, **arguments)
+    return signals
 
 
-def sum_calls(
+def add_sum_calls(
+    plan: Plan,
     error: torch.Tensor,
     x: torch.Tensor,
     signals: Signals,
@@ -198,30 +169,35 @@ def sum_calls(
     error_squares: torch.Tensor | None,
     totals: Sequence[torch.Tensor | None],
     adds: bool,
-    precision: str,
-    architecture: str,
-) -> list[KernelCall]:
-    """The calls that fill the totals [batches, ..] of up, down and gate, or add to them."""
-    bound = error_bound or 0.0
-    return [
-        _token_sum(
-            signal,
-            inputs,
-            rates,
-            squares,
-            bound * signal.shape[2] ** 0.5,
-            total,
-            adds,
-            precision,
-            architecture,
-        )
-        for signal, inputs, squares, total in (
-            (signals.up, x, signals.up_squares, totals[0]),
-            (error, signals.hidden, error_squares, totals[1]),
-            (signals.gate, x, signals.gate_squares, totals[2]),
-        )
-        if total is not None
-    ]
+) -> None:
+    """Plan the calls of :func:`token_sum_kernel` that fill the totals [batches, ..] of up, down and gate.
+
+    ``adds``: they add to what the totals hold.
+    """
+    for signal, inputs, squares, total in (
+        (signals.up_signal, x, signals.up_squares, totals[0]),
+        (error, signals.hidden, error_squares, totals[1]),
+        (signals.gate_signal, x, signals.gate_squares, totals[2]),
+    ):
+        if total is None:
+            continue
+        (batches, rows, into), out = inputs.shape, signal.shape[2]
+        # AMD spills turned tiles of 128 × 128
+        tiles = plan.tiles(out, into, rows, held=2 if plan.architecture.startswith("gfx") else 1)
+        # What weighs the tokens is in the pipeline too: with three steps 113 KiB.
+        if TARGETS[plan.architecture].shared_memory < 128 * 1024:
+            tiles = tiles._replace(stages=2)
+        constants = {"OUT": out, "IN": into, **square_tiles(squares, "TILES"), "ADDS": adds}
+        arguments = {"signal": signal, "inputs": inputs, "rates": rates, "squares": squares, "out": total}
+        longest = (error_bound or 0.0) * out**0.5
+        shape = batches, out, into
+        plan.add(token_sum_kernel, tiles, shape, constants, longest=longest, rows=rows, **arguments)
+
+
+def square_tiles(squares: torch.Tensor | None, name: str) -> dict[str, int]:
+    """How many parts a row's squared length has, and the block that holds them."""
+    parts = 0 if squares is None else squares.shape[2]
+    return {name: parts, "BLOCK_TILES": triton.next_power_of_2(max(1, parts))}
 
 
 def plan_backward(
@@ -237,86 +213,18 @@ def plan_backward(
     architecture: str,
 ) -> tuple[list[KernelCall], list[torch.Tensor | None]]:
     """The calls, and what they fill: the gradients of x, up, down and gate; runs nothing."""
-    precision = launch.product_precision(x.dtype, architecture)
-    bounded = error_bound is not None
-    first, signals = signal_call(error, x, up, down, gate, bounded, precision, architecture)
-    sums = [None if w is None else torch.empty_like(w, dtype=torch.float32) for w in (up, down, gate)]
-    calls = [
-        first,
-        *sum_calls(error, x, signals, rates, error_bound, None, sums, False, precision, architecture),
-    ]
-    grad_x = None
+    plan, weights = Plan(x, architecture), Weights(up, down, gate)
+    signals = add_signal_call(plan, error, x, weights, error_bound is not None)
+    sums = [None if w is None else torch.empty_like(w, dtype=torch.float32) for w in weights]
+    add_sum_calls(plan, error, x, signals, rates, error_bound, None, sums, False)
+    d_x = torch.empty_like(x) if input_gradient else None
     if input_gradient:
-        grad_x = torch.empty_like(x)
-        calls.append(product_call(signals.up, up, signals.gate, gate, grad_x, False, precision, architecture))
-    return calls, [grad_x, *sums]
+        add_product_call(plan, signals.up_signal, up, signals.gate_signal, gate, d_x, False)
+    return plan.calls, [d_x, *sums]
 
 
-def _token_sum(
-    signal: torch.Tensor,
-    inputs: torch.Tensor,
-    rates: torch.Tensor | None,
-    squares: torch.Tensor | None,
-    longest: float,
-    out: torch.Tensor,
-    adds: bool,
-    precision: str,
-    architecture: str,
-) -> KernelCall:
-    batches, rows, into = inputs.shape
-    outer = signal.shape[2]
-    # AMD spills turned tiles of 128 × 128
-    held = 2 if architecture.startswith("gfx") else 1
-    tiles = launch.product_tiles(outer, into, rows, precision, architecture, held=held)
-    # What weighs the tokens is in the pipeline too: with three steps 113 KiB.
-    if TARGETS[architecture].shared_memory < 128 * 1024:
-        tiles = tiles._replace(stages=2)
-    parts = 0 if squares is None else squares.shape[2]
-    return launch.call_of(
-        token_sum_kernel,
-        tiles,
-        (batches, outer, into),
-        precision,
-        {
-            "signal": signal,
-            "inputs": inputs,
-            "rates": rates,
-            "squares": squares,
-            "out": out,
-            "longest": float(longest),
-            "rows": rows,
-        },
-        {
-            "OUT": outer,
-            "IN": into,
-            "TILES": parts,
-            "BLOCK_TILES": triton.next_power_of_2(max(1, parts)),
-            "ADDS": adds,
-        },
-    )
-
-
-def mlp_backward(
-    error: torch.Tensor,
-    x: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    gate: torch.Tensor | None,
-    rates: torch.Tensor | None,
-    error_bound: float | None,
-    input_gradient: bool,
-) -> list[torch.Tensor | None]:
-    """Gradients of x, up, down, gate; see :func:`.registration.mlp_backward`."""
-    calls, made = plan_backward(
-        error,
-        x,
-        up,
-        down,
-        gate,
-        rates,
-        error_bound,
-        input_gradient,
-        architecture=architecture_of(x.device),
-    )
+def mlp_backward(error: torch.Tensor, x: torch.Tensor, *rest: Any) -> list[torch.Tensor | None]:
+    """Gradients of x, up, down, gate: the operator ``continuum_mlp_backward``."""
+    calls, made = plan_backward(error, x, *rest, architecture=architecture_of(x.device))
     run_calls(calls, x.device)
     return made

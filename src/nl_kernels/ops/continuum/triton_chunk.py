@@ -12,15 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from nl_kernels.ops.continuum import launch
+from nl_kernels.ops.continuum.launch import Plan
 from nl_kernels.ops.continuum.state import ContinuumLevel, Weights
-from nl_kernels.ops.continuum.triton_backward import Signals, signal_call, sum_calls
+from nl_kernels.ops.continuum.triton_backward import Signals, add_signal_call, add_sum_calls, square_tiles
 from nl_kernels.ops.continuum.triton_forward import (
     Hidden,
+    add_hidden_call,
+    add_product_call,
     add_rows,
-    hidden_call,
     mlp,
-    product_call,
     store_rows,
     store_squares,
     tile_of,
@@ -137,28 +137,25 @@ def plan_chunk(
 ) -> tuple[list[KernelCall], list[torch.Tensor | None]]:
     """The calls, and what they fill: the MLP's outputs (or None), and the sums of up, down and gate."""
     batches, tokens, width = keys.shape
-    precision = launch.product_precision(keys.dtype, architecture)
-    weights = (up, down, gate)
-    sums = [None if w is None else w.new_empty(batches, *w.shape[-2:], dtype=torch.float32) for w in weights]
+    plan, bounded = Plan(keys, architecture), error_bound is not None
+    sums = [
+        None if w is None else plan.empty(batches, *w.shape[-2:], dtype=torch.float32)
+        for w in (up, down, gate)
+    ]
     # weights of all sequences: their tokens are one matrix
-    x, inputs, up, down, gate = _of_all(keys, inputs, *weights)
-    hidden_one, hidden = hidden_call(x, up, gate, True, precision, architecture)
+    x, inputs, weights = _of_all(keys, inputs, Weights(up, down, gate))
+    hidden = add_hidden_call(plan, x, weights.up, weights.gate, True)
     out = torch.empty_like(x) if output else None
-    error_one, error, squares = _error_call(
-        hidden.out, down, inputs, value, out, error_bound is not None, precision, architecture
-    )
-    back_one, signals = _back_call(error, squares, error_bound, down, hidden, precision, architecture)
+    error, squares = _add_error_call(plan, hidden.out, weights.down, inputs, value, out, bounded)
+    signals = _add_back_call(plan, error, squares, error_bound, weights.down, hidden)
     error = error.view(batches, tokens, width)
     squares = None if squares is None else squares.view(batches, tokens, -1)
-    calls = [hidden_one, error_one, back_one]
-    calls += sum_calls(
-        error, keys, signals.of(batches), rates, error_bound, squares, sums, False, precision, architecture
-    )
-    return calls, [None if out is None else out.view_as(keys), *sums]
+    add_sum_calls(plan, error, keys, signals.of(batches), rates, error_bound, squares, sums, False)
+    return plan.calls, [None if out is None else out.view_as(keys), *sums]
 
 
 def plan_read_backward(
-    grad: torch.Tensor,
+    d_y: torch.Tensor,
     x: torch.Tensor,
     up: torch.Tensor,
     down: torch.Tensor,
@@ -167,139 +164,84 @@ def plan_read_backward(
     *,
     architecture: str,
 ) -> tuple[list[KernelCall], torch.Tensor]:
-    """The calls that fill the gradient of x and add to each owner's totals, see :func:`read_backward`."""
-    batches, _, width = x.shape
-    precision = launch.product_precision(x.dtype, architecture)
-    rows, error, up, down, gate = _of_all(x, grad, up, down, gate)
-    first, signals = signal_call(error, rows, up, down, gate, False, precision, architecture)
-    grad_x = torch.empty_like(rows)
-    calls = [
-        first,
-        product_call(signals.up, up, signals.gate, gate, grad_x, False, precision, architecture),
-    ]
+    """The calls that fill the gradient of x and add to the owners' totals; :func:`.eager.read_backward`."""
+    batches, tokens, width = x.shape
+    plan = Plan(x, architecture)
+    x_of_all, d_of_all, weights = _of_all(x, d_y, Weights(up, down, gate))
+    signals = add_signal_call(plan, d_of_all, x_of_all, weights, False)
+    d_x = torch.empty_like(x_of_all)
+    add_product_call(plan, signals.up_signal, weights.up, signals.gate_signal, weights.gate, d_x, False)
     for share, totals in owners:
         shared = totals[0].ndim == 2
         parts = 1 if shared else batches
         totals = [t if t is None or not shared else t[None] for t in totals]
-        share = None if share is None else share.view(parts, -1)
-        calls += sum_calls(
-            grad.view(parts, -1, width),
-            x.view(parts, -1, width),
-            signals.of(parts),
-            share,
-            None,
-            None,
-            totals,
-            True,
-            precision,
-            architecture,
-        )
-    return calls, grad_x.view_as(x)
+        if share is not None:
+            share = share[:, None].expand(batches, tokens).contiguous().view(parts, -1)
+        d_part, x_part = (t.view(parts, -1, width) for t in (d_y, x))
+        add_sum_calls(plan, d_part, x_part, signals.of(parts), share, None, None, totals, True)
+    return plan.calls, d_x.view_as(x)
 
 
 def _of_all(
-    x: torch.Tensor,
-    other: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    gate: torch.Tensor | None,
-) -> list[torch.Tensor | None]:
+    x: torch.Tensor, other: torch.Tensor, weights: Weights
+) -> tuple[torch.Tensor, torch.Tensor, Weights]:
     """Rows and weights in one batch where the weights are those of all sequences."""
-    if up.ndim == 3:
-        return [x, other, up, down, gate]
-    rows = [t.view(1, -1, t.shape[2]) for t in (x, other)]
-    return rows + [None if w is None else w[None] for w in (up, down, gate)]
+    if weights.up.ndim == 3:
+        return x, other, weights
+    x, other = (t.view(1, -1, t.shape[2]) for t in (x, other))
+    return x, other, Weights(*(None if w is None else w[None] for w in weights))
 
 
-def _error_call(
+def _add_error_call(
+    plan: Plan,
     hidden: torch.Tensor,
     down: torch.Tensor,
     inputs: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor | None,
     bounded: bool,
-    precision: str,
-    architecture: str,
-) -> tuple[KernelCall, torch.Tensor, torch.Tensor | None]:
-    batches, rows, width = inputs.shape
-    hidden_width = hidden.shape[2]
-    tiles = launch.product_tiles(rows, width, hidden_width, precision, architecture)
-    parts = triton.cdiv(width, tiles.n)
-    error = torch.empty_like(inputs, dtype=launch.operand_dtype(precision))
-    squares = inputs.new_empty(batches, rows, parts, dtype=torch.float32) if bounded else None
-    call = launch.call_of(
-        error_kernel,
-        tiles,
-        (batches, rows, width),
-        precision,
-        {
-            "hidden": hidden,
-            "down": down,
-            "inputs": inputs,
-            "value": value,
-            "out": out,
-            "error": error,
-            "squares": squares,
-            "rows": rows,
-        },
-        {"WIDTH": width, "HIDDEN": hidden_width},
-    )
-    return call, error, squares
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    (batches, rows, width), hidden_width = inputs.shape, hidden.shape[2]
+    tiles = plan.tiles(rows, width, hidden_width)
+    error = plan.empty(*inputs.shape)
+    squares = plan.empty(batches, rows, triton.cdiv(width, tiles.n), dtype=torch.float32) if bounded else None
+    given = {"hidden": hidden, "down": down, "inputs": inputs, "value": value, "rows": rows}
+    constants = {"WIDTH": width, "HIDDEN": hidden_width}
+    plan.add(error_kernel, tiles, inputs.shape, constants, **given, out=out, error=error, squares=squares)
+    return error, squares
 
 
-def _back_call(
+def _add_back_call(
+    plan: Plan,
     error: torch.Tensor,
     squares: torch.Tensor | None,
     error_bound: float | None,
     down: torch.Tensor,
     hidden: Hidden,
-    precision: str,
-    architecture: str,
-) -> tuple[KernelCall, Signals]:
-    batches, rows, width = error.shape
-    hidden_width = hidden.out.shape[2]
-    tiles = launch.product_tiles(rows, hidden_width, width, precision, architecture)
-    parts = triton.cdiv(hidden_width, tiles.n)
-    slopes = hidden.up_slope, hidden.gate_slope
-    up, gate = (None if slope is None else torch.empty_like(slope) for slope in slopes)
-    up_squares, gate_squares = (
-        None
-        if slope is None or error_bound is None
-        else slope.new_empty(batches, rows, parts, dtype=torch.float32)
-        for slope in slopes
+) -> Signals:
+    (batches, rows, width), hidden_width = error.shape, hidden.out.shape[2]
+    tiles, shape = plan.tiles(rows, hidden_width, width), (batches, rows, hidden_width)
+    parts = batches, rows, triton.cdiv(hidden_width, tiles.n)
+    bounded, slopes = error_bound is not None, hidden[1:]
+    signals = Signals(
+        hidden.out,
+        *(None if slope is None else torch.empty_like(slope) for slope in slopes),
+        *(
+            plan.empty(*parts, dtype=torch.float32) if bounded and slope is not None else None
+            for slope in slopes
+        ),
     )
-    error_tiles = 0 if squares is None else squares.shape[2]
-    call = launch.call_of(
-        back_kernel,
-        tiles,
-        (batches, rows, hidden_width),
-        precision,
-        {
-            "error": error,
-            "down": down,
-            "up_slope": hidden.up_slope,
-            "gate_slope": hidden.gate_slope,
-            "up_signal": up,
-            "gate_signal": gate,
-            "up_squares": up_squares,
-            "gate_squares": gate_squares,
-            "error_squares": squares,
-            "longest": (error_bound or 0.0) * width**0.5,
-            "rows": rows,
-        },
-        {
-            "WIDTH": width,
-            "HIDDEN": hidden_width,
-            "ERROR_TILES": error_tiles,
-            "BLOCK_TILES": triton.next_power_of_2(max(1, error_tiles)),
-        },
-    )
-    return call, Signals(hidden.out, up, gate, up_squares, gate_squares)
+    given = {"error": error, "down": down, "up_slope": slopes[0], "gate_slope": slopes[1], "rows": rows}
+    filled = {name: tensor for name, tensor in signals._asdict().items() if name != "hidden"}
+    longest = (error_bound or 0.0) * width**0.5
+    constants = {"WIDTH": width, "HIDDEN": hidden_width, **square_tiles(squares, "ERROR_TILES")}
+    plan.add(back_kernel, tiles, shape, constants, **given, **filled, error_squares=squares, longest=longest)
+    return signals
 
 
 def read(x: torch.Tensor, weights: Weights, records: bool) -> tuple[torch.Tensor, tuple[()]]:
     """See :func:`.eager.read`; nothing is recorded, as the backward computes the hidden layer again."""
-    x_of_all, _, *weights = _of_all(x, x, *weights)
+    x_of_all, _, weights = _of_all(x, x, weights)
     return mlp(x_of_all, *weights).view_as(x), ()
 
 
@@ -335,10 +277,6 @@ def read_backward(
     owners: Sequence[tuple[torch.Tensor | None, Sequence[torch.Tensor | None]]],
 ) -> torch.Tensor:
     """See :func:`.eager.read_backward`."""
-    shares = [
-        None if share is None else share[:, None].expand(x.shape[:2]).contiguous() for share, _ in owners
-    ]
-    owners = [(share, totals) for share, (_, totals) in zip(shares, owners)]
     calls, d_x = plan_read_backward(d_y, x, *weights, owners, architecture=architecture_of(x.device))
     run_calls(calls, x.device)
     return d_x

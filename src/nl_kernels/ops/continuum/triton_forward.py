@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from nl_kernels.chunk_kernels.forward import activated
-from nl_kernels.ops.continuum import launch
+from nl_kernels.ops.continuum.launch import Plan
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
 from nl_kernels.triton_support.language import add_product, load_operand
 from nl_kernels.triton_support.targets import architecture_of
@@ -140,28 +140,21 @@ def rows_kernel(
     store_rows(out, batch, row, column, rows, acc, COLUMNS)
 
 
-def product_call(
+def add_product_call(
+    plan: Plan,
     a0: torch.Tensor,
     b0: torch.Tensor,
     a1: torch.Tensor | None,
     b1: torch.Tensor | None,
     out: torch.Tensor,
     turned: bool,
-    precision: str,
-    architecture: str,
-) -> KernelCall:
-    """The call of :func:`rows_kernel`."""
+) -> None:
+    """Plan :func:`rows_kernel`."""
     batches, rows, depth = a0.shape
     columns = out.shape[2]
-    tiles = launch.product_tiles(rows, columns, depth, precision, architecture)
-    return launch.call_of(
-        rows_kernel,
-        tiles,
-        (batches, rows, columns),
-        precision,
-        {"a0": a0, "b0": b0, "a1": a1, "b1": b1, "out": out, "rows": rows},
-        {"DEPTH": depth, "COLUMNS": columns, "B_TURNED": turned},
-    )
+    constants = {"DEPTH": depth, "COLUMNS": columns, "B_TURNED": turned}
+    tiles, shape = plan.tiles(rows, columns, depth), (batches, rows, columns)
+    plan.add(rows_kernel, tiles, shape, constants, a0=a0, b0=b0, a1=a1, b1=b1, out=out, rows=rows)
 
 
 class Hidden(NamedTuple):
@@ -172,43 +165,28 @@ class Hidden(NamedTuple):
     gate_slope: torch.Tensor | None
 
 
-def hidden_call(
-    x: torch.Tensor,
-    up: torch.Tensor,
-    gate: torch.Tensor | None,
-    slopes: bool,
-    precision: str,
-    architecture: str,
-) -> tuple[KernelCall, Hidden]:
-    """The call of :func:`hidden_kernel`, and what it fills: with ``slopes`` these, too."""
-    batches, rows, width = x.shape
-    hidden_width = up.shape[1]
-    made = [
-        x.new_empty(batches, rows, hidden_width, dtype=launch.operand_dtype(precision)) if there else None
-        for there in (True, slopes, slopes and gate is not None)
-    ]
-    hidden = Hidden(*made)
-    held = 1 if gate is None else 2
-    tiles = launch.product_tiles(rows, hidden_width, width, precision, architecture, held=held)
-    call = launch.call_of(
-        hidden_kernel,
-        tiles,
-        (batches, rows, hidden_width),
-        precision,
-        {"x": x, "up": up, "gate": gate, **hidden._asdict(), "rows": rows},
-        {"WIDTH": width, "HIDDEN": hidden_width},
-    )
-    return call, hidden
+def add_hidden_call(
+    plan: Plan, x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor | None, slopes: bool
+) -> Hidden:
+    """Plan :func:`hidden_kernel`; with ``slopes`` it fills these, too."""
+    (batches, rows, width), hidden_width = x.shape, up.shape[1]
+    shape = batches, rows, hidden_width
+    present = (True, slopes, slopes and gate is not None)
+    hidden = Hidden(*(plan.empty(*shape) if there else None for there in present))
+    tiles = plan.tiles(rows, hidden_width, width, held=1 if gate is None else 2)
+    constants = {"WIDTH": width, "HIDDEN": hidden_width}
+    plan.add(hidden_kernel, tiles, shape, constants, x=x, up=up, gate=gate, rows=rows, **hidden._asdict())
+    return hidden
 
 
 def plan_forward(
     x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None, *, architecture: str
 ) -> tuple[list[KernelCall], torch.Tensor]:
     """The calls, and the tensor that the last one fills; runs nothing."""
-    precision = launch.product_precision(x.dtype, architecture)
-    first, hidden = hidden_call(x, up, gate, False, precision, architecture)
-    out = torch.empty_like(x)
-    return [first, product_call(hidden.out, down, None, None, out, True, precision, architecture)], out
+    plan, out = Plan(x, architecture), torch.empty_like(x)
+    hidden = add_hidden_call(plan, x, up, gate, False)
+    add_product_call(plan, hidden.out, down, None, None, out, True)
+    return plan.calls, out
 
 
 def mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:

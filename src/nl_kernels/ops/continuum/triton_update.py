@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from nl_kernels.ops.continuum import launch
+from nl_kernels.ops.continuum.registration import Update
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
 from nl_kernels.triton_support.language import finish_loads
 
@@ -134,79 +135,52 @@ def update_kernel(
         first += blocks
 
 
-def plan_update(
-    weights: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor],
-    momenta: Sequence[torch.Tensor] | None,
-    decay: float,
-    norms: Sequence[torch.Tensor] | None,
-    copies: Sequence[torch.Tensor] | None,
-    sources: Sequence[torch.Tensor] | None = None,
-    where: Sequence[torch.Tensor] | None = None,
-    initial: Sequence[torch.Tensor] | None = None,
-    retention: Sequence[torch.Tensor] | None = None,
-) -> list[KernelCall]:
-    """The calls that step all matrices [.., out, in], all contiguous; runs nothing."""
-    calls = []
-    for start in range(0, len(weights), launch.MAX_MATRICES):
-        stop = start + launch.MAX_MATRICES
-        part = weights[start:stop]
-        rows = tuple(w.numel() // w.shape[-1] for w in part)
-        tiles = [launch.update_tile(w.shape[-1]) for w in part]
-        sequence_rows = tuple(w.shape[-2] for w in part)
+def plan_update(*parts: Sequence[torch.Tensor] | float | None) -> list[KernelCall]:
+    """The calls that take an :class:`Update` of these parts, all contiguous; runs nothing."""
+    calls, update = [], Update(*parts)
+    for start in range(0, len(update.weights), launch.MAX_MATRICES):
+        own, part = slice(start, start + launch.MAX_MATRICES), update._asdict()
+        decay = float(part.pop("decay"))
+        part = {name: None if tensors is None else tuple(tensors[own]) for name, tensors in part.items()}
+        if part["where"] is not None:
+            part["where"] = tuple(steps.view(torch.uint8) for steps in part["where"])
+        weights = part["weights"]
+        rows = tuple(w.numel() // w.shape[-1] for w in weights)
+        tiles = [launch.update_tile(w.shape[-1]) for w in weights]
+        sequence_rows = tuple(w.shape[-2] for w in weights)
         norm_rows = source_rows = initial_rows = sequence_rows
-        if norms is not None:
-            norm_rows = tuple(n.numel() for n in norms[start:stop])
-        if sources is not None:
-            source_rows = tuple(s.numel() // s.shape[-1] for s in sources[start:stop])
-        if initial is not None:
-            initial_rows = tuple(w.numel() // w.shape[-1] for w in initial[start:stop])
-        calls.append(
-            KernelCall(
-                update_kernel,
-                (sum(triton.cdiv(r, tile.block_m) for r, tile in zip(rows, tiles)),),
-                {
-                    "weights": tuple(part),
-                    "gradients": tuple(gradients[start:stop]),
-                    "momenta": None if momenta is None else tuple(momenta[start:stop]),
-                    "norms": None if norms is None else tuple(norms[start:stop]),
-                    "copies": None if copies is None else tuple(copies[start:stop]),
-                    "sources": None if sources is None else tuple(sources[start:stop]),
-                    "where": None if where is None else tuple(m.view(torch.uint8) for m in where[start:stop]),
-                    "initial": None if initial is None else tuple(initial[start:stop]),
-                    "retention": None if retention is None else tuple(retention[start:stop]),
-                    "rows": rows,
-                    "norm_rows": norm_rows,
-                    "source_rows": source_rows,
-                    "initial_rows": initial_rows,
-                    "sequence_rows": sequence_rows,
-                    "decay": float(decay),
-                },
-                {
-                    "COUNT": len(part),
-                    "COLUMNS": tuple(w.shape[-1] for w in part),
-                    "BLOCKS_M": tuple(tile.block_m for tile in tiles),
-                    "BLOCKS_N": tuple(tile.block_n for tile in tiles),
-                },
-                max(tile.num_warps for tile in tiles),
-                1,
-            )
-        )
+        if part["norms"] is not None:
+            norm_rows = tuple(n.numel() for n in part["norms"])
+        if part["sources"] is not None:
+            source_rows = tuple(w.numel() // w.shape[-1] for w in part["sources"])
+        if part["initial"] is not None:
+            initial_rows = tuple(w.numel() // w.shape[-1] for w in part["initial"])
+        arguments = {
+            **part,
+            "rows": rows,
+            "norm_rows": norm_rows,
+            "source_rows": source_rows,
+            "initial_rows": initial_rows,
+            "sequence_rows": sequence_rows,
+            "decay": decay,
+        }
+        constants = {
+            "COUNT": len(weights),
+            "COLUMNS": tuple(w.shape[-1] for w in weights),
+            "BLOCKS_M": tuple(tile.block_m for tile in tiles),
+            "BLOCKS_N": tuple(tile.block_n for tile in tiles),
+        }
+        programs = sum(triton.cdiv(r, tile.block_m) for r, tile in zip(rows, tiles))
+        warps = max(tile.num_warps for tile in tiles)
+        calls.append(KernelCall(update_kernel, (programs,), arguments, constants, warps, 1))
     return calls
 
 
-def update_in_place(
-    weights: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor],
-    momenta: Sequence[torch.Tensor] | None,
-    decay: float,
-    norms: Sequence[torch.Tensor] | None,
-    copies: Sequence[torch.Tensor] | None,
-    sources: Sequence[torch.Tensor] | None = None,
-    where: Sequence[torch.Tensor] | None = None,
-    initial: Sequence[torch.Tensor] | None = None,
-    retention: Sequence[torch.Tensor] | None = None,
-) -> None:
+def update_in_place(update: Update) -> None:
     """See :func:`nl_kernels.continuum_update_`."""
-    calls = plan_update(weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention)
-    run_calls(calls, weights[0].device)
+    read_only = ("gradients", "norms", "sources", "where", "initial")
+    given = {name: getattr(update, name) for name in read_only}
+    update = update._replace(
+        **{name: part and [x.contiguous() for x in part] for name, part in given.items()}
+    )
+    run_calls(plan_update(*update), update.weights[0].device)

@@ -233,6 +233,10 @@ def test_the_default_is_triton_on_cuda_for_what_it_serves():
     assert chosen([make_level(1, rule="dgd")]) == "triton"
 
 
+def without(step, **parts):
+    return step._replace(update=step.update._replace(**parts))
+
+
 def learned_from_the_first():
     original, first = ExactProducts.chunk_sums, []
 
@@ -248,12 +252,12 @@ MUTATIONS = {
         schedule.Resets, "after", lambda _, r, n: (r.first + n) % r.period == 0
     ),
     "momentum forgotten": changed(
-        chunk_walk.InPlaceWalk, "_learn", lambda made, *_: (*made[:2], made[2]._replace(momenta=None))
+        chunk_walk.InPlaceWalk, "_learn", lambda made, *_: (*made[:2], without(made[2], momenta=None))
     ),
     "muon's direction is the momentum": (chunk_walk, "evened_out", lambda momentum, impl: momentum),
     "norms not restored": changed(eager, "row_norms", lambda *_: None),
     "stepped where the chunk is not full": changed(
-        chunk_walk.InPlaceWalk, "_learn", lambda made, *_: (*made[:2], made[2]._replace(where=None))
+        chunk_walk.InPlaceWalk, "_learn", lambda made, *_: (*made[:2], without(made[2], where=None))
     ),
     "steps not taken": (chunk_walk, "take", lambda steps, products: None),
     "gradients of a reset weight given to the first": changed(
