@@ -111,12 +111,12 @@ def continuum_memory(
     tensors = {"level_weights": level_weights, "mask": mask, "initial_state": initial_state}
     flows = not detach_updates and needs_gradient(x, level_weights, *_tensors(levels, initial_state))
     chosen = _choose("continuum_memory", impl, x, levels, flows)
-    for level in levels:
+    for level in levels if torch.is_grad_enabled() else ():
         if level.steps:
-            start = () if initial_state is None else (level.up, level.down, level.gate)
+            start = () if initial_state is None else initial_weights(level)
             numbers = [n for n in (level.rate, level.retention) if isinstance(n, torch.Tensor)]
-            made = () if detach_updates else (level.key, level.value, *numbers)
-            x = with_zero_gradients(x, (*start, *made))
+            learning = () if detach_updates else (level.key, level.value, *numbers)
+            x = with_zero_gradients(x, (*start, *learning))
     if chosen == "reference":
         return continuum_memory_reference(
             x,

@@ -19,7 +19,7 @@ from nl_kernels.ops.continuum.state import (
     initial_weights,
     state_dtype,
 )
-from nl_kernels.ops.continuum.update import evened_out, with_row_norms
+from nl_kernels.ops.continuum.update import erasing, evened_out, with_row_norms
 
 
 class Evaluated(NamedTuple):
@@ -188,7 +188,7 @@ def step_factors(
 
     All gradients are at ``weights``, of which ``made`` came.
     """
-    rates, bound = rates[..., None], level.error_bound
+    bound = level.error_bound
     error = made.outputs.down - targets
     scale = _bounding(error, bound)
     if scale is not None:
@@ -196,33 +196,19 @@ def step_factors(
     signals = _signals(error, weights, made.slopes)
     layers = [(signals[0], bound, made.outputs.up, keys), (error, None, made.outputs.down, made.hidden)]
     layers += [(signal, bound, made.outputs.gate, keys) for signal in signals[1:]]
-    erasing: dict[int, torch.Tensor] = {}
-    factors = []
+    along = {}
+    if level.rule == "dgd":
+        along = {id(inputs): erasing(inputs, rates) for inputs in (keys, made.hidden)}
+    factors, rates = [], rates[..., None]
     for signal, bound, output, inputs in layers:
         scale = _bounding(signal, bound)
         if level.rule == "dgd":
-            if id(inputs) not in erasing:
-                erasing[id(inputs)] = _erasing(inputs, rates)
             # the erased part X Wᵀ is the layer's own output
             pulled = output + signal if scale is None else torch.addcmul(output, signal, scale)
-            factors.append((pulled, erasing[id(inputs)]))
+            factors.append((pulled, along[id(inputs)]))
         else:
             factors.append((signal * (rates if scale is None else rates * scale), inputs))
     return [*factors, *[None] * (3 - len(factors))]
-
-
-def _erasing(inputs: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-    """The R [B, C, in] along which dgd writes a layer with these inputs X.
-
-    With D = diag(rates): D X (I + Xᵀ D X)^{-1} = (I + D X Xᵀ)^{-1} D X, by the smaller of the two systems. No
-    square root of the rates: its derivative at 0 is infinite.
-    """
-    rated = inputs * rates
-    tokens, width = inputs.shape[-2:]
-    eye = torch.eye(min(tokens, width), dtype=inputs.dtype, device=inputs.device)
-    if tokens < width:
-        return torch.linalg.inv(eye + rated @ inputs.mT) @ rated
-    return rated @ torch.linalg.inv(eye + inputs.mT @ rated)
 
 
 def _signals(error: torch.Tensor, weights: Weights, slopes: Sequence[torch.Tensor]) -> list[torch.Tensor]:

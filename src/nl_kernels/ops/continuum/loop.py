@@ -92,12 +92,13 @@ def run_memory(
         last_steps += steps
         for index, (y, after) in zip(group, results):
             total = total + (y if level_weights is None else level_weights[index].to(y.dtype) * y)
-            if entry_type(levels, index, options.variant) is ContinuumClock:
+            if after is None and entry_type(levels, index, options.variant) is ContinuumClock:
                 after = clock_after(levels[index], initial_state[index], x, mask)
             state.append(after)
         x = total
-    with torch.no_grad():
-        take(last_steps, options.products)
+    if last_steps:
+        with torch.no_grad():
+            take(last_steps, options.products)
     if mask is not None:
         total = total.masked_fill(~mask[..., None], 0.0)
     return total, tuple(state) if options.keep_state else None
@@ -183,23 +184,25 @@ def _walked(
     group: Sequence[_Level], options: Options
 ) -> tuple[list[tuple[torch.Tensor, ContinuumLevelState | None]], list[Step]]:
     """Of each level the outputs [B, T, D] and the state after them; and the steps yet to be taken."""
-    results = {i: (_plain(of, options), of.weights, of.momenta) for i, of in enumerate(group) if not of.call}
-    stepping, last_steps = [(i, of) for i, of in enumerate(group) if of.call], []
+    results = [None if of.call else (_plain(of, options), of.weights, of.momenta) for of in group]
+    stepping, last_steps = [i for i, of in enumerate(group) if of.call], []
     if stepping:
+        calls, states, reads, leaves = [], [], [], []
         with without_autocast(group[0].inner.device.type):
-            reads = [of.grid.reads.to(of.call.dtype) for _, of in stepping]
-            leaves = (w for _, of in stepping for w in (*of.weights, *initial_weights(of.level)))
+            for of in (group[i] for i in stepping):
+                calls.append(of.call)
+                states.append((of.weights, of.momenta))
+                reads.append(of.grid.reads.to(of.call.dtype))
+                leaves += (*of.weights, *initial_weights(of.level))
             records = not options.through and needs_gradient(*reads, *leaves)
             if options.checkpoint_every is not None and (options.through or records):
-                walked = [_checkpointed(of, part, records, options) for (_, of), part in zip(stepping, reads)]
+                walked = [_checkpointed(*each, records, options) for each in zip(calls, reads, states)]
             else:
-                calls, states = zip(*((of.call, (of.weights, of.momenta)) for _, of in stepping))
                 walked, last_steps = _run(calls, reads, states, records, options)
-        for (i, of), (y, *last) in zip(stepping, walked):
-            results[i] = (of.grid.restored(y, *of.inner.shape[:2]), *last)
+        for i, (y, *last) in zip(stepping, walked):
+            results[i] = (group[i].grid.restored(y, *group[i].inner.shape[:2]), *last)
     after = []
-    for i, of in enumerate(group):
-        y, *last = results.pop(i)
+    for of, (y, *last) in zip(group, results):
         state = None
         if options.keep_state and of.grid is not None:
             # steps that are yet to be taken write these very weights
@@ -229,19 +232,17 @@ def _run(
 
 
 def _checkpointed(
-    of: _Level, reads: torch.Tensor, records: bool, options: Options
+    call: LevelCall, reads: torch.Tensor, state: tuple[Weights, Weights], records: bool, options: Options
 ) -> tuple[torch.Tensor, Weights, Weights]:
     """One level, which keeps for the backward the weights of every so many chunks."""
-    chunks, every = of.call.chunks, options.checkpoint_every
-    parts = [chunks[i : i + every] for i in range(0, len(chunks), every)]
-    bounds = [of.call.first, *(part[-1].stop for part in parts)]
-    lengths = [b - a for a, b in itertools.pairwise(bounds)]
-    options, first = options._replace(keep_state=True), of.call.first
-    outputs, state = [], (of.weights, of.momenta)
-    for part, x in zip(parts, reads.split(lengths, dim=1)):
-        call, first = of.call._replace(chunks=part, first=first), 0
+    every, first, outputs = options.checkpoint_every, call.first, []
+    parts = [call.chunks[i : i + every] for i in range(0, len(call.chunks), every)]
+    bounds = [first, *(part[-1].stop for part in parts)]
+    options = options._replace(keep_state=True)
+    for part, x in zip(parts, reads.split([b - a for a, b in itertools.pairwise(bounds)], dim=1)):
+        some, first = call._replace(chunks=part, first=first), 0
         ((y, *state),), _ = checkpoint(
-            _run, [call], [x], [state], records, options, use_reentrant=False, preserve_rng_state=False
+            _run, [some], [x], [state], records, options, use_reentrant=False, preserve_rng_state=False
         )
         outputs.append(y)
     return torch.cat(outputs, dim=1), *state

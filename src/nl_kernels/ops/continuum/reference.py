@@ -16,23 +16,18 @@ from nl_kernels.ops.continuum.state import (
     ContinuumLevel,
     ContinuumLevelState,
     ContinuumState,
+    Weights,
     entry_type,
     state_dtype,
 )
 from nl_kernels.ops.newton_schulz import MUON_COEFFICIENTS
 
 
-class _Weights(NamedTuple):
-    up: torch.Tensor
-    down: torch.Tensor
-    gate: torch.Tensor | None
-
-
 class _Sequence(NamedTuple):
     """One sequence's state at one level."""
 
-    weights: _Weights
-    momenta: _Weights
+    weights: Weights
+    momenta: Weights
     pending: list[tuple[torch.Tensor, torch.Tensor]]  # input and rate of each token since the last step
     slower: int  # tokens since the last step of the next slower level
     position: int = 0  # tokens since the last step, also of a level that steps by nothing
@@ -132,7 +127,7 @@ def mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tenso
     """See :func:`nl_kernels.continuum_mlp`: token by token in fp64."""
     rows = []
     for b in range(x.shape[0]):
-        weights = _Weights(*(None if w is None else w[b].double() for w in (up, down, gate)))
+        weights = Weights(*(None if w is None else w[b].double() for w in (up, down, gate)))
         rows.append(torch.stack([_mlp(token, weights) for token in x[b].double()]))
     return torch.stack(rows).to(x.dtype)
 
@@ -152,7 +147,7 @@ def mlp_backward(
     sums = [torch.zeros(w.shape, dtype=torch.float64, device=w.device) for w in given]
     grad_x = torch.zeros_like(x, dtype=torch.float64)
     for b in range(x.shape[0]):
-        weights = _Weights(*(None if w is None else w[b].double() for w in (up, down, gate)))
+        weights = Weights(*(None if w is None else w[b].double() for w in (up, down, gate)))
         for t in range(x.shape[1]):
             token, delta = x[b, t].double(), error[b, t].double()
             with torch.enable_grad():
@@ -176,11 +171,11 @@ def _reset_period(levels: Sequence[ContinuumLevel], index: int, variant: str) ->
     return levels[index + 1].chunk_size
 
 
-def _initial(level: ContinuumLevel, dtype: torch.dtype, b: int = 0) -> tuple[_Weights, _Weights]:
+def _initial(level: ContinuumLevel, dtype: torch.dtype, b: int = 0) -> tuple[Weights, Weights]:
     given = (level.up, level.down, level.gate)
     given = (w[b] if w is not None and w.ndim == 3 else w for w in given)
-    weights = _Weights(*(None if w is None else w.to(dtype) for w in given))
-    return weights, _Weights(*(None if w is None else torch.zeros_like(w) for w in weights))
+    weights = Weights(*(None if w is None else w.to(dtype) for w in given))
+    return weights, Weights(*(None if w is None else torch.zeros_like(w) for w in weights))
 
 
 def _start(
@@ -196,12 +191,12 @@ def _start(
     before = None if state is None else state[index]
     if not isinstance(before, ContinuumLevelState):
         return _Sequence(weights, momenta, [], 0, 0 if before is None else int(before.position[b]))
-    weights = _Weights(before.up[b], before.down[b], None if before.gate is None else before.gate[b])
+    weights = Weights(before.up[b], before.down[b], None if before.gate is None else before.gate[b])
     if level.rule in RULES_WITH_MOMENTUM:
         given = (before.up_momentum, before.down_momentum, before.gate_momentum)
-        momenta = _Weights(*(None if m is None else m[b] for m in given))
+        momenta = Weights(*(None if m is None else m[b] for m in given))
         if detach_updates:
-            momenta = _Weights(*(None if m is None else m.detach() for m in momenta))
+            momenta = Weights(*(None if m is None else m.detach() for m in momenta))
     pending = [
         (before.pending_inputs[b, p], before.pending_rates[b, p]) for p in range(int(before.position[b]))
     ]
@@ -245,26 +240,26 @@ def _run(
     return torch.stack(outputs), _Sequence(weights, momenta, pending, slower, position)
 
 
-def _mlp(inner: torch.Tensor, weights: _Weights, shifts: Sequence[torch.Tensor] = (0.0, 0.0, 0.0)):
+def _mlp(inner: torch.Tensor, weights: Weights, shifts: Sequence[torch.Tensor] = (0.0, 0.0, 0.0)):
     """The MLP of one token [D]; ``shifts`` are added to the outputs of up, down and gate."""
     up = weights.up @ inner + shifts[0]
     hidden = F.gelu(up) if weights.gate is None else F.silu(weights.gate @ inner + shifts[2]) * up
     return weights.down @ hidden + shifts[1]
 
 
-def _hidden(inner: torch.Tensor, weights: _Weights) -> torch.Tensor:
+def _hidden(inner: torch.Tensor, weights: Weights) -> torch.Tensor:
     up = weights.up @ inner
     return F.gelu(up) if weights.gate is None else F.silu(weights.gate @ inner) * up
 
 
 def _step(
     level: ContinuumLevel,
-    weights: _Weights,
-    momenta: _Weights,
+    weights: Weights,
+    momenta: Weights,
     pending: list[tuple[torch.Tensor, torch.Tensor]],
     norm_eps: float,
     detach_updates: bool,
-) -> tuple[_Weights, _Weights]:
+) -> tuple[Weights, Weights]:
     """Weights and momenta after one step on the tokens of a chunk, all gradients at ``weights`` (Eq. 71)."""
     sums = [None if w is None else torch.zeros_like(w) for w in weights]
     grams = [None if w is None else torch.eye(w.shape[1], dtype=w.dtype, device=w.device) for w in weights]
@@ -298,7 +293,7 @@ def _step(
             new, m = new.detach() + (w - w.detach()), m.detach()
         stepped.append(new)
         after.append(m)
-    return _Weights(*stepped), _Weights(*after)
+    return Weights(*stepped), Weights(*after)
 
 
 def _evened_out(momentum: torch.Tensor) -> torch.Tensor:
@@ -313,7 +308,7 @@ def _evened_out(momentum: torch.Tensor) -> torch.Tensor:
 
 
 def _signals(
-    level: ContinuumLevel, weights: _Weights, inner: torch.Tensor, norm_eps: float
+    level: ContinuumLevel, weights: Weights, inner: torch.Tensor, norm_eps: float
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For up, down and gate: the loss's gradient at the layer's output, bounded, and the input."""
     key = inner

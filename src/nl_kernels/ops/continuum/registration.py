@@ -5,6 +5,7 @@ The implementation is given by name and imported when called, so that nothing im
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -61,6 +62,7 @@ def implementation(function: str, impl: str) -> Callable:
     return getattr(importlib.import_module(f"nl_kernels.ops.continuum.{module}"), function)
 
 
+@functools.cache
 def products(impl: str) -> ModuleType:
     """The module of a chunk's products: ``"eager"`` or ``"triton"``."""
     return importlib.import_module(f"nl_kernels.ops.continuum.{'triton_chunk' if impl == 'triton' else impl}")

@@ -72,7 +72,12 @@ def continuum_update(
     step = momentum if rule == "momentum" else evened_out(momentum) if rule == "muon" else gradient
     new = weight - step
     if rule == "dgd":
-        new = _erased(new, gram, inputs, rates)
+        if gram is None and inputs.shape[-2] < inputs.shape[-1]:  # A (I + Xᵀ D X)⁻¹ = A − A Xᵀ R
+            new = new - new @ inputs.mT @ erasing(inputs, rates)
+        else:  # nothing is subtracted from what it is close to
+            gram = inputs.mT @ (inputs * rates[..., None]) if gram is None else gram
+            eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            new = torch.linalg.solve(eye + gram, new, left=False)
     if isinstance(retention, torch.Tensor) or retention < 1:
         new = new - (1 - retention) * (weight - initial.to(weight.dtype))
     return new if norms is None else with_row_norms(new, norms), momentum
@@ -164,20 +169,18 @@ def with_row_norms(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     return weight * (norms[..., None] / torch.where(length > 0, length, 1.0))
 
 
-def _erased(
-    weight: torch.Tensor, gram: torch.Tensor | None, inputs: torch.Tensor | None, rates: torch.Tensor | None
-) -> torch.Tensor:
-    """``A (I + Xᵀ D X)⁻¹``, which is ``A − (A Xᵀ) (I + D X Xᵀ)⁻¹ D X``. No square root of the rates: its
-    derivative at 0 is infinite."""
-    if gram is None:
-        rated = inputs * rates[..., None]
-        tokens, width = inputs.shape[-2:]
-        if tokens < width:
-            eye = torch.eye(tokens, dtype=inputs.dtype, device=inputs.device)
-            return weight - weight @ inputs.mT @ torch.linalg.solve(eye + rated @ inputs.mT, rated)
-        gram = inputs.mT @ rated
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(eye + gram, weight, left=False)
+def erasing(inputs: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+    """The R [.., N, in] along which dgd writes a layer with inputs X [.., N, in] and rates [.., N].
+
+    With D = diag(rates): D X (I + Xᵀ D X)⁻¹ = (I + D X Xᵀ)⁻¹ D X, by the smaller of the two systems. No
+    square root of the rates: its derivative at 0 is infinite.
+    """
+    rated = inputs * rates[..., None]
+    tokens, width = inputs.shape[-2:]
+    eye = torch.eye(min(tokens, width), dtype=inputs.dtype, device=inputs.device)
+    if tokens < width:
+        return torch.linalg.inv(eye + rated @ inputs.mT) @ rated
+    return rated @ torch.linalg.inv(eye + inputs.mT @ rated)
 
 
 def _check(
