@@ -16,7 +16,7 @@ from nl_kernels.ops.continuum.checks import (
     check_state,
     check_stream,
     check_variant,
-    choose_served,
+    choose_checked,
 )
 from nl_kernels.ops.continuum.launch import MAX_WIDTH
 from nl_kernels.ops.continuum.loop import Options, run_flush, run_memory
@@ -30,7 +30,7 @@ from nl_kernels.ops.continuum.state import (
 )
 from nl_kernels.zero_gradients import with_zero_gradients
 
-SERVED_RULES = ("sgd", "momentum", "muon")
+KERNEL_RULES = ("sgd", "momentum", "muon")
 """Those whose step is made of the sums Σ_t η_t δ_t x_tᵀ; dgd's takes a solve of each chunk."""
 
 
@@ -58,7 +58,7 @@ def continuum_memory(
         independent   x + Σ_ℓ w_ℓ f_ℓ(n_ℓ(x)) (Eq. 74)
 
     After every ``chunk_size`` tokens of a sequence a level takes one step on those tokens, all gradients at
-    the weights that served them (Eq. 71), on the regression loss ``½‖f_θ(k_t) − v_t‖²`` with
+    the weights that read them (Eq. 71), on the regression loss ``½‖f_θ(k_t) − v_t‖²`` with
     ``k_t = n(key n(x_t))`` and ``v_t = value n(x_t)``, by its rule: see :func:`nl_kernels.continuum_update`.
 
     Between steps it is an ordinary MLP. Fast weights belong to one sequence. Gradients flow through the
@@ -81,7 +81,7 @@ def continuum_memory(
             recompute the rest; None: keep everything.
         impl: ``"triton"`` (every rule but ``dgd``, first-order or without gradients, not fp64),
             ``"eager"``, ``"reference"`` (token by token, slow: the definition); None: Triton on CUDA for what
-            it serves, else eager.
+            it takes, else eager.
 
     Returns:
         y [B, T, D] and the final state: a tuple with one :class:`ContinuumLevelState` for each level, None in
@@ -94,7 +94,7 @@ def continuum_memory(
     Raises:
         TypeError: an argument of another type or dtype than said.
         ValueError: another shape, device or value than said, or a state of other levels; nothing has run.
-        NotImplementedError: ``impl="triton"`` for what it does not serve.
+        NotImplementedError: ``impl="triton"`` for what its kernels do not take.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
     check_stream("x", x)
@@ -148,7 +148,7 @@ def continuum_flush(
 
     Args:
         state: from :func:`continuum_memory`; it stays as it is.
-        levels, variant, detach_updates, norm_eps: as in the call that made the state. Of ``"nested"``, a
+        levels, variant, detach_updates, norm_eps: as in the call that the state is from. Of ``"nested"``, a
             level goes back to its start where the next slower one steps.
         impl: as in :func:`continuum_memory`.
 
@@ -176,16 +176,16 @@ def continuum_flush(
 
 def _choose(op: str, impl: str | None, x: torch.Tensor, levels: Sequence[ContinuumLevel], flows: bool) -> str:
     """The implementation; ``flows``: gradients go through the steps."""
-    return choose_served(op, impl, x.device, _unserved(x, levels, flows))
+    return choose_checked(op, impl, x.device, _refused(x, levels, flows))
 
 
-def _unserved(x: torch.Tensor, levels: Sequence[ContinuumLevel], flows: bool) -> str | None:
-    """Why the kernels cannot serve a call; None: they can."""
+def _refused(x: torch.Tensor, levels: Sequence[ContinuumLevel], flows: bool) -> str | None:
+    """Why the kernels cannot take a call; None: they can."""
     if x.dtype == torch.float64:
-        return "the Triton kernels serve bfloat16, float16 and float32, got float64"
+        return "the Triton kernels take bfloat16, float16 and float32, got float64"
     for index, level in enumerate(levels):
-        if level.steps and level.rule not in SERVED_RULES:
-            return f"levels[{index}].rule: the Triton kernels serve {SERVED_RULES}, got {level.rule!r}"
+        if level.steps and level.rule not in KERNEL_RULES:
+            return f"levels[{index}].rule: the Triton kernels take {KERNEL_RULES}, got {level.rule!r}"
         if level.steps and max(level.up.shape) > MAX_WIDTH:
             return (
                 f"levels[{index}].up: the Triton kernels have widths of at most {MAX_WIDTH}, got "

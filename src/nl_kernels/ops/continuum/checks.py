@@ -25,8 +25,8 @@ from nl_kernels.ops.continuum.state import (
 AVAILABLE = ("triton", "eager", "reference")
 
 
-def choose_served(op: str, impl: str | None, device: torch.device, refused: str | None) -> str:
-    """The implementation of a call; ``refused``: why the kernels cannot serve it, None: they can."""
+def choose_checked(op: str, impl: str | None, device: torch.device, refused: str | None) -> str:
+    """The implementation of a call; ``refused``: why the kernels cannot take it, None: they can."""
     available = AVAILABLE if impl is not None or refused is None else AVAILABLE[1:]
     chosen = choose_implementation(op, impl, device, available)
     if chosen == "triton" and refused is not None:

@@ -191,7 +191,7 @@ class LevelWalk:
 
 
 class InPlaceWalk(LevelWalk):
-    """The same with steps in place, which are made here and taken together with those of other levels.
+    """The same with steps in place, which are prepared here and taken together with those of other levels.
 
     Weights are one buffer, which every step writes; where products round to 16 bits, also the copy that they
     read. What the backward pass needs is not overwritten.
@@ -271,8 +271,8 @@ def walk(walks: Sequence[LevelWalk], reads: Sequence[torch.Tensor]) -> list[Step
     for position in sorted(due):
         take(steps, walks[0].call.products)
         steps = []  # their sums make room for the next ones
-        made = (each.advance(chunk, inputs) for each, chunk, inputs in due.pop(position))
-        steps = [step for step in made if step is not None]
+        due_next = (each.advance(chunk, inputs) for each, chunk, inputs in due.pop(position))
+        steps = [step for step in due_next if step is not None]
     return steps
 
 

@@ -64,9 +64,9 @@ def mlp_backward(
 ) -> list[torch.Tensor | None]:
     """Gradients of x, up, down, gate: the operator ``continuum_mlp_backward``."""
     weights = cast(Weights(up, down, gate), x.dtype)
-    made = evaluate(x, weights)
-    signals = _signals(error, weights, made.slopes)
-    layers = [(signals[0], x, error_bound), (error, made.hidden, None)]
+    evaluated = evaluate(x, weights)
+    signals = _signals(error, weights, evaluated.slopes)
+    layers = [(signals[0], x, error_bound), (error, evaluated.hidden, None)]
     layers += [(signal, x, error_bound) for signal in signals[1:]]
     sums = [_token_sum(*layer, rates) for layer in layers]
     return [_to_inputs(signals, weights) if input_gradient else None, *sums, *[None] * (3 - len(sums))]
@@ -76,8 +76,8 @@ def read(x: torch.Tensor, weights: Weights, records: bool) -> tuple[torch.Tensor
     """The MLP's outputs for x [B, C, D]; with ``records`` what :func:`read_backward` needs of them."""
     if not records:
         return mlp(x, *weights), ()
-    made = evaluate(x, weights)
-    return made.outputs.down, (made.hidden, *made.slopes)
+    evaluated = evaluate(x, weights)
+    return evaluated.outputs.down, (evaluated.hidden, *evaluated.slopes)
 
 
 def learn(
@@ -101,8 +101,8 @@ def learn(
         Of the keys what :func:`read` returns, recorded; and weights and momenta after the step.
     """
     weights = cast(weights, keys.dtype)
-    made = evaluate(keys, weights)
-    factors = step_factors(level, weights, made, keys, targets, rates)
+    evaluated = evaluate(keys, weights)
+    factors = step_factors(level, weights, evaluated, keys, targets, rates)
     new, after = [], []
     parts = zip(weights, initial_weights(level), momenta, norms or NO_MOMENTA, factors)
     for weight, initial, momentum, norm, sides in parts:
@@ -123,7 +123,7 @@ def learn(
                 weight = with_row_norms(weight, norm)
         new.append(weight)
         after.append(momentum)
-    return made.outputs.down, (made.hidden, *made.slopes), Weights(*new), Weights(*after)
+    return evaluated.outputs.down, (evaluated.hidden, *evaluated.slopes), Weights(*new), Weights(*after)
 
 
 def read_backward(
@@ -179,26 +179,29 @@ def row_norms(level: ContinuumLevel) -> Weights | None:
 def step_factors(
     level: ContinuumLevel,
     weights: Weights,
-    made: Evaluated,
+    evaluated: Evaluated,
     keys: torch.Tensor,
     targets: torch.Tensor,
     rates: torch.Tensor,
 ) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
     """Of each weight A [B, C, out] and B [B, C, in], whose Aᵀ B is what the step subtracts (Eq. 71).
 
-    All gradients are at ``weights``, of which ``made`` came.
+    All gradients are at ``weights``, of which ``evaluated`` came.
     """
     bound = level.error_bound
-    error = made.outputs.down - targets
+    error = evaluated.outputs.down - targets
     scale = _bounding(error, bound)
     if scale is not None:
         error = error * scale
-    signals = _signals(error, weights, made.slopes)
-    layers = [(signals[0], bound, made.outputs.up, keys), (error, None, made.outputs.down, made.hidden)]
-    layers += [(signal, bound, made.outputs.gate, keys) for signal in signals[1:]]
+    signals = _signals(error, weights, evaluated.slopes)
+    layers = [
+        (signals[0], bound, evaluated.outputs.up, keys),
+        (error, None, evaluated.outputs.down, evaluated.hidden),
+    ]
+    layers += [(signal, bound, evaluated.outputs.gate, keys) for signal in signals[1:]]
     along = {}
     if level.rule == "dgd":
-        along = {id(inputs): erasing(inputs, rates) for inputs in (keys, made.hidden)}
+        along = {id(inputs): erasing(inputs, rates) for inputs in (keys, evaluated.hidden)}
     factors, rates = [], rates[..., None]
     for signal, bound, output, inputs in layers:
         scale = _bounding(signal, bound)

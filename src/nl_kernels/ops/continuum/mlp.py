@@ -10,7 +10,7 @@ import torch
 from nl_kernels.checks import check_range, check_tensor
 from nl_kernels.dispatch import without_autocast
 from nl_kernels.ops.continuum import registration
-from nl_kernels.ops.continuum.checks import check_bound, check_stream, choose_served
+from nl_kernels.ops.continuum.checks import check_bound, check_stream, choose_checked
 from nl_kernels.ops.continuum.state import state_dtype
 
 
@@ -51,7 +51,7 @@ def continuum_mlp(
     """
     check_stream("x", x)
     _check_weights(x, up, down, gate)
-    chosen = choose_served("continuum_mlp", impl, x.device, _unserved(x))
+    chosen = choose_checked("continuum_mlp", impl, x.device, _refused(x))
     batch, _, width = x.shape
     shared = up.ndim == 2
     if shared:
@@ -110,7 +110,7 @@ def continuum_gradients(
                 raise ValueError(
                     f"{name}: the gradients have no derivative; detach it or use torch.no_grad()"
                 )
-    chosen = choose_served("continuum_gradients", impl, inputs.device, _unserved(inputs))
+    chosen = choose_checked("continuum_gradients", impl, inputs.device, _refused(inputs))
     rates = rates.to(state_dtype(inputs.dtype))
     contiguous = [None if t is None else t.contiguous() for t in (error, inputs, up, down, gate, rates)]
     with without_autocast(inputs.device.type):
@@ -118,9 +118,9 @@ def continuum_gradients(
     return ContinuumGradients(sums[0], sums[1], sums[2] if gate is not None else None)
 
 
-def _unserved(x: torch.Tensor) -> str | None:
-    served = "the Triton kernels serve bfloat16, float16 and float32, got float64"
-    return served if x.dtype == torch.float64 else None
+def _refused(x: torch.Tensor) -> str | None:
+    fp64 = x.dtype == torch.float64
+    return "the Triton kernels take bfloat16, float16 and float32, got float64" if fp64 else None
 
 
 def _check_weights(x: torch.Tensor, up: object, down: object, gate: object) -> None:

@@ -130,10 +130,10 @@ def _(x, up, down, gate, impl):
 @torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
 def _(error, x, up, down, gate, rates, error_bound, input_gradient, impl):
     with torch.no_grad():
-        made = implementation("mlp_backward", impl)(
+        gradients = implementation("mlp_backward", impl)(
             error, x, up, down, gate, rates, error_bound, input_gradient
         )
-    return [tensor for tensor in made if tensor is not None]
+    return [tensor for tensor in gradients if tensor is not None]
 
 
 @torch.library.register_fake(_BACKWARD)

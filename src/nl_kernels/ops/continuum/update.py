@@ -9,7 +9,7 @@ import torch
 
 from nl_kernels.checks import FLOAT_DTYPES, check_choice, check_range, check_tensor
 from nl_kernels.ops.continuum import launch, registration
-from nl_kernels.ops.continuum.checks import check_decay, check_flags, check_retention, choose_served
+from nl_kernels.ops.continuum.checks import check_decay, check_flags, check_retention, choose_checked
 from nl_kernels.ops.continuum.orthogonal import orthogonalised
 from nl_kernels.ops.continuum.registration import Update
 from nl_kernels.ops.continuum.state import RULES, RULES_WITH_MOMENTUM
@@ -129,7 +129,7 @@ def continuum_update_(
     _check_in_place(update)
     if not weights:
         return
-    chosen = choose_served("continuum_update_", impl, weights[0].device, _unserved(weights))
+    chosen = choose_checked("continuum_update_", impl, weights[0].device, _refused(weights))
     registration.update_in_place(update, chosen)
 
 
@@ -233,8 +233,8 @@ def _check(
         _check_like("norms", norms, (out,) if getattr(norms, "ndim", 0) == 1 else (*leading, out), weight)
 
 
-def _unserved(weights: Tensors) -> str | None:
-    """Why the kernel cannot serve these weights; None: it can."""
+def _refused(weights: Tensors) -> str | None:
+    """Why the kernel cannot take these weights; None: it can."""
     for i, weight in enumerate(weights):
         if weight.dtype != torch.float32:
             return f"weights[{i}]: the Triton kernel updates float32, got {weight.dtype}"

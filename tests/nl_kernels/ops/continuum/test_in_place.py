@@ -34,7 +34,7 @@ def same(x, levels, **options):
 
 
 @pytest.mark.parametrize(("gated", "key"), [(False, True), (True, False)])
-@pytest.mark.parametrize("rule", api.SERVED_RULES)
+@pytest.mark.parametrize("rule", api.KERNEL_RULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("length", [9, 16])
 def test_equals_the_reference(length, variant, rule, gated, key):
@@ -43,7 +43,7 @@ def test_equals_the_reference(length, variant, rule, gated, key):
 
 
 @pytest.mark.parametrize("padding", ["anywhere", "short", None])
-@pytest.mark.parametrize(("variant", "rule"), list(itertools.product(VARIANTS, api.SERVED_RULES)))
+@pytest.mark.parametrize(("variant", "rule"), list(itertools.product(VARIANTS, api.KERNEL_RULES)))
 def test_going_on_from_ragged_positions_equals_the_reference(variant, rule, padding):
     before = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 1, 1, 0, 1]], dtype=torch.bool)
     options = options_of(variant)
@@ -121,7 +121,7 @@ def test_checkpointing_changes_no_value(variant, every):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("rule", api.SERVED_RULES)
+@pytest.mark.parametrize("rule", api.KERNEL_RULES)
 def test_a_flush_equals_the_reference(rule, variant):
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 5 + [0] * 2], dtype=torch.bool)
     levels, leaves = require_grad(levels_of(rule, batch=3, length=7, restore_norms=True))
