@@ -271,8 +271,8 @@ def walk(walks: Sequence[LevelWalk], reads: Sequence[torch.Tensor]) -> list[Step
     for position in sorted(due):
         take(steps, walks[0].call.products)
         steps = []  # their sums make room for the next ones
-        due_next = (each.advance(chunk, inputs) for each, chunk, inputs in due.pop(position))
-        steps = [step for step in due_next if step is not None]
+        prepared = (each.advance(chunk, inputs) for each, chunk, inputs in due.pop(position))
+        steps = [step for step in prepared if step is not None]
     return steps
 
 

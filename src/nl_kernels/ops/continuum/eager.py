@@ -193,15 +193,13 @@ def step_factors(
     scale = _bounding(error, bound)
     if scale is not None:
         error = error * scale
-    signals = _signals(error, weights, evaluated.slopes)
-    layers = [
-        (signals[0], bound, evaluated.outputs.up, keys),
-        (error, None, evaluated.outputs.down, evaluated.hidden),
-    ]
-    layers += [(signal, bound, evaluated.outputs.gate, keys) for signal in signals[1:]]
+    outputs, hidden, slopes = evaluated
+    signals = _signals(error, weights, slopes)
+    layers = [(signals[0], bound, outputs.up, keys), (error, None, outputs.down, hidden)]
+    layers += [(signal, bound, outputs.gate, keys) for signal in signals[1:]]
     along = {}
     if level.rule == "dgd":
-        along = {id(inputs): erasing(inputs, rates) for inputs in (keys, evaluated.hidden)}
+        along = {id(inputs): erasing(inputs, rates) for inputs in (keys, hidden)}
     factors, rates = [], rates[..., None]
     for signal, bound, output, inputs in layers:
         scale = _bounding(signal, bound)

@@ -76,16 +76,16 @@ def run_memory(
 ) -> tuple[torch.Tensor, ContinuumState | None]:
     """See :func:`nl_kernels.continuum_memory`.
 
-    Levels side by side are walked together, so that those that are due at one position step in one launch;
-    those one after the other wait for the outputs before theirs, and share the launch of the steps after the
-    last token.
+    Steps in place are taken together: of levels side by side those that are due at one position; of levels
+    one after the other, which wait for the outputs before theirs, those after the last token.
     """
     counts = Counts.of(len(levels), initial_state, mask)
     mask = None if counts.tokens is None else mask
     initial_state = initial_state or [None] * len(levels)
     indices = list(range(len(levels)))
     state, total, last_steps = [], x, []
-    for group in [indices] if options.variant == "independent" else [[index] for index in indices]:
+    together = options.variant == "independent" and options.products is not eager
+    for group in [indices] if together else [[index] for index in indices]:
         results, steps = _walked(
             [_placed(x, levels, index, initial_state, mask, counts, options) for index in group], options
         )
@@ -95,7 +95,8 @@ def run_memory(
             if after is None and entry_type(levels, index, options.variant) is ContinuumClock:
                 after = clock_after(levels[index], initial_state[index], x, mask)
             state.append(after)
-        x = total
+        if options.variant != "independent":
+            x = total
     if last_steps:
         with torch.no_grad():
             take(last_steps, options.products)
