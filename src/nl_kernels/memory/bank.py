@@ -15,11 +15,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import torch
 
-Met = bool | torch.Tensor
-"""Where a boundary is met: everywhere, nowhere, or a bool tensor that broadcasts."""
+
+class ReadMet(NamedTuple):
+    """A boundary that the memory which is read meets, or all the others: the first ``size`` along ``dim``."""
+
+    read: bool
+    dim: int
+    size: int
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parts of a layer where the boundary is met and where it is not."""
+        parts = x.split_with_sizes((self.size, x.shape[self.dim] - self.size), self.dim)
+        return parts if self.read else parts[::-1]
+
+
+Met = bool | ReadMet | torch.Tensor
+"""Where a boundary is met: everywhere, nowhere, by some memories, or a bool tensor that broadcasts."""
 
 Bank = tuple[torch.Tensor, ...]
 """The layers of N banks: weights, changes, velocities, or adjoints of them. Empty where there is none.
@@ -113,12 +128,17 @@ class Layout:
             return None
         return outputs[0][..., 3 * self.width :] if self.linear else outputs[1]
 
-    def met(self, read: Met, others: Met, device: torch.device) -> list[Met]:
+    def met(
+        self, read: bool | torch.Tensor, others: bool | torch.Tensor, device: torch.device
+    ) -> list[Met]:
         """By layer, where a boundary is met that two clocks meet as given ([N] or a bool)."""
-        if isinstance(read, bool) and read is others:
-            return [read] * self.layers
+        if isinstance(read, bool) and isinstance(others, bool):
+            if read is others:
+                return [read] * self.layers
+            met = ReadMet(read, 1, self.width) if self.linear else ReadMet(read, 0, self.banks)
+            return [met] if self.linear else [met, met, others]
         if not self.self_made:
-            return [read if isinstance(read, bool) else read[:, None, None]] * self.layers
+            return [read[:, None, None]] * self.layers
         read, others = (
             torch.as_tensor(met, device=device).reshape(-1, 1, 1).expand(self.banks, 1, 1)
             for met in (read, others)
@@ -138,7 +158,12 @@ def take_snapshot(
     A snapshot of ``None`` equals the running weights.
     """
     old = before if snapshot is None else snapshot
-    return old if met is False else torch.where(met, after, old)
+    if isinstance(met, bool):
+        return after if met else old
+    if isinstance(met, ReadMet):
+        parts = (met.split(after)[0], met.split(old)[1])
+        return torch.cat(parts if met.read else parts[::-1], met.dim)
+    return torch.where(met, after, old)
 
 
 def snapshot_adjoint(
@@ -146,9 +171,17 @@ def snapshot_adjoint(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Adjoints of the weights after a chunk and of the snapshot it had, from those of both after it.
 
-    ``None`` is zero.
+    ``None`` is zero. Overwrites what it is given.
     """
-    if d_snapshot is None or isinstance(met, bool):
-        return d_after, d_snapshot  # where met everywhere there is no snapshot, nor its adjoint
+    if d_snapshot is None or met is False:
+        return d_after, d_snapshot
+    if met is True:
+        return d_snapshot if d_after is None else d_after.add_(d_snapshot), None
+    if isinstance(met, ReadMet):
+        d_after = torch.zeros_like(d_snapshot) if d_after is None else d_after
+        taken = met.split(d_snapshot)[0]
+        met.split(d_after)[0].add_(taken)
+        taken.zero_()
+        return d_after, d_snapshot
     taken = d_snapshot.where(met, 0)
-    return taken if d_after is None else d_after + taken, d_snapshot.masked_fill(met, 0)
+    return taken if d_after is None else d_after.add_(taken), d_snapshot.masked_fill_(met, 0)
