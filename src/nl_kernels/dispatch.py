@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -69,6 +69,24 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     if autocasting(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def products_for(operands: torch.dtype, device_type: str) -> Iterator[None]:
+    """Products of fp32 tensors on CUDA with tf32 operands for callers of 16-bit ones, as in the kernels.
+
+    Such callers have given up more digits than tf32 does; sums stay fp32. fp32 callers have what they set.
+    """
+    if device_type != "cuda" or operands not in (torch.bfloat16, torch.float16):
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _require_triton(op: str, device: torch.device) -> None:

@@ -14,7 +14,6 @@ other.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import torch
@@ -60,25 +59,25 @@ class Layout:
     self_made: bool
     linear: bool
 
-    @functools.cached_property
+    @property
     def projections(self) -> int:
         return 3 if self.self_made else 1
 
-    @functools.cached_property
+    @property
     def memories(self) -> int:
         return 5 if self.self_made else 1
 
-    @functools.cached_property
+    @property
     def layers(self) -> int:
         """Layers of a bank."""
         return 1 if self.linear else 3 if self.self_made else 2
 
-    @functools.cached_property
+    @property
     def read_layers(self) -> int:
         """Layers of the memory that is read; they come first."""
         return 1 if self.linear else 2
 
-    @functools.cached_property
+    @property
     def batched(self) -> bool:
         """Whether several memories lie along the batch."""
         return self.self_made and not self.linear
@@ -128,9 +127,7 @@ class Layout:
             return None
         return outputs[0][..., 3 * self.width :] if self.linear else outputs[1]
 
-    def met(
-        self, read: bool | torch.Tensor, others: bool | torch.Tensor, device: torch.device
-    ) -> list[Met]:
+    def met(self, read: bool | torch.Tensor, others: bool | torch.Tensor, device: torch.device) -> list[Met]:
         """By layer, where a boundary is met that two clocks meet as given ([N] or a bool)."""
         if isinstance(read, bool) and isinstance(others, bool):
             if read is others:

@@ -7,7 +7,6 @@ as in :mod:`nl_kernels.memory.bank`; N = sequences × heads, c tokens in a chunk
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import torch
@@ -114,14 +113,14 @@ class BankRule:
     read: str
     layout: Layout
 
-    @functools.cached_property
+    @property
     def residuals(self) -> slice | None:
         """The projections that add their input."""
         rule, count = self.rule, self.layout.projections
         start, stop = 0 if rule.residual else 1, count if rule.projection_residual else int(rule.residual)
         return slice(start, stop) if start < stop else None
 
-    @functools.cached_property
+    @property
     def reads_inputs(self) -> bool:
         """Whether reads are at the snapshot and go through the same products as the keys."""
         return self.read == "snapshot" and not self.layout.self_made
@@ -136,7 +135,7 @@ class BankRule:
         """Of which of these the adjoint needs the hidden layer's curvature."""
         return self.layout.self_made or slice(None, size)
 
-    @functools.cached_property
+    @property
     def targets_add_value(self) -> bool:
         """Whether a projection's target has v itself; the target is v where it is given."""
         return self.rule.target_residual or not self.layout.self_made

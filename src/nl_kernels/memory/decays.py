@@ -8,7 +8,6 @@ Entries are sums of logs and not differences of such sums, so that a decay of 0 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -101,13 +100,8 @@ def coefficient_adjoint(
 def _products(log: torch.Tensor) -> torch.Tensor:
     """[.., c + 1, c + 1], products over tokens j + 1 … i, from the logs [.., c]."""
     rows = torch.cat([log.new_zeros(*log.shape[:-1], 1), log.clamp_min(LOWEST_LOG)], -1)[..., None]
-    return torch.cumsum(rows * _below(rows.shape[-2], log.dtype, log.device), -2).exp2_().tril()
-
-
-@functools.cache
-def _below(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What of the logs of each instant's token an entry of a row takes, for powers of 2."""
-    return torch.full((size, size), LOG2_E, dtype=dtype, device=device).tril_(-1)
+    below = log.new_full((rows.shape[-2],) * 2, LOG2_E).tril_(-1)
+    return torch.cumsum(rows * below, -2).exp2_().tril()
 
 
 def _spread(matrix: torch.Tensor) -> Spread:

@@ -22,7 +22,6 @@ products with the decays, summed where they meet, so that exact zeros stay harml
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -81,15 +80,10 @@ class Write(NamedTuple):
 def erase_matrices(gram: torch.Tensor, rate: torch.Tensor, strict: torch.Tensor) -> Erase:
     """:class:`Erase` from x xᵀ [.., c, c] (overwritten), η [.., c, 1] and the decay before each token."""
     gram = gram.mul_(strict)
-    identity = _identity(gram.shape[-1], gram.dtype, gram.device).expand_as(gram)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     return Erase(
         gram, torch.linalg.solve_triangular(gram * rate.mT, identity, upper=False, unitriangular=True)
     )
-
-
-@functools.cache
-def _identity(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.eye(size, dtype=dtype, device=device)
 
 
 def write(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from nl_kernels.chunk_alignment import ChunkGrid
+from nl_kernels.dispatch import products_for
 from nl_kernels.memory.bank import Bank, snapshot_adjoint, take_snapshot
 from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, learn, prepare
 from nl_kernels.memory.chunk_adjoint import ChunkAdjoint, TokenAdjoints, learn_adjoint, prepare_adjoint
@@ -70,6 +71,7 @@ class Loop:
         clocks: tokens between the boundaries of the memory that is read, and of the others.
         truncate_period: tokens between boundaries that no gradient crosses, or ``None``.
         grid: where the tokens lie, for N banks.
+        operands: the dtype of the caller's tokens.
     """
 
     bank: BankRule
@@ -77,6 +79,7 @@ class Loop:
     clocks: tuple[int, int]
     truncate_period: int | None
     grid: ChunkGrid
+    operands: torch.dtype
 
     def forward(
         self, segment: Segment, state: State, constants: State, sequences: State, keep: bool
@@ -255,9 +258,10 @@ def run(
         output, *state = _WithAdjoint.apply(loop, tuple(segments), layout, *tensors)
         return output, tuple(state)
     outputs = []
-    for segment in segments:
-        state, parts, _ = loop.forward(segment, state, constants, _of_segment(sequences, segment), False)
-        outputs += parts
+    with products_for(loop.operands, sequences[0].device.type):
+        for segment in segments:
+            state, parts, _ = loop.forward(segment, state, constants, _of_segment(sequences, segment), False)
+            outputs += parts
     return _joined(outputs), state
 
 
@@ -267,12 +271,14 @@ class _WithAdjoint(torch.autograd.Function):
         states, constants = layout
         state, shared, sequences = _split(tensors, states, constants)
         outputs, starts, made = [], [], []
-        for segment in segments:
-            starts += state if made else ()
-            keep = segment.kept or len(segments) == 1
-            state, parts, blocks = loop.forward(segment, state, shared, _of_segment(sequences, segment), keep)
-            outputs += parts
-            made.append(blocks if keep else None)
+        with products_for(loop.operands, sequences[0].device.type):
+            for segment in segments:
+                starts += state if made else ()
+                keep = segment.kept or len(segments) == 1
+                given = _of_segment(sequences, segment)
+                state, parts, blocks = loop.forward(segment, state, shared, given, keep)
+                outputs += parts
+                made.append(blocks if keep else None)
         ctx.loop, ctx.segments, ctx.layout, ctx.made = loop, segments, layout, made
         ctx.save_for_backward(*tensors, *starts)
         ctx.set_materialize_grads(False)
@@ -290,18 +296,25 @@ class _WithAdjoint(torch.autograd.Function):
         totals = [torch.zeros_like(x) if need else None for x, need in zip(shared, shared_needs)]
         joined = [torch.empty_like(x) if need else None for x, need in zip(sequences, sequence_needs)]
         d_state = tuple(None if d is None else d.clone() for d in d_state)
-        for i in reversed(range(len(ctx.segments))):
-            segment, made = ctx.segments[i], ctx.made[i]
-            parts = _of_segment(sequences, segment)
-            ctx.made[i] = None  # frees it; a second backward pass recomputes
-            if made is None:
-                made = ctx.loop.forward(segment, starts[i], shared, parts, True)[2]
-            outer = None if d_output is None else d_output[:, segment.start : segment.stop]
-            d_state = ctx.loop.backward(
-                segment, made, shared, parts, d_state, outer, totals, _of_segment(joined, segment)
-            )
+        with products_for(ctx.loop.operands, sequences[0].device.type):
+            d_state = _segments_backward(ctx, starts, shared, sequences, d_state, d_output, totals, joined)
         d_state = (d if need else None for d, need in zip(d_state, needs))
         return (None, None, None, *d_state, *totals, *joined)
+
+
+def _segments_backward(
+    ctx, starts, constants, sequences, d_state, d_output, d_constants, d_sequences
+) -> State:
+    """The adjoint of the first state, from that of the last one and of the reads; fills the last two."""
+    for i in reversed(range(len(ctx.segments))):
+        segment, blocks = ctx.segments[i], ctx.made[i]
+        given, places = _of_segment(sequences, segment), _of_segment(d_sequences, segment)
+        ctx.made[i] = None  # frees it; a second backward pass recomputes
+        if blocks is None:
+            blocks = ctx.loop.forward(segment, starts[i], constants, given, True)[2]
+        (d_reads,) = _of_segment((d_output,), segment)
+        d_state = ctx.loop.backward(segment, blocks, constants, given, d_state, d_reads, d_constants, places)
+    return d_state
 
 
 def _fill(places: State, totals: State, blocks: list[tuple[State, State]]) -> None:

@@ -169,7 +169,7 @@ def deep_memory(
             if chosen == "triton":
                 o, final = registration.deep_memory_triton(*inputs, **options, dtype=operands)
             else:
-                o, final = deep_memory_eager(*inputs, **options)
+                o, final = deep_memory_eager(*inputs, **options, operands=operands)
     if alignment is not None:
         o = alignment.scatter(o, 1, length)
     return o.reshape(q.shape[0], length, q.shape[2], out_width).to(

@@ -37,12 +37,14 @@ def deep_memory_eager(
     mask: torch.Tensor | None,
     at_boundary: bool,
     checkpoint_every: int | None,
+    operands: torch.dtype,
 ) -> tuple[torch.Tensor, DeepMemoryState]:
     """As :func:`deep_memory_reference`, by chunks.
 
     Args:
         at_boundary: the state is known to be at a boundary for every sequence (spares reading its positions).
         checkpoint_every: chunks between the states kept for the backward pass.
+        operands: the dtype of the caller's tokens.
     """
 
     def compute(carried: State, constants: State, sequences: State, grid: ChunkGrid):
@@ -56,6 +58,7 @@ def deep_memory_eager(
             (chunk_size, chunk_size),
             None,
             grid,
+            operands,
         )
         size = footprint(layout, running, chunk_size, sequences[1].shape[-1])
         segments = plan_segments(sequences[0].shape[1], chunk_size, grid.offset, checkpoint_every, size)

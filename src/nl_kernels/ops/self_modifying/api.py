@@ -220,7 +220,9 @@ def self_modifying_memory(
                 *inputs, anchor, state, **options, **chunked, dtype=query.dtype
             )
         else:
-            o, final = self_modifying_memory_eager(*inputs, anchor, state, **options, **chunked)
+            o, final = self_modifying_memory_eager(
+                *inputs, anchor, state, **options, **chunked, operands=query.dtype
+            )
     if alignment is not None:
         o = alignment.scatter(o, 1, length)
     return o.to(query.dtype), final if output_final_state else None

@@ -38,12 +38,14 @@ def self_modifying_memory_eager(
     mask: torch.Tensor | None,
     at_boundary: bool,
     checkpoint_every: int | None,
+    operands: torch.dtype,
 ) -> tuple[torch.Tensor, SelfModifyingState]:
     """As :func:`self_modifying_memory_reference`, by chunks of the faster clock.
 
     Args:
         at_boundary: the state is known to be at a boundary for every sequence (spares reading its positions).
         checkpoint_every: chunks between the states kept for the backward pass.
+        operands: the dtype of the caller's tokens.
     """
     batch, _, heads, width = query.shape
     period, chunk = max(chunk_size, generator_chunk_size), min(chunk_size, generator_chunk_size)
@@ -79,6 +81,7 @@ def self_modifying_memory_eager(
         (chunk_size, generator_chunk_size),
         None if truncate_every is None else chunk * truncate_every,
         placed.grid.for_heads(heads),
+        operands,
     )
     size = footprint(layout, running, chunk, width)
     tokens, block = sequences[0].shape[1], generator_chunk_size // chunk

@@ -26,7 +26,7 @@ RULES = {
 }
 
 
-# The paths of the implementation: derivatives by autograd, and written out for every kind of memory and read.
+# Kinds of memory, momentum and read that take other ways through the engine.
 PATHS = pytest.mark.parametrize(
     ("kind", "path"),
     [
@@ -36,7 +36,7 @@ PATHS = pytest.mark.parametrize(
         ({"hidden": None, "momentum": True}, {"read": "snapshot", "rule": SUM}),
         ({"hidden": None}, {"read": "running"}),
     ],
-    ids=["autograd", "sum, snapshot", "running", "linear, sum, snapshot", "linear, running"],
+    ids=["average, running", "sum, snapshot", "running", "linear, sum, snapshot", "linear, running"],
 )
 
 

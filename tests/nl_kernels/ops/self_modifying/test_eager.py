@@ -21,7 +21,7 @@ RULES = {
     "input": MemoryRule(erase="input", proximal=True, residual=True, error_bound=0.3),
     "titans": MemoryRule(erase="none", projection_residual=False, target_residual=False, momentum="sum"),
 }
-# Two-layer memories with and without momentum, and linear ones: each has a path of its own.
+# Kinds of memory that take other ways through the engine.
 KINDS = pytest.mark.parametrize(
     "kind", [{"momentum": True}, {}, {"hidden": None}], ids=["momentum", "two layers", "linear"]
 )
