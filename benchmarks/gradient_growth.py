@@ -120,8 +120,7 @@ def growth_per_chunk(
 def untrained_model(momentum: str, memory_hidden_size: int | None, seed: int) -> HopeForCausalLM:
     """A small Hope in fp64 with one of :data:`MOMENTA`."""
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = HopeConfig(**sizes, memory_hidden_size=memory_hidden_size, **MOMENTA[momentum])
+    config = HopeConfig.preset("tiny", memory_hidden_size=memory_hidden_size, **MOMENTA[momentum])
     return HopeForCausalLM(config).double()
 
 

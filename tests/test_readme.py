@@ -11,7 +11,9 @@ import typer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nl_models import HopeConfig, HopeForCausalLM
+from nl_models.hope.configuration_hope import PRESETS
 from nl_models.surgery import convert_mlp_to_continuum
+from nl_models.training.baseline import parameter_count
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -113,6 +115,15 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         for prepare in ASSUMED[page][index : index + 1]:
             prepare(names)
         exec(compile(code, page, "exec"), names)
+
+
+def test_the_table_of_sizes():
+    rows = re.findall(r"^\| `(\S+)` \| (\d.*) \|$", TEXTS["docs/model.md"], re.M)
+    assert [name for name, _ in rows] == list(PRESETS)
+    for name, row in rows:
+        config = HopeConfig.preset(name)
+        sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size)
+        assert [int(x.replace(",", "")) for x in row.split(" | ")] == [*sizes, parameter_count(config)], name
 
 
 def commands(text: str) -> list[str]:

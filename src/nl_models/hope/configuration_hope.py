@@ -7,18 +7,30 @@ import hashlib
 import itertools
 import json
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from nl_kernels import MemoryRule
+from nl_kernels.checks import check_choice
 from nl_kernels.dispatch import IMPLEMENTATIONS
 from nl_kernels.ops.continuum.state import VARIANTS
 from nl_models.hf_names import CACHE_NAME
 from nl_models.layers.attention import ATTENTION_IMPLEMENTATIONS
 from nl_models.layers.continuum import LevelConfig
 from nl_models.remote_code import RemoteCodeConfig
+
+PRESETS = {
+    name: dict(zip(("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads"), sizes))
+    for name, sizes in {
+        "tiny": (256, 2, 128, 4),
+        "340m": (32_000, 24, 1024, 16),
+        "760m": (32_000, 24, 1536, 16),
+        "1.3b": (32_000, 24, 2048, 16),
+    }.items()
+}
+"""Vocabulary, layers, width and heads of :meth:`HopeConfig.preset`."""
 
 LAYER_TYPES = ("self_modifying_titans", "titans", "gated_delta_net", "full_attention")
 
@@ -128,6 +140,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.layer_types = kwargs.pop("mixer_types", self.layer_types)  # as :meth:`to_dict` names them
+        self.num_attention_heads = kwargs.pop("num_heads", self.num_attention_heads)
         if isinstance(self.layer_types, str):
             self.layer_types = [self.layer_types] * self.num_hidden_layers
         if self.initializer_range is None:
@@ -143,6 +156,29 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         defaults = {name: getattr(LevelConfig, name) for name in _BEFORE_RETENTION}
         self.continuum_levels = _filled_in(self.continuum_levels, defaults)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> HopeConfig:
+        """A config of one of the :data:`PRESETS`: "tiny", "340m", "760m" or "1.3b".
+
+        The paper has no table of Hope's sizes; these are the depths, widths, heads and vocabulary of its
+        family's. Everything else is the default, save that from "340m" on both levels of the continuum are as
+        wide as the model, which makes the parameter counts what the names say.
+
+        Args:
+            name: of the preset.
+            overrides: any fields of the config; they replace those of the preset.
+
+        Raises:
+            ValueError: another name, or as :class:`HopeConfig`.
+        """
+        check_choice("name", name, tuple(PRESETS))
+        fields = {**PRESETS[name], **overrides}
+        if name != "tiny":
+            width = fields["hidden_size"]
+            levels = [{"hidden_size": width, "chunk_size": 64}, {"hidden_size": width}]
+            fields.setdefault("continuum_levels", levels)
+        return cls(**fields)
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> HopeConfig:

@@ -9,12 +9,14 @@ from transformers import AutoConfig, PreTrainedConfig
 import nl_models
 from nl_models import HopeCache, HopeConfig, HopeForCausalLM
 from nl_models.hope.configuration_hope import LAYER_TYPES
+from nl_models.training.baseline import parameter_count
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_attention_heads": 3}, "num_attention_heads: expected a divisor"),
+        ({"num_heads": 3}, "num_attention_heads: expected a divisor"),
         ({"hidden_size": 0}, "hidden_size: expected at least 1"),
         ({"hidden_size": 18, "layer_types": "full_attention", "num_attention_heads": 2}, "even head width"),
         ({"layer_types": "mamba"}, "layer_types: expected names of"),
@@ -41,6 +43,26 @@ from nl_models.hope.configuration_hope import LAYER_TYPES
 def test_wrong_options_are_named(make_config, options, message):
     with pytest.raises(ValueError, match=message):
         make_config(**options)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("340m", 340), ("760m", 760), ("1.3b", 1300)])
+def test_presets_have_as_many_parameters_as_their_names_say(name, millions):
+    assert parameter_count(HopeConfig.preset(name)) == pytest.approx(millions * 1e6, rel=0.05)
+
+
+def test_a_preset_takes_any_field():
+    config = HopeConfig.preset("340m", hidden_size=512, num_heads=8, memory_hidden_size=64)
+    assert (config.num_hidden_layers, config.num_attention_heads, config.memory_hidden_size) == (24, 8, 64)
+    assert [level["hidden_size"] for level in config.continuum_levels] == [512, 512]
+    mlp = [{"hidden_size": 64}]
+    assert HopeConfig.preset("760m", continuum_levels=mlp).continuum_levels == mlp
+    assert HopeConfig.preset("tiny").continuum_levels == HopeConfig(hidden_size=128).continuum_levels
+
+
+@pytest.mark.parametrize("name", ["7b", "1.3B", None])
+def test_a_preset_that_there_is_not(name):
+    with pytest.raises(ValueError, match=r"name: expected one of \('tiny', '340m', '760m', '1.3b'\)"):
+        HopeConfig.preset(name)
 
 
 def test_a_config_survives_json(make_config, tmp_path):
