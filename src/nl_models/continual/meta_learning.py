@@ -70,9 +70,9 @@ def _check_differentiable(model: nn.Module) -> None:
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         raise ValueError("model: gradient checkpointing keeps no context; switch it off")
     for module in model.modules():
-        if isinstance(module, (MemoryLayer, GatedDeltaNet)) and module.implementation != "reference":
+        if isinstance(module, (MemoryLayer, GatedDeltaNet)) and module.impl != "reference":
             raise ValueError(
                 f"model: the op of {type(module).__name__} has a second derivative in the implementation "
-                f"'reference' only, got {module.implementation!r}; a HopeConfig takes memory_implementation, "
-                "a memory in the place of attention has the attribute"
+                f"'reference' only, got {module.impl!r}; a HopeConfig takes memory_impl, "
+                "a memory in the place of attention has the attribute impl"
             )

@@ -16,6 +16,7 @@ from nl_kernels import MemoryRule
 from nl_kernels.checks import check_choice
 from nl_kernels.dispatch import IMPLEMENTATIONS
 from nl_kernels.ops.continuum.state import VARIANTS
+from nl_kernels.renamed import RenamedAttribute, check_renamed
 from nl_models.hf_names import CACHE_NAME
 from nl_models.layers.attention import ATTENTION_IMPLEMENTATIONS
 from nl_models.layers.continuum import LevelConfig
@@ -31,6 +32,9 @@ PRESETS = {
     }.items()
 }
 """Vocabulary, layers, width and heads of :meth:`HopeConfig.preset`."""
+
+RENAMED = {f"{part}_implementation": f"{part}_impl" for part in ("memory", "continuum", "attention")}
+"""Fields that had another name before version 0.2."""
 
 LAYER_TYPES = ("self_modifying_titans", "titans", "gated_delta_net", "full_attention")
 
@@ -52,8 +56,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         convolution_window: tokens that it sees.
         rope_theta: base of the rotary frequencies (attention layers).
         attention_output_gate: whether attention has the norm and gate that the memories have.
-        attention_implementation: ``"auto"`` (flash-attn where installed and able, else SDPA), ``"sdpa"`` or
-            ``"flash"``.
+        attention_impl: ``"sdpa"``, ``"flash"`` or ``None``: flash-attn where installed and able, else SDPA.
         memory_hidden_size: hidden width of each memory (Titans layers): the two-layer memories of the paper.
             ``None`` (default) makes them linear, which learns faster at small sizes (docs/defaults.md).
         memory_chunk_size: tokens between the states at which the memory that is read takes its gradients.
@@ -73,8 +76,8 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
             ``{"erase": "none"}`` leaves the stable region there too.
         memory_truncate_every: the outer gradient does not cross every n-th chunk boundary (self-modifying);
             ``None`` for full backpropagation through time.
-        memory_implementation: of the memories' ops: "auto" (Triton kernels on CUDA where they serve the
-            options, eager elsewhere), "triton", "eager" or "reference". An explicit choice never falls back.
+        memory_impl: of the memories' ops: "triton", "eager" or "reference", which never fall back, or
+            ``None``: Triton kernels on CUDA where they serve the options, eager elsewhere.
         memory_initializer_range: standard deviation of the initial last layer of every memory.
         continuum_levels: the levels of the continuum memory system, fast to slow, as options of
             :class:`nl_models.layers.continuum.LevelConfig`. By default a level of width ``hidden_size`` that
@@ -84,10 +87,8 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
             ``"independent"``; see :func:`nl_kernels.continuum_memory`.
         continuum_detach_updates: no outer gradient through the levels' steps; their rates and projections
             then stay as initialised.
-        continuum_implementation: of the continuum memory: "auto" (Triton kernels on CUDA where they serve
-            the levels' rules (not "dgd"), without gradients or with ``continuum_detach_updates``; eager
-            elsewhere),
-            "triton", "eager" or "reference". An explicit choice never falls back.
+        continuum_impl: the same of the continuum memory. Kernels serve the levels' rules (not "dgd"), without
+            gradients or with ``continuum_detach_updates``.
         rms_norm_eps: of all norms.
         initializer_range: standard deviation of the initial embeddings and projections; by default
             √(0.4 / hidden_size), which is 0.02 at a width of 1,000.
@@ -98,9 +99,13 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
     Raises:
         ValueError: sizes that do not fit together, unknown names, or an unknown option with the prefix of a
             known group.
+        TypeError: an option by its name of before version 0.2.
     """
 
     model_type = "hope"
+    memory_implementation = RenamedAttribute("memory_impl")
+    continuum_implementation = RenamedAttribute("continuum_impl")
+    attention_implementation = RenamedAttribute("attention_impl")
     keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE_NAME]
     attribute_map: ClassVar[dict[str, str]] = {"num_heads": "num_attention_heads"}
 
@@ -113,7 +118,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
     convolution_window: int = 4
     rope_theta: float | int = 10_000.0
     attention_output_gate: bool = True
-    attention_implementation: str = "auto"
+    attention_impl: str | None = None
     memory_hidden_size: int | None = None
     memory_chunk_size: int = 16
     memory_generator_chunk_size: int | None = None
@@ -124,12 +129,12 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
     memory_momentum: bool = False
     memory_rule: dict | None = None
     memory_truncate_every: int | None = None
-    memory_implementation: str = "auto"
+    memory_impl: str | None = None
     memory_initializer_range: float | int = 0.02
     continuum_levels: list[dict] | None = None
     continuum_variant: str = "sequential"
     continuum_detach_updates: bool = False
-    continuum_implementation: str = "auto"
+    continuum_impl: str | None = None
     rms_norm_eps: float | int = 1e-6
     initializer_range: float | None = None
     tie_word_embeddings: bool = True
@@ -185,8 +190,11 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         """A config from what a file holds.
 
         Files say the rates and retention of every level that learns, and the form of momentum. Those that are
-        older do not: their models were trained to keep everything, and with the sum of the writes.
+        older do not: their models were trained to keep everything, and with the sum of the writes. Old names
+        of fields (:data:`RENAMED`) are those of files alone; ``kwargs`` have today's.
         """
+        check_renamed(kwargs, RENAMED)
+        config_dict = current_names(config_dict)
         levels = config_dict.get("continuum_levels")
         if levels is not None:
             config_dict = {**config_dict, "continuum_levels": _filled_in(levels, _BEFORE_RETENTION)}
@@ -248,6 +256,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
 
     def _check(self, unknown: dict) -> None:
         """Checks that raise plain ValueErrors (the base class wraps those of its validators)."""
+        check_renamed(unknown, RENAMED)
         for name in unknown:
             if name.startswith(_OWN_PREFIXES):
                 raise ValueError(f"{name}: HopeConfig has no such option")
@@ -266,11 +275,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
             raise ValueError(f"convolution_window: expected at least 2, got {self.convolution_window}")
         self._check_memory()
         self._check_continuum()
-        if self.attention_implementation not in ATTENTION_IMPLEMENTATIONS:
-            raise ValueError(
-                f"attention_implementation: expected one of {ATTENTION_IMPLEMENTATIONS}, "
-                f"got {self.attention_implementation!r}"
-            )
+        check_choice("attention_impl", self.attention_impl, (*ATTENTION_IMPLEMENTATIONS, None))
 
     def _check_memory(self) -> None:
         chunk, generator_chunk = self.memory_chunk_size, self.memory_generator_chunk_size
@@ -287,19 +292,14 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
             raise ValueError(f"memory_read: expected 'snapshot' or 'running', got {self.memory_read!r}")
         if not 0 <= self.memory_rate_max <= 1:
             raise ValueError(f"memory_rate_max: expected a number in [0, 1], got {self.memory_rate_max}")
-        self._check_implementation("memory_implementation")
+        check_choice("memory_impl", self.memory_impl, (*IMPLEMENTATIONS, None))
         try:
             self.make_memory_rule()
         except TypeError as error:
             raise ValueError(f"memory_rule: {_expected_options(MemoryRule)}: {error}") from error
 
-    def _check_implementation(self, name: str) -> None:
-        value = getattr(self, name)
-        if value not in ("auto", *IMPLEMENTATIONS):
-            raise ValueError(f"{name}: expected 'auto' or one of {IMPLEMENTATIONS}, got {value!r}")
-
     def _check_continuum(self) -> None:
-        self._check_implementation("continuum_implementation")
+        check_choice("continuum_impl", self.continuum_impl, (*IMPLEMENTATIONS, None))
         if self.continuum_variant not in VARIANTS:
             raise ValueError(f"continuum_variant: expected one of {VARIANTS}, got {self.continuum_variant!r}")
         try:
@@ -321,6 +321,13 @@ def _filled_in(levels: list[dict], options: dict) -> list[dict]:
     """The levels, with these options of those that learn where they are not given."""
     learns = [level.get("chunk_size") is not None and level.get("max_rate", 1.0) > 0 for level in levels]
     return [{**options, **level} if does else level for level, does in zip(levels, learns)]
+
+
+def current_names(options: dict) -> dict:
+    """Fields of a config with names of before version 0.2, which had "auto" for ``None``, as they are now."""
+    fields = {RENAMED.get(name, name): value for name, value in options.items()}
+    automatic = {name: None for name in RENAMED.values() if fields.get(name) == "auto"}
+    return {**fields, **automatic}
 
 
 def name_momentum(options: dict, form: str) -> dict:

@@ -61,7 +61,7 @@ class HopeBlock(GradientCheckpointingLayer):
             variant=config.continuum_variant,
             detach_updates=config.continuum_detach_updates,
             norm_eps=config.rms_norm_eps,
-            impl=_implementation(config.continuum_implementation),
+            impl=config.continuum_impl,
         )
 
     def forward(
@@ -94,11 +94,6 @@ class HopeBlock(GradientCheckpointingLayer):
         return hidden_states, BlockState(convolution, mixer, continuum) if output_state else None
 
 
-def _implementation(option: str) -> str | None:
-    """An implementation as the layers take it."""
-    return None if option == "auto" else option
-
-
 def _make_mixer(config: HopeConfig, layer_type: str) -> nn.Module:
     sizes = {
         "hidden_size": config.hidden_size,
@@ -110,11 +105,10 @@ def _make_mixer(config: HopeConfig, layer_type: str) -> nn.Module:
             **sizes,
             rope_theta=config.rope_theta,
             gated=config.attention_output_gate,
-            implementation=config.attention_implementation,
+            impl=config.attention_impl,
         )
-    implementation = _implementation(config.memory_implementation)
     if layer_type == "gated_delta_net":
-        return GatedDeltaNet(**sizes, implementation=implementation)
+        return GatedDeltaNet(**sizes, impl=config.memory_impl)
     memory = {
         **sizes,
         "memory_hidden_size": config.memory_hidden_size,
@@ -126,7 +120,7 @@ def _make_mixer(config: HopeConfig, layer_type: str) -> nn.Module:
         "retention_bias": config.memory_retention_bias,
         "momentum": config.memory_momentum,
         "initializer_range": config.memory_initializer_range,
-        "implementation": implementation,
+        "impl": config.memory_impl,
     }
     if layer_type == "titans":
         return Titans(**memory)

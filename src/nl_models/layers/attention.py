@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nl_kernels.checks import check_choice
+from nl_kernels.renamed import RenamedAttribute, renamed_arguments
 from nl_models.layers.gated_output import GatedOutput
 
-ATTENTION_IMPLEMENTATIONS = ("auto", "sdpa", "flash")
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash")
 
 
 class AttentionState(NamedTuple):
@@ -38,18 +40,21 @@ class Attention(nn.Module):
         num_heads: heads; divides ``d`` into heads of an even width.
         rope_theta: base of the rotary frequencies.
         gated: whether norm and gate precede the output projection.
-        implementation: ``"sdpa"``, ``"flash"`` (flash-attn; an error where it cannot serve a call), or
-            ``"auto"``: flash-attn where it is installed and can serve the call, else SDPA.
+        impl: ``"sdpa"``, ``"flash"`` (flash-attn; an error where it cannot serve a call), or ``None``:
+            flash-attn where it is installed and can serve the call, else SDPA.
         eps: of the output norm.
     """
 
+    implementation = RenamedAttribute("impl")
+
+    @renamed_arguments(implementation="impl")
     def __init__(
         self,
         hidden_size: int,
         num_heads: int,
         rope_theta: float = 10_000.0,
         gated: bool = True,
-        implementation: str = "auto",
+        impl: str | None = None,
         eps: float = 1e-6,
     ):
         super().__init__()
@@ -58,14 +63,11 @@ class Attention(nn.Module):
                 f"num_heads: expected a divisor of hidden_size={hidden_size} with heads of an even width, "
                 f"got {num_heads}"
             )
-        if implementation not in ATTENTION_IMPLEMENTATIONS:
-            raise ValueError(
-                f"implementation: expected one of {ATTENTION_IMPLEMENTATIONS}, got {implementation!r}"
-            )
+        check_choice("impl", impl, (*ATTENTION_IMPLEMENTATIONS, None))
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
         self.rope_theta = rope_theta
-        self.implementation = implementation
+        self.impl = impl
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -124,15 +126,15 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """``q [B, H, T, D]`` are the last T of the S tokens of ``k, v [B, H, S, D]``."""
         obstacle = None
-        if self.implementation != "sdpa":
+        if self.impl != "sdpa":
             obstacle = flash_obstacle(q, key_mask)
             if obstacle is None:
                 from flash_attn import flash_attn_func
 
                 q, k, v = (t.transpose(1, 2) for t in (q, k, v))
                 return flash_attn_func(q, k, v, causal=True).transpose(1, 2)
-        if self.implementation == "flash":
-            raise ValueError(f"implementation='flash' cannot serve this call: {obstacle}; use 'sdpa'")
+        if self.impl == "flash":
+            raise ValueError(f"impl='flash' cannot serve this call: {obstacle}; use 'sdpa'")
         T, S = q.shape[2], k.shape[2]
         if key_mask is None and (T == S or T == 1):
             return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)

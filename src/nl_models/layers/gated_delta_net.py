@@ -10,6 +10,7 @@ from torch import nn
 
 from nl_kernels import delta_memory, delta_memory_step
 from nl_kernels.memory_rule import l2_normalize
+from nl_kernels.renamed import RenamedAttribute, renamed_arguments
 from nl_models.layers.gated_output import GatedOutput
 from nl_models.layers.memory_layer import is_decoding
 
@@ -23,17 +24,18 @@ class GatedDeltaNet(nn.Module):
         hidden_size: width ``d``.
         num_heads: heads; divides ``d``.
         eps: of the output norm.
-        implementation: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
+        impl: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
     """
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, eps: float = 1e-6, implementation: str | None = None
-    ):
+    implementation = RenamedAttribute("impl")
+
+    @renamed_arguments(implementation="impl")
+    def __init__(self, hidden_size: int, num_heads: int, eps: float = 1e-6, impl: str | None = None):
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_size={hidden_size}, got {num_heads}")
         self.num_heads = num_heads
-        self.implementation = implementation
+        self.impl = impl
         self.head_dim = hidden_size // num_heads
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -85,10 +87,10 @@ class GatedDeltaNet(nn.Module):
             log_decay, rate = log_decay * mask[..., None], rate * mask[..., None]
         tokens = (q, k, rate[..., None].to(v.dtype) * v, log_decay, rate * log_decay.exp())
         if decoding:
-            o, state = delta_memory_step(*tokens, state=state, impl=self.implementation)
+            o, state = delta_memory_step(*tokens, state=state, impl=self.impl)
         else:
             o, state = delta_memory(
-                *tokens, initial_state=state, output_final_state=output_state, impl=self.implementation
+                *tokens, initial_state=state, output_final_state=output_state, impl=self.impl
             )
         if mask is not None:
             o = o * mask[..., None, None]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nl_kernels import MemoryRule
+from nl_kernels.renamed import RenamedAttribute
 
 
 class MemoryLayer(nn.Module):
@@ -24,8 +25,10 @@ class MemoryLayer(nn.Module):
         rate_max: largest rate, in [0, 1]; 0 switches writing off.
         rate_bias, retention_bias: initial biases of the gates' logits.
         momentum: whether writes have momentum, in the form that ``rule.momentum`` says.
-        implementation: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
+        impl: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
     """
+
+    implementation = RenamedAttribute("impl")
 
     def __init__(
         self,
@@ -40,7 +43,7 @@ class MemoryLayer(nn.Module):
         rate_bias: float,
         retention_bias: float,
         momentum: bool,
-        implementation: str | None,
+        impl: str | None,
     ):
         super().__init__()
         if hidden_size % num_heads:
@@ -51,7 +54,7 @@ class MemoryLayer(nn.Module):
         self.read = read
         self.rule = MemoryRule() if rule is None else rule
         self.rate_max = rate_max
-        self.implementation = implementation
+        self.impl = impl
         self.initial_biases = (rate_bias, retention_bias)
         for name, width in {
             **dict.fromkeys(("q_proj", "k_proj", "v_proj"), hidden_size),

@@ -13,6 +13,7 @@ from nl_kernels import (
     self_modifying_memory_step,
 )
 from nl_kernels.memory_rule import l2_normalize
+from nl_kernels.renamed import renamed_arguments
 from nl_models.layers.gated_output import GatedOutput
 from nl_models.layers.initial_memory import InitialMemory
 from nl_models.layers.memory_layer import MemoryLayer, is_decoding
@@ -52,9 +53,10 @@ class SelfModifyingTitans(MemoryLayer):
         initializer_range: standard deviation of the initial last layers of the memories with a residual and
             of the one that is read.
         eps: of the output norm.
-        implementation: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
+        impl: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
     """
 
+    @renamed_arguments(implementation="impl")
     def __init__(
         self,
         hidden_size: int,
@@ -71,7 +73,7 @@ class SelfModifyingTitans(MemoryLayer):
         truncate_every: int | None = None,
         initializer_range: float = 0.02,
         eps: float = 1e-6,
-        implementation: str | None = None,
+        impl: str | None = None,
     ):
         super().__init__(
             hidden_size,
@@ -84,7 +86,7 @@ class SelfModifyingTitans(MemoryLayer):
             rate_bias=rate_bias,
             retention_bias=retention_bias,
             momentum=momentum,
-            implementation=implementation,
+            impl=impl,
         )
         if self.rule.momentum == "average":
             self.momentum_max = MOMENTUM_MAX
@@ -140,7 +142,7 @@ class SelfModifyingTitans(MemoryLayer):
             "retention_bias": self.retention_bias,
             "read": self.read,
             "mask": mask,
-            "impl": self.implementation,
+            "impl": self.impl,
         }
         if decoding:
             o, state = self_modifying_memory_step(query, *inputs, weights, state=state, **options)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from nl_kernels import DeepMemoryState, MemoryRule, deep_memory, deep_memory_step
 from nl_kernels.memory_rule import l2_normalize
+from nl_kernels.renamed import renamed_arguments
 from nl_models.layers.gated_output import GatedOutput
 from nl_models.layers.initial_memory import InitialMemory
 from nl_models.layers.memory_layer import MemoryLayer, is_decoding
@@ -28,9 +29,10 @@ class Titans(MemoryLayer):
             running average.
         initializer_range: standard deviation of the memory's initial last layer.
         eps: of the output norm.
-        implementation: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
+        impl: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
     """
 
+    @renamed_arguments(implementation="impl")
     def __init__(
         self,
         hidden_size: int,
@@ -45,7 +47,7 @@ class Titans(MemoryLayer):
         momentum: bool = False,
         initializer_range: float = 0.02,
         eps: float = 1e-6,
-        implementation: str | None = None,
+        impl: str | None = None,
     ):
         super().__init__(
             hidden_size,
@@ -58,7 +60,7 @@ class Titans(MemoryLayer):
             rate_bias=rate_bias,
             retention_bias=retention_bias,
             momentum=momentum,
-            implementation=implementation,
+            impl=impl,
         )
         self.memory = InitialMemory(
             num_heads, self.head_dim, self.head_dim, memory_hidden_size, initializer_range
@@ -99,7 +101,7 @@ class Titans(MemoryLayer):
             "rule": self.rule,
             "read": self.read,
             "mask": mask,
-            "impl": self.implementation,
+            "impl": self.impl,
         }
         if decoding:
             o, state = deep_memory_step(*tokens, self.memory(), state=state, **options)

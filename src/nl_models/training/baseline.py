@@ -61,7 +61,7 @@ _SHARED = (
     "convolution_window",
     "rope_theta",
     "attention_output_gate",
-    "attention_implementation",
+    "attention_impl",
     "rms_norm_eps",
     "initializer_range",
     "tie_word_embeddings",

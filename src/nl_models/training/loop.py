@@ -35,7 +35,7 @@ except ImportError:  # Windows
 from nl_models.data.batches import TrainingBatches, validation_windows
 from nl_models.data.prepare import PreparedData
 from nl_models.files import new_directory, remove_incomplete, write_json
-from nl_models.hope.configuration_hope import name_momentum
+from nl_models.hope.configuration_hope import current_names, name_momentum
 from nl_models.training.checkpoint import (
     Progress,
     list_checkpoints,
@@ -129,7 +129,7 @@ def continued_config(folder: Path, overrides: dict[str, object]) -> TrainConfig:
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder} is not a training run (it has no config.json); start one without --resume")
     saved = load_config(folder / "config.json").to_dict()
-    saved["model_options"] = name_momentum(saved["model_options"], "sum")
+    saved["model_options"] = name_momentum(current_names(saved["model_options"]), "sum")
     if "model_options" in overrides:
         overrides = {**overrides, "model_options": name_momentum(overrides["model_options"], "average")}
     changed = sorted(

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nl_models.hope import HopeConfig, HopeForCausalLM
+from nl_models.hope.configuration_hope import RENAMED
 from nl_models.training.config import TrainConfig
 
 _LAYER_TYPES = {
@@ -35,7 +36,8 @@ def hope_config(config: TrainConfig, vocab_size: int, separator_id: int) -> Hope
     known = set(HopeConfig.__dataclass_fields__)
     unknown = sorted(set(config.model_options) - known)
     if unknown:
-        raise ValueError(f"model_options: HopeConfig has no {', '.join(unknown)}")
+        names = [f"{name} (now {RENAMED[name]})" if name in RENAMED else name for name in unknown]
+        raise ValueError(f"model_options: HopeConfig has no {', '.join(names)}")
     return HopeConfig(**{**values, **config.model_options})
 
 

@@ -33,7 +33,7 @@ def make_hope(**options) -> HopeForCausalLM:
         "num_attention_heads": 2,
         "layer_types": ["titans", "full_attention"],
         "memory_chunk_size": 4,
-        "memory_implementation": "reference",
+        "memory_impl": "reference",
         "continuum_levels": [
             {"hidden_size": 12, "chunk_size": 4, "max_rate": 0.0, "gated": True},
             {"hidden_size": 12, "chunk_size": 8, "max_rate": 0.0},
@@ -137,10 +137,10 @@ def test_what_cannot_be_differentiated_is_refused():
     checkpointed.base_model.gradient_checkpointing = True
     with pytest.raises(ValueError, match="gradient checkpointing keeps no context"):
         next_token_loss_through_steps(checkpointed, stream(), StepRule(rate=0.1))
-    with pytest.raises(ValueError, match="memory_implementation"):
-        next_token_loss_through_steps(make_hope(memory_implementation="eager"), stream(), StepRule(rate=0.1))
+    with pytest.raises(ValueError, match="memory_impl"):
+        next_token_loss_through_steps(make_hope(memory_impl="eager"), stream(), StepRule(rate=0.1))
     hybrid = convert_attention(model, [1], "delta_memory")
     with pytest.raises(ValueError, match="the op of GatedDeltaNet"):
         next_token_loss_through_steps(hybrid, stream(), StepRule(rate=0.1))
-    hybrid.model.layers[1].self_attn.memory.implementation = "reference"
+    hybrid.model.layers[1].self_attn.memory.impl = "reference"
     next_token_loss_through_steps(hybrid, stream(), StepRule(rate=0.1)).backward()

@@ -22,13 +22,14 @@ from nl_models.training.baseline import parameter_count
         ({"layer_types": "mamba"}, "layer_types: expected names of"),
         ({"layer_types": ["titans"] * 3}, "layer_types: expected one per layer, 2, got 3"),
         ({"convolution_window": 1}, "convolution_window: expected at least 2"),
-        ({"attention_implementation": "fast"}, "attention_implementation: expected one of"),
+        ({"attention_impl": "fast"}, "attention_impl: expected one of"),
         ({"memory_chunk_size": 0}, "memory_chunk_size: expected at least 1"),
         ({"memory_chunk_size": 6, "memory_generator_chunk_size": 4}, "must be a multiple"),
         ({"memory_read": "late"}, "memory_read: expected"),
         ({"memory_rate_max": 1.5}, r"memory_rate_max: expected a number in \[0, 1\]"),
-        ({"memory_implementation": "cuda"}, "memory_implementation: expected 'auto' or one of"),
-        ({"continuum_implementation": "cuda"}, "continuum_implementation: expected 'auto' or one of"),
+        ({"memory_impl": "cuda"}, "memory_impl: expected one of"),
+        ({"memory_impl": "auto"}, "memory_impl: expected one of .* None\\), got 'auto'"),
+        ({"continuum_impl": "cuda"}, "continuum_impl: expected one of"),
         ({"memory_rule": {"erase": "all"}}, "erase: expected one of"),
         ({"memory_rule": {"momentum": "mean"}}, "momentum: expected one of"),
         ({"memory_rule": {"forget": True}}, "memory_rule: expected options"),
@@ -165,6 +166,71 @@ def test_momentum_saved_before_the_average_existed_is_the_sum(tmp_path):
     assert again.to_dict()["memory_rule"] == {"momentum": "average"}
 
 
+OLD_NAMES = ["memory_implementation", "continuum_implementation", "attention_implementation"]
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_old_names_of_fields_say_the_new(make_config, tmp_path, name):
+    new, config = name.replace("implementation", "impl"), make_config()
+    said = f"{name}: is called {new} since version 0.2"
+    with pytest.raises(TypeError, match=said):
+        make_config(**{name: "auto"})
+    with pytest.raises(AttributeError, match=said):
+        setattr(config, name, "eager")
+    config.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=said):
+        HopeConfig.from_pretrained(tmp_path, **{name: "eager"})
+
+
+# As version 0.1 wrote it, but for the fields that every model of transformers has.
+OF_VERSION_0_1 = {
+    **SMALL,
+    "attention_implementation": "auto",
+    "attention_output_gate": True,
+    "continuum_detach_updates": False,
+    "continuum_implementation": "auto",
+    "continuum_levels": [{"chunk_size": 64, "hidden_size": 16}, {"hidden_size": 32}],
+    "continuum_variant": "sequential",
+    "convolution_window": 4,
+    "initializer_range": 0.15811388300841897,
+    "memory_chunk_size": 16,
+    "memory_generator_chunk_size": None,
+    "memory_hidden_size": None,
+    "memory_implementation": "auto",
+    "memory_initializer_range": 0.02,
+    "memory_momentum": False,
+    "memory_rate_bias": 0.0,
+    "memory_rate_max": 1.0,
+    "memory_read": "running",
+    "memory_retention_bias": 4.0,
+    "memory_rule": {},
+    "memory_truncate_every": None,
+    "mixer_types": ["self_modifying_titans", "full_attention"],
+    "model_type": "hope",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "use_short_convolution": True,
+}
+
+
+@pytest.mark.parametrize("choices", [("auto", "auto", "auto"), ("eager", "reference", "sdpa")])
+def test_a_model_of_version_0_1_still_loads(tmp_path, tokens, choices):
+    level = {"hidden_size": 16, "chunk_size": 64, "initial_retention": 1.0, "max_rate": 1.0}
+    kinds = ["self_modifying_titans", "full_attention"]
+    model = HopeForCausalLM(
+        HopeConfig(**SMALL, layer_types=kinds, continuum_levels=[level, {"hidden_size": 32}])
+    )
+    model.eval().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(OF_VERSION_0_1 | dict(zip(OLD_NAMES, choices))))
+    loaded = HopeForCausalLM.from_pretrained(tmp_path).eval()
+    memory, continuum, attention = (None if choice == "auto" else choice for choice in choices)
+    first, second = loaded.model.layers
+    assert (first.mixer.impl, first.continuum.impl, second.mixer.impl) == (memory, continuum, attention)
+    torch.testing.assert_close(loaded(tokens(1, 70)).logits, model(tokens(1, 70)).logits)
+    assert loaded.config.fingerprint() == model.config.fingerprint()
+    assert not set(OLD_NAMES) & set(loaded.config.to_dict())
+
+
 def test_a_transformer_is_a_config(make_config, tokens):
     """Attention, no convolution, no output gate, one level that never steps: no fast weights are left."""
     config = make_config(
@@ -229,11 +295,11 @@ def test_input_without_tokens_is_refused(make_config, shape):
         model(inputs_embeds=torch.zeros(*shape, 16))
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("kind", LAYER_TYPES)
-def test_the_meta_device(kind, implementation):
+def test_the_meta_device(kind, impl):
     """Shapes alone, forward and backward: no autocast is asked about a device that has none."""
-    options = {"memory_implementation": implementation, "continuum_implementation": implementation}
+    options = {"memory_impl": impl, "continuum_impl": impl}
     with torch.device("meta"):
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         model = HopeForCausalLM(HopeConfig(vocab_size=31, layer_types=kind, **sizes, **options))

@@ -25,7 +25,7 @@ def make_pair(make_config):
         models = []
         for implementation in ("triton", "eager"):
             torch.manual_seed(0)
-            config = make_config(layer, num_hidden_layers=1, memory_implementation=implementation, **options)
+            config = make_config(layer, num_hidden_layers=1, memory_impl=implementation, **options)
             models.append(HopeForCausalLM(config))
         return models
 
@@ -86,9 +86,7 @@ def test_levels_on_kernels_are_those_of_eager(make_config, tokens):
     for implementation in ("triton", "eager"):
         torch.manual_seed(0)
         options = {"continuum_levels": levels, "continuum_detach_updates": True}
-        config = make_config(
-            "full_attention", num_hidden_layers=1, continuum_implementation=implementation, **options
-        )
+        config = make_config("full_attention", num_hidden_layers=1, continuum_impl=implementation, **options)
         model = HopeForCausalLM(config)
         logits = model(tokens(2, 11)).logits
         logits.logsumexp(-1).sum().backward()
@@ -102,9 +100,9 @@ def test_levels_on_kernels_are_those_of_eager(make_config, tokens):
 def test_an_explicit_choice_never_falls_back(make_config, tokens, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for layer in ("self_modifying_titans", "titans", "gated_delta_net"):
-        model = HopeForCausalLM(make_config(layer, memory_implementation="triton"))
+        model = HopeForCausalLM(make_config(layer, memory_impl="triton"))
         with pytest.raises(RuntimeError, match="impl='triton'"):
             model(tokens(1, 3))
-    model = HopeForCausalLM(make_config("full_attention", continuum_implementation="triton"))
+    model = HopeForCausalLM(make_config("full_attention", continuum_impl="triton"))
     with pytest.raises(RuntimeError, match="impl='triton'"):
         model(tokens(1, 3))

@@ -58,7 +58,7 @@ def test_given_positions_continue_in_the_next_piece(layer):
 
 
 def test_flash_is_an_error_where_it_cannot_run(layer):
-    layer.implementation = "flash"
+    layer.impl = "flash"
     with pytest.raises(ValueError, match="'cpu', not on a CUDA device; use 'sdpa'"):
         layer(torch.randn(1, 3, 12, dtype=torch.float64))
     assert "CUDA" in flash_obstacle(torch.zeros(1, 1, 1, 8), None)
@@ -67,5 +67,5 @@ def test_flash_is_an_error_where_it_cannot_run(layer):
 def test_sizes_are_checked():
     with pytest.raises(ValueError, match="even width"):
         Attention(9, 3)
-    with pytest.raises(ValueError, match="implementation: expected one of"):
-        Attention(8, 2, implementation="math")
+    with pytest.raises(ValueError, match=r"impl: expected one of \('sdpa', 'flash', None\)"):
+        Attention(8, 2, impl="math")

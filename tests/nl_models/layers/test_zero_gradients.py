@@ -45,7 +45,7 @@ LAYERS = {
             {"rule": NOT_ANCHORED},
             {"memory_hidden_size": 6, "read": "snapshot", "rule": NOT_ANCHORED},
             {"rate_max": 0.0},
-            {"read": "snapshot", "implementation": "reference"},
+            {"read": "snapshot", "impl": "reference"},
         )
     },
 }

@@ -23,6 +23,7 @@ from nl_models.training.loop import (
     only_process,
 )
 from nl_models.training.metrics import read_metrics
+from nl_models.training.model import hope_config
 
 TIMING = "tokens_per_second"
 
@@ -179,6 +180,17 @@ def test_a_continued_run_keeps_its_form_of_momentum(tmp_path, config):
     assert continued_config(tmp_path / "run", {}).model_options["memory_rule"] == {"momentum": "sum"}
     with pytest.raises(RunError, match="model_options"):
         continued_config(tmp_path / "run", {"model_options": given})
+
+
+def test_a_run_of_version_0_1_is_continued_by_todays_names(tmp_path, config):
+    create_run(tmp_path / "run", config)
+    file = tmp_path / "run" / "config.json"
+    old = {"memory_implementation": "auto", "continuum_implementation": "eager"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_options": old}))
+    options = continued_config(tmp_path / "run", {}).model_options
+    assert options == {"memory_impl": None, "continuum_impl": "eager"}
+    with pytest.raises(ValueError, match=r"has no continuum_implementation \(now continuum_impl\)"):
+        hope_config(dataclasses.replace(config, model_options=old), 256, 0)
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path):

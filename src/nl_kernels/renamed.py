@@ -1,0 +1,48 @@
+"""Names that changed: an old one is an error that says the new one, and never without effect."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+
+def check_renamed(given: Iterable[str], names: Mapping[str, str]) -> None:
+    """Check that none of the names ``given`` is an old one; ``names`` leads from old to new.
+
+    Raises:
+        TypeError: naming both.
+    """
+    for name in given:
+        if name in names:
+            raise TypeError(f"{name}: is called {names[name]} since version 0.2")
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable], Callable]:
+    """Of a function whose arguments had other names: ``old="new"``."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            check_renamed(kwargs, names)
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+class RenamedAttribute:
+    """In the place of an attribute that has another name now: who sets the old one would change nothing."""
+
+    def __init__(self, new: str):
+        self.new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.old = name
+
+    def __get__(self, instance: object, owner: type) -> NoReturn:
+        raise AttributeError(f"{self.old}: is called {self.new} since version 0.2")
+
+    def __set__(self, instance: object, value: object) -> NoReturn:
+        self.__get__(instance, type(instance))
