@@ -69,7 +69,7 @@ def training_providers(case: Case, device: torch.device) -> Factories:
         inputs = inputs_of(case, device)
         tokens = [inputs[name].detach() for name in TOKENS] + [None] * 4
         cotangent = random_tensors(1, {"o": tuple(inputs["v"].shape)}, device, case.dtype)["o"]
-        options = {"scale": 1.0, "read": "after", "chunk_size": CHUNK}
+        options = {"scale": 1.0, "read": "running", "chunk_size": CHUNK}
         forward = torch.compile(eager.delta_memory_forward, dynamic=False)
         backward = torch.compile(eager.delta_memory_backward, dynamic=False)
 

@@ -18,6 +18,16 @@ def check_renamed(given: Iterable[str], names: Mapping[str, str]) -> None:
             raise TypeError(f"{name}: is called {names[name]} since version 0.2")
 
 
+def check_renamed_value(name: str, value: object, values: Mapping[str, str]) -> None:
+    """Check that ``value`` of the option ``name`` is no old one; ``values`` leads from old to new.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if isinstance(value, str) and value in values:
+        raise ValueError(f"{name}: {value!r} is called {values[value]!r} since version 0.2")
+
+
 def renamed_arguments(**names: str) -> Callable[[Callable], Callable]:
     """Of a function whose arguments had other names: ``old="new"``."""
 

@@ -32,7 +32,7 @@ def delta_memory_calls(
         *[state] * 2,
         unallocated(sequences + 1, dtype=torch.int64) if sequences else None,
     ]
-    options = {"scale": 1.0, "read": "after", "chunk_size": 64, "architecture": ARCHITECTURE}
+    options = {"scale": 1.0, "read": "running", "chunk_size": 64, "architecture": ARCHITECTURE}
     forward, (o, *final) = plan_forward(*inputs, **options)
     backward, _ = plan_backward(o, *final, *inputs, **options)
     return [*forward, *backward]
@@ -152,7 +152,7 @@ def step_calls(batch: int, heads: int, width: int, hidden: int | None) -> Iterat
     token, number = unallocated(batch, heads, width, dtype=BF16), unallocated(batch, heads)
     state = unallocated(batch, heads, width, width)
     call, _ = delta_step.plan_step(
-        *[token] * 3, *[number] * 3, *[state] * 2, scale=1.0, read="after", architecture=ARCHITECTURE
+        *[token] * 3, *[number] * 3, *[state] * 2, scale=1.0, read="running", architecture=ARCHITECTURE
     )
     yield call
     sizes = batch, heads, width, hidden, TITANS

@@ -9,9 +9,11 @@ import torch
 from nl_kernels.checks import check_choice, check_cu_seqlens, check_positive_int, check_range, check_tensor
 from nl_kernels.dispatch import autocasting, choose_implementation, needs_gradient
 from nl_kernels.ops.delta_memory import reference, registration
+from nl_kernels.renamed import check_renamed_value
 
 AVAILABLE = ("triton", "eager", "reference")
-READS = ("after", "before")
+READS = ("running", "before")
+_RENAMED_READS = {"after": "running"}
 
 _OF_CALLERS = frozenset(
     (
@@ -40,7 +42,7 @@ def delta_memory(
     *,
     momentum: torch.Tensor | None = None,
     scale: float = 1.0,
-    read: str = "after",
+    read: str = "running",
     initial_state: torch.Tensor | None = None,
     initial_momentum: torch.Tensor | None = None,
     output_final_state: bool = False,
@@ -67,7 +69,7 @@ def delta_memory(
         erase: β ``[B, T, H]`` in [0, 2).
         momentum: μ ``[B, T, H]`` in [0, 1), or None for no momentum.
         scale: factor of every output.
-        read: ``"after"`` reads S_t, ``"before"`` reads S_{t-1}.
+        read: ``"running"`` reads S_t, the state after token t; ``"before"`` reads S_{t-1}.
         initial_state: S_0 ``[B, H, Dv, Dk]`` (``[N, H, Dv, Dk]`` with cu_seqlens); zeros if None.
         initial_momentum: U_0 of the same shape; zeros if None. Only with ``momentum``.
         output_final_state: whether to return the states after the last token.
@@ -88,6 +90,7 @@ def delta_memory(
     """
     q, k, v = _autocast(q, k, v)
     _check_tokens(q, k, v, log_decay, erase, momentum, leading=4)
+    check_renamed_value("read", read, _RENAMED_READS)
     check_choice("read", read, READS)
     check_positive_int("chunk_size", chunk_size)
     scale = _check_scale(scale)
@@ -129,7 +132,7 @@ def delta_memory_step(
     momentum: torch.Tensor | None = None,
     momentum_state: torch.Tensor | None = None,
     scale: float = 1.0,
-    read: str = "after",
+    read: str = "running",
     impl: str | None = None,
 ) -> tuple[torch.Tensor, State]:
     """One token of :func:`delta_memory`, for decoding: the same arguments without the time axis.
@@ -149,6 +152,7 @@ def delta_memory_step(
     """
     q, k, v = _autocast(q, k, v)
     _check_tokens(q, k, v, log_decay, erase, momentum, leading=3)
+    check_renamed_value("read", read, _RENAMED_READS)
     check_choice("read", read, READS)
     scale = _check_scale(scale)
     shape = (q.shape[0], q.shape[1], v.shape[2], k.shape[2])

@@ -242,7 +242,7 @@ def _log_decay_gradient(local: Local, d_rows, d_columns, d_end, read: str) -> to
     before, query = d_rows[:, :c].double(), d_rows[:, c:].double()
     at = d_columns.double()
     at[:, -1] += d_end
-    if read == "after":
+    if read == "running":
         at += query
     else:
         before = before + query

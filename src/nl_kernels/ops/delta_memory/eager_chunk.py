@@ -44,7 +44,7 @@ def local_quantities(
     k, v, erase = (segment.to_chunks(x, dtype) for x in (k, v, erase))
     reads = k * erase[..., None]
     if q is not None:
-        at_read = torch.cat([at_read, at_token if read == "after" else at_read], dim=1)
+        at_read = torch.cat([at_read, at_token if read == "running" else at_read], dim=1)
         reads = torch.cat([reads, segment.to_chunks(q, dtype) * scale], dim=1)
     pair_decay = decay_between(at_read, at_token, _seen_by_read(c, read, k)[: reads.shape[1]])
     read_decay = at_read.exp().to(dtype)
@@ -84,10 +84,10 @@ def decay_between(at_read: torch.Tensor, at_token: torch.Tensor, seen: torch.Ten
 def _seen_by_read(chunk: int, read: str, like: torch.Tensor) -> torch.Tensor:
     """1 where a read (row) sees a token's write (column), else 0.
 
-    Keys see the tokens before their own; queries also their own if ``read`` is "after".
+    Keys see the tokens before their own; queries also their own if ``read`` is "running".
     """
     ones = like.new_ones(chunk, chunk)
-    return torch.cat([ones.tril(-1), ones.tril(0 if read == "after" else -1)])
+    return torch.cat([ones.tril(-1), ones.tril(0 if read == "running" else -1)])
 
 
 def _inverse_of_unit_lower(strictly_lower: torch.Tensor) -> torch.Tensor:

@@ -38,5 +38,5 @@ def delta_memory_step(
         momentum_state = momentum_state.baddbmm_(writes, k.mT)
         after = torch.baddbmm(before * decay.exp(), erase * recalled, k.mT, alpha=-1).add_(momentum_state)
         momentum_state = momentum_state.view(state.shape)
-    o = torch.bmm(after if read == "after" else before, q).mul_(scale)
+    o = torch.bmm(after if read == "running" else before, q).mul_(scale)
     return o.view(v.shape).to(v.dtype), after.view(state.shape), momentum_state

@@ -65,6 +65,6 @@ def _one_stretch(q, k, v, log_decay, erase, momentum, state, momentum_state, *, 
         recalled = (state * k[:, t, :, None, :]).sum(-1, keepdim=True)
         erased = erase[:, t, :, None, None] * recalled * k[:, t, :, None, :]
         before, state = state, decay[:, t, :, None, None] * state - erased + write
-        source = state if read == "after" else before
+        source = state if read == "running" else before
         outputs.append(scale * (source * q[:, t, :, None, :]).sum(-1))
     return torch.stack(outputs, dim=1).to(output_dtype), state, momentum_state

@@ -60,7 +60,8 @@ def test_tensors(name, change, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"read": "now"}, ValueError, "read: .*'after', 'before'.*'now'"),
+        ({"read": "now"}, ValueError, "read: .*'running', 'before'.*'now'"),
+        ({"read": "after"}, ValueError, r"read: 'after' is called 'running' since version 0\.2"),
         ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
         ({"chunk_size": 64.0}, TypeError, "chunk_size: expected an int, got float"),
         ({"scale": "1"}, TypeError, "scale: expected a float, got str"),
@@ -106,6 +107,7 @@ def test_packed_states_are_one_per_sequence():
         ({"state": torch.zeros(2, 2, 4, 3)}, r"state: expected shape \(2, 2, 3, 4\)"),
         ({"momentum": None}, "momentum_state: give it with momentum"),
         ({"momentum_state": None}, "momentum_state: give it with momentum"),
+        ({"read": "after"}, r"read: 'after' is called 'running'"),
         ({"erase": torch.full((2, 2), 2.5)}, "erase: .*2.5"),
     ],
 )

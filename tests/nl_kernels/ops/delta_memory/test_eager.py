@@ -69,7 +69,7 @@ def test_chunks_equal_the_token_loop(data, monkeypatch):
         if value is not None:
             value.requires_grad_()
     options = {
-        "read": draw(st.sampled_from(["after", "before"]), label="read"),
+        "read": draw(st.sampled_from(["running", "before"]), label="read"),
         "scale": draw(st.sampled_from([1.0, 0.3]), label="scale"),
         "chunk_size": draw(st.sampled_from([1, 2, 5, 8, 16]), label="C"),
         "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)]) if packed else None,
@@ -90,7 +90,7 @@ def test_chunks_of_full_size_equal_the_token_loop(chunk_size):
 
 
 @pytest.mark.parametrize("momentum", [False, True])
-@pytest.mark.parametrize("read", ["after", "before"])
+@pytest.mark.parametrize("read", ["running", "before"])
 def test_gradcheck(momentum, read):
     x = delta_memory_inputs(
         1, 5, 1, 2, 3, momentum=momentum, initial_state=True, dtype=torch.float64, requires_grad=True
@@ -144,7 +144,7 @@ def test_a_sequence_cut_anywhere_and_resumed_equals_the_whole(momentum, cut):
 
 
 @pytest.mark.parametrize("momentum", [False, True])
-@pytest.mark.parametrize("read", ["after", "before"])
+@pytest.mark.parametrize("read", ["running", "before"])
 def test_token_by_token_equals_the_whole(momentum, read):
     x = delta_memory_inputs(2, 12, 2, 4, 3, momentum=momentum, initial_state=True, dtype=torch.float64)
     whole = run(x, chunk_size=4, read=read, scale=0.5)

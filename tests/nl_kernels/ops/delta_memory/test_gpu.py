@@ -54,10 +54,10 @@ def test_step_in_a_graph():
     ]
     static = [t.clone() for t in tokens[0]]
     state, velocity = x["initial_state"].clone(), x["initial_momentum"].clone()
-    triton_step(*static, state, velocity, scale=1.0, read="after")  # compiles
+    triton_step(*static, state, velocity, scale=1.0, read="running")  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o, new_state, new_velocity = triton_step(*static, state, velocity, scale=1.0, read="after")
+        o, new_state, new_velocity = triton_step(*static, state, velocity, scale=1.0, read="running")
         state.copy_(new_state)
         velocity.copy_(new_velocity)
     outputs = []

@@ -53,7 +53,7 @@ def assert_kernels_within_budget(x, **options):
         assert_within_budget(triton[name], eager[name], expected[name], name=name)
 
 
-LENGTHS = itertools.product([False, True], ["after", "before"], [1, 15, 16, 17, 55])
+LENGTHS = itertools.product([False, True], ["running", "before"], [1, 15, 16, 17, 55])
 
 
 def quick(momentum, read, length):
@@ -104,7 +104,7 @@ def test_fp16(momentum):
     assert_kernels_within_budget(x, chunk_size=16)
 
 
-@pytest.mark.parametrize("read", ["after", "before"])
+@pytest.mark.parametrize("read", ["running", "before"])
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
 def test_steps_equal_the_token_loop(momentum, read):
     x = inputs(7, momentum=momentum, batch=2, value=40)
@@ -160,7 +160,7 @@ def test_every_element_is_written_and_nothing_else(momentum, packed):
     )
     cu_seqlens = torch.tensor([0, 17, 34]) if packed else None
     tensors = [*x.values(), cu_seqlens]
-    options = {"scale": 0.7, "read": "after", "chunk_size": 16, "architecture": "sm_90"}
+    options = {"scale": 0.7, "read": "running", "chunk_size": 16, "architecture": "sm_90"}
     calls, (o, state, momentum_state) = triton_forward.plan_forward(*tensors, **options)
     assert run_guarded(calls, tensors) > 10
     cotangents = [t if t is None else torch.randn(t.shape) for t in (o, state, momentum_state)]
@@ -173,7 +173,7 @@ def test_step_writes_every_element_and_nothing_else():
 
     x = delta_memory_inputs(2, 1, 3, 7, 33, momentum=True, initial_state=True)
     tensors = [x[n].squeeze(1) if x[n].shape[1] == 1 else x[n] for n in TENSORS]
-    call, _ = triton_step.plan_step(*tensors, scale=1.0, read="after", architecture="sm_90")
+    call, _ = triton_step.plan_step(*tensors, scale=1.0, read="running", architecture="sm_90")
     assert run_guarded([call], tensors) == 11
 
 
@@ -203,7 +203,7 @@ def test_refuses_what_the_kernels_cannot_hold():
 
 def test_operators_pass_opcheck():
     x = inputs(5, momentum=True, requires_grad=False)
-    arguments = (*x.values(), None, 1.0, "after", 16, "triton")
+    arguments = (*x.values(), None, 1.0, "running", 16, "triton")
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.nl_kernels.delta_memory_forward, arguments, test_utils=tests)
     results = torch.ops.nl_kernels.delta_memory_forward(*arguments)
@@ -214,7 +214,7 @@ def test_operators_pass_opcheck():
         x["initial_state"],
         x["initial_momentum"],
         1.0,
-        "after",
+        "running",
         "triton",
     ]
     torch.library.opcheck(torch.ops.nl_kernels.delta_memory_step, tuple(step), test_utils=tests)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from nl_kernels import delta_memory, delta_memory_step
 from nl_kernels.testing import delta_memory_inputs, relative_error
 
-OPTIONS = (0.5, "after", 8, "eager")
+OPTIONS = (0.5, "running", 8, "eager")
 
 
 def inputs(**options):
@@ -62,7 +62,7 @@ def test_opcheck_of_the_step(momentum):
     x = delta_memory_inputs(2, 1, 2, 4, 3, momentum=momentum, initial_state=True)
     tokens = tuple(value if value is None else value[:, 0] for value in list(x.values())[:6])
     states = (x["initial_state"], x["initial_momentum"])
-    torch.library.opcheck(torch.ops.nl_kernels.delta_memory_step, (*tokens, *states, 0.5, "after", "eager"))
+    torch.library.opcheck(torch.ops.nl_kernels.delta_memory_step, (*tokens, *states, 0.5, "running", "eager"))
 
 
 @pytest.mark.parametrize("momentum", [False, True])
