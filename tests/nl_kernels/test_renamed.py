@@ -16,3 +16,10 @@ def test_the_log_of_the_retention(op):
     with pytest.raises(TypeError, match=r"log_decay: is called log_retention since version 0\.2"):
         op(**inputs)
     assert "log_retention" in inspect.signature(op).parameters
+
+
+def test_the_initial_state_of_momentum():
+    inputs = delta_memory_inputs(1, 2, 1, 4, momentum=True, initial_state=True)
+    inputs["initial_momentum"] = inputs.pop("initial_momentum_state")
+    with pytest.raises(TypeError, match=r"initial_momentum: is called initial_momentum_state since"):
+        delta_memory(**inputs)
