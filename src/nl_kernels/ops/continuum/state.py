@@ -9,6 +9,8 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from nl_kernels.renamed import renamed_arguments
+
 RULES = ("sgd", "dgd", "momentum", "muon")
 RULES_WITH_MOMENTUM = ("momentum", "muon")
 VARIANTS = ("sequential", "nested", "independent")
@@ -170,49 +172,50 @@ def continuum_clone(state: ContinuumState) -> ContinuumState:
     return _map(torch.clone, state)
 
 
+@renamed_arguments(rows="sequences")
 def continuum_reset(
-    state: ContinuumState, levels: Sequence[ContinuumLevel], *, rows: torch.Tensor | None = None
+    state: ContinuumState, levels: Sequence[ContinuumLevel], *, sequences: torch.Tensor | None = None
 ) -> ContinuumState:
     """The state with some sequences at their start again: initial weights, nothing pending, no momentum.
 
     Args:
         state: of B sequences, from :func:`nl_kernels.continuum_memory` with the same levels.
         levels: whose weights are the start; gradients flow into them.
-        rows: [B] bool, the sequences to reset; None: all.
+        sequences: [B] bool, the sequences to reset; None: all.
 
     Raises:
-        TypeError, ValueError: ``rows`` is no such tensor, or the state is one of other levels.
+        TypeError, ValueError: ``sequences`` is no such tensor, or the state is one of other levels.
     """
     if len(state) != len(levels):
         raise ValueError(f"state: expected that of {len(levels)} levels, got {len(state)}")
-    return tuple(None if s is None else _reset_level(s, lv, rows) for s, lv in zip(state, levels))
+    return tuple(None if s is None else _reset_level(s, lv, sequences) for s, lv in zip(state, levels))
 
 
 def _reset_level(
-    state: ContinuumLevelState | ContinuumClock, level: ContinuumLevel, rows: torch.Tensor | None
+    state: ContinuumLevelState | ContinuumClock, level: ContinuumLevel, sequences: torch.Tensor | None
 ) -> ContinuumLevelState | ContinuumClock:
     position = state.position
-    if rows is None:
-        rows = torch.ones_like(position, dtype=torch.bool)
-    if not isinstance(rows, torch.Tensor) or rows.dtype != torch.bool:
-        raise TypeError(f"rows: expected a tensor of torch.bool or None, got {rows!r:.100}")
-    if rows.shape != position.shape or rows.device != position.device:
+    if sequences is None:
+        sequences = torch.ones_like(position, dtype=torch.bool)
+    if not isinstance(sequences, torch.Tensor) or sequences.dtype != torch.bool:
+        raise TypeError(f"sequences: expected a tensor of torch.bool or None, got {sequences!r:.100}")
+    if sequences.shape != position.shape or sequences.device != position.device:
         raise ValueError(
-            f"rows: expected shape {tuple(position.shape)} on {position.device}, got {tuple(rows.shape)} "
-            f"on {rows.device}"
+            f"sequences: expected shape {tuple(position.shape)} on {position.device}, "
+            f"got {tuple(sequences.shape)} on {sequences.device}"
         )
-    changed = {"position": position.masked_fill(rows, 0)}
+    changed = {"position": position.masked_fill(sequences, 0)}
     if isinstance(state, ContinuumClock):
         return state._replace(**changed)
     for name in ("up", "down", "gate"):
         fast, momentum = getattr(state, name), getattr(state, f"{name}_momentum")
         if fast is not None:
             initial = getattr(level, name).to(fast.dtype)
-            changed[name] = torch.where(rows[:, None, None], initial, fast)
+            changed[name] = torch.where(sequences[:, None, None], initial, fast)
         if momentum is not None:
-            changed[f"{name}_momentum"] = momentum.masked_fill(rows[:, None, None], 0.0)
-    changed["pending_inputs"] = state.pending_inputs.masked_fill(rows[:, None, None], 0.0)
-    changed["pending_rates"] = state.pending_rates.masked_fill(rows[:, None], 0.0)
+            changed[f"{name}_momentum"] = momentum.masked_fill(sequences[:, None, None], 0.0)
+    changed["pending_inputs"] = state.pending_inputs.masked_fill(sequences[:, None, None], 0.0)
+    changed["pending_rates"] = state.pending_rates.masked_fill(sequences[:, None], 0.0)
     return state._replace(**changed)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from nl_kernels.renamed import renamed_arguments
+
 Triple = tuple[float, float, float]
 
 MUON_COEFFICIENTS: Triple = (3.4445, -4.7750, 2.0315)
@@ -19,8 +21,9 @@ _CONVERGED = 1e-12
 _EXCHANGES = 100
 
 
-def optimal_coefficients(steps: int, lower: float = 1e-3) -> tuple[Triple, ...]:
-    """The schedule that takes singular values in [lower, 1] closest to 1 in so many steps.
+@renamed_arguments(lower="lower_singular_value")
+def optimal_coefficients(steps: int, lower_singular_value: float = 1e-3) -> tuple[Triple, ...]:
+    """The schedule that takes singular values in [lower_singular_value, 1] closest to 1 in so many steps.
 
     Each step is the minimax quintic on the interval that the steps before lead to, which is the best choice
     for the composition too (Polar Express, arXiv 2505.16932). Two departures serve low precision: no interval
@@ -28,16 +31,18 @@ def optimal_coefficients(steps: int, lower: float = 1e-3) -> tuple[Triple, ...]:
 
     Args:
         steps: number of triples, at least 1.
-        lower: smallest singular value of interest relative to the matrix's Frobenius norm, in (0, 1).
+        lower_singular_value: smallest one of interest, relative to the matrix's Frobenius norm, in (0, 1).
 
     Raises:
-        ValueError: ``steps`` or ``lower`` out of range.
+        ValueError: ``steps`` or ``lower_singular_value`` out of range.
     """
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
-    if not 0 < lower < 1:
-        raise ValueError(f"lower_singular_value: expected a number between 0 and 1, got {lower}")
-    low, high = lower, 1.0
+    if not 0 < lower_singular_value < 1:
+        raise ValueError(
+            f"lower_singular_value: expected a number between 0 and 1, got {lower_singular_value}"
+        )
+    low, high = lower_singular_value, 1.0
     schedule = []
     for _ in range(steps):
         high *= 1 + _MARGIN

@@ -262,7 +262,7 @@ def test_reset_takes_sequences_back_to_their_start():
     levels = [dataclasses.replace(level, rate=0.05) for level in levels]
     rows = torch.tensor([True, False, True])
     kept = continuum_clone(state)
-    again = continuum_reset(state, levels, rows=rows)
+    again = continuum_reset(state, levels, sequences=rows)
     y, final = continuum_memory(x, levels, initial_state=again, output_final_state=True)
     fresh, fresh_final = continuum_memory(x, levels, output_final_state=True)
     gone_on, _ = continuum_memory(x, levels, initial_state=state)
@@ -271,10 +271,10 @@ def test_reset_takes_sequences_back_to_their_start():
     assert all(torch.equal(a, b) for a, b in zip(flat(state), flat(kept)))
     everything = continuum_reset(state, levels)
     close([continuum_memory(x, levels, initial_state=everything)[0]], [fresh])
-    with pytest.raises(TypeError, match="rows"):
-        continuum_reset(state, levels, rows=torch.ones(3))
-    with pytest.raises(ValueError, match="rows"):
-        continuum_reset(state, levels, rows=rows[:2])
+    with pytest.raises(TypeError, match="sequences"):
+        continuum_reset(state, levels, sequences=torch.ones(3))
+    with pytest.raises(ValueError, match="sequences"):
+        continuum_reset(state, levels, sequences=rows[:2])
 
 
 def test_detach_cuts_the_graph_and_clone_does_not():
@@ -406,7 +406,7 @@ def test_a_step_of_rate_zero_resets_the_faster_level_as_number_and_as_tensor(mem
         assert [s.position.tolist() for s in state[:2]] == [[1, 1], [3, 1]]
         flushed = flush(state, levels, variant="nested")
         assert not any(s.position.any() for s in flushed[:2])
-        again = continuum_reset(state, levels, rows=torch.tensor([True, False]))
+        again = continuum_reset(state, levels, sequences=torch.tensor([True, False]))
         assert [s.position.tolist() for s in again[:2]] == [[0, 1], [0, 1]]
         assert torch.equal(flushed[0].up, fast.up.expand(2, -1, -1))
         return [torch.cat(parts, 1), state[0].up, state[0].pending_inputs, again[0].down], state[1]
