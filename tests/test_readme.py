@@ -10,15 +10,22 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from nl_kernels import __version__
 from nl_models import HopeConfig, HopeForCausalLM
-from nl_models.hope.configuration_hope import PRESETS
+from nl_models.hope.configuration_hope import PRESETS, RENAMED
 from nl_models.surgery import convert_mlp_to_continuum
 from nl_models.training.baseline import parameter_count
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 OP_PAGES = sorted((ROOT / "src/nl_kernels/ops").glob("*/README.md"))
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *OP_PAGES, ROOT / "examples/minimal/README.md"]
+PAGES = [
+    README,
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *OP_PAGES,
+    ROOT / "examples/minimal/README.md",
+]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 
 
@@ -124,6 +131,12 @@ def test_the_table_of_sizes():
         config = HopeConfig.preset(name)
         sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size)
         assert [int(x.replace(",", "")) for x in row.split(" | ")] == [*sizes, parameter_count(config)], name
+
+
+def test_the_changelog_begins_with_this_version_and_knows_the_old_names_of_fields():
+    text = TEXTS["CHANGELOG.md"]
+    assert re.search(r"^## (\S+)$", text, re.M).group(1) == __version__
+    assert [name for pair in RENAMED.items() for name in pair if f"`{name}`" not in text] == []
 
 
 def commands(text: str) -> list[str]:
