@@ -71,9 +71,7 @@ def delta_memory_inputs(
         "erase": erase.to(rates_dtype),
         "momentum": (0.95 * uniform(*rates)).to(rates_dtype) if momentum else None,
         "initial_state": normal(*states).to(rates_dtype) if initial_state else None,
-        "initial_momentum_state": (0.3 * normal(*states)).to(rates_dtype)
-        if initial_state and momentum
-        else None,
+        "initial_momentum": (0.3 * normal(*states)).to(rates_dtype) if initial_state and momentum else None,
     }
     return {
         name: None if x is None else x.to(device).requires_grad_(requires_grad) for name, x in inputs.items()

@@ -34,10 +34,3 @@ def test_the_lower_end_of_a_schedule():
 def test_the_sequences_that_begin_anew():
     with pytest.raises(TypeError, match="rows: is called sequences since"):
         continuum_reset((), [], rows=None)
-
-
-def test_the_initial_state_of_momentum():
-    inputs = delta_memory_inputs(1, 2, 1, 4, momentum=True, initial_state=True)
-    inputs["initial_momentum"] = inputs.pop("initial_momentum_state")
-    with pytest.raises(TypeError, match=r"initial_momentum: is called initial_momentum_state since"):
-        delta_memory(**inputs)

@@ -33,7 +33,7 @@ _OF_CALLERS = frozenset(
 State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-@renamed_arguments(log_decay="log_retention", initial_momentum="initial_momentum_state")
+@renamed_arguments(log_decay="log_retention")
 def delta_memory(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -45,7 +45,7 @@ def delta_memory(
     scale: float = 1.0,
     read: str = "running",
     initial_state: torch.Tensor | None = None,
-    initial_momentum_state: torch.Tensor | None = None,
+    initial_momentum: torch.Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     chunk_size: int = 64,
@@ -72,7 +72,7 @@ def delta_memory(
         scale: factor of every output.
         read: ``"running"`` reads S_t, the state after token t; ``"before"`` reads S_{t-1}.
         initial_state: S_0 ``[B, H, Dv, Dk]`` (``[N, H, Dv, Dk]`` with cu_seqlens); zeros if None.
-        initial_momentum_state: U_0 of the same shape; zeros if None. Only with ``momentum``.
+        initial_momentum: U_0 of the same shape; zeros if None. Only with ``momentum``.
         output_final_state: whether to return the states after the last token.
         cu_seqlens: bounds ``[0, …, T]`` of N packed sequences, int32 or int64 ``[N + 1]``, strictly
             increasing; B must be 1. The eager path reads them on the host.
@@ -102,11 +102,11 @@ def delta_memory(
             raise ValueError(f"cu_seqlens: packed sequences need a batch of 1, got {q.shape[0]}")
         sequences = cu_seqlens.shape[0] - 1
     _check_states(
-        initial_state, initial_momentum_state, momentum, (sequences, q.shape[2], v.shape[3], k.shape[3]), q
+        initial_state, initial_momentum, momentum, (sequences, q.shape[2], v.shape[3], k.shape[3]), q
     )
     impl = choose_implementation("delta_memory", impl, q.device, AVAILABLE)
 
-    tensors = (q, k, v, log_retention, erase, momentum, initial_state, initial_momentum_state, cu_seqlens)
+    tensors = (q, k, v, log_retention, erase, momentum, initial_state, initial_momentum, cu_seqlens)
     if impl == "reference":
         o, state, momentum_state = reference.delta_memory_forward(*tensors, scale=scale, read=read)
     elif (
@@ -173,7 +173,7 @@ def delta_memory_step(
             scale=scale,
             read=read,
             initial_state=state,
-            initial_momentum_state=momentum_state,
+            initial_momentum=momentum_state,
             output_final_state=True,
             impl=impl,
         )
@@ -318,13 +318,13 @@ def _check_tokens(
             check_range("momentum", momentum, 0.0, 1.0, closed_high=False)
 
 
-def _check_states(initial_state, initial_momentum_state, momentum, shape, q) -> None:
+def _check_states(initial_state, initial_momentum, momentum, shape, q) -> None:
     if initial_state is not None:
         check_tensor("initial_state", initial_state, shape, like=q)
-    if initial_momentum_state is not None:
+    if initial_momentum is not None:
         if momentum is None:
-            raise ValueError("initial_momentum_state: given without momentum; give both or neither")
-        check_tensor("initial_momentum_state", initial_momentum_state, shape, like=q)
+            raise ValueError("initial_momentum: given without momentum; give both or neither")
+        check_tensor("initial_momentum", initial_momentum, shape, like=q)
 
 
 def _check_scale(scale: float) -> float:

@@ -25,7 +25,7 @@ def delta_memory_forward(
     erase: torch.Tensor,
     momentum: torch.Tensor | None,
     initial_state: torch.Tensor | None,
-    initial_momentum_state: torch.Tensor | None,
+    initial_momentum: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     *,
     scale: float,
@@ -35,7 +35,7 @@ def delta_memory_forward(
     """Outputs ``o`` and the states after the last token; shapes as in :func:`nl_kernels.delta_memory`."""
     grid = Grid.of(k, v, cu_seqlens, chunk_size)
     state = grid.to_state_order(initial_state)
-    momentum_state = None if momentum is None else grid.to_state_order(initial_momentum_state)
+    momentum_state = None if momentum is None else grid.to_state_order(initial_momentum)
     o = v.new_empty(v.shape)
     for segment in grid.segments:
         c = segment.chunk
@@ -62,21 +62,21 @@ def delta_memory_backward(
     erase: torch.Tensor,
     momentum: torch.Tensor | None,
     initial_state: torch.Tensor | None,
-    initial_momentum_state: torch.Tensor | None,
+    initial_momentum: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     *,
     scale: float,
     read: str,
     chunk_size: int,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients ``(dq, dk, dv, dlog_retention, derase, dmomentum, dinitial_state, dinitial_momentum_state)``.
+    """Gradients ``(dq, dk, dv, dlog_retention, derase, dmomentum, dinitial_state, dinitial_momentum)``.
 
     Every quantity of the forward pass is computed again from the inputs. ``dmomentum`` and
-    ``dinitial_momentum_state`` are None without momentum; ``dinitial_state`` is always given.
+    ``dinitial_momentum`` are None without momentum; ``dinitial_state`` is always given.
     """
     grid = Grid.of(k, v, cu_seqlens, chunk_size)
     state = grid.to_state_order(initial_state)
-    momentum_state = None if momentum is None else grid.to_state_order(initial_momentum_state)
+    momentum_state = None if momentum is None else grid.to_state_order(initial_momentum)
     passed = []
     for segment in grid.segments[:-1]:
         momentum_start = None if momentum is None else momentum_state.clone()
@@ -105,7 +105,7 @@ def delta_memory_backward(
             if gradient is not None:
                 segment.write(gradient, part)
     d_initial = [None if x is None else grid.from_state_order(x) for x in (d_state, d_momentum_state)]
-    for i, initial in enumerate((initial_state, initial_momentum_state)):
+    for i, initial in enumerate((initial_state, initial_momentum)):
         if initial is not None:
             d_initial[i] = d_initial[i].to(initial.dtype)
     return (*gradients, *d_initial)

@@ -15,7 +15,7 @@ def delta_memory_forward(
     erase: torch.Tensor,
     momentum: torch.Tensor | None,
     initial_state: torch.Tensor | None,
-    initial_momentum_state: torch.Tensor | None,
+    initial_momentum: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     *,
     scale: float,
@@ -39,7 +39,7 @@ def delta_memory_forward(
                 *(x[:, tokens] for x in (q, k, v, log_retention, erase)),
                 None if momentum is None else momentum[:, tokens],
                 None if initial_state is None else initial_state[states],
-                None if initial_momentum_state is None else initial_momentum_state[states],
+                None if initial_momentum is None else initial_momentum[states],
                 scale=scale,
                 read=read,
             )

@@ -52,9 +52,9 @@ def with_value(value):
         ("momentum", with_value(1.0), ValueError, r"momentum: expected values in \[0.0, 1.0\), got 1.0"),
         ("momentum", with_value(-0.5), ValueError, "momentum: .*-0.5"),
         ("momentum", lambda x: x[:1], ValueError, r"momentum: expected shape \(2, 5, 2\)"),
-        ("momentum", lambda x: None, ValueError, "initial_momentum_state: given without momentum"),
+        ("momentum", lambda x: None, ValueError, "initial_momentum: given without momentum"),
         ("initial_state", lambda x: x.mT, ValueError, r"initial_state: expected shape \(2, 2, 3, 4\)"),
-        ("initial_momentum_state", lambda x: x[:1], ValueError, "initial_momentum_state: expected shape"),
+        ("initial_momentum", lambda x: x[:1], ValueError, "initial_momentum: expected shape"),
     ],
 )
 def test_tensors(name, change, error, message):
@@ -119,7 +119,7 @@ def test_packed_states_are_one_per_sequence():
 def test_step(change, message):
     x = delta_memory_inputs(2, 1, 2, 4, 3, momentum=True, initial_state=True)
     token = {name: x[name][:, 0] for name in ("q", "k", "v", "log_retention", "erase", "momentum")}
-    states = {"state": x["initial_state"], "momentum_state": x["initial_momentum_state"]}
+    states = {"state": x["initial_state"], "momentum_state": x["initial_momentum"]}
     with pytest.raises(ValueError, match=message):
         delta_memory_step(**token | states | change)
 

@@ -11,7 +11,7 @@ from nl_kernels import delta_memory, delta_memory_step
 from nl_kernels.ops.delta_memory import eager, rows
 from nl_kernels.testing import assert_within_budget, delta_memory_inputs, relative_error, to_float64
 
-TENSORS = ("q", "k", "v", "log_retention", "erase", "momentum", "initial_state", "initial_momentum_state")
+TENSORS = ("q", "k", "v", "log_retention", "erase", "momentum", "initial_state", "initial_momentum")
 
 
 def run(x, **options):
@@ -134,11 +134,9 @@ def test_a_sequence_cut_anywhere_and_resumed_equals_the_whole(momentum, cut):
 
     def part(tokens, states):
         cut_inputs = {name: value if value is None else value[:, tokens] for name, value in x.items()}
-        return run(cut_inputs | dict(zip(("initial_state", "initial_momentum_state"), states)), chunk_size=8)
+        return run(cut_inputs | dict(zip(("initial_state", "initial_momentum"), states)), chunk_size=8)
 
-    first = part(
-        slice(0, cut), [s for s in (x["initial_state"], x["initial_momentum_state"]) if s is not None]
-    )
+    first = part(slice(0, cut), [s for s in (x["initial_state"], x["initial_momentum"]) if s is not None])
     second = part(slice(cut, None), first[1:])
     pieces = [torch.cat([first[0], second[0]], 1), *second[1:]]
     for actual, expected in zip(pieces, whole):
@@ -150,7 +148,7 @@ def test_a_sequence_cut_anywhere_and_resumed_equals_the_whole(momentum, cut):
 def test_token_by_token_equals_the_whole(momentum, read):
     x = delta_memory_inputs(2, 12, 2, 4, 3, momentum=momentum, initial_state=True, dtype=torch.float64)
     whole = run(x, chunk_size=4, read=read, scale=0.5)
-    state, momentum_state = x["initial_state"], x["initial_momentum_state"]
+    state, momentum_state = x["initial_state"], x["initial_momentum"]
     given = [s if s is None else s.clone() for s in (state, momentum_state)]
     outputs = []
     for t in range(12):
@@ -163,7 +161,7 @@ def test_token_by_token_equals_the_whole(momentum, read):
     for actual, expected in zip([torch.stack(outputs, 1), state, momentum_state], whole):
         assert relative_error(actual, expected) < 1e-12
     assert torch.equal(x["initial_state"], given[0]), "the caller's state was changed"
-    assert not momentum or torch.equal(x["initial_momentum_state"], given[1])
+    assert not momentum or torch.equal(x["initial_momentum"], given[1])
 
 
 def test_a_step_has_gradients_when_they_are_needed():
@@ -171,7 +169,7 @@ def test_a_step_has_gradients_when_they_are_needed():
     token = {name: x[name][:, 0].requires_grad_() for name in TENSORS[:6]}
     states = {
         "state": x["initial_state"].requires_grad_(),
-        "momentum_state": x["initial_momentum_state"].requires_grad_(),
+        "momentum_state": x["initial_momentum"].requires_grad_(),
     }
     leaves = (*token.values(), *states.values())
     gradients = {}

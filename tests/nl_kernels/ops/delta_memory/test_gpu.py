@@ -54,7 +54,7 @@ def test_step_in_a_graph():
         for t in range(3)
     ]
     static = [t.clone() for t in tokens[0]]
-    state, velocity = x["initial_state"].clone(), x["initial_momentum_state"].clone()
+    state, velocity = x["initial_state"].clone(), x["initial_momentum"].clone()
     triton_step(*static, state, velocity, scale=1.0, read="running")  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

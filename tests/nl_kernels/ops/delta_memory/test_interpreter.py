@@ -12,7 +12,7 @@ from nl_kernels.testing import GuardedBuffer, assert_within_budget, delta_memory
 
 pytestmark = pytest.mark.interpreter
 
-TENSORS = ("q", "k", "v", "log_retention", "erase", "momentum", "initial_state", "initial_momentum_state")
+TENSORS = ("q", "k", "v", "log_retention", "erase", "momentum", "initial_state", "initial_momentum")
 
 
 def inputs(length, *, momentum, batch=1, heads=1, key=12, value=20, initial_state=True, **options):
@@ -111,7 +111,7 @@ def test_steps_equal_the_token_loop(momentum, read):
     expected, final = delta_memory(
         **to_float64(x), read=read, scale=0.7, output_final_state=True, impl="reference"
     )
-    state, momentum_state = x["initial_state"], x["initial_momentum_state"]
+    state, momentum_state = x["initial_state"], x["initial_momentum"]
     outputs = []
     for t in range(7):
         token = {n: x[n][:, t] for n in ("q", "k", "v", "log_retention", "erase")}
@@ -212,7 +212,7 @@ def test_operators_pass_opcheck():
     )
     step = [x[n][:, 0] for n in TENSORS[:6]] + [
         x["initial_state"],
-        x["initial_momentum_state"],
+        x["initial_momentum"],
         1.0,
         "running",
         "triton",
@@ -244,7 +244,7 @@ MISTAKES = [
     ("start_before * erase_term", "erase_term", "derase"),
     ("d_mu += mixed_tail * tl.sum(mu_before * mixed_tail_term[None, :], 1)", "pass", "dmomentum"),
     ("d_state -= matmul(tl.trans(transform), d_pseudo_tile, STATE)", "pass", "dinitial_state"),
-    ("(scale * carried)[:, None] * d_output", "scale * d_output", "dinitial_momentum_state"),
+    ("(scale * carried)[:, None] * d_output", "scale * d_output", "dinitial_momentum"),
 ]
 
 

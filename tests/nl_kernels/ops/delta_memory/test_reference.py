@@ -73,17 +73,13 @@ def test_momentum_alone_is_a_geometric_sum_of_writes():
 def test_reading_before_is_reading_the_state_of_the_previous_token(impl):
     x = float64_inputs(initial_state=True, momentum=True)
     before, _ = delta_memory(**x, read="before", scale=0.5, impl=impl)
-    state = (x["initial_state"], x["initial_momentum_state"])
+    state = (x["initial_state"], x["initial_momentum"])
     for t in range(x["q"].shape[1]):
         expected = 0.5 * torch.einsum("bhvk,bhk->bhv", state[0], x["q"][:, t])
         torch.testing.assert_close(before[:, t], expected, rtol=1e-12, atol=1e-12)
         token = {n: x[n][:, t : t + 1] for n in ("q", "k", "v", "log_retention", "erase", "momentum")}
         _, state = delta_memory(
-            **token,
-            initial_state=state[0],
-            initial_momentum_state=state[1],
-            output_final_state=True,
-            impl=impl,
+            **token, initial_state=state[0], initial_momentum=state[1], output_final_state=True, impl=impl
         )
 
 

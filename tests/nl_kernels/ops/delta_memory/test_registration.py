@@ -61,7 +61,7 @@ def test_opcheck(momentum, packed, dtype):
 def test_opcheck_of_the_step(momentum):
     x = delta_memory_inputs(2, 1, 2, 4, 3, momentum=momentum, initial_state=True)
     tokens = tuple(value if value is None else value[:, 0] for value in list(x.values())[:6])
-    states = (x["initial_state"], x["initial_momentum_state"])
+    states = (x["initial_state"], x["initial_momentum"])
     torch.library.opcheck(torch.ops.nl_kernels.delta_memory_step, (*tokens, *states, 0.5, "running", "eager"))
 
 
@@ -142,10 +142,10 @@ def test_functional_gradient_and_vmap():
 
     # Keys and initial momentum are shared by the whole batch; the others differ.
     batches = [
-        x[name] if name in ("k", "initial_momentum_state") else torch.stack([x[name], 0.5 * x[name]])
+        x[name] if name in ("k", "initial_momentum") else torch.stack([x[name], 0.5 * x[name]])
         for name in names
     ]
-    in_dims = ([None if name in ("k", "initial_momentum_state") else 0 for name in names],)
+    in_dims = ([None if name in ("k", "initial_momentum") else 0 for name in names],)
     actual = torch.func.vmap(torch.func.grad(loss), in_dims)(batches)
     for i in range(2):
         one = [b if d is None else b[i] for b, d in zip(batches, in_dims[0])]
@@ -203,7 +203,7 @@ def test_autocast_rounds_q_k_v_and_nothing_else():
         step, _ = delta_memory_step(
             **{name: x[name][:, 0] for name in ("q", "k", "v", "log_retention", "erase", "momentum")},
             state=x["initial_state"],
-            momentum_state=x["initial_momentum_state"],
+            momentum_state=x["initial_momentum"],
         )
     assert o.dtype == torch.bfloat16
     assert torch.equal(o, expected)
@@ -226,7 +226,7 @@ def test_only_needed_results_may_be_used():
     x = inputs(dtype=torch.float64)
     o, (state, momentum_state) = delta_memory(**x, output_final_state=True)
     for used in (o, state, momentum_state):
-        names = ("k", "v", "momentum", "initial_momentum_state")
+        names = ("k", "v", "momentum", "initial_momentum")
         actual = torch.autograd.grad(used.sum(), [x[n] for n in names], retain_graph=True, allow_unused=True)
         o2, (state2, momentum2) = delta_memory(**x, output_final_state=True, impl="reference")
         same = {id(o): o2, id(state): state2, id(momentum_state): momentum2}[id(used)]
