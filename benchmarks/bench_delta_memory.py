@@ -22,7 +22,7 @@ from benchmarks.measure import Work, random_tensors
 from nl_kernels.ops.delta_memory import delta_memory, delta_memory_step, eager
 from nl_kernels.testing import delta_memory_inputs, to_float64
 
-TOKENS = ("q", "k", "v", "log_retention", "erase")
+TOKENS = ("q", "k", "v", "log_decay", "erase")
 CHUNK = 64
 REFERENCE_LIMIT = 512  # the token loop is fifteen times slower there already
 COMPILED_LIMIT = 2048  # every chunk is unrolled: compiling takes minutes on a CPU
@@ -57,10 +57,10 @@ def training_providers(case: Case, device: torch.device) -> Factories:
     def fla() -> Provider:
         inputs = inputs_of(case, device)
         with torch.no_grad():
-            beta = inputs["erase"] * inputs["log_retention"].neg().exp()
+            beta = inputs["erase"] * inputs["log_decay"].neg().exp()
             values = inputs["v"] / beta[..., None].to(case.dtype)
         cotangent = random_tensors(1, {"o": tuple(inputs["v"].shape)}, device, case.dtype)["o"]
-        leaves = [inputs["q"], inputs["k"], values, inputs["log_retention"], beta]
+        leaves = [inputs["q"], inputs["k"], values, inputs["log_decay"], beta]
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         return peers.chunk_gated_delta_rule(*leaves, cotangent)
 

@@ -98,12 +98,12 @@ def make_call(op: Op, tokens: int, heads: int, width: int, hidden: int | None, m
     if op is Op.deep_memory:
         memory = weights(width)
         rate = torch.rand(1, tokens, heads).requires_grad_()
-        log_retention = (-0.02 * torch.rand(1, tokens, heads)).requires_grad_()
+        log_decay = (-0.02 * torch.rand(1, tokens, heads)).requires_grad_()
 
         def call():
             q, k, v, _ = tensors
             o, _ = deep_memory(
-                l2_normalize(q), l2_normalize(k), v, rate, log_retention, memory,
+                l2_normalize(q), l2_normalize(k), v, rate, log_decay, memory,
                 momentum=decay, impl="eager", **options,
             )  # fmt: skip
             o.sum().backward()

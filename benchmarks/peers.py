@@ -177,7 +177,7 @@ def nested_learning(
 
 
 def chunk_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, log_retention: Tensor, beta: Tensor, cotangent: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, cotangent: Tensor | None
 ) -> Provider:
     """``chunk_gated_delta_rule`` of flash-linear-attention on the same tensors ``[B, T, H, D]``; CUDA only.
 
@@ -191,10 +191,10 @@ def chunk_gated_delta_rule(
         "flash-linear-attention",
         "pip install --no-deps flash-linear-attention fla-core",
     )
-    leaves = [q, k, v, log_retention, beta]
+    leaves = [q, k, v, log_decay, beta]
 
     def run() -> tuple[Tensor, ...]:
-        out, _ = module.chunk_gated_delta_rule(q, k, v, g=log_retention, beta=beta, scale=1.0)
+        out, _ = module.chunk_gated_delta_rule(q, k, v, g=log_decay, beta=beta, scale=1.0)
         if cotangent is None:
             return (out,)
         return out.detach(), *torch.autograd.grad(out, leaves, cotangent)

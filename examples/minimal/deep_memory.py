@@ -24,14 +24,14 @@ def bounded(x):
     return x * x.square().sum(-1, keepdim=True).clamp(min=1).rsqrt()
 
 
-def learn(change, x, error, rate, log_retention):
+def learn(change, x, error, rate, log_decay):
     """One layer's Δ over a chunk: change [B, H, O, I], inputs x [B, H, C, I], error signals δ [B, H, C, O].
 
     A token adds a row n_t x_tᵀ with n_t = −η_t (Δ_{t-1} x_t + δ_t). These n solve one triangular system, as
     in delta_memory.py. Returns Δ after the chunk, and a function: queries [B, H, C, I] -> Δ_t query_t.
     """
-    after = log_retention.cumsum(-1)  # [B, H, C]  log of the decay from the chunk's start to after each token
-    before = after - log_retention
+    after = log_decay.cumsum(-1)  # [B, H, C]  log of the decay from the chunk's start to after each token
+    before = after - log_decay
     eta = rate[..., None]
     strict = (before[..., :, None] - after[..., None, :]).tril(-1).exp().tril(-1)  # [B, H, C, C]
     full = (after[..., :, None] - after[..., None, :]).tril().exp().tril()
@@ -60,8 +60,8 @@ def gradients(W2, W1, k, v):
     return (k, bounded(back * slope)), (hidden, error)
 
 
-def deep_memory(q, k, v, rate, log_retention, W2, W1, chunk_size=16, read="snapshot"):
-    """q, k [B, H, T, D], v [.., V], rate = η, log_retention = log α [B, H, T], W2 [H, h, D], W1 [H, V, h].
+def deep_memory(q, k, v, rate, log_decay, W2, W1, chunk_size=16, read="snapshot"):
+    """q, k [B, H, T, D], v [B, H, T, V], rate = η, log_decay = log α [B, H, T], W2 [H, h, D], W1 [H, V, h].
 
     Keys should have unit length. A query is answered by the chunk's first weights ("snapshot", Eq. 90), or by
     those after its own token ("running"). Returns o [B, H, T, V] and the last changes of W2 and W1.
@@ -69,7 +69,7 @@ def deep_memory(q, k, v, rate, log_retention, W2, W1, chunk_size=16, read="snaps
     batch = len(q)
     change2, change1 = W2.new_zeros(batch, *W2.shape), W1.new_zeros(batch, *W1.shape)
     outputs = []
-    chunks = (x.split(chunk_size, dim=2) for x in (q, k, v, rate, log_retention))
+    chunks = (x.split(chunk_size, dim=2) for x in (q, k, v, rate, log_decay))
     for q, k, v, eta, g in zip(*chunks):  # of one chunk from here on: [B, H, C, ..]
         now2, now1 = W2 + change2, W1 + change1  # the weights at which this chunk takes all its gradients
         layer2, layer1 = gradients(now2, now1, k, v)
@@ -88,12 +88,12 @@ def main():
     B, H, D, pairs, passes = 1, 8, 32, 16, 6
     W2, W1 = torch.randn(H, 64, D) / D**0.5, 0.02 * torch.randn(H, D, 64)
     k, v = unit(torch.randn(2, B, H, pairs, D)).repeat(1, 1, 1, passes, 1)
-    rate, log_retention = torch.full((B, H, pairs * passes), 0.5), torch.zeros(B, H, pairs * passes)
+    rate, log_decay = torch.full((B, H, pairs * passes), 0.5), torch.zeros(B, H, pairs * passes)
     print(f"{pairs} pairs of key and value are read {passes} times, at rate 0.5.")
     print("Cosine of what the key brings up and its value, before each pair is written, mean of a pass:\n")
     print("chunk" + "".join(f"  pass {i + 1}" for i in range(passes)))
     for chunk_size in (1, 4, 16, 64):
-        o, _ = deep_memory(k, k, v, rate, log_retention, W2, W1, chunk_size)
+        o, _ = deep_memory(k, k, v, rate, log_decay, W2, W1, chunk_size)
         alike = torch.cosine_similarity(o, v, dim=-1).view(B, H, passes, pairs).mean((0, 1, 3))
         print(f"{chunk_size:5d}" + "".join(f"{x:8.2f}" for x in alike))
     print("\nThe chunk size is part of the model. In chunks of 64 the first four passes are one chunk:")

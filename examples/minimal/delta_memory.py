@@ -21,8 +21,8 @@ def decay_between(later, earlier, diagonal):
     return log.tril(diagonal).exp().tril(diagonal)  # masked twice: above the diagonal exp could overflow
 
 
-def delta_memory(q, k, v, log_retention, erase, state=None, chunk_size=64):
-    """q, k [B, H, T, D], v [B, H, T, V], log_retention = log α and erase = β [B, H, T].
+def delta_memory(q, k, v, log_decay, erase, state=None, chunk_size=64):
+    """q, k [B, H, T, D], v [B, H, T, V], log_decay = log α and erase = β [B, H, T].
 
     Returns o [B, H, T, V] and the last state S [B, H, V, D], which may be passed to the next call.
 
@@ -33,7 +33,7 @@ def delta_memory(q, k, v, log_retention, erase, state=None, chunk_size=64):
     batch, heads, _, width = k.shape
     S = k.new_zeros(batch, heads, v.shape[-1], width) if state is None else state
     outputs = []
-    chunks = (x.split(chunk_size, dim=2) for x in (q, k, v, log_retention, erase))
+    chunks = (x.split(chunk_size, dim=2) for x in (q, k, v, log_decay, erase))
     for q, k, v, g, beta in zip(*chunks):  # of one chunk from here on: [B, H, C, ..]
         after = g.cumsum(-1)  # [B, H, C]  log of the decay from the chunk's start to after each token
         before = after - g  # the same to just before it
@@ -53,13 +53,13 @@ def delta_memory(q, k, v, log_retention, erase, state=None, chunk_size=64):
     return torch.cat(outputs, 2), S
 
 
-def token_by_token(q, k, v, log_retention, erase):
+def token_by_token(q, k, v, log_decay, erase):
     """The same from the definition, for comparison."""
     S, outputs = 0 * v[:, :, 0, :, None] * k[:, :, 0, None, :], []
     for t in range(k.shape[2]):
         held = S @ k[:, :, t, :, None]  # [B, H, V, 1]
         write = v[:, :, t, :, None] - erase[:, :, t, None, None] * held
-        S = log_retention[:, :, t, None, None].exp() * S + write * k[:, :, t, None, :]
+        S = log_decay[:, :, t, None, None].exp() * S + write * k[:, :, t, None, :]
         outputs.append((S @ q[:, :, t, :, None])[..., 0])
     return torch.stack(outputs, 2)
 
@@ -70,11 +70,11 @@ def main():
 
     B, H, T, D = 2, 4, 1024, 32
     q, k, v = unit(torch.randn(3, B, H, T, D), dim=-1)
-    log_retention, erase = -0.05 * torch.rand(B, H, T), torch.rand(B, H, T)
+    log_decay, erase = -0.05 * torch.rand(B, H, T), torch.rand(B, H, T)
     results, seconds = [], []
     for function in (token_by_token, lambda *inputs: delta_memory(*inputs)[0]):
         start = time.perf_counter()
-        results.append(function(q, k, erase[..., None] * v, log_retention, erase))
+        results.append(function(q, k, erase[..., None] * v, log_decay, erase))
         seconds.append(time.perf_counter() - start)
     apart = (results[0] - results[1]).abs().max()
     print(f"{T} tokens, {B * H} heads of {D}: one by one {1000 * seconds[0]:.0f} ms, ", end="")

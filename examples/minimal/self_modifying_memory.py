@@ -47,10 +47,10 @@ def gradients(weights, k, v):
     return (k, bounded(back * slope)), (hidden, error)
 
 
-def learn(change, x, error, rate, log_retention):
+def learn(change, x, error, rate, log_decay):
     """Δ_t = α_t Δ_{t-1} − η_t (Δ_{t-1} x_t + δ_t) x_tᵀ over a chunk (Eq. 88), as in deep_memory.py."""
-    after = log_retention.cumsum(-1)  # [B, H, C]
-    before = after - log_retention
+    after = log_decay.cumsum(-1)  # [B, H, C]
+    before = after - log_decay
     eta = rate[..., None]
     strict = (before[..., :, None] - after[..., None, :]).tril(-1).exp().tril(-1)  # [B, H, C, C]
     held = before.exp()[..., None] * (x @ change.mT)  # [B, H, C, O]

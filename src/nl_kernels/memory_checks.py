@@ -92,12 +92,12 @@ def check_own_memory(tensors: dict[str, torch.Tensor | None]) -> None:
         seen.add(x.data_ptr())
 
 
-def check_gates(rate: torch.Tensor, log_retention: torch.Tensor, momentum: torch.Tensor | None) -> None:
+def check_gates(rate: torch.Tensor, log_decay: torch.Tensor, momentum: torch.Tensor | None) -> None:
     """Check the values of rate (finite, >= 0), log decay (<= 0) and momentum (in [0, 1)), on the CPU only."""
     if rate.device.type != "cpu":
         return
     check_range("rate", rate, 0.0, math.inf, closed_high=False)
-    check_range("log_retention", log_retention, -math.inf, 0.0)
+    check_range("log_decay", log_decay, -math.inf, 0.0)
     if momentum is not None:
         check_range("momentum", momentum, 0.0, 1.0, closed_high=False)
 

@@ -52,7 +52,7 @@ def memory_write(
     momentum: torch.Tensor | None,
     gradients: list[tuple[torch.Tensor, torch.Tensor]],
     rate: torch.Tensor,
-    log_retention: torch.Tensor,
+    log_decay: torch.Tensor,
     momentum_decay: torch.Tensor | None,
     rule: MemoryRule,
     first_layer: bool,
@@ -74,7 +74,7 @@ def memory_write(
         if share is not None:
             write = share[..., None, None] * write
         write = momentum = momentum_decay[..., None, None] * momentum + write
-    updated = log_retention.exp()[..., None, None] * state + write
+    updated = log_decay.exp()[..., None, None] * state + write
     if erases:
         updated = updated - _outer(rate * _apply(state, x), x)
     return updated, momentum

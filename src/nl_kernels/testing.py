@@ -67,7 +67,7 @@ def delta_memory_inputs(
         "q": F.normalize(normal(*rates, key_width), dim=-1).to(dtype),
         "k": F.normalize(normal(*rates, key_width), dim=-1).to(dtype),
         "v": (erase[..., None] * normal(*rates, value_width)).to(dtype),
-        "log_retention": (1 - (1 - slowest_decay / 2) * uniform(*rates) ** 4).log().to(rates_dtype),
+        "log_decay": (1 - (1 - slowest_decay / 2) * uniform(*rates) ** 4).log().to(rates_dtype),
         "erase": erase.to(rates_dtype),
         "momentum": (0.95 * uniform(*rates)).to(rates_dtype) if momentum else None,
         "initial_state": normal(*states).to(rates_dtype) if initial_state else None,
@@ -109,7 +109,7 @@ def deep_memory_inputs(
         "k": F.normalize(draw(torch.randn, *rates, width), dim=-1),
         "v": draw(torch.randn, *rates, value_width),
         "rate": 0.05 + 0.9 * draw(torch.rand, *rates),
-        "log_retention": (1 - 0.4 * draw(torch.rand, *rates) ** 2).log(),
+        "log_decay": (1 - 0.4 * draw(torch.rand, *rates) ** 2).log(),
         "momentum": 0.9 * draw(torch.rand, *rates) if momentum else None,
     }
     inputs: dict[str, object] = {

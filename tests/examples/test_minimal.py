@@ -40,7 +40,7 @@ def unit(x):
     return F.normalize(x, dim=-1)
 
 
-def log_retention(x):
+def log_decay(x):
     return -0.1 * x.abs()
 
 
@@ -65,7 +65,7 @@ def compare(leaves, found, expected):
 def test_delta_memory(chunk_size):
     draw = Draw()
     q, k, v = draw(B, H, T, D), draw(B, H, T, D, of=unit), draw(B, H, T, V)
-    g, beta, start = draw(B, H, T, of=log_retention), draw(B, H, T, of=torch.sigmoid), draw(B, H, V, D)
+    g, beta, start = draw(B, H, T, of=log_decay), draw(B, H, T, of=torch.sigmoid), draw(B, H, V, D)
     inputs = (q, k, v, g, beta)
     o, state = nl_kernels.delta_memory(
         *map(by_token, inputs), initial_state=start, output_final_state=True, chunk_size=16
@@ -81,7 +81,7 @@ def test_delta_memory(chunk_size):
 def test_deep_memory(chunk_size, read):
     draw = Draw()
     q, k, v = draw(B, H, T, D), draw(B, H, T, D, of=unit), draw(B, H, T, V)
-    rate, g = draw(B, H, T, of=torch.sigmoid), draw(B, H, T, of=log_retention)
+    rate, g = draw(B, H, T, of=torch.sigmoid), draw(B, H, T, of=log_decay)
     weights = draw(H, HIDDEN, D), draw(H, V, HIDDEN)
     inputs, options = (q, k, v, rate, g), {"chunk_size": chunk_size, "read": read}
     o, changes = deep_memory(*inputs, *weights, **options)

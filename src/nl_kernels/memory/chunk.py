@@ -32,7 +32,7 @@ class Tokens(NamedTuple):
 
     Attributes:
         query, k: [.., c, D]. v: [.., c, Dv], the targets, or what self-made ones are made of.
-        rate, log_retention, momentum: [.., c, 1].
+        rate, log_decay, momentum: [.., c, 1].
         applied: [.., c, 1], 0 in places that hold no token.
     """
 
@@ -40,7 +40,7 @@ class Tokens(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     rate: torch.Tensor
-    log_retention: torch.Tensor
+    log_decay: torch.Tensor
     momentum: torch.Tensor | None
     applied: torch.Tensor | None
 
@@ -62,11 +62,11 @@ class Prepared(NamedTuple):
 
 def prepare(rule: MemoryRule, tokens: Tokens) -> Prepared:
     """What depends on tokens alone, of one chunk or of several."""
-    _, k, _, rate, log_retention, momentum, applied = tokens
+    _, k, _, rate, log_decay, momentum, applied = tokens
     if applied is not None:
-        rate, log_retention = rate * applied, log_retention.masked_fill(applied == 0, 0)
+        rate, log_decay = rate * applied, log_decay.masked_fill(applied == 0, 0)
         momentum = None if momentum is None else momentum.where(applied != 0, 1)
-    flat = (None if x is None else x[..., 0] for x in (log_retention, momentum, applied))
+    flat = (None if x is None else x[..., 0] for x in (log_decay, momentum, applied))
     coefficients = chunk_coefficients(*flat)
     first_rate, gram, erase = rate, None, None
     if rule.erases(True):

@@ -54,14 +54,14 @@ Parts = dict[str, torch.Tensor]
 
 
 def chunk_coefficients(
-    log_retention: torch.Tensor, momentum: torch.Tensor | None, applied: torch.Tensor | None
+    log_decay: torch.Tensor, momentum: torch.Tensor | None, applied: torch.Tensor | None
 ) -> Coefficients:
     """Coefficients from log decays, momenta and whether a token counts, all [.., c].
 
     A log decay of −inf and a momentum of 0 are exact. ``applied`` is 0 for empty places, where U must not be
     added again; it matters only with momentum.
     """
-    decay = _products(log_retention)
+    decay = _products(log_decay)
     if momentum is None:
         return Coefficients(_spread(decay), None, None)
     carried = _products((momentum + TINY).log())

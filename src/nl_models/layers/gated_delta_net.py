@@ -81,13 +81,11 @@ class GatedDeltaNet(nn.Module):
         # Norms and rates in fp32 (or better): a decay near 1 has too few digits in bf16.
         exact = torch.promote_types(x.dtype, torch.float32)
         q, k = (l2_normalize(t.to(exact)).to(v.dtype) for t in (q, k))
-        log_retention = -self.log_rate.to(exact).exp() * F.softplus(
-            self.a_proj(x).to(exact) + self.decay_bias
-        )
+        log_decay = -self.log_rate.to(exact).exp() * F.softplus(self.a_proj(x).to(exact) + self.decay_bias)
         rate = self.b_proj(x).to(exact).sigmoid()
         if mask is not None:
-            log_retention, rate = log_retention * mask[..., None], rate * mask[..., None]
-        tokens = (q, k, rate[..., None].to(v.dtype) * v, log_retention, rate * log_retention.exp())
+            log_decay, rate = log_decay * mask[..., None], rate * mask[..., None]
+        tokens = (q, k, rate[..., None].to(v.dtype) * v, log_decay, rate * log_decay.exp())
         if decoding:
             o, state = delta_memory_step(*tokens, state=state, impl=self.impl)
         else:

@@ -93,8 +93,8 @@ class Titans(MemoryLayer):
         # Norms and rates in fp32 (or better): a retention near 1 has too few digits in bf16.
         exact = torch.promote_types(x.dtype, torch.float32)
         rate = self.rate_max * torch.sigmoid(self.rate_proj(x).to(exact) + self.rate_bias)
-        log_retention = F.logsigmoid(self.retention_proj(x).to(exact) + self.retention_bias)
-        tokens = (l2_normalize(q.to(exact)), l2_normalize(k.to(exact)), v, rate, log_retention)
+        log_decay = F.logsigmoid(self.retention_proj(x).to(exact) + self.retention_bias)
+        tokens = (l2_normalize(q.to(exact)), l2_normalize(k.to(exact)), v, rate, log_decay)
         options = {
             "chunk_size": self.chunk_size,
             "momentum": self.momentum(x),

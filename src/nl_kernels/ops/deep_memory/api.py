@@ -31,7 +31,6 @@ from nl_kernels.ops.deep_memory import eager_step, launch, registration
 from nl_kernels.ops.deep_memory.eager import deep_memory_eager
 from nl_kernels.ops.deep_memory.reference import deep_memory_reference
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
-from nl_kernels.renamed import renamed_arguments
 from nl_kernels.triton_support.targets import architecture_of
 from nl_kernels.zero_gradients import with_zero_gradients
 
@@ -39,13 +38,12 @@ READS = ("snapshot", "running")
 _DEFAULT_RULE = MemoryRule()
 
 
-@renamed_arguments(log_decay="log_retention")
 def deep_memory(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     rate: torch.Tensor,
-    log_retention: torch.Tensor,
+    log_decay: torch.Tensor,
     weights: DeepMemoryWeights,
     *,
     chunk_size: int,
@@ -70,7 +68,7 @@ def deep_memory(
         q, k: [B, T, H, D]. The default rule wants keys of unit norm.
         v: [B, T, H, Dv] targets; Dv = D when ``rule.residual``.
         rate: [B, T, H] >= 0, the learning rate η (with unit keys, stable below 2, meant for [0, 1]).
-        log_retention: [B, T, H] <= 0, the log of the retention α; −inf forgets everything.
+        log_decay: [B, T, H] <= 0, the log of the retention α; −inf forgets everything.
         weights: the initial state, which is also the anchor of an anchored rule: inner [H, h, D] and outer
             [H, Dv, h], or [B, H, ..] by sequence; outer ``None`` for a linear memory (inner [.., Dv, D]).
             Unused values of a rule that is not anchored when ``initial_state`` is given.
@@ -99,7 +97,7 @@ def deep_memory(
     """
     rule = MemoryRule() if rule is None else rule
     batch, length = _check(
-        q, k, v, rate, log_retention, momentum, weights, rule, read, chunk_size, mask, cu_seqlens
+        q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, cu_seqlens
     )
     if checkpoint_every is not None:
         check_positive_int("checkpoint_every", checkpoint_every)
@@ -125,8 +123,8 @@ def deep_memory(
     if chosen == "triton" and unsupported:
         raise NotImplementedError(f"{unsupported}; use impl='eager'")
 
-    dtype = state_dtype(q, k, v, rate, log_retention, momentum, *weights, *_leaves(initial_state))
-    inputs = [None if x is None else x.to(dtype) for x in (q, k, v, rate, log_retention, momentum)]
+    dtype = state_dtype(q, k, v, rate, log_decay, momentum, *weights, *_leaves(initial_state))
+    inputs = [None if x is None else x.to(dtype) for x in (q, k, v, rate, log_decay, momentum)]
     tied = weights if initial_state is not None and not rule.anchored else ()
     if chosen == "reference":  # its loop leaves out what the last tokens would write
         tied = [*inputs[1:], *weights]
@@ -179,13 +177,12 @@ def deep_memory(
     ), final if output_final_state else None
 
 
-@renamed_arguments(log_decay="log_retention")
 def deep_memory_step(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     rate: torch.Tensor,
-    log_retention: torch.Tensor,
+    log_decay: torch.Tensor,
     weights: DeepMemoryWeights,
     *,
     state: DeepMemoryState,
@@ -203,7 +200,7 @@ def deep_memory_step(
     values of rate, log decay and momentum are not checked.
 
     Args:
-        q, k: [B, H, D]. v: [B, H, Dv]. rate, log_retention, momentum: [B, H]. mask: [B] bool.
+        q, k: [B, H, D]. v: [B, H, Dv]. rate, log_decay, momentum: [B, H]. mask: [B] bool.
         state: the state before the token, fp32 (fp64 for fp64 inputs).
         inplace: write into the state's tensors and return them, so that memory stays where it is; they must
             be contiguous and share no memory, as in :meth:`DeepMemoryState.clone`. Otherwise the state stays
@@ -218,10 +215,10 @@ def deep_memory_step(
             rule that erases and averages its writes.
     """
     rule = _DEFAULT_RULE if rule is None else rule
-    _check_step(q, k, v, rate, log_retention, momentum, weights, rule, read, chunk_size, mask, state)
+    _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, state)
     if inplace:
         check_own_memory(_by_name(state))
-    tensors = (q, k, v, rate, log_retention, momentum)
+    tensors = (q, k, v, rate, log_decay, momentum)
     leaves = [*weights, *_leaves(state)]
     unsupported = None
     if impl == "triton" or (impl is None and q.is_cuda):
@@ -258,14 +255,14 @@ def deep_memory_step(
         if chosen == "triton":
             rate = _summed_rate(rule, rate.to(state.running.inner.dtype), momentum)
             o, state = registration.deep_memory_step(
-                q, k, v, rate, log_retention, momentum, weights, state, **options
+                q, k, v, rate, log_decay, momentum, weights, state, **options
             )
         else:
             o, state = eager_step.deep_memory_step(*tensors, weights, state, **options)
     return o.to(q.dtype), state
 
 
-def _check(q, k, v, rate, log_retention, momentum, weights, rule, read, chunk_size, mask, cu_seqlens):
+def _check(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, cu_seqlens):
     """Check everything but the state; the number of sequences and the number of tokens of each row."""
     if not isinstance(q, torch.Tensor):
         raise TypeError(f"q: expected a tensor, got {type(q).__name__}")
@@ -277,10 +274,10 @@ def _check(q, k, v, rate, log_retention, momentum, weights, rule, read, chunk_si
     out = v.shape[-1] if isinstance(v, torch.Tensor) and v.ndim == 4 else width
     check_tensor("v", v, (rows, length, heads, out), like=q)
     check_tensor("rate", rate, (rows, length, heads), like=q)
-    check_tensor("log_retention", log_retention, (rows, length, heads), like=q)
+    check_tensor("log_decay", log_decay, (rows, length, heads), like=q)
     if momentum is not None:
         check_tensor("momentum", momentum, (rows, length, heads), like=q)
-    check_gates(rate, log_retention, momentum)
+    check_gates(rate, log_decay, momentum)
     check_rule(rule)
     if rule.residual and out != width:
         raise ValueError(f"v: a rule with a residual needs width {width} as the keys, got {out}")
@@ -321,7 +318,7 @@ def _check_state(name, state, weights, batch, heads, has_momentum, like):
                 check_tensor(field, held, (batch, heads, *weight.shape[-2:]), like=like)
 
 
-def _check_step(q, k, v, rate, log_retention, momentum, weights, rule, read, chunk_size, mask, state) -> None:
+def _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, state) -> None:
     if not isinstance(q, torch.Tensor):
         raise TypeError(f"q: expected a tensor, got {type(q).__name__}")
     if q.ndim != 3 or 0 in q.shape:
@@ -331,7 +328,7 @@ def _check_step(q, k, v, rate, log_retention, momentum, weights, rule, read, chu
     check_tensor("q", q, q.shape)
     check_tensor("k", k, q.shape, like=q)
     check_tensor("v", v, (batch, heads, out), like=q)
-    for name, x in (("rate", rate), ("log_retention", log_retention), ("momentum", momentum)):
+    for name, x in (("rate", rate), ("log_decay", log_decay), ("momentum", momentum)):
         if x is not None or name != "momentum":
             check_tensor(name, x, (batch, heads), like=q)
     check_rule(rule)

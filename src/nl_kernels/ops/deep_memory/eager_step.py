@@ -15,7 +15,7 @@ def deep_memory_step(
     k: torch.Tensor,
     v: torch.Tensor,
     rate: torch.Tensor,
-    log_retention: torch.Tensor,
+    log_decay: torch.Tensor,
     momentum: torch.Tensor | None,
     weights: DeepMemoryWeights,
     state: DeepMemoryState,
@@ -29,7 +29,7 @@ def deep_memory_step(
     """One token of :func:`deep_memory_reference` in the dtype of ``state``: reads [B, H, Dv] and the state.
 
     Args:
-        q, k, v: [B, H, ·]. rate, log_retention, momentum: [B, H]. mask: [B].
+        q, k, v: [B, H, ·]. rate, log_decay, momentum: [B, H]. mask: [B].
         weights: the anchor, shared or by sequence; unused by a rule that is not anchored.
         inplace: write into the tensors of ``state``, which are contiguous and share no memory; otherwise they
             stay as they are, and the new state may share those that did not change.
@@ -38,7 +38,7 @@ def deep_memory_step(
     batch, heads, _ = q.shape
     rows, dtype = batch * heads, running.inner.dtype
     q, k, v = (x.to(dtype).reshape(rows, 1, -1) for x in (q, k, v))
-    rate, decay = rate.to(dtype).reshape(rows, 1, 1), log_retention.to(dtype).exp().reshape(rows, 1, 1)
+    rate, decay = rate.to(dtype).reshape(rows, 1, 1), log_decay.to(dtype).exp().reshape(rows, 1, 1)
     momentum = None if momentum is None else momentum.to(dtype).reshape(rows, 1, 1)
     applied = None
     if mask is not None:

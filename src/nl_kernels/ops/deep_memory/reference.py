@@ -14,7 +14,7 @@ def deep_memory_reference(
     k: torch.Tensor,
     v: torch.Tensor,
     rate: torch.Tensor,
-    log_retention: torch.Tensor,
+    log_decay: torch.Tensor,
     momentum: torch.Tensor | None,
     anchor: DeepMemoryWeights,
     state: DeepMemoryState,
@@ -27,7 +27,7 @@ def deep_memory_reference(
     """Token by token: write with the gradient at the snapshot, then read at the snapshot or at the new state.
 
     Args:
-        q, k, v, rate, log_retention, momentum, mask: as :func:`nl_kernels.deep_memory`, all of one dtype.
+        q, k, v, rate, log_decay, momentum, mask: as :func:`nl_kernels.deep_memory`, all of one dtype.
         anchor: [B, H, ..] weights that are added to the state's (zeros for a rule that is not anchored).
         state: the state before the first token.
     """
@@ -43,7 +43,7 @@ def deep_memory_reference(
                 None if velocity is None else velocity[layer],
                 [pair],
                 rate[:, t],
-                log_retention[:, t],
+                log_decay[:, t],
                 None if momentum is None else momentum[:, t],
                 rule,
                 first_layer=layer == 0,

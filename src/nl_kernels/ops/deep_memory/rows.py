@@ -24,7 +24,7 @@ def run_on_rows(
     k: torch.Tensor,
     v: torch.Tensor,
     rate: torch.Tensor,
-    log_retention: torch.Tensor,
+    log_decay: torch.Tensor,
     momentum: torch.Tensor | None,
     anchor: DeepMemoryWeights,
     state: DeepMemoryState,
@@ -44,14 +44,14 @@ def run_on_rows(
             ``sequences``: q, k, v [N, S, ·], rate, log decay, momentum [N, S, 1], and ``applied`` [N, S, 1],
             0 in slots that hold no token; ``None`` where all do.
             ``grid``: where the slots lie, for the N rows.
-        q, k, v, rate, log_retention, momentum, anchor, state, chunk_size, mask: as in the op, in the
+        q, k, v, rate, log_decay, momentum, anchor, state, chunk_size, mask: as in the op, in the
             state's dtype and with weights by sequence.
         anchored: whether the rule uses ``anchor``.
         at_boundary: the state is known to be at a boundary for every sequence (spares reading its positions).
     """
     batch, length, heads, _ = q.shape
     grid = place_on_grid(state.position, mask, length, chunk_size, at_boundary)
-    sequences = [q, k, v, rate[..., None], log_retention[..., None]]
+    sequences = [q, k, v, rate[..., None], log_decay[..., None]]
     sequences.append(None if momentum is None else momentum[..., None])
     if grid.alignment is not None:
         sequences = [None if x is None else grid.alignment.gather(x) for x in sequences]

@@ -9,7 +9,7 @@ import torch
 from nl_kernels.checks import check_choice, check_cu_seqlens, check_positive_int, check_range, check_tensor
 from nl_kernels.dispatch import autocasting, choose_implementation, needs_gradient
 from nl_kernels.ops.delta_memory import reference, registration
-from nl_kernels.renamed import check_renamed_value, renamed_arguments
+from nl_kernels.renamed import check_renamed_value
 
 AVAILABLE = ("triton", "eager", "reference")
 READS = ("running", "before")
@@ -33,12 +33,11 @@ _OF_CALLERS = frozenset(
 State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-@renamed_arguments(log_decay="log_retention")
 def delta_memory(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_retention: torch.Tensor,
+    log_decay: torch.Tensor,
     erase: torch.Tensor,
     *,
     momentum: torch.Tensor | None = None,
@@ -66,7 +65,7 @@ def delta_memory(
         q: queries ``[B, T, H, Dk]``, fp16, bf16, fp32 or fp64.
         k: keys ``[B, T, H, Dk]`` of q's dtype. Erasing is stable for ``β‖k‖² < 2``: give keys unit norm.
         v: writes ``[B, T, H, Dv]`` of q's dtype, already scaled by their rate.
-        log_retention: log α ``[B, T, H]``, at most 0; ``-inf`` forgets everything, exactly.
+        log_decay: log α ``[B, T, H]``, at most 0; ``-inf`` forgets everything, exactly.
         erase: β ``[B, T, H]`` in [0, 2).
         momentum: μ ``[B, T, H]`` in [0, 1), or None for no momentum.
         scale: factor of every output.
@@ -90,7 +89,7 @@ def delta_memory(
         RuntimeError: ``impl="triton"`` cannot run here.
     """
     q, k, v = _autocast(q, k, v)
-    _check_tokens(q, k, v, log_retention, erase, momentum, leading=4)
+    _check_tokens(q, k, v, log_decay, erase, momentum, leading=4)
     check_renamed_value("read", read, _RENAMED_READS)
     check_choice("read", read, READS)
     check_positive_int("chunk_size", chunk_size)
@@ -106,7 +105,7 @@ def delta_memory(
     )
     impl = choose_implementation("delta_memory", impl, q.device, AVAILABLE)
 
-    tensors = (q, k, v, log_retention, erase, momentum, initial_state, initial_momentum, cu_seqlens)
+    tensors = (q, k, v, log_decay, erase, momentum, initial_state, initial_momentum, cu_seqlens)
     if impl == "reference":
         o, state, momentum_state = reference.delta_memory_forward(*tensors, scale=scale, read=read)
     elif (
@@ -122,12 +121,11 @@ def delta_memory(
     return o, state if momentum is None else (state, momentum_state)
 
 
-@renamed_arguments(log_decay="log_retention")
 def delta_memory_step(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_retention: torch.Tensor,
+    log_decay: torch.Tensor,
     erase: torch.Tensor,
     *,
     state: torch.Tensor,
@@ -142,7 +140,7 @@ def delta_memory_step(
     Where gradients are needed this is ``delta_memory`` with T = 1; otherwise one pass over the state.
 
     Args:
-        q, k: ``[B, H, Dk]``. v: ``[B, H, Dv]``. log_retention, erase, momentum: ``[B, H]``.
+        q, k: ``[B, H, Dk]``. v: ``[B, H, Dv]``. log_decay, erase, momentum: ``[B, H]``.
         state: S before the token ``[B, H, Dv, Dk]``; not changed.
         momentum_state: U before the token, required with ``momentum``; not changed.
 
@@ -153,7 +151,7 @@ def delta_memory_step(
         TypeError, ValueError, RuntimeError: as :func:`delta_memory`.
     """
     q, k, v = _autocast(q, k, v)
-    _check_tokens(q, k, v, log_retention, erase, momentum, leading=3)
+    _check_tokens(q, k, v, log_decay, erase, momentum, leading=3)
     check_renamed_value("read", read, _RENAMED_READS)
     check_choice("read", read, READS)
     scale = _check_scale(scale)
@@ -165,7 +163,7 @@ def delta_memory_step(
         check_tensor("momentum_state", momentum_state, shape, like=q)
     impl = choose_implementation("delta_memory", impl, q.device, AVAILABLE)
 
-    tokens = (q, k, v, log_retention, erase, momentum)
+    tokens = (q, k, v, log_decay, erase, momentum)
     if impl == "reference" or needs_gradient(*tokens, state, momentum_state):
         o, final = delta_memory(
             *(x.unsqueeze(1) for x in tokens[:5]),
@@ -266,9 +264,9 @@ def _for_each_value_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
 
 
 def _one_token(
-    q, k, v, log_retention, erase, momentum, state, momentum_state, *, scale, read, output_final_state, impl
+    q, k, v, log_decay, erase, momentum, state, momentum_state, *, scale, read, output_final_state, impl
 ):
-    tokens = (x if x is None else x.squeeze(1) for x in (q, k, v, log_retention, erase, momentum))
+    tokens = (x if x is None else x.squeeze(1) for x in (q, k, v, log_decay, erase, momentum))
     if momentum is not None and momentum_state is None:
         momentum_state = torch.zeros_like(state)
     o, state, momentum_state = registration.step(*tokens, state, momentum_state, scale, read, impl)
@@ -290,9 +288,7 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
 
 
-def _check_tokens(
-    q, k, v, log_retention, erase, momentum, *, leading: int, names=("log_retention", "erase")
-) -> None:
+def _check_tokens(q, k, v, log_decay, erase, momentum, *, leading: int, names=("log_decay", "erase")) -> None:
     """``leading`` is the number of axes of q: 4 with the time axis, 3 without."""
     axes = "[B, T, H, D]" if leading == 4 else "[B, H, D]"
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -307,12 +303,12 @@ def _check_tokens(
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
-    check_tensor(names[0], log_retention, rates, like=q)
+    check_tensor(names[0], log_decay, rates, like=q)
     check_tensor(names[1], erase, rates, like=q)
     if momentum is not None:
         check_tensor("momentum", momentum, rates, like=q)
     if q.device.type == "cpu":
-        check_range(names[0], log_retention, -math.inf, 0.0)
+        check_range(names[0], log_decay, -math.inf, 0.0)
         check_range(names[1], erase, 0.0, 2.0, closed_high=False)
         if momentum is not None:
             check_range("momentum", momentum, 0.0, 1.0, closed_high=False)

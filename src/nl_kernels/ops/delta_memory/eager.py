@@ -21,7 +21,7 @@ def delta_memory_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_retention: torch.Tensor,
+    log_decay: torch.Tensor,
     erase: torch.Tensor,
     momentum: torch.Tensor | None,
     initial_state: torch.Tensor | None,
@@ -39,7 +39,7 @@ def delta_memory_forward(
     o = v.new_empty(v.shape)
     for segment in grid.segments:
         c = segment.chunk
-        local = local_quantities(segment, q, k, v, log_retention, erase, scale=scale, read=read)
+        local = local_quantities(segment, q, k, v, log_decay, erase, scale=scale, read=read)
         extra = momentum_quantities(segment, local, momentum, momentum_state)
         states = _run_states(segment, local, extra, state)
         outputs = torch.bmm(local.scores[:, c:], states.pseudo_values)
@@ -58,7 +58,7 @@ def delta_memory_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_retention: torch.Tensor,
+    log_decay: torch.Tensor,
     erase: torch.Tensor,
     momentum: torch.Tensor | None,
     initial_state: torch.Tensor | None,
@@ -69,7 +69,7 @@ def delta_memory_backward(
     read: str,
     chunk_size: int,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients ``(dq, dk, dv, dlog_retention, derase, dmomentum, dinitial_state, dinitial_momentum)``.
+    """Gradients ``(dq, dk, dv, dlog_decay, derase, dmomentum, dinitial_state, dinitial_momentum)``.
 
     Every quantity of the forward pass is computed again from the inputs. ``dmomentum`` and
     ``dinitial_momentum`` are None without momentum; ``dinitial_state`` is always given.
@@ -80,20 +80,16 @@ def delta_memory_backward(
     passed = []
     for segment in grid.segments[:-1]:
         momentum_start = None if momentum is None else momentum_state.clone()
-        local = local_quantities(segment, None, k, v, log_retention, erase, scale=scale, read=read)
+        local = local_quantities(segment, None, k, v, log_decay, erase, scale=scale, read=read)
         extra = momentum_quantities(segment, local, momentum, momentum_state)
         passed.append((local.inverse, _run_states(segment, local, extra, state), momentum_start))
     passed.append((None, None, momentum_state))
 
     d_state = grid.to_state_order(d_final_state)
     d_momentum_state = None if momentum is None else grid.to_state_order(d_final_momentum)
-    gradients = [
-        None if x is None else x.new_empty(x.shape) for x in (q, k, v, log_retention, erase, momentum)
-    ]
+    gradients = [None if x is None else x.new_empty(x.shape) for x in (q, k, v, log_decay, erase, momentum)]
     for segment, (inverse, states, momentum_start) in zip(reversed(grid.segments), reversed(passed)):
-        local = local_quantities(
-            segment, q, k, v, log_retention, erase, scale=scale, read=read, inverse=inverse
-        )
+        local = local_quantities(segment, q, k, v, log_decay, erase, scale=scale, read=read, inverse=inverse)
         extra = momentum_quantities(segment, local, momentum, momentum_start)
         if states is None:  # the last segment: not passed yet
             states = _run_states(segment, local, extra, state)
@@ -164,7 +160,7 @@ def _segment_gradients(
     d_erase = (d_x[:, :c] * k).sum(-1)
     d_log_reads = torch.cat([d_erase * local.erase, (d_x[:, c:] * reads[:, c:]).sum(-1)], dim=1)
     d_k.addcmul_(d_x[:, :c], local.erase[..., None])
-    d_log = _log_retention_gradient(local, d_log_reads, d_log_columns, d_end_log, read)
+    d_log = _log_decay_gradient(local, d_log_reads, d_log_columns, d_end_log, read)
     return d_x[:, c:].mul_(scale), d_k, d_v, d_log, d_erase, d_momentum
 
 
@@ -240,7 +236,7 @@ def _run_state_gradients(segment: Segment, local: Local, d_state, d_pseudo, d_re
     return d_ends
 
 
-def _log_retention_gradient(local: Local, d_rows, d_columns, d_end, read: str) -> torch.Tensor:
+def _log_decay_gradient(local: Local, d_rows, d_columns, d_end, read: str) -> torch.Tensor:
     """From gradients of the cumulated logs (at reads, writes and the end) to those of the steps."""
     c = d_columns.shape[-1]
     before, query = d_rows[:, :c].double(), d_rows[:, c:].double()

@@ -32,12 +32,12 @@ class Local(NamedTuple):
 
 
 def local_quantities(
-    segment: Segment, q, k, v, log_retention, erase, *, scale: float, read: str, inverse=None
+    segment: Segment, q, k, v, log_decay, erase, *, scale: float, read: str, inverse=None
 ) -> Local:
     """Without ``q``, for running the states alone, reads are those of the keys only."""
     c, dtype = segment.chunk, compute_dtype(k)
     # Cumulated in fp64: the difference of two long sums then still has fp32 accuracy.
-    steps = segment.to_chunks(log_retention, torch.float64)
+    steps = segment.to_chunks(log_decay, torch.float64)
     clamped = steps <= LOWEST_LOG
     at_token = steps.clamp_min(LOWEST_LOG).cumsum(-1)
     at_read = F.pad(at_token[:, :-1], (1, 0))

@@ -11,7 +11,7 @@ def delta_memory_step(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_retention: torch.Tensor,
+    log_decay: torch.Tensor,
     erase: torch.Tensor,
     momentum: torch.Tensor | None,
     state: torch.Tensor,
@@ -28,7 +28,7 @@ def delta_memory_step(
     # Batch and heads as one axis of matrices and columns.
     before = state.to(dtype).flatten(0, 1)
     q, k, writes = (x.to(dtype).flatten(0, 1).unsqueeze(-1) for x in (q, k, v))
-    decay, erase = (x.to(dtype).flatten()[:, None, None] for x in (log_retention, erase))
+    decay, erase = (x.to(dtype).flatten()[:, None, None] for x in (log_decay, erase))
     recalled = torch.bmm(before, k)
     if momentum is None:
         added = torch.addcmul(writes, erase, recalled, value=-1)

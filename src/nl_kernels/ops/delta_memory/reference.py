@@ -11,7 +11,7 @@ def delta_memory_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_retention: torch.Tensor,
+    log_decay: torch.Tensor,
     erase: torch.Tensor,
     momentum: torch.Tensor | None,
     initial_state: torch.Tensor | None,
@@ -36,7 +36,7 @@ def delta_memory_forward(
         states = slice(None) if cu_seqlens is None else slice(n, n + 1)
         results.append(
             _one_stretch(
-                *(x[:, tokens] for x in (q, k, v, log_retention, erase)),
+                *(x[:, tokens] for x in (q, k, v, log_decay, erase)),
                 None if momentum is None else momentum[:, tokens],
                 None if initial_state is None else initial_state[states],
                 None if initial_momentum is None else initial_momentum[states],
@@ -48,14 +48,14 @@ def delta_memory_forward(
     return torch.cat(o, dim=1), torch.cat(state), None if momentum is None else torch.cat(momentum_state)
 
 
-def _one_stretch(q, k, v, log_retention, erase, momentum, state, momentum_state, *, scale, read):
+def _one_stretch(q, k, v, log_decay, erase, momentum, state, momentum_state, *, scale, read):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     output_dtype = v.dtype
     batch, length, heads, key_width = k.shape
     zeros = k.new_zeros(batch, heads, v.shape[-1], key_width, dtype=dtype)
     state = zeros if state is None else state.to(dtype)
     momentum_state = zeros if momentum_state is None else momentum_state.to(dtype)
-    q, k, v, decay, erase = (x.to(dtype) for x in (q, k, v, log_retention.to(dtype).exp(), erase))
+    q, k, v, decay, erase = (x.to(dtype) for x in (q, k, v, log_decay.to(dtype).exp(), erase))
     outputs = []
     for t in range(length):
         write = v[:, t, :, :, None] * k[:, t, :, None, :]

@@ -60,8 +60,8 @@ class GeneratedTokens:
         rate, retention = gates.split(1, -1)
         rate = torch.sigmoid(rate)
         made = _Made(inputs, hidden, key_scale, k, rate, retention)
-        log_retention = torch.nn.functional.logsigmoid(retention)
-        return Tokens(query, k, v, rate * rate_max, log_retention, momentum, applied), made
+        log_decay = torch.nn.functional.logsigmoid(retention)
+        return Tokens(query, k, v, rate * rate_max, log_decay, momentum, applied), made
 
     def tokens_adjoint(
         self, base: Bank, constants: State, sequences: State, made: _Made, d_tokens: Tokens, d_base: Bank

@@ -63,7 +63,7 @@ def self_modifying_memory_reference(
         k = l2_normalize(project(base.key, key_input[:, t]))
         v = project(base.value, value_input[:, t])
         rate = rate_max * torch.sigmoid(memory_output(base.rate, gate_input[:, t], rule)[..., 0] + rate_bias)
-        log_retention = torch.nn.functional.logsigmoid(
+        log_decay = torch.nn.functional.logsigmoid(
             memory_output(base.retention, gate_input[:, t], rule)[..., 0] + retention_bias
         )
 
@@ -86,7 +86,7 @@ def self_modifying_memory_reference(
                     momenta[layer],
                     pairs,
                     rate,
-                    log_retention,
+                    log_decay,
                     None if momentum is None else momentum[:, t],
                     rule,
                     first_layer=layer == 0,

@@ -20,7 +20,7 @@ CASES = {
     "rate sign": ({"rate": ZERO - 0.1}, ValueError, "rate: expected values in"),
     "rate nan": ({"rate": ZERO + torch.nan}, ValueError, "rate: expected values in"),
     "rate inf": ({"rate": ZERO + torch.inf}, ValueError, "rate: expected values in"),
-    "growth": ({"log_retention": ZERO + 0.1}, ValueError, "log_retention: expected values in"),
+    "growth": ({"log_decay": ZERO + 0.1}, ValueError, "log_decay: expected values in"),
     "momentum": ({"momentum": ZERO + 1}, ValueError, "momentum: expected values in"),
     "weights": ({"weights": (INNER, OUTER)}, TypeError, "weights: expected DeepMemoryWeights"),
     "inner": ({"weights": DeepMemoryWeights(INNER[:1], OUTER)}, ValueError, "weights.inner: expected shape"),

@@ -105,11 +105,9 @@ def test_gradients_reach_the_initial_state(at, anchored, kind, path):
 def test_forgetting_everything_is_exact():
     inputs = make(1, 9, momentum=True)
     with torch.no_grad():
-        inputs["log_retention"][:, 2] = inputs["log_retention"][:, 3] = inputs["log_retention"][
-            :, 6
-        ] = -torch.inf
+        inputs["log_decay"][:, 2] = inputs["log_decay"][:, 3] = inputs["log_decay"][:, 6] = -torch.inf
         inputs["momentum"][:, 1] = inputs["momentum"][:, 5] = 0
-    inputs["log_retention"].requires_grad_(False)
+    inputs["log_decay"].requires_grad_(False)
     compare(deep_memory, inputs, chunk_size=4)
 
 
@@ -242,7 +240,7 @@ def test_checkpoints_change_nothing(every):
 
 def test_only_what_needs_gradients_gets_them():
     inputs = make(1, 9)
-    for name in ("q", "rate", "log_retention"):
+    for name in ("q", "rate", "log_decay"):
         inputs[name].requires_grad_(False)
     compare(deep_memory, inputs, chunk_size=2)
 

@@ -28,7 +28,7 @@ def inputs(length, *, batch=1, heads=1, width=10, hidden=12, value_width=None, r
     """Inputs, some tokens of which forget much or drop their momentum; maybe a state."""
     x = deep_memory_inputs(batch, length, heads, width, hidden, value_width, **options)
     if length > 3:
-        x["log_retention"][:, 1] = -3.0
+        x["log_decay"][:, 1] = -3.0
         if x["momentum"] is not None:
             x["momentum"][:, 2] = 0.0
     if resumed_at is not None:
@@ -117,10 +117,10 @@ def test_states_are_recomputed_with_momentum():
 
 def test_forgetting_everything_is_exact():
     x = inputs(7, hidden=None)
-    x["log_retention"][:, [2, 3, 6]] = -torch.inf
+    x["log_decay"][:, [2, 3, 6]] = -torch.inf
     options = {"read": "running", "chunk_size": C}
     triton = results_and_gradients(x, impl="triton", **options)
-    x["log_retention"] = x["log_retention"].clamp(min=-200.0)  # e^-200 is no number of fp32 either
+    x["log_decay"] = x["log_decay"].clamp(min=-200.0)  # e^-200 is no number of fp32 either
     expected = results_and_gradients(x, torch.float64, impl="reference", **options)
     for a, b in zip((*triton[0], *triton[1]), (*expected[0], *expected[1]), strict=True):
         torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-6)
@@ -169,7 +169,7 @@ def test_one_token_each_at_different_positions():
     assert_kernels_within_budget(x, chunk_size=C)
 
 
-NAMES = ("q", "k", "v", "rate", "log_retention", "momentum", "inner", "outer", "state")
+NAMES = ("q", "k", "v", "rate", "log_decay", "momentum", "inner", "outer", "state")
 
 
 @functools.cache

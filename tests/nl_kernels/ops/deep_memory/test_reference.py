@@ -30,7 +30,7 @@ def test_a_write_is_the_gradient_of_half_the_squared_error(activation, normalize
         PLAIN, activation=activation, normalize_hidden=normalize_hidden, residual=residual, erase="none"
     )
     inputs = deep_memory_inputs(1, 1, 1, 4, 6, dtype=torch.float64)
-    inputs["log_retention"].zero_()
+    inputs["log_decay"].zero_()
     _, state = deep_memory(**inputs, rule=rule, chunk_size=2, output_final_state=True, impl="reference")
 
     weights = [w[0].clone().requires_grad_() for w in inputs["weights"]]
@@ -44,7 +44,7 @@ def test_the_step_of_a_layer_is_the_exact_proximal_step():
     # W⁺ = argmin ½‖Wx‖² + ⟨δ, Wx⟩ + ‖W − W₀‖² / 2η: delta gradient descent, at any norm of x.
     inputs = deep_memory_inputs(1, 1, 1, 4, 6, dtype=torch.float64)
     inputs["k"] *= 1.7
-    inputs["log_retention"].zero_()
+    inputs["log_decay"].zero_()
     _, state = deep_memory(**inputs, rule=LITERAL, chunk_size=1, output_final_state=True, impl="reference")
 
     weights = [w[0] for w in inputs["weights"]]
@@ -68,7 +68,7 @@ def test_the_step_of_a_layer_is_the_exact_proximal_step():
 def test_errors_longer_than_the_bound_are_scaled_down():
     rule = dataclasses.replace(PLAIN, erase="none", error_bound=0.5)
     inputs = deep_memory_inputs(1, 1, 1, 4, 6, dtype=torch.float64)
-    inputs["log_retention"].zero_()
+    inputs["log_decay"].zero_()
     written = []
     for scale in (1.0, 100.0, 200.0):
         inputs["v"] = torch.full_like(inputs["v"], scale)
@@ -88,7 +88,7 @@ def test_which_layers_erase(erase):
     # Without an error nothing is written, so that a change of the weights is an erase.
     rule = dataclasses.replace(PLAIN, erase=erase)
     inputs = deep_memory_inputs(1, 1, 1, 4, 6, dtype=torch.float64)
-    inputs["log_retention"].zero_()
+    inputs["log_decay"].zero_()
     weights = [w[0] for w in inputs["weights"]]
     prediction, hidden = written_out(weights, inputs["k"][0, 0, 0], rule)
     inputs["v"] = prediction.view(1, 1, 1, -1)
@@ -107,7 +107,7 @@ def test_orthonormal_pairs_are_recalled_exactly_by_the_linear_memory():
     inputs = deep_memory_inputs(1, width, 1, width, None, dtype=torch.float64)
     inputs["k"] = inputs["q"] = torch.eye(width, dtype=torch.float64).view(1, width, 1, width)
     inputs["weights"] = DeepMemoryWeights(torch.zeros(1, width, width, dtype=torch.float64), None)
-    inputs["rate"], inputs["log_retention"] = (torch.ones(1, width, 1), torch.zeros(1, width, 1))
+    inputs["rate"], inputs["log_decay"] = (torch.ones(1, width, 1), torch.zeros(1, width, 1))
     _, state = deep_memory(**inputs, rule=PLAIN, chunk_size=2, output_final_state=True, impl="reference")
     o, _ = deep_memory(
         **{**inputs, "rate": torch.zeros(1, width, 1)},
@@ -125,7 +125,7 @@ def test_gradients_are_taken_at_the_snapshot():
     inputs = deep_memory_inputs(1, 2, 1, 4, None, dtype=torch.float64)
     for name in ("q", "k", "v", "rate"):
         inputs[name][:, 1] = inputs[name][:, 0]
-    inputs["log_retention"].zero_()
+    inputs["log_decay"].zero_()
     k, v, rate = inputs["k"][0, 0, 0], inputs["v"][0, 0, 0], inputs["rate"][0, 0, 0]
     error = inputs["weights"].inner[0] @ k - v
     for chunk_size, factor in ((2, 2 * rate), (1, 2 * rate - rate**2)):
@@ -138,7 +138,7 @@ def test_gradients_are_taken_at_the_snapshot():
 
 def test_an_anchored_memory_forgets_only_what_it_learned():
     inputs = deep_memory_inputs(1, 3, 1, 4, 6, dtype=torch.float64)
-    inputs["log_retention"].fill_(-torch.inf)
+    inputs["log_decay"].fill_(-torch.inf)
     inputs["rate"].zero_()
     for rule, expected in (
         (MemoryRule(), written_out([w[0] for w in inputs["weights"]], inputs["q"][0, 2, 0], MemoryRule())[0]),
@@ -152,7 +152,7 @@ def test_an_anchored_memory_forgets_only_what_it_learned():
 def test_momentum_accumulates_the_writes(momentum):
     rule = dataclasses.replace(PLAIN, erase="none", momentum=momentum)
     inputs = deep_memory_inputs(1, 3, 1, 4, None, momentum=True, dtype=torch.float64)
-    inputs["log_retention"].zero_()
+    inputs["log_decay"].zero_()
     _, state = deep_memory(**inputs, rule=rule, chunk_size=4, output_final_state=True, impl="reference")
     start = inputs["weights"].inner[0]
     velocity, weight = torch.zeros_like(start), start

@@ -92,7 +92,7 @@ def test_the_given_state_stays_as_it_is(started):
 
 
 def test_forgetting_everything_is_exact(started):
-    started["log_retention"] = torch.full_like(started["log_retention"], -torch.inf)
+    started["log_decay"] = torch.full_like(started["log_decay"], -torch.inf)
     found, _ = deep_memory_step(**started, read="running")
     expected, _ = deep_memory_step(**started, read="running", impl="reference")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

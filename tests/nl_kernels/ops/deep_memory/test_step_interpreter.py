@@ -87,7 +87,7 @@ def plan(started):
 
     state = started["state"]
     inputs = launch.StepInputs(
-        *(started[n] for n in ("q", "k", "v", "rate", "log_retention", "momentum")),
+        *(started[n] for n in ("q", "k", "v", "rate", "log_decay", "momentum")),
         *started["weights"],
         *state.snapshot,
         *state.running,

@@ -36,14 +36,9 @@ def with_value(value):
         ("v", lambda x: x[:, :, :1], ValueError, r"v: expected shape \(2, 5, 2, 3\), got \(2, 5, 1, 3\)"),
         ("v", lambda x: x.double(), TypeError, "v: expected q's dtype"),
         ("v", lambda x: x.to("meta"), ValueError, "v: expected a tensor on cpu, got one on meta"),
-        ("log_retention", lambda x: x[..., None], ValueError, r"log_retention: expected shape \(2, 5, 2\)"),
-        (
-            "log_retention",
-            with_value(0.1),
-            ValueError,
-            r"log_retention: expected values in \[-inf, 0.0\], got 0.1",
-        ),
-        ("log_retention", with_value(NAN), ValueError, "log_retention: .*nan"),
+        ("log_decay", lambda x: x[..., None], ValueError, r"log_decay: expected shape \(2, 5, 2\)"),
+        ("log_decay", with_value(0.1), ValueError, r"log_decay: expected values in \[-inf, 0.0\], got 0.1"),
+        ("log_decay", with_value(NAN), ValueError, "log_decay: .*nan"),
         ("erase", with_value(-0.1), ValueError, r"erase: expected values in \[0.0, 2.0\), got -0.1"),
         ("erase", with_value(2.0), ValueError, r"erase: .*got 2.0"),
         ("erase", with_value(float("inf")), ValueError, "erase: .*inf"),
@@ -118,7 +113,7 @@ def test_packed_states_are_one_per_sequence():
 )
 def test_step(change, message):
     x = delta_memory_inputs(2, 1, 2, 4, 3, momentum=True, initial_state=True)
-    token = {name: x[name][:, 0] for name in ("q", "k", "v", "log_retention", "erase", "momentum")}
+    token = {name: x[name][:, 0] for name in ("q", "k", "v", "log_decay", "erase", "momentum")}
     states = {"state": x["initial_state"], "momentum_state": x["initial_momentum"]}
     with pytest.raises(ValueError, match=message):
         delta_memory_step(**token | states | change)
@@ -126,7 +121,7 @@ def test_step(change, message):
 
 def test_the_alias_names_its_own_arguments():
     x = delta_memory_inputs(2, 5, 2, 4, 3, initial_state=True)
-    arguments = [x[name] for name in ("q", "k", "v", "log_retention", "erase")]
+    arguments = [x[name] for name in ("q", "k", "v", "log_decay", "erase")]
     with pytest.raises(ValueError, match=r"g: expected values in \[-inf, 0.0\]"):
         chunk_gated_delta_rule(*arguments[:3], -arguments[3], arguments[4])
     with pytest.raises(ValueError, match=r"beta: expected shape \(2, 5, 2\)"):

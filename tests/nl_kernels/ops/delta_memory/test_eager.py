@@ -11,7 +11,7 @@ from nl_kernels import delta_memory, delta_memory_step
 from nl_kernels.ops.delta_memory import eager, rows
 from nl_kernels.testing import assert_within_budget, delta_memory_inputs, relative_error, to_float64
 
-TENSORS = ("q", "k", "v", "log_retention", "erase", "momentum", "initial_state", "initial_momentum")
+TENSORS = ("q", "k", "v", "log_decay", "erase", "momentum", "initial_state", "initial_momentum")
 
 
 def run(x, **options):
@@ -61,7 +61,7 @@ def test_chunks_equal_the_token_loop(data, monkeypatch):
         seed=draw(st.integers(0, 1000), label="seed"),
     )
     for t in draw(st.lists(st.integers(0, length - 1), max_size=3), label="forget at"):
-        x["log_retention"][:, t] = -torch.inf
+        x["log_decay"][:, t] = -torch.inf
     if x["momentum"] is not None:
         for t in draw(st.lists(st.integers(0, length - 1), max_size=3), label="no momentum at"):
             x["momentum"][:, t] = 0
@@ -198,14 +198,14 @@ def test_packed_sequences_equal_separate_ones():
 def test_forgetting_everything_is_exact_and_its_gradient_is_zero():
     """−inf and 0 are not approximations: nothing of the past is left, and no gradient is NaN."""
     x = delta_memory_inputs(1, 40, 2, 8, initial_state=True, momentum=True)
-    x["log_retention"][:, [3, 4, 20]] = -torch.inf
+    x["log_decay"][:, [3, 4, 20]] = -torch.inf
     x["erase"][:, 20] = 0
     x["momentum"][:, [0, 20]] = 0
     for value in x.values():
         value.requires_grad_()
     out = results_and_gradients(x, impl="eager", chunk_size=16)
     assert all(torch.isfinite(value).all() for value in out.values())
-    assert (out["dlog_retention"][:, [3, 4, 20]] == 0).all()
+    assert (out["dlog_decay"][:, [3, 4, 20]] == 0).all()
     assert (out["dmomentum"][:, 20] != 0).any()
     past_changed = {name: None if value is None else value.detach().clone() for name, value in x.items()}
     past_changed["v"][:, :20] += 1

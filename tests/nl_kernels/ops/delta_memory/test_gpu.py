@@ -31,7 +31,7 @@ def test_error_budget(dtype, momentum, width):
     x = delta_memory_inputs(
         2, 300, 2, width, momentum=momentum, initial_state=True, dtype=dtype, device="cuda"
     )
-    x["log_retention"][:, 77] = -torch.inf
+    x["log_decay"][:, 77] = -torch.inf
     expected = results_and_gradients(to_float64(x), impl="eager")
     with RoundedProducts(torch.float32 if dtype == torch.float32 else dtype):
         eager = results_and_gradients(x, impl="eager")
@@ -50,8 +50,7 @@ def test_deterministic():
 def test_step_in_a_graph():
     x = delta_memory_inputs(4, 3, 8, 128, momentum=True, initial_state=True, device="cuda")
     tokens = [
-        [x[n][:, t].contiguous() for n in ("q", "k", "v", "log_retention", "erase", "momentum")]
-        for t in range(3)
+        [x[n][:, t].contiguous() for n in ("q", "k", "v", "log_decay", "erase", "momentum")] for t in range(3)
     ]
     static = [t.clone() for t in tokens[0]]
     state, velocity = x["initial_state"].clone(), x["initial_momentum"].clone()
@@ -99,7 +98,7 @@ def test_steps_equal_the_sequence():
     expected, final = delta_memory(**x, output_final_state=True)
     state, outputs = x["initial_state"], []
     for t in range(65):
-        token = {n: x[n][:, t] for n in ("q", "k", "v", "log_retention", "erase")}
+        token = {n: x[n][:, t] for n in ("q", "k", "v", "log_decay", "erase")}
         o, state = delta_memory_step(**token, state=state)
         outputs.append(o)
     torch.testing.assert_close(torch.stack(outputs, 1), expected, rtol=2e-2, atol=2e-2)

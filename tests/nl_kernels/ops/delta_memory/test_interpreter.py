@@ -12,7 +12,7 @@ from nl_kernels.testing import GuardedBuffer, assert_within_budget, delta_memory
 
 pytestmark = pytest.mark.interpreter
 
-TENSORS = ("q", "k", "v", "log_retention", "erase", "momentum", "initial_state", "initial_momentum")
+TENSORS = ("q", "k", "v", "log_decay", "erase", "momentum", "initial_state", "initial_momentum")
 
 
 def inputs(length, *, momentum, batch=1, heads=1, key=12, value=20, initial_state=True, **options):
@@ -21,8 +21,8 @@ def inputs(length, *, momentum, batch=1, heads=1, key=12, value=20, initial_stat
         batch, length, heads, key, value, momentum=momentum, initial_state=initial_state, **options
     )
     if length > 5:
-        x["log_retention"][:, length // 3] = -torch.inf
-        x["log_retention"][:, length // 2, 0] = -60.0
+        x["log_decay"][:, length // 3] = -torch.inf
+        x["log_decay"][:, length // 2, 0] = -60.0
         if momentum:
             x["momentum"][:, length // 4] = 0.0
     return x
@@ -114,7 +114,7 @@ def test_steps_equal_the_token_loop(momentum, read):
     state, momentum_state = x["initial_state"], x["initial_momentum"]
     outputs = []
     for t in range(7):
-        token = {n: x[n][:, t] for n in ("q", "k", "v", "log_retention", "erase")}
+        token = {n: x[n][:, t] for n in ("q", "k", "v", "log_decay", "erase")}
         token["momentum"] = x["momentum"][:, t] if momentum else None
         o, state = delta_memory_step(
             **token, state=state, momentum_state=momentum_state, read=read, scale=0.7, impl="triton"
@@ -240,7 +240,7 @@ MISTAKES = [
     ("dq_tile += read_decay[:, None] * product", "pass", "dq"),
     ("dk_tile += tail[:, None] * product", "pass", "dk"),
     ("d_value_tile -= matmul(value_solve, d_right, STATE)", "pass", "dv"),
-    ("d_log += kept * kept_term", "pass", "dlog_retention"),
+    ("d_log += kept * kept_term", "pass", "dlog_decay"),
     ("start_before * erase_term", "erase_term", "derase"),
     ("d_mu += mixed_tail * tl.sum(mu_before * mixed_tail_term[None, :], 1)", "pass", "dmomentum"),
     ("d_state -= matmul(tl.trans(transform), d_pseudo_tile, STATE)", "pass", "dinitial_state"),

@@ -39,7 +39,7 @@ def test_orthonormal_keys_are_recalled_exactly_and_the_last_write_wins(impl):
 def test_a_decay_of_zero_forgets_exactly(impl, momentum):
     """At α = 0 with β = 0 and μ = 0 only the token's own write is left."""
     x = float64_inputs(initial_state=True, momentum=momentum)
-    x["log_retention"][:, 5] = -torch.inf
+    x["log_decay"][:, 5] = -torch.inf
     x["erase"][:, 5] = 0
     if momentum:
         x["momentum"][:, 5] = 0
@@ -77,7 +77,7 @@ def test_reading_before_is_reading_the_state_of_the_previous_token(impl):
     for t in range(x["q"].shape[1]):
         expected = 0.5 * torch.einsum("bhvk,bhk->bhv", state[0], x["q"][:, t])
         torch.testing.assert_close(before[:, t], expected, rtol=1e-12, atol=1e-12)
-        token = {n: x[n][:, t : t + 1] for n in ("q", "k", "v", "log_retention", "erase", "momentum")}
+        token = {n: x[n][:, t : t + 1] for n in ("q", "k", "v", "log_decay", "erase", "momentum")}
         _, state = delta_memory(
             **token, initial_state=state[0], initial_momentum=state[1], output_final_state=True, impl=impl
         )
@@ -99,7 +99,7 @@ def gated_delta_net(q, k, v, g, beta, scale, state):
 @pytest.mark.parametrize("normalise", [False, True])
 def test_chunk_gated_delta_rule_is_gated_delta_net(normalise):
     x = float64_inputs(length=70, initial_state=True)
-    q, k, v, g, beta = (x[n] for n in ("q", "k", "v", "log_retention", "erase"))
+    q, k, v, g, beta = (x[n] for n in ("q", "k", "v", "log_decay", "erase"))
     if normalise:
         q, k = 3 * q, 2 * k
     state = x["initial_state"].mT
@@ -116,7 +116,7 @@ def test_chunk_gated_delta_rule_is_gated_delta_net(normalise):
 
 def test_chunk_gated_delta_rule_takes_packed_sequences_and_a_scale():
     x = float64_inputs(length=20)
-    q, k, v, g, beta = (x[n][:1] for n in ("q", "k", "v", "log_retention", "erase"))
+    q, k, v, g, beta = (x[n][:1] for n in ("q", "k", "v", "log_decay", "erase"))
     bounds = torch.tensor([0, 7, 20])
     states = torch.randn(2, 2, 4, 3, dtype=torch.float64)
     o, final = chunk_gated_delta_rule(

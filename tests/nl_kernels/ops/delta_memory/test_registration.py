@@ -91,7 +91,7 @@ def test_compile_without_a_graph_break(packed):
 
 def test_compile_a_step_without_a_graph_break():
     x = delta_memory_inputs(2, 1, 2, 4, initial_state=True)
-    token = {name: x[name][:, 0] for name in ("q", "k", "v", "log_retention", "erase")}
+    token = {name: x[name][:, 0] for name in ("q", "k", "v", "log_decay", "erase")}
     expected, _ = delta_memory_step(**token, state=x["initial_state"])
     compiled = torch.compile(delta_memory_step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**token, state=x["initial_state"])[0], expected)
@@ -201,7 +201,7 @@ def test_autocast_rounds_q_k_v_and_nothing_else():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         o, final = delta_memory(**x, output_final_state=True)
         step, _ = delta_memory_step(
-            **{name: x[name][:, 0] for name in ("q", "k", "v", "log_retention", "erase", "momentum")},
+            **{name: x[name][:, 0] for name in ("q", "k", "v", "log_decay", "erase", "momentum")},
             state=x["initial_state"],
             momentum_state=x["initial_momentum"],
         )
