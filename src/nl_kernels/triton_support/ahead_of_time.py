@@ -106,7 +106,13 @@ def _prepared(call: KernelCall, architecture: str) -> tuple[Any, Any, dict[str, 
         raise RuntimeError("compiling ahead of time needs a process without TRITON_INTERPRET")
     target = TARGETS[architecture]
     signature = signature_of(call)
-    absent = {name: None for name, value in call.arguments.items() if value is None}
+    absent = {
+        path: None
+        for position, name in enumerate(signature)
+        if name in call.arguments
+        for path, part in _leaves(position, call.arguments[name])
+        if part is None
+    }
     aligned = {
         path: [["tt.divisibility", 16]]
         for position, kind in enumerate(signature.values())
@@ -128,8 +134,8 @@ _POINTERS = {
 }
 
 
-def _leaves(position: int, kind: str | tuple[str, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
-    """The types of one argument, a tuple's one by one, and where they are."""
+def _leaves(position: int, kind: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """The types or values of one argument, a tuple's one by one, and where they are."""
     if isinstance(kind, tuple):
         yield from (((position, index), part) for index, part in enumerate(kind))
     else:
@@ -140,7 +146,8 @@ def _type_of(name: str, value: Argument | tuple[Argument, ...]) -> str | tuple[s
     if value is None:
         return "constexpr"
     if isinstance(value, tuple):
-        return tuple(_type_of(name, part) for part in value)
+        parts = [_type_of(name, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype]
     if isinstance(value, int):

@@ -17,6 +17,9 @@ import triton.language as tl
 # Stands for log(0): its exponential is zero in fp32, and sums of it stay exact in fp64.
 _LOG_ZERO: tl.constexpr = tl.constexpr(-1000.0)
 
+_SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
+_DENSITY_AT_0: tl.constexpr = tl.constexpr(0.3989422804014327)  # 1/√(2π)
+
 _MOST_THREADS: tl.constexpr = tl.constexpr(1024)  # of a program, on any GPU
 
 
@@ -63,6 +66,23 @@ def load_operand(place, row, column, ROWS, COLUMNS, WIDTH: tl.constexpr, TURNED:
         mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
         tile = tl.load(place + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
     return tile
+
+
+@triton.jit
+def activation(z, ACTIVATION: tl.constexpr):
+    """``σ(z), σ'(z), σ''(z)`` of "silu" or "gelu"."""
+    if ACTIVATION == "silu":
+        s = tl.sigmoid(z)
+        value = z * s
+        slope = s + value * (1 - s)
+        curvature = (2 * slope - value) * (1 - s)
+    else:
+        cdf = 0.5 * (1 + tl.erf(z * _SQRT_HALF))
+        density = _DENSITY_AT_0 * tl.exp(-0.5 * z * z)
+        value = z * cdf
+        slope = cdf + z * density
+        curvature = density * (2 - z * z)
+    return value, slope, curvature
 
 
 @triton.jit

@@ -95,57 +95,55 @@ class _Launch:
         self.interval += 1
 
     def load(self, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
-        buffer, index, lane = self._locate(addresses, mask, size, "load")
-        if buffer is None:
-            return
-        self._refuse_other_program(buffer.stores, index, "stored")
-        self._refuse_unordered(buffer.stores, index, None, "stored")
-        done = buffer.loads
-        alone = (done.program[index] == _NOBODY) | (done.program[index] == self.program)
-        done.program[index] = np.where(alone, self.program, _SEVERAL)
-        again = (done.interval[index] == self.interval) & (done.lane[index] != lane)
-        done.lane[index] = np.where(again, _SEVERAL, lane)
-        done.interval[index] = self.interval
-        done.operation[index] = len(self.places) - 1
+        for buffer, index, lane in self._locate(addresses, mask, size, "load"):
+            self._refuse_other_program(buffer.stores, index, "stored")
+            self._refuse_unordered(buffer.stores, index, None, "stored")
+            done = buffer.loads
+            alone = (done.program[index] == _NOBODY) | (done.program[index] == self.program)
+            done.program[index] = np.where(alone, self.program, _SEVERAL)
+            again = (done.interval[index] == self.interval) & (done.lane[index] != lane)
+            done.lane[index] = np.where(again, _SEVERAL, lane)
+            done.interval[index] = self.interval
+            done.operation[index] = len(self.places) - 1
 
     def store(self, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
-        buffer, index, lane = self._locate(addresses, mask, size, "store")
-        if buffer is None:
-            return
-        order = np.arange(index.size)
-        buffer.order[index] = order
-        if (buffer.order[index] != order).any():
-            raise DataRace(f"{self._describe(-1)}: one store writes an address more than once")
-        for done, what in ((buffer.stores, "stored"), (buffer.loads, "loaded")):
-            self._refuse_other_program(done, index, what)
-            self._refuse_unordered(done, index, lane, what)
-        done = buffer.stores
-        done.program[index] = self.program
-        done.interval[index] = self.interval
-        done.lane[index] = lane
-        done.operation[index] = len(self.places) - 1
+        for buffer, index, lane in self._locate(addresses, mask, size, "store"):
+            order = np.arange(index.size)
+            buffer.order[index] = order
+            if (buffer.order[index] != order).any():
+                raise DataRace(f"{self._describe(-1)}: one store writes an address more than once")
+            for done, what in ((buffer.stores, "stored"), (buffer.loads, "loaded")):
+                self._refuse_other_program(done, index, what)
+                self._refuse_unordered(done, index, lane, what)
+            done = buffer.stores
+            done.program[index] = self.program
+            done.interval[index] = self.interval
+            done.lane[index] = lane
+            done.operation[index] = len(self.places) - 1
 
     def _locate(
         self, addresses: np.ndarray, mask: np.ndarray, size: int, what: str
-    ) -> tuple[_Buffer | None, np.ndarray, np.ndarray]:
-        """The buffer, the elements touched, and the lane that touches each; appends to ``places``."""
+    ) -> Iterator[tuple[_Buffer, np.ndarray, np.ndarray]]:
+        """Each buffer, the elements touched, and the lane that touches each; appends to ``places``."""
         lane = np.flatnonzero(np.broadcast_to(mask, addresses.shape))
         if not lane.size:
-            return None, lane, lane
+            return
         self.places.append((what, _kernel_lines()))
         touched = addresses.reshape(-1)[lane]
-        first, last = int(touched.min()), int(touched.max())
-        for buffer in self.buffers:
-            if buffer.start <= first and last + size <= buffer.end:
-                break
-        else:
-            raise DataRace(f"{self._describe(-1)}: addresses outside the tensors of the launch")
         if addresses.size >= self.threads:
             lane += self.shapes.setdefault(addresses.shape, len(self.shapes)) << 40
         else:
             lane = np.full_like(lane, _SEVERAL)
-        index = (touched - np.uint64(buffer.start)) // np.uint64(buffer.unit)
-        return buffer, index.astype(np.int64), lane
+        for buffer in self.buffers:
+            if not touched.size:
+                return
+            inside = (touched >= buffer.start) & (touched + np.uint64(size) <= buffer.end)
+            if inside.any():
+                index = (touched[inside] - np.uint64(buffer.start)) // np.uint64(buffer.unit)
+                yield buffer, index.astype(np.int64), lane[inside]
+                touched, lane = touched[~inside], lane[~inside]
+        if touched.size:
+            raise DataRace(f"{self._describe(-1)}: addresses outside the tensors of the launch")
 
     def _refuse_other_program(self, done: _Accesses, index: np.ndarray, what: str) -> None:
         programs = done.program[index]

@@ -60,3 +60,14 @@ def architecture_of(device: torch.device) -> str:
 def is_ampere(architecture: str) -> bool:
     """Whether products are those of sm_80, with operands in registers."""
     return architecture in ("sm_80", "sm_89")
+
+
+def precision_of(dtype: torch.dtype, architecture: str) -> str:
+    """How products compute (a name of :func:`triton_support.language.matmul`) for callers of ``dtype``.
+
+    Operands are fp32 in any case. tf32 has the mantissa of fp16 and two bits more than bf16. fp32: three-pass
+    tf32 on NVIDIA (about 2^-21 a product, on tensor cores), plain fp32 matrix instructions on AMD.
+    """
+    if architecture.startswith("gfx"):
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
