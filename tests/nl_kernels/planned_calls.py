@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 
-from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.ahead_of_time import unallocated
 from nl_kernels.triton_support.kernel_call import KernelCall
@@ -38,40 +37,7 @@ def delta_memory_calls(
     return [*forward, *backward]
 
 
-def deep_memory_calls(
-    rows: int,
-    tokens: int,
-    width: int,
-    hidden: int | None,
-    chunk_size: int,
-    *,
-    rule: MemoryRule = DEFAULT,
-    offset: int = 0,
-    packed: bool = False,
-) -> list[KernelCall]:
-    """Forward and backward, with momentum by a rule that does not erase; ``packed``: rows lie differently."""
-    from nl_kernels.ops.deep_memory import launch, triton_backward, triton_forward
-    from nl_kernels.ops.deep_memory.catalogue import inputs_of
-
-    resumed = offset % chunk_size > 0 or packed
-    inputs = inputs_of(
-        rows, tokens, width, hidden, rule, momentum=rule.erase == "none", resumed=resumed, apart=packed
-    )
-    options = launch.Options.of(
-        rule,
-        offset=offset,
-        chunk_size=chunk_size,
-        read="running",
-        checkpoint_every=None,
-        precision=precision_of(BF16, ARCHITECTURE),
-    )
-    forward, results = triton_forward.plan_forward(inputs, options, keep=True)
-    parts = results.o, results[1:5], results[5:7], inputs, results[7:], options
-    backward, _ = triton_backward.plan_backward(*parts)
-    return [*forward, *backward]
-
-
-def self_modifying_calls(
+def memory_calls(
     batch: int,
     tokens: int,
     heads: int,
@@ -79,32 +45,19 @@ def self_modifying_calls(
     hidden: int | None,
     chunk_size: int,
     *,
+    self_made: bool,
     rule: MemoryRule = DEFAULT,
     offset: int = 0,
     packed: bool = False,
 ) -> list[KernelCall]:
-    """As :func:`deep_memory_calls`."""
-    from nl_kernels.ops.self_modifying import launch, triton_backward, triton_forward
-    from nl_kernels.ops.self_modifying.catalogue import arguments_of
+    """Forward and backward of a bank of memories; ``packed``: sequences lie differently."""
+    from nl_kernels.memory.kernels.catalogue import calls_of, inputs_of, options_of
 
-    slots = offset + tokens
-    options = launch.Options.of(
-        rule,
-        read="running",
-        chunk_size=chunk_size,
-        generator_chunk_size=chunk_size,
-        truncate=0,
-        checkpoint_every=launch.checkpoint_interval(-(-slots // chunk_size), None, 1),
-        precision=precision_of(BF16, ARCHITECTURE),
-        offset=offset,
-        slots=slots,
+    inputs = inputs_of(
+        batch, tokens, heads, width, hidden, rule, self_made=self_made, dtype=BF16, apart=packed
     )
-    resumed = offset % chunk_size > 0 or packed
-    arguments = arguments_of(batch, tokens, heads, width, hidden, rule, resumed=resumed, apart=packed)
-    shared = {"options": options, "architecture": ARCHITECTURE}
-    forward, (o, *made) = triton_forward.plan_forward(*arguments, **shared)
-    backward, _ = triton_backward.plan_backward(o, made[:9], *arguments, *made[9:], **shared)
-    return [*forward, *backward]
+    options = options_of(BF16, rule, chunk_size, offset + tokens, ARCHITECTURE, read="running", offset=offset)
+    return calls_of(inputs, options._replace(checkpoint_every=max(16, options.chunks // 2)))
 
 
 def continuum_calls(batch: int, tokens: int, width: int, hidden: int) -> list[KernelCall]:
@@ -141,13 +94,7 @@ def newton_schulz_calls(count: int, rows: int, columns: int) -> list[KernelCall]
 
 def step_calls(batch: int, heads: int, width: int, hidden: int | None) -> Iterator[KernelCall]:
     """One token of every op that has a step."""
-    from nl_kernels.ops.deep_memory import catalogue as deep_catalogue
-    from nl_kernels.ops.deep_memory import launch as deep
-    from nl_kernels.ops.deep_memory import triton_step as deep_step
     from nl_kernels.ops.delta_memory import triton_step as delta_step
-    from nl_kernels.ops.self_modifying import catalogue as modifying_catalogue
-    from nl_kernels.ops.self_modifying import launch as modifying
-    from nl_kernels.ops.self_modifying import triton_step as modifying_step
 
     token, number = unallocated(batch, heads, width, dtype=BF16), unallocated(batch, heads)
     state = unallocated(batch, heads, width, width)
@@ -155,15 +102,8 @@ def step_calls(batch: int, heads: int, width: int, hidden: int | None) -> Iterat
         *[token] * 3, *[number] * 3, *[state] * 2, scale=1.0, read="running", architecture=ARCHITECTURE
     )
     yield call
-    sizes = batch, heads, width, hidden, TITANS
-    inputs = deep_catalogue.step_inputs_of(*sizes, dtype=BF16, momentum=True, shared_anchors=False)
-    options = deep.Options.of(
-        TITANS, offset=0, chunk_size=16, read="running", checkpoint_every=None, precision="ieee"
-    )
-    yield from deep_step.plan_step(inputs, options)[0]
-    inputs = modifying_catalogue.step_inputs_of(*sizes, dtype=BF16, momentum=True, shared_anchors=False)
-    options = modifying.step_options(TITANS, read="running", chunk_size=16, generator_chunk_size=16)
-    yield from modifying_step.plan_step(inputs, options)[0]
+    for self_made in (False, True):
+        yield memory_calls(batch, 1, heads, width, hidden, 16, self_made=self_made, packed=True)[0]
 
 
 def kind_of(call: KernelCall) -> tuple:

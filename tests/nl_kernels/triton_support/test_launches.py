@@ -17,23 +17,19 @@ TOKENS = 2**20  # with 8 sequences and 16 heads of 64: 2³³ numbers a tensor
 
 LARGE = {
     "delta_memory": lambda: planned.delta_memory_calls(8, TOKENS, 16, 64),
-    "deep_memory": lambda: planned.deep_memory_calls(128, TOKENS, 64, 64, 16),
-    "self_modifying": lambda: planned.self_modifying_calls(8, TOKENS, 16, 64, 64, 16),
+    "deep_memory": lambda: planned.memory_calls(8, TOKENS, 16, 64, 64, 16, self_made=False),
+    "self_modifying": lambda: planned.memory_calls(8, TOKENS, 16, 64, None, 16, self_made=True),
     "continuum": lambda: planned.continuum_calls(8, TOKENS, 4096, 16384),
     "newton_schulz": lambda: planned.newton_schulz_calls(2**16 - 1, 1024, 4096),
     "one token": lambda: planned.step_calls(2**16, 64, 64, 64),
 }
 MORE = {
     "delta_memory packed": lambda: planned.delta_memory_calls(1, 8 * TOKENS, 16, 64, sequences=1000),
-    "deep_memory momentum": lambda: planned.deep_memory_calls(
-        128, TOKENS, 64, 64, 16, rule=planned.TITANS, offset=5
+    "deep_memory linear packed": lambda: planned.memory_calls(
+        64, TOKENS, 16, 64, None, 16, self_made=False, packed=True
     ),
-    "deep_memory linear packed": lambda: planned.deep_memory_calls(1024, TOKENS, 64, None, 16, packed=True),
-    "self_modifying linear packed": lambda: planned.self_modifying_calls(
-        8, TOKENS, 16, 64, None, 16, rule=planned.TITANS, packed=True
-    ),
-    "self_modifying momentum": lambda: planned.self_modifying_calls(
-        8, TOKENS, 16, 64, 64, 16, rule=planned.TITANS, offset=5
+    "self_modifying two layers packed": lambda: planned.memory_calls(
+        8, TOKENS, 16, 64, 64, 16, self_made=True, rule=planned.TITANS, packed=True
     ),
 }
 
@@ -84,9 +80,11 @@ GROWING = {
     "delta_memory packed": lambda tokens, offset: planned.delta_memory_calls(
         1, tokens, 4, 64, sequences=2 + tokens % 5
     ),
-    "deep_memory": lambda tokens, offset: planned.deep_memory_calls(8, tokens, 64, 64, 16, offset=offset),
-    "self_modifying": lambda tokens, offset: planned.self_modifying_calls(
-        2, tokens, 4, 64, 64, 16, offset=offset
+    "deep_memory": lambda tokens, offset: planned.memory_calls(
+        2, tokens, 4, 64, 64, 16, self_made=False, offset=offset % 16
+    ),
+    "self_modifying": lambda tokens, offset: planned.memory_calls(
+        2, tokens, 4, 64, None, 16, self_made=True, offset=offset % 16
     ),
     "continuum": lambda tokens, offset: planned.continuum_calls(2, tokens, 64, 128),
     "one token": lambda tokens, offset: planned.step_calls(tokens, 4, 64, 64),

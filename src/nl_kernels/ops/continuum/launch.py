@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nl_kernels.chunk_kernels.launch import precision_of
 from nl_kernels.triton_support.kernel_call import Argument, KernelCall
+from nl_kernels.triton_support.targets import precision_of
 from nl_kernels.triton_support.tiles import padded, power_of_two
 
 MAX_WIDTH = 16_384

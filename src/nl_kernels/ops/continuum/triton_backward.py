@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from nl_kernels.chunk_kernels.forward import activated
 from nl_kernels.ops.continuum.launch import Plan
 from nl_kernels.ops.continuum.state import Weights
 from nl_kernels.ops.continuum.triton_forward import (
@@ -24,7 +23,7 @@ from nl_kernels.ops.continuum.triton_forward import (
     tile_of,
 )
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
-from nl_kernels.triton_support.language import add_product, load_operand
+from nl_kernels.triton_support.language import activation, add_product, load_operand
 from nl_kernels.triton_support.targets import TARGETS, architecture_of
 
 
@@ -60,7 +59,7 @@ def signal_kernel(
     first = tl.min(column, 0)
     if gate is not None:
         z = add_rows(zero, x, gate + weight, row, column, rows, HIDDEN, WIDTH, True, BLOCK_K, PRECISION)
-        opened, slope, _, _ = activated(z, "silu", False)
+        opened, slope, _ = activation(z, "silu")
         closing = back * value * slope
         value *= opened
         back *= opened
@@ -68,7 +67,7 @@ def signal_kernel(
         if gate_squares is not None:
             store_squares(gate_squares, batch, row, rows, first, closing, TILES, BLOCK_N)
     else:
-        value, slope, _, _ = activated(value, "gelu", False)
+        value, slope, _ = activation(value, "gelu")
         back *= slope
     store_rows(hidden, batch, row, column, rows, value, HIDDEN)
     store_rows(up_signal, batch, row, column, rows, back, HIDDEN)

@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from nl_kernels.chunk_kernels.forward import activated
 from nl_kernels.ops.continuum.launch import Plan
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
-from nl_kernels.triton_support.language import add_product, load_operand
+from nl_kernels.triton_support.language import activation, add_product, load_operand
 from nl_kernels.triton_support.targets import architecture_of
 
 
@@ -100,13 +99,13 @@ def hidden_kernel(
     hidden = add_rows(zero, x, up + weight, row, column, rows, HIDDEN, WIDTH, True, BLOCK_K, PRECISION)
     if gate is not None:
         z = add_rows(zero, x, gate + weight, row, column, rows, HIDDEN, WIDTH, True, BLOCK_K, PRECISION)
-        opened, slope, _, _ = activated(z, "silu", False)
+        opened, slope, _ = activation(z, "silu")
         if gate_slope is not None:
             store_rows(up_slope, batch, row, column, rows, opened, HIDDEN)
             store_rows(gate_slope, batch, row, column, rows, hidden * slope, HIDDEN)
         hidden *= opened
     else:
-        hidden, slope, _, _ = activated(hidden, "gelu", False)
+        hidden, slope, _ = activation(hidden, "gelu")
         if up_slope is not None:
             store_rows(up_slope, batch, row, column, rows, slope, HIDDEN)
     store_rows(out, batch, row, column, rows, hidden, HIDDEN)

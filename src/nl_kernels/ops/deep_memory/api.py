@@ -12,8 +12,8 @@ from nl_kernels.checks import (
     has_readable_data,
 )
 from nl_kernels.chunk_alignment import align_packed
-from nl_kernels.chunk_kernels import step_launch
 from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
+from nl_kernels.memory.kernels.call import unsupported
 from nl_kernels.memory_checks import (
     check_gates,
     check_mask,
@@ -27,7 +27,7 @@ from nl_kernels.memory_checks import (
     zero_padding,
 )
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
-from nl_kernels.ops.deep_memory import eager_step, launch, registration
+from nl_kernels.ops.deep_memory import eager_step, registration
 from nl_kernels.ops.deep_memory.eager import deep_memory_eager
 from nl_kernels.ops.deep_memory.reference import deep_memory_reference
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
@@ -106,31 +106,22 @@ def deep_memory(
         _check_state("initial_state", initial_state, weights, batch, q.shape[2], momentum is not None, q)
         check_position("initial_state.position", initial_state.position, batch, chunk_size, q)
     operands = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    unsupported = None
+    unserved = None
     if impl == "triton" or (impl is None and q.is_cuda):
-        unsupported = launch.unsupported(
-            key_dim=q.shape[-1],
-            value_dim=out_width,
-            hidden=None if weights.outer is None else weights.inner.shape[-2],
-            chunk_size=chunk_size,
-            rule=rule,
-            has_momentum=momentum is not None,
-            dtype=operands,
-            architecture=architecture_of(q.device),
-        )
-    available = ("eager", "reference") if unsupported and impl is None else ("triton", "eager", "reference")
+        unserved = _unserved(q, v, weights, rule, chunk_size, momentum, operands)
+    available = ("eager", "reference") if unserved and impl is None else ("triton", "eager", "reference")
     chosen = choose_implementation("deep_memory", impl, q.device, available)
-    if chosen == "triton" and unsupported:
-        raise NotImplementedError(f"{unsupported}; use impl='eager'")
+    if chosen == "triton" and unserved:
+        raise NotImplementedError(f"{unserved}; use impl='eager'")
 
     dtype = state_dtype(q, k, v, rate, log_decay, momentum, *weights, *_leaves(initial_state))
-    inputs = [None if x is None else x.to(dtype) for x in (q, k, v, rate, log_decay, momentum)]
+    inputs = [q, k, v, rate, log_decay, momentum]
+    if chosen != "triton":  # the kernels take 16-bit tokens as they are
+        inputs = [None if x is None else x.to(dtype) for x in inputs]
     tied = weights if initial_state is not None and not rule.anchored else ()
     if chosen == "reference":  # its loop leaves out what the last tokens would write
         tied = [*inputs[1:], *weights]
     inputs[0] = with_zero_gradients(inputs[0], tied)
-    if chosen == "triton":
-        inputs[3] = _summed_rate(rule, inputs[3], inputs[5])
     alignment = None
     if cu_seqlens is not None:
         alignment = align_packed(cu_seqlens)
@@ -167,7 +158,7 @@ def deep_memory(
                 "checkpoint_every": checkpoint_every,
             }
             if chosen == "triton":
-                o, final = registration.deep_memory_triton(*inputs, **options, dtype=operands)
+                o, final = registration.deep_memory_triton(*inputs[:5], **options, dtype=operands)
             else:
                 o, final = deep_memory_eager(*inputs, **options, operands=operands)
     if alignment is not None:
@@ -211,8 +202,7 @@ def deep_memory_step(
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`deep_memory`; ``inplace`` where gradients are needed.
-        NotImplementedError: ``impl="triton"`` for heads or hidden layers wider than the kernel takes, or a
-            rule that erases and averages its writes.
+        NotImplementedError: ``impl="triton"`` for a call that the kernels do not serve.
     """
     rule = _DEFAULT_RULE if rule is None else rule
     _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, state)
@@ -220,21 +210,18 @@ def deep_memory_step(
         check_own_memory(_by_name(state))
     tensors = (q, k, v, rate, log_decay, momentum)
     leaves = [*weights, *_leaves(state)]
-    unsupported = None
+    unserved = None
     if impl == "triton" or (impl is None and q.is_cuda):
-        hidden = None if weights.outer is None else weights.inner.shape[-2]
-        unsupported = step_launch.why_not("q, k, v", max(q.shape[-1], v.shape[-1]), hidden, q.dtype)
-        if rule.erase != "none":
-            unsupported = unsupported or step_launch.why_not_momentum(rule, momentum)
-    available = ("eager", "reference") if unsupported and impl is None else ("triton", "eager", "reference")
+        unserved = _unserved(q, v, weights, rule, chunk_size, momentum, q.dtype)
+    available = ("eager", "reference") if unserved and impl is None else ("triton", "eager", "reference")
     chosen = choose_implementation("deep_memory_step", impl, q.device, available)
-    if chosen == "triton" and unsupported:
-        raise NotImplementedError(f"{unsupported}; use impl='eager'")
+    if chosen == "triton" and unserved:
+        raise NotImplementedError(f"{unserved}; use impl='eager'")
     if chosen == "reference" or needs_gradient(*tensors, *leaves):
         if inplace:
             raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
         *tokens, momentum = (None if x is None else x.unsqueeze(1) for x in tensors)
-        o, state = deep_memory(
+        o, after = deep_memory(
             *tokens,
             weights,
             chunk_size=chunk_size,
@@ -246,20 +233,32 @@ def deep_memory_step(
             output_final_state=True,
             impl=impl,
         )
-        return o.squeeze(1), state
+        return o.squeeze(1), after
     check_step_dtype(state.running.inner, *tensors, *leaves)
     if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
         mask = None
     options = {"rule": rule, "read": read, "chunk_size": chunk_size, "mask": mask, "inplace": inplace}
     with without_autocast(q.device.type):
         if chosen == "triton":
-            rate = _summed_rate(rule, rate.to(state.running.inner.dtype), momentum)
-            o, state = registration.deep_memory_step(
-                q, k, v, rate, log_decay, momentum, weights, state, **options
-            )
+            o, state = registration.deep_memory_step(q, k, v, rate, log_decay, weights, state, **options)
         else:
             o, state = eager_step.deep_memory_step(*tensors, weights, state, **options)
     return o.to(q.dtype), state
+
+
+def _unserved(q, v, weights, rule, chunk_size, momentum, dtype) -> str | None:
+    """Why the kernels do not take a call, or ``None``."""
+    return unsupported(
+        "q, k, v",
+        rule=rule,
+        dtype=dtype,
+        width=max(q.shape[-1], v.shape[-1]),
+        hidden=None if weights.outer is None else weights.inner.shape[-2],
+        chunk=chunk_size,
+        momentum=momentum is not None,
+        self_made=False,
+        architecture=architecture_of(q.device),
+    )
 
 
 def _check(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, cu_seqlens):
@@ -341,12 +340,6 @@ def _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_s
     check_memory("weights", weights, batch, heads, width, out, q)
     _check_state("state", state, weights, batch, heads, momentum is not None, q)
     check_position("state.position", state.position, batch, chunk_size, q)
-
-
-def _summed_rate(rule: MemoryRule, rate: torch.Tensor, momentum: torch.Tensor | None) -> torch.Tensor:
-    """Rates at which the kernels, which sum writes, do as ``rule`` says; of a rule that does not erase."""
-    share = rule.share(None if momentum is None else momentum.to(rate.dtype))
-    return rate if share is None else rate * share
 
 
 def _by_name(state: DeepMemoryState) -> dict[str, torch.Tensor | None]:

@@ -13,8 +13,8 @@ from nl_kernels.checks import (
     has_readable_data,
 )
 from nl_kernels.chunk_alignment import align_packed
-from nl_kernels.chunk_kernels import step_launch
 from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
+from nl_kernels.memory.kernels.call import unsupported
 from nl_kernels.memory_checks import (
     check_mask,
     check_memory,
@@ -29,7 +29,6 @@ from nl_kernels.memory_checks import (
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.self_modifying import eager_step, registration
 from nl_kernels.ops.self_modifying.eager import self_modifying_memory_eager
-from nl_kernels.ops.self_modifying.launch import why_not
 from nl_kernels.ops.self_modifying.reference import self_modifying_memory_reference
 from nl_kernels.ops.self_modifying.state import (
     MemoryStack,
@@ -150,23 +149,18 @@ def self_modifying_memory(
     tensors = [query, key_input, value_input, gate_input, momentum]
     flat_weights = [layer for memory in weights for layer in memory]
     dtype = state_dtype(*tensors, *flat_weights, *_leaves(initial_state))
-    uncovered = why_not(
-        rule=rule,
-        dtype=dtype,
-        width=width,
-        hidden=None if weights.key.outer is None else weights.key.inner.shape[-2],
-        chunk=min(chunk_size, generator_chunk_size),
-        momentum=momentum is not None,
-        architecture=architecture_of(query.device),
-    )
-    available = ("eager", "reference") if uncovered is not None else ("triton", "eager", "reference")
+    unserved = None
+    if impl == "triton" or (impl is None and query.is_cuda):
+        unserved = _unserved(query, weights, rule, min(chunk_size, generator_chunk_size), momentum, dtype)
+    available = ("eager", "reference") if unserved else ("triton", "eager", "reference")
     if not detach_targets:
         available = _alone_in_the_reference(impl)
-    elif impl == "triton" and uncovered is not None:
-        raise NotImplementedError(uncovered)
+    elif impl == "triton" and unserved:
+        raise NotImplementedError(f"{unserved}; use impl='eager'")
     chosen = choose_implementation("self_modifying_memory", impl, query.device, available)
 
-    inputs = [None if x is None else x.to(dtype) for x in tensors]
+    # The kernels take 16-bit tokens as they are.
+    inputs = [None if x is None else x if chosen == "triton" else x.to(dtype) for x in tensors]
     gates = [x.to(dtype) for x in gates]
     tied = flat_weights if initial_state is not None and not rule.anchored else ()
     if chosen == "reference":  # its loop leaves out what the last tokens would write
@@ -217,7 +211,7 @@ def self_modifying_memory(
             )
         elif chosen == "triton":
             o, final = registration.self_modifying_memory_triton(
-                *inputs, anchor, state, **options, **chunked, dtype=query.dtype
+                *inputs[:4], anchor, state, **options, **chunked, dtype=query.dtype
             )
         else:
             o, final = self_modifying_memory_eager(
@@ -267,8 +261,7 @@ def self_modifying_memory_step(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`self_modifying_memory`; ``inplace`` where gradients are
             needed.
-        NotImplementedError: ``impl="triton"`` for wider heads or hidden layers than the kernel takes,
-            targets that learn, or a rule that averages its writes.
+        NotImplementedError: ``impl="triton"`` for a call that the kernels do not cover.
     """
     rule = _DEFAULT_RULE if rule is None else rule
     generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
@@ -295,22 +288,21 @@ def self_modifying_memory_step(
     }
     leaves = [*(layer for memory in weights for layer in memory), *_leaves(state)]
     parameters = (x for x in (rate_max, rate_bias, retention_bias) if isinstance(x, torch.Tensor))
-    unsupported = None
+    unserved = None
     if impl == "triton" or (impl is None and query.is_cuda):
-        hidden = None if weights.key.outer is None else weights.key.inner.shape[-2]
-        unsupported = step_launch.why_not("query", width, hidden, query.dtype)
-        unsupported = unsupported or step_launch.why_not_momentum(rule, momentum)
-    available = ("eager", "reference") if unsupported and impl is None else ("triton", "eager", "reference")
+        chunk = min(chunk_size, generator_chunk_size)
+        unserved = _unserved(query, weights, rule, chunk, momentum, query.dtype)
+    available = ("eager", "reference") if unserved and impl is None else ("triton", "eager", "reference")
     if not detach_targets:
         available = _alone_in_the_reference(impl)
     chosen = choose_implementation("self_modifying_memory_step", impl, query.device, available)
-    if chosen == "triton" and unsupported:
-        raise NotImplementedError(f"{unsupported}; use impl='eager'")
+    if chosen == "triton" and unserved:
+        raise NotImplementedError(f"{unserved}; use impl='eager'")
     if chosen == "reference" or needs_gradient(*inputs, *leaves, *parameters):
         if inplace:
             raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
         *tokens, momentum = (None if x is None else x.unsqueeze(1) for x in inputs)
-        o, state = self_modifying_memory(
+        o, after = self_modifying_memory(
             *tokens,
             weights,
             momentum=momentum,
@@ -321,14 +313,14 @@ def self_modifying_memory_step(
             impl=impl,
             **options,
         )
-        return o.squeeze(1), state
+        return o.squeeze(1), after
     check_step_dtype(state.running.last, *inputs, *leaves)
     if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
         mask = None
     with without_autocast(query.device.type):
         if chosen == "triton":
             o, state = registration.self_modifying_memory_step(
-                *inputs, weights, state, **options, mask=mask, inplace=inplace
+                *inputs[:4], weights, state, **options, mask=mask, inplace=inplace
             )
         else:
             o, state = eager_step.self_modifying_memory_step(
@@ -344,6 +336,21 @@ def _alone_in_the_reference(impl: str | None) -> tuple[str, ...]:
             "detach_targets: the reference alone has targets that learn; use impl='reference' or None"
         )
     return ("reference",)
+
+
+def _unserved(query, weights, rule, chunk, momentum, dtype) -> str | None:
+    """Why the kernels do not take a call, or ``None``."""
+    return unsupported(
+        "query",
+        rule=rule,
+        dtype=dtype,
+        width=query.shape[-1],
+        hidden=None if weights.key.outer is None else weights.key.inner.shape[-2],
+        chunk=chunk,
+        momentum=momentum is not None,
+        self_made=True,
+        architecture=architecture_of(query.device),
+    )
 
 
 def _check_clocks(chunk_size: object, generator_chunk_size: object) -> None:

@@ -11,7 +11,8 @@ from nl_kernels.testing import RoundedProducts, assert_within_budget, deep_memor
 
 pytestmark = pytest.mark.gpu
 
-TITANS = dataclasses.replace(MemoryRule.literal(), erase="none", proximal=False)
+LITERAL = dataclasses.replace(MemoryRule.literal(), proximal=False)
+TITANS = dataclasses.replace(LITERAL, erase="none")
 
 
 def to(value, dtype=None):
@@ -42,14 +43,14 @@ CASES = {
     "default linear": (torch.bfloat16, MemoryRule(), "snapshot", 64, None, 16),
     "default linear fp32": (torch.float32, MemoryRule(), "running", 48, None, 16),
     "large chunks": (torch.bfloat16, MemoryRule(), "running", 64, None, 64),
-    "literal": (torch.bfloat16, MemoryRule.literal(), "snapshot", 64, 64, 16),
+    "literal": (torch.bfloat16, LITERAL, "snapshot", 64, 64, 16),
     "titans": (torch.bfloat16, TITANS, "running", 64, 32, 16),
 }
 
 
 @pytest.mark.parametrize(("dtype", "rule", "read", "width", "hidden", "chunk"), CASES.values(), ids=CASES)
 def test_error_budget(dtype, rule, read, width, hidden, chunk):
-    x = deep_memory_inputs(2, 150, 2, width, hidden, momentum=rule is TITANS, outer_scale=0.1, dtype=dtype)
+    x = deep_memory_inputs(2, 150, 2, width, hidden, outer_scale=0.1, dtype=dtype)
     with torch.no_grad():
         x["rate"] *= 0.2  # what is not bounded diverges otherwise
     options = {"rule": rule, "read": read, "chunk_size": chunk}
@@ -108,7 +109,7 @@ def test_offsets_beyond_32_bits():
 
 def test_memory_ceiling():
     """The states kept for the backward pass stay within what the launcher allows, and the rest is linear."""
-    from nl_kernels.ops.deep_memory.launch import KEPT_BYTES
+    from nl_kernels.memory.kernels.launch import KEPT_BYTES
 
     x = to(deep_memory_inputs(2, 8192, 8, 64, 64, dtype=torch.bfloat16))
     given = sum(t.nbytes for t in tensors_of(x))

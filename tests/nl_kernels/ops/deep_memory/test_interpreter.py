@@ -3,23 +3,27 @@
 import dataclasses
 import functools
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory
+from nl_kernels.memory.kernels.catalogue import options_of
+from nl_kernels.memory.kernels.launch import Inputs
 from nl_kernels.ops.deep_memory import DeepMemoryState
-from nl_kernels.testing import GuardedBuffer, assert_within_budget, deep_memory_inputs, tensors_of
+from nl_kernels.testing import RoundedProducts, assert_within_budget, deep_memory_inputs, tensors_of
+from tests.nl_kernels.bank_calls import assert_calls_fill_their_buffers, assert_operators_pass_opcheck
 
 pytestmark = pytest.mark.interpreter
 
-LITERAL = MemoryRule.literal()
-TITANS = dataclasses.replace(LITERAL, erase="none", proximal=False)
+LITERAL = dataclasses.replace(MemoryRule.literal(), proximal=False)
+TITANS = dataclasses.replace(LITERAL, erase="none")
 RULES = {
     "default": MemoryRule(),
     "literal": LITERAL,
     "titans": TITANS,
-    "gelu, input, tight bound": MemoryRule(activation="gelu", erase="input", error_bound=0.3),
+    "gelu, tight bound": MemoryRule(activation="gelu", error_bound=0.3),
 }
 C = 5  # no power of two
 
@@ -72,15 +76,17 @@ def results_and_gradients(x, dtype=None, **options):
     return [r.detach() for r in values], list(gradients)
 
 
-def assert_kernels_within_budget(x, **options):
+def assert_kernels_within_budget(x, rounded=None, **options):
+    """``rounded``: the dtype to which the products of the kernels round their operands."""
     triton = results_and_gradients(x, impl="triton", **options)
-    eager = results_and_gradients(x, impl="eager", **options)
+    with nullcontext() if rounded is None else RoundedProducts(rounded):
+        eager = results_and_gradients(x, impl="eager", **options)
     options.pop("checkpoint_every", None)
     expected = results_and_gradients(x, torch.float64, impl="reference", **options)
     for kind, *parts in zip(("result", "gradient"), triton, eager, expected):
         for index, (a, b, c) in enumerate(zip(*parts, strict=True)):
             # Of a handful of numbers eager gets some right by luck.
-            factor = 2.0 if c.numel() >= 32 else 6.0
+            factor = 2.5 if c.numel() >= 32 else 6.0
             assert_within_budget(a, b, c, factor=factor, name=f"{kind} {index} of shape {tuple(c.shape)}")
 
 
@@ -99,7 +105,7 @@ QUICK = {
 )
 def test_results_and_every_gradient(name, read, hidden):
     """Resumed within a chunk and left within another one."""
-    x = inputs(6, hidden=hidden, momentum=name == "titans", resumed_at=[3])
+    x = inputs(6, hidden=hidden, resumed_at=[3])
     assert_kernels_within_budget(x, rule=RULES[name], read=read, chunk_size=C)
 
 
@@ -109,8 +115,8 @@ def test_lengths(length):
     assert_kernels_within_budget(x, read="running", chunk_size=C, checkpoint_every=2)
 
 
-def test_states_are_recomputed_with_momentum():
-    x = inputs(12, hidden=None, width=3, value_width=20, momentum=True)
+def test_states_are_recomputed():
+    x = inputs(12, hidden=None, width=3, value_width=20)
     rule = dataclasses.replace(TITANS, residual=False, anchored=True)
     assert_kernels_within_budget(x, rule=rule, chunk_size=4, checkpoint_every=3)
 
@@ -127,7 +133,8 @@ def test_forgetting_everything_is_exact():
 
 
 def test_fp16():
-    assert_kernels_within_budget(inputs(C + 1, dtype=torch.float16), chunk_size=C)
+    """tf32 has the mantissa of fp16."""
+    assert_kernels_within_budget(inputs(C + 1, dtype=torch.float16), torch.float16, chunk_size=C)
 
 
 def test_tiles_handed_on_by_memory():
@@ -142,26 +149,20 @@ def test_without_erasing(read):
     assert_kernels_within_budget(inputs(8), rule=rule, read=read, chunk_size=C)
 
 
-@pytest.mark.parametrize(
-    ("hidden", "momentum"),
-    [(12, False), (None, False), (None, True), pytest.param(12, True, marks=pytest.mark.slow)],
-)
-def test_padding_moves_nothing(hidden, momentum):
+@pytest.mark.parametrize("hidden", [12, None])
+def test_padding_moves_nothing(hidden):
     """Sequences that end in a later chunk, at a boundary, in their first chunk, and one without a token."""
     mask = torch.zeros(4, 8)
     mask[0, [2, 3, 5, 6, 7]] = 1
     mask[1, 1] = mask[2, 0] = 1
-    x = inputs(8, batch=4, hidden=hidden, momentum=momentum, resumed_at=[3, 4, 1, 1])
-    options = {"rule": MemoryRule(erase="none"), "read": "running"} if momentum else {}
-    assert_kernels_within_budget(x, mask=mask > 0, chunk_size=C, **options)
+    x = inputs(8, batch=4, hidden=hidden, resumed_at=[3, 4, 1, 1])
+    assert_kernels_within_budget(x, mask=mask > 0, chunk_size=C)
 
 
-@pytest.mark.parametrize("momentum", [False, True])
-def test_packed_sequences(momentum):
-    x = inputs(9, hidden=None, momentum=momentum)
-    options = {"rule": MemoryRule(erase="none")} if momentum else {}
+def test_packed_sequences():
+    x = inputs(9, hidden=None)
     cu_seqlens = torch.tensor([0, 1, 7, 9])
-    assert_kernels_within_budget(x, cu_seqlens=cu_seqlens, read="running", chunk_size=C, **options)
+    assert_kernels_within_budget(x, cu_seqlens=cu_seqlens, read="running", chunk_size=C)
 
 
 def test_one_token_each_at_different_positions():
@@ -169,14 +170,14 @@ def test_one_token_each_at_different_positions():
     assert_kernels_within_budget(x, chunk_size=C)
 
 
-NAMES = ("q", "k", "v", "rate", "log_decay", "momentum", "inner", "outer", "state")
+NAMES = ("q", "k", "v", "rate", "log_decay", "inner", "outer", "snapshot inner", "snapshot outer", "state")
 
 
 @functools.cache
 def found():
     """Gradients of the kernels, of eager and in fp64, by name, of a case that has all of them."""
-    x = inputs(C + 1, momentum=True, resumed_at=[3])
-    options = {"rule": dataclasses.replace(TITANS, anchored=True), "chunk_size": C}
+    x = inputs(C + 1, resumed_at=[3])
+    options = {"rule": dataclasses.replace(LITERAL, anchored=True), "chunk_size": C}
     calls = (("triton", None), ("eager", None), ("reference", torch.float64))
     parts = [results_and_gradients(x, dtype, impl=impl, **options)[1] for impl, dtype in calls]
     return [dict(zip(NAMES, gradients)) for gradients in parts]
@@ -190,84 +191,34 @@ def test_a_mistake_of_one_percent_in_any_gradient_is_seen(name):
         assert_within_budget(1.01 * triton[name], eager[name], expected[name])
 
 
-def flat_inputs(hidden, momentum, rows=2, tokens=7):
-    """What the kernels take, as it comes from rows that start within a chunk, and the options."""
-    from nl_kernels.ops.deep_memory import launch
-
-    x = deep_memory_inputs(1, tokens, rows, 10, hidden, momentum=momentum)
-    sequences = [x[n] if x[n] is None else x[n][0].transpose(0, 1) for n in NAMES[:6]]
+def bank_inputs(hidden):
+    """What the kernels take of heads that start within a chunk, and the options."""
+    x = deep_memory_inputs(1, 7, 2, 10, hidden)
+    tokens = [x[n] for n in ("q", "k", "v")] + [None] + [x[n] for n in ("rate", "log_decay")]
     layers = [None if w is None else w.detach() for w in x["weights"]]
-    rule = TITANS if momentum else MemoryRule()
-    given = launch.Inputs(
-        *(None if s is None else s.contiguous() for s in sequences),
-        *(None if w is None else w.clone() for w in layers),
-        *(None if w is None or not momentum else w.clone() for w in layers),
-        *(None if w is None else w.clone() for w in layers),
-        *(None if w is None or not rule.anchored else w.clone() for w in layers),
-        None,
-        None,
-        None,
-    )
-    options = launch.Options.of(
-        rule, offset=2, chunk_size=C, read="running", checkpoint_every=2, precision="ieee"
-    )
-    return given, options
+    bank = layers if hidden else [None, layers[0]]
+    banks = [None if w is None else w.clone() for w in (*bank, *bank, *bank)]
+    options = options_of(torch.float32, MemoryRule(), C, 9, "sm_90", read="running", offset=2)
+    return Inputs(*tokens, *[None] * 4, *banks), options._replace(checkpoint_every=2)
 
 
-def run_guarded(calls, given, running=()):
-    """Run with every buffer between guard bands, all but the given ones full of NaN; check them after.
-
-    Those of ``running`` the kernel both reads and writes.
-    """
-    buffers = {}
-    for call in calls:
-        for name, tensor in call.arguments.items():
-            floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-            if floating and id(tensor) not in buffers:
-                known = any(tensor is g for g in (*given, *running))
-                make = (
-                    GuardedBuffer.holding(tensor)
-                    if known
-                    else GuardedBuffer(tensor.shape, dtype=tensor.dtype)
-                )
-                buffers[id(tensor)] = (name, tensor, make)
-        call.kernel[call.grid](
-            **{n: buffers[id(t)][2].tensor if id(t) in buffers else t for n, t in call.arguments.items()},
-            **call.constants,
-        )
-    for name, tensor, buffer in buffers.values():
-        if name != "scratch":
-            buffer.check(name)
-        assert not any(tensor is g for g in given) or torch.equal(buffer.tensor, tensor), (
-            f"{name} was changed"
-        )
-    return len(buffers)
-
-
-@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
-def test_every_element_is_written_and_nothing_else(momentum):
-    from nl_kernels.ops.deep_memory import triton_backward, triton_forward
-
-    given, options = flat_inputs(None if momentum else 12, momentum)
-    calls, results = triton_forward.plan_forward(given, options, keep=True)
-    assert run_guarded(calls, given) > 12
-    states = [None if x is None else torch.randn(x.shape) for x in results]
-    calls, gradients = triton_backward.plan_backward(
-        states[0], states[1:5], states[5:7], given, states[7:], options
-    )
-    assert run_guarded(calls, [*given, *states], running=gradients[6:10]) > 20
+@pytest.mark.parametrize("hidden", [12, None], ids=["two layers", "linear"])
+def test_every_element_is_written_and_nothing_else(hidden):
+    assert_calls_fill_their_buffers(*bank_inputs(hidden))
 
 
 def test_refuses_what_the_kernels_do_not_serve():
     cases = {
-        "q, k: on sm_90 with chunks of 4 .* heads up to 128 wide, got 129": (inputs(2, width=129), {}),
-        "v: on sm_90 with chunks of 17 .* heads up to 64 wide, got 65": (
+        "q, k, v: on sm_90 with chunks of 4 .* heads .*up to 128 wide, got 129": (inputs(2, width=129), {}),
+        "q, k, v: on sm_90 with chunks of 17 .* heads .*up to 64 wide, got 65": (
             inputs(2, value_width=65),
             {"chunk_size": 17},
         ),
-        "weights: .* hidden layers up to 128 wide, got 129": (inputs(2, hidden=129), {}),
+        "weights: .* hidden layers .*up to 128 wide, got 129": (inputs(2, hidden=129), {}),
         "chunk_size: on sm_90 .* chunks up to 64, got 65": (inputs(2), {"chunk_size": 65}),
-        "rule.erase='none' alone": (inputs(2, momentum=True), {}),
+        "momentum: the Triton kernels have none": (inputs(2, momentum=True), {}),
+        "rule.erase: .* got 'input'": (inputs(2), {"rule": MemoryRule(erase="input")}),
+        "rule.proximal": (inputs(2), {"rule": MemoryRule.literal()}),
         "got float64": (inputs(2, dtype=torch.float64), {}),
     }
     for message, (x, options) in cases.items():
@@ -275,16 +226,9 @@ def test_refuses_what_the_kernels_do_not_serve():
             deep_memory(**x, **{"chunk_size": 4, **options}, impl="triton")
 
 
-def test_operators_pass_opcheck():
-    given, options = flat_inputs(None, True, rows=1, tokens=2)
-    tests = ("test_schema", "test_faketensor")
-    ops = torch.ops.nl_kernels
-    torch.library.opcheck(ops.deep_memory_forward, (*given, *options, True), test_utils=tests)
-    results = ops.deep_memory_forward(*given, *options, True)
-    present = [x if x.numel() else None for x in results]
-    torch.library.opcheck(
-        ops.deep_memory_backward, (*present[:7], *given, *present[7:], *options), test_utils=tests
-    )
+@pytest.mark.parametrize("hidden", [12, None], ids=["two layers", "linear"])
+def test_operators_pass_opcheck(hidden):
+    assert_operators_pass_opcheck(*bank_inputs(hidden))
 
 
 def test_compiles_without_a_graph_break():

@@ -1,5 +1,7 @@
 """On a CUDA device: error budgets, the default choice, determinism, memory."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ from nl_kernels.testing import RoundedProducts, relative_error, self_modifying_i
 
 pytestmark = pytest.mark.gpu
 
-TITANS = MemoryRule(erase="none", momentum="sum")
+TITANS = MemoryRule(erase="none")
+LITERAL = dataclasses.replace(MemoryRule.literal(), proximal=False)
 SHARED = ("weights", "rate_max", "rate_bias", "retention_bias")
 
 
@@ -34,11 +37,8 @@ def results_and_gradients(x, dtype=None, **options):
     return [*(r.detach() for r in values), *gradients]
 
 
-def draw(batch, length, heads, width, hidden, rule, dtype=torch.float32):
-    momentum = rule.erase == "none"
-    return self_modifying_inputs(
-        batch, length, heads, width, hidden, momentum=momentum, outer_scale=0.1, dtype=dtype
-    )
+def draw(batch, length, heads, width, hidden, dtype=torch.float32):
+    return self_modifying_inputs(batch, length, heads, width, hidden, outer_scale=0.1, dtype=dtype)
 
 
 # Compiling a pair of kernels takes up to a minute: few cases, each with something of its own.
@@ -49,15 +49,15 @@ CASES = {
     "large chunks": (torch.bfloat16, MemoryRule(), "running", 64, None, (32, 32)),
     "titans": (torch.bfloat16, TITANS, "running", 64, None, (16, 16)),
     "default two-layer": (torch.bfloat16, MemoryRule(), "running", 64, 64, (16, 16)),
-    "literal two-layer": (torch.float32, MemoryRule.literal(), "snapshot", 40, 24, (8, 8)),
+    "literal two-layer": (torch.float32, LITERAL, "snapshot", 40, 24, (8, 8)),
 }
 
 
 @pytest.mark.parametrize(("dtype", "rule", "read", "width", "hidden", "clocks"), CASES.values(), ids=CASES)
 def test_error_budget(dtype, rule, read, width, hidden, clocks):
-    x = draw(2, 150, 2, width, hidden, rule, dtype)
+    x = draw(2, 150, 2, width, hidden, dtype)
     options = {"rule": rule, "read": read, "chunk_size": clocks[0], "generator_chunk_size": clocks[1]}
-    if rule == MemoryRule.literal():
+    if rule == LITERAL:
         x = {n: t if n in SHARED or t is None else t[:, :24] for n, t in x.items()}  # it diverges soon after
     expected = results_and_gradients(x, torch.float64, impl="eager", **options)
     with RoundedProducts(torch.float16 if dtype == torch.bfloat16 else torch.float32):  # tf32's mantissa
@@ -72,7 +72,7 @@ def test_error_budget(dtype, rule, read, width, hidden, clocks):
 
 
 def test_the_default_is_the_kernels_where_they_cover_the_call():
-    x = draw(1, 40, 2, 32, None, MemoryRule())
+    x = draw(1, 40, 2, 32, None)
     expected = results_and_gradients(x, chunk_size=16, impl="triton")
     for a, b in zip(results_and_gradients(x, chunk_size=16), expected, strict=True):
         assert torch.equal(a, b)
@@ -83,7 +83,7 @@ def test_the_default_is_the_kernels_where_they_cover_the_call():
 @pytest.mark.parametrize("hidden", [None, 32])
 def test_deterministic(hidden):
     """Threads of a program hand states on through memory: a missing barrier would show here."""
-    x = draw(4, 1000, 8, 32, hidden, MemoryRule())
+    x = draw(4, 1000, 8, 32, hidden)
     first = results_and_gradients(x, chunk_size=16, read="running", impl="triton")
     for _ in range(3):
         again = results_and_gradients(x, chunk_size=16, read="running", impl="triton")
@@ -92,7 +92,7 @@ def test_deterministic(hidden):
 
 def test_resumed_apart_and_padded():
     options = {"chunk_size": 8, "generator_chunk_size": 16, "read": "running"}
-    x = draw(2, 70, 2, 32, None, MemoryRule())
+    x = draw(2, 70, 2, 32, None)
     mask = torch.ones(2, 70, dtype=torch.bool, device="cuda")
     mask[1, 20:33] = False
     head = {n: t if n in SHARED or t is None else t[:, :27] for n, t in x.items()}
@@ -109,7 +109,7 @@ def test_resumed_apart_and_padded():
 
 def test_memory_ceiling():
     """Forward and backward keep some states a segment, not one a chunk."""
-    x = to(draw(1, 16384, 8, 64, None, MemoryRule()))
+    x = to(draw(1, 16384, 8, 64, None))
     tokens = sum(t.nbytes for t in tensors_of({n: x[n] for n in x if n not in SHARED}))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -1,0 +1,351 @@
+"""Launch parameters of a bank's kernels: pure functions of shapes, options and architecture.
+
+The numbers come from ahead-of-time compilation (registers, spills and shared memory against each
+architecture's limits), not from timings.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from nl_kernels.memory.kernels.arguments import Bank, Rule, Shape, Tokens, places_of
+from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.triton_support.kernel_call import KernelCall
+from nl_kernels.triton_support.tiles import MIN_TILE, padded, power_of_two
+
+KEPT_BYTES = 256 << 20  # of states at every chunk's start; beyond, some are recomputed
+MOST_WARPS = 16
+
+# By architecture, whether a bank makes its own targets, and whether its memories are linear: the widest head
+# and hidden layer by length of chunks.
+_LIMITS = {
+    "sm_90": {
+        (False, True): {16: 128, 32: 64},
+        (False, False): {16: 128, 32: 64},
+        (True, True): {16: 128},
+        (True, False): {16: 64},
+    },
+    "sm_80": {
+        (False, True): {16: 128, 32: 64},
+        (False, False): {16: 128, 32: 64},
+        (True, True): {16: 64},
+        (True, False): {16: 32},
+    },
+    "sm_89": {
+        (False, True): {16: 64, 32: 64},
+        (False, False): {16: 64, 32: 64},
+        (True, True): {16: 32},
+        (True, False): {16: 32},
+    },
+    "gfx942": {
+        (False, True): {16: 64},
+        (False, False): {16: 64},
+        (True, True): {16: 32},
+        (True, False): {16: 16},
+    },
+}
+
+
+class Options(NamedTuple):
+    """What the operators take besides tensors, in the order of their schema.
+
+    Attributes:
+        activation, normalize_hidden, residual, error_bound: of :class:`~nl_kernels.memory_rule.MemoryRule`;
+            ``error_bound`` 0 for none.
+        erases: ``rule.erase`` is "per_layer", not "none".
+        read: "running" or "snapshot".
+        chunk_size, generator_chunk_size: tokens between snapshots of the memory that is read, and of others.
+        truncate: tokens between cuts of the gradient, 0 for none.
+        checkpoint_every: chunks between the states kept for the backward pass; 0 keeps none.
+        precision: of the products, a name of :func:`nl_kernels.triton_support.language.matmul`.
+        offset: slot of the first token, where all sequences have the same.
+        slots: slots of the grid, from the boundary before the first token.
+        architecture: whose launch parameters to take.
+    """
+
+    activation: str
+    normalize_hidden: bool
+    residual: bool
+    error_bound: float
+    erases: bool
+    read: str
+    chunk_size: int
+    generator_chunk_size: int
+    truncate: int
+    checkpoint_every: int
+    precision: str
+    offset: int
+    slots: int
+    architecture: str
+
+    @classmethod
+    def of(cls, rule: MemoryRule, **others: Any) -> Options:
+        """Those of a rule, and the others by name."""
+        return cls(
+            activation=rule.activation,
+            normalize_hidden=rule.normalize_hidden,
+            residual=rule.residual,
+            error_bound=float(rule.error_bound or 0),
+            erases=rule.erase != "none",
+            **others,
+        )
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk: of the faster clock."""
+        return min(self.chunk_size, self.generator_chunk_size)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the grid."""
+        return -(-self.slots // self.chunk)
+
+    @property
+    def ratio(self) -> int:
+        """Chunks of the slower clock's period."""
+        return max(self.chunk_size, self.generator_chunk_size) // self.chunk
+
+
+class Inputs(NamedTuple):
+    """A call's tensors, contiguous.
+
+    Attributes:
+        query … spans: of :class:`~nl_kernels.memory.kernels.arguments.Tokens`.
+        first, last: running weights [N, M · h, D] (``None``: linear) and [N, rows, in].
+        first_snapshot, last_snapshot: of the same shapes.
+        first_anchor, last_anchor: likewise, ``None`` for a rule that is not anchored.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    gate: torch.Tensor | None
+    rate: torch.Tensor | None
+    log_decay: torch.Tensor | None
+    rate_max: torch.Tensor | None
+    rate_bias: torch.Tensor | None
+    retention_bias: torch.Tensor | None
+    spans: torch.Tensor | None
+    first: torch.Tensor | None
+    last: torch.Tensor
+    first_snapshot: torch.Tensor | None
+    last_snapshot: torch.Tensor
+    first_anchor: torch.Tensor | None
+    last_anchor: torch.Tensor | None
+
+    @property
+    def tokens(self) -> Tokens:
+        return Tokens(*self[: len(Tokens._fields)])
+
+
+def shape_of(*, generates: bool, key_dim: int, value_dim: int, hidden: int, options: Options) -> Shape:
+    """The sizes of a bank and how its layers are cut into blocks of rows, one for each warp."""
+    memories = (5 if hidden else 4) if generates else 1
+    padded_memories = power_of_two(memories)
+    block_k, block_v = padded(key_dim), padded(value_dim)
+    block_h = padded(hidden) if hidden else MIN_TILE
+    narrowest = min(block_v, block_h) if hidden else block_v
+    many = max(block_k, block_v, block_h) > 64 or padded_memories > 4
+    most = MOST_WARPS if many else MOST_WARPS // 2
+    per = max(1, min(narrowest // MIN_TILE, most // padded_memories))
+    wide, narrow = min(memories, 3), (1 if hidden else 2) if generates else 0
+    outputs = wide * value_dim + (memories - wide) * narrow
+    return Shape(
+        MEMORIES=memories,
+        WIDE=wide,
+        NARROW=narrow,
+        OWN=2 if generates else 0,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        HIDDEN=hidden,
+        CHUNK=options.chunk,
+        MEMORY_CLOCK=options.chunk_size,
+        OTHERS_CLOCK=options.generator_chunk_size,
+        TRUNCATE=options.truncate,
+        PER=per,
+        BLOCKS=padded_memories * per,
+        SLICE=min(32, block_k, block_v, block_h) if hidden else min(32, block_k),
+        BLOCK_C=padded(options.chunk),
+        BLOCK_K=block_k,
+        BLOCK_V=block_v,
+        BLOCK_H=block_h,
+        LAST_IN=hidden or key_dim,
+        LAST_BLOCK=block_h if hidden else block_k,
+        FIRST_SIZE=memories * hidden * key_dim,
+        LAST_SIZE=outputs * (hidden or key_dim),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call runs, and what its kernels share."""
+
+    inputs: Inputs
+    options: Options
+    shape: Shape
+    rule: Rule
+
+    @classmethod
+    def of(cls, inputs: Inputs, options: Options) -> Plan:
+        generates = inputs.gate is not None
+        shape = shape_of(
+            generates=generates,
+            key_dim=inputs.key.shape[-1],
+            value_dim=inputs.value.shape[-1],
+            hidden=0 if inputs.first is None else inputs.last.shape[-1],
+            options=options,
+        )
+        rule = Rule(
+            generates,
+            options.read == "running",
+            options.activation,
+            options.normalize_hidden,
+            options.residual,
+            options.erases,
+            options.error_bound,
+            options.precision,
+        )
+        return cls(inputs, options, shape, rule)
+
+    @property
+    def heads(self) -> int:
+        """N, of all sequences."""
+        return self.inputs.last.shape[0]
+
+    def segments(self) -> list[tuple[int, int]]:
+        """First and stop of the chunks between kept states."""
+        every, chunks = self.options.checkpoint_every, self.options.chunks
+        return [(first, min(first + every, chunks)) for first in range(0, chunks, every)]
+
+    def own_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which rows of both layers are of the memory that is read, [rows, 1] bool."""
+        shape, device = self.shape, self.inputs.last.device
+        found = []
+        for width, count in (
+            (shape.HIDDEN, shape.MEMORIES * shape.HIDDEN),
+            (shape.VALUE_DIM, self.inputs.last.shape[1]),
+        ):
+            row = torch.arange(count, device=device)[:, None]
+            found.append((row >= shape.OWN * width) & (row < (shape.OWN + 1) * width))
+        return found[0], found[1]
+
+    def first_slots(self) -> torch.Tensor | None:
+        """The slot of each head's first token [N, 1, 1], or ``None`` where all have the same."""
+        spans = self.inputs.spans
+        if spans is None:
+            return None
+        return spans[:, 1].repeat_interleave(self.inputs.query.shape[2])[:, None, None]
+
+    def at_segment(self, kept: Bank, index: int, start: int, begin: torch.Tensor | None) -> tuple[Bank, Bank]:
+        """Running weights and snapshot before the chunk at slot ``start``, in memory of their own."""
+        if index == 0:
+            return copies(*self.inputs[10:12]), copies(*self.inputs[12:14])
+        pairs = []
+        for states, running, snapshot in zip(kept, self.inputs[10:12], self.inputs[12:14], strict=True):
+            if states is None:
+                pairs.append((None, None))
+            elif begin is None:
+                pairs.append((states[:, index].clone(), states[:, index].clone()))
+            else:
+                # Heads that have not begun, or begin here, still have what the call began with.
+                at = (states[:, index], running), (states[:, index], snapshot)
+                pairs.append(tuple(torch.where(begin < start, a, b) for a, b in at))
+        running, snapshot = zip(*pairs, strict=True)
+        return Bank(*running), Bank(*snapshot)
+
+    def call(self, kernel: Any, shape: Shape, arguments: dict[str, Any], *, backward: bool) -> KernelCall:
+        """The call of ``kernel``, one program a head."""
+        inputs, options = self.inputs, self.options
+        places = places_of(shape, self.rule, backward=backward)
+        scratch = inputs.last.new_empty(self.heads, places.SIZE)
+        return KernelCall(
+            kernel=kernel,
+            grid=(self.heads,),
+            arguments={
+                "tokens": inputs.tokens,
+                "scratch": scratch,
+                "T": inputs.query.shape[1],
+                "H": inputs.query.shape[2],
+                "offset": options.offset,
+                **arguments,
+            },
+            constants={"SHAPE": shape, "RULE": self.rule, "PLACES": places},
+            num_warps=shape.BLOCKS,
+            num_stages=1,
+        )
+
+    def learn(
+        self, running: Bank, snapshot: Bank, kept: Bank, o: torch.Tensor | None, **span: int
+    ) -> KernelCall:
+        """The call that lets ``running`` and ``snapshot`` learn in place; ``span``: the integers."""
+        from nl_kernels.memory.kernels.learn import learn_kernel
+
+        banks = {"running": running, "snapshot": snapshot, "anchor": Bank(*self.inputs[14:]), "kept": kept}
+        return self.call(learn_kernel, self.shape, {**banks, "o": o, **span}, backward=False)
+
+    def adjoint(self, arguments: dict[str, Any], **span: int) -> KernelCall:
+        """The call that takes the gradients of some chunks back."""
+        from nl_kernels.memory.kernels.adjoint import learn_adjoint_kernel
+
+        given = {"resumed": Bank(*self.inputs[12:14]), "anchor": Bank(*self.inputs[14:])}
+        wide = self.shape.BLOCKS == MOST_WARPS and self.shape.BLOCK_K > 64  # shared memory
+        shape = self.shape._replace(SLICE=16) if wide else self.shape
+        return self.call(learn_adjoint_kernel, shape, {**given, **arguments, **span}, backward=True)
+
+
+def limits_of(*, self_made: bool, linear: bool, chunk: int, architecture: str) -> tuple[int, int]:
+    """The longest chunk at all, and the widest head and hidden layer with chunks of ``chunk`` (0: none)."""
+    table = _LIMITS["sm_90" if architecture == "sm_100" else architecture][self_made, linear]
+    return max(table), next((width for most, width in sorted(table.items()) if padded(chunk) <= most), 0)
+
+
+def copies(*tensors: torch.Tensor | None) -> Bank:
+    """Both layers of a bank in memory of their own."""
+    return Bank(*(None if x is None else x.clone() for x in tensors))
+
+
+def kept_states(bank: Bank, slots: int) -> Bank:
+    """Room for ``slots`` states of each head, [N, slots, ..]."""
+    return Bank(*(None if x is None else x.new_empty(x.shape[0], slots, *x.shape[1:]) for x in bank))
+
+
+def plan_forward(
+    inputs: Inputs, options: Options
+) -> tuple[list[KernelCall], tuple[torch.Tensor | None, ...]]:
+    """The call of the forward pass and what it fills: reads, weights after the call, their snapshot, and kept
+    weights. Meta tensors will do."""
+    plan = Plan.of(inputs, options)
+    running, snapshot = copies(*inputs[10:12]), copies(*inputs[12:14])
+    like = torch.empty_like if inputs.spans is None else torch.zeros_like
+    o = like(inputs.value)
+    kept, slots = Bank(None, None), 0
+    if options.checkpoint_every:
+        slots = len(plan.segments())
+        kept = kept_states(running, slots)
+    call = plan.learn(
+        running,
+        snapshot,
+        kept,
+        o,
+        first_chunk=0,
+        stop_chunk=options.chunks,
+        kept_every=max(1, options.checkpoint_every),
+        kept_first=0,
+        kept_slots=slots,
+    )
+    return [call], (o, *running, *snapshot, *kept)
+
+
+def checkpoint_interval(options: Options, every: int | None, numbers: int) -> int:
+    """Chunks between kept states of ``numbers`` in all: whole periods of the slower clock."""
+    if every is None:
+        every = (
+            options.ratio
+            if 4 * options.chunks * numbers <= KEPT_BYTES
+            else max(1, math.isqrt(options.chunks))
+        )
+    return -(-min(every, options.chunks) // options.ratio) * options.ratio

@@ -1,0 +1,93 @@
+"""The plan of a bank's backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from nl_kernels.memory.kernels.arguments import Bank, Tokens
+from nl_kernels.memory.kernels.launch import Inputs, Options, Plan, kept_states
+from nl_kernels.triton_support.kernel_call import KernelCall
+
+
+class Gradients(NamedTuple):
+    """Of :class:`Inputs`: of tokens, of the gates by head [N, 3], and of weights."""
+
+    tokens: Tokens
+    gates: torch.Tensor | None
+    running: Bank
+    snapshot: Bank
+    anchor: Bank
+
+
+def final_gradients(grads: list[torch.Tensor | None], inputs: Inputs, options: Options) -> tuple[Bank, Bank]:
+    """Gradients of weights and snapshot after the call, in memory of their own, from those of the results.
+
+    A memory that ends at a boundary has taken its snapshot from the weights after the last token.
+    """
+    plan = Plan.of(inputs, options)
+    d_running, d_snapshot = (
+        Bank(*(None if x is None else x.clone() for x in grads[:2])),
+        Bank(*(None if x is None else x.clone() for x in grads[2:])),
+    )
+    shape = plan.shape
+    stop = options.offset + inputs.query.shape[1]
+    has_tokens: torch.Tensor | bool = True
+    if inputs.spans is not None:
+        begin, stop = (
+            inputs.spans[:, i].repeat_interleave(inputs.query.shape[2])[:, None, None] for i in (1, 2)
+        )
+        has_tokens = stop > begin
+    for at_running, at_snapshot, own in zip(d_running, d_snapshot, plan.own_rows(), strict=True):
+        if at_running is None:
+            continue
+        for clock, rows in ((shape.MEMORY_CLOCK, own), (shape.OTHERS_CLOCK, ~own)):
+            met = torch.as_tensor((stop % clock == 0) & has_tokens, device=rows.device) & rows
+            at_running += at_snapshot.masked_fill(~met, 0)
+            at_snapshot.masked_fill_(met, 0)
+    return d_running, d_snapshot
+
+
+def plan_backward(
+    d_o: torch.Tensor, d_running: Bank, d_snapshot: Bank, inputs: Inputs, kept: Bank, options: Options
+) -> Iterator[KernelCall | Gradients]:
+    """The calls of the backward pass, each to be run before the next is planned; then the gradients.
+
+    The forward pass has ``kept`` the running weights before every n-th chunk. Segment by segment, the last
+    one first, the forward kernel keeps those before each of its chunks; then the backward kernel walks over
+    them. ``d_running`` and ``d_snapshot``, gradients of the weights after the call, are updated in place.
+    """
+    plan = Plan.of(inputs, options)
+    every, segments = options.checkpoint_every, plan.segments()
+    like = torch.empty_like if inputs.spans is None else torch.zeros_like
+    d_tokens = [None if x is None else like(x) for x in inputs[:6]]
+    d_gates = None if inputs.gate is None else inputs.last.new_zeros(plan.heads, 3)
+    d_anchor = Bank(*(None if x is None else torch.zeros_like(x) for x in inputs[14:]))
+    d_tokens = Tokens(*d_tokens, None, None, None, None)
+    states = kept
+    if every > 1:
+        states = kept_states(Bank(*inputs[10:12]), every)
+    begin = plan.first_slots()
+    for index, (first, stop) in reversed(list(enumerate(segments))):
+        span = {"first_chunk": first, "stop_chunk": stop}
+        places = (
+            {"kept_first": first, "kept_slots": every}
+            if every > 1
+            else {"kept_first": 0, "kept_slots": len(segments)}
+        )
+        if every > 1:
+            running, snapshot = plan.at_segment(kept, index, first * options.chunk, begin)
+            yield plan.learn(running, snapshot, states, None, **span, kept_every=1, **places)
+        arguments = {
+            "kept": states,
+            "d_o": d_o,
+            "d_tokens": d_tokens,
+            "d_running": d_running,
+            "d_snapshot": d_snapshot,
+            "d_anchor": d_anchor,
+            "d_gates": d_gates,
+        }
+        yield plan.adjoint(arguments, **span, **places)
+    yield Gradients(d_tokens, d_gates, d_running, d_snapshot, d_anchor)

@@ -1,0 +1,198 @@
+"""The derivatives of :mod:`nl_kernels.memory.kernels.layer` written out, on the same tiles.
+ A gradient is called ``d_…`` and has the shape of what it belongs to. Those of decays are kept as their
+products with the decays, so that exact zeros stay harmless. What sums over rows of all blocks is left as a
+share of each block, [B, ..]: shares are added up once, in scratch memory.
+"""
+
+import triton
+import triton.language as tl
+
+from nl_kernels.memory.kernels.layer import (
+    columns_at,
+    columns_of,
+    load_weights,
+    memory_sum,
+    product,
+    zeros_of,
+)
+
+
+@triton.jit
+def hidden_adjoint(grad, hidden, radial, RULE: tl.constexpr, PER: tl.constexpr):
+    """The gradient of z from that of n(σ(z)) [B, h, C]; ``hidden`` is of :func:`~.layer.activated`.
+
+    ``radial`` [B, 1, C] is the gradient of ‖σ(z)‖⁻¹ itself, times itself (:func:`signal_adjoint`), or
+    ``None``.
+    """
+    value, slope, _, scale = hidden
+    if RULE.NORMALIZED:
+        along = memory_sum(value * grad, PER)
+        if radial is not None:
+            along += radial
+        grad = (grad - value * along) * scale
+    return grad * slope
+
+
+@triton.jit
+def bound_adjoint(grad, bounded, factor, narrow, BOUND: tl.constexpr, PER: tl.constexpr):
+    """The gradient of x from that of ``bounded = factor x`` of :func:`~.layer.length_factor`."""
+    if BOUND > 0:
+        along = tl.where(factor < 1, memory_sum(bounded * grad, PER) * (-1 / (BOUND * BOUND)), 0.0)
+        moved = (grad + bounded * along) * factor
+        if narrow is not None:
+            moved = tl.where(narrow, tl.where(factor < 1, 0.0, grad), moved)  # at the bound a number stays
+        grad = moved
+    return grad
+
+
+@triton.jit
+def signal_adjoint(grad, back, hidden, signal, RULE: tl.constexpr, PER: tl.constexpr):
+    """Gradients from that of the error signal: of ``back``, of n(σ(z)), of z by way of σ', and ``radial``.
+
+    ``signal`` is of :func:`~.layer.error_signal`.
+    """
+    value, slope, curvature, scale = hidden
+    bounded, tangent, along, factor = signal
+    grad = bound_adjoint(grad, bounded, factor, None, RULE.BOUND, PER)
+    d_slope = grad * tangent
+    d_back = grad * slope
+    radial = tl.zeros(scale.shape, tl.float32)
+    d_value = tl.zeros(value.shape, tl.float32)
+    if RULE.NORMALIZED:
+        radial = memory_sum(d_slope * slope, PER)
+        across = memory_sum(value * d_back, PER)
+        d_value = (d_back * along + back * across) * -scale
+        d_back = (d_back - value * across) * scale
+    return d_back, d_value, d_slope * curvature, radial
+
+
+@triton.jit
+def square_at(place, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Pointers to matrices of pairs [B, C, C] in scratch."""
+    block = tl.arange(0, BLOCKS)[:, None, None]
+    j = tl.arange(0, BLOCK_C)[None, :, None]
+    return place + (block * BLOCK_C + j) * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
+
+
+@triton.jit
+def turned_square_at(place, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The same, turned."""
+    block = tl.arange(0, BLOCKS)[:, None, None]
+    j = tl.arange(0, BLOCK_C)[None, :, None]
+    return place + (block * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]) * BLOCK_C + j
+
+
+@triton.jit
+def turned_rows_at(place, rows, SIZE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Pointers [B, C, rows] to tokens [memories, SIZE, C] in scratch."""
+    number = tl.trans(rows[1] + rows[0] * SIZE, 0, 2, 1)
+    return place + number * BLOCK_C + tl.arange(0, BLOCK_C)[None, :, None]
+
+
+@triton.jit
+def pair_shares(place, memory, TURNED: tl.constexpr, SHAPE: tl.constexpr):
+    """The sum of all blocks' shares [1, C, C] in scratch, or of those of the block's memory, [B, C, C]."""
+    C: tl.constexpr = SHAPE.BLOCK_C
+    j = tl.arange(0, C)[None, :, None]
+    t = tl.arange(0, C)[None, None, :]
+    at = t * C + j if TURNED else j * C + t
+    if memory is None:
+        block = tl.arange(0, SHAPE.BLOCKS)[:, None, None]
+        total = tl.sum(tl.load(place + block * (C * C) + at), 0)[None, :, :]
+    else:
+        block = memory[:, None, :, :] * SHAPE.PER + tl.arange(0, SHAPE.PER)[None, :, None, None]
+        total = tl.sum(tl.load(place + block * (C * C) + at[:, None, :, :]), 1)
+    return total
+
+
+@triton.jit
+def vector_shares(place, SHAPE: tl.constexpr):
+    """The sum of all blocks' shares [C] of a number a token in scratch."""
+    C: tl.constexpr = SHAPE.BLOCK_C
+    COUNT: tl.constexpr = SHAPE.BLOCKS
+    total = tl.load(place + tl.arange(0, C))
+    for i in tl.static_range(1, COUNT):
+        total += tl.load(place + i * C + tl.arange(0, C))
+    return total
+
+
+@triton.jit
+def decays_adjoint(d_strict, d_full, before, after, to_end, final, SHAPE: tl.constexpr, RULE: tl.constexpr):
+    """The gradient of the log decays [B, 1, C] from those of :func:`~.layer.decays_of`'s results, each times
+    the result itself: matrices [B, j, t], vectors [B, 1, C], ``final`` [B, 1, 1].
+
+    A span from j to t holds the logs of j + 1 … t, and each of them gets the span's gradient. Spans are
+    summed directly: differences of sums would not vanish across a reset. No span begins at the last token:
+    its row of the matrices takes the spans that begin with the chunk.
+    """
+    C: tl.constexpr = SHAPE.BLOCK_C
+    j = tl.arange(0, C)[None, :, None]
+    t = tl.arange(0, C)[None, None, :]
+    begun = (j < t) | (j == C - 1)
+    spans = tl.where(j == C - 1, before, d_strict)
+    out = tl.where(begun, product(spans, (j > t).to(tl.float32), RULE.PRECISION), 0.0)
+    spans = tl.where(j == C - 1, after, d_full)
+    out += tl.where(begun, product(spans, (j >= t).to(tl.float32), RULE.PRECISION), 0.0)
+    out += product(tl.where(j == 0, to_end, 0.0 * d_full), (j < t).to(tl.float32), RULE.PRECISION)
+    return tl.sum(out, 1)[:, None, :] + final
+
+
+@triton.jit
+def read_adjoint(grad, layer, turned_surprise, turned_scores, decays, rate, RULE: tl.constexpr):
+    """Gradients from that of a running read's rows [B, rows, C], the anchor's part apart.
+
+    ``turned_…`` are ω [B, C, rows] and the scores [B or 1, C, C]. Returns that of u; the share in that of
+    ``full`` times itself, and in that of the inner products x qᵀ; that of ``after`` times itself.
+    """
+    _, _, _, _, _, _, read, scores = layer
+    d_written = product(grad, turned_scores, RULE.PRECISION)
+    shares = product(turned_surprise, grad, RULE.PRECISION) * -rate[None, :, None]
+    d_after = tl.sum(decays[3] * grad * read, 1)[:, None, :]
+    return d_written, shares * scores, shares * decays[1], d_after
+
+
+@triton.jit
+def carried_adjoint(
+    d_state, state, rows, key, memory,
+    IN: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of u [B, rows, C] from that of the weights after the chunk, but for the decays to the end;
+    and that of ``final`` times 1 / ``final`` [B, 1, 1]."""
+    ROWS: tl.constexpr = rows[1].shape[1]
+    d_written = zeros_of(ROWS, SHAPE)
+    d_final = tl.sum(d_written, 2)
+    for start in range(0, BLOCK, SHAPE.SLICE):
+        places = columns_of(rows, start, IN, SHAPE.SLICE)
+        grad = load_weights(d_state, places)
+        x = columns_at(key, memory, start, BLOCK, SHAPE.BLOCK_C, SHAPE.SLICE)
+        d_written += product(grad, x, RULE.PRECISION)
+        d_final += tl.sum(grad * load_weights(state, places), 2)
+    return d_written, tl.sum(d_final, 1)[:, None, None]
+
+
+@triton.jit
+def write_adjoint(
+    d_written, layer, turned_surprise, turned_inverse, decays, rate, SHAPE: tl.constexpr, RULE: tl.constexpr
+):
+    """Gradients of a layer's write from that of u [B, rows, C].
+
+    Returns those of the signal and of the recall [B, rows, C]; shares in that of the inner products x xᵀ, and
+    of ``strict`` times itself, [B, j, t]; in those of the rates, [B, 1, C] and [B, C]; and that of ``before``
+    times itself.
+    """
+    _, recalled, gram, _, surprise, _, _, _ = layer
+    strict, _, before, _, _, _ = decays
+    d_rate = -tl.sum(d_written * surprise, 1)[:, None, :]
+    d_signal = d_written * -rate[None, None, :]
+    if RULE.ERASES:
+        d_signal = product(d_signal, turned_inverse, RULE.PRECISION)
+        d_recalled = before * d_signal
+        d_before = tl.sum(d_recalled * recalled, 1)[:, None, :]
+        shares = product(turned_surprise, d_signal, RULE.PRECISION)
+    else:
+        d_recalled = 0.0 * d_signal
+        d_before = 0.0 * d_rate
+        shares = zeros_of(SHAPE.BLOCK_C, SHAPE)
+    d_pair_rate = -tl.sum(shares * gram, 2)
+    shares *= -rate[None, :, None]
+    return d_signal, d_recalled, shares * strict, shares * gram, d_rate, d_pair_rate, d_before
