@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from nl_kernels.memory.kernels.arguments import Bank
+
 
 class ReadMet(NamedTuple):
     """A boundary that the memory which is read meets, or all the others: the first ``size`` along ``dim``."""
@@ -35,12 +37,16 @@ class ReadMet(NamedTuple):
 Met = bool | ReadMet | torch.Tensor
 """Where a boundary is met: everywhere, nowhere, by some memories, or a bool tensor that broadcasts."""
 
-Bank = tuple[torch.Tensor, ...]
+Layers = tuple[torch.Tensor, ...]
 """The layers of N banks: weights, changes, velocities, or adjoints of them. Empty where there is none.
 
 Two-layer memories have their first layers [M · N, h, D], the last layers of the projections [m · N, Dv, h],
 and those of the gates [2 · N, 1, h], if there are gates. Linear ones have one layer, [N, outputs, D].
 """
+
+
+_READ_FIRST = [2, 0, 1, 3, 4]  # of a state's key, value, memory, rate, retention
+_READ_THIRD = [1, 2, 0, 3, 4]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +88,35 @@ class Layout:
         """Whether several memories lie along the batch."""
         return self.self_made and not self.linear
 
-    def lasts(self, bank: Bank) -> Bank:
+    def layers_of(self, bank: Bank) -> tuple[torch.Tensor | None, ...]:
+        """The layers of weights as states have them; as many ``None`` where there are none."""
+        if bank.last is None:
+            return (None,) * self.layers
+        if not self.self_made:
+            return tuple(x for x in bank if x is not None)
+        last, gate = bank.last.split_with_sizes((3 * self.width, 2), 1)
+        last = last.unflatten(1, (3, self.width))[:, _READ_FIRST[:3]]
+        if self.linear:
+            return (torch.cat([last.flatten(1, 2), gate], 1),)
+        first = bank.first.unflatten(1, (5, -1))[:, _READ_FIRST]
+        return tuple(x.transpose(0, 1).flatten(0, 1) for x in (first, last, gate.unsqueeze(2)))
+
+    def bank_of(self, layers: tuple[torch.Tensor | None, ...]) -> Bank | None:
+        """The inverse of :meth:`layers_of`; ``None`` where there are none."""
+        if layers[0] is None:
+            return None
+        if not self.self_made:
+            return Bank(None, *layers) if self.linear else Bank(*layers)
+        if self.linear:
+            first = None
+            last, gate = layers[0].split_with_sizes((3 * self.width, 2), 1)
+            last = last.unflatten(1, (3, self.width))
+        else:
+            first, last, gate = (x.unflatten(0, (-1, self.banks)).transpose(0, 1) for x in layers)
+            first, gate = first[:, _READ_THIRD].flatten(1, 2), gate.squeeze(2)
+        return Bank(first, torch.cat([last[:, _READ_THIRD[:3]].flatten(1, 2), gate], 1))
+
+    def lasts(self, bank: Layers) -> Layers:
         """The last layers."""
         return bank if self.linear else bank[1:]
 

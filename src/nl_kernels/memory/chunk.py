@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.memory.bank import Bank, Layout
+from nl_kernels.memory.bank import Layers, Layout
 from nl_kernels.memory.decays import Coefficients, Spread, chunk_coefficients
 from nl_kernels.memory.hidden import Activated, Signal, activated, error_signal, length_factor
 from nl_kernels.memory.layer import (
@@ -145,12 +145,12 @@ def learn(
     bank: BankRule,
     tokens: Tokens,
     prepared: Prepared,
-    base: Bank,
-    running: Bank,
-    velocity: Bank,
-    anchor: Bank,
+    base: Layers,
+    running: Layers,
+    velocity: Layers,
+    anchor: Layers,
     keep: bool,
-) -> tuple[torch.Tensor, Bank, Bank, Learned | None]:
+) -> tuple[torch.Tensor, Layers, Layers, Learned | None]:
     """One chunk: reads [N, c, Dv], weights and velocities after it, and with ``keep`` what the adjoint needs.
 
     Args:
@@ -214,7 +214,7 @@ def _finish_errors(bank: BankRule, errors: list[torch.Tensor], k, v) -> torch.Te
     return factor
 
 
-def _back(errors: list[torch.Tensor], lasts: Bank) -> torch.Tensor:
+def _back(errors: list[torch.Tensor], lasts: Layers) -> torch.Tensor:
     """Errors [.., c, out] through the last layers, for all memories [M · N, c, h]."""
     parts = [e * w if w.shape[1] == 1 else torch.bmm(e, w) for e, w in zip(errors, lasts)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -284,7 +284,9 @@ def _split_input(layout: Layout, whole: LayerInput) -> list[LayerInput]:
     ]
 
 
-def read_layers(bank: BankRule, running: Bank, velocity: Bank, anchor: Bank, layers, writes) -> list[tuple]:
+def read_layers(
+    bank: BankRule, running: Layers, velocity: Layers, anchor: Layers, layers, writes
+) -> list[tuple]:
     """By layer of the memory that is read: weights, velocity, anchor, x, and what was written."""
     layout = bank.layout
     found = []
@@ -307,7 +309,7 @@ def _running_read(bank: BankRule, query, parts: list[tuple], coefficients: Coeff
     return y, probe, reads
 
 
-def _snapshot_read(bank: BankRule, query, base: Bank, keep: bool):
+def _snapshot_read(bank: BankRule, query, base: Layers, keep: bool):
     """Reads at the snapshot."""
     y, probe = query, None
     for i in range(bank.layout.read_layers):

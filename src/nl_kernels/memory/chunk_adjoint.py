@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.memory.bank import Bank, Layout
+from nl_kernels.memory.bank import Layers, Layout
 from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, read_layers
 from nl_kernels.memory.decays import Coefficients, Parts, coefficient_adjoint
 from nl_kernels.memory.hidden import bound_adjoint, hidden_adjoint, signal_adjoint
@@ -88,9 +88,9 @@ class ChunkAdjoint(NamedTuple):
     """
 
     tokens: TokenAdjoints
-    running: Bank
-    velocity: Bank
-    base: Bank
+    running: Layers
+    velocity: Layers
+    base: Layers
     read_anchor: list[torch.Tensor]
 
 
@@ -98,14 +98,14 @@ def learn_adjoint(
     bank: BankRule,
     tokens: Tokens,
     prepared: Prepared,
-    base: Bank,
-    running: Bank,
-    velocity: Bank,
-    anchor: Bank,
+    base: Layers,
+    running: Layers,
+    velocity: Layers,
+    anchor: Layers,
     learned: Learned,
     d_o: torch.Tensor | None,
-    d_after: Bank,
-    d_velocity: Bank,
+    d_after: Layers,
+    d_velocity: Layers,
 ) -> ChunkAdjoint:
     """Adjoints of a chunk's arguments from those of its reads and of weights and velocities after it."""
     rule, layout = bank.rule, bank.layout
@@ -188,7 +188,7 @@ def _add_reads(
                 layout.read_outputs(whole).add_(d)
 
 
-def _snapshot_read_adjoint(bank: BankRule, query, base: Bank, learned: Learned, d_y, d_base: Bank):
+def _snapshot_read_adjoint(bank: BankRule, query, base: Layers, learned: Learned, d_y, d_base: Layers):
     """The adjoint of the queries; adds to ``d_base``."""
     for i in reversed(range(bank.layout.read_layers)):
         weights, into = (bank.layout.read_weights(each[i]) for each in (base, d_base))
@@ -225,7 +225,7 @@ def _for_layers(layout: Layout, strict: torch.Tensor, like: torch.Tensor) -> tor
     return strict if len(like) == layout.banks else torch.cat([strict] * (len(like) // layout.banks))
 
 
-def _errors_adjoint(bank: BankRule, base: Bank, learned: Learned, writes: list[WriteAdjoint], d_keys, d_o):
+def _errors_adjoint(bank: BankRule, base: Layers, learned: Learned, writes: list[WriteAdjoint], d_keys, d_o):
     """Adjoints of k, v, of queries that went with the keys, and of the snapshot.
 
     ``d_keys``: of the keys' hidden layers from the writes.

@@ -15,7 +15,7 @@ import torch
 
 from nl_kernels.chunk_alignment import ChunkGrid
 from nl_kernels.dispatch import products_for
-from nl_kernels.memory.bank import Bank, snapshot_adjoint, take_snapshot
+from nl_kernels.memory.bank import Layers, snapshot_adjoint, take_snapshot
 from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, learn, prepare
 from nl_kernels.memory.chunk_adjoint import ChunkAdjoint, TokenAdjoints, learn_adjoint, prepare_adjoint
 from nl_kernels.memory.segments import Segment
@@ -29,17 +29,17 @@ class Source(Protocol):
     block: int
     """Chunks whose tokens are known at the start of the first one; ``None``: all."""
 
-    def tokens(self, base: Bank, constants: State, sequences: State, keep: bool) -> tuple[Tokens, Any]:
+    def tokens(self, base: Layers, constants: State, sequences: State, keep: bool) -> tuple[Tokens, Any]:
         """The tokens of a block from its sequences [N, T, ..], and what the adjoint needs."""
 
     def tokens_adjoint(
         self,
-        base: Bank,
+        base: Layers,
         constants: State,
         sequences: State,
         made: Any,
         d_tokens: Tokens,
-        d_base: Bank,
+        d_base: Layers,
     ) -> tuple[State, State]:
         """The adjoints of the sequences, and of the constants by token [N, T, ..]; adds to ``d_base``."""
 
@@ -47,9 +47,9 @@ class Source(Protocol):
 class _Chunk(NamedTuple):
     """What a chunk met; the snapshot is absent where it was the running weights."""
 
-    running: Bank
-    velocity: Bank
-    snapshot: Bank
+    running: Layers
+    velocity: Layers
+    snapshot: Layers
     learned: Learned
 
 
@@ -178,18 +178,18 @@ class Loop:
                 d_given, written = [], start
         return self._state(*carried)
 
-    def _banks(self, state: State) -> Iterator[Bank]:
+    def _banks(self, state: State) -> Iterator[Layers]:
         """Running weights, velocities and snapshot."""
         count = self.bank.layout.layers
         parts = (state[i * count : (i + 1) * count] for i in range(3))
         return (() if part[0] is None else part for part in parts)
 
-    def _constants(self, constants: State) -> tuple[Bank, State]:
+    def _constants(self, constants: State) -> tuple[Layers, State]:
         """The anchor, and what is the source's."""
         count = self.bank.layout.layers
         return () if constants[0] is None else constants[:count], constants[count:]
 
-    def _state(self, *banks: Bank) -> State:
+    def _state(self, *banks: Layers) -> State:
         """The inverse of :meth:`_banks`."""
         absent = (None,) * self.bank.layout.layers
         return tuple(x for bank in banks for x in (bank or absent))
@@ -205,7 +205,9 @@ class Loop:
         met = (self.grid.meets_boundary(end, clock) for clock in clocks)
         return self.bank.layout.met(*met, self.grid.position.device)
 
-    def _snapshot(self, segment: Segment, chunk: int, after: Bank, before: Bank, snapshot: Bank) -> Bank:
+    def _snapshot(
+        self, segment: Segment, chunk: int, after: Layers, before: Layers, snapshot: Layers
+    ) -> Layers:
         met = self._met(segment, chunk, self.clocks)
         if met[0] is True:
             return ()
@@ -213,7 +215,7 @@ class Loop:
 
     def _through_boundary(
         self, segment: Segment, chunk: int, carried: list, before: _Chunk
-    ) -> tuple[Bank, Bank, list[torch.Tensor | None]]:
+    ) -> tuple[Layers, Layers, list[torch.Tensor | None]]:
         """Adjoints of weights and velocities just after a chunk and of the snapshot that it had, by layer."""
         running, velocity, snapshot = (part or (None,) * self.bank.layout.layers for part in carried)
         if self.truncate_period is not None:
@@ -236,7 +238,7 @@ class Loop:
                 self.bank.layout.read_weights(total).add_(d)
 
 
-def run(
+def run_segments(
     loop: Loop, segments: Sequence[Segment], state: State, constants: State, sequences: State
 ) -> tuple[torch.Tensor, State]:
     """Run the segments and join their reads along time.
@@ -388,7 +390,7 @@ def _joined_adjoints(values: list):
     return type(first)(*map(_joined_adjoints, zip(*values)))
 
 
-def _base(running: Bank, snapshot: Bank, anchor: Bank, scratch: list[torch.Tensor]) -> Bank:
+def _base(running: Layers, snapshot: Layers, anchor: Layers, scratch: list[torch.Tensor]) -> Layers:
     """The weights at the snapshot; sums are put into ``scratch``, which stays in the cache."""
     weights = snapshot or running
     return [torch.add(*x, out=out) for *x, out in zip(weights, anchor, scratch)] if anchor else weights

@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import NamedTuple
 
-from nl_kernels.memory.bank import Bank, Layout
+from nl_kernels.memory.bank import Layers, Layout
 
 KEPT_MEGABYTES = {"one linear": 6, "one": 10, "five linear": 11, "five": 42}
 """Of activations that are not recomputed, by memories of a bank."""
@@ -91,7 +91,7 @@ def plan_segments(
     return segments
 
 
-def footprint(layout: Layout, running: Bank, chunk_size: int, width: int) -> Footprint:
+def footprint(layout: Layout, running: Layers, chunk_size: int, width: int) -> Footprint:
     """What the backward pass needs, from counts of tensors in :class:`~nl_kernels.memory.chunk.Learned`."""
     numbers = sum(x.numel() for x in running)
     tokens, item = layout.banks * chunk_size, running[0].element_size()

@@ -10,7 +10,6 @@ from nl_kernels.chunk_alignment import place_on_grid
 from nl_kernels.memory.kernels.arguments import Bank
 from nl_kernels.memory.kernels.launch import Inputs, Options, checkpoint_interval, limits_of
 from nl_kernels.memory.kernels.operator import learn
-from nl_kernels.memory_checks import zero_padding
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.targets import architecture_of, precision_of
 
@@ -74,6 +73,7 @@ class Call(NamedTuple):
         gates: largest rate and both biases [H], ``None`` where rates are given.
         running, snapshot, anchor: banks; no anchor for a rule that has none.
         position: [B], tokens since each sequence's last boundary.
+        momentum: [B, T, H], and velocity, a bank; the kernels have none.
     """
 
     query: torch.Tensor
@@ -87,6 +87,8 @@ class Call(NamedTuple):
     snapshot: Bank
     anchor: Bank
     position: torch.Tensor
+    momentum: torch.Tensor | None = None
+    velocity: Bank = Bank(None, None)
 
 
 def run(
@@ -101,8 +103,8 @@ def run(
     at_boundary: bool,
     checkpoint_every: int | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, Bank, Bank, torch.Tensor]:
-    """Reads [B, T, H, Dv], the running weights and the snapshot after the call, and the positions.
+) -> tuple[torch.Tensor, Bank, Bank, None, torch.Tensor]:
+    """Reads [B, T, H, Dv], the running weights and the snapshot after the call, no velocity, and positions.
 
     Args:
         at_boundary: every position is known to be 0 (spares reading them).
@@ -141,13 +143,7 @@ def run(
         o = grid.alignment.scatter(o, len(o), length)
     elif mask is not None:
         o = o.masked_fill(~mask[:, :, None, None], 0)
-    return o, running, snapshot, grid.position
-
-
-def one_token(tokens: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """Tokens [B, H, ..] as [B, 1, H, ..], zero where ``mask`` [B] says that there is none."""
-    tokens = [x[:, None] for x in tokens]
-    return tokens if mask is None else [zero_padding(x, mask[:, None]) for x in tokens]
+    return o, running, snapshot, None, grid.position
 
 
 def overwritten(state: State, after: State) -> State:

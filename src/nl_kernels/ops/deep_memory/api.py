@@ -13,7 +13,10 @@ from nl_kernels.checks import (
 )
 from nl_kernels.chunk_alignment import align_packed
 from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
-from nl_kernels.memory.kernels.call import unsupported
+from nl_kernels.memory import call as memory_call
+from nl_kernels.memory.kernels import call as kernels_call
+from nl_kernels.memory.kernels.arguments import Bank
+from nl_kernels.memory.kernels.call import Call, overwritten, unsupported
 from nl_kernels.memory_checks import (
     check_gates,
     check_mask,
@@ -27,10 +30,9 @@ from nl_kernels.memory_checks import (
     zero_padding,
 )
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
-from nl_kernels.ops.deep_memory import eager_step, registration
-from nl_kernels.ops.deep_memory.eager import deep_memory_eager
+from nl_kernels.ops.deep_memory import eager_step
 from nl_kernels.ops.deep_memory.reference import deep_memory_reference
-from nl_kernels.ops.deep_memory.state import DeepMemoryState
+from nl_kernels.ops.deep_memory.state import DeepMemoryState, bank_of, weights_of
 from nl_kernels.triton_support.targets import architecture_of
 from nl_kernels.zero_gradients import with_zero_gradients
 
@@ -147,20 +149,35 @@ def deep_memory(
                 *inputs, anchor, state, rule=rule, read=read, chunk_size=chunk_size, mask=mask
             )
         else:
-            options = {
-                "anchor": anchor,
-                "state": state,
-                "rule": rule,
-                "read": read,
-                "chunk_size": chunk_size,
-                "mask": mask,
-                "at_boundary": initial_state is None,
-                "checkpoint_every": checkpoint_every,
-            }
-            if chosen == "triton":
-                o, final = registration.deep_memory_triton(*inputs[:5], **options, dtype=operands)
-            else:
-                o, final = deep_memory_eager(*inputs, **options, operands=operands)
+            run = kernels_call.run if chosen == "triton" else memory_call.run
+            absent = Bank(None, None)
+            o, running, snapshot, velocity, position = run(
+                Call(
+                    *inputs[:3],
+                    None,
+                    *inputs[3:5],
+                    (None,) * 3,
+                    bank_of(state.running),
+                    bank_of(state.snapshot),
+                    bank_of(anchor) if rule.anchored else absent,
+                    state.position,
+                    inputs[5],
+                    absent if state.momentum is None else bank_of(state.momentum),
+                ),
+                rule=rule,
+                read=read,
+                chunk_size=chunk_size,
+                generator_chunk_size=chunk_size,
+                truncate_every=None,
+                mask=mask,
+                at_boundary=initial_state is None,
+                checkpoint_every=checkpoint_every,
+                dtype=operands,
+            )
+            running, snapshot, velocity = (
+                None if x is None else weights_of(x, batch) for x in (running, snapshot, velocity)
+            )
+            final = DeepMemoryState(snapshot, running, position, velocity)
     if alignment is not None:
         o = alignment.scatter(o, 1, length)
     return o.reshape(q.shape[0], length, q.shape[2], out_width).to(
@@ -217,8 +234,9 @@ def deep_memory_step(
     chosen = choose_implementation("deep_memory_step", impl, q.device, available)
     if chosen == "triton" and unserved:
         raise NotImplementedError(f"{unserved}; use impl='eager'")
-    if chosen == "reference" or needs_gradient(*tensors, *leaves):
-        if inplace:
+    differentiable = chosen == "reference" or needs_gradient(*tensors, *leaves)
+    if differentiable or chosen == "triton":
+        if inplace and differentiable:
             raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
         *tokens, momentum = (None if x is None else x.unsqueeze(1) for x in tensors)
         o, after = deep_memory(
@@ -233,16 +251,13 @@ def deep_memory_step(
             output_final_state=True,
             impl=impl,
         )
-        return o.squeeze(1), after
+        return o.squeeze(1), overwritten(state, after) if inplace else after
     check_step_dtype(state.running.inner, *tensors, *leaves)
     if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
         mask = None
     options = {"rule": rule, "read": read, "chunk_size": chunk_size, "mask": mask, "inplace": inplace}
     with without_autocast(q.device.type):
-        if chosen == "triton":
-            o, state = registration.deep_memory_step(q, k, v, rate, log_decay, weights, state, **options)
-        else:
-            o, state = eager_step.deep_memory_step(*tensors, weights, state, **options)
+        o, state = eager_step.deep_memory_step(*tensors, weights, state, **options)
     return o.to(q.dtype), state
 
 

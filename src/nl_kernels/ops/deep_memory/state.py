@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from nl_kernels.memory.kernels.arguments import Bank
 from nl_kernels.memory_rule import DeepMemoryWeights
 
 
@@ -34,6 +35,18 @@ class DeepMemoryState(NamedTuple):
             for part in (self.snapshot, self.running, self.momentum)
         ]
         return DeepMemoryState(parts[0], parts[1], _own(self.position), parts[2])
+
+
+def bank_of(weights: DeepMemoryWeights) -> Bank:
+    """Weights [B, H, ..] as a bank of one memory; the one layer of a linear memory is its last."""
+    inner, outer = (None if w is None else w.flatten(0, 1) for w in weights)
+    return Bank(None, inner) if outer is None else Bank(inner, outer)
+
+
+def weights_of(bank: Bank, batch: int) -> DeepMemoryWeights:
+    """The inverse of :func:`bank_of`."""
+    first, last = (None if x is None else x.unflatten(0, (batch, -1)) for x in bank)
+    return DeepMemoryWeights(last, None) if first is None else DeepMemoryWeights(first, last)
 
 
 def _own(x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,10 @@ from nl_kernels.checks import (
 )
 from nl_kernels.chunk_alignment import align_packed
 from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
-from nl_kernels.memory.kernels.call import unsupported
+from nl_kernels.memory import call as memory_call
+from nl_kernels.memory.kernels import call as kernels_call
+from nl_kernels.memory.kernels.arguments import Bank
+from nl_kernels.memory.kernels.call import Call, overwritten, unsupported
 from nl_kernels.memory_checks import (
     check_mask,
     check_memory,
@@ -27,15 +30,16 @@ from nl_kernels.memory_checks import (
     zero_padding,
 )
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
-from nl_kernels.ops.self_modifying import eager_step, registration
-from nl_kernels.ops.self_modifying.eager import self_modifying_memory_eager
+from nl_kernels.ops.self_modifying import eager_step
 from nl_kernels.ops.self_modifying.reference import self_modifying_memory_reference
 from nl_kernels.ops.self_modifying.state import (
     MemoryStack,
     SelfModifyingState,
     SelfModifyingWeights,
+    bank_of,
     map_stack,
     stack_memories,
+    stack_of,
 )
 from nl_kernels.triton_support.targets import architecture_of
 from nl_kernels.zero_gradients import with_zero_gradients
@@ -193,30 +197,50 @@ def self_modifying_memory(
 
     options = {
         "rule": rule,
-        "rate_max": gates[0],
-        "rate_bias": gates[1],
-        "retention_bias": gates[2],
         "read": read,
         "chunk_size": chunk_size,
         "generator_chunk_size": generator_chunk_size,
         "truncate_every": truncate_every,
         "mask": mask,
     }
-    chunked = {"at_boundary": initial_state is None, "checkpoint_every": checkpoint_every}
     # Autocast would round the products, and with them the state, to half precision.
     with without_autocast(query.device.type):
         if chosen == "reference":
             o, final = self_modifying_memory_reference(
-                *inputs, anchor, state, **options, detach_targets=detach_targets
-            )
-        elif chosen == "triton":
-            o, final = registration.self_modifying_memory_triton(
-                *inputs[:4], anchor, state, **options, **chunked, dtype=query.dtype
+                *inputs,
+                anchor,
+                state,
+                rate_max=gates[0],
+                rate_bias=gates[1],
+                retention_bias=gates[2],
+                detach_targets=detach_targets,
+                **options,
             )
         else:
-            o, final = self_modifying_memory_eager(
-                *inputs, anchor, state, **options, **chunked, operands=query.dtype
+            run = kernels_call.run if chosen == "triton" else memory_call.run
+            absent = Bank(None, None)
+            o, running, snapshot, velocity, position = run(
+                Call(
+                    *inputs[:4],
+                    None,
+                    None,
+                    gates,
+                    bank_of(state.running),
+                    bank_of(state.snapshot),
+                    bank_of(anchor) if rule.anchored else absent,
+                    state.position,
+                    inputs[4],
+                    absent if state.momentum is None else bank_of(state.momentum),
+                ),
+                at_boundary=initial_state is None,
+                checkpoint_every=checkpoint_every,
+                dtype=query.dtype,
+                **options,
             )
+            running, snapshot, velocity = (
+                None if x is None else stack_of(x, batch, width) for x in (running, snapshot, velocity)
+            )
+            final = SelfModifyingState(snapshot, running, position, velocity)
     if alignment is not None:
         o = alignment.scatter(o, 1, length)
     return o.to(query.dtype), final if output_final_state else None
@@ -298,8 +322,9 @@ def self_modifying_memory_step(
     chosen = choose_implementation("self_modifying_memory_step", impl, query.device, available)
     if chosen == "triton" and unserved:
         raise NotImplementedError(f"{unserved}; use impl='eager'")
-    if chosen == "reference" or needs_gradient(*inputs, *leaves, *parameters):
-        if inplace:
+    differentiable = chosen == "reference" or needs_gradient(*inputs, *leaves, *parameters)
+    if differentiable or chosen == "triton":
+        if inplace and differentiable:
             raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
         *tokens, momentum = (None if x is None else x.unsqueeze(1) for x in inputs)
         o, after = self_modifying_memory(
@@ -313,19 +338,14 @@ def self_modifying_memory_step(
             impl=impl,
             **options,
         )
-        return o.squeeze(1), after
+        return o.squeeze(1), overwritten(state, after) if inplace else after
     check_step_dtype(state.running.last, *inputs, *leaves)
     if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
         mask = None
     with without_autocast(query.device.type):
-        if chosen == "triton":
-            o, state = registration.self_modifying_memory_step(
-                *inputs[:4], weights, state, **options, mask=mask, inplace=inplace
-            )
-        else:
-            o, state = eager_step.self_modifying_memory_step(
-                *inputs, weights, state, **options, mask=mask, inplace=inplace
-            )
+        o, state = eager_step.self_modifying_memory_step(
+            *inputs, weights, state, **options, mask=mask, inplace=inplace
+        )
     return o.to(query.dtype), state
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from nl_kernels.memory.kernels.arguments import Bank
 from nl_kernels.memory_rule import DeepMemoryWeights
 
 
@@ -80,6 +81,19 @@ def unstack_memories(stack: MemoryStack) -> SelfModifyingWeights:
 def map_stack(function, *stacks: MemoryStack) -> MemoryStack:
     """``function`` of the tensors in the same place of each stack; absent places stay absent."""
     return MemoryStack(*(None if parts[0] is None else function(*parts) for parts in zip(*stacks)))
+
+
+def bank_of(stack: MemoryStack) -> Bank:
+    """[B, H, m, out, in] as a bank of five memories, one memory below the other and the gates last."""
+    first = None if stack.first is None else stack.first.flatten(2, 3).flatten(0, 1)
+    return Bank(first, torch.cat([stack.last.flatten(2, 3), stack.gate], 2).flatten(0, 1))
+
+
+def stack_of(bank: Bank, batch: int, width: int) -> MemoryStack:
+    """The inverse of :func:`bank_of`, in memory of its own."""
+    first = None if bank.first is None else bank.first.unflatten(0, (batch, -1)).unflatten(2, (5, -1))
+    last, gate = bank.last.unflatten(0, (batch, -1)).split([3 * width, 2], 2)
+    return MemoryStack(first, last.contiguous().unflatten(2, (3, width)), gate.contiguous())
 
 
 def _own(x: torch.Tensor) -> torch.Tensor:

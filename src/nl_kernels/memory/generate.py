@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.memory.bank import Bank, Layout
+from nl_kernels.memory.bank import Layers, Layout
 from nl_kernels.memory.chunk import Tokens
 from nl_kernels.memory.hidden import Activated, activated, hidden_adjoint, row_dot
 from nl_kernels.memory.loop import State
@@ -40,7 +40,7 @@ class GeneratedTokens:
     layout: Layout
     block: int
 
-    def tokens(self, base: Bank, constants: State, sequences: State, keep: bool) -> tuple[Tokens, _Made]:
+    def tokens(self, base: Layers, constants: State, sequences: State, keep: bool) -> tuple[Tokens, _Made]:
         key_in, value_in, query, gate_in, momentum, applied = sequences
         rate_max, bias = constants
         inputs = hidden = None
@@ -64,7 +64,7 @@ class GeneratedTokens:
         return Tokens(query, k, v, rate * rate_max, log_decay, momentum, applied), made
 
     def tokens_adjoint(
-        self, base: Bank, constants: State, sequences: State, made: _Made, d_tokens: Tokens, d_base: Bank
+        self, base: Layers, constants: State, sequences: State, made: _Made, d_tokens: Tokens, d_base: Layers
     ) -> tuple[State, State]:
         d_query, d_k, d_v, d_rate, d_decay, d_momentum, _ = d_tokens
         d_gates = torch.cat(
@@ -83,7 +83,7 @@ class GeneratedTokens:
         """a b, and x itself where projections have a residual."""
         return torch.baddbmm(x, a, b) if self.rule.projection_residual else torch.bmm(a, b)
 
-    def _linear(self, base: Bank) -> tuple[torch.Tensor, ...]:
+    def _linear(self, base: Layers) -> tuple[torch.Tensor, ...]:
         """The outputs that make keys, values and gates, of a layer of linear memories."""
         width = self.layout.width
         return base[0].split_with_sizes((width, width, width, 2), 1)[1:]

@@ -1,0 +1,110 @@
+"""A call of an op by the torch engine: its tokens on the grid of chunks, its banks as layers, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from nl_kernels.chunk_alignment import place_on_grid
+from nl_kernels.memory.bank import Layers, Layout
+from nl_kernels.memory.chunk import BankRule, Tokens
+from nl_kernels.memory.generate import GeneratedTokens
+from nl_kernels.memory.kernels.arguments import Bank
+from nl_kernels.memory.kernels.call import Call
+from nl_kernels.memory.loop import Loop, State, run_segments
+from nl_kernels.memory.segments import footprint, plan_segments
+from nl_kernels.memory_rule import MemoryRule, l2_normalize
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenTokens:
+    """For :class:`~nl_kernels.memory.loop.Loop`: sequences are the tokens."""
+
+    block: int
+
+    def tokens(self, base: Layers, constants: State, sequences: State, keep: bool) -> tuple[Tokens, Any]:
+        return Tokens(*sequences), None
+
+    def tokens_adjoint(
+        self, base, constants, sequences, made, d_tokens: Tokens, d_base: Layers
+    ) -> tuple[State, State]:
+        return d_tokens, ()
+
+
+@torch.compiler.disable(
+    reason="the eager path of a chunked memory is a loop over chunks, which a trace would unroll; "
+    "without fullgraph=True it runs as it is"
+)
+def run(
+    call: Call,
+    *,
+    rule: MemoryRule,
+    read: str,
+    chunk_size: int,
+    generator_chunk_size: int,
+    truncate_every: int | None,
+    mask: torch.Tensor | None,
+    at_boundary: bool,
+    checkpoint_every: int | None,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, Bank, Bank, Bank | None, torch.Tensor]:
+    """Reads [B, T, H, Dv], the running weights and the snapshot after the call, velocities, and positions.
+
+    Args:
+        at_boundary: every position is known to be 0 (spares reading them).
+        checkpoint_every: chunks between the states kept for the backward pass.
+        dtype: of the caller's tokens: it sets the precision of products.
+    """
+    batch, length, heads, _ = call.query.shape
+    period, chunk = max(chunk_size, generator_chunk_size), min(chunk_size, generator_chunk_size)
+    grid = place_on_grid(call.position, mask, length, period, at_boundary)
+    self_made = call.gate is not None
+    gates = (call.rate, call.log_decay, call.momentum)
+    rate, log_decay, momentum = (None if x is None else x[..., None] for x in gates)
+    if self_made:
+        sequences = (call.key, call.value, l2_normalize(call.query), call.gate, momentum)
+    else:
+        sequences = (call.query, call.key, call.value, rate, log_decay, momentum)
+    applied = mask
+    if grid.alignment is not None:
+        sequences = [None if x is None else grid.alignment.gather(x) for x in sequences]
+        applied = grid.alignment.valid
+    if applied is not None:
+        applied = applied[:, :, None, None].expand(*applied.shape, heads, 1).to(call.query.dtype)
+    sequences = tuple(None if x is None else x.transpose(1, 2).flatten(0, 1) for x in (*sequences, applied))
+
+    layout = Layout(batch * heads, call.value.shape[-1], self_made, call.running.first is None)
+    snapshot = Bank(None, None) if at_boundary else call.snapshot
+    running, velocity, snapshot, anchor = (
+        layout.layers_of(bank) for bank in (call.running, call.velocity, snapshot, call.anchor)
+    )
+    source, constants = GivenTokens(max(1, 256 // chunk_size)), ()
+    if self_made:
+        rate_max, *biases = call.gates
+        biases = torch.stack(biases, -1).repeat(batch, 1)[:, None]
+        constants = (rate_max.repeat(batch)[:, None, None], biases)
+        source = GeneratedTokens(rule, layout, generator_chunk_size // chunk)
+    loop = Loop(
+        BankRule(rule, read, layout),
+        source,
+        (chunk_size, generator_chunk_size),
+        None if truncate_every is None else chunk * truncate_every,
+        grid.for_heads(heads),
+        dtype,
+    )
+    size = footprint(layout, running, chunk, call.key.shape[-1])
+    block = source.block if self_made else 1
+    segments = plan_segments(sequences[0].shape[1], chunk, grid.offset, checkpoint_every, size, block)
+    banks = (*running, *velocity, *snapshot)
+    o, after = run_segments(loop, segments, banks, (*anchor, *constants), sequences)
+
+    o = o.unflatten(0, (batch, heads)).transpose(1, 2)
+    if grid.alignment is not None:
+        o = grid.alignment.scatter(o, batch, length)
+    elif mask is not None:
+        o = o.masked_fill(~mask[:, :, None, None], 0)
+    count = layout.layers
+    running, velocity, snapshot = (layout.bank_of(after[i * count : (i + 1) * count]) for i in range(3))
+    return o, running, running if snapshot is None else snapshot, velocity, grid.position
