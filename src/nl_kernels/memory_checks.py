@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from nl_kernels.checks import check_range, check_tensor, has_readable_data
+from nl_kernels.checks import check_cu_seqlens, check_range, check_tensor, has_readable_data
+from nl_kernels.chunk_alignment import ChunkAlignment, align_packed
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 
 
@@ -118,3 +119,39 @@ def state_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
 def zero_padding(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Tokens [B, T, …] with zeros where ``mask`` is False, whatever padding holds."""
     return x.masked_fill(~mask.view(mask.shape + (1,) * (x.ndim - 2)), 0)
+
+
+def check_tokens(name: str, x: object, axes: str) -> None:
+    """Check the first of a call's tensors, which says the sizes of the others: its kind and its axes."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.ndim != axes.count(",") + 1 or 0 in x.shape:
+        raise ValueError(f"{name}: expected {axes} with no empty dimension, got shape {tuple(x.shape)}")
+    check_tensor(name, x, x.shape)
+
+
+def check_sequences(mask: object, cu_seqlens: object, like: torch.Tensor) -> int:
+    """Check how the tokens of ``like`` [B, T, ..] are sequences; the number of sequences."""
+    batch, length = like.shape[:2]
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seqlens: packed input needs B = 1, got {batch}")
+        if mask is not None:
+            raise ValueError("mask: not together with cu_seqlens; packed input has no padding")
+        check_cu_seqlens(cu_seqlens, length, like)
+        return len(cu_seqlens) - 1
+    if mask is not None:
+        check_mask(mask, (batch, length), like)
+    return batch
+
+
+def by_sequence(
+    inputs: list[torch.Tensor | None], mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> tuple[list[torch.Tensor | None], torch.Tensor | None, ChunkAlignment | None]:
+    """Packed inputs unpacked, or padding made zero; the mask of what there is, and how to pack again."""
+    if cu_seqlens is not None:
+        alignment = align_packed(cu_seqlens)
+        return [None if x is None else alignment.gather(x) for x in inputs], alignment.valid, alignment
+    if mask is not None:
+        inputs = [None if x is None else zero_padding(x, mask) for x in inputs]
+    return inputs, mask, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -60,9 +60,6 @@ def unsupported(
                 f"{what} of {kind} memories up to {widest} wide, got {size}"
             )
     return None
-
-
-State = TypeVar("State", bound=tuple)
 
 
 class Call(NamedTuple):
@@ -144,13 +141,3 @@ def run(
     elif mask is not None:
         o = o.masked_fill(~mask[:, :, None, None], 0)
     return o, running, snapshot, None, grid.position
-
-
-def overwritten(state: State, after: State) -> State:
-    """``state`` with the tensors of ``after`` written into its own."""
-    for held, new in zip(state, after, strict=True):
-        if isinstance(held, torch.Tensor):
-            held.copy_(new)
-        elif held is not None:
-            overwritten(held, new)
-    return state

@@ -6,28 +6,37 @@ import torch
 
 from nl_kernels.checks import (
     check_choice,
-    check_cu_seqlens,
     check_positive_int,
     check_tensor,
     has_readable_data,
 )
-from nl_kernels.chunk_alignment import align_packed
 from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
 from nl_kernels.memory import call as memory_call
 from nl_kernels.memory.kernels import call as kernels_call
 from nl_kernels.memory.kernels.arguments import Bank
-from nl_kernels.memory.kernels.call import Call, overwritten, unsupported
+from nl_kernels.memory.kernels.call import Call, unsupported
+from nl_kernels.memory.state import (
+    beginning,
+    cast,
+    check_state,
+    map_tensors,
+    named_tensors,
+    overwritten,
+    weights_in,
+)
 from nl_kernels.memory_checks import (
+    by_sequence,
     check_gates,
     check_mask,
     check_memory,
     check_own_memory,
     check_position,
     check_rule,
+    check_sequences,
     check_step_dtype,
+    check_tokens,
     per_sequence,
     state_dtype,
-    zero_padding,
 )
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory import eager_step
@@ -116,7 +125,7 @@ def deep_memory(
     if chosen == "triton" and unserved:
         raise NotImplementedError(f"{unserved}; use impl='eager'")
 
-    dtype = state_dtype(q, k, v, rate, log_decay, momentum, *weights, *_leaves(initial_state))
+    dtype = state_dtype(q, k, v, rate, log_decay, momentum, *weights, *weights_in(initial_state))
     inputs = [q, k, v, rate, log_decay, momentum]
     if chosen != "triton":  # the kernels take 16-bit tokens as they are
         inputs = [None if x is None else x.to(dtype) for x in inputs]
@@ -124,23 +133,14 @@ def deep_memory(
     if chosen == "reference":  # its loop leaves out what the last tokens would write
         tied = [*inputs[1:], *weights]
     inputs[0] = with_zero_gradients(inputs[0], tied)
-    alignment = None
-    if cu_seqlens is not None:
-        alignment = align_packed(cu_seqlens)
-        inputs = [None if x is None else alignment.gather(x) for x in inputs]
-        mask = alignment.valid
-    elif mask is not None:
-        inputs = [None if x is None else zero_padding(x, mask) for x in inputs]
+    inputs, mask, alignment = by_sequence(inputs, mask, cu_seqlens)
 
-    initial = DeepMemoryWeights(*(None if w is None else per_sequence(w, batch, dtype) for w in weights))
-    zeros = DeepMemoryWeights(*(None if w is None else torch.zeros_like(w) for w in initial))
-    anchor = initial if rule.anchored else zeros
+    initial = map_tensors(lambda w: per_sequence(w, batch, dtype), weights)
+    anchor = initial if rule.anchored else map_tensors(torch.zeros_like, initial)
     if initial_state is None:
-        start = zeros if rule.anchored else initial
-        position = torch.zeros(batch, dtype=torch.int64, device=q.device)
-        state = DeepMemoryState(start, start, position, None if momentum is None else zeros)
+        state = beginning(DeepMemoryState, initial, rule.anchored, batch, momentum is not None)
     else:
-        state = _cast(initial_state, dtype)
+        state = cast(initial_state, dtype)
 
     # Autocast would round the products, and with them the state, to half precision.
     with without_autocast(q.device.type):
@@ -224,9 +224,9 @@ def deep_memory_step(
     rule = _DEFAULT_RULE if rule is None else rule
     _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, state)
     if inplace:
-        check_own_memory(_by_name(state))
+        check_own_memory(named_tensors("state", state))
     tensors = (q, k, v, rate, log_decay, momentum)
-    leaves = [*weights, *_leaves(state)]
+    leaves = [*weights, *weights_in(state)]
     unserved = None
     if impl == "triton" or (impl is None and q.is_cuda):
         unserved = _unserved(q, v, weights, rule, chunk_size, momentum, q.dtype)
@@ -278,12 +278,8 @@ def _unserved(q, v, weights, rule, chunk_size, momentum, dtype) -> str | None:
 
 def _check(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, cu_seqlens):
     """Check everything but the state; the number of sequences and the number of tokens of each row."""
-    if not isinstance(q, torch.Tensor):
-        raise TypeError(f"q: expected a tensor, got {type(q).__name__}")
-    if q.ndim != 4 or 0 in q.shape:
-        raise ValueError(f"q: expected [B, T, H, D] with no empty dimension, got shape {tuple(q.shape)}")
+    check_tokens("q", q, "[B, T, H, D]")
     rows, length, heads, width = q.shape
-    check_tensor("q", q, q.shape)
     check_tensor("k", k, q.shape, like=q)
     out = v.shape[-1] if isinstance(v, torch.Tensor) and v.ndim == 4 else width
     check_tensor("v", v, (rows, length, heads, out), like=q)
@@ -297,49 +293,20 @@ def _check(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, 
         raise ValueError(f"v: a rule with a residual needs width {width} as the keys, got {out}")
     check_choice("read", read, READS)
     check_positive_int("chunk_size", chunk_size)
-    batch = rows
-    if cu_seqlens is not None:
-        if rows != 1:
-            raise ValueError(f"cu_seqlens: packed input needs B = 1, got {rows}")
-        if mask is not None:
-            raise ValueError("mask: not together with cu_seqlens; packed input has no padding")
-        check_cu_seqlens(cu_seqlens, length, q)
-        batch = len(cu_seqlens) - 1
-    if mask is not None:
-        check_mask(mask, (rows, length), q)
+    batch = check_sequences(mask, cu_seqlens, q)
     check_memory("weights", weights, batch, heads, width, out, q)
     return batch, length
 
 
-def _check_state(name, state, weights, batch, heads, has_momentum, like):
-    """Check that a state fits the weights, the batch and the options of this call; its position apart."""
-    if not isinstance(state, DeepMemoryState):
-        raise TypeError(f"{name}: expected DeepMemoryState, got {type(state).__name__}")
-    if (state.momentum is not None) != has_momentum:
-        made, given = ("with", "without") if state.momentum is not None else ("without", "with")
-        raise ValueError(f"{name}: made {made} momentum, but this call is {given} momentum")
-    for part_name in ("snapshot", "running", "momentum"):
-        part = getattr(state, part_name)
-        if part is None:
-            continue
-        if not isinstance(part, DeepMemoryWeights):
-            raise TypeError(f"{name}.{part_name}: expected DeepMemoryWeights, got {type(part).__name__}")
-        for field, weight, held in zip(DeepMemoryWeights._fields, weights, part):
-            field = f"{name}.{part_name}.{field}"
-            if (weight is None) != (held is None):
-                raise ValueError(f"{field}: made by a {'linear' if held is None else 'two-layer'} memory")
-            if weight is not None:
-                check_tensor(field, held, (batch, heads, *weight.shape[-2:]), like=like)
+def _check_state(name, state, weights, batch, heads, has_momentum, like) -> None:
+    shapes = DeepMemoryWeights(*(None if w is None else (batch, heads, *w.shape[-2:]) for w in weights))
+    check_state(name, state, DeepMemoryState, shapes, has_momentum, like)
 
 
 def _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, state) -> None:
-    if not isinstance(q, torch.Tensor):
-        raise TypeError(f"q: expected a tensor, got {type(q).__name__}")
-    if q.ndim != 3 or 0 in q.shape:
-        raise ValueError(f"q: expected [B, H, D] with no empty dimension, got shape {tuple(q.shape)}")
+    check_tokens("q", q, "[B, H, D]")
     batch, heads, width = q.shape
     out = v.shape[-1] if isinstance(v, torch.Tensor) and v.ndim == 3 else width
-    check_tensor("q", q, q.shape)
     check_tensor("k", k, q.shape, like=q)
     check_tensor("v", v, (batch, heads, out), like=q)
     for name, x in (("rate", rate), ("log_decay", log_decay), ("momentum", momentum)):
@@ -355,26 +322,3 @@ def _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_s
     check_memory("weights", weights, batch, heads, width, out, q)
     _check_state("state", state, weights, batch, heads, momentum is not None, q)
     check_position("state.position", state.position, batch, chunk_size, q)
-
-
-def _by_name(state: DeepMemoryState) -> dict[str, torch.Tensor | None]:
-    """The tensors of a state by their names in messages."""
-    tensors = {"state.position": state.position}
-    for name in ("snapshot", "running", "momentum"):
-        part = getattr(state, name)
-        if part is not None:
-            tensors |= {f"state.{name}.{field}": x for field, x in zip(part._fields, part)}
-    return tensors
-
-
-def _leaves(state: DeepMemoryState | None) -> list[torch.Tensor | None]:
-    if state is None:
-        return []
-    return [*state.snapshot, *state.running, *(state.momentum or ())]
-
-
-def _cast(state: DeepMemoryState, dtype: torch.dtype) -> DeepMemoryState:
-    def cast(part: DeepMemoryWeights | None) -> DeepMemoryWeights | None:
-        return part and DeepMemoryWeights(*(None if x is None else x.to(dtype) for x in part))
-
-    return DeepMemoryState(cast(state.snapshot), cast(state.running), state.position, cast(state.momentum))

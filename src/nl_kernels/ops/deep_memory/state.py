@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from nl_kernels.memory.kernels.arguments import Bank
+from nl_kernels.memory.state import own_memory
 from nl_kernels.memory_rule import DeepMemoryWeights
 
 
@@ -30,11 +31,7 @@ class DeepMemoryState(NamedTuple):
 
     def clone(self) -> DeepMemoryState:
         """A copy whose tensors are contiguous and share no memory, as steps in place need it."""
-        parts = [
-            part and DeepMemoryWeights(*(None if x is None else _own(x) for x in part))
-            for part in (self.snapshot, self.running, self.momentum)
-        ]
-        return DeepMemoryState(parts[0], parts[1], _own(self.position), parts[2])
+        return own_memory(self)
 
 
 def bank_of(weights: DeepMemoryWeights) -> Bank:
@@ -47,7 +44,3 @@ def weights_of(bank: Bank, batch: int) -> DeepMemoryWeights:
     """The inverse of :func:`bank_of`."""
     first, last = (None if x is None else x.unflatten(0, (batch, -1)) for x in bank)
     return DeepMemoryWeights(last, None) if first is None else DeepMemoryWeights(first, last)
-
-
-def _own(x: torch.Tensor) -> torch.Tensor:
-    return x.clone(memory_format=torch.contiguous_format)

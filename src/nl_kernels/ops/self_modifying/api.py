@@ -6,30 +6,39 @@ import torch
 
 from nl_kernels.checks import (
     check_choice,
-    check_cu_seqlens,
     check_positive_int,
     check_range,
     check_tensor,
     has_readable_data,
 )
-from nl_kernels.chunk_alignment import align_packed
 from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
 from nl_kernels.memory import call as memory_call
 from nl_kernels.memory.kernels import call as kernels_call
 from nl_kernels.memory.kernels.arguments import Bank
-from nl_kernels.memory.kernels.call import Call, overwritten, unsupported
+from nl_kernels.memory.kernels.call import Call, unsupported
+from nl_kernels.memory.state import (
+    beginning,
+    cast,
+    check_state,
+    map_tensors,
+    named_tensors,
+    overwritten,
+    weights_in,
+)
 from nl_kernels.memory_checks import (
+    by_sequence,
     check_mask,
     check_memory,
     check_own_memory,
     check_position,
     check_rule,
+    check_sequences,
     check_step_dtype,
+    check_tokens,
     per_sequence,
     state_dtype,
-    zero_padding,
 )
-from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
+from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.self_modifying import eager_step
 from nl_kernels.ops.self_modifying.reference import self_modifying_memory_reference
 from nl_kernels.ops.self_modifying.state import (
@@ -37,7 +46,6 @@ from nl_kernels.ops.self_modifying.state import (
     SelfModifyingState,
     SelfModifyingWeights,
     bank_of,
-    map_stack,
     stack_memories,
     stack_of,
 )
@@ -152,7 +160,7 @@ def self_modifying_memory(
         check_range("rate_max", gates[0], 0.0, 1.0)
     tensors = [query, key_input, value_input, gate_input, momentum]
     flat_weights = [layer for memory in weights for layer in memory]
-    dtype = state_dtype(*tensors, *flat_weights, *_leaves(initial_state))
+    dtype = state_dtype(*tensors, *flat_weights, *weights_in(initial_state))
     unserved = None
     if impl == "triton" or (impl is None and query.is_cuda):
         unserved = _unserved(query, weights, rule, min(chunk_size, generator_chunk_size), momentum, dtype)
@@ -170,30 +178,14 @@ def self_modifying_memory(
     if chosen == "reference":  # its loop leaves out what the last tokens would write
         tied = [*inputs[1:], *gates, *flat_weights]
     inputs[0] = with_zero_gradients(inputs[0], tied)
-    alignment = None
-    if cu_seqlens is not None:
-        alignment = align_packed(cu_seqlens)
-        inputs = [None if x is None else alignment.gather(x) for x in inputs]
-        mask = alignment.valid
-    elif mask is not None:
-        inputs = [None if x is None else zero_padding(x, mask) for x in inputs]
+    inputs, mask, alignment = by_sequence(inputs, mask, cu_seqlens)
 
-    initial = stack_memories(
-        SelfModifyingWeights(
-            *(
-                DeepMemoryWeights(*(None if w is None else per_sequence(w, batch, dtype) for w in memory))
-                for memory in weights
-            )
-        )
-    )
-    zeros = map_stack(torch.zeros_like, initial)
-    anchor = initial if rule.anchored else zeros
+    initial = stack_memories(map_tensors(lambda w: per_sequence(w, batch, dtype), weights))
+    anchor = initial if rule.anchored else map_tensors(torch.zeros_like, initial)
     if initial_state is None:
-        start = zeros if rule.anchored else initial
-        position = torch.zeros(batch, dtype=torch.int64, device=query.device)
-        state = SelfModifyingState(start, start, position, None if momentum is None else zeros)
+        state = beginning(SelfModifyingState, initial, rule.anchored, batch, momentum is not None)
     else:
-        state = _cast(initial_state, dtype)
+        state = cast(initial_state, dtype)
 
     options = {
         "rule": rule,
@@ -303,14 +295,14 @@ def self_modifying_memory_step(
     for name, value in options.items():
         _check_head_parameter(name, value, heads, query)
     if inplace:
-        check_own_memory(_by_name(state))
+        check_own_memory(named_tensors("state", state))
     options |= {
         "rule": rule,
         "read": read,
         "chunk_size": chunk_size,
         "generator_chunk_size": generator_chunk_size,
     }
-    leaves = [*(layer for memory in weights for layer in memory), *_leaves(state)]
+    leaves = [*(layer for memory in weights for layer in memory), *weights_in(state)]
     parameters = (x for x in (rate_max, rate_bias, retention_bias) if isinstance(x, torch.Tensor))
     unserved = None
     if impl == "triton" or (impl is None and query.is_cuda):
@@ -385,40 +377,19 @@ def _check_clocks(chunk_size: object, generator_chunk_size: object) -> None:
 
 def _check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_seqlens) -> tuple[int, int]:
     """Check the tensors over time; the number of sequences and the number of tokens of each row."""
-    if not isinstance(query, torch.Tensor):
-        raise TypeError(f"query: expected a tensor, got {type(query).__name__}")
-    if query.ndim != 4 or 0 in query.shape:
-        raise ValueError(
-            f"query: expected [B, T, H, D] with no empty dimension, got shape {tuple(query.shape)}"
-        )
-    check_tensor("query", query, query.shape)
+    check_tokens("query", query, "[B, T, H, D]")
     check_tensor("key_input", key_input, query.shape, like=query)
     check_tensor("value_input", value_input, query.shape, like=query)
     check_tensor("gate_input", gate_input, query.shape, like=query)
-    rows, length = query.shape[:2]
     if momentum is not None:
         check_tensor("momentum", momentum, query.shape[:3], like=query)
         if momentum.device.type == "cpu":
             check_range("momentum", momentum, 0.0, 1.0, closed_high=False)
-    batch = rows
-    if cu_seqlens is not None:
-        if rows != 1:
-            raise ValueError(f"cu_seqlens: packed input needs B = 1, got {rows}")
-        if mask is not None:
-            raise ValueError("mask: not together with cu_seqlens; packed input has no padding")
-        check_cu_seqlens(cu_seqlens, length, query)
-        batch = len(cu_seqlens) - 1
-    if mask is not None:
-        check_mask(mask, (rows, length), query)
-    return batch, length
+    return check_sequences(mask, cu_seqlens, query), query.shape[1]
 
 
 def _check_token(query, key_input, value_input, gate_input, momentum, mask) -> None:
-    if not isinstance(query, torch.Tensor):
-        raise TypeError(f"query: expected a tensor, got {type(query).__name__}")
-    if query.ndim != 3 or 0 in query.shape:
-        raise ValueError(f"query: expected [B, H, D] with no empty dimension, got shape {tuple(query.shape)}")
-    check_tensor("query", query, query.shape)
+    check_tokens("query", query, "[B, H, D]")
     check_tensor("key_input", key_input, query.shape, like=query)
     check_tensor("value_input", value_input, query.shape, like=query)
     check_tensor("gate_input", gate_input, query.shape, like=query)
@@ -446,29 +417,13 @@ def _check_weights(weights: object, batch: int, heads: int, width: int, like: to
 
 
 def _check_state(name, state, weights, batch, sizes, has_momentum, like) -> None:
-    """Check that a state fits the weights, the batch and the options of this call; its position apart."""
-    if not isinstance(state, SelfModifyingState):
-        raise TypeError(f"{name}: expected SelfModifyingState, got {type(state).__name__}")
-    if (state.momentum is not None) != has_momentum:
-        made, given = ("with", "without") if state.momentum is not None else ("without", "with")
-        raise ValueError(f"{name}: made {made} momentum, but this call is {given} momentum")
     heads, width = sizes
     hidden = weights.key.inner.shape[-2]
     shapes = MemoryStack((5, hidden, width), (3, width, hidden), (2, hidden))
     if weights.key.outer is None:
         shapes = MemoryStack(None, (3, width, width), (2, width))
-    for part_name in ("snapshot", "running", "momentum"):
-        part = getattr(state, part_name)
-        if part is None:
-            continue
-        if not isinstance(part, MemoryStack):
-            raise TypeError(f"{name}.{part_name}: expected MemoryStack, got {type(part).__name__}")
-        for field, shape, held in zip(MemoryStack._fields, shapes, part):
-            if (shape is None) != (held is None):
-                made = "linear" if held is None else "two-layer"
-                raise ValueError(f"{name}.{part_name}.{field}: made by {made} memories")
-            if shape is not None:
-                check_tensor(f"{name}.{part_name}.{field}", held, (batch, heads, *shape), like=like)
+    shapes = MemoryStack(*(None if shape is None else (batch, heads, *shape) for shape in shapes))
+    check_state(name, state, SelfModifyingState, shapes, has_momentum, like)
 
 
 def _check_head_parameter(name: str, value: object, heads: int, like: torch.Tensor) -> None:
@@ -486,26 +441,3 @@ def _head_parameter(name: str, value: object, heads: int, like: torch.Tensor) ->
     if isinstance(value, torch.Tensor):
         return value
     return torch.full((heads,), float(value), device=like.device, dtype=torch.float64)
-
-
-def _by_name(state: SelfModifyingState) -> dict[str, torch.Tensor | None]:
-    """The tensors of a state by their names in messages."""
-    tensors = {"state.position": state.position}
-    for name in ("snapshot", "running", "momentum"):
-        part = getattr(state, name)
-        if part is not None:
-            tensors |= {f"state.{name}.{field}": x for field, x in zip(part._fields, part)}
-    return tensors
-
-
-def _leaves(state: SelfModifyingState | None) -> list[torch.Tensor | None]:
-    if state is None:
-        return []
-    return [*state.snapshot, *state.running, *(state.momentum or ())]
-
-
-def _cast(state: SelfModifyingState, dtype: torch.dtype) -> SelfModifyingState:
-    def cast(part: MemoryStack | None) -> MemoryStack | None:
-        return part and map_stack(lambda x: x.to(dtype), part)
-
-    return SelfModifyingState(cast(state.snapshot), cast(state.running), state.position, cast(state.momentum))

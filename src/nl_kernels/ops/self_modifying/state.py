@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from nl_kernels.memory.kernels.arguments import Bank
+from nl_kernels.memory.state import own_memory
 from nl_kernels.memory_rule import DeepMemoryWeights
 
 
@@ -58,8 +59,7 @@ class SelfModifyingState(NamedTuple):
 
     def clone(self) -> SelfModifyingState:
         """A copy whose tensors are contiguous and share no memory, as steps in place need it."""
-        parts = [part and map_stack(_own, part) for part in (self.snapshot, self.running, self.momentum)]
-        return SelfModifyingState(parts[0], parts[1], _own(self.position), parts[2])
+        return own_memory(self)
 
 
 def stack_memories(weights: SelfModifyingWeights) -> MemoryStack:
@@ -94,7 +94,3 @@ def stack_of(bank: Bank, batch: int, width: int) -> MemoryStack:
     first = None if bank.first is None else bank.first.unflatten(0, (batch, -1)).unflatten(2, (5, -1))
     last, gate = bank.last.unflatten(0, (batch, -1)).split([3 * width, 2], 2)
     return MemoryStack(first, last.contiguous().unflatten(2, (3, width)), gate.contiguous())
-
-
-def _own(x: torch.Tensor) -> torch.Tensor:
-    return x.clone(memory_format=torch.contiguous_format)

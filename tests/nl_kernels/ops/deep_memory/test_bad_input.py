@@ -53,7 +53,7 @@ CASES = {
     "state layers": (
         {"initial_state": STATE._replace(running=DeepMemoryWeights(STATE.running.inner, None))},
         ValueError,
-        "initial_state.running.outer: made by a linear memory",
+        "initial_state.running.outer: made by linear memories",
     ),
     "another chunk size": (
         {"initial_state": STATE._replace(position=torch.tensor([1, 4]))},

@@ -8,8 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nl_kernels import MemoryRule, SelfModifyingWeights, self_modifying_memory
-from nl_kernels.memory import chunk_adjoint
-from nl_kernels.ops.self_modifying import generate
+from nl_kernels.memory import chunk_adjoint, generate
 from nl_kernels.testing import self_modifying_inputs, tensors_of
 from tests.nl_kernels.chunked_memories import assert_same, compare, join, leaves_like, results, tokens
 
