@@ -26,13 +26,13 @@ _LIMITS = {
     "sm_90": {
         (False, True): {16: 128, 32: 64},
         (False, False): {16: 128, 32: 64},
-        (True, True): {16: 128},
+        (True, True): {16: 128, 32: 32},
         (True, False): {16: 64},
     },
     "sm_80": {
         (False, True): {16: 128, 32: 64},
         (False, False): {16: 128, 32: 64},
-        (True, True): {16: 64},
+        (True, True): {16: 64, 32: 32},
         (True, False): {16: 32},
     },
     "sm_89": {
@@ -44,7 +44,7 @@ _LIMITS = {
     "gfx942": {
         (False, True): {16: 64},
         (False, False): {16: 64},
-        (True, True): {16: 32},
+        (True, True): {16: 64},
         (True, False): {16: 16},
     },
 }

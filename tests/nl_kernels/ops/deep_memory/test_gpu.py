@@ -42,7 +42,7 @@ CASES = {
     "default": (torch.bfloat16, MemoryRule(), "running", 64, 64, 16),
     "default linear": (torch.bfloat16, MemoryRule(), "snapshot", 64, None, 16),
     "default linear fp32": (torch.float32, MemoryRule(), "running", 48, None, 16),
-    "large chunks": (torch.bfloat16, MemoryRule(), "running", 64, None, 64),
+    "large chunks": (torch.bfloat16, MemoryRule(), "running", 64, None, 32),
     "literal": (torch.bfloat16, LITERAL, "snapshot", 64, 64, 16),
     "titans": (torch.bfloat16, TITANS, "running", 64, 32, 16),
 }

@@ -137,10 +137,9 @@ def test_fp16():
     assert_kernels_within_budget(inputs(C + 1, dtype=torch.float16), torch.float16, chunk_size=C)
 
 
-def test_tiles_handed_on_by_memory():
-    """A chunk's hidden layer that the forward kernel does not hold in registers."""
-    x = inputs(20, hidden=20)
-    assert_kernels_within_budget(x, read="running", chunk_size=64)
+def test_several_blocks_of_rows_and_larger_chunks():
+    x = inputs(20, width=17, hidden=20)
+    assert_kernels_within_budget(x, read="running", chunk_size=32)
 
 
 @pytest.mark.parametrize("read", ["snapshot", pytest.param("running", marks=pytest.mark.slow)])
@@ -186,9 +185,10 @@ def found():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mistake_of_one_percent_in_any_gradient_is_seen(name):
     triton, eager, expected = found()
-    assert_within_budget(triton[name], eager[name], expected[name])
+    factor = 2.5 if expected[name].numel() >= 32 else 6.0
+    assert_within_budget(triton[name], eager[name], expected[name], factor=factor)
     with pytest.raises(AssertionError, match="exceeds the budget"):
-        assert_within_budget(1.01 * triton[name], eager[name], expected[name])
+        assert_within_budget(1.01 * triton[name], eager[name], expected[name], factor=factor)
 
 
 def bank_inputs(hidden):
@@ -215,7 +215,7 @@ def test_refuses_what_the_kernels_do_not_serve():
             {"chunk_size": 17},
         ),
         "weights: .* hidden layers .*up to 128 wide, got 129": (inputs(2, hidden=129), {}),
-        "chunk_size: on sm_90 .* chunks up to 64, got 65": (inputs(2), {"chunk_size": 65}),
+        "chunk_size: on sm_90 .* chunks up to 32, got 33": (inputs(2), {"chunk_size": 33}),
         "momentum: the Triton kernels have none": (inputs(2, momentum=True), {}),
         "rule.erase: .* got 'input'": (inputs(2), {"rule": MemoryRule(erase="input")}),
         "rule.proximal": (inputs(2), {"rule": MemoryRule.literal()}),

@@ -46,7 +46,7 @@ CASES = {
     "default linear": (torch.bfloat16, MemoryRule(), "running", 64, None, (16, 16)),
     "default linear fp32": (torch.float32, MemoryRule(), "running", 48, None, (16, 16)),
     "two clocks, wide": (torch.bfloat16, MemoryRule(), "snapshot", 128, None, (16, 32)),
-    "large chunks": (torch.bfloat16, MemoryRule(), "running", 64, None, (32, 32)),
+    "large chunks": (torch.bfloat16, MemoryRule(), "running", 32, None, (32, 32)),
     "titans": (torch.bfloat16, TITANS, "running", 64, None, (16, 16)),
     "default two-layer": (torch.bfloat16, MemoryRule(), "running", 64, 64, (16, 16)),
     "literal two-layer": (torch.float32, LITERAL, "snapshot", 40, 24, (8, 8)),

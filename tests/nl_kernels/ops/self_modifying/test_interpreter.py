@@ -205,7 +205,7 @@ def test_16_bit_inputs():
         (make(2, 65), "chunks of 4 .* of two-layer memories up to 64 wide, got 65; use impl='eager'"),
         (
             {**make(2, None, width=65), "chunk_size": 17},
-            "with chunks of 17 .* of linear memories up to 64 wide, got 65",
+            "with chunks of 17 .* of linear memories up to 32 wide, got 65",
         ),
     ],
 )
