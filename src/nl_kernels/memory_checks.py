@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -143,6 +144,17 @@ def check_sequences(mask: object, cu_seqlens: object, like: torch.Tensor) -> int
     if mask is not None:
         check_mask(mask, (batch, length), like)
     return batch
+
+
+def one_token(
+    inputs: Iterable[torch.Tensor | None], mask: torch.Tensor | None
+) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
+    """Inputs [B, ..] and a mask [B] as those of one token [B, 1, ..]; zero where there is no token."""
+    inputs = [None if x is None else x.unsqueeze(1) for x in inputs]
+    if mask is None:
+        return inputs, None
+    mask = mask[:, None]
+    return [None if x is None else zero_padding(x, mask) for x in inputs], mask
 
 
 def by_sequence(

@@ -35,6 +35,7 @@ from nl_kernels.memory_checks import (
     check_sequences,
     check_step_dtype,
     check_tokens,
+    one_token,
     per_sequence,
     state_dtype,
 )
@@ -238,7 +239,7 @@ def deep_memory_step(
     if differentiable or chosen == "triton":
         if inplace and differentiable:
             raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
-        *tokens, momentum = (None if x is None else x.unsqueeze(1) for x in tensors)
+        (*tokens, momentum), mask = one_token(tensors, mask)
         o, after = deep_memory(
             *tokens,
             weights,
@@ -246,7 +247,7 @@ def deep_memory_step(
             momentum=momentum,
             rule=rule,
             read=read,
-            mask=None if mask is None else mask[:, None],
+            mask=mask,
             initial_state=state,
             output_final_state=True,
             impl=impl,

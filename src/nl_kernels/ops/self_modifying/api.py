@@ -35,6 +35,7 @@ from nl_kernels.memory_checks import (
     check_sequences,
     check_step_dtype,
     check_tokens,
+    one_token,
     per_sequence,
     state_dtype,
 )
@@ -318,12 +319,12 @@ def self_modifying_memory_step(
     if differentiable or chosen == "triton":
         if inplace and differentiable:
             raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
-        *tokens, momentum = (None if x is None else x.unsqueeze(1) for x in inputs)
+        (*tokens, momentum), mask = one_token(inputs, mask)
         o, after = self_modifying_memory(
             *tokens,
             weights,
             momentum=momentum,
-            mask=None if mask is None else mask[:, None],
+            mask=mask,
             initial_state=state,
             output_final_state=True,
             detach_targets=detach_targets,
