@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +12,40 @@ from nl_kernels.chunk_alignment import place_on_grid
 from nl_kernels.memory.bank import Layers, Layout
 from nl_kernels.memory.chunk import BankRule, Tokens
 from nl_kernels.memory.generate import GeneratedTokens
+from nl_kernels.memory.kernels import call as kernels_call
 from nl_kernels.memory.kernels.arguments import Bank
 from nl_kernels.memory.kernels.call import Call
-from nl_kernels.memory.loop import Loop, State, run_segments
-from nl_kernels.memory.segments import footprint, plan_segments
+from nl_kernels.memory.loop import Loop, run_segments
+from nl_kernels.memory.segments import State, footprint, plan_segments
 from nl_kernels.memory_rule import MemoryRule, l2_normalize
+
+
+def learn_tokens(
+    implementation: str,
+    tokens: tuple,
+    momentum: torch.Tensor | None,
+    state: tuple,
+    anchor: tuple | None,
+    conversions: tuple[Callable, Callable],
+    **options: Any,
+) -> tuple[torch.Tensor, tuple]:
+    """Reads [B, T, H, Dv] and the state of an op after its tokens, by the engine or the kernels.
+
+    Args:
+        implementation: "eager" or "triton".
+        tokens: the first fields of :class:`~nl_kernels.memory.kernels.call.Call`.
+        state: the op's, before the tokens. anchor: weights [B, H, ..] of a rule that has one.
+        conversions: of the op's weights to a bank, and of a bank and B back.
+        options: of :func:`run`.
+    """
+    bank_of, weights_of = conversions
+    banks = (state.running, state.snapshot, anchor, state.momentum)
+    running, snapshot, anchor, velocity = (Bank(None, None) if x is None else bank_of(x) for x in banks)
+    call = Call(*tokens, running, snapshot, anchor, state.position, momentum, velocity)
+    o, *banks, position = (kernels_call.run if implementation == "triton" else run)(call, **options)
+    batch = len(position)
+    running, snapshot, velocity = (None if x is None else weights_of(x, batch) for x in banks)
+    return o, type(state)(snapshot, running, position, velocity)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from nl_kernels.memory.bank import Layers, Layout
 from nl_kernels.memory.chunk import Tokens
 from nl_kernels.memory.hidden import Activated, activated, hidden_adjoint, row_dot
-from nl_kernels.memory.loop import State
+from nl_kernels.memory.segments import State
 from nl_kernels.memory_rule import MemoryRule, inverse_norm
 
 

@@ -18,9 +18,7 @@ from nl_kernels.dispatch import products_for
 from nl_kernels.memory.bank import Layers, snapshot_adjoint, take_snapshot
 from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, learn, prepare
 from nl_kernels.memory.chunk_adjoint import ChunkAdjoint, TokenAdjoints, learn_adjoint, prepare_adjoint
-from nl_kernels.memory.segments import Segment
-
-State = tuple[torch.Tensor | None, ...]
+from nl_kernels.memory.segments import Segment, State, by_chunk, joined, shaped
 
 
 class Source(Protocol):
@@ -93,10 +91,10 @@ class Loop:
         for (start, count), given in zip(starts, _spans(sequences, segment, starts)):
             base = _base(running, snapshot, anchor, scratch)
             tokens, made = self.source.tokens(base, own, given, keep)
-            tokens = _shaped(tokens, count)
+            tokens = shaped(tokens, count)
             prepared = prepare(self.bank.rule, tokens)
             chunks = []
-            for i, (part, here) in enumerate(zip(_unbound(tokens, count), _unbound(prepared, count))):
+            for i, (part, here) in enumerate(zip(by_chunk(tokens, count), by_chunk(prepared, count))):
                 if i:
                     base = _base(running, snapshot, anchor, scratch)
                 o, after, velocity_after, learned = learn(
@@ -134,8 +132,8 @@ class Loop:
         starts, d_given, written = self._blocks(segment), [], segment.chunks
         given, d_reads = (_spans(x, segment, starts) for x in (sequences, (d_output,)))
         for start, count in reversed(starts):
-            block, d_outputs = blocks.pop(), _unbound(_shaped(d_reads.pop(), count), count)
-            parts, shared = _unbound(block.tokens, count), _unbound(block.prepared, count)
+            block, d_outputs = blocks.pop(), by_chunk(shaped(d_reads.pop(), count), count)
+            parts, shared = by_chunk(block.tokens, count), by_chunk(block.prepared, count)
             found: list[TokenAdjoints] = []
             for i in reversed(range(count)):
                 chunk = block.chunks.pop()
@@ -157,7 +155,7 @@ class Loop:
                 found.append(found_here.tokens)
                 if i == 0:
                     d_tokens = prepare_adjoint(
-                        self.bank.rule, block.tokens, block.prepared, _joined_adjoints(found[::-1])
+                        self.bank.rule, block.tokens, block.prepared, joined(found[::-1])
                     )
                     if count > 1:
                         d_tokens = Tokens(*(None if x is None else x.flatten(1, 2) for x in d_tokens))
@@ -356,38 +354,6 @@ def _spans(sequences: State, segment: Segment, blocks: list[tuple[int, int]]) ->
     """A segment's sequences by block."""
     sizes = [count * segment.length for _, count in blocks]
     return list(zip(*([None] * len(sizes) if x is None else x.split_with_sizes(sizes, 1) for x in sequences)))
-
-
-def _shaped(values: State, chunks: int) -> State:
-    """Tensors [N, n · c, ..] as [N, n, c, ..]; those of a single chunk stay [N, c, ..]."""
-    if chunks == 1:
-        return values
-    parts = (None if x is None else x.unflatten(1, (chunks, -1)) for x in values)
-    return type(values)(*parts) if hasattr(values, "_fields") else tuple(parts)
-
-
-def _unbound(value, chunks: int) -> list:
-    """Nested tuples of tensors [N, n, c, ..], or of one chunk, by chunk."""
-    if chunks == 1:
-        return [value]
-    if value is None:
-        return [None] * chunks
-    if isinstance(value, torch.Tensor):
-        return value.unbind(1)
-    kind = type(value) if hasattr(value, "_fields") else lambda *parts: parts
-    return [kind(*parts) for parts in zip(*(_unbound(part, chunks) for part in value))]
-
-
-def _joined_adjoints(values: list):
-    """The inverse of :func:`_unbound`, of dictionaries too."""
-    first = values[0]
-    if first is None or len(values) == 1:
-        return first
-    if isinstance(first, torch.Tensor):
-        return torch.stack(values, 1)
-    if isinstance(first, dict):
-        return {name: _joined_adjoints([value[name] for value in values]) for name in first}
-    return type(first)(*map(_joined_adjoints, zip(*values)))
 
 
 def _base(running: Layers, snapshot: Layers, anchor: Layers, scratch: list[torch.Tensor]) -> Layers:

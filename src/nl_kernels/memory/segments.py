@@ -6,8 +6,11 @@ import itertools
 import math
 from typing import NamedTuple
 
+import torch
+
 from nl_kernels.memory.bank import Layers, Layout
 
+State = tuple[torch.Tensor | None, ...]
 KEPT_MEGABYTES = {"one linear": 6, "one": 10, "five linear": 11, "five": 42}
 """Of activations that are not recomputed, by memories of a bank."""
 
@@ -102,3 +105,35 @@ def footprint(layout: Layout, running: Layers, chunk_size: int, width: int) -> F
         chunk = numbers + layout.memories * tokens * (13 * hidden + 6 * width + 11 * chunk_size)
     kind = f"{'five' if layout.self_made else 'one'}{' linear' if layout.linear else ''}"
     return Footprint(item * numbers, item * chunk, KEPT_MEGABYTES[kind] << 20)
+
+
+def shaped(values: State, chunks: int) -> State:
+    """Tensors [N, n · c, ..] as [N, n, c, ..]; those of a single chunk stay [N, c, ..]."""
+    if chunks == 1:
+        return values
+    parts = (None if x is None else x.unflatten(1, (chunks, -1)) for x in values)
+    return type(values)(*parts) if hasattr(values, "_fields") else tuple(parts)
+
+
+def by_chunk(value, chunks: int) -> list:
+    """Nested tuples of tensors [N, n, c, ..], or of one chunk, by chunk."""
+    if chunks == 1:
+        return [value]
+    if value is None:
+        return [None] * chunks
+    if isinstance(value, torch.Tensor):
+        return value.unbind(1)
+    kind = type(value) if hasattr(value, "_fields") else lambda *parts: parts
+    return [kind(*parts) for parts in zip(*(by_chunk(part, chunks) for part in value))]
+
+
+def joined(values: list):
+    """The inverse of :func:`by_chunk`, of dictionaries too."""
+    first = values[0]
+    if first is None or len(values) == 1:
+        return first
+    if isinstance(first, torch.Tensor):
+        return torch.stack(values, 1)
+    if isinstance(first, dict):
+        return {name: joined([value[name] for value in values]) for name in first}
+    return type(first)(*map(joined, zip(*values)))

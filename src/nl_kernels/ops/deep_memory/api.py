@@ -11,10 +11,8 @@ from nl_kernels.checks import (
     has_readable_data,
 )
 from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
-from nl_kernels.memory import call as memory_call
-from nl_kernels.memory.kernels import call as kernels_call
-from nl_kernels.memory.kernels.arguments import Bank
-from nl_kernels.memory.kernels.call import Call, unsupported
+from nl_kernels.memory.call import learn_tokens
+from nl_kernels.memory.kernels.call import unsupported
 from nl_kernels.memory.state import (
     beginning,
     cast,
@@ -150,21 +148,13 @@ def deep_memory(
                 *inputs, anchor, state, rule=rule, read=read, chunk_size=chunk_size, mask=mask
             )
         else:
-            run = kernels_call.run if chosen == "triton" else memory_call.run
-            absent = Bank(None, None)
-            o, running, snapshot, velocity, position = run(
-                Call(
-                    *inputs[:3],
-                    None,
-                    *inputs[3:5],
-                    (None,) * 3,
-                    bank_of(state.running),
-                    bank_of(state.snapshot),
-                    bank_of(anchor) if rule.anchored else absent,
-                    state.position,
-                    inputs[5],
-                    absent if state.momentum is None else bank_of(state.momentum),
-                ),
+            o, final = learn_tokens(
+                chosen,
+                (*inputs[:3], None, *inputs[3:5], (None,) * 3),
+                inputs[5],
+                state,
+                anchor if rule.anchored else None,
+                (bank_of, weights_of),
                 rule=rule,
                 read=read,
                 chunk_size=chunk_size,
@@ -175,10 +165,6 @@ def deep_memory(
                 checkpoint_every=checkpoint_every,
                 dtype=operands,
             )
-            running, snapshot, velocity = (
-                None if x is None else weights_of(x, batch) for x in (running, snapshot, velocity)
-            )
-            final = DeepMemoryState(snapshot, running, position, velocity)
     if alignment is not None:
         o = alignment.scatter(o, 1, length)
     return o.reshape(q.shape[0], length, q.shape[2], out_width).to(

@@ -8,18 +8,14 @@ from nl_kernels.checks import (
     check_choice,
     check_positive_int,
     check_range,
-    check_tensor,
     has_readable_data,
 )
 from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
-from nl_kernels.memory import call as memory_call
-from nl_kernels.memory.kernels import call as kernels_call
-from nl_kernels.memory.kernels.arguments import Bank
-from nl_kernels.memory.kernels.call import Call, unsupported
+from nl_kernels.memory.call import learn_tokens
+from nl_kernels.memory.kernels.call import unsupported
 from nl_kernels.memory.state import (
     beginning,
     cast,
-    check_state,
     map_tensors,
     named_tensors,
     overwritten,
@@ -27,23 +23,27 @@ from nl_kernels.memory.state import (
 )
 from nl_kernels.memory_checks import (
     by_sequence,
-    check_mask,
-    check_memory,
     check_own_memory,
     check_position,
     check_rule,
-    check_sequences,
     check_step_dtype,
-    check_tokens,
     one_token,
     per_sequence,
     state_dtype,
 )
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.self_modifying import eager_step
+from nl_kernels.ops.self_modifying.checks import (
+    check_clocks,
+    check_head_parameter,
+    check_inputs,
+    check_state,
+    check_token,
+    check_weights,
+    head_parameter,
+)
 from nl_kernels.ops.self_modifying.reference import self_modifying_memory_reference
 from nl_kernels.ops.self_modifying.state import (
-    MemoryStack,
     SelfModifyingState,
     SelfModifyingWeights,
     bank_of,
@@ -136,21 +136,21 @@ def self_modifying_memory(
     generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
     check_rule(rule)
     check_choice("read", read, READS)
-    _check_clocks(chunk_size, generator_chunk_size)
+    check_clocks(chunk_size, generator_chunk_size)
     for name, value in (("truncate_every", truncate_every), ("checkpoint_every", checkpoint_every)):
         if value is not None:
             check_positive_int(name, value)
-    batch, length = _check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_seqlens)
+    batch, length = check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_seqlens)
     heads, width = query.shape[2:]
-    _check_weights(weights, batch, heads, width, query)
+    check_weights(weights, batch, heads, width, query)
     if initial_state is not None:
         period = max(chunk_size, generator_chunk_size)
-        _check_state(
+        check_state(
             "initial_state", initial_state, weights, batch, (heads, width), momentum is not None, query
         )
         check_position("initial_state.position", initial_state.position, batch, period, query)
     gates = [
-        _head_parameter(name, value, heads, query)
+        head_parameter(name, value, heads, query)
         for name, value in (
             ("rate_max", rate_max),
             ("rate_bias", rate_bias),
@@ -210,30 +210,18 @@ def self_modifying_memory(
                 **options,
             )
         else:
-            run = kernels_call.run if chosen == "triton" else memory_call.run
-            absent = Bank(None, None)
-            o, running, snapshot, velocity, position = run(
-                Call(
-                    *inputs[:4],
-                    None,
-                    None,
-                    gates,
-                    bank_of(state.running),
-                    bank_of(state.snapshot),
-                    bank_of(anchor) if rule.anchored else absent,
-                    state.position,
-                    inputs[4],
-                    absent if state.momentum is None else bank_of(state.momentum),
-                ),
+            o, final = learn_tokens(
+                chosen,
+                (*inputs[:4], None, None, gates),
+                inputs[4],
+                state,
+                anchor if rule.anchored else None,
+                (bank_of, stack_of),
                 at_boundary=initial_state is None,
                 checkpoint_every=checkpoint_every,
                 dtype=query.dtype,
                 **options,
             )
-            running, snapshot, velocity = (
-                None if x is None else stack_of(x, batch, width) for x in (running, snapshot, velocity)
-            )
-            final = SelfModifyingState(snapshot, running, position, velocity)
     if alignment is not None:
         o = alignment.scatter(o, 1, length)
     return o.to(query.dtype), final if output_final_state else None
@@ -284,17 +272,17 @@ def self_modifying_memory_step(
     generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
     check_rule(rule)
     check_choice("read", read, READS)
-    _check_clocks(chunk_size, generator_chunk_size)
+    check_clocks(chunk_size, generator_chunk_size)
     inputs = (query, key_input, value_input, gate_input, momentum)
-    _check_token(*inputs, mask)
+    check_token(*inputs, mask)
     batch, heads, width = query.shape
-    _check_weights(weights, batch, heads, width, query)
-    _check_state("state", state, weights, batch, (heads, width), momentum is not None, query)
+    check_weights(weights, batch, heads, width, query)
+    check_state("state", state, weights, batch, (heads, width), momentum is not None, query)
     period = max(chunk_size, generator_chunk_size)
     check_position("state.position", state.position, batch, period, query)
     options = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
     for name, value in options.items():
-        _check_head_parameter(name, value, heads, query)
+        check_head_parameter(name, value, heads, query)
     if inplace:
         check_own_memory(named_tensors("state", state))
     options |= {
@@ -364,81 +352,3 @@ def _unserved(query, weights, rule, chunk, momentum, dtype) -> str | None:
         self_made=True,
         architecture=architecture_of(query.device),
     )
-
-
-def _check_clocks(chunk_size: object, generator_chunk_size: object) -> None:
-    check_positive_int("chunk_size", chunk_size)
-    check_positive_int("generator_chunk_size", generator_chunk_size)
-    if max(chunk_size, generator_chunk_size) % min(chunk_size, generator_chunk_size):
-        raise ValueError(
-            f"generator_chunk_size: one of it and chunk_size must be a multiple of the other, "
-            f"got {generator_chunk_size} and {chunk_size}"
-        )
-
-
-def _check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_seqlens) -> tuple[int, int]:
-    """Check the tensors over time; the number of sequences and the number of tokens of each row."""
-    check_tokens("query", query, "[B, T, H, D]")
-    check_tensor("key_input", key_input, query.shape, like=query)
-    check_tensor("value_input", value_input, query.shape, like=query)
-    check_tensor("gate_input", gate_input, query.shape, like=query)
-    if momentum is not None:
-        check_tensor("momentum", momentum, query.shape[:3], like=query)
-        if momentum.device.type == "cpu":
-            check_range("momentum", momentum, 0.0, 1.0, closed_high=False)
-    return check_sequences(mask, cu_seqlens, query), query.shape[1]
-
-
-def _check_token(query, key_input, value_input, gate_input, momentum, mask) -> None:
-    check_tokens("query", query, "[B, H, D]")
-    check_tensor("key_input", key_input, query.shape, like=query)
-    check_tensor("value_input", value_input, query.shape, like=query)
-    check_tensor("gate_input", gate_input, query.shape, like=query)
-    if momentum is not None:
-        check_tensor("momentum", momentum, query.shape[:2], like=query)
-    if mask is not None:
-        check_mask(mask, query.shape[:1], query)
-
-
-def _check_weights(weights: object, batch: int, heads: int, width: int, like: torch.Tensor) -> None:
-    if not isinstance(weights, SelfModifyingWeights):
-        raise TypeError(f"weights: expected SelfModifyingWeights, got {type(weights).__name__}")
-    for name, memory in zip(SelfModifyingWeights._fields, weights):
-        out = 1 if name in ("rate", "retention") else width
-        check_memory(f"weights.{name}", memory, batch, heads, width, out, like)
-    linear = weights.key.outer is None
-    for name, memory in zip(SelfModifyingWeights._fields, weights):
-        if (memory.outer is None) != linear:
-            raise ValueError(f"weights.{name}: the memories must be all two-layer or all linear")
-        if not linear and memory.inner.shape[-2] != weights.key.inner.shape[-2]:
-            raise ValueError(
-                f"weights.{name}: expected hidden width {weights.key.inner.shape[-2]} as weights.key has, "
-                f"got {memory.inner.shape[-2]}"
-            )
-
-
-def _check_state(name, state, weights, batch, sizes, has_momentum, like) -> None:
-    heads, width = sizes
-    hidden = weights.key.inner.shape[-2]
-    shapes = MemoryStack((5, hidden, width), (3, width, hidden), (2, hidden))
-    if weights.key.outer is None:
-        shapes = MemoryStack(None, (3, width, width), (2, width))
-    shapes = MemoryStack(*(None if shape is None else (batch, heads, *shape) for shape in shapes))
-    check_state(name, state, SelfModifyingState, shapes, has_momentum, like)
-
-
-def _check_head_parameter(name: str, value: object, heads: int, like: torch.Tensor) -> None:
-    """Check that ``value`` is a float or a tensor [H]."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a float or a tensor [H], got {type(value).__name__}")
-    check_tensor(name, value, (heads,), like=like)
-
-
-def _head_parameter(name: str, value: object, heads: int, like: torch.Tensor) -> torch.Tensor:
-    """A float or a tensor [H] as a tensor [H]."""
-    _check_head_parameter(name, value, heads, like)
-    if isinstance(value, torch.Tensor):
-        return value
-    return torch.full((heads,), float(value), device=like.device, dtype=torch.float64)

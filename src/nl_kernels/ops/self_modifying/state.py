@@ -89,8 +89,9 @@ def bank_of(stack: MemoryStack) -> Bank:
     return Bank(first, torch.cat([stack.last.flatten(2, 3), stack.gate], 2).flatten(0, 1))
 
 
-def stack_of(bank: Bank, batch: int, width: int) -> MemoryStack:
+def stack_of(bank: Bank, batch: int) -> MemoryStack:
     """The inverse of :func:`bank_of`, in memory of its own."""
+    width = (bank.last.shape[1] - 2) // 3
     first = None if bank.first is None else bank.first.unflatten(0, (batch, -1)).unflatten(2, (5, -1))
     last, gate = bank.last.unflatten(0, (batch, -1)).split([3 * width, 2], 2)
     return MemoryStack(first, last.contiguous().unflatten(2, (3, width)), gate.contiguous())
