@@ -69,7 +69,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         memory_rate_bias, memory_retention_bias: initial biases of the gates' logits. Rates near 1
             (a bias of 4) leave the stable region of ``self_modifying_titans`` (docs/defaults.md).
         memory_momentum: whether writes have momentum: a running average, whose decay each token sets. It
-            costs about twice the time, and has no Triton kernels for rules that erase, as the default does.
+            costs about twice the time, and has no Triton kernels.
         memory_rule: options of :class:`nl_kernels.memory_rule.MemoryRule` that differ from its default.
             ``{"momentum": "sum"}`` is momentum as Titans prints it, a sum of writes: chaotic in
             ``self_modifying_titans`` (docs/defaults.md). Models saved before the average existed have it.

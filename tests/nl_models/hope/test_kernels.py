@@ -8,7 +8,7 @@ from nl_models import HopeCache, HopeForCausalLM
 KINDS = {
     "self-modifying, linear": ("self_modifying_titans", {"memory_hidden_size": None}),
     "self-modifying, two-layer": ("self_modifying_titans", {}),
-    "titans with momentum": ("titans", {"memory_momentum": True, "memory_rule": {"erase": "none"}}),
+    "titans": ("titans", {"memory_momentum": False, "memory_rule": {"erase": "none"}}),
     "gated delta net": ("gated_delta_net", {}),
 }
 
