@@ -117,3 +117,25 @@ def test_outside_of_it_nothing_is_watched():
     with detect_races():
         assert triton.runtime.interpreter.InterpretedFunction.run is not before
     assert triton.runtime.interpreter.InterpretedFunction.run is before
+
+
+@triton.jit
+def load_from_either(x, y, o, SIZE: tl.constexpr, BARRIER: tl.constexpr):
+    """Each place of the tile has its own tensor."""
+    at = tl.arange(0, SIZE)
+    tl.store(x + at, at.to(tl.float32))
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(o + at, tl.load(tl.where(at % 2 == 0, x + at, y + at)))
+
+
+def test_one_load_may_touch_several_tensors():
+    x, y, o = torch.zeros(64), -torch.ones(64), torch.zeros(64)
+    with detect_races():
+        load_from_either[(1,)](x, y, o, SIZE=64, BARRIER=True, num_warps=1)
+        assert o[::2].tolist() == list(range(0, 64, 2))
+        assert (o[1::2] == -1).all()
+        with pytest.raises(DataRace, match="no barrier since it was stored"):
+            load_from_either[(1,)](x, y, o, SIZE=64, BARRIER=False, num_warps=1)
+        with pytest.raises(DataRace, match="outside the tensors"):
+            load_from_either[(1,)](x, y[:32].clone(), o, SIZE=64, BARRIER=True, num_warps=1)

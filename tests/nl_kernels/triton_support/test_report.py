@@ -1,6 +1,7 @@
 """The resource report: what it reads from compiled kernels, what it refuses, what it writes."""
 
 import json
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -40,6 +41,36 @@ def test_signature_follows_the_arguments():
         "SIZE": "constexpr",
         "PRECISION": "constexpr",
     }
+
+
+class Tensors(NamedTuple):
+    a: torch.Tensor
+    absent: torch.Tensor | None
+
+
+@triton.jit
+def named_kernel(tensors, out, SIZES: tl.constexpr):
+    at = tl.arange(0, SIZES.BLOCK)
+    tile = tl.load(tensors.a + at)
+    if tensors.absent is not None:
+        tile += tl.load(tensors.absent + at)
+    tl.store(out + at, tile)
+
+
+class Sizes(NamedTuple):
+    BLOCK: int
+
+
+def test_named_tuples_of_tensors_and_sizes_compile():
+    """Absent tensors are known when compiling, and pointers as aligned as those outside of tuples."""
+    a = torch.empty(256, device="meta")
+    call = KernelCall(
+        named_kernel, (1,), {"tensors": Tensors(a, None), "out": a}, {"SIZES": Sizes(256)}, 1, 1
+    )
+    assert signature_of(call)["tensors"] == Tensors("*fp32", "constexpr")
+    compiled = compile_call(call, "sm_90")
+    assert compiled.asm["ttir"].count("tt.load") == 1
+    assert "ld.global.v4" in compiled.asm["ptx"]
 
 
 def test_resources_tell_tensor_cores_from_scalar_products():
