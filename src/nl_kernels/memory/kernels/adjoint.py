@@ -62,6 +62,40 @@ def clear_layer(layer, cut, rows, IN: tl.constexpr, BLOCK: tl.constexpr, SHAPE: 
 
 
 @triton.jit
+def cut_gradients(first, last, start, stop, SHAPE: tl.constexpr):
+    """Gradients of weights and snapshots, pairs, become zero where the gradient is cut after the chunk."""
+    end = start + SHAPE.CHUNK
+    cut = (end % SHAPE.TRUNCATE == 0) & (end <= stop)
+    clear_layer(last[0], cut, last_rows(SHAPE), SHAPE.LAST_IN, SHAPE.LAST_BLOCK, SHAPE)
+    clear_layer(last[1], cut, last_rows(SHAPE), SHAPE.LAST_IN, SHAPE.LAST_BLOCK, SHAPE)
+    if SHAPE.HIDDEN > 0:
+        clear_layer(first[0], cut, first_rows(SHAPE), SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE)
+        clear_layer(first[1], cut, first_rows(SHAPE), SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE)
+
+
+@triton.jit
+def store_shares(shares, place, SHAPE: tl.constexpr):
+    """All blocks' shares in the gradients of rates (two) and log decays, to scratch."""
+    C: tl.constexpr = SHAPE.BLOCK_C
+    at = tl.arange(0, SHAPE.BLOCKS)[:, None] * C + tl.arange(0, C)[None, :]
+    tl.store(place + at[:, None, :], shares[0])
+    tl.store(place + SHAPE.BLOCKS * C + at, shares[1])
+    tl.store(place + 2 * SHAPE.BLOCKS * C + at[:, None, :], shares[2])
+
+
+@triton.jit
+def add_gates(place, rate_max, rate_bias, retention_bias):
+    """A head's gradients of the gates' parameters, added to those in memory."""
+    rate_max += tl.load(place)
+    rate_bias += tl.load(place + 1)
+    retention_bias += tl.load(place + 2)
+    tl.debug_barrier()  # all threads load what one of them stores
+    tl.store(place, rate_max)
+    tl.store(place + 1, rate_bias)
+    tl.store(place + 2, retention_bias)
+
+
+@triton.jit
 def read_gradient(d_o, place, SHAPE: tl.constexpr):
     """The gradient of the reads, as rows [B, outputs, C] of the memory that is read; zero for the others."""
     token, exists = place
@@ -170,13 +204,7 @@ def learn_adjoint_kernel(
                 SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE.FIRST_SIZE, SHAPE,
             )  # fmt: skip
         if SHAPE.TRUNCATE > 0:
-            end = start + SHAPE.CHUNK
-            cut = (end % SHAPE.TRUNCATE == 0) & (end <= stop)
-            clear_layer(d_last, cut, rows, SHAPE.LAST_IN, SHAPE.LAST_BLOCK, SHAPE)
-            clear_layer(d_last_snapshot, cut, rows, SHAPE.LAST_IN, SHAPE.LAST_BLOCK, SHAPE)
-            if SHAPE.HIDDEN > 0:
-                clear_layer(d_first, cut, first_rows(SHAPE), SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE)
-                clear_layer(d_first_snapshot, cut, first_rows(SHAPE), SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE)
+            cut_gradients((d_first, d_first_snapshot), (d_last, d_last_snapshot), start, stop, SHAPE)
         tl.debug_barrier()
 
         # The chunk again.
@@ -204,10 +232,7 @@ def learn_adjoint_kernel(
             )
         else:
             shares = linear_errors_adjoint(d_last, last_weights, found, rate, scratch, SHAPE, RULE, PLACES)
-        at = tl.arange(0, SHAPE.BLOCKS)[:, None] * C + tl.arange(0, C)[None, :]
-        tl.store(scratch + PLACES.RATES + at[:, None, :], shares[0])
-        tl.store(scratch + PLACES.RATES + SHAPE.BLOCKS * C + at, shares[1])
-        tl.store(scratch + PLACES.RATES + 2 * SHAPE.BLOCKS * C + at[:, None, :], shares[2])
+        store_shares(shares, scratch + PLACES.RATES, SHAPE)
         tl.debug_barrier()
 
         # Tokens.
@@ -245,11 +270,4 @@ def learn_adjoint_kernel(
         tl.debug_barrier()
 
     if RULE.GENERATES:
-        at = d_gates + 3 * program
-        by_rate_max += tl.load(at)
-        by_rate += tl.load(at + 1)
-        by_retention += tl.load(at + 2)
-        tl.debug_barrier()  # all threads load what one of them stores
-        tl.store(at, by_rate_max)
-        tl.store(at + 1, by_rate)
-        tl.store(at + 2, by_retention)
+        add_gates(d_gates + 3 * program, by_rate_max, by_rate, by_retention)
