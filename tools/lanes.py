@@ -34,7 +34,7 @@ KERNELS = tuple(
         "ops/deep_memory/test_step_interpreter.py",
         "ops/deep_memory/test_aot.py",
         "ops/self_modifying/test_step_interpreter.py",
-        "ops/self_modifying/test_step_aot.py",
+        "ops/self_modifying/test_aot.py",
         "ops/continuum/test_interpreter.py",
         "ops/continuum/test_aot.py",
         "ops/newton_schulz",
