@@ -148,11 +148,16 @@ class Layout:
         """Of a layer's inputs [.., c, in] the part of the memory that is read."""
         return x[: self.banks] if self.batched else x
 
+    @property
+    def axis(self) -> int:
+        """The axis of the projections in :meth:`by_projection`."""
+        return 2 if self.linear and self.self_made else 0
+
     def by_projection(self, outputs: list[torch.Tensor]) -> torch.Tensor:
-        """Outputs of the last layers, those of the projections [m, N, c, Dv], a view."""
+        """Outputs of the last layers, those of the projections, a view [m, N, c, Dv] or [N, c, m, Dv]."""
         wide = outputs[0]
-        if self.linear and self.self_made:
-            return wide[..., : 3 * self.width].unflatten(-1, (3, self.width)).permute(2, 0, 1, 3)
+        if self.axis:
+            return wide[..., : 3 * self.width].unflatten(-1, (3, self.width))
         return wide.view(self.projections, self.banks, *wide.shape[1:])
 
     def gates(self, outputs: list[torch.Tensor]) -> torch.Tensor | None:

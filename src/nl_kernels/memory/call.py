@@ -110,7 +110,7 @@ def run(
     running, velocity, snapshot, anchor = (
         layout.layers_of(bank) for bank in (call.running, call.velocity, snapshot, call.anchor)
     )
-    source, constants = GivenTokens(max(1, 256 // chunk_size)), ()
+    source, constants = GivenTokens(max(1, 512 // chunk_size)), ()
     if self_made:
         rate_max, *biases = call.gates
         biases = torch.stack(biases, -1).repeat(batch, 1)[:, None]

@@ -114,11 +114,11 @@ class BankRule:
     layout: Layout
 
     @property
-    def residuals(self) -> slice | None:
-        """The projections that add their input."""
+    def residuals(self) -> tuple[int, int] | None:
+        """The first and the number of the projections that add their input."""
         rule, count = self.rule, self.layout.projections
         start, stop = 0 if rule.residual else 1, count if rule.projection_residual else int(rule.residual)
-        return slice(start, stop) if start < stop else None
+        return (start, stop - start) if start < stop else None
 
     @property
     def reads_inputs(self) -> bool:
@@ -199,12 +199,13 @@ def learn(
 
 
 def _finish_errors(bank: BankRule, errors: list[torch.Tensor], k, v) -> torch.Tensor | None:
-    """Targets, residuals and bound, in place; what scaled the projections' errors [m, N, c, 1]."""
+    """Targets, residuals and bound, in place; what scaled the errors of projections."""
     by_projection, gates = bank.layout.by_projection(errors), bank.layout.gates(errors)
+    axis = bank.layout.axis
     if bank.targets_add_value:
-        by_projection -= v
+        by_projection -= v.unsqueeze(axis)
     if bank.residuals is not None:
-        by_projection[bank.residuals] += k
+        by_projection.narrow(axis, *bank.residuals).add_(k.unsqueeze(axis))
     bound = bank.rule.error_bound
     factor = length_factor(by_projection, bound)
     if factor is not None:
