@@ -20,7 +20,10 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"nl_kernels": ["py.typed", "ops/*/README.md"], "nl_models": ["py.typed"]},
+    package_data={
+        "nl_kernels": ["py.typed", "ops/*/README.md", "memory/kernels/README.md"],
+        "nl_models": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; platform_system == 'Linux'",

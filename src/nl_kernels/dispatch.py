@@ -11,9 +11,18 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from nl_kernels.renamed import check_renamed_value
+
 logger = logging.getLogger("nl_kernels")
 
 IMPLEMENTATIONS = ("triton", "eager", "reference")
+
+
+def check_implementation(impl: object) -> None:
+    """Check that ``impl`` is one of :data:`IMPLEMENTATIONS` or ``None``, which was called "auto"."""
+    check_renamed_value("impl", impl, {"auto": None})
+    if impl is not None and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {IMPLEMENTATIONS} or None, got {impl!r}")
 
 
 def choose_implementation(op: str, impl: str | None, device: torch.device, available: Sequence[str]) -> str:
@@ -21,8 +30,8 @@ def choose_implementation(op: str, impl: str | None, device: torch.device, avail
 
     Args:
         op: the public name of the op, for messages.
-        impl: what the caller asked for; ``None`` picks Triton on CUDA where the op has it, else eager, else
-            the reference. An explicit choice is never replaced by another one.
+        impl: what the caller asked for; ``None`` picks Triton on CUDA from sm_80 on where the op has it, else
+            eager, else the reference. An explicit choice is never replaced by another one.
         device: where the op's tensors live.
         available: the implementations that the op has, of :data:`IMPLEMENTATIONS`.
 
@@ -31,19 +40,24 @@ def choose_implementation(op: str, impl: str | None, device: torch.device, avail
         RuntimeError: ``impl="triton"`` cannot run here; the message names the remedy.
     """
     if impl is None:
-        chosen = next(
-            x for x in IMPLEMENTATIONS if x in available and (x != "triton" or device.type == "cuda")
-        )
+        kernels = "triton" in available and kernels_run_on(device)
+        chosen = next(x for x in IMPLEMENTATIONS if x in available and (x != "triton" or kernels))
         if not torch.compiler.is_compiling():
             _say_once(op, chosen, device.type)
         return chosen
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {IMPLEMENTATIONS} or None, got {impl!r}")
+    check_implementation(impl)
     if impl not in available:
         raise ValueError(f"impl: {op} has no {impl!r} implementation; it has {tuple(available)}")
     if impl == "triton":
         _require_triton(op, device)
     return impl
+
+
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether the default is kernels: on CUDA, from compute capability 8.0 on, which has their products."""
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def interpreting() -> bool:

@@ -18,7 +18,7 @@ def check_renamed(given: Iterable[str], names: Mapping[str, str]) -> None:
             raise TypeError(f"{name}: is called {names[name]} since version 0.2")
 
 
-def check_renamed_value(name: str, value: object, values: Mapping[str, str]) -> None:
+def check_renamed_value(name: str, value: object, values: Mapping[str, str | None]) -> None:
     """Check that ``value`` of the option ``name`` is no old one; ``values`` leads from old to new.
 
     Raises:

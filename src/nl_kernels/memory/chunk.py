@@ -221,8 +221,21 @@ def _back(errors: list[torch.Tensor], lasts: Layers) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _layer_inputs(bank: BankRule, tokens: Tokens, prepared: Prepared, x, keys, errors, signal):
-    """What each layer takes in."""
+def _layer_inputs(
+    bank: BankRule,
+    tokens: Tokens,
+    prepared: Prepared,
+    x: torch.Tensor,
+    keys: Activated | None,
+    errors: list[torch.Tensor],
+    signal: Signal | None,
+) -> list[LayerInput]:
+    """What each layer of the bank takes in, for :func:`~nl_kernels.memory.layer.write`.
+
+    Args:
+        x: the keys, of every memory along the batch.
+        keys: the hidden layers [M · N, c, h] there. errors, signal: of the last layers, of the hidden ones.
+    """
     rule, layout = bank.rule, bank.layout
     if layout.linear:
         coefficients, rate, share = prepared.coefficients, prepared.first_rate, prepared.share

@@ -1,8 +1,7 @@
 """The hidden layer ``n(σ(z))`` of a memory, the error signal that flows back through it, and their adjoints.
 
 None of these is differentiable by autograd: the adjoints are the derivatives written out. They take few
-    passes, and
-none keeps what another has.
+passes, and none keeps what another has.
 """
 
 from __future__ import annotations
@@ -102,7 +101,11 @@ def error_signal(back: torch.Tensor, hidden: Activated, rule: MemoryRule) -> Sig
 
 
 def signal_adjoint(grad: torch.Tensor, signal: Signal, hidden: Activated, rule: MemoryRule):
-    """Adjoints from that of the error signal: of ``back``, n(σ(z)), z (through σ'), and ``radial``."""
+    """Adjoints [P, c, h] from that of the error signal, for all memories along the batch.
+
+    Of ``back``, of n(σ(z)), of z (through σ'), and ``radial`` [P, c, 1] for :func:`hidden_adjoint`. The
+    second and the last are ``None`` for layers that are not normalised.
+    """
     value, slope, curvature, scale = hidden
     grad = bound_adjoint(grad, signal.value, signal.factor, rule.error_bound)
     at_z = grad * signal.tangent

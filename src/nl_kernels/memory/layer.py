@@ -1,8 +1,7 @@
 """One layer of a memory over one chunk of tokens, without a loop over tokens, and its adjoint.
 
 For tokens t = 1 … c with error signals δ_t, rates η_t, decays α_t and, with momentum, μ_t and the share s_t
-that
-momentum leaves of a write (1 without momentum)::
+that momentum leaves of a write (1 without momentum)::
 
     U_t = μ_t U_{t-1} − s_t η_t δ_t x_tᵀ
     S_t = α_t S_{t-1} − η_t (S_{t-1} x_t) x_tᵀ + U_t
@@ -12,9 +11,8 @@ With ``K = strict_lower(decay · x xᵀ)``, without momentum::
     ω = (I + K diag(η))⁻¹ (δ + before · (x Sᵀ))        u = −η ω        S' = final S + uᵀ (to_end x)
 
 Its adjoint needs no second triangular solve: with ``ρ = (I + K diag(η))⁻ᵀ (−η ū)``, that of δ is ρ and that
-    of K
-is −ρ uᵀ. With momentum the write w = −s η δ and what is erased, −η ω, decay differently, and
-``ω = (I + K diag(η))⁻¹ (before (x Sᵀ) + mixed.before (x Uᵀ) + (mixed.strict ∘ x xᵀ) w)``.
+of K is −ρ uᵀ. With momentum the write w = −s η δ and what is erased, −η ω, decay differently, and ``ω = (I +
+K diag(η))⁻¹ (before (x Sᵀ) + mixed.before (x Uᵀ) + (mixed.strict ∘ x xᵀ) w)``.
 
 Tensors are [P, c, width] for P layers at once; states are [P, out, in]. Adjoints of decays are kept as their
 products with the decays, summed where they meet, so that exact zeros stay harmless.

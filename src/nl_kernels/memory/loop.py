@@ -1,8 +1,7 @@
 """The loop over chunks around a bank of memories: one node of the autograd graph for a whole call.
 
 It owns all that is not arithmetic of a chunk: what the backward pass keeps and what it recomputes, snapshots
-    at the
-boundaries of two clocks, and truncation.
+at the boundaries of two clocks, and truncation.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class Source(Protocol):
     """Where a bank's tokens come from: what a call gives, or what the memories make of it."""
 
     block: int
-    """Chunks whose tokens are known at the start of the first one; ``None``: all."""
+    """Chunks whose tokens are known at the start of the first one."""
 
     def tokens(self, base: Layers, constants: State, sequences: State, keep: bool) -> tuple[Tokens, Any]:
         """The tokens of a block from its sequences [N, T, ..], and what the adjoint needs."""

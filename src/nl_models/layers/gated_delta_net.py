@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nl_kernels import delta_memory, delta_memory_step
+from nl_kernels.dispatch import check_implementation
 from nl_kernels.memory_rule import l2_normalize
 from nl_kernels.renamed import RenamedAttribute, renamed_arguments
 from nl_models.layers.gated_output import GatedOutput
@@ -34,6 +35,7 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_size={hidden_size}, got {num_heads}")
+        check_implementation(impl)
         self.num_heads = num_heads
         self.impl = impl
         self.head_dim = hidden_size // num_heads

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nl_kernels import MemoryRule
+from nl_kernels.dispatch import check_implementation
 from nl_kernels.renamed import RenamedAttribute
 
 
@@ -48,6 +49,7 @@ class MemoryLayer(nn.Module):
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_size={hidden_size}, got {num_heads}")
+        check_implementation(impl)
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
         self.chunk_size = chunk_size

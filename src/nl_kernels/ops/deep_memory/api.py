@@ -10,7 +10,7 @@ from nl_kernels.checks import (
     check_tensor,
     has_readable_data,
 )
-from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
+from nl_kernels.dispatch import choose_implementation, kernels_run_on, needs_gradient, without_autocast
 from nl_kernels.memory.call import learn_tokens
 from nl_kernels.memory.kernels.call import unsupported
 from nl_kernels.memory.state import (
@@ -117,7 +117,7 @@ def deep_memory(
         check_position("initial_state.position", initial_state.position, batch, chunk_size, q)
     operands = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     unserved = None
-    if impl == "triton" or (impl is None and q.is_cuda):
+    if impl == "triton" or (impl is None and kernels_run_on(q.device)):
         unserved = _unserved(q, v, weights, rule, chunk_size, momentum, operands)
     available = ("eager", "reference") if unserved and impl is None else ("triton", "eager", "reference")
     chosen = choose_implementation("deep_memory", impl, q.device, available)
@@ -215,7 +215,7 @@ def deep_memory_step(
     tensors = (q, k, v, rate, log_decay, momentum)
     leaves = [*weights, *weights_in(state)]
     unserved = None
-    if impl == "triton" or (impl is None and q.is_cuda):
+    if impl == "triton" or (impl is None and kernels_run_on(q.device)):
         unserved = _unserved(q, v, weights, rule, chunk_size, momentum, q.dtype)
     available = ("eager", "reference") if unserved and impl is None else ("triton", "eager", "reference")
     chosen = choose_implementation("deep_memory_step", impl, q.device, available)

@@ -10,7 +10,7 @@ from nl_kernels.checks import (
     check_range,
     has_readable_data,
 )
-from nl_kernels.dispatch import choose_implementation, needs_gradient, without_autocast
+from nl_kernels.dispatch import choose_implementation, kernels_run_on, needs_gradient, without_autocast
 from nl_kernels.memory.call import learn_tokens
 from nl_kernels.memory.kernels.call import unsupported
 from nl_kernels.memory.state import (
@@ -122,7 +122,7 @@ def self_modifying_memory(
         checkpoint_every: chunks between the states kept for the backward pass, which recomputes the rest; the
             default balances the two. It changes memory and time, never results.
         impl: "triton", "eager" or "reference"; ``None`` picks Triton on CUDA where the kernels cover the call
-            (the table in the op's README), else eager.
+            (the table of memory/kernels/README.md), else eager.
 
     Returns:
         o [B, T, H, D] in the dtype of query, and the final state (fp32; fp64 for fp64 inputs) or ``None``.
@@ -163,7 +163,7 @@ def self_modifying_memory(
     flat_weights = [layer for memory in weights for layer in memory]
     dtype = state_dtype(*tensors, *flat_weights, *weights_in(initial_state))
     unserved = None
-    if impl == "triton" or (impl is None and query.is_cuda):
+    if impl == "triton" or (impl is None and kernels_run_on(query.device)):
         unserved = _unserved(query, weights, rule, min(chunk_size, generator_chunk_size), momentum, dtype)
     available = ("eager", "reference") if unserved else ("triton", "eager", "reference")
     if not detach_targets:
@@ -294,7 +294,7 @@ def self_modifying_memory_step(
     leaves = [*(layer for memory in weights for layer in memory), *weights_in(state)]
     parameters = (x for x in (rate_max, rate_bias, retention_bias) if isinstance(x, torch.Tensor))
     unserved = None
-    if impl == "triton" or (impl is None and query.is_cuda):
+    if impl == "triton" or (impl is None and kernels_run_on(query.device)):
         chunk = min(chunk_size, generator_chunk_size)
         unserved = _unserved(query, weights, rule, chunk, momentum, query.dtype)
     available = ("eager", "reference") if unserved and impl is None else ("triton", "eager", "reference")

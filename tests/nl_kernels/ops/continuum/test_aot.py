@@ -1,6 +1,7 @@
 """The kernels compile for GPUs that are not here, within what those GPUs have and without spills."""
 
 import pytest
+import torch
 
 from nl_kernels.ops.continuum import launch
 from nl_kernels.ops.continuum.catalogue import catalogue
@@ -84,9 +85,11 @@ def test_whole_catalogue(architecture):
 @pytest.mark.parametrize("precision", ["bf16", "tf32x3", "ieee"])
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_tiles_of_products_are_what_the_compiler_takes(architecture, precision):
+    plan = launch.Plan(torch.empty(0), architecture)
+    plan.precision = precision
     for m, n, k in ((1, 1, 1), (16, 341, 72), (64, 4096, 1024), (4096, 1024, 64)):
         for held in (1, 2, 3):
-            tiles = launch.product_tiles(m, n, k, precision, architecture, held=held)
+            tiles = plan.tiles(m, n, k, held=held)
             for block in tiles[:3]:
                 assert block >= 16
                 assert block & (block - 1) == 0

@@ -1,0 +1,35 @@
+"""Which implementation a call gets that does not say one."""
+
+import pytest
+import torch
+
+from nl_kernels import delta_memory
+from nl_kernels.dispatch import IMPLEMENTATIONS, choose_implementation, kernels_run_on
+from nl_models.layers import GatedDeltaNet, SelfModifyingTitans, Titans
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), "eager"), ((8, 0), "triton"), ((9, 0), "triton")]
+)
+def test_gpus_without_the_kernels_products_run_eager(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda")
+    assert kernels_run_on(device) == (expected == "triton")
+    assert choose_implementation("delta_memory", None, device, IMPLEMENTATIONS) == expected
+    assert choose_implementation("delta_memory", None, device, ("eager", "reference")) == "eager"
+    assert not kernels_run_on(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("layer", [Titans, SelfModifyingTitans, GatedDeltaNet])
+def test_layers_refuse_an_unknown_implementation_at_once(layer):
+    with pytest.raises(ValueError, match="impl: 'auto' is called None since version"):
+        layer(8, 2, impl="auto")
+    with pytest.raises(ValueError, match="impl: expected one of"):
+        layer(8, 2, impl="cuda")
+
+
+def test_an_op_says_the_new_name():
+    x = torch.zeros(1, 1, 1, 2)
+    with pytest.raises(ValueError, match="impl: 'auto' is called None"):
+        delta_memory(x, x, x, x[..., 0], x[..., 0], impl="auto")
