@@ -38,7 +38,7 @@ from nl_kernels.memory.kernels.tokens_adjoint import (
 @triton.jit
 def period_base(
     base, kept, resumed, anchor, rows, row, start, places, IN: tl.constexpr, BLOCK: tl.constexpr,
-    SIZE: tl.constexpr, SHAPE: tl.constexpr,
+    SIZE: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """:func:`put_base` of a chunk from the weights ``kept`` at its period's start; whether that is the
     chunk's own.
@@ -49,7 +49,7 @@ def period_base(
     period = start - start % clock
     slot = places[0] + (period // SHAPE.CHUNK - places[1])
     inside = period > row[3]
-    put_base(base, kept + slot * SIZE, resumed, inside, anchor, rows, IN, BLOCK, SHAPE.SLICE)
+    put_base(base, kept + slot * SIZE, resumed, inside, anchor, rows, IN, BLOCK, SHAPE, RULE)
     return (period == start) & (start > row[3])
 
 
@@ -195,13 +195,13 @@ def learn_adjoint_kernel(
         last_fresh = period_base(
             last_base, kept.last, last_resumed, last_anchor, rows, row, start, places, SHAPE.LAST_IN,
             SHAPE.LAST_BLOCK,
-            SHAPE.LAST_SIZE, SHAPE,
+            SHAPE.LAST_SIZE, SHAPE, RULE,
         )  # fmt: skip
         first_fresh = last_fresh
         if SHAPE.HIDDEN > 0:
             first_fresh = period_base(
                 first_base, kept.first, first_resumed, first_anchor, first_rows(SHAPE), row, start, places,
-                SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE.FIRST_SIZE, SHAPE,
+                SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE.FIRST_SIZE, SHAPE, RULE,
             )  # fmt: skip
         if SHAPE.TRUNCATE > 0:
             cut_gradients((d_first, d_first_snapshot), (d_last, d_last_snapshot), start, stop, SHAPE)

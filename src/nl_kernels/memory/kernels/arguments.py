@@ -84,6 +84,7 @@ class Rule(NamedTuple):
 
     GENERATES: bool
     RUNNING: bool
+    ANCHORED: bool
     ACTIVATION: str
     NORMALIZED: bool
     RESIDUAL: bool

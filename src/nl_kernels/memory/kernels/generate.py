@@ -122,7 +122,7 @@ def serve(
     PLACES: tl.constexpr,
 ):
     """f(x) [B, rows, C] of the memories that make keys, values and gates, and their hidden layer or
-    ``None``."""
+    ``()``."""
     C: tl.constexpr = SHAPE.BLOCK_C
     token, exists = place
     columns = (token[None, None, :], exists[None, None, :])
@@ -134,25 +134,25 @@ def serve(
             number = start + tl.arange(0, SHAPE.SLICE)[None, :, None]
             x = memory_inputs(tokens, block, columns, number, SHAPE)
             weights = load_weights(first_base, columns_of(rows, start, SHAPE.KEY_DIM, SHAPE.SLICE))
-            z += product(weights, x, RULE.PRECISION)
+            z += product(weights, x, RULE)
         hidden = activated(z, RULE, SHAPE.PER)
         tl.store(rows_at(scratch + PLACES.HIDDEN_MADE, rows, SHAPE.BLOCK_H, C, True), hidden[0])
         tl.debug_barrier()
     else:
-        hidden: tl.constexpr = None
+        hidden = ()
     rows = last_rows(SHAPE)
     made = zeros_of(SHAPE.BLOCK_V // SHAPE.PER, SHAPE)
     if SHAPE.HIDDEN > 0:
         for start in range(0, SHAPE.BLOCK_H, SHAPE.SLICE):
             x = columns_at(scratch + PLACES.HIDDEN_MADE, block, start, SHAPE.BLOCK_H, C, SHAPE.SLICE)
             weights = load_weights(last_base, columns_of(rows, start, SHAPE.HIDDEN, SHAPE.SLICE))
-            made += product(weights, x, RULE.PRECISION)
+            made += product(weights, x, RULE)
     else:
         for start in range(0, SHAPE.BLOCK_K, SHAPE.SLICE):
             number = start + tl.arange(0, SHAPE.SLICE)[None, :, None]
             x = memory_inputs(tokens, block, columns, number, SHAPE)
             weights = load_weights(last_base, columns_of(rows, start, SHAPE.KEY_DIM, SHAPE.SLICE))
-            made += product(weights, x, RULE.PRECISION)
+            made += product(weights, x, RULE)
     return made, hidden
 
 
@@ -170,7 +170,7 @@ def make_tokens(
 ):
     """The memories make keys, values and gates, which go to scratch; ``gates`` are both biases.
 
-    Returns the hidden layer of the memories that made them, or ``None``.
+    Returns the hidden layer of the memories that made them, or ``()``.
     """
     C: tl.constexpr = SHAPE.BLOCK_C
     token, exists = place

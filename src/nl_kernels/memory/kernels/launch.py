@@ -202,6 +202,7 @@ class Plan:
         rule = Rule(
             generates,
             options.read == "running",
+            inputs.last_anchor is not None,
             options.activation,
             options.normalize_hidden,
             options.residual,

@@ -16,8 +16,9 @@ _LOG_ZERO: tl.constexpr = tl.constexpr(-1000.0)  # triton_support.language
 
 
 @triton.jit
-def product(a, b, PRECISION: tl.constexpr):
+def product(a, b, RULE: tl.constexpr):
     """``a @ b`` of [B, m, k] and [B, k, n], of which one may be shared by all blocks, [1, ..]."""
+    PRECISION: tl.constexpr = RULE.PRECISION
     BLOCKS: tl.constexpr = a.shape[0] if a.shape[0] > b.shape[0] else b.shape[0]
     a = tl.broadcast_to(a, [BLOCKS, a.shape[1], a.shape[2]])
     b = tl.broadcast_to(b, [BLOCKS, b.shape[1], b.shape[2]])
@@ -106,20 +107,21 @@ def load_weights(weights, places):
 
 @triton.jit
 def put_base(
-    base, snapshot, resumed, inside, anchor, rows, IN: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr
-):
+    base, snapshot, resumed, inside, anchor, rows,
+    IN: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
     """The weights that a layer is applied at, snapshot and anchor, to ``base``.
 
     Where not ``inside`` [B, 1, 1] the snapshot is ``resumed``, the one that the call began with.
     """
-    for start in range(0, BLOCK, SLICE):
-        offsets, exists = columns_of(rows, start, IN, SLICE)
+    for start in range(0, BLOCK, SHAPE.SLICE):
+        offsets, exists = columns_of(rows, start, IN, SHAPE.SLICE)
         if resumed is None:
             x = tl.load(snapshot + offsets, mask=exists, other=0.0)
         else:
             x = tl.load(snapshot + offsets, mask=exists & inside, other=0.0)
             x += tl.load(resumed + offsets, mask=exists & (inside == 0), other=0.0)
-        if anchor is not None:
+        if RULE.ANCHORED:
             x += tl.load(anchor + offsets, mask=exists, other=0.0)
         tl.store(base + offsets, x, mask=exists)
 
@@ -199,17 +201,17 @@ def _exp(x):
 
 
 @triton.jit
-def pairs(a, b, memory_a, SIZE: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+def pairs(a, b, memory_a, SIZE: tl.constexpr, BLOCK_C: tl.constexpr, RULE: tl.constexpr):
     """Inner products [B or 1, j, t] of tokens ``a`` and ``b`` in scratch, each [.., SIZE, C]."""
     return product(
         tokens_at(a, memory_a, 0, SIZE, BLOCK_C, SIZE),
         columns_at(b, memory_a, 0, SIZE, BLOCK_C, SIZE),
-        PRECISION,
+        RULE,
     )
 
 
 @triton.jit
-def invert(A, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+def invert(A, BLOCK_C: tl.constexpr, RULE: tl.constexpr):
     """``(I + A)⁻¹`` of strictly upper triangular matrices [B, C, C].
 
     Blocks of four by substitution, then pairs of inverted blocks are merged by products. Powers of A instead
@@ -220,28 +222,29 @@ def invert(A, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
     near = tl.where(j // 4 == t // 4, A, 0.0)
     inverse = tl.where(j == t, 1.0, 0.0) + tl.zeros(A.shape, tl.float32)
     for i in tl.static_range(1, 4):
-        inverse -= product(inverse, tl.where(t % 4 == i, near, 0.0), PRECISION)
+        inverse -= product(inverse, tl.where(t % 4 == i, near, 0.0), RULE)
     if BLOCK_C > 4:
-        inverse = _merge_inverses(inverse, A, j, t, 4, PRECISION)
+        inverse = _merge_inverses(inverse, A, j, t, 4, RULE)
     if BLOCK_C > 8:
-        inverse = _merge_inverses(inverse, A, j, t, 8, PRECISION)
+        inverse = _merge_inverses(inverse, A, j, t, 8, RULE)
     if BLOCK_C > 16:
-        inverse = _merge_inverses(inverse, A, j, t, 16, PRECISION)
+        inverse = _merge_inverses(inverse, A, j, t, 16, RULE)
     if BLOCK_C > 32:
-        inverse = _merge_inverses(inverse, A, j, t, 32, PRECISION)
+        inverse = _merge_inverses(inverse, A, j, t, 32, RULE)
     return inverse
 
 
 @triton.jit
-def _merge_inverses(inverse, A, j, t, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+def _merge_inverses(inverse, A, j, t, SIZE: tl.constexpr, RULE: tl.constexpr):
     coupling = (j // (2 * SIZE) == t // (2 * SIZE)) & (j // SIZE < t // SIZE)
-    return inverse - product(product(inverse, tl.where(coupling, A, 0.0), PRECISION), inverse, PRECISION)
+    return inverse - product(product(inverse, tl.where(coupling, A, 0.0), RULE), inverse, RULE)
 
 
 @triton.jit
 def activated(z, RULE: tl.constexpr, PER: tl.constexpr):
     """``n(σ(z))`` [B, h, C], σ'(z), σ''(z) and 1/‖σ(z)‖ [B, 1, C] (1 when it is not normalised)."""
-    value, slope, curvature = activation(z, RULE.ACTIVATION)
+    ACTIVATION: tl.constexpr = RULE.ACTIVATION
+    value, slope, curvature = activation(z, ACTIVATION)
     scale = tl.full([z.shape[0], 1, z.shape[2]], 1.0, tl.float32)
     if RULE.NORMALIZED:
         scale = tl.rsqrt(memory_sum(value * value, PER) + _NORM_EPS)
@@ -289,8 +292,8 @@ def erase(key, memory, rate, strict, SIZE: tl.constexpr, BLOCK_C: tl.constexpr, 
     gram = tl.zeros([1, BLOCK_C, BLOCK_C], tl.float32)
     inverse = gram
     if RULE.ERASES:
-        gram = pairs(key, key, memory, SIZE, BLOCK_C, RULE.PRECISION) * strict
-        inverse = invert(gram * rate[None, :, None], BLOCK_C, RULE.PRECISION)
+        gram = pairs(key, key, memory, SIZE, BLOCK_C, RULE) * strict
+        inverse = invert(gram * rate[None, :, None], BLOCK_C, RULE)
     return gram, inverse
 
 
@@ -298,5 +301,5 @@ def erase(key, memory, rate, strict, SIZE: tl.constexpr, BLOCK_C: tl.constexpr, 
 def write(signal, recalled, rate, before, inverse, RULE: tl.constexpr):
     """ω and u [B, rows, C] of errors ``signal`` and the recall S x: the chunk adds Σ u xᵀ to what decays."""
     if RULE.ERASES:
-        signal = product(signal + before * recalled, inverse, RULE.PRECISION)
+        signal = product(signal + before * recalled, inverse, RULE)
     return signal, signal * -rate[None, None, :]

@@ -130,10 +130,10 @@ def decays_adjoint(d_strict, d_full, before, after, to_end, final, SHAPE: tl.con
     t = tl.arange(0, C)[None, None, :]
     begun = (j < t) | (j == C - 1)
     spans = tl.where(j == C - 1, before, d_strict)
-    out = tl.where(begun, product(spans, (j > t).to(tl.float32), RULE.PRECISION), 0.0)
+    out = tl.where(begun, product(spans, (j > t).to(tl.float32), RULE), 0.0)
     spans = tl.where(j == C - 1, after, d_full)
-    out += tl.where(begun, product(spans, (j >= t).to(tl.float32), RULE.PRECISION), 0.0)
-    out += product(tl.where(j == 0, to_end, 0.0 * d_full), (j < t).to(tl.float32), RULE.PRECISION)
+    out += tl.where(begun, product(spans, (j >= t).to(tl.float32), RULE), 0.0)
+    out += product(tl.where(j == 0, to_end, 0.0 * d_full), (j < t).to(tl.float32), RULE)
     return tl.sum(out, 1)[:, None, :] + final
 
 
@@ -145,8 +145,8 @@ def read_adjoint(grad, layer, turned_surprise, turned_scores, decays, rate, RULE
     ``full`` times itself, and in that of the inner products x qᵀ; that of ``after`` times itself.
     """
     _, _, _, _, _, _, read, scores = layer
-    d_written = product(grad, turned_scores, RULE.PRECISION)
-    shares = product(turned_surprise, grad, RULE.PRECISION) * -rate[None, :, None]
+    d_written = product(grad, turned_scores, RULE)
+    shares = product(turned_surprise, grad, RULE) * -rate[None, :, None]
     d_after = tl.sum(decays[3] * grad * read, 1)[:, None, :]
     return d_written, shares * scores, shares * decays[1], d_after
 
@@ -165,7 +165,7 @@ def carried_adjoint(
         places = columns_of(rows, start, IN, SHAPE.SLICE)
         grad = load_weights(d_state, places)
         x = columns_at(key, memory, start, BLOCK, SHAPE.BLOCK_C, SHAPE.SLICE)
-        d_written += product(grad, x, RULE.PRECISION)
+        d_written += product(grad, x, RULE)
         d_final += tl.sum(grad * load_weights(state, places), 2)
     return d_written, tl.sum(d_final, 1)[:, None, None]
 
@@ -185,10 +185,10 @@ def write_adjoint(
     d_rate = -tl.sum(d_written * surprise, 1)[:, None, :]
     d_signal = d_written * -rate[None, None, :]
     if RULE.ERASES:
-        d_signal = product(d_signal, turned_inverse, RULE.PRECISION)
+        d_signal = product(d_signal, turned_inverse, RULE)
         d_recalled = before * d_signal
         d_before = tl.sum(d_recalled * recalled, 1)[:, None, :]
-        shares = product(turned_surprise, d_signal, RULE.PRECISION)
+        shares = product(turned_surprise, d_signal, RULE)
     else:
         d_recalled = 0.0 * d_signal
         d_before = 0.0 * d_rate

@@ -39,7 +39,7 @@ def apply_layer(
 ):  # fmt: skip
     """The products of a layer [.., in] with the chunk's tokens, each [B, rows, C].
 
-    ``weights`` are the running ones, those that the layer is applied at, and the anchor (or ``None``).
+    ``weights`` are the running ones, those that the layer is applied at, and the anchor, if there is one.
 
     Returns S x of the running state and the keys; W̄ x and W̄ v of the weights it is applied at, or W̄ (x − v)
     for the first if it ``SUBTRACTS``; and, of the queries, S q and W_0 q, or W̄ q where reads are of the
@@ -55,22 +55,22 @@ def apply_layer(
         applied = load_weights(base, places)
         x = columns_at(key, memory, start, BLOCK, SHAPE.BLOCK_C, SHAPE.SLICE)
         if RULE.ERASES:
-            recalled += product(running, x, RULE.PRECISION)
+            recalled += product(running, x, RULE)
         if value is not None:
             v = columns_at(value, memory, start, BLOCK, SHAPE.BLOCK_C, SHAPE.SLICE)
             if SUBTRACTS:
                 x -= v
             else:
-                at_value += product(applied, v, RULE.PRECISION)
-        at_key += product(applied, x, RULE.PRECISION)
+                at_value += product(applied, v, RULE)
+        at_key += product(applied, x, RULE)
         if query is not None:
             q = columns_at(query, memory, start, BLOCK, SHAPE.BLOCK_C, SHAPE.SLICE)
             if RULE.RUNNING:
-                read += product(running, q, RULE.PRECISION)
-                if anchor is not None:
-                    fixed += product(load_weights(anchor, places), q, RULE.PRECISION)
+                read += product(running, q, RULE)
+                if RULE.ANCHORED:
+                    fixed += product(load_weights(anchor, places), q, RULE)
             else:
-                read += product(applied, q, RULE.PRECISION)
+                read += product(applied, q, RULE)
     return recalled, at_key, at_value, read, fixed
 
 
@@ -86,9 +86,9 @@ def probe_layer(
     for start in range(0, BLOCK, SHAPE.SLICE):
         places = columns_of(rows, start, IN, SHAPE.SLICE)
         x = columns_at(query, memory, start, BLOCK, SHAPE.BLOCK_C, SHAPE.SLICE)
-        read += product(load_weights(state, places), x, RULE.PRECISION)
-        if anchor is not None:
-            fixed += product(load_weights(anchor, places), x, RULE.PRECISION)
+        read += product(load_weights(state, places), x, RULE)
+        if RULE.ANCHORED:
+            fixed += product(load_weights(anchor, places), x, RULE)
     return read, fixed
 
 
@@ -99,7 +99,7 @@ def send_back(base, error, SHAPE: tl.constexpr, RULE: tl.constexpr):
     back = zeros_of(SHAPE.BLOCK_H // SHAPE.PER, SHAPE)
     for start in range(0, SHAPE.BLOCK_V, SHAPE.SLICE):
         e = columns_at(error, memory, start, SHAPE.BLOCK_V, SHAPE.BLOCK_C, SHAPE.SLICE)
-        back += product(load_weights(base, outputs_of(start, SHAPE)), e, RULE.PRECISION)
+        back += product(load_weights(base, outputs_of(start, SHAPE)), e, RULE)
     return back
 
 
@@ -128,7 +128,7 @@ def learn_chunk(
     Returns decays as :func:`decays_of` has them; ``(signal, recalled, gram, inverse, ω, u, read, scores)`` of
     the first layers, and of the last ones with the error in place of the signal; the hidden layers at keys,
     values and queries, what came back to them and :func:`error_signal` of it; the errors' factor; and f(q)
-    [B, outputs, C]. What there is none of is ``None``.
+    [B, outputs, C]. What there is none of is an empty tuple: Triton 3.6 can return no ``None`` in a tuple.
     """
     C: tl.constexpr = SHAPE.BLOCK_C
     decays = decays_of(log, C)
@@ -156,12 +156,11 @@ def learn_chunk(
         tl.store(rows_at(x, units, SHAPE.BLOCK_H, C, True), hidden[0])
         last_value = None
         probe = None
+        hidden_value, hidden_query, last_scores = (), (), ()
         if RULE.GENERATES:
             hidden_value = activated(at_value, RULE, SHAPE.PER)
             last_value = scratch + PLACES.HIDDEN_VALUE
             tl.store(rows_at(last_value, units, SHAPE.BLOCK_H, C, True), hidden_value[0])
-        else:
-            hidden_value: tl.constexpr = None
         if READS and not RULE.RUNNING:
             hidden_query = activated(at_query, RULE, SHAPE.PER)
             probe = scratch + PLACES.HIDDEN_QUERY
@@ -179,10 +178,9 @@ def learn_chunk(
     error *= factor
 
     gram, inverse = erase(key, None, rate, strict, SHAPE.BLOCK_K, C, RULE)
+    scores = ()
     if READS and RULE.RUNNING:
-        scores = full * pairs(key, query, None, SHAPE.BLOCK_K, C, RULE.PRECISION)
-    else:
-        scores: tl.constexpr = None
+        scores = full * pairs(key, query, None, SHAPE.BLOCK_K, C, RULE)
     if SHAPE.HIDDEN > 0:
         tl.store(rows_at(scratch + PLACES.ERROR, rows, SHAPE.BLOCK_V, C, True), error)
         tl.debug_barrier()
@@ -192,7 +190,7 @@ def learn_chunk(
         first = (signal[0], first_recalled, gram, inverse, surprise, written, at_query, scores)
         gram, inverse = erase(x, memory, rate, strict, SHAPE.BLOCK_H, C, RULE)
         if READS and RULE.RUNNING:
-            z = after * at_query + product(written, scores, RULE.PRECISION) + fixed
+            z = after * at_query + product(written, scores, RULE) + fixed
             hidden_query = activated(z, RULE, SHAPE.PER)
             probe = scratch + PLACES.HIDDEN_QUERY
             tl.store(rows_at(probe, units, SHAPE.BLOCK_H, C, True), hidden_query[0])
@@ -208,15 +206,10 @@ def learn_chunk(
                 SHAPE,
                 RULE,
             )
-            last_scores = full * pairs(x, probe, memory, SHAPE.BLOCK_H, C, RULE.PRECISION)
-        else:
-            last_scores: tl.constexpr = None
-        if not READS:
-            hidden_query: tl.constexpr = None
+            last_scores = full * pairs(x, probe, memory, SHAPE.BLOCK_H, C, RULE)
         hiddens = (hidden, hidden_value, hidden_query, back, signal)
     else:
-        first: tl.constexpr = None
-        hiddens: tl.constexpr = None
+        first, hiddens = (), ()
     surprise, written = write(error, recalled, rate, before, inverse, RULE)
     if SHAPE.HIDDEN > 0:
         last = (error, recalled, gram, inverse, surprise, written, read, last_scores)
@@ -224,7 +217,7 @@ def learn_chunk(
         last = (error, recalled, gram, inverse, surprise, written, read, scores)
     y = read
     if READS and RULE.RUNNING:
-        y = after * read + product(written, last[7], RULE.PRECISION) + fixed_read
+        y = after * read + product(written, last[7], RULE) + fixed_read
     return decays, first, last, hiddens, factor, y
 
 
@@ -242,22 +235,16 @@ def carry(
         if kept is not None:
             tl.store(kept + offsets, weights, mask=exists & keep)
         x = tokens_at(key, memory, start, BLOCK, SHAPE.BLOCK_C, SHAPE.SLICE)
-        weights = final * weights + product(written, x, RULE.PRECISION)
+        weights = final * weights + product(written, x, RULE)
         tl.store(state + offsets, weights, mask=exists)
         tl.store(snapshot + offsets, weights, mask=exists & boundary)
 
 
 @triton.jit
 def at_row(bank, row, SHAPE: tl.constexpr):
-    """Both layers of a row of a bank, ``None`` where there is none."""
-    if bank.first is not None:
-        first = bank.first + row * SHAPE.FIRST_SIZE
-    else:
-        first: tl.constexpr = None
-    if bank.last is not None:
-        last = bank.last + row * SHAPE.LAST_SIZE
-    else:
-        last: tl.constexpr = None
+    """Both layers of a row of a bank, ``()`` where there is none."""
+    first = () if bank.first is None else bank.first + row * SHAPE.FIRST_SIZE
+    last = () if bank.last is None else bank.last + row * SHAPE.LAST_SIZE
     return first, last
 
 
@@ -316,7 +303,7 @@ def learn_kernel(
         if SHAPE.HIDDEN > 0:
             put_base(
                 first_base, first_snapshot, None, None, first_anchor, first_rows(SHAPE), SHAPE.KEY_DIM,
-                SHAPE.BLOCK_K, SHAPE.SLICE,
+                SHAPE.BLOCK_K, SHAPE, RULE,
             )  # fmt: skip
         put_base(
             last_base,
@@ -327,7 +314,8 @@ def learn_kernel(
             rows,
             SHAPE.LAST_IN,
             SHAPE.LAST_BLOCK,
-            SHAPE.SLICE,
+            SHAPE,
+            RULE,
         )
         tl.debug_barrier()
         if RULE.GENERATES:

@@ -41,13 +41,13 @@ from nl_kernels.memory.kernels.learn import send_back
 
 
 @triton.jit
-def keep_layer(place, layer, rows, SIZE: tl.constexpr, squares, SHAPE: tl.constexpr):
+def keep_layer(place, layer, rows, SIZE: tl.constexpr, squares, SHAPE: tl.constexpr, RULE: tl.constexpr):
     """ω, the inverse and the scores of a layer go to scratch, to be taken back turned."""
     C: tl.constexpr = SHAPE.BLOCK_C
     inverse, scores = squares
     tl.store(rows_at(place, rows, SIZE, C, True), layer[4])
     tl.store(square_at(inverse, layer[3].shape[0], C), layer[3])
-    if layer[7] is not None:
+    if RULE.RUNNING:
         tl.store(square_at(scores, layer[7].shape[0], C), layer[7])
 
 
@@ -105,23 +105,23 @@ def give_back(
     for start in range(0, SHAPE.BLOCK_K, SHAPE.SLICE):
         places = turned_columns_of(rows, start, SHAPE.KEY_DIM, SHAPE.SLICE)
         weights = load_weights(base, places)
-        key = product(weights, d_key, RULE.PRECISION)
+        key = product(weights, d_key, RULE)
         value = -key
         if d_value is not None:
-            value = product(weights, d_value, RULE.PRECISION)
+            value = product(weights, d_value, RULE)
         if RULE.RUNNING:
             query = zeros_of(SHAPE.SLICE, SHAPE)
-            if anchor is not None:
-                query += product(load_weights(anchor, places), d_fixed, RULE.PRECISION)
+            if RULE.ANCHORED:
+                query += product(load_weights(anchor, places), d_fixed, RULE)
         else:
-            query = product(weights, d_fixed, RULE.PRECISION)
-        key += product(load_weights(d_state, places), written, RULE.PRECISION)
+            query = product(weights, d_fixed, RULE)
+        key += product(load_weights(d_state, places), written, RULE)
         if RULE.ERASES or RULE.RUNNING:
             weights = load_weights(state, places)
         if RULE.ERASES:
-            key += product(weights, d_recalled, RULE.PRECISION)
+            key += product(weights, d_recalled, RULE)
         if RULE.RUNNING:
-            query += product(weights, d_read, RULE.PRECISION)
+            query += product(weights, d_read, RULE)
         number = start + tl.arange(0, SHAPE.SLICE)[None, :, None]
         at = (block * SHAPE.BLOCK_K + number) * C + tl.arange(0, C)[None, None, :]
         tl.store(place + at, key)
@@ -145,17 +145,17 @@ def last_layer_back(
         places = outputs_of(start, SHAPE)
         running = load_weights(state, places)
         x = columns_at(omega, memory, start, SHAPE.BLOCK_V, C, SHAPE.SLICE) * (-rate[None, None, :] * to_end)
-        key += product(load_weights(d_state, places), x, RULE.PRECISION)
+        key += product(load_weights(d_state, places), x, RULE)
         if RULE.ERASES:
             x = columns_at(recalled, memory, start, SHAPE.BLOCK_V, C, SHAPE.SLICE)
-            key += product(running, x, RULE.PRECISION)
+            key += product(running, x, RULE)
         x = columns_at(grad, memory, start, SHAPE.BLOCK_V, C, SHAPE.SLICE)
         if RULE.RUNNING:
-            query += product(running, x * after, RULE.PRECISION)
-            if anchor is not None:
-                query += product(load_weights(anchor, places), x, RULE.PRECISION)
+            query += product(running, x * after, RULE)
+            if RULE.ANCHORED:
+                query += product(load_weights(anchor, places), x, RULE)
         else:
-            query += product(load_weights(base, places), x, RULE.PRECISION)
+            query += product(load_weights(base, places), x, RULE)
     return key, query
 
 
@@ -181,38 +181,38 @@ def update_layer(
         x = tokens_at(key, memory, start, BLOCK, C, SHAPE.SLICE)
         grad = final * tl.load(d_state + offsets, mask=inside, other=0.0)
         if RULE.ERASES:
-            grad += product(d_recalled, x, RULE.PRECISION)
+            grad += product(d_recalled, x, RULE)
         if value is not None:
             v = tokens_at(value, memory, start, BLOCK, C, SHAPE.SLICE)
             if d_value is None:
                 x -= v
-        at_base = product(d_key, x, RULE.PRECISION)
+        at_base = product(d_key, x, RULE)
         if d_value is not None:
-            at_base += product(d_value, v, RULE.PRECISION)
+            at_base += product(d_value, v, RULE)
         if more is not None:
             x = tokens_at(more_from, memory, start, BLOCK, C, SHAPE.SLICE)
-            at_base += product(more, x, RULE.PRECISION)
+            at_base += product(more, x, RULE)
         if made is not None:
             if made_from is not None:
                 x = tokens_at(made_from, memory, start, BLOCK, C, SHAPE.SLICE)
             else:
                 number = start + tl.arange(0, SHAPE.SLICE)[None, None, :]
                 x = memory_inputs(tokens, block, (token[None, :, None], exists[None, :, None]), number, SHAPE)
-            at_base += product(made, x, RULE.PRECISION)
+            at_base += product(made, x, RULE)
         x = tokens_at(query, memory, start, BLOCK, C, SHAPE.SLICE)
         by_anchor = at_base
         if RULE.RUNNING:
-            grad += product(d_read, x * vector_at(after, C)[None, :, None], RULE.PRECISION)
-            if d_anchor is not None:
-                by_anchor += product(d_read, x, RULE.PRECISION)
+            grad += product(d_read, x * vector_at(after, C)[None, :, None], RULE)
+            if RULE.ANCHORED:
+                by_anchor += product(d_read, x, RULE)
         else:
-            at_base += product(d_read, x, RULE.PRECISION)
+            at_base += product(d_read, x, RULE)
             by_anchor = at_base
         # Only a snapshot from before the chunk's running weights has a gradient of its own.
         at_base += tl.load(d_snapshot + offsets, mask=inside, other=0.0)
         tl.store(d_state + offsets, grad + tl.where(fresh, at_base, 0.0), mask=inside)
         tl.store(d_snapshot + offsets, tl.where(fresh, 0.0, at_base), mask=inside)
-        if d_anchor is not None:
+        if RULE.ANCHORED:
             total = tl.load(d_anchor + offsets, mask=inside, other=0.0) + by_anchor
             tl.store(d_anchor + offsets, total, mask=inside)
 
@@ -232,7 +232,7 @@ def linear_errors_adjoint(
     decays, _, last, _, factor, _ = chunk
     rows = last_rows(SHAPE)
     squares = (scratch + PLACES.INVERSE, scratch + PLACES.SCORES)
-    keep_layer(scratch + PLACES.OMEGA, last, rows, SHAPE.BLOCK_V, squares, SHAPE)
+    keep_layer(scratch + PLACES.OMEGA, last, rows, SHAPE.BLOCK_V, squares, SHAPE, RULE)
     tl.debug_barrier()
     d_signal, d_recalled, vectors = layer_adjoint(
         d_last, weights[0], rows, scratch + PLACES.KEY, None, last, scratch + PLACES.READ, decays, rate,
@@ -256,10 +256,7 @@ def linear_errors_adjoint(
 def narrow_of(rows, SHAPE: tl.constexpr):
     """Which blocks are of memories whose outputs are bounded one by one [B, 1, 1], or ``None``."""
     if SHAPE.NARROW > 0:
-        narrow = rows[0] >= SHAPE.WIDE
-    else:
-        narrow: tl.constexpr = None
-    return narrow
+        return rows[0] >= SHAPE.WIDE
 
 
 @triton.jit
@@ -275,8 +272,8 @@ def deep_errors_adjoint(
     memory = rows[0]
     squares = (scratch + PLACES.INVERSE, scratch + PLACES.SCORES)
     first_squares = (scratch + PLACES.INVERSE_FIRST, scratch + PLACES.SCORES_FIRST)
-    keep_layer(scratch + PLACES.OMEGA, last, rows, SHAPE.BLOCK_V, squares, SHAPE)
-    keep_layer(scratch + PLACES.OMEGA_FIRST, first, units, SHAPE.BLOCK_H, first_squares, SHAPE)
+    keep_layer(scratch + PLACES.OMEGA, last, rows, SHAPE.BLOCK_V, squares, SHAPE, RULE)
+    keep_layer(scratch + PLACES.OMEGA_FIRST, first, units, SHAPE.BLOCK_H, first_squares, SHAPE, RULE)
     tl.debug_barrier()
 
     # The last layers, and what they give to the hidden layers at keys and queries.
@@ -295,12 +292,12 @@ def deep_errors_adjoint(
     if RULE.ERASES:
         pairs = pair_shares(scratch + PLACES.GRAM, memory, False, SHAPE)
         pairs += pair_shares(scratch + PLACES.GRAM, memory, True, SHAPE)
-        d_hidden += product(hidden[0], pairs, RULE.PRECISION)
+        d_hidden += product(hidden[0], pairs, RULE)
     if RULE.RUNNING:
         pairs = pair_shares(scratch + PLACES.PAIRS, memory, False, SHAPE)
-        d_query += product(hidden[0], pairs, RULE.PRECISION)
+        d_query += product(hidden[0], pairs, RULE)
         pairs = pair_shares(scratch + PLACES.PAIRS, memory, True, SHAPE)
-        d_hidden += product(hidden_query[0], pairs, RULE.PRECISION)
+        d_hidden += product(hidden_query[0], pairs, RULE)
     d_query = hidden_adjoint(d_query, hidden_query, None, RULE, SHAPE.PER)
     tl.store(rows_at(scratch + PLACES.D_QUERY, units, SHAPE.BLOCK_H, C, True), d_query)
     tl.debug_barrier()
@@ -319,7 +316,7 @@ def deep_errors_adjoint(
     for start in range(0, SHAPE.BLOCK_H, SHAPE.SLICE):
         weights = load_weights(last_weights[1], columns_of(rows, start, SHAPE.HIDDEN, SHAPE.SLICE))
         x = columns_at(scratch + PLACES.D_BACK, memory, start, SHAPE.BLOCK_H, C, SHAPE.SLICE)
-        d_error += product(weights, x, RULE.PRECISION)
+        d_error += product(weights, x, RULE)
     d_error = bound_adjoint(d_error, last[0], factor, narrow_of(rows, SHAPE), RULE.BOUND, SHAPE.PER)
     tl.store(rows_at(scratch + PLACES.D_ERROR, rows, SHAPE.BLOCK_V, C, True), d_error)
     tl.debug_barrier()

@@ -42,11 +42,11 @@ def tokens_adjoint(d_o, place, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr,
     d_query = token_shares(shares + 2 * SHARE, 0, SHAPE.BLOCKS, SHAPE)
     if RULE.ERASES:
         pairs = pair_shares(gram, None, False, SHAPE) + pair_shares(gram, None, True, SHAPE)
-        d_key += product(key, pairs, RULE.PRECISION)
+        d_key += product(key, pairs, RULE)
     if RULE.RUNNING:
         query = columns_at(scratch + PLACES.QUERY, None, 0, SHAPE.BLOCK_K, C, SHAPE.BLOCK_K)
-        d_key += product(query, pair_shares(read, None, True, SHAPE), RULE.PRECISION)
-        d_query += product(key, pair_shares(read, None, False, SHAPE), RULE.PRECISION)
+        d_key += product(query, pair_shares(read, None, True, SHAPE), RULE)
+        d_query += product(key, pair_shares(read, None, False, SHAPE), RULE)
     error = columns_at(scratch + PLACES.D_ERROR, None, 0, SHAPE.BLOCK_V, C, SHAPE.BLOCK_V)
     d_value = -error
     if RULE.GENERATES:
@@ -132,7 +132,7 @@ def inputs_adjoint(
     SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the inputs of the memories that made keys, values and gates; that of their z, or
-    ``None``."""
+    ``()``."""
     C: tl.constexpr = SHAPE.BLOCK_C
     rows = last_rows(SHAPE)
     if SHAPE.HIDDEN > 0:
@@ -147,7 +147,7 @@ def inputs_adjoint(
         base = first_base
         grad = d_z
     else:
-        d_z: tl.constexpr = None
+        d_z = ()
         base = last_base
         grad = d_made
     block = tl.arange(0, SHAPE.BLOCKS)[:, None, None]
@@ -155,7 +155,7 @@ def inputs_adjoint(
         weights = load_weights(base, turned_columns_of(rows, start, SHAPE.KEY_DIM, SHAPE.SLICE))
         number = start + tl.arange(0, SHAPE.SLICE)[None, :, None]
         at = (block * SHAPE.BLOCK_K + number) * C + tl.arange(0, C)[None, None, :]
-        tl.store(scratch + PLACES.SHARES + at, product(weights, grad, RULE.PRECISION))
+        tl.store(scratch + PLACES.SHARES + at, product(weights, grad, RULE))
     tl.debug_barrier()
     d_made_at = scratch + PLACES.D_MADE
     x = token_shares(scratch + PLACES.SHARES, 0, SHAPE.PER, SHAPE)
