@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -115,7 +116,9 @@ def run(
         rate_max, *biases = call.gates
         biases = torch.stack(biases, -1).repeat(batch, 1)[:, None]
         constants = (rate_max.repeat(batch)[:, None, None], biases)
-        source = GeneratedTokens(rule, layout, generator_chunk_size // chunk)
+        # A block that a cut of the gradient lies in would carry gradients of later tokens across it.
+        block = math.gcd(generator_chunk_size // chunk, truncate_every or 0)
+        source = GeneratedTokens(rule, layout, block)
     loop = Loop(
         BankRule(rule, read, layout),
         source,

@@ -33,7 +33,8 @@ class GeneratedTokens:
     ``None``; constants are the largest rate [N, 1, 1] and the biases of rate and retention [N, 1, 2].
 
     Attributes:
-        block: chunks between the boundaries of the memories that make tokens.
+        block: chunks between the boundaries of the memories that make tokens, or between those and cuts of
+            the gradient.
     """
 
     rule: MemoryRule

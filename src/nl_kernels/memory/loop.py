@@ -125,8 +125,8 @@ class Loop:
         """
         anchor, own = self._constants(constants)
         scratch = [torch.empty_like(x) for x in anchor]
-        d_anchor, d_own = self._constants(d_constants)
         count = self.bank.layout.layers
+        d_anchor, d_own = d_constants[:count], d_constants[count:]
         carried = [d_state[i * count : (i + 1) * count] for i in range(3)]
         starts, d_given, written = self._blocks(segment), [], segment.chunks
         given, d_reads = (_spans(x, segment, starts) for x in (sequences, (d_output,)))

@@ -245,6 +245,13 @@ def test_only_what_needs_gradients_gets_them():
     compare(deep_memory, inputs, chunk_size=2)
 
 
+@pytest.mark.parametrize("layer", ["inner", "outer"])
+def test_a_frozen_layer_leaves_the_other_one_its_gradient(layer):
+    inputs = make(1, 8)
+    getattr(inputs["weights"], layer).requires_grad_(False)
+    compare(deep_memory, inputs, chunk_size=4)
+
+
 def test_a_second_derivative_is_refused():
     inputs = make(1, 6)
     o, _ = deep_memory(**inputs, chunk_size=2, checkpoint_every=1)

@@ -92,6 +92,20 @@ def test_truncation_equals_the_definition(every, kind):
     )
 
 
+@KINDS
+@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize(("clocks", "every"), [((2, 6), 1), ((2, 6), 2), ((1, 4), 3), ((2, 8), 6)])
+def test_no_gradient_crosses_a_cut_between_the_generators_boundaries(clocks, every, start, kind):
+    options = {"chunk_size": clocks[0], "generator_chunk_size": clocks[1], "truncate_every": every}
+    options["rule"] = MemoryRule(anchored=False)  # an anchor would have what crosses
+    inputs = make(2, 21, **kind)
+    if start:
+        head = tokens(inputs, 0, start, SHARED)
+        _, state = self_modifying_memory(**head, **options, output_final_state=True)
+        inputs = {**tokens(inputs, start, 21, SHARED), "initial_state": leaves_like(state)}
+    compare(self_modifying_memory, inputs, read="running", tolerance=1e-9, **options)
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     length=st.integers(1, 10),
@@ -322,6 +336,14 @@ def test_only_what_needs_gradients_gets_them():
     inputs = make(1, 8)
     for x in (inputs["query"], inputs["rate_max"], *inputs["weights"].value):
         x.requires_grad_(False)
+    compare(self_modifying_memory, inputs, chunk_size=4)
+
+
+@pytest.mark.parametrize("layer", ["inner", "outer"])
+def test_frozen_layers_leave_the_other_layers_their_gradients(layer):
+    inputs = make(1, 8)
+    for memory in inputs["weights"]:
+        getattr(memory, layer).requires_grad_(False)
     compare(self_modifying_memory, inputs, chunk_size=4)
 
 
