@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from nl_kernels.chunk_alignment import ChunkGrid
-from nl_kernels.dispatch import products_for
+from nl_kernels.dispatch import products_for, without_autocast
 from nl_kernels.memory.bank import Layers, snapshot_adjoint, take_snapshot
 from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, learn, prepare
 from nl_kernels.memory.chunk_adjoint import ChunkAdjoint, TokenAdjoints, learn_adjoint, prepare_adjoint
@@ -295,7 +295,8 @@ class _WithAdjoint(torch.autograd.Function):
         totals = [torch.zeros_like(x) if need else None for x, need in zip(shared, shared_needs)]
         joined = [torch.empty_like(x) if need else None for x, need in zip(sequences, sequence_needs)]
         d_state = tuple(None if d is None else d.clone() for d in d_state)
-        with products_for(ctx.loop.operands, sequences[0].device.type):
+        device = sequences[0].device.type
+        with products_for(ctx.loop.operands, device), without_autocast(device):
             d_state = _segments_backward(ctx, starts, shared, sequences, d_state, d_output, totals, joined)
         d_state = (d if need else None for d, need in zip(d_state, needs))
         return (None, None, None, *d_state, *totals, *joined)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nl_kernels.dispatch import without_autocast
 from nl_kernels.ops.continuum.chunk_walk import LevelCall, Recorded, contiguous, take, walk
 from nl_kernels.ops.continuum.schedule import Owner
 from nl_kernels.ops.continuum.state import NO_MOMENTA, Weights, initial_weights, state_dtype
@@ -79,7 +80,8 @@ class _FirstOrder(torch.autograd.Function):
                 for stepped, owner, activations in layout
             ]
             d_y, *d_last = grads[own][:4]
-            results += _through(call, recorded, last_owner, d_y, d_last, tensors[own])
+            with without_autocast(tensors[0].device.type):
+                results += _through(call, recorded, last_owner, d_y, d_last, tensors[own])
         return None, None, None, *results
 
 

@@ -17,7 +17,7 @@ from nl_kernels import (
     continuum_reset,
     continuum_update,
 )
-from nl_kernels.ops.continuum import eager, first_order, schedule
+from nl_kernels.ops.continuum import eager, first_order, orthogonal, schedule
 from nl_kernels.ops.continuum.state import NO_MOMENTA, RULES, VARIANTS
 from tests.nl_kernels.continuum_levels import (
     PADDINGS,
@@ -347,6 +347,23 @@ def test_autocast_with_detached_updates():
     torch.testing.assert_close(y.float(), exact, rtol=3e-2, atol=3e-2)
     y.float().square().sum().backward()
     assert all(level.up.grad.isfinite().all() and level.up.grad.any() for level in levels)
+
+
+def test_a_backward_pass_under_autocast_is_the_same():
+    x = random_tensor(2, 9, WIDTH, seed=0)
+    level = make_level(1, chunk_size=2, rate=0.05)
+    fields = {n: getattr(level, n).float() for n in ("norm", "up", "down", "value")}
+    (level,), _ = require_grad([dataclasses.replace(level, **fields, key=None)])
+    leaves = [level.up, level.down]
+    y, _ = continuum_memory(x.float(), [level], detach_updates=True)
+    matrix = random_tensor(2, 5, 7, seed=1).float().requires_grad_()
+    wide = orthogonal.orthogonalised(matrix)
+    losses = ((y.square().sum(), leaves), (wide.mul(random_tensor(5, 7, seed=2)).sum(), [matrix]))
+    for loss, of in losses:
+        expected = torch.autograd.grad(loss, of, retain_graph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = torch.autograd.grad(loss, of)
+        assert all(map(torch.equal, found, expected))
 
 
 def changed(owner, name, change):
