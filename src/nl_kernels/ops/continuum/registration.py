@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from nl_kernels.dispatch import without_autocast
+
 _UPDATE, _MLP, _BACKWARD = (
     f"nl_kernels::{name}" for name in ("continuum_update_", "continuum_mlp", "continuum_mlp_backward")
 )
@@ -129,7 +131,7 @@ def _(x, up, down, gate, impl):
 
 @torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
 def _(error, x, up, down, gate, rates, error_bound, input_gradient, impl):
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(x.device.type):
         gradients = implementation("mlp_backward", impl)(
             error, x, up, down, gate, rates, error_bound, input_gradient
         )

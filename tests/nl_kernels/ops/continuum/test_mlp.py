@@ -52,6 +52,17 @@ def test_equals_the_definition(gated, shared):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+def test_a_backward_pass_under_autocast_is_the_same():
+    x, up, down, _ = (
+        t if t is None else t.requires_grad_() for t in arguments(gated=False, dtype=torch.float32).values()
+    )
+    y = continuum_mlp(x, up, down, impl="eager")
+    expected = torch.autograd.grad(y.square().sum(), (x, up, down), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y.square().sum(), (x, up, down))
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_is_an_mlp_of_linear_layers(gated):
     made = arguments(gated=gated, shared=True)
