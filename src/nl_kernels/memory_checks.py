@@ -81,15 +81,17 @@ def check_step_dtype(state: torch.Tensor, *tensors: torch.Tensor | None) -> None
         )
 
 
-def check_own_memory(tensors: dict[str, torch.Tensor | None]) -> None:
-    """Check that a step may write into ``tensors``: contiguous, of one dtype, and none shares memory."""
-    seen: set[int] = set()
-    for name, x in tensors.items():
-        if x is None:
-            continue
+def check_own_memory(state: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+    """Check that a step may write into a state: contiguous, and no memory of another tensor or of weights.
+
+    The state of a rule that is not anchored begins as the weights themselves.
+    """
+    seen = {x.data_ptr() for x in weights.values()}
+    for name, x in state.items():
         if not x.is_contiguous() or x.data_ptr() in seen:
             raise ValueError(
-                f"{name}: inplace needs contiguous tensors that share no memory; start from state.clone()"
+                f"{name}: inplace needs contiguous tensors that share no memory, nor that of weights; "
+                "start from state.clone()"
             )
         seen.add(x.data_ptr())
 

@@ -79,7 +79,7 @@ def check_state(
         raise ValueError(f"{name}: made {made} momentum, but this call is {given} momentum")
     for part_name in ("snapshot", "running", "momentum"):
         part = getattr(state, part_name)
-        if part is None:
+        if part is None and part_name == "momentum":
             continue
         if not isinstance(part, type(shapes)):
             raise TypeError(

@@ -233,5 +233,12 @@ def check_chunk_sizes(sizes: Sequence[int | None]) -> None:
         ValueError: the first level that does not.
     """
     for index, (fast, slow) in enumerate(itertools.pairwise(sizes)):
-        if slow is not None and (fast is None or slow % fast):
+        if slow is None:
+            continue
+        if fast is None:
+            raise ValueError(
+                f"levels[{index}].chunk_size: levels that never step (None) come last, but "
+                f"levels[{index + 1}].chunk_size is {slow}; reorder the levels"
+            )
+        if slow % fast:
             raise ValueError(f"levels[{index + 1}].chunk_size: expected a multiple of {fast}, got {slow}")

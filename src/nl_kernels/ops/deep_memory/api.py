@@ -211,7 +211,7 @@ def deep_memory_step(
     rule = _DEFAULT_RULE if rule is None else rule
     _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, state)
     if inplace:
-        check_own_memory(named_tensors("state", state))
+        check_own_memory(named_tensors("state", state), named_tensors("weights", weights))
     tensors = (q, k, v, rate, log_decay, momentum)
     leaves = [*weights, *weights_in(state)]
     unserved = None

@@ -284,7 +284,7 @@ def self_modifying_memory_step(
     for name, value in options.items():
         check_head_parameter(name, value, heads, query)
     if inplace:
-        check_own_memory(named_tensors("state", state))
+        check_own_memory(named_tensors("state", state), named_tensors("weights", weights))
     options |= {
         "rule": rule,
         "read": read,

@@ -41,7 +41,7 @@ def check_token(query, key_input, value_input, gate_input, momentum, mask) -> No
     if momentum is not None:
         check_tensor("momentum", momentum, query.shape[:2], like=query)
     if mask is not None:
-        check_mask(mask, query.shape[:1], query)
+        check_mask(mask, tuple(query.shape[:1]), query)
 
 
 def check_weights(weights: object, batch: int, heads: int, width: int, like: torch.Tensor) -> None:

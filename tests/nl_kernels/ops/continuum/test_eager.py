@@ -413,7 +413,10 @@ BAD_CALLS = {
     r"levels\[0\].chunk_size: expected at least 1": (ValueError, with_level(chunk_size=0)),
     r"levels\[0\].chunk_size: expected an int": (TypeError, with_level(chunk_size=2.0)),
     r"levels\[1\].chunk_size: expected a multiple of 2": (ValueError, with_level(1, chunk_size=3)),
-    r"levels\[1\].chunk_size: expected a multiple of None": (ValueError, with_level(0, chunk_size=None)),
+    r"levels\[0\].chunk_size: levels that never step .* reorder": (
+        ValueError,
+        with_level(0, chunk_size=None),
+    ),
     r"levels\[0\].rate: expected a finite": (ValueError, with_level(rate=-0.1)),
     r"levels\[0\].rate: expected a number": (TypeError, with_level(rate="fast")),
     r"levels\[0\].rate: expected values": (ValueError, with_level(rate=torch.tensor(float("nan")))),

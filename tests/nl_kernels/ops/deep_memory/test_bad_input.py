@@ -43,6 +43,11 @@ CASES = {
     "mask kind": ({"mask": torch.ones(2, 5)}, TypeError, "mask: expected a bool tensor"),
     "mask shape": ({"mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "mask: expected shape"),
     "packed rows": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens: packed input needs B = 1"),
+    "state without a snapshot": (
+        {"initial_state": STATE._replace(snapshot=None)},
+        TypeError,
+        "initial_state.snapshot: expected DeepMemoryWeights, got NoneType",
+    ),
     "state kind": ({"initial_state": STATE.running}, TypeError, "initial_state: expected DeepMemoryState"),
     "state momentum": ({"initial_state": STATE, "momentum": ZERO}, ValueError, "without momentum"),
     "state shape": (

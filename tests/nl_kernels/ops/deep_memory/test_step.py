@@ -91,6 +91,19 @@ def test_the_given_state_stays_as_it_is(started):
         assert torch.equal(x, y)
 
 
+def test_a_step_in_place_never_writes_into_the_weights():
+    """A memory without an anchor begins as its weights; within the first chunk they are its snapshot."""
+    inputs, options = deep_memory_inputs(1, 4, 2, 3, 4), {"rule": MemoryRule(anchored=False), "chunk_size": 4}
+    before = [w.clone() for w in inputs["weights"]]
+    _, state = deep_memory(**tokens(inputs, 0, 3), **options, output_final_state=True)
+    last = token(inputs, 3)
+    with pytest.raises(ValueError, match=r"state.snapshot.inner: inplace needs .* state.clone\(\)"):
+        deep_memory_step(**last, **options, state=state, inplace=True)
+    found, _ = deep_memory_step(**last, **options, state=state.clone(), inplace=True)
+    assert torch.equal(found, deep_memory_step(**last, **options, state=state)[0])
+    assert all(map(torch.equal, inputs["weights"], before))
+
+
 def test_forgetting_everything_is_exact(started):
     started["log_decay"] = torch.full_like(started["log_decay"], -torch.inf)
     found, _ = deep_memory_step(**started, read="running")

@@ -37,6 +37,11 @@ CASES = {
     "momentum": ({"momentum": torch.ones(2, 5, 2)}, ValueError, "momentum: expected values in"),
     "read": ({"read": "before"}, ValueError, "read: expected one of"),
     "mask": ({"mask": torch.ones(2, 5)}, TypeError, "mask: expected a bool tensor"),
+    "state without a snapshot": (
+        {"initial_state": STATE._replace(snapshot=None)},
+        TypeError,
+        "initial_state.snapshot: expected MemoryStack, got NoneType",
+    ),
     "state kind": ({"initial_state": STATE.running}, TypeError, "initial_state: expected SelfModifyingState"),
     "state of linear memories": (
         {"initial_state": STATE._replace(running=STATE.running._replace(first=None))},
