@@ -33,6 +33,12 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
 
 
+def check_bool(name: str, value: object) -> None:
+    """Check that ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
 def check_positive_int(name: str, value: object) -> None:
     """Check that ``value`` is an ``int`` of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.checks import check_choice
+from nl_kernels.checks import check_bool, check_choice
 
 ACTIVATIONS = ("silu", "gelu")
 ERASES = ("per_layer", "input", "none")
@@ -62,6 +62,7 @@ class MemoryRule:
             they write, and are chaotic at that gain.
 
     Raises:
+        TypeError: what is True or False is given as something else.
         ValueError: an unknown ``activation``, ``erase`` or ``momentum``, or an ``error_bound`` that is not
             positive.
     """
@@ -81,6 +82,9 @@ class MemoryRule:
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("erase", self.erase, ERASES)
         check_choice("momentum", self.momentum, MOMENTA)
+        for field in dataclasses.fields(self):
+            if isinstance(field.default, bool):
+                check_bool(field.name, getattr(self, field.name))
         bound = self.error_bound
         if bound is not None and not (isinstance(bound, (int, float)) and 0 < bound < math.inf):
             raise ValueError(f"error_bound: expected a positive finite number or None, got {bound!r}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 from typing import Any, ClassVar
@@ -13,9 +12,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from nl_kernels import MemoryRule
-from nl_kernels.checks import check_choice
+from nl_kernels.checks import check_choice, check_positive_int
 from nl_kernels.dispatch import IMPLEMENTATIONS
-from nl_kernels.ops.continuum.state import VARIANTS
+from nl_kernels.ops.continuum.state import VARIANTS, check_chunk_sizes
 from nl_kernels.renamed import RenamedAttribute, check_renamed
 from nl_models.hf_names import CACHE_NAME
 from nl_models.layers.attention import ATTENTION_IMPLEMENTATIONS
@@ -281,8 +280,8 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         chunk, generator_chunk = self.memory_chunk_size, self.memory_generator_chunk_size
         for name in ("hidden_size", "chunk_size", "generator_chunk_size", "truncate_every"):
             value = getattr(self, f"memory_{name}")
-            if value is not None and value < 1:
-                raise ValueError(f"memory_{name}: expected at least 1, got {value}")
+            if value is not None:
+                check_positive_int(f"memory_{name}", value)
         if generator_chunk is not None and max(chunk, generator_chunk) % min(chunk, generator_chunk):
             raise ValueError(
                 f"memory_generator_chunk_size: one of it and memory_chunk_size={chunk} must be a multiple of "
@@ -308,9 +307,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
             raise ValueError(f"continuum_levels: {_expected_options(LevelConfig)}: {error}") from error
         if not levels:
             raise ValueError("continuum_levels: expected at least one level, got none")
-        for fast, slow in itertools.pairwise(level.chunk_size for level in levels):
-            if slow is not None and (fast is None or slow % fast):
-                raise ValueError(f"continuum_levels: chunk size {slow} is no multiple of {fast}, before it")
+        check_chunk_sizes([level.chunk_size for level in levels], "continuum_levels")
 
 
 _BEFORE_RETENTION = {"max_rate": 1.0, "initial_rate": 0.5, "initial_retention": 1.0}

@@ -32,18 +32,28 @@ from nl_models.training.baseline import parameter_count
         ({"continuum_impl": "cuda"}, "continuum_impl: expected one of"),
         ({"memory_rule": {"erase": "all"}}, "erase: expected one of"),
         ({"memory_rule": {"momentum": "mean"}}, "momentum: expected one of"),
+        ({"memory_rule": {"anchored": "false"}}, "memory_rule: .*anchored: expected a bool"),
         ({"memory_rule": {"forget": True}}, "memory_rule: expected options"),
         ({"memory_chunks": 4}, "memory_chunks: HopeConfig has no such option"),
         ({"continuum_variant": "parallel"}, "continuum_variant: expected one of"),
         ({"continuum_levels": [{"hidden_size": 8, "rule": "adam"}]}, "rule: expected one of"),
         ({"continuum_levels": []}, "continuum_levels: expected at least one"),
         ({"continuum_levels": [{"width": 8}]}, "continuum_levels: expected options"),
-        ({"continuum_levels": [{"hidden_size": 8}, {"hidden_size": 8, "chunk_size": 4}]}, "no multiple"),
+        (
+            {"continuum_levels": [{"hidden_size": 8}, {"hidden_size": 8, "chunk_size": 4}]},
+            r"continuum_levels\[0\].chunk_size: levels that never step .* reorder",
+        ),
     ],
 )
 def test_wrong_options_are_named(make_config, options, message):
     with pytest.raises(ValueError, match=message):
         make_config(**options)
+
+
+@pytest.mark.parametrize("value", ["4", 4.0, True])
+def test_sizes_of_the_memory_are_whole_numbers(value):
+    with pytest.raises(TypeError, match="memory_chunk_size: expected an int, got"):
+        HopeConfig(**SMALL, memory_chunk_size=value)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("340m", 340), ("760m", 760), ("1.3b", 1300)])

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from nl_kernels.checks import check_positive_int
+from nl_kernels.checks import check_bool, check_positive_int
 from nl_kernels.dispatch import needs_gradient
 from nl_kernels.ops.continuum.checks import (
-    check_bool,
     check_flags,
     check_levels,
     check_number,

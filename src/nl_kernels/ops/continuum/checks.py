@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nl_kernels.checks import check_choice, check_positive_int, check_range, check_tensor
+from nl_kernels.checks import check_bool, check_choice, check_positive_int, check_range, check_tensor
 from nl_kernels.dispatch import choose_implementation
 from nl_kernels.ops.continuum.state import (
     RULES,
@@ -189,12 +189,6 @@ def _check_fp32(name: str, value: object, shape: tuple[int, ...], x: torch.Tenso
     check_tensor(name, value, shape, like=x)
     if value.dtype != state_dtype(x.dtype):
         raise TypeError(f"{name}: expected {state_dtype(x.dtype)} for x of {x.dtype}, got {value.dtype}")
-
-
-def check_bool(name: str, value: object) -> None:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_number(name: str, value: object) -> None:

@@ -226,7 +226,7 @@ def _map(function: Callable[[torch.Tensor], torch.Tensor], state: ContinuumState
     )
 
 
-def check_chunk_sizes(sizes: Sequence[int | None]) -> None:
+def check_chunk_sizes(sizes: Sequence[int | None], name: str = "levels") -> None:
     """Check that levels run from fast to slow: each chunk size a multiple of the one before, None last.
 
     Raises:
@@ -237,8 +237,8 @@ def check_chunk_sizes(sizes: Sequence[int | None]) -> None:
             continue
         if fast is None:
             raise ValueError(
-                f"levels[{index}].chunk_size: levels that never step (None) come last, but "
-                f"levels[{index + 1}].chunk_size is {slow}; reorder the levels"
+                f"{name}[{index}].chunk_size: levels that never step (None) come last, but "
+                f"{name}[{index + 1}].chunk_size is {slow}; reorder the levels"
             )
         if slow % fast:
-            raise ValueError(f"levels[{index + 1}].chunk_size: expected a multiple of {fast}, got {slow}")
+            raise ValueError(f"{name}[{index + 1}].chunk_size: expected a multiple of {fast}, got {slow}")

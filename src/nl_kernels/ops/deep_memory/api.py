@@ -105,7 +105,7 @@ def deep_memory(
         NotImplementedError: ``impl="triton"`` for a call that the kernels do not serve.
         RuntimeError: ``impl="triton"`` where it cannot run.
     """
-    rule = MemoryRule() if rule is None else rule
+    rule = _DEFAULT_RULE if rule is None else rule
     batch, length = _check(
         q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, cu_seqlens
     )

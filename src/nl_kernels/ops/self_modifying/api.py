@@ -132,7 +132,7 @@ def self_modifying_memory(
         NotImplementedError: ``impl="triton"`` for a call that the kernels do not cover.
         RuntimeError: ``impl="triton"`` where it cannot run.
     """
-    rule = MemoryRule() if rule is None else rule
+    rule = _DEFAULT_RULE if rule is None else rule
     generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
     check_rule(rule)
     check_choice("read", read, READS)

@@ -114,6 +114,12 @@ def test_rules_are_checked_when_made(options, message):
         MemoryRule(**options)
 
 
+@pytest.mark.parametrize("name", ["anchored", "proximal", "residual", "normalize_hidden", "target_residual"])
+def test_what_is_true_or_false_is_a_bool(name):
+    with pytest.raises(TypeError, match=f"{name}: expected a bool, got str"):
+        MemoryRule(**{name: "false"})
+
+
 def test_the_state_is_what_it_says():
     assert isinstance(STATE, DeepMemoryState)
     assert STATE.position.tolist() == [1, 1]
