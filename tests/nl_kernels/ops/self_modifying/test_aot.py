@@ -4,7 +4,7 @@ import pytest
 
 from nl_kernels.ops.self_modifying.catalogue import catalogue
 from nl_kernels.triton_support.targets import TARGETS
-from tests.nl_kernels.compiled import compiled, within_limits
+from tests.nl_kernels.compiled import BEFORE_3_7, compiled, within_limits
 
 pytestmark = pytest.mark.aot
 
@@ -12,7 +12,7 @@ DEFAULT = "bfloat16 64xlinear C16 running default"
 
 
 def test_the_default_on_hopper():
-    for kernel, spills, shared in (("learn", 16, 48), ("learn_adjoint", 512, 128)):
+    for kernel, spills, shared in (("learn", 16, 48), ("learn_adjoint", 800 if BEFORE_3_7 else 512, 128)):
         found = compiled(catalogue, "sm_90", kernel, DEFAULT)
         assert found.spill_bytes <= spills
         assert found.shared_bytes <= shared * 1024
