@@ -57,7 +57,9 @@ def kernels_run_on(device: torch.device) -> bool:
     """Whether the default is kernels: on CUDA, from compute capability 8.0 on, which has their products."""
     if device.type != "cuda":
         return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return True  # without a GPU such tensors have no data, as while tracing
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def interpreting() -> bool:

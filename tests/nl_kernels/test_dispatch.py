@@ -13,6 +13,7 @@ from nl_models.layers import GatedDeltaNet, SelfModifyingTitans, Titans
 )
 def test_gpus_without_the_kernels_products_run_eager(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     device = torch.device("cuda")
     assert kernels_run_on(device) == (expected == "triton")
