@@ -38,6 +38,16 @@ def compare(op, inputs, tolerance=1e-10, **options):
     assert state.position.tolist() == expected_state.position.tolist()
 
 
+def assert_autocast_changes_no_backward_pass(op, inputs):
+    """Gradients taken in a region of autocast are bitwise those taken outside."""
+    leaves = tensors_of(inputs)
+    o, _ = op(**inputs, chunk_size=4, read="running")
+    expected = torch.autograd.grad(o.square().sum(), leaves, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(o.square().sum(), leaves)
+    assert all(map(torch.equal, found, expected))
+
+
 def leaves_like(state):
     """The same state as new leaves that need gradients."""
     if isinstance(state, torch.Tensor):

@@ -18,7 +18,43 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.memory.kernels.arguments import Bank
+
+class Bank(NamedTuple):
+    """Weights of all memories of N = B · H heads, as kernels have them, and states but for their axes.
+
+    First layers are [N, M · h, D], last layers [N, rows, in].
+    The rows of last layers lie one memory below the other, those of gates last. Linear memories have last
+    layers alone.
+    """
+
+    first: torch.Tensor | None
+    last: torch.Tensor | None
+
+
+class Call(NamedTuple):
+    """A call of an op: its tokens [B, T, H, ..] and the banks of N = B · H heads.
+
+    Attributes:
+        query, key, value, gate, rate, log_decay: of :class:`nl_kernels.memory.kernels.arguments.Tokens`.
+        gates: largest rate and both biases [H], ``None`` where rates are given.
+        running, snapshot, anchor: banks; no anchor for a rule that has none.
+        position: [B], tokens since each sequence's last boundary.
+        momentum: [B, T, H], and velocity, a bank; the kernels have none.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    gate: torch.Tensor | None
+    rate: torch.Tensor | None
+    log_decay: torch.Tensor | None
+    gates: tuple[torch.Tensor | None, ...]
+    running: Bank
+    snapshot: Bank
+    anchor: Bank
+    position: torch.Tensor
+    momentum: torch.Tensor | None = None
+    velocity: Bank = Bank(None, None)
 
 
 class ReadMet(NamedTuple):

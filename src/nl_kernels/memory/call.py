@@ -1,21 +1,20 @@
-"""A call of an op by the torch engine: its tokens on the grid of chunks, its banks as layers, and back."""
+"""A call of an op: its tokens on the grid of chunks, by the torch engine or by the kernels, and back."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from nl_kernels.chunk_alignment import place_on_grid
-from nl_kernels.memory.bank import Layers, Layout
+from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
+from nl_kernels.memory.bank import Bank, Call, Layers, Layout
 from nl_kernels.memory.chunk import BankRule, Tokens
 from nl_kernels.memory.generate import GeneratedTokens
 from nl_kernels.memory.kernels import call as kernels_call
-from nl_kernels.memory.kernels.arguments import Bank
-from nl_kernels.memory.kernels.call import Call
 from nl_kernels.memory.loop import Loop, run_segments
 from nl_kernels.memory.segments import State, footprint, plan_segments
 from nl_kernels.memory_rule import MemoryRule, l2_normalize
@@ -34,19 +33,53 @@ def learn_tokens(
 
     Args:
         implementation: "eager" or "triton".
-        tokens: the first fields of :class:`~nl_kernels.memory.kernels.call.Call`.
+        tokens: the first fields of :class:`~nl_kernels.memory.bank.Call`.
         state: the op's, before the tokens. anchor: weights [B, H, ..] of a rule that has one.
         conversions: of the op's weights to a bank, and of a bank and B back.
-        options: of :func:`run`.
+        options: of :func:`learn_on_grid`.
     """
     bank_of, weights_of = conversions
     banks = (state.running, state.snapshot, anchor, state.momentum)
     running, snapshot, anchor, velocity = (Bank(None, None) if x is None else bank_of(x) for x in banks)
     call = Call(*tokens, running, snapshot, anchor, state.position, momentum, velocity)
-    o, *banks, position = (kernels_call.run if implementation == "triton" else run)(call, **options)
+    if implementation == "triton":
+        o, *banks, position = _run(call, kernels_call.learn_on_grid, **options)
+    else:
+        places = {name: options[name] for name in ("mask", "at_boundary")}
+        o, *banks, position = _run_eager(call, functools.partial(learn_on_grid, **places), **options)
     batch = len(position)
     running, snapshot, velocity = (None if x is None else weights_of(x, batch) for x in banks)
     return o, type(state)(snapshot, running, position, velocity)
+
+
+def _run(
+    call: Call,
+    on_grid: Callable,
+    *,
+    chunk_size: int,
+    generator_chunk_size: int,
+    mask: torch.Tensor | None,
+    at_boundary: bool,
+    **options: Any,
+) -> tuple[torch.Tensor, Bank, Bank, Bank | None, torch.Tensor]:
+    """What ``on_grid`` makes of the call, with reads [B, T, H, Dv]; and the positions after it."""
+    period = max(chunk_size, generator_chunk_size)
+    length = call.query.shape[1]
+    grid = place_on_grid(call.position, mask, length, period, at_boundary)
+    clocks = {"chunk_size": chunk_size, "generator_chunk_size": generator_chunk_size}
+    o, *banks = on_grid(call, grid, **clocks, **options)
+    if grid.alignment is not None:
+        o = grid.alignment.scatter(o, len(o), length)
+    elif mask is not None:
+        o = o.masked_fill(~mask[:, :, None, None], 0)
+    return o, *banks, grid.position
+
+
+_run_eager = torch.compiler.disable(
+    _run,
+    reason="the eager path of a chunked memory is a loop over chunks, which a trace would unroll; "
+    "without fullgraph=True it runs as it is",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +97,9 @@ class GivenTokens:
         return d_tokens, ()
 
 
-@torch.compiler.disable(
-    reason="the eager path of a chunked memory is a loop over chunks, which a trace would unroll; "
-    "without fullgraph=True it runs as it is"
-)
-def run(
+def learn_on_grid(
     call: Call,
+    grid: ChunkGrid,
     *,
     rule: MemoryRule,
     read: str,
@@ -80,17 +110,17 @@ def run(
     at_boundary: bool,
     checkpoint_every: int | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, Bank, Bank, Bank | None, torch.Tensor]:
-    """Reads [B, T, H, Dv], the running weights and the snapshot after the call, velocities, and positions.
+) -> tuple[torch.Tensor, Bank, Bank, Bank | None]:
+    """Reads on the grid [B, S, H, Dv], and running weights, snapshot and velocities after the call.
 
     Args:
+        grid: where the call's tokens lie.
         at_boundary: every position is known to be 0 (spares reading them).
         checkpoint_every: chunks between the states kept for the backward pass.
         dtype: of the caller's tokens: it sets the precision of products.
     """
-    batch, length, heads, _ = call.query.shape
-    period, chunk = max(chunk_size, generator_chunk_size), min(chunk_size, generator_chunk_size)
-    grid = place_on_grid(call.position, mask, length, period, at_boundary)
+    batch, _, heads, _ = call.query.shape
+    chunk = min(chunk_size, generator_chunk_size)
     self_made = call.gate is not None
     gates = (call.rate, call.log_decay, call.momentum)
     rate, log_decay, momentum = (None if x is None else x[..., None] for x in gates)
@@ -134,10 +164,6 @@ def run(
     o, after = run_segments(loop, segments, banks, (*anchor, *constants), sequences)
 
     o = o.unflatten(0, (batch, heads)).transpose(1, 2)
-    if grid.alignment is not None:
-        o = grid.alignment.scatter(o, batch, length)
-    elif mask is not None:
-        o = o.masked_fill(~mask[:, :, None, None], 0)
     count = layout.layers
     running, velocity, snapshot = (layout.bank_of(after[i * count : (i + 1) * count]) for i in range(3))
-    return o, running, running if snapshot is None else snapshot, velocity, grid.position
+    return o, running, running if snapshot is None else snapshot, velocity

@@ -1,13 +1,11 @@
-"""A call of an op by the kernels: what they take, its tokens on the grid of chunks, and back."""
+"""A call of an op by the kernels: what they take, and how they take it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from nl_kernels.chunk_alignment import place_on_grid
-from nl_kernels.memory.kernels.arguments import Bank
+from nl_kernels.chunk_alignment import ChunkGrid
+from nl_kernels.memory.bank import Bank, Call
 from nl_kernels.memory.kernels.launch import Inputs, Options, checkpoint_interval, limits_of
 from nl_kernels.memory.kernels.operator import learn
 from nl_kernels.memory_rule import MemoryRule
@@ -62,56 +60,22 @@ def unsupported(
     return None
 
 
-class Call(NamedTuple):
-    """A call of an op: its tokens [B, T, H, ..] and the banks of N = B · H heads.
-
-    Attributes:
-        query, key, value, gate, rate, log_decay: of :class:`~nl_kernels.memory.kernels.arguments.Tokens`.
-        gates: largest rate and both biases [H], ``None`` where rates are given.
-        running, snapshot, anchor: banks; no anchor for a rule that has none.
-        position: [B], tokens since each sequence's last boundary.
-        momentum: [B, T, H], and velocity, a bank; the kernels have none.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    gate: torch.Tensor | None
-    rate: torch.Tensor | None
-    log_decay: torch.Tensor | None
-    gates: tuple[torch.Tensor | None, ...]
-    running: Bank
-    snapshot: Bank
-    anchor: Bank
-    position: torch.Tensor
-    momentum: torch.Tensor | None = None
-    velocity: Bank = Bank(None, None)
-
-
-def run(
+def learn_on_grid(
     call: Call,
+    grid: ChunkGrid,
     *,
     rule: MemoryRule,
     read: str,
     chunk_size: int,
     generator_chunk_size: int,
     truncate_every: int | None,
-    mask: torch.Tensor | None,
-    at_boundary: bool,
     checkpoint_every: int | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, Bank, Bank, None, torch.Tensor]:
-    """Reads [B, T, H, Dv], the running weights and the snapshot after the call, no velocity, and positions.
-
-    Args:
-        at_boundary: every position is known to be 0 (spares reading them).
-        dtype: of the caller's tokens: it sets the precision of products.
-    """
-    length = call.query.shape[1]
+) -> tuple[torch.Tensor, Bank, Bank, None]:
+    """As :func:`nl_kernels.memory.call.learn_on_grid`, by the kernels; they have no velocity."""
     period, chunk = max(chunk_size, generator_chunk_size), min(chunk_size, generator_chunk_size)
-    grid = place_on_grid(call.position, mask, length, period, at_boundary)
     tokens = call[:6]
-    spans, offset, slots = None, grid.offset, grid.offset + length
+    spans, offset, slots = None, grid.offset, grid.offset + call.query.shape[1]
     if grid.single:
         spans, offset, slots = torch.stack([grid.begin, grid.begin, grid.stop], 1), 0, period
     elif grid.alignment is not None:
@@ -135,9 +99,4 @@ def run(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         numbers = sum(x.numel() for x in call.running if x is not None)
         options = options._replace(checkpoint_every=checkpoint_interval(options, checkpoint_every, numbers))
-    o, running, snapshot = learn(inputs, options)
-    if grid.alignment is not None:
-        o = grid.alignment.scatter(o, len(o), length)
-    elif mask is not None:
-        o = o.masked_fill(~mask[:, :, None, None], 0)
-    return o, running, snapshot, None, grid.position
+    return *learn(inputs, options), None

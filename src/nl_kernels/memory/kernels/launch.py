@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nl_kernels.memory.kernels.arguments import Bank, Rule, Shape, Tokens, places_of
+from nl_kernels.memory.bank import Bank
+from nl_kernels.memory.kernels.arguments import Rule, Shape, Tokens, places_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.kernel_call import KernelCall
 from nl_kernels.triton_support.tiles import MIN_TILE, padded, power_of_two

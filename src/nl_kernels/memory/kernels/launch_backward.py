@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.memory.kernels.arguments import Bank, Tokens
+from nl_kernels.memory.bank import Bank
+from nl_kernels.memory.kernels.arguments import Tokens
 from nl_kernels.memory.kernels.launch import Inputs, Options, Plan, kept_states
 from nl_kernels.triton_support.kernel_call import KernelCall
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.memory.kernels.arguments import Bank
+from nl_kernels.memory.bank import Bank
 from nl_kernels.memory.state import own_memory
 from nl_kernels.memory_rule import DeepMemoryWeights
 

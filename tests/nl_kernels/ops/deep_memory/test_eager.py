@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory
 from nl_kernels.memory import chunk_adjoint
 from nl_kernels.testing import deep_memory_inputs, relative_error, tensors_of
-from tests.nl_kernels.chunked_memories import assert_same, cast, compare, join, leaves_like, results, tokens
+from tests.nl_kernels.chunked_memories import (
+    assert_autocast_changes_no_backward_pass,
+    assert_same,
+    cast,
+    compare,
+    join,
+    leaves_like,
+    results,
+    tokens,
+)
 
 DEFAULT, LITERAL, SUM = MemoryRule(), MemoryRule.literal(), MemoryRule(momentum="sum")
 RULES = {
@@ -254,12 +263,7 @@ def test_a_frozen_layer_leaves_the_other_one_its_gradient(layer):
 
 def test_a_backward_pass_under_autocast_is_the_same():
     inputs = cast(make(2, 9, momentum=True), torch.float32)
-    leaves = tensors_of(inputs)
-    o, _ = deep_memory(**inputs, chunk_size=4, read="running")
-    expected = torch.autograd.grad(o.square().sum(), leaves, retain_graph=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = torch.autograd.grad(o.square().sum(), leaves)
-    assert all(map(torch.equal, found, expected))
+    assert_autocast_changes_no_backward_pass(deep_memory, inputs)
 
 
 def test_a_second_derivative_is_refused():

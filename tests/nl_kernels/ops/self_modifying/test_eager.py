@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from nl_kernels import MemoryRule, SelfModifyingWeights, self_modifying_memory
 from nl_kernels.memory import chunk_adjoint, generate
 from nl_kernels.testing import self_modifying_inputs, tensors_of
-from tests.nl_kernels.chunked_memories import assert_same, cast, compare, join, leaves_like, results, tokens
+from tests.nl_kernels.chunked_memories import (
+    assert_autocast_changes_no_backward_pass,
+    assert_same,
+    cast,
+    compare,
+    join,
+    leaves_like,
+    results,
+    tokens,
+)
 
 DEFAULT, LITERAL = MemoryRule(), MemoryRule.literal()
 RULES = {
@@ -349,12 +358,7 @@ def test_frozen_layers_leave_the_other_layers_their_gradients(layer):
 
 def test_a_backward_pass_under_autocast_is_the_same():
     inputs = cast(make(2, 9, momentum=True), torch.float32)
-    leaves = tensors_of(inputs)
-    o, _ = self_modifying_memory(**inputs, chunk_size=4, read="running")
-    expected = torch.autograd.grad(o.square().sum(), leaves, retain_graph=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = torch.autograd.grad(o.square().sum(), leaves)
-    assert all(map(torch.equal, found, expected))
+    assert_autocast_changes_no_backward_pass(self_modifying_memory, inputs)
 
 
 TWO_LAYER = [
