@@ -7,7 +7,8 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -25,7 +26,13 @@ def check_implementation(impl: object) -> None:
         raise ValueError(f"impl: expected one of {IMPLEMENTATIONS} or None, got {impl!r}")
 
 
-def choose_implementation(op: str, impl: str | None, device: torch.device, available: Sequence[str]) -> str:
+def choose_implementation(
+    op: str,
+    impl: str | None,
+    device: torch.device,
+    available: Sequence[str] = IMPLEMENTATIONS,
+    unsupported: Callable[[], str | None] | None = None,
+) -> str:
     """The implementation that serves ``op`` on ``device``.
 
     Args:
@@ -34,21 +41,32 @@ def choose_implementation(op: str, impl: str | None, device: torch.device, avail
             eager, else the reference. An explicit choice is never replaced by another one.
         device: where the op's tensors live.
         available: the implementations that the op has, of :data:`IMPLEMENTATIONS`.
+        unsupported: why its kernels do not take this call, or ``None``; asked where they would be picked. By
+            default such a call runs eager, and says so once on CUDA.
 
     Raises:
         ValueError: ``impl`` is no implementation, or one that this op does not have.
+        NotImplementedError: ``impl="triton"`` for a call that the kernels do not take.
         RuntimeError: ``impl="triton"`` cannot run here; the message names the remedy.
     """
     if impl is None:
-        kernels = "triton" in available and kernels_run_on(device)
-        chosen = next(x for x in IMPLEMENTATIONS if x in available and (x != "triton" or kernels))
+        chosen, reason = next(x for x in IMPLEMENTATIONS if x in available), None
+        if chosen == "triton":
+            if not kernels_run_on(device):
+                reason = "the Triton kernels need a CUDA device of compute capability 8.0 or later"
+            elif unsupported:
+                reason = unsupported()
+            chosen = chosen if reason is None else next(x for x in IMPLEMENTATIONS[1:] if x in available)
         if not torch.compiler.is_compiling():
-            _say_once(op, chosen, device.type)
+            _say_once(op, chosen, device.type, reason)
         return chosen
     check_implementation(impl)
     if impl not in available:
         raise ValueError(f"impl: {op} has no {impl!r} implementation; it has {tuple(available)}")
     if impl == "triton":
+        reason = unsupported() if unsupported else None
+        if reason is not None:
+            raise NotImplementedError(f"{reason}; use impl='eager'")
         _require_triton(op, device)
     return impl
 
@@ -116,5 +134,7 @@ def _require_triton(op: str, device: torch.device) -> None:
 
 
 @functools.cache
-def _say_once(op: str, chosen: str, device_type: str) -> None:
+def _say_once(op: str, chosen: str, device_type: str, reason: str | None) -> None:
     logger.debug("%s on %s: using the %s implementation", op, device_type, chosen)
+    if reason is not None and device_type == "cuda":
+        warnings.warn(f"{op} on {device_type} runs in plain PyTorch: {reason}", stacklevel=3)

@@ -9,6 +9,7 @@ import torch
 
 from nl_kernels.checks import check_cu_seqlens, check_range, check_tensor, has_readable_data
 from nl_kernels.chunk_alignment import ChunkAlignment, align_packed
+from nl_kernels.memory.state import named_tensors, tensors_in, weights_in
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 
 
@@ -71,24 +72,24 @@ def check_position(name: str, position: object, batch: int, period: int, like: t
             )
 
 
-def check_step_dtype(state: torch.Tensor, *tensors: torch.Tensor | None) -> None:
-    """Check that a state is fp32, or fp64 where any of ``tensors`` is, as the ops return it."""
-    dtypes = {state.dtype, *(x.dtype for x in tensors if x is not None)}
-    expected = torch.float64 if torch.float64 in dtypes else torch.float32
-    if state.dtype != expected:
-        raise TypeError(
-            f"state: expected {expected} for these inputs, got {state.dtype}; a state is fp32 or fp64"
-        )
+def check_step_dtype(state: tuple, *tensors: tuple) -> None:
+    """Check that a state is fp32, or fp64 where any of the other tensors is, as the ops return it."""
+    held = {x.dtype for x in weights_in(state)}
+    wide = torch.float64 in held or any(x.dtype == torch.float64 for x in tensors_in(tensors))
+    expected = torch.float64 if wide else torch.float32
+    for dtype in held - {expected}:
+        raise TypeError(f"state: expected {expected} for these inputs, got {dtype}; a state is fp32 or fp64")
 
 
-def check_own_memory(state: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+def check_own_memory(state: tuple, weights: tuple) -> None:
     """Check that a step may write into a state: contiguous, and no memory of another tensor or of weights.
 
     The state of a rule that is not anchored begins as the weights themselves.
     """
-    seen = {x.data_ptr() for x in weights.values()}
-    for name, x in state.items():
+    seen = {x.data_ptr() for x in tensors_in(weights)}
+    for i, x in enumerate(tensors_in(state)):
         if not x.is_contiguous() or x.data_ptr() in seen:
+            name = list(named_tensors("state", state))[i]
             raise ValueError(
                 f"{name}: inplace needs contiguous tensors that share no memory, nor that of weights; "
                 "start from state.clone()"

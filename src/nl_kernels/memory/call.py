@@ -6,55 +6,156 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from nl_kernels.checks import has_readable_data
 from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
+from nl_kernels.dispatch import needs_gradient, without_autocast
 from nl_kernels.memory.bank import Bank, Call, Layers, Layout
 from nl_kernels.memory.chunk import BankRule, Tokens
 from nl_kernels.memory.generate import GeneratedTokens
 from nl_kernels.memory.kernels import call as kernels_call
 from nl_kernels.memory.loop import Loop, run_segments
 from nl_kernels.memory.segments import State, footprint, plan_segments
+from nl_kernels.memory.state import (
+    beginning,
+    cast,
+    map_tensors,
+    overwritten,
+    tensors_in,
+    weights_in,
+)
+from nl_kernels.memory_checks import (
+    by_sequence,
+    check_step_dtype,
+    one_token,
+    per_sequence,
+    state_dtype,
+)
 from nl_kernels.memory_rule import MemoryRule, l2_normalize
+from nl_kernels.zero_gradients import with_zero_gradients
 
 
-def learn_tokens(
+class Op(NamedTuple):
+    """What the two ops of chunked memories do in their own way.
+
+    Attributes:
+        state: the named tuple of its states.
+        weights: what a state has of initial weights [B, H, ..]. bank_of, weights_of: that as a
+            :class:`~nl_kernels.memory.bank.Bank`, and of a bank and B back.
+    """
+
+    state: type
+    weights: Callable
+    bank_of: Callable
+    weights_of: Callable
+
+
+def run(
+    op: Op,
     implementation: str,
-    tokens: tuple,
+    tokens: list[torch.Tensor | None],
     momentum: torch.Tensor | None,
-    state: tuple,
-    anchor: tuple | None,
-    conversions: tuple[Callable, Callable],
+    parameters: dict[str, torch.Tensor],
+    weights: tuple,
+    initial_state: tuple | None,
+    *,
+    reference: Callable,
+    rule: MemoryRule,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, tuple]:
-    """Reads [B, T, H, Dv] and the state of an op after its tokens, by the engine or the kernels.
+    """Reads [B, T, H, Dv] in the dtype of the queries, and the final state, of checked arguments.
 
     Args:
-        implementation: "eager" or "triton".
-        tokens: the first fields of :class:`~nl_kernels.memory.bank.Call`.
-        state: the op's, before the tokens. anchor: weights [B, H, ..] of a rule that has one.
-        conversions: of the op's weights to a bank, and of a bank and B back.
+        tokens: query, key, value, gate, rate and log decay of :class:`~nl_kernels.memory.bank.Call`.
+        parameters: by head, of memories that make their own gates.
+        weights: the op's initial ones, shared or by sequence.
+        reference: the op's definition, of tokens, momentum, anchor, state, mask and ``parameters``.
         options: of :func:`learn_on_grid`.
     """
-    bank_of, weights_of = conversions
-    banks = (state.running, state.snapshot, anchor, state.momentum)
-    running, snapshot, anchor, velocity = (Bank(None, None) if x is None else bank_of(x) for x in banks)
-    call = Call(*tokens, running, snapshot, anchor, state.position, momentum, velocity)
-    if implementation == "triton":
-        o, *banks, position = _run(call, kernels_call.learn_on_grid, **options)
+    dtype, leaves = tokens[0].dtype, tensors_in(weights)
+    operands = functools.reduce(torch.promote_types, (x.dtype for x in tokens[:3]))
+    length, inputs = tokens[0].shape[1], [*tokens, momentum]
+    batch = tokens[0].shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    inner = state_dtype(*inputs, *leaves, *weights_in(initial_state))
+    if implementation != "triton":  # the kernels take 16-bit tokens as they are
+        inputs = [None if x is None else x.to(inner) for x in inputs]
+    parameters = {name: x.to(inner) for name, x in parameters.items()}
+    tied = leaves if initial_state is not None and not rule.anchored else ()
+    if implementation == "reference":  # its loop leaves out what the last tokens would write
+        tied = [*inputs[1:], *parameters.values(), *leaves]
+    inputs[0] = with_zero_gradients(inputs[0], tied)
+    inputs, mask, alignment = by_sequence(inputs, mask, cu_seqlens)
+
+    initial = op.weights(map_tensors(lambda w: per_sequence(w, batch, inner), weights))
+    anchor = initial if rule.anchored else map_tensors(torch.zeros_like, initial)
+    if initial_state is None:
+        state = beginning(op.state, initial, rule.anchored, batch, momentum is not None)
     else:
-        places = {name: options[name] for name in ("mask", "at_boundary")}
-        o, *banks, position = _run_eager(call, functools.partial(learn_on_grid, **places), **options)
-    batch = len(position)
-    running, snapshot, velocity = (None if x is None else weights_of(x, batch) for x in banks)
-    return o, type(state)(snapshot, running, position, velocity)
+        state = cast(initial_state, inner)
+    # Autocast would round the products, and with them the state, to half precision.
+    with without_autocast(tokens[0].device.type):
+        if implementation == "reference":
+            present = [x for x in inputs[:-1] if x is not None]
+            o, final = reference(*present, inputs[-1], anchor, state, mask=mask, **parameters)
+        else:
+            banks = (state.running, state.snapshot, anchor if rule.anchored else None, state.momentum)
+            banks = [Bank(None, None) if x is None else op.bank_of(x) for x in banks]
+            gates = tuple(parameters.values()) or (None,) * 3
+            call = Call(*inputs[:-1], gates, *banks[:3], state.position, inputs[-1], banks[3])
+            options |= {"rule": rule, "at_boundary": initial_state is None, "dtype": operands}
+            learn = _learn if implementation == "triton" else _learn_eager
+            o, *banks, position = learn(call, implementation, mask=mask, **options)
+            banks = (None if x is None else op.weights_of(x, batch) for x in banks)
+            running, snapshot, velocity = banks
+            final = op.state(snapshot, running, position, velocity)
+    if alignment is not None:
+        o = alignment.scatter(o, 1, length)
+    return o.to(dtype), final
 
 
-def _run(
+def run_step(
+    implementation: str,
+    tensors: tuple[torch.Tensor | None, ...],
+    leaves: tuple,
+    state: tuple,
+    *,
+    mask: torch.Tensor | None,
+    inplace: bool,
+    op: Callable,
+    eager_step: Callable,
+) -> tuple[torch.Tensor, tuple]:
+    """One token of an op, of checked arguments: by the op itself where gradients are needed, or by kernels.
+
+    Args:
+        tensors: the op's, of the token, and the momentum.
+        leaves: tensors, in nested tuples, of which gradients may be needed, too.
+        op: of tokens; eager_step: of tensors, all other arguments bound.
+    """
+    differentiable = implementation == "reference" or needs_gradient(*tensors)
+    if torch.is_grad_enabled():
+        differentiable = differentiable or needs_gradient(*tensors_in(leaves))
+    if differentiable or implementation == "triton":
+        if inplace and differentiable:
+            raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
+        (*tokens, momentum), mask = one_token(tensors, mask)
+        o, after = op(*tokens, momentum=momentum, mask=mask, initial_state=state, output_final_state=True)
+        return o.squeeze(1), overwritten(state, after) if inplace else after
+    check_step_dtype(state, tensors, leaves)
+    if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
+        mask = None
+    with without_autocast(tensors[0].device.type):
+        o, state = eager_step(*tensors, state=state, mask=mask, inplace=inplace)
+    return o.to(tensors[0].dtype), state
+
+
+def _learn(
     call: Call,
-    on_grid: Callable,
+    implementation: str,
     *,
     chunk_size: int,
     generator_chunk_size: int,
@@ -62,12 +163,15 @@ def _run(
     at_boundary: bool,
     **options: Any,
 ) -> tuple[torch.Tensor, Bank, Bank, Bank | None, torch.Tensor]:
-    """What ``on_grid`` makes of the call, with reads [B, T, H, Dv]; and the positions after it."""
+    """Reads [B, T, H, Dv], running weights, snapshot and velocities after the call, and positions."""
     period = max(chunk_size, generator_chunk_size)
     length = call.query.shape[1]
     grid = place_on_grid(call.position, mask, length, period, at_boundary)
-    clocks = {"chunk_size": chunk_size, "generator_chunk_size": generator_chunk_size}
-    o, *banks = on_grid(call, grid, **clocks, **options)
+    options |= {"chunk_size": chunk_size, "generator_chunk_size": generator_chunk_size}
+    if implementation == "triton":
+        o, *banks = kernels_call.learn_on_grid(call, grid, **options)
+    else:
+        o, *banks = learn_on_grid(call, grid, mask=mask, at_boundary=at_boundary, **options)
     if grid.alignment is not None:
         o = grid.alignment.scatter(o, len(o), length)
     elif mask is not None:
@@ -75,8 +179,8 @@ def _run(
     return o, *banks, grid.position
 
 
-_run_eager = torch.compiler.disable(
-    _run,
+_learn_eager = torch.compiler.disable(
+    _learn,
     reason="the eager path of a chunked memory is a loop over chunks, which a trace would unroll; "
     "without fullgraph=True it runs as it is",
 )

@@ -29,9 +29,16 @@ def named_tensors(name: str, state: tuple | torch.Tensor | None) -> dict[str, to
     return found
 
 
+def tensors_in(state: tuple | torch.Tensor | None) -> list[torch.Tensor]:
+    """All tensors of nested tuples."""
+    if state is None or isinstance(state, torch.Tensor):
+        return [] if state is None else [state]
+    return [x for part in state for x in tensors_in(part)]
+
+
 def weights_in(state: tuple | None) -> list[torch.Tensor]:
     """All tensors of a state but its position."""
-    return [] if state is None else [x for x in named_tensors("", state).values() if x.is_floating_point()]
+    return [] if state is None else tensors_in((state.snapshot, state.running, state.momentum))
 
 
 def cast(state: State, dtype: torch.dtype) -> State:

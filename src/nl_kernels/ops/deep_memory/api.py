@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from nl_kernels.checks import (
-    check_choice,
-    check_positive_int,
-    check_tensor,
-    has_readable_data,
-)
-from nl_kernels.dispatch import choose_implementation, kernels_run_on, needs_gradient, without_autocast
-from nl_kernels.memory.call import learn_tokens
+from nl_kernels.checks import check_choice, check_positive_int, check_tensor
+from nl_kernels.dispatch import choose_implementation
+from nl_kernels.memory.call import Op, run, run_step
 from nl_kernels.memory.kernels.call import unsupported
-from nl_kernels.memory.state import (
-    beginning,
-    cast,
-    check_state,
-    map_tensors,
-    named_tensors,
-    overwritten,
-    weights_in,
-)
+from nl_kernels.memory.state import check_state, weights_in
 from nl_kernels.memory_checks import (
-    by_sequence,
     check_gates,
     check_mask,
     check_memory,
@@ -31,10 +19,7 @@ from nl_kernels.memory_checks import (
     check_position,
     check_rule,
     check_sequences,
-    check_step_dtype,
     check_tokens,
-    one_token,
-    per_sequence,
     state_dtype,
 )
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
@@ -42,10 +27,10 @@ from nl_kernels.ops.deep_memory import eager_step
 from nl_kernels.ops.deep_memory.reference import deep_memory_reference
 from nl_kernels.ops.deep_memory.state import DeepMemoryState, bank_of, weights_of
 from nl_kernels.triton_support.targets import architecture_of
-from nl_kernels.zero_gradients import with_zero_gradients
 
 READS = ("snapshot", "running")
 _DEFAULT_RULE = MemoryRule()
+_OP = Op(DeepMemoryState, lambda weights: weights, bank_of, weights_of)
 
 
 def deep_memory(
@@ -106,70 +91,33 @@ def deep_memory(
         RuntimeError: ``impl="triton"`` where it cannot run.
     """
     rule = _DEFAULT_RULE if rule is None else rule
-    batch, length = _check(
-        q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, cu_seqlens
-    )
+    tokens = (q, k, v, rate, log_decay, momentum)
+    batch = _check(*tokens, weights, rule, read, chunk_size, mask, cu_seqlens)
     if checkpoint_every is not None:
         check_positive_int("checkpoint_every", checkpoint_every)
-    out_width = v.shape[-1]
     if initial_state is not None:
         _check_state("initial_state", initial_state, weights, batch, q.shape[2], momentum is not None, q)
         check_position("initial_state.position", initial_state.position, batch, chunk_size, q)
-    operands = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    unserved = None
-    if impl == "triton" or (impl is None and kernels_run_on(q.device)):
-        unserved = _unserved(q, v, weights, rule, chunk_size, momentum, operands)
-    available = ("eager", "reference") if unserved and impl is None else ("triton", "eager", "reference")
-    chosen = choose_implementation("deep_memory", impl, q.device, available)
-    if chosen == "triton" and unserved:
-        raise NotImplementedError(f"{unserved}; use impl='eager'")
-
-    dtype = state_dtype(q, k, v, rate, log_decay, momentum, *weights, *weights_in(initial_state))
-    inputs = [q, k, v, rate, log_decay, momentum]
-    if chosen != "triton":  # the kernels take 16-bit tokens as they are
-        inputs = [None if x is None else x.to(dtype) for x in inputs]
-    tied = weights if initial_state is not None and not rule.anchored else ()
-    if chosen == "reference":  # its loop leaves out what the last tokens would write
-        tied = [*inputs[1:], *weights]
-    inputs[0] = with_zero_gradients(inputs[0], tied)
-    inputs, mask, alignment = by_sequence(inputs, mask, cu_seqlens)
-
-    initial = map_tensors(lambda w: per_sequence(w, batch, dtype), weights)
-    anchor = initial if rule.anchored else map_tensors(torch.zeros_like, initial)
-    if initial_state is None:
-        state = beginning(DeepMemoryState, initial, rule.anchored, batch, momentum is not None)
-    else:
-        state = cast(initial_state, dtype)
-
-    # Autocast would round the products, and with them the state, to half precision.
-    with without_autocast(q.device.type):
-        if chosen == "reference":
-            o, final = deep_memory_reference(
-                *inputs, anchor, state, rule=rule, read=read, chunk_size=chunk_size, mask=mask
-            )
-        else:
-            o, final = learn_tokens(
-                chosen,
-                (*inputs[:3], None, *inputs[3:5], (None,) * 3),
-                inputs[5],
-                state,
-                anchor if rule.anchored else None,
-                (bank_of, weights_of),
-                rule=rule,
-                read=read,
-                chunk_size=chunk_size,
-                generator_chunk_size=chunk_size,
-                truncate_every=None,
-                mask=mask,
-                at_boundary=initial_state is None,
-                checkpoint_every=checkpoint_every,
-                dtype=operands,
-            )
-    if alignment is not None:
-        o = alignment.scatter(o, 1, length)
-    return o.reshape(q.shape[0], length, q.shape[2], out_width).to(
-        q.dtype
-    ), final if output_final_state else None
+    refused = functools.partial(_unsupported, tokens, weights, initial_state, rule, chunk_size)
+    o, final = run(
+        _OP,
+        choose_implementation("deep_memory", impl, q.device, unsupported=refused),
+        [q, k, v, None, rate, log_decay],
+        momentum,
+        {},
+        weights,
+        initial_state,
+        reference=functools.partial(deep_memory_reference, rule=rule, read=read, chunk_size=chunk_size),
+        rule=rule,
+        read=read,
+        chunk_size=chunk_size,
+        generator_chunk_size=chunk_size,
+        truncate_every=None,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        checkpoint_every=checkpoint_every,
+    )
+    return o, final if output_final_state else None
 
 
 def deep_memory_step(
@@ -209,51 +157,32 @@ def deep_memory_step(
         NotImplementedError: ``impl="triton"`` for a call that the kernels do not serve.
     """
     rule = _DEFAULT_RULE if rule is None else rule
-    _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, state)
-    if inplace:
-        check_own_memory(named_tensors("state", state), named_tensors("weights", weights))
     tensors = (q, k, v, rate, log_decay, momentum)
-    leaves = [*weights, *weights_in(state)]
-    unserved = None
-    if impl == "triton" or (impl is None and kernels_run_on(q.device)):
-        unserved = _unserved(q, v, weights, rule, chunk_size, momentum, q.dtype)
-    available = ("eager", "reference") if unserved and impl is None else ("triton", "eager", "reference")
-    chosen = choose_implementation("deep_memory_step", impl, q.device, available)
-    if chosen == "triton" and unserved:
-        raise NotImplementedError(f"{unserved}; use impl='eager'")
-    differentiable = chosen == "reference" or needs_gradient(*tensors, *leaves)
-    if differentiable or chosen == "triton":
-        if inplace and differentiable:
-            raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
-        (*tokens, momentum), mask = one_token(tensors, mask)
-        o, after = deep_memory(
-            *tokens,
-            weights,
-            chunk_size=chunk_size,
-            momentum=momentum,
-            rule=rule,
-            read=read,
-            mask=mask,
-            initial_state=state,
-            output_final_state=True,
-            impl=impl,
-        )
-        return o.squeeze(1), overwritten(state, after) if inplace else after
-    check_step_dtype(state.running.inner, *tensors, *leaves)
-    if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
-        mask = None
-    options = {"rule": rule, "read": read, "chunk_size": chunk_size, "mask": mask, "inplace": inplace}
-    with without_autocast(q.device.type):
-        o, state = eager_step.deep_memory_step(*tensors, weights, state, **options)
-    return o.to(q.dtype), state
+    _check_step(*tensors, weights, rule, read, chunk_size, mask, state)
+    check_position("state.position", state.position, len(q), chunk_size, q)
+    if inplace:
+        check_own_memory(state, weights)
+    refused = functools.partial(_unsupported, tensors, weights, state, rule, chunk_size)
+    options = {"weights": weights, "rule": rule, "read": read, "chunk_size": chunk_size}
+    return run_step(
+        choose_implementation("deep_memory_step", impl, q.device, unsupported=refused),
+        tensors,
+        (weights, state),
+        state,
+        mask=mask,
+        inplace=inplace,
+        op=functools.partial(deep_memory, impl=impl, **options),
+        eager_step=functools.partial(eager_step.deep_memory_step, **options),
+    )
 
 
-def _unserved(q, v, weights, rule, chunk_size, momentum, dtype) -> str | None:
+def _unsupported(tokens, weights, state, rule, chunk_size) -> str | None:
     """Why the kernels do not take a call, or ``None``."""
+    q, _, v, *_, momentum = tokens
     return unsupported(
         "q, k, v",
         rule=rule,
-        dtype=dtype,
+        dtype=state_dtype(*tokens, *weights, *weights_in(state)),
         width=max(q.shape[-1], v.shape[-1]),
         hidden=None if weights.outer is None else weights.inner.shape[-2],
         chunk=chunk_size,
@@ -264,7 +193,7 @@ def _unserved(q, v, weights, rule, chunk_size, momentum, dtype) -> str | None:
 
 
 def _check(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, cu_seqlens):
-    """Check everything but the state; the number of sequences and the number of tokens of each row."""
+    """Check everything but the state; the number of sequences."""
     check_tokens("q", q, "[B, T, H, D]")
     rows, length, heads, width = q.shape
     check_tensor("k", k, q.shape, like=q)
@@ -282,7 +211,7 @@ def _check(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, 
     check_positive_int("chunk_size", chunk_size)
     batch = check_sequences(mask, cu_seqlens, q)
     check_memory("weights", weights, batch, heads, width, out, q)
-    return batch, length
+    return batch
 
 
 def _check_state(name, state, weights, batch, heads, has_momentum, like) -> None:
@@ -308,4 +237,3 @@ def _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_s
         check_mask(mask, (batch,), q)
     check_memory("weights", weights, batch, heads, width, out, q)
     _check_state("state", state, weights, batch, heads, momentum is not None, q)
-    check_position("state.position", state.position, batch, chunk_size, q)

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from nl_kernels.checks import (
-    check_choice,
-    check_positive_int,
-    check_range,
-    has_readable_data,
-)
-from nl_kernels.dispatch import choose_implementation, kernels_run_on, needs_gradient, without_autocast
-from nl_kernels.memory.call import learn_tokens
+from nl_kernels.checks import check_choice, check_positive_int, check_range
+from nl_kernels.dispatch import choose_implementation
+from nl_kernels.memory.call import Op, run, run_step
 from nl_kernels.memory.kernels.call import unsupported
-from nl_kernels.memory.state import (
-    beginning,
-    cast,
-    map_tensors,
-    named_tensors,
-    overwritten,
-    weights_in,
-)
-from nl_kernels.memory_checks import (
-    by_sequence,
-    check_own_memory,
-    check_position,
-    check_rule,
-    check_step_dtype,
-    one_token,
-    per_sequence,
-    state_dtype,
-)
+from nl_kernels.memory.state import tensors_in, weights_in
+from nl_kernels.memory_checks import check_own_memory, check_position, check_rule, state_dtype
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.self_modifying import eager_step
 from nl_kernels.ops.self_modifying.checks import (
@@ -51,10 +32,10 @@ from nl_kernels.ops.self_modifying.state import (
     stack_of,
 )
 from nl_kernels.triton_support.targets import architecture_of
-from nl_kernels.zero_gradients import with_zero_gradients
 
 READS = ("snapshot", "running")
 _DEFAULT_RULE = MemoryRule()
+_OP = Op(SelfModifyingState, stack_memories, bank_of, stack_of)
 
 
 def self_modifying_memory(
@@ -140,7 +121,7 @@ def self_modifying_memory(
     for name, value in (("truncate_every", truncate_every), ("checkpoint_every", checkpoint_every)):
         if value is not None:
             check_positive_int(name, value)
-    batch, length = check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_seqlens)
+    batch = check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_seqlens)
     heads, width = query.shape[2:]
     check_weights(weights, batch, heads, width, query)
     if initial_state is not None:
@@ -149,82 +130,36 @@ def self_modifying_memory(
             "initial_state", initial_state, weights, batch, (heads, width), momentum is not None, query
         )
         check_position("initial_state.position", initial_state.position, batch, period, query)
-    gates = [
-        head_parameter(name, value, heads, query)
-        for name, value in (
-            ("rate_max", rate_max),
-            ("rate_bias", rate_bias),
-            ("retention_bias", retention_bias),
-        )
-    ]
+    parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
+    parameters = {name: head_parameter(name, value, heads, query) for name, value in parameters.items()}
     if query.device.type == "cpu":
-        check_range("rate_max", gates[0], 0.0, 1.0)
-    tensors = [query, key_input, value_input, gate_input, momentum]
-    flat_weights = [layer for memory in weights for layer in memory]
-    dtype = state_dtype(*tensors, *flat_weights, *weights_in(initial_state))
-    unserved = None
-    if impl == "triton" or (impl is None and kernels_run_on(query.device)):
-        unserved = _unserved(query, weights, rule, min(chunk_size, generator_chunk_size), momentum, dtype)
-    available = ("eager", "reference") if unserved else ("triton", "eager", "reference")
-    if not detach_targets:
-        available = _alone_in_the_reference(impl)
-    elif impl == "triton" and unserved:
-        raise NotImplementedError(f"{unserved}; use impl='eager'")
-    chosen = choose_implementation("self_modifying_memory", impl, query.device, available)
-
-    # The kernels take 16-bit tokens as they are.
-    inputs = [None if x is None else x if chosen == "triton" else x.to(dtype) for x in tensors]
-    gates = [x.to(dtype) for x in gates]
-    tied = flat_weights if initial_state is not None and not rule.anchored else ()
-    if chosen == "reference":  # its loop leaves out what the last tokens would write
-        tied = [*inputs[1:], *gates, *flat_weights]
-    inputs[0] = with_zero_gradients(inputs[0], tied)
-    inputs, mask, alignment = by_sequence(inputs, mask, cu_seqlens)
-
-    initial = stack_memories(map_tensors(lambda w: per_sequence(w, batch, dtype), weights))
-    anchor = initial if rule.anchored else map_tensors(torch.zeros_like, initial)
-    if initial_state is None:
-        state = beginning(SelfModifyingState, initial, rule.anchored, batch, momentum is not None)
-    else:
-        state = cast(initial_state, dtype)
-
+        check_range("rate_max", parameters["rate_max"], 0.0, 1.0)
+    tokens = (query, key_input, value_input, gate_input, momentum)
+    clocks = (chunk_size, generator_chunk_size)
     options = {
         "rule": rule,
         "read": read,
         "chunk_size": chunk_size,
         "generator_chunk_size": generator_chunk_size,
         "truncate_every": truncate_every,
-        "mask": mask,
     }
-    # Autocast would round the products, and with them the state, to half precision.
-    with without_autocast(query.device.type):
-        if chosen == "reference":
-            o, final = self_modifying_memory_reference(
-                *inputs,
-                anchor,
-                state,
-                rate_max=gates[0],
-                rate_bias=gates[1],
-                retention_bias=gates[2],
-                detach_targets=detach_targets,
-                **options,
-            )
-        else:
-            o, final = learn_tokens(
-                chosen,
-                (*inputs[:4], None, None, gates),
-                inputs[4],
-                state,
-                anchor if rule.anchored else None,
-                (bank_of, stack_of),
-                at_boundary=initial_state is None,
-                checkpoint_every=checkpoint_every,
-                dtype=query.dtype,
-                **options,
-            )
-    if alignment is not None:
-        o = alignment.scatter(o, 1, length)
-    return o.to(query.dtype), final if output_final_state else None
+    o, final = run(
+        _OP,
+        _choose("self_modifying_memory", impl, tokens, weights, initial_state, rule, clocks, detach_targets),
+        [query, key_input, value_input, gate_input, None, None],
+        momentum,
+        parameters,
+        weights,
+        initial_state,
+        reference=functools.partial(
+            self_modifying_memory_reference, detach_targets=detach_targets, **options
+        ),
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        checkpoint_every=checkpoint_every,
+        **options,
+    )
+    return o, final if output_final_state else None
 
 
 def self_modifying_memory_step(
@@ -270,85 +205,66 @@ def self_modifying_memory_step(
     """
     rule = _DEFAULT_RULE if rule is None else rule
     generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
-    check_rule(rule)
-    check_choice("read", read, READS)
-    check_clocks(chunk_size, generator_chunk_size)
     inputs = (query, key_input, value_input, gate_input, momentum)
-    check_token(*inputs, mask)
-    batch, heads, width = query.shape
-    check_weights(weights, batch, heads, width, query)
-    check_state("state", state, weights, batch, (heads, width), momentum is not None, query)
-    period = max(chunk_size, generator_chunk_size)
-    check_position("state.position", state.position, batch, period, query)
-    options = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
-    for name, value in options.items():
-        check_head_parameter(name, value, heads, query)
+    clocks = (chunk_size, generator_chunk_size)
+    parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
+    _check_step(inputs, mask, weights, state, rule, read, clocks, parameters)
+    check_position("state.position", state.position, len(query), max(clocks), query)
     if inplace:
-        check_own_memory(named_tensors("state", state), named_tensors("weights", weights))
-    options |= {
+        check_own_memory(state, weights)
+    options = {
+        "weights": weights,
         "rule": rule,
         "read": read,
         "chunk_size": chunk_size,
         "generator_chunk_size": generator_chunk_size,
+        **parameters,
     }
-    leaves = [*(layer for memory in weights for layer in memory), *weights_in(state)]
-    parameters = (x for x in (rate_max, rate_bias, retention_bias) if isinstance(x, torch.Tensor))
-    unserved = None
-    if impl == "triton" or (impl is None and kernels_run_on(query.device)):
-        chunk = min(chunk_size, generator_chunk_size)
-        unserved = _unserved(query, weights, rule, chunk, momentum, query.dtype)
-    available = ("eager", "reference") if unserved and impl is None else ("triton", "eager", "reference")
-    if not detach_targets:
-        available = _alone_in_the_reference(impl)
-    chosen = choose_implementation("self_modifying_memory_step", impl, query.device, available)
-    if chosen == "triton" and unserved:
-        raise NotImplementedError(f"{unserved}; use impl='eager'")
-    differentiable = chosen == "reference" or needs_gradient(*inputs, *leaves, *parameters)
-    if differentiable or chosen == "triton":
-        if inplace and differentiable:
-            raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
-        (*tokens, momentum), mask = one_token(inputs, mask)
-        o, after = self_modifying_memory(
-            *tokens,
-            weights,
-            momentum=momentum,
-            mask=mask,
-            initial_state=state,
-            output_final_state=True,
-            detach_targets=detach_targets,
-            impl=impl,
-            **options,
-        )
-        return o.squeeze(1), overwritten(state, after) if inplace else after
-    check_step_dtype(state.running.last, *inputs, *leaves)
-    if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
-        mask = None
-    with without_autocast(query.device.type):
-        o, state = eager_step.self_modifying_memory_step(
-            *inputs, weights, state, **options, mask=mask, inplace=inplace
-        )
-    return o.to(query.dtype), state
-
-
-def _alone_in_the_reference(impl: str | None) -> tuple[str, ...]:
-    """The implementations of targets that learn; an error for others."""
-    if impl in ("triton", "eager"):
-        raise NotImplementedError(
-            "detach_targets: the reference alone has targets that learn; use impl='reference' or None"
-        )
-    return ("reference",)
-
-
-def _unserved(query, weights, rule, chunk, momentum, dtype) -> str | None:
-    """Why the kernels do not take a call, or ``None``."""
-    return unsupported(
-        "query",
-        rule=rule,
-        dtype=dtype,
-        width=query.shape[-1],
-        hidden=None if weights.key.outer is None else weights.key.inner.shape[-2],
-        chunk=chunk,
-        momentum=momentum is not None,
-        self_made=True,
-        architecture=architecture_of(query.device),
+    return run_step(
+        _choose("self_modifying_memory_step", impl, inputs, weights, state, rule, clocks, detach_targets),
+        inputs,
+        (weights, state, tuple(x for x in parameters.values() if isinstance(x, torch.Tensor))),
+        state,
+        mask=mask,
+        inplace=inplace,
+        op=functools.partial(self_modifying_memory, detach_targets=detach_targets, impl=impl, **options),
+        eager_step=functools.partial(eager_step.self_modifying_memory_step, **options),
     )
+
+
+def _check_step(inputs, mask, weights, state, rule, read, clocks, parameters) -> None:
+    check_rule(rule)
+    check_choice("read", read, READS)
+    check_clocks(*clocks)
+    check_token(*inputs, mask)
+    query = inputs[0]
+    batch, heads, width = query.shape
+    check_weights(weights, batch, heads, width, query)
+    check_state("state", state, weights, batch, (heads, width), inputs[-1] is not None, query)
+    for name, value in parameters.items():
+        check_head_parameter(name, value, heads, query)
+
+
+def _choose(op, impl, tokens, weights, state, rule, clocks, detach_targets) -> str:
+    """The implementation of a call."""
+    if not detach_targets:
+        if impl in ("triton", "eager"):
+            raise NotImplementedError(
+                "detach_targets: the reference alone has targets that learn; use impl='reference' or None"
+            )
+        return choose_implementation(op, impl, tokens[0].device, ("reference",))
+
+    def refused() -> str | None:
+        return unsupported(
+            "query",
+            rule=rule,
+            dtype=state_dtype(*tokens, *tensors_in(weights), *weights_in(state)),
+            width=tokens[0].shape[-1],
+            hidden=None if weights.key.outer is None else weights.key.inner.shape[-2],
+            chunk=min(clocks),
+            momentum=tokens[-1] is not None,
+            self_made=True,
+            architecture=architecture_of(tokens[0].device),
+        )
+
+    return choose_implementation(op, impl, tokens[0].device, unsupported=refused)

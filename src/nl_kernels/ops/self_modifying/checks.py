@@ -20,8 +20,8 @@ def check_clocks(chunk_size: object, generator_chunk_size: object) -> None:
         )
 
 
-def check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_seqlens) -> tuple[int, int]:
-    """Check the tensors over time; the number of sequences and the number of tokens of each row."""
+def check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_seqlens) -> int:
+    """Check the tensors over time; the number of sequences."""
     check_tokens("query", query, "[B, T, H, D]")
     check_tensor("key_input", key_input, query.shape, like=query)
     check_tensor("value_input", value_input, query.shape, like=query)
@@ -30,7 +30,7 @@ def check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_s
         check_tensor("momentum", momentum, query.shape[:3], like=query)
         if momentum.device.type == "cpu":
             check_range("momentum", momentum, 0.0, 1.0, closed_high=False)
-    return check_sequences(mask, cu_seqlens, query), query.shape[1]
+    return check_sequences(mask, cu_seqlens, query)
 
 
 def check_token(query, key_input, value_input, gate_input, momentum, mask) -> None:
