@@ -12,8 +12,6 @@ from nl_kernels.dispatch import choose_implementation
 from nl_kernels.ops.newton_schulz import registration
 from nl_kernels.ops.newton_schulz.coefficients import MUON_COEFFICIENTS, Triple, optimal_coefficients
 
-_IMPLEMENTATIONS = ("triton", "eager", "reference")
-
 
 def newton_schulz(
     x: torch.Tensor,
@@ -70,15 +68,10 @@ def newton_schulz(
             f"compute_dtype: expected one of {[str(d) for d in FLOAT_DTYPES]} or None, got {compute_dtype!r}"
         )
     schedule = resolve_schedule(steps, coefficients, lower_singular_value)
-    available = _IMPLEMENTATIONS
-    if impl is None and compute_dtype == torch.float64:
-        available = ("eager", "reference")
-    chosen = choose_implementation("newton_schulz", impl, x.device, available)
-    if chosen == "triton" and compute_dtype == torch.float64:
-        raise NotImplementedError(
-            "x: the Triton kernels of newton_schulz compute in bfloat16, float16 and float32, got float64; "
-            "use impl='eager' or compute_dtype=torch.float32"
-        )
+    refused = None
+    if compute_dtype == torch.float64:
+        refused = "x: without compute_dtype=torch.float32 the Triton kernels do not compute in float64"
+    chosen = choose_implementation("newton_schulz", impl, x.device, unsupported=lambda: refused)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     return registration.apply(x, schedule, eps, compute_dtype, chosen)
