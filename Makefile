@@ -47,7 +47,7 @@ bench-peers: install  ## the same beside other packages, in an environment of th
 bench-gpu: install  ## the ops on the CUDA device, beside flash-linear-attention where installed
 	$(BIN)/python -m benchmarks.run --device cuda
 
-gpu-check: install  ## GPU tests, benchmarks, demo and profile in one run; results in runs/gpu_check
+gpu-check: install  ## ten minutes on a CUDA device: doctor, error budgets, times, tests; results in runs/gpu_check
 	$(BIN)/python -m benchmarks.gpu_check
 
 aot: install  ## compile every kernel for every target and print registers, spills and shared memory

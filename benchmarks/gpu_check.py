@@ -1,10 +1,10 @@
-"""Everything that only a GPU can tell, in one command: ``python -m benchmarks.gpu_check``.
+"""What only a GPU can tell, in ten minutes: ``python -m benchmarks.gpu_check``.
 
-Runs the tests marked ``gpu``, the benchmarks, the demo and the profile, each in a process of its own with a
-time limit, the most telling first. A step that fails or runs
-out of time does not stop the others. Logs and results go to one folder, written as they come, so that a run
-that is cut short leaves what it had. Needs torch with CUDA, triton, transformers, typer, rich, matplotlib and
-pytest; it installs nothing.
+Each stage is a process of its own with a time limit, the most telling first: the doctor; error budgets and
+determinism of every kernel; their times beside flash-linear-attention (where installed), attention and plain
+PyTorch; decoding; long contexts; the other GPU tests. A stage that fails or runs out of time does not stop
+the others. Logs and rows are written as they come, so that a run that is cut short leaves what it had. Needs
+torch with CUDA, triton, transformers, typer, rich, matplotlib and pytest; it installs nothing.
 """
 
 from __future__ import annotations
@@ -29,47 +29,71 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
-class Step:
+class Stage:
     """One process.
 
     Attributes:
-        name: of the step and of its log.
-        arguments: of Python; ``{output}`` is the folder of results.
+        name: of the stage and of its log.
+        arguments: of Python; ``{output}`` is the folder of results, ``{device}`` where it runs.
         limit: seconds after which it is stopped.
+        small: arguments added on a CPU, where a run shows that everything starts and writes what it should.
     """
 
     name: str
     arguments: tuple[str, ...]
     limit: int
+    small: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step: ``state`` is "passed", "failed" or "out of time"."""
+    """What became of a stage: ``state`` is "passed", "failed" or "out of time"."""
 
     name: str
     state: str
     seconds: float
 
 
-STEPS = (
-    Step("tests", ("-m", "pytest", "-q", "-m", "gpu", "--durations=10"), 420),
-    Step("bench", ("-m", "benchmarks.run", "--device", "cuda", "--output", "{output}/cuda.jsonl"), 540),
-    Step("demo", ("-m", "nl_models.demo", "--device", "cuda", "--output", "{output}/demo"), 300),
-    Step(
-        "profile",
-        ("-m", "nl_models.profile", "--device", "cuda", "--output", "{output}/profile"),
-        240,
+_TESTS = ("-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu")
+_FIRST = "budget or error or deterministic or default"
+_PROFILE = ("-m", "nl_models.profile", "--device", "{device}", "--output")
+
+STAGES = (
+    Stage(
+        "doctor",
+        ("-m", "nl_kernels.doctor", "--device", "{device}", "--json", "{output}/doctor.jsonl"),
+        70,
     ),
+    Stage("budgets", (*_TESTS, "-k", _FIRST), 150, ("--collect-only", "-q")),
+    Stage(
+        "speed",
+        ("-m", "benchmarks.run", "--device", "{device}", "--quick", "--output", "{output}/speed.jsonl"),
+        130,
+        ("--op", "newton_schulz", "--no-memory"),
+    ),
+    Stage(
+        "decode",
+        (*_PROFILE, "{output}/decode", "--modes", "decode", "--precision", "bf16", "--time-limit", "15"),
+        50,
+        ("--decode-after", "1,16", "--hidden-size", "32", "--layers", "1", "--heads", "2"),
+    ),
+    Stage(
+        "context",
+        (*_PROFILE, "{output}/context", "--modes", "prefill,training", "--time-limit", "15"),
+        80,
+        ("--lengths", "64,128", "--hidden-size", "32", "--layers", "1", "--heads", "2"),
+    ),
+    Stage("tests", (*_TESTS, "-k", f"not ({_FIRST})"), 120, ("--collect-only", "-q")),
 )
 
 
-def run_step(step: Step, output: Path, seconds: float) -> Outcome:
-    """Run one step for at most ``seconds``; its output goes to the terminal and to ``<name>.log``."""
-    command = [sys.executable, *(argument.format(output=output) for argument in step.arguments)]
+def run_stage(stage: Stage, output: Path, device: str, seconds: float) -> Outcome:
+    """Run one stage for at most ``seconds``; its output goes to the terminal and to ``<name>.log``."""
+    arguments = stage.arguments + (stage.small if device == "cpu" else ())
+    command = [sys.executable, *(x.format(output=output, device=device) for x in arguments)]
     path = os.pathsep.join(filter(None, (str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH"))))
     began = time.monotonic()
-    with (output / f"{step.name}.log").open("w") as log:
+    with (output / f"{stage.name}.log").open("w") as log:
         process = subprocess.Popen(
             ["timeout", "--signal=INT", "--kill-after=10", str(int(seconds)), *command],
             cwd=ROOT,
@@ -84,38 +108,44 @@ def run_step(step: Step, output: Path, seconds: float) -> Outcome:
             sys.stdout.write(line)
         code = process.wait()
     state = "passed" if code == 0 else "out of time" if code in (124, 137) else "failed"
-    return Outcome(step.name, state, time.monotonic() - began)
+    return Outcome(stage.name, state, time.monotonic() - began)
 
 
 def main(
     output: Annotated[Path, typer.Option(help="New or empty folder for logs and results.")] = Path(
         "runs/gpu_check"
     ),
-    only: Annotated[list[str] | None, typer.Option(help="Only this step; may be repeated.")] = None,
-    seconds: Annotated[int, typer.Option(min=1, help="For all steps together.")] = 1500,
+    only: Annotated[list[str] | None, typer.Option(help="Only this stage; may be repeated.")] = None,
+    seconds: Annotated[int, typer.Option(min=1, help="For all stages together.")] = 600,
+    device: Annotated[
+        str, typer.Option(help="'cuda'; 'cpu' is a dry run of every stage at small sizes.")
+    ] = "cuda",
 ) -> None:
-    """Run the GPU tests, the benchmarks, the demo and the profile on the CUDA device; keep every log."""
-    names = [step.name for step in STEPS]
+    """Run every stage on the CUDA device; keep every log and row."""
+    names = [stage.name for stage in STAGES]
     if unknown := set(only or []) - set(names):
         raise typer.BadParameter(f"expected some of {names}, got {sorted(unknown)}", param_hint="--only")
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no CUDA device here")
+    if device not in ("cuda", "cpu"):
+        raise typer.BadParameter(f"expected 'cuda' or 'cpu', got {device!r}", param_hint="--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no CUDA device here; --device cpu is a dry run")
     if output.exists() and any(output.iterdir()):
         raise typer.BadParameter(f"{output} is not empty; name another folder", param_hint="--output")
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    about = environment(torch.device("cuda"))
+    about = environment(torch.device(device))
     (output / "environment.json").write_text(json.dumps(about, indent=1, default=str) + "\n")
 
     end, outcomes = time.monotonic() + seconds, []
-    for step in STEPS:
+    for stage in STAGES:
         left = end - time.monotonic()
-        if (only and step.name not in only) or left < 1:
+        if (only and stage.name not in only) or left < 1:
             continue
-        outcomes.append(run_step(step, output, min(left, step.limit)))
-        (output / "outcomes.json").write_text(json.dumps([asdict(x) for x in outcomes], indent=1) + "\n")
+        outcomes.append(run_stage(stage, output, device, min(left, stage.limit)))
+        with (output / "outcomes.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(outcomes[-1])) + "\n")
 
-    table = Table("step", "state", "seconds", title=str(about["device_name"]))
+    table = Table("stage", "state", "seconds", title=str(about["device_name"]))
     for outcome in outcomes:
         table.add_row(outcome.name, outcome.state, f"{outcome.seconds:.0f}")
     Console().print(table)

@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import sys
 import time
@@ -190,7 +191,7 @@ def about(device: torch.device) -> dict[str, str]:
         found["compute capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
         found["CUDA of torch"] = str(torch.version.cuda or torch.version.hip)
     else:
-        found["device"] = f"CPU, {torch.get_num_threads()} threads"
+        found["device"] = f"CPU, {os.cpu_count()} cores"
         found["Triton kernels"] = "not used: they need a CUDA device of compute capability 8.0 or later"
     return found
 
@@ -207,6 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     if kind == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     device = torch.device(kind)
+    torch.set_num_threads(1)  # the calls are small: threads would only wait for one another
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     for name, value in about(device).items():
         print(f"{name:>20}  {value}")
