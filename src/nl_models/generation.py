@@ -1,9 +1,9 @@
-"""``generate`` for models with a state: rows that have ended write nothing to it."""
+"""``generate`` for models with a state: it goes on with new tokens alone, and ended rows write nothing."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import GenerationMixin
@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import StoppingCriteriaList
 
 from nl_models.hf_names import CACHE_NAME, either_cache_name, name_cache
+from nl_models.layers.state_cache import StateCacheLayer, token_digest
 
 
 class EndedRows(StoppingCriteriaList):
@@ -25,9 +26,11 @@ class EndedRows(StoppingCriteriaList):
         # Without an end of text, a stopped row is not filled up: it goes on.
         self.padded = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.rows: torch.Tensor | None = None
+        self.before: torch.Tensor | None = None  # those that had stopped before the last token
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         stopped = super().__call__(input_ids, scores, **kwargs)
+        self.before = self.rows
         self.rows = stopped if self.rows is None else self.rows | stopped
         return stopped
 
@@ -37,13 +40,77 @@ class StatefulGeneration:
 
     It stands before ``GenerationMixin`` among the bases of a class, where transformers looks for that. Beam
     search needs no such mask: its running beams have not ended.
+
+    Attributes:
+        counts_tokens: the states know how many real tokens they have read, and need no mask of the past.
     """
 
-    generate = either_cache_name(GenerationMixin.generate, CACHE_NAME)
+    counts_tokens: ClassVar[bool] = False
+
+    def generate(
+        self, inputs: torch.Tensor | None = None, *args, new_tokens_only: bool | None = None, **kwargs
+    ):
+        """As ``GenerationMixin.generate``; with a cache that has read S columns it goes on with T new tokens.
+
+        Args:
+            inputs: [B, T] ids: new ones, or all from the beginning as transformers has it. Results begin with
+                them. Of new ones leave out what the model wrote itself: its last token is read before them.
+            new_tokens_only: which of the two; ``None``: new ones if T ≤ S, otherwise all from the beginning.
+            kwargs: those of ``GenerationMixin.generate``; ``attention_mask`` is [B, T], 0 at padding.
+
+        Raises:
+            ValueError: more than S tokens, which do not begin with those that the cache knows it has read.
+        """
+        kwargs = name_cache(kwargs, CACHE_NAME)
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        layer, mask = state_layer(kwargs.get(CACHE_NAME)), kwargs.get("attention_mask")
+        given = (
+            layer is not None and layer.seen > 0 and ids is not None and kwargs.get("inputs_embeds") is None
+        )
+        # With a mask of all columns transformers itself takes shorter ids for new ones.
+        if given and (mask is None or mask.shape[1] == ids.shape[1]):
+            new = _only_new(ids, layer) if new_tokens_only is None else new_tokens_only
+            if new:
+                kwargs.pop("input_ids", None)
+                return self._generate_on(ids, layer, *args, **kwargs)
+        return _generate(self, inputs, *args, **kwargs)
+
+    def _generate_on(self, ids: torch.Tensor, layer: StateCacheLayer, *args, **kwargs):
+        """:meth:`generate` with new tokens."""
+        mask = kwargs.get("attention_mask")
+        if not self.counts_tokens and layer.padding is not None:
+            raise ValueError(
+                f"attention_mask: the cache has read padding; expected the mask of all {layer.seen} columns "
+                f"before and the {ids.shape[1]} given"
+            )
+        mask, unread = torch.ones_like(ids) if mask is None else mask, 0
+        if layer.unread is not None:
+            last, real = (x.to(ids.device, ids.dtype) for x in layer.unread)
+            ids, mask, unread = (
+                torch.cat([last, ids], 1),
+                torch.cat([real.to(mask.dtype), mask], 1),
+                last.shape[1],
+            )
+        kwargs["attention_mask"] = torch.cat([mask.new_ones(len(ids), layer.seen), mask], 1)
+        cache = kwargs[CACHE_NAME]
+        cache.goes_on_after = layer.seen
+        try:
+            found = _generate(self, ids, *args, **kwargs)
+        finally:
+            del cache.goes_on_after
+        if isinstance(found, torch.Tensor):
+            return found[:, unread:]
+        found.sequences = found.sequences[:, unread:]
+        return found
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args, ended_rows: EndedRows | None = None, **kwargs):
-        return super().prepare_inputs_for_generation(*args, **name_cache(kwargs, CACHE_NAME))
+        given = super().prepare_inputs_for_generation(*args, **name_cache(kwargs, CACHE_NAME))
+        if self.counts_tokens and hasattr(given.get(CACHE_NAME), "goes_on_after"):
+            given.pop("position_ids", None)
+            if given.get("attention_mask") is not None:
+                given["attention_mask"] = given["attention_mask"][:, -given["input_ids"].shape[1] :]
+        return given
 
     def _sample(self, input_ids: torch.Tensor, *, stopping_criteria: StoppingCriteriaList, **kwargs):
         ended = EndedRows(stopping_criteria)
@@ -53,7 +120,20 @@ class StatefulGeneration:
         if (ends or _has_read_padding(kwargs.get(CACHE_NAME))) and kwargs.get("attention_mask") is None:
             length = kwargs["generation_config"]._mask_length  # transformers leaves out a mask of ones
             kwargs["attention_mask"] = input_ids.new_ones(len(input_ids), length)
-        return super()._sample(input_ids, stopping_criteria=ended, **kwargs)
+        found = super()._sample(input_ids, stopping_criteria=ended, **kwargs)
+        cache = kwargs.get(CACHE_NAME)
+        layer = state_layer(cache)
+        if layer is not None:
+            first = getattr(cache, "goes_on_after", 0)
+            last = (found if isinstance(found, torch.Tensor) else found.sequences)[:, layer.seen - first :]
+            ended_before = ended.before if ended.padded else None
+            real = (
+                torch.ones_like(last)
+                if ended_before is None
+                else (~ended_before).long()[:, None].expand_as(last)
+            )
+            layer.unread = (last.clone(), real.clone())
+        return found
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict[str, Any], *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
@@ -61,6 +141,29 @@ class StatefulGeneration:
         if ended is not None and ended.rows is not None and mask is not None:
             mask[:, -1].masked_fill_(ended.rows.to(mask.device), 0)  # the column that was just added
         return model_kwargs
+
+
+_generate = either_cache_name(GenerationMixin.generate, CACHE_NAME)
+
+
+def state_layer(cache: Cache | None) -> StateCacheLayer | None:
+    """The first layer of a cache that holds a state; it knows the columns that all layers have read."""
+    layers = getattr(cache, "layers", ())
+    return next((layer for layer in layers if isinstance(layer, StateCacheLayer)), None)
+
+
+def _only_new(ids: torch.Tensor, layer: StateCacheLayer) -> bool:
+    """Whether ``ids`` are new tokens, and not all since the beginning."""
+    if ids.shape[1] <= layer.seen:
+        return True
+    if layer.tokens is not None:
+        read = token_digest(ids[:, : layer.seen])
+        if not torch.equal(read, layer.tokens.to(read.device)):
+            raise ValueError(
+                f"inputs: {ids.shape[1]} tokens that do not begin with the {layer.seen} that the cache has "
+                "read; pass new_tokens_only=True to read them after those, or begin with a new cache"
+            )
+    return False
 
 
 def _has_read_padding(cache: Cache | None) -> bool:

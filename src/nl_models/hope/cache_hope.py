@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from nl_models.hope.configuration_hope import HopeConfig
 
 FILE_FORMAT = "nl_models.HopeCache.1"
+COLUMNS = ("padding", "tokens", "unread")
+"""What the first layer of a cache knows of the columns that all have read."""
 
 
 class BlockState(NamedTuple):
@@ -114,13 +116,14 @@ class HopeCache(Cache):
         """Write the cache to a safetensors file; the file appears whole or not at all."""
         tensors: dict[str, torch.Tensor] = {}
         structure = [describe_state(layer.state, str(i), tensors) for i, layer in enumerate(self.layers)]
-        padding = describe_state(self.layers[0].padding, "padding", tensors)  # all have read the same columns
+        first = self.layers[0]  # all have read the same columns
+        columns = {name: describe_state(getattr(first, name), name, tensors) for name in COLUMNS}
         metadata = {
             "format": FILE_FORMAT,
             "fingerprint": self.fingerprint,
             "seen": json.dumps([layer.seen for layer in self.layers]),
             "structure": json.dumps(structure),
-            "padding": json.dumps(padding),
+            **{name: json.dumps(description) for name, description in columns.items()},
         }
         write_bytes(path, safetensors.torch.save(tensors, metadata))
 
@@ -151,12 +154,16 @@ class HopeCache(Cache):
                 if metadata["fingerprint"] != cache.fingerprint:
                     raise ValueError(f"path: {path} was saved from a model of another config")
                 seen, structure = json.loads(metadata["seen"]), json.loads(metadata["structure"])
-                # Files of earlier versions say nothing of padding: then there is none.
-                padding = rebuild_state(json.loads(metadata.get("padding", "null")), file.get_tensor, {})
+                # Files of earlier versions say nothing of padding, then there is none, nor of tokens.
+                columns = {
+                    name: rebuild_state(json.loads(metadata.get(name, "null")), file.get_tensor, {})
+                    for name in COLUMNS
+                }
                 for layer, tokens, description in zip(cache.layers, seen, structure, strict=True):
                     if description is not None:
                         layer.commit(rebuild_state(description, file.get_tensor, STATE_TYPES), tokens)
-                        layer.padding = padding
+                        layer.padding = columns["padding"]
+                cache.layers[0].tokens, cache.layers[0].unread = columns["tokens"], columns["unread"]
         except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"path: {path} is truncated or no saved HopeCache: {error}") from error
         return cache

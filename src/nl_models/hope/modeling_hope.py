@@ -153,6 +153,7 @@ class HopePreTrainedModel(OwnClasses, PreTrainedModel):
     _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_NAMES)
     _supports_sdpa = True
     _is_stateful = True
+    counts_tokens = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -261,13 +262,13 @@ class HopeModel(HopePreTrainedModel):
         keep_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
         all_hidden_states = []
         cache_layers = [None] * len(self.layers) if cache is None else cache.layers
-        for block, layer in zip(self.layers, cache_layers):
+        for i, (block, layer) in enumerate(zip(self.layers, cache_layers)):
             if keep_hidden_states:
                 all_hidden_states.append(hidden_states)
             carried = None if layer is None else CarriedState(layer.state)
             hidden_states, state = block(hidden_states, carried, mask, position_ids, layer is not None)
             if layer is not None:
-                layer.commit(state, T, mask)
+                layer.commit(state, T, mask, input_ids if i == 0 else None)
         hidden_states = self.norm(hidden_states)
         all_hidden_states.append(hidden_states)
         if packing is not None:

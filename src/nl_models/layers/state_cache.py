@@ -17,9 +17,20 @@ def padding_digest(mask: torch.Tensor, start: int = 0) -> torch.Tensor:
     and its size does not grow with the context. ``start`` is the number of the first column.
     """
     rows, columns = (~mask).nonzero(as_tuple=True)
-    x = (columns + start + 1) * -7046029254386353131  # splitmix64: its increment and its first round
+    found = _scattered(columns + start + 1)
+    return torch.zeros(len(mask), dtype=torch.int64, device=mask.device).index_add_(0, rows, found)
+
+
+def token_digest(ids: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """Which tokens ``ids [B, T]`` are and where, likewise; padding counts as what stands there."""
+    columns = torch.arange(start + 1, start + 1 + ids.shape[1], device=ids.device)
+    return _scattered(_scattered(columns) + ids).sum(1)
+
+
+def _scattered(x: torch.Tensor) -> torch.Tensor:
+    x = x * -7046029254386353131  # splitmix64: its increment and its first round
     x = (x ^ (x >> 30)) * -4658895280553007687
-    return torch.zeros(len(mask), dtype=torch.int64, device=mask.device).index_add_(0, rows, x ^ (x >> 27))
+    return x ^ (x >> 27)
 
 
 class StateCacheLayer(CacheLayerMixin):
@@ -29,6 +40,9 @@ class StateCacheLayer(CacheLayerMixin):
         state: what the layer carries.
         seen: number of columns, padding included.
         padding: ``[B]`` int64, which of them were padding, as :func:`padding_digest` has it; ``None``: none.
+        tokens: ``[B]`` int64, what stood in them, as :func:`token_digest` has it; ``None``: not known.
+        unread: ids ``[B, k]`` that ``generate`` wrote last and nothing has read yet, and where they are real;
+            they hold as long as no other columns are seen.
     """
 
     def __init__(self):
@@ -36,25 +50,41 @@ class StateCacheLayer(CacheLayerMixin):
         self.state: State = None
         self.seen = 0
         self.padding: torch.Tensor | None = None
+        self.tokens: torch.Tensor | None = None
+        self.unread: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def commit(self, state: State, tokens: int, mask: torch.Tensor | None = None) -> None:
+    def commit(
+        self,
+        state: State,
+        tokens: int,
+        mask: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
+    ) -> None:
         """Replace the state by that after ``tokens`` more columns.
 
-        ``mask [B, tokens]`` is True at real ones; ``None``: all are.
+        ``mask [B, tokens]`` is True at real ones; ``None``: all are. ``ids``: what they are, if known.
         """
+        if ids is None or (self.seen and self.tokens is None):
+            self.tokens = None
+        else:
+            digest = token_digest(ids, self.seen)
+            self.tokens = digest if self.tokens is None else self.tokens + digest
         if mask is not None:
             padding = padding_digest(mask, self.seen)
             self.padding = padding if self.padding is None else self.padding + padding
         self.state = state
+        self.unread = None
         self.seen += tokens
         self.is_initialized = True
 
     def map(self, function) -> None:
         """Apply ``function`` to every tensor of the state."""
-        self.state, self.padding = map_state(function, (self.state, self.padding))
+        held = (self.state, self.padding, self.tokens, self.unread)
+        self.state, self.padding, self.tokens, self.unread = map_state(function, held)
 
     def reset(self) -> None:
-        self.state, self.padding, self.seen, self.is_initialized = None, None, 0, False
+        self.state = self.padding = self.tokens = self.unread = None
+        self.seen, self.is_initialized = 0, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.map(lambda t: t.index_select(0, beam_idx.to(t.device)))

@@ -116,3 +116,80 @@ def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "docs/model.md", "exec"), {})
     assert "torch.Size([2, 80]) 79" in capsys.readouterr().out
+
+
+def unmasked(model, ids, steps):
+    """transformers takes a padding id among the tokens for padding where it is told nothing."""
+    return greedy(model, ids, steps, attention_mask=torch.ones_like(ids))
+
+
+def test_a_conversation_goes_on_with_new_tokens_alone(make_model, tokens, kind, tmp_path):
+    model, cache = make_model(kind), None
+    history = torch.empty(2, 0, dtype=torch.int64)
+    for turn, length in enumerate((6, 4, 3)):
+        new = tokens(2, length, seed=turn)
+        history = torch.cat([history, new], 1)
+        out = greedy(model, new, 5, cache=cache, return_dict_in_generate=True)
+        expected = unmasked(model, history, 5)
+        assert torch.equal(out.sequences, expected[:, history.shape[1] - length :])
+        history = expected
+        out.cache.save(tmp_path / f"{turn}.safetensors")
+        cache = HopeCache.load(tmp_path / f"{turn}.safetensors", model.config)
+
+
+def test_new_tokens_with_padding_on_the_left_after_padding(make_model, tokens, kind):
+    model, first, second = make_model(kind), tokens(2, 6), tokens(2, 5, seed=1)
+    masks = [torch.ones_like(first), torch.ones_like(second)]
+    for ids, mask, row, padding in ((first, masks[0], 1, 2), (second, masks[1], 0, 3)):
+        ids[row, :padding], mask[row, :padding] = model.config.pad_token_id, 0
+    cache = HopeCache(model.config)
+    start = greedy(model, first, 4, attention_mask=masks[0], cache=cache)
+    together = greedy(model, second, 4, attention_mask=masks[1], cache=cache)
+    for row in range(2):
+        read = start[row, first.shape[1] - masks[0][row].sum() :]
+        alone = torch.cat([read, second[row, masks[1][row].bool()]])[None]
+        assert torch.equal(together[row, 5:], unmasked(model, alone, 4)[0, alone.shape[1] :])
+
+
+def test_rows_that_ended_early_go_on_where_they_ended(make_model, tokens):
+    model, ids, turn = make_model("self_modifying_titans"), tokens(2, 6), tokens(2, 3, seed=1)
+    plain = greedy(model, ids, 6)
+    end = int(plain[0, 7])  # the first row ends after two tokens, the second if it says the same
+    cache = HopeCache(model.config)
+    ended = greedy(model, ids, 6, eos_token_id=end, cache=cache)
+    together = greedy(model, turn, 4, cache=cache)
+    for row in range(2):
+        said = ended[row]
+        if end in said[6:].tolist():
+            said = said[: 6 + said[6:].tolist().index(end) + 1]
+        alone = torch.cat([said, turn[row]])[None]
+        assert torch.equal(together[row, 3:], unmasked(model, alone, 4)[0, alone.shape[1] :])
+
+
+def test_more_new_tokens_than_were_read(make_model, tokens):
+    model, ids, turn = make_model("titans"), tokens(1, 3), tokens(1, 20, seed=1)
+    first = greedy(model, ids, 2, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="do not begin with the 4 that the cache has read"):
+        greedy(model, turn, 3, cache=first.cache)
+    history = torch.cat([first.sequences, turn], 1)
+    new = greedy(model, turn, 3, cache=first.cache, new_tokens_only=True)
+    assert torch.equal(new[:, 20:], unmasked(model, history, 3)[:, 25:])
+
+
+def test_new_tokens_after_a_forward_pass(make_model, tokens):
+    """Nothing that was written is left to read then."""
+    model, ids, turn = make_model("gated_delta_net"), tokens(1, 7), tokens(1, 3, seed=1)
+    cache = HopeCache(model.config)
+    with torch.no_grad():
+        model(ids, cache=cache)
+    history = torch.cat([ids, turn], 1)
+    assert torch.equal(greedy(model, turn, 4, cache=cache), unmasked(model, history, 4)[:, 7:])
+
+
+def test_what_is_unread_follows_its_row(make_model, tokens):
+    model, ids, turn = make_model("titans"), tokens(3, 6), tokens(2, 3, seed=1)
+    cache = HopeCache(model.config)
+    first = greedy(model, ids, 4, cache=cache)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    history = torch.cat([first[[2, 0]], turn], 1)
+    assert torch.equal(greedy(model, turn, 4, cache=cache), unmasked(model, history, 4)[:, 10:])

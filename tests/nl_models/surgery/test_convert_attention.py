@@ -180,3 +180,23 @@ def test_what_it_cannot_do_is_refused(tokens):
         hybrid.generate(tokens, max_new_tokens=3, cache_implementation="static")
     with pytest.raises(ValueError, match="attention_mask: expected shape"):
         hybrid(tokens, attention_mask=torch.ones(3, 4))
+
+
+@pytest.mark.parametrize(("family", "layers"), HYBRIDS)
+def test_a_conversation_goes_on_with_new_tokens_alone(family, layers, kind, tokens):
+    hybrid, turn = make_hybrid(family, kind, layers), tokens[:, 2:5]
+    options = {"max_new_tokens": 5, "do_sample": False}
+    first = hybrid.generate(tokens, return_dict_in_generate=True, **options)
+    history = torch.cat([first.sequences, turn], dim=1)
+    expected = hybrid.generate(history, **options)[:, first.sequences.shape[1] :]
+    assert torch.equal(hybrid.generate(turn, cache=first.cache, **options), expected)
+
+
+def test_new_tokens_after_padding_need_the_whole_mask(kind, tokens):
+    hybrid = make_hybrid("llama", kind, [0])
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 0
+    cache = ContinuumCache(hybrid.config)
+    hybrid.generate(tokens, attention_mask=mask, cache=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="attention_mask: the cache has read padding"):
+        hybrid.generate(tokens[:, :3], cache=cache, max_new_tokens=2)
