@@ -55,6 +55,7 @@ setup(
             "uv>=0.9,<1",
         ],
     },
+    entry_points={"console_scripts": ["nl = nl_models.cli:app"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Operating System :: OS Independent",

@@ -11,7 +11,8 @@ import typer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nl_kernels import __version__
-from nl_models import HopeConfig, HopeForCausalLM
+from nl_models import HopeConfig, HopeForCausalLM, cli
+from nl_models.data.tokenizer import ByteTokenizer
 from nl_models.hope.configuration_hope import PRESETS, RENAMED
 from nl_models.surgery import convert_mlp_to_continuum
 from nl_models.training.baseline import parameter_count
@@ -99,9 +100,17 @@ def before_measuring(names: dict) -> None:
     names["tokens"] = torch.arange(64 * 64) % 256
 
 
+def before_conversation(names: dict) -> None:
+    folder = Path("runs/demo/hope/model")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    HopeForCausalLM(HopeConfig(vocab_size=257, **sizes)).save_pretrained(folder)
+    ByteTokenizer().save(folder)
+
+
 # What each page takes for granted before its blocks, one after another in one namespace.
 ASSUMED = {
     "docs/continual_learning.md": [before_learning],
+    "docs/conversation.md": [before_conversation],
     "docs/conversion.md": [before_conversion, after_conversion],
     "docs/model.md": [],
     "docs/optimisers.md": [before_optimisers],
@@ -116,7 +125,8 @@ def test_every_page_with_code_is_run():
 @pytest.mark.parametrize("page", ASSUMED)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", llama)
+    if page != "docs/conversation.md":  # whose model is a saved one
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", llama)
     names = {}
     for index, code in enumerate(blocks(TEXTS[page])):
         for prepare in ASSUMED[page][index : index + 1]:
@@ -140,10 +150,10 @@ def test_the_changelog_begins_with_this_version_and_knows_the_old_names_of_field
 
 
 def commands(text: str) -> list[str]:
-    """``python -m …`` of fenced blocks, where lines may be continued, and of inline code."""
+    """``python -m …`` and ``nl …`` of fenced blocks, where lines may be continued, and of inline code."""
     fenced = "".join(re.findall(r"^```\n(.*?)^```", text, re.S | re.M)).replace("\\\n", " ")
-    inline = re.findall(r"`(python -m [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
-    found = [line for line in fenced.splitlines() if line.startswith("python -m ")] + inline
+    inline = re.findall(r"`((?:python -m|nl) [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
+    found = [line for line in fenced.splitlines() if line.startswith(("python -m ", "nl "))] + inline
     return [command for command in found if "OP" not in command and "…" not in command]
 
 
@@ -152,7 +162,14 @@ def test_commands_are_understood(page, monkeypatch):
     """Their modules exist and take the options that are given; nothing is run."""
     monkeypatch.chdir(ROOT)
     for command in commands(TEXTS[page]):
+        if command.startswith("nl "):
+            name, *arguments = shlex.split(command, comments=True)[1:]
+            known = typer.main.get_command(cli.app).commands[name]
+            known.make_context(name, arguments)
+            continue
         module, *arguments = shlex.split(command, comments=True)[2:]
+        if module == "nl_models":
+            continue
         if module == "pytest":
             assert all(Path(argument).exists() for argument in arguments if argument.startswith("tests"))
             continue

@@ -78,21 +78,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     path = Path(path)
     state = _read_state(path)
-    for name in _TENSOR_FILES:
-        if not (path / name).is_file():
-            raise CheckpointError(f"checkpoint {path}: {name} is missing")
-        expected, found = state["files"][name], _fingerprint(path / name)
-        if found["bytes"] != expected["bytes"]:
-            raise CheckpointError(
-                f"checkpoint {path}: {name} has {found['bytes']:,} bytes, "
-                f"expected {expected['bytes']:,} (truncated?)"
-            )
-        if found != expected:
-            raise CheckpointError(f"checkpoint {path}: the content of {name} was altered (SHA-256 differs)")
-    try:
-        tensors, moments, random = (load_file(path / name) for name in _TENSOR_FILES)
-    except SafetensorError as error:
-        raise CheckpointError(f"checkpoint {path}: unreadable tensors ({error})") from error
+    tensors, moments, random = (_read_tensors(path, state, name) for name in _TENSOR_FILES)
     targets = _model_tensors(model)
     _check_same_tensors(path, targets, tensors)
     parameters = dict(model.named_parameters())
@@ -114,6 +100,19 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         if f"cuda:{index}" in random:
             torch.cuda.set_rng_state(random[f"cuda:{index}"], index)
     return Progress(state["step"], state["validation_loss"])
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Put the weights of a checkpoint into ``model``, after checking them.
+
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`.
+    """
+    tensors, targets = _read_tensors(path, _read_state(path), _TENSOR_FILES[0]), _model_tensors(model)
+    _check_same_tensors(path, targets, tensors)
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -157,6 +156,23 @@ def _read_state(path: Path) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path}: {_STATE} is damaged or foreign ({error})") from error
     return state
+
+
+def _read_tensors(path: Path, state: dict, name: str) -> dict[str, torch.Tensor]:
+    if not (path / name).is_file():
+        raise CheckpointError(f"checkpoint {path}: {name} is missing")
+    expected, found = state["files"][name], _fingerprint(path / name)
+    if found["bytes"] != expected["bytes"]:
+        raise CheckpointError(
+            f"checkpoint {path}: {name} has {found['bytes']:,} bytes, "
+            f"expected {expected['bytes']:,} (truncated?)"
+        )
+    if found != expected:
+        raise CheckpointError(f"checkpoint {path}: the content of {name} was altered (SHA-256 differs)")
+    try:
+        return load_file(path / name)
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {path}: unreadable tensors ({error})") from error
 
 
 def _fingerprint(path: Path) -> dict[str, object]:

@@ -1,0 +1,236 @@
+"""``nl``: train, read, write, talk and measure from the command line; also ``python -m nl_models``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from nl_kernels import doctor as doctor_command
+from nl_models import demo, position, profile, train
+from nl_models.conversation import Conversation, Sampling, begin_conversation
+from nl_models.data.corpus import read_folder
+from nl_models.files import new_directory
+from nl_models.open_model import open_model
+from nl_models.surgery import convert_attention, convert_mlp_to_continuum
+from nl_models.training.command_line import explained_errors
+from nl_models.training.loop import choose_device
+
+app = typer.Typer(
+    name="nl",
+    help="Language models that go on learning while they read.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo", help="Train, compare, generate and profile a small Hope on real text.")(demo.main)
+app.command("train")(train.main)
+app.command("evaluate")(position.main)
+app.command("profile")(profile.main)
+
+Model = Annotated[
+    Path, typer.Argument(help="Folder of a training run, a checkpoint, or a saved or converted model.")
+]
+Memory = Annotated[
+    Path | None,
+    typer.Option(help="File of what the model remembers; made if it is not there, and kept up to date."),
+]
+Device = Annotated[str, typer.Option(help="'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many.")]
+Temperature = Annotated[float, typer.Option(help="0: always the likeliest.")]
+TopP = Annotated[float, typer.Option(help="Share of the probability that is sampled from.")]
+Seed = Annotated[int | None, typer.Option(help="Of what is sampled.")]
+Rates = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--rate", help="Of a converted model's levels, fast to slow, one option each. Default: 0.01, 0.0006 …"
+    ),
+]
+
+
+def _open(model: Path, memory: Path | None, device: str, rates: list[float] | None) -> Conversation:
+    return begin_conversation(open_model(model, choose_device(device)), memory, rates or ())
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="Without it: what comes on standard input.")] = None,
+    memory: Memory = None,
+    max_new_tokens: Tokens = 200,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    device: Device = "auto",
+) -> None:
+    """Write on from a prompt; with --memory after all that the file remembers, which stays as it is."""
+    with explained_errors(NotImplementedError):
+        sampling = Sampling(max_new_tokens, temperature, top_p)
+        sampling.check()
+        text = sys.stdin.read() if prompt is None else prompt
+        if memory is not None and not memory.exists():
+            raise ValueError(f"memory: no such file: {memory}")
+        conversation = _open(model, memory, device, None)
+        _seed(seed)
+        typer.echo(text, nl=False)
+        conversation.reply(text, sampling, _show)
+        typer.echo()
+
+
+@app.command()
+def chat(
+    model: Model,
+    memory: Memory = None,
+    max_new_tokens: Tokens = 200,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    stop: Annotated[
+        str, typer.Option(help=r"Text that ends a reply; '\n' is a line's end, '' for none.")
+    ] = r"\n",
+    seed: Seed = None,
+    rate: Rates = None,
+    device: Device = "auto",
+) -> None:
+    """Talk line by line; with --memory it knows tomorrow what it was told today.
+
+    An empty line or the end of input ends it. The file is kept up to date after every reply.
+    """
+    console = Console()
+    with explained_errors(NotImplementedError):
+        sampling = Sampling(max_new_tokens, temperature, top_p, stop.replace(r"\n", "\n") or None)
+        sampling.check()
+        remembered = memory is not None and memory.exists()
+        conversation = _open(model, memory, device, rate)
+        _seed(seed)
+        if sys.stdin.isatty():
+            kept = "" if memory is None else f"; {memory} {'goes on' if remembered else 'begins'}"
+            console.print(f"[dim]an empty line ends it{kept}[/]", highlight=False, soft_wrap=True)
+        with contextlib.suppress(KeyboardInterrupt):  # what was said up to the last reply is kept
+            for line in _lines():
+                conversation.reply(f"{line}\n", sampling, _show)
+                typer.echo()
+                conversation.save()
+
+
+@app.command()
+def learn(
+    model: Model,
+    documents: Annotated[list[Path], typer.Argument(help="Text files (UTF-8), or folders of them.")],
+    memory: Annotated[Path, typer.Option(help="File of what the model remembers; made or continued.")],
+    rate: Rates = None,
+    device: Device = "auto",
+) -> None:
+    """Read documents into a memory file: the loss of reading them, and of reading them again."""
+    console = Console()
+    with explained_errors(NotImplementedError):
+        texts = [text for path in documents for text in _texts(path)]
+        conversation = _open(model, memory, device, rate)
+        began = time.monotonic()
+        found = conversation.learn(texts, console)
+        conversation.save()
+        speed = 2 * found.tokens / (time.monotonic() - began)
+        console.print(
+            f"{found.documents:,} documents, {found.tokens:,} tokens, {speed:,.0f} a second\n"
+            f"nats per token: {found.before:.3f} as they were read, {found.after:.3f} read again\n"
+            f"{memory}: {memory.stat().st_size / 2**20:.2f} MiB",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def convert(
+    model: Annotated[Path, typer.Argument(help="Folder of a Llama, Qwen2, Qwen3, GPT-NeoX or GPT-2 model.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the converted model.")],
+    level: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FRACTION:CHUNK, the share of every MLP's units that learns every CHUNK tokens, fast to "
+            "slow, one option each. Without any: 0.25:32 and 0.75:2048."
+        ),
+    ] = None,
+    attention: Annotated[
+        list[int] | None,
+        typer.Option(help="Layer whose attention becomes a memory; the model is then to be trained on."),
+    ] = None,
+    kind: Annotated[
+        str, typer.Option(help="Of these memories: self_modifying_titans or delta_memory.")
+    ] = "self_modifying_titans",
+) -> None:
+    """Make the MLPs of a pre-trained transformer learn while it reads; its outputs stay the same."""
+    with explained_errors(TypeError):
+        if output.exists():
+            raise ValueError(f"output: {output} exists; choose another folder")
+        opened = open_model(model)
+        levels = [_level(text) for text in level or ("0.25:32", "0.75:2048")]
+        converted = convert_mlp_to_continuum(opened.model, levels)
+        if attention:
+            converted = convert_attention(converted, attention, kind)
+        with new_directory(output) as folder:
+            converted.save_pretrained(folder)
+            save = getattr(opened.tokenizer, "save_pretrained", None) or opened.tokenizer.save
+            save(folder)
+    typer.echo(f"{output}: {len(levels)} levels; teach it with: nl learn {output} FILES --memory FILE")
+
+
+@app.command()
+def doctor(
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: cuda where torch sees it.")
+    ] = None,
+) -> None:
+    """Show what this machine runs, by which implementation, and whether every op is right on it."""
+    raise typer.Exit(doctor_command.main([] if device is None else ["--device", device]))
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _seed(seed: int | None) -> None:
+    if seed is not None:
+        torch.manual_seed(seed)
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, up to an empty line."""
+    shown = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if shown else "")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def _texts(path: Path) -> list[str]:
+    if path.is_dir():
+        return [document.text for document in read_folder(path)]
+    try:
+        return [path.read_text(encoding="utf-8")]
+    except FileNotFoundError as error:
+        raise ValueError(f"documents: no such file or folder: {path}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"documents: {path} is not UTF-8 text ({error})") from error
+
+
+def _level(text: str) -> dict[str, object]:
+    fraction, _, chunk = text.partition(":")
+    try:
+        return {"fraction": float(fraction), "chunk_size": int(chunk)}
+    except ValueError:
+        raise ValueError(f"level: expected FRACTION:CHUNK such as 0.25:32, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    app()

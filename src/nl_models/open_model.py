@@ -1,0 +1,80 @@
+"""A model and its tokenizer from whatever folder holds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import nl_models
+from nl_models.continual.learner import Tokenizer
+from nl_models.data.tokenizer import load_tokenizer
+from nl_models.training.checkpoint import best_checkpoint, list_checkpoints, load_weights
+from nl_models.training.config import load_config
+from nl_models.training.console import without_progress_bars
+from nl_models.training.model import build_model
+
+
+class OpenedModel(NamedTuple):
+    """A language model in evaluation mode, its tokenizer, and the folder they came from."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    source: Path
+
+
+def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedModel:
+    """Open a model.
+
+    Args:
+        path: the folder of a training run (its final model, or its best checkpoint), a checkpoint in one, or
+            a folder that ``save_pretrained`` wrote, of Hope, of a converted model, or of any other.
+
+    Raises:
+        ValueError: no such folder, or none of these.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"model: no folder {path}")
+    if (path / "model" / "config.json").is_file():
+        path = path / "model"
+    elif (path / "state.json").is_file():
+        return _from_checkpoint(path.parent.parent, path, device)
+    elif (path / "checkpoints").is_dir():
+        found = list_checkpoints(path / "checkpoints")
+        if not found:
+            raise ValueError(f"model: the run {path} has no checkpoint yet")
+        return _from_checkpoint(path, best_checkpoint(path / "checkpoints") or found[-1], device)
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"model: {path} is no training run, no checkpoint and no saved model (it has no config.json)"
+        )
+    nl_models.register()
+    with without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
+    return OpenedModel(model, _tokenizer_of(path), path)
+
+
+def _from_checkpoint(run: Path, checkpoint: Path, device: torch.device | str) -> OpenedModel:
+    if not (run / "config.json").is_file():
+        raise ValueError(f"model: the checkpoint {checkpoint} is not in the folder of a training run")
+    config = load_config(run / "config.json")
+    data = next((folder for folder in (run / "data", run.parent / "data") if folder.is_dir()), None)
+    if data is None:
+        raise ValueError(f"model: {run} has no data folder, which holds the tokenizer")
+    tokenizer = load_tokenizer(data)
+    model = build_model(config, tokenizer.vocab_size, tokenizer.separator_id)
+    load_weights(checkpoint, model)
+    return OpenedModel(model.to(device).eval(), tokenizer, checkpoint)
+
+
+def _tokenizer_of(folder: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(folder)
+    except ValueError as ours:
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"model: {folder} has no tokenizer ({ours}; {error})") from error

@@ -1,0 +1,215 @@
+"""The commands of ``nl``, as a user calls them, on models of seconds."""
+
+import json
+import re
+
+import pytest
+import tokenizers
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from nl_models import HopeCache, HopeConfig, HopeForCausalLM
+from nl_models.cli import app
+from nl_models.data.tokenizer import ByteTokenizer
+from nl_models.open_model import open_model
+from nl_models.training.checkpoint import list_checkpoints
+
+
+def call(*arguments, text=None, code=0):
+    result = CliRunner().invoke(app, [str(x) for x in arguments], input=text)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(10):
+        (folder / f"{i}.txt").write_text(f"file {i}: " + "the quick brown fox jumps. " * (i + 20))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """A finished training run."""
+    folder = tmp_path_factory.mktemp("run") / "hope"
+    call(
+        "train", "--output", folder, "--corpus", corpus, "--tokenizer", "bytes", "--hidden-size", 16,
+        "--layers", 1, "--heads", 2, "--batch-size", 2, "--sequence-length", 16, "--steps", 4,
+        "--warmup-steps", 1, "--evaluate-every", 2, "--checkpoint-every", 2, "--position-length", 0,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hope(tmp_path_factory):
+    """A Hope whose memories matter: random weights of some size."""
+    torch.manual_seed(0)
+    config = HopeConfig(vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = HopeForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("hope")
+    model.save_pretrained(folder)
+    ByteTokenizer().save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama with a tokenizer of transformers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(_byte_characters(), []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
+    return folder
+
+
+def _byte_characters():
+    return {
+        character: i for i, character in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    }
+
+
+GREEDY = ("--temperature", 0, "-n", 12)
+
+
+def test_help_names_every_command():
+    said = call("--help")
+    for name in ("demo", "train", "evaluate", "profile", "generate", "chat", "learn", "convert", "doctor"):
+        assert name in said
+
+
+def test_a_chat_knows_in_the_next_process_what_it_was_told(hope, tmp_path):
+    turns = ["my name is Ada", "what is it?", "and again"]
+    together = call("chat", hope, "--stop", "", *GREEDY, text="\n".join(turns))
+    memory, apart = tmp_path / "memory.safetensors", ""
+    for turn in turns:
+        apart += call("chat", hope, "--stop", "", *GREEDY, "--memory", memory, text=turn)
+    assert apart == together
+    alone = "".join(call("chat", hope, "--stop", "", *GREEDY, text=turn) for turn in turns)
+    assert alone != together
+
+
+def test_what_was_learned_is_of_one_size_and_is_read_from(hope, corpus, tmp_path):
+    memory = tmp_path / "memory.safetensors"
+    said = call("learn", hope, corpus / "0.txt", "--memory", memory)
+    found = re.search(r"nats per token: ([\d.]+) as they were read, ([\d.]+) read again", said)
+    assert found
+    assert all(0 < float(x) < 50 for x in found.groups())
+    before = memory.read_bytes()
+    plain, with_memory = (
+        call("generate", hope, "the quick", *GREEDY, *options) for options in ((), ("--memory", memory))
+    )
+    assert plain.startswith("the quick")
+    assert plain != with_memory
+    assert memory.read_bytes() == before  # to write with it changes nothing
+    call("learn", hope, corpus, "--memory", memory)
+    # It does not grow with the tokens; what waits for a level's chunk to be full differs.
+    assert memory.stat().st_size < 1.3 * len(before)
+
+
+def test_learning_reads_as_the_model_does(hope, corpus, tmp_path):
+    """Cut into pieces and documents, the state is that of one forward pass, and the loss its loss."""
+    memory, tokenizer = tmp_path / "memory.safetensors", ByteTokenizer()
+    said = call("learn", hope, corpus / "1.txt", corpus / "2.txt", "--memory", memory)
+    model, _, _ = open_model(hope)
+    ids = [tokenizer.separator_id]
+    for name in ("1.txt", "2.txt"):
+        ids += [*tokenizer.encode((corpus / name).read_text()), tokenizer.separator_id]
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        out = model(ids[:, :-1], cache=HopeCache(model.config), labels=None)
+        loss = torch.nn.functional.cross_entropy(out.logits[0], ids[0, 1:])
+    assert f"nats per token: {loss:.3f} as they were read" in said
+    cache = HopeCache.load(memory, model.config)
+    assert cache.get_seq_length() == ids.shape[1] - 1
+    with torch.no_grad():
+        following = [model(torch.tensor([[7, 8]]), cache=c).logits for c in (cache, out.cache)]
+    torch.testing.assert_close(*following, rtol=1e-3, atol=1e-3)
+
+
+def test_runs_and_checkpoints_are_opened(run):
+    final = open_model(run)
+    assert final.source == run / "model"
+    newest = open_model(list_checkpoints(run / "checkpoints")[-1])
+    for a, b in zip(final.model.parameters(), newest.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert newest.tokenizer.decode(newest.tokenizer.encode("ab")) == "ab"
+    (run / "model").rename(run / "elsewhere")
+    try:
+        assert open_model(run).source.parent == run / "checkpoints"
+    finally:
+        (run / "elsewhere").rename(run / "model")
+
+
+def test_a_converted_model_learns_what_it_is_told(llama, tmp_path):
+    converted, memory = tmp_path / "converted", tmp_path / "memory.safetensors"
+    call("convert", llama, converted, "--level", "0.25:8", "--level", "0.5:32")
+    levels = json.loads((converted / "config.json").read_text())["continuum_levels"]
+    assert [level["chunk_size"] for level in levels] == [8, 32]
+    document = tmp_path / "document.txt"
+    document.write_text("abcabcabc " * 40)
+    options = ("--memory", memory, "--rate", 0.3, "--rate", 0.1)
+    said = call("learn", converted, document, *options)
+    before, after = map(float, re.search(r"token: ([\d.]+) as .*, ([\d.]+) read", said).groups())
+    model, tokenizer, _ = open_model(llama)
+    ids = torch.tensor([tokenizer.encode(document.read_text())])[:, :200]
+    with torch.no_grad():
+        frozen = float(model(ids, labels=ids).loss)
+    assert after < before - 0.05 < frozen - 0.3
+    size = memory.stat().st_size
+    first = call("chat", converted, *options, *GREEDY, text="abc")
+    again = call("chat", converted, *options, *GREEDY, text="abc")  # from the file
+    assert first != call("chat", converted, *GREEDY, text="abc")
+    assert again
+    assert memory.stat().st_size == pytest.approx(size, abs=50_000)
+    assert call("generate", converted, "abc", "--memory", memory, *GREEDY).startswith("abc")
+
+
+def test_a_plain_transformer_talks_without_a_memory(llama, tmp_path):
+    assert call("chat", llama, *GREEDY, text="abc")
+    said = call("chat", llama, "--memory", tmp_path / "m.safetensors", text="abc", code=2)
+    assert "has no memory to keep in a file; convert it first" in said
+
+
+def test_a_reply_ends_where_it_is_told_to(hope):
+    whole = call("chat", hope, "--stop", "", *GREEDY, text="hello")
+    stop = whole[4]
+    assert call("chat", hope, "--stop", stop, *GREEDY, text="hello") == whole[: whole.index(stop)] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "nowhere", "x"), "model: no folder nowhere"),
+        (("generate", "{corpus}", "x"), "is no training run, no checkpoint and no saved model"),
+        (("generate", "{hope}", "x", "--memory", "no.file"), "memory: no such file: no.file"),
+        (("generate", "{hope}", "x", "-n", 0), "max_new_tokens: expected at least 1, got 0"),
+        (("generate", "{hope}", "x", "--temperature", -1), "temperature: expected at least 0"),
+        (("learn", "{hope}", "no.txt", "--memory", "m"), "documents: no such file or folder: no.txt"),
+        (("learn", "{hope}", "{corpus}", "--memory", "no/m"), "memory: no/m has no folder to lie in"),
+        (("learn", "{hope}", "{corpus}", "--memory", "m", "--rate", 1), "a Hope makes the rates"),
+        (("learn", "{hope}", "{corpus}", "--memory", "{corpus}/0.txt"), "no saved HopeCache"),
+        (("convert", "{hope}", "new"), "model: expected one of"),
+        (("convert", "{llama}", "{corpus}"), "exists; choose another folder"),
+        (("convert", "{llama}", "new", "--level", "x"), "level: expected FRACTION:CHUNK"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, hope, llama, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"hope": hope, "llama": llama, "corpus": corpus}
+    said = call(*(str(x).format(**places) for x in arguments), code=2)
+    assert message in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())
