@@ -34,7 +34,7 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
-EXAMPLES = blocks(TEXTS["README.md"])
+EXAMPLES = blocks(TEXTS["README.md"]) + blocks(TEXTS["docs/ops.md"])
 
 
 def test_there_is_an_example_of_each_op_and_of_the_model():
@@ -112,6 +112,7 @@ ASSUMED = {
     "docs/continual_learning.md": [before_learning],
     "docs/conversation.md": [before_conversation],
     "docs/conversion.md": [before_conversion, after_conversion],
+    "docs/layers.md": [],
     "docs/model.md": [],
     "docs/optimisers.md": [before_optimisers],
     "docs/training.md": [before_measuring],
@@ -119,7 +120,7 @@ ASSUMED = {
 
 
 def test_every_page_with_code_is_run():
-    assert {page for page, text in TEXTS.items() if blocks(text)} == {"README.md", *ASSUMED}
+    assert {page for page, text in TEXTS.items() if blocks(text)} == {"README.md", "docs/ops.md", *ASSUMED}
 
 
 @pytest.mark.parametrize("page", ASSUMED)

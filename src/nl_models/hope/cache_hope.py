@@ -12,17 +12,8 @@ import safetensors.torch
 import torch
 from transformers.cache_utils import Cache
 
-from nl_kernels import (
-    ContinuumClock,
-    ContinuumLevelState,
-    DeepMemoryState,
-    DeepMemoryWeights,
-    MemoryStack,
-    SelfModifyingState,
-)
 from nl_models.files import write_bytes
-from nl_models.layers.attention import AttentionState
-from nl_models.layers.state import State, describe_state, rebuild_state, state_tensors
+from nl_models.layers.state import LAYER_STATES, State, describe_state, rebuild_state, state_tensors
 from nl_models.layers.state_cache import StateCacheLayer
 
 if TYPE_CHECKING:
@@ -48,19 +39,7 @@ class BlockState(NamedTuple):
     continuum: State
 
 
-STATE_TYPES = {
-    cls.__name__: cls
-    for cls in (
-        BlockState,
-        AttentionState,
-        DeepMemoryState,
-        DeepMemoryWeights,
-        SelfModifyingState,
-        MemoryStack,
-        ContinuumLevelState,
-        ContinuumClock,
-    )
-}
+STATE_TYPES = {**LAYER_STATES, "BlockState": BlockState}
 """The named tuples that a saved cache may hold, by name."""
 
 

@@ -5,11 +5,19 @@ with ``x [B, T, d]``, the state after the tokens before (``None`` at the start),
 real tokens.
 """
 
-from nl_models.layers.attention import Attention, AttentionState
+from nl_models.layers.attention import Attention
 from nl_models.layers.continuum import ContinuumMemory, LevelConfig
 from nl_models.layers.gated_delta_net import GatedDeltaNet
 from nl_models.layers.self_modifying_titans import SelfModifyingTitans
 from nl_models.layers.short_convolution import ShortConvolution
+from nl_models.layers.state import (
+    AttentionState,
+    detach_state,
+    join_states,
+    load_state,
+    save_state,
+    select_state,
+)
 from nl_models.layers.titans import Titans
 
 __all__ = [
@@ -21,4 +29,9 @@ __all__ = [
     "SelfModifyingTitans",
     "ShortConvolution",
     "Titans",
+    "detach_state",
+    "join_states",
+    "load_state",
+    "save_state",
+    "select_state",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,24 +11,9 @@ from torch import nn
 from nl_kernels.checks import check_choice
 from nl_kernels.renamed import RenamedAttribute, renamed_arguments
 from nl_models.layers.gated_output import GatedOutput
+from nl_models.layers.state import AttentionState
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash")
-
-
-class AttentionState(NamedTuple):
-    """Keys and values so far.
-
-    Attributes:
-        keys: ``[B, H, S, D]``, rotated.
-        values: ``[B, H, S, D]``.
-        mask: ``[B, S]`` bool, True at real tokens; ``None`` where there is no padding.
-        position: ``[B]`` int64, the rotary position of each sequence's next token.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    mask: torch.Tensor | None
-    position: torch.Tensor
 
 
 class Attention(nn.Module):

@@ -2,13 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import safetensors
+import safetensors.torch
 import torch
+
+from nl_kernels import (
+    ContinuumClock,
+    ContinuumLevelState,
+    DeepMemoryState,
+    DeepMemoryWeights,
+    MemoryStack,
+    SelfModifyingState,
+)
+from nl_models.files import write_bytes
 
 State = Any
 """A tensor, ``None``, or a (named) tuple of states."""
+
+STATE_FORMAT = "nl_models.LayerState.1"
+
+
+class AttentionState(NamedTuple):
+    """Keys and values so far.
+
+    Attributes:
+        keys: ``[B, H, S, D]``, rotated.
+        values: ``[B, H, S, D]``.
+        mask: ``[B, S]`` bool, True at real tokens; ``None`` where there is no padding.
+        position: ``[B]`` int64, the rotary position of each sequence's next token.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor | None
+    position: torch.Tensor
+
+
+LAYER_STATES = {
+    cls.__name__: cls
+    for cls in (
+        AttentionState,
+        DeepMemoryState,
+        DeepMemoryWeights,
+        SelfModifyingState,
+        MemoryStack,
+        ContinuumLevelState,
+        ContinuumClock,
+    )
+}
+"""The named tuples that the state of a layer may hold, by name."""
 
 
 def map_state(function: Callable[[torch.Tensor], torch.Tensor], state: State) -> State:
@@ -54,3 +102,62 @@ def rebuild_state(
         return tuple(rebuild_state(part, get_tensor, types) for part in description)
     parts = [rebuild_state(part, get_tensor, types) for part in description["parts"]]
     return types[description["type"]](*parts)
+
+
+def detach_state(state: State) -> State:
+    """The same without its graph, as truncated backpropagation has it between two pieces of a stream."""
+    return map_state(torch.Tensor.detach, state)
+
+
+def select_state(state: State, sequences: torch.Tensor) -> State:
+    """The states of some sequences, in their order: indices ``[N]``, with repeats, or bool ``[B]``."""
+    return map_state(lambda x: x[sequences.to(x.device)], state)
+
+
+def join_states(states: Sequence[State]) -> State:
+    """The states of several batches as those of one, as when sequences join a batch.
+
+    Raises:
+        ValueError: states of different layers, or of continuum levels at different places in their chunks.
+    """
+    first = states[0]
+    if any(type(state) is not type(first) for state in states):
+        raise ValueError(f"states: expected those of one layer, got {[type(s).__name__ for s in states]}")
+    if first is None:
+        return None
+    if isinstance(first, torch.Tensor):
+        if len({x.shape[1:] for x in states}) > 1:
+            raise ValueError(f"states: of different sizes, {[tuple(x.shape) for x in states]}")
+        return torch.cat(list(states))
+    if len({len(state) for state in states}) > 1:
+        raise ValueError("states: expected those of one layer, got tuples of different lengths")
+    parts = [join_states(each) for each in zip(*states)]
+    return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+
+
+def save_state(path: str | os.PathLike, state: State) -> None:
+    """Write the state of a layer to a safetensors file, whole or not at all."""
+    tensors: dict[str, torch.Tensor] = {}
+    description = describe_state(state, "state", tensors)
+    metadata = {"format": STATE_FORMAT, "structure": json.dumps(description)}
+    write_bytes(path, safetensors.torch.save(tensors, metadata))
+
+
+def load_state(path: str | os.PathLike, device: torch.device | str = "cpu") -> State:
+    """Read what :func:`save_state` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, or no saved state of a layer.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no such file: {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != STATE_FORMAT:
+                raise ValueError(f"path: {path} is no saved state of a layer")
+            return rebuild_state(json.loads(metadata["structure"]), file.get_tensor, LAYER_STATES)
+    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"path: {path} is truncated, or no saved state of a layer: {error}") from error

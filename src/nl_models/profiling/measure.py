@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from nl_models.hope import HopeCache, HopeConfig, HopeForCausalLM
-from nl_models.layers.attention import AttentionState
+from nl_models.layers.state import AttentionState
 from nl_models.profiling.memory import PeakMemory
 
 MODES = ("prefill", "training", "decode")

@@ -1,0 +1,101 @@
+"""States of layers alone: saved, selected, joined, cut from their graph."""
+
+import pytest
+import torch
+
+from nl_models.layers import (
+    Attention,
+    ContinuumMemory,
+    GatedDeltaNet,
+    LevelConfig,
+    SelfModifyingTitans,
+    ShortConvolution,
+    Titans,
+    detach_state,
+    join_states,
+    load_state,
+    save_state,
+    select_state,
+)
+from nl_models.layers.state import state_tensors
+
+LAYERS = {
+    "attention": lambda: Attention(16, 2),
+    "continuum": lambda: ContinuumMemory(
+        16, [LevelConfig(hidden_size=8, chunk_size=4), LevelConfig(hidden_size=8, chunk_size=8)]
+    ),
+    "resting level": lambda: ContinuumMemory(
+        16,
+        [LevelConfig(hidden_size=8, chunk_size=4), LevelConfig(hidden_size=8, chunk_size=8, max_rate=0)],
+        variant="nested",
+    ),
+    "delta": lambda: GatedDeltaNet(16, 2),
+    "self-modifying": lambda: SelfModifyingTitans(16, 2, memory_hidden_size=6, chunk_size=4, momentum=True),
+    "convolution": lambda: ShortConvolution(16),
+    "titans": lambda: Titans(16, 2, chunk_size=4),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def read(request):
+    """A layer, what it has read, its state, and what follows."""
+    torch.manual_seed(0)
+    layer = LAYERS[request.param]().double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(3, 14, 16, dtype=torch.float64, requires_grad=True)
+    _, state = layer(x[:, :10], output_state=True)
+    return layer, state, x[:, 10:]
+
+
+def test_a_saved_state_goes_on(read, tmp_path):
+    layer, state, x = read
+    save_state(tmp_path / "state.safetensors", state)
+    loaded = load_state(tmp_path / "state.safetensors")
+    assert type(loaded) is type(state)
+    assert torch.equal(layer(x, loaded)[0], layer(x, state)[0])
+
+
+def test_selected_and_joined_sequences_go_on(read):
+    layer, state, x = read
+    expected = layer(x, state)[0]
+    some = select_state(state, torch.tensor([2, 0]))
+    torch.testing.assert_close(layer(x[[2, 0]], some)[0], expected[[2, 0]], rtol=0, atol=1e-12)
+    masked = select_state(state, torch.tensor([False, True, False]))
+    again = join_states([some, masked, masked])
+    rows = [2, 0, 1, 1]
+    torch.testing.assert_close(layer(x[rows], again)[0], expected[rows], rtol=0, atol=1e-12)
+
+
+def test_a_detached_state_has_no_graph(read):
+    layer, state, x = read
+    assert any(t.requires_grad for t in state_tensors(state))
+    cut = detach_state(state)
+    assert not any(t.requires_grad for t in state_tensors(cut))
+    assert torch.equal(layer(x, cut)[0], layer(x, state)[0])
+
+
+def test_states_that_do_not_lie_together_are_refused():
+    layer, x = Attention(16, 2), torch.randn(1, 5, 16)
+    short, long = (layer(x[:, :n], output_state=True)[1] for n in (3, 5))
+    with pytest.raises(ValueError, match="states: of different sizes"):
+        join_states([short, long])
+    other = Titans(16, 2, chunk_size=4)(x, output_state=True)[1]
+    with pytest.raises(ValueError, match="states: expected those of one layer"):
+        join_states([short, other])
+
+
+def test_files_that_are_no_states_are_refused(tmp_path):
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_state(path)
+    _, state = Titans(16, 2, chunk_size=4)(torch.randn(1, 5, 16), output_state=True)
+    save_state(path, state)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    with pytest.raises(ValueError, match="truncated, or no saved state"):
+        load_state(path)
+    path.write_bytes(b"some text that is long enough to be a header")
+    with pytest.raises(ValueError, match="truncated, or no saved state"):
+        load_state(path)
