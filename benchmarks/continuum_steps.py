@@ -13,7 +13,8 @@ from torch import Tensor
 
 from benchmarks.harness import COMPILED, Case, Factories, Provider
 from benchmarks.measure import Work, random_tensors
-from nl_kernels import continuum_gradients, continuum_mlp, continuum_update_
+from nl_kernels import continuum_mlp
+from nl_kernels.ops.continuum.registration import Update, implementation
 
 RATE = 1e-3
 
@@ -70,13 +71,15 @@ def step_providers(case: Case, device: torch.device) -> Factories:
         rates = torch.full(made["x"].shape[:2], RATE / case.shape["T"], device=device)
         return made, rates, [torch.zeros_like(made[name]) for name in ("up", "down")]
 
-    def ours(role: str, impl: str | None) -> Provider:
+    def ours(role: str, impl: str) -> Provider:
         made, rates, momenta = start()
-        weights = [made["up"], made["down"]]
+        weights, update = [made["up"], made["down"]], implementation("update_in_place", impl)
 
         def run() -> tuple[Tensor, ...]:
-            found = continuum_gradients(made["x"], made["error"], rates, *weights, impl=impl)
-            continuum_update_(weights, [found.up, found.down], momenta=momenta, impl=impl)
+            sums = torch.ops.nl_kernels.continuum_mlp_backward(
+                made["error"], made["x"], *weights, None, rates, None, False, impl
+            )
+            update(Update(weights, sums, momenta, 0.9, None, None))
             return tuple(weights)
 
         return Provider(run, role=role)
@@ -90,7 +93,7 @@ def step_providers(case: Case, device: torch.device) -> Factories:
         )
 
     return {
-        "nl_kernels": lambda: ours("ours", None),
+        "nl_kernels": lambda: ours("ours", "triton" if device.type == "cuda" else "eager"),
         "nl_kernels eager": lambda: ours("variant", "eager"),
         "plain PyTorch": lambda: plain(plain_step, "the same lines; new weights, not in place"),
         COMPILED: lambda: plain(torch.compile(plain_step), "of these lines"),

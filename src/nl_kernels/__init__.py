@@ -3,19 +3,16 @@
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.continuum import (
     ContinuumClock,
-    ContinuumGradients,
     ContinuumLevel,
     ContinuumLevelState,
     ContinuumState,
     continuum_clone,
     continuum_detach,
     continuum_flush,
-    continuum_gradients,
     continuum_memory,
     continuum_mlp,
     continuum_reset,
     continuum_update,
-    continuum_update_,
 )
 from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory, deep_memory_step
 from nl_kernels.ops.delta_memory import chunk_gated_delta_rule, delta_memory, delta_memory_step
@@ -31,7 +28,6 @@ from nl_kernels.version import __version__
 
 __all__ = [
     "ContinuumClock",
-    "ContinuumGradients",
     "ContinuumLevel",
     "ContinuumLevelState",
     "ContinuumState",
@@ -46,12 +42,10 @@ __all__ = [
     "continuum_clone",
     "continuum_detach",
     "continuum_flush",
-    "continuum_gradients",
     "continuum_memory",
     "continuum_mlp",
     "continuum_reset",
     "continuum_update",
-    "continuum_update_",
     "deep_memory",
     "deep_memory_step",
     "delta_memory",

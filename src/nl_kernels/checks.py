@@ -87,7 +87,12 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int, like: torch.Tensor) 
 
 
 def has_readable_data(value: torch.Tensor) -> bool:
-    """Whether the values can be read: not while tracing, nor of fake, functorch or meta tensors."""
+    """Whether the host can read the values.
+
+    Not while tracing or capturing a CUDA graph, nor of fake, functorch or meta tensors.
+    """
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return False
+    if value.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from nl_kernels.checks import has_readable_data
+
 
 class ChunkAlignment(NamedTuple):
     """Where each token of a batch of N sequences goes.
@@ -45,7 +47,7 @@ class ChunkAlignment(NamedTuple):
 def align_batch(mask: torch.Tensor, position: torch.Tensor, width: int | None = None) -> ChunkAlignment:
     """Alignment of a padded batch by ``mask`` [B, T] (True = real) and tokens already seen, [B] int64.
 
-    ``width``: the largest slot after a sequence's last token, where the host knows it.
+    ``width``: no sequence's last token is beyond that slot, where the host knows it.
     """
     counts = mask.cumsum(1)
     rank = counts - 1 + position[:, None]
@@ -124,17 +126,18 @@ def place_on_grid(
     if length == 1 and not at_boundary:
         after = position + 1 if mask is None else position + mask[:, 0]
         return ChunkGrid(None, 0, position, after, True, after % period)
-    if mask is not None and bool(mask.all()):
+    if mask is not None and has_readable_data(mask) and bool(mask.all()):
         mask = None
-    offset = 0
-    ragged = mask is not None
-    if not at_boundary:
+    offset, readable = 0, has_readable_data(position)
+    ragged = mask is not None or not (at_boundary or readable)
+    if not (ragged or at_boundary):
         positions = position.tolist()
         offset = positions[0]
-        ragged = ragged or any(p != offset for p in positions)
+        ragged = any(p != offset for p in positions)
     if not ragged:
         return ChunkGrid(None, offset, None, None, False, (position + length) % period)
     if mask is None:
         mask = torch.ones(len(position), length, dtype=torch.bool, device=position.device)
-    alignment = align_batch(mask, position)
+    width = length if at_boundary else None if readable else length + period - 1
+    alignment = align_batch(mask, position, width)
     return ChunkGrid(alignment, 0, position, alignment.stop, False, alignment.stop % period)

@@ -17,13 +17,37 @@ from nl_kernels.renamed import check_renamed_value
 logger = logging.getLogger("nl_kernels")
 
 IMPLEMENTATIONS = ("triton", "eager", "reference")
+WITH_COMPILED = ("triton", "compiled", "eager", "reference")
+"""Of the continuum; in the order of the default."""
 
 
-def check_implementation(impl: object) -> None:
-    """Check that ``impl`` is one of :data:`IMPLEMENTATIONS` or ``None``, which was called "auto"."""
+_planning = False
+
+
+@contextlib.contextmanager
+def kernels_planned() -> Iterator[None]:
+    """Calls on fake and meta tensors, which have no data, get the implementation that they would get on CUDA.
+
+    Nothing is launched, nor compiled: what a step allocates there can be followed on any machine.
+    """
+    global _planning
+    before, _planning = _planning, True
+    try:
+        yield
+    finally:
+        _planning = before
+
+
+def planning() -> bool:
+    """Whether within :func:`kernels_planned`."""
+    return _planning
+
+
+def check_implementation(impl: object, accepted: Sequence[str] = IMPLEMENTATIONS) -> None:
+    """Check that ``impl`` is one of ``accepted`` or ``None``, which was called "auto"."""
     check_renamed_value("impl", impl, {"auto": None})
-    if impl is not None and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {IMPLEMENTATIONS} or None, got {impl!r}")
+    if impl is not None and impl not in accepted:
+        raise ValueError(f"impl: expected one of {accepted} or None, got {impl!r}")
 
 
 def choose_implementation(
@@ -37,10 +61,10 @@ def choose_implementation(
 
     Args:
         op: the public name of the op, for messages.
-        impl: what the caller asked for; ``None`` picks Triton on CUDA from sm_80 on where the op has it, else
-            eager, else the reference. An explicit choice is never replaced by another one.
+        impl: what the caller asked for; ``None`` picks Triton on CUDA from sm_80 on where the op has it, or
+            what is compiled, else eager, else the reference. An explicit choice is never replaced by another.
         device: where the op's tensors live.
-        available: the implementations that the op has, of :data:`IMPLEMENTATIONS`.
+        available: the implementations that the op has, of :data:`WITH_COMPILED`.
         unsupported: why its kernels do not take this call, or ``None``; asked where they would be picked. By
             default such a call runs eager, and says so once on CUDA.
 
@@ -50,17 +74,19 @@ def choose_implementation(
         RuntimeError: ``impl="triton"`` cannot run here; the message names the remedy.
     """
     if impl is None:
-        chosen, reason = next(x for x in IMPLEMENTATIONS if x in available), None
+        chosen, reason = next(x for x in WITH_COMPILED if x in available), None
         if chosen == "triton":
+            served = WITH_COMPILED[1:]
             if not kernels_run_on(device):
                 reason = "the Triton kernels need a CUDA device of compute capability 8.0 or later"
+                served = IMPLEMENTATIONS[1:]
             elif unsupported:
                 reason = unsupported()
-            chosen = chosen if reason is None else next(x for x in IMPLEMENTATIONS[1:] if x in available)
+            chosen = chosen if reason is None else next(x for x in served if x in available)
         if not torch.compiler.is_compiling():
-            _say_once(op, chosen, device.type, reason)
+            _say_once(op, chosen, device.type, None if chosen == "compiled" else reason)
         return chosen
-    check_implementation(impl)
+    check_implementation(impl, WITH_COMPILED)
     if impl not in available:
         raise ValueError(f"impl: {op} has no {impl!r} implementation; it has {tuple(available)}")
     if impl == "triton":
@@ -74,7 +100,7 @@ def choose_implementation(
 def kernels_run_on(device: torch.device) -> bool:
     """Whether the default is kernels: on CUDA, from compute capability 8.0 on, which has their products."""
     if device.type != "cuda":
-        return False
+        return planning()
     if torch.version.hip is not None or not torch.cuda.is_available():
         return True  # without a GPU such tensors have no data, as while tracing
     return torch.cuda.get_device_capability(device)[0] >= 8
@@ -126,7 +152,7 @@ def products_for(operands: torch.dtype, device_type: str) -> Iterator[None]:
 def _require_triton(op: str, device: torch.device) -> None:
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(f"impl='triton' for {op}: Triton is not installed; pip install triton")
-    if device.type != "cuda" and not interpreting():
+    if device.type != "cuda" and not interpreting() and not planning():
         raise RuntimeError(
             f"impl='triton' for {op}: the tensors are on {device.type!r}; move them to a CUDA device, use "
             "impl='eager', or set TRITON_INTERPRET=1 before importing triton to interpret the kernels"

@@ -5,7 +5,8 @@ import dataclasses
 import torch
 
 from nl_kernels import ContinuumLevel, continuum_memory
-from nl_kernels.ops.continuum import eager, update
+from nl_kernels.memory.segments import Footprint, spans
+from nl_kernels.ops.continuum import eager, loop, update
 from nl_kernels.ops.continuum.loop import Options, run_flush, run_memory
 from nl_kernels.ops.continuum.state import Weights
 
@@ -69,7 +70,7 @@ def close(found, expected, tolerance=1e-10):
 class ExactProducts:
     """What the kernels make of a chunk, in PyTorch: any machine runs it in any dtype."""
 
-    IMPL = "eager"
+    IMPL, IN_PLACE = "eager", True
     update_in_place = staticmethod(update.update_in_place)
 
     @staticmethod
@@ -130,6 +131,11 @@ def run_with_gradients(
     functional = sum((r * random_tensor(*r.shape, seed=i)).sum() for i, r in enumerate(results))
     gradients = torch.autograd.grad(functional, [x, *leaves], allow_unused=True, materialize_grads=True)
     return results, [s.position for s in final if s is not None], gradients
+
+
+def forget_all_but_the_last(monkeypatch):
+    """The cut into segments that a call makes which has room for two chunks of many."""
+    monkeypatch.setattr(loop, "spans", lambda chunks, every, size: spans(chunks, None, Footprint(1, 1, 2)))
 
 
 def assert_same(x, levels, *, tolerance=1e-10, memory=continuum_memory, **options):

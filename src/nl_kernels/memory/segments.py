@@ -11,8 +11,8 @@ import torch
 from nl_kernels.memory.bank import Layers, Layout
 
 State = tuple[torch.Tensor | None, ...]
-KEPT_MEGABYTES = {"one linear": 6, "one": 10, "five linear": 11, "five": 42}
-"""Of activations that are not recomputed, by memories of a bank."""
+KEPT_MEGABYTES = {"one linear": 6, "one": 10, "five linear": 11, "five": 42, "continuum": 256}
+"""Of activations that are not recomputed, by memories of a bank; and of a continuum's level."""
 
 
 class Segment(NamedTuple):
@@ -75,23 +75,29 @@ def plan_segments(
         segments.append(Segment(done, chunk_size, first, offset + done))
         done += first * chunk_size
     blocks, odd = divmod(chunks - first, block)
-    last = min(blocks, footprint.kept // (footprint.chunk * block))
-    step = max(1, last, math.isqrt((blocks - last) * footprint.state // (footprint.chunk * block)))
-    if checkpoint_every is not None:
-        step, last = max(1, checkpoint_every // block), 0
-    cuts = [*range(0, blocks - last, step), *([blocks - last] if last else []), blocks]
-    for begin, end in itertools.pairwise(cuts):
+    every = None if checkpoint_every is None else max(1, checkpoint_every // block)
+    kept = True
+    for begin, end, kept in spans(blocks, every, footprint._replace(chunk=footprint.chunk * block)):
         start = done + begin * block * chunk_size
-        count = (end - begin) * block
-        segments.append(Segment(start, chunk_size, count, offset + start, begin == blocks - last))
+        segments.append(Segment(start, chunk_size, (end - begin) * block, offset + start, kept))
     done += blocks * block * chunk_size
-    kept = last > 0 or not blocks
     if odd:
         segments.append(Segment(done, chunk_size, odd, offset + done, kept))
         done += odd * chunk_size
     if done < tokens:
         segments.append(Segment(done, tokens - done, 1, offset + done, kept))
     return segments
+
+
+def spans(chunks: int, every: int | None, footprint: Footprint) -> list[tuple[int, int, bool]]:
+    """First and stop of chunks that go together, and whether their activations are kept.
+
+    ``every``: chunks between the states that are kept, with nothing else; None: as in :func:`plan_segments`.
+    """
+    last = 0 if every else min(chunks, footprint.kept // footprint.chunk)
+    step = every or max(1, last, math.isqrt((chunks - last) * footprint.state // footprint.chunk))
+    cuts = [*range(0, chunks - last, step), *([chunks - last] if last else []), chunks]
+    return [(begin, end, begin == chunks - last) for begin, end in itertools.pairwise(cuts)]
 
 
 def footprint(layout: Layout, running: Layers, chunk_size: int, width: int) -> Footprint:

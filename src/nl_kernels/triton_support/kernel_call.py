@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from nl_kernels.dispatch import planning
+
 Argument = torch.Tensor | int | float | None
 
 GRID_LIMITS = (2**31 - 1, 2**16 - 1, 2**16 - 1)
@@ -63,7 +65,9 @@ class KernelCall:
 
 
 def run_calls(calls: Iterable[KernelCall], device: torch.device) -> None:
-    """Launch ``calls`` in order on ``device``."""
+    """Launch ``calls`` in order on ``device``; nothing while they are only planned."""
+    if planning():
+        return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for call in calls:
             call.run()

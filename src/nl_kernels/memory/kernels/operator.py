@@ -67,7 +67,8 @@ class _Learn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_o, *grads):
-        inputs, kept = ctx.saved_tensors[:_COUNT], ctx.saved_tensors[_COUNT:]
+        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them for that
+        inputs, kept = saved[:_COUNT], saved[_COUNT:]
         if d_o is None:
             d_o = torch.zeros_like(inputs[2])
         found = torch.ops.nl_kernels.memory_backward(

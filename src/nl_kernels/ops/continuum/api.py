@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from nl_kernels.checks import check_bool, check_positive_int
-from nl_kernels.dispatch import needs_gradient
+from nl_kernels.dispatch import IMPLEMENTATIONS, WITH_COMPILED, choose_implementation, needs_gradient
 from nl_kernels.ops.continuum.checks import (
     check_flags,
     check_levels,
@@ -15,7 +15,6 @@ from nl_kernels.ops.continuum.checks import (
     check_state,
     check_stream,
     check_variant,
-    choose_checked,
 )
 from nl_kernels.ops.continuum.launch import MAX_WIDTH
 from nl_kernels.ops.continuum.loop import Options, run_flush, run_memory
@@ -77,10 +76,11 @@ def continuum_memory(
             steps depend on (``key``, ``value``, ``rate``, momenta) gets no gradient.
         norm_eps: added to the mean square inside the norms.
         checkpoint_every: keep for the backward only the fast weights of every so many steps of a level, and
-            recompute the rest; None: keep everything.
+            recompute the rest; None: as many as 256 MB hold, before them a balanced choice, about the root.
         impl: ``"triton"`` (every rule but ``dgd``, first-order or without gradients, not fp64),
-            ``"eager"``, ``"reference"`` (token by token, slow: the definition); None: Triton on CUDA for what
-            it takes, else eager.
+            ``"compiled"`` (eager chunks through ``torch.compile``), ``"eager"``, ``"reference"`` (token by
+            token, slow: the definition); None: on CUDA Triton for what it takes, compiled for gradients
+            through the steps, else eager.
 
     Returns:
         y [B, T, D] and the final state: a tuple with one :class:`ContinuumLevelState` for each level, None in
@@ -175,7 +175,9 @@ def continuum_flush(
 
 def _choose(op: str, impl: str | None, x: torch.Tensor, levels: Sequence[ContinuumLevel], flows: bool) -> str:
     """The implementation; ``flows``: gradients go through the steps."""
-    return choose_checked(op, impl, x.device, _refused(x, levels, flows))
+    # else each new shape would be compiled for little
+    available = WITH_COMPILED if flows or impl is not None else IMPLEMENTATIONS
+    return choose_implementation(op, impl, x.device, available, lambda: _refused(x, levels, flows))
 
 
 def _refused(x: torch.Tensor, levels: Sequence[ContinuumLevel], flows: bool) -> str | None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 
 from nl_kernels.checks import check_bool, check_choice, check_positive_int, check_range, check_tensor
-from nl_kernels.dispatch import choose_implementation
 from nl_kernels.ops.continuum.state import (
     RULES,
     RULES_WITH_MOMENTUM,
@@ -21,17 +20,6 @@ from nl_kernels.ops.continuum.state import (
     entry_type,
     state_dtype,
 )
-
-AVAILABLE = ("triton", "eager", "reference")
-
-
-def choose_checked(op: str, impl: str | None, device: torch.device, refused: str | None) -> str:
-    """The implementation of a call; ``refused``: why the kernels cannot take it, None: they can."""
-    available = AVAILABLE if impl is not None or refused is None else AVAILABLE[1:]
-    chosen = choose_implementation(op, impl, device, available)
-    if chosen == "triton" and refused is not None:
-        raise NotImplementedError(f"{op}: {refused}; use impl='eager'")
-    return chosen
 
 
 def check_stream(name: str, x: object) -> None:

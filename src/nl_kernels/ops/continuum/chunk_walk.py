@@ -43,7 +43,7 @@ class LevelCall(NamedTuple):
     lengths: torch.Tensor | None  # [B]: how many positions are taken; None: all of every sequence
     first: int  # the position in its chunk of the first token that is read
     dtype: torch.dtype  # of what is read
-    products: Any  # of a chunk: the module eager or triton_chunk, or what has the functions of the latter
+    products: Any  # of a chunk: the module eager, compiled or triton_chunk, or what has their functions
     chunks: Sequence[Chunk] = ()
 
     def cut(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ class LevelCall(NamedTuple):
 
     def walk(self, weights: Weights, momenta: Weights, records: bool) -> LevelWalk:
         """The level at the start of its chunks."""
-        kind = LevelWalk if self.products is eager else InPlaceWalk
+        kind = InPlaceWalk if self.products.IN_PLACE else LevelWalk
         return kind(self, weights, momenta, records)
 
 
@@ -143,12 +143,10 @@ class LevelWalk:
         if chunk.rates is not None and not begins_anew:
             full = None if call.lengths is None else call.lengths >= chunk.stop
             reset = full & reset if full is not None and reset is not False else reset
-            keys = reads if chunk.keys is None else chunk.keys
-            targets = reads if chunk.targets is None else chunk.targets
-            y, activations, step = self._learn(keys, targets, chunk, full, reset)
+            y, activations, step = self._learn(reads, chunk, full, reset)
             self.stepped, self.owner = True, either(owner, reset)
         if reads is not None:
-            if y is None or chunk.keys is not None:
+            if y is None:
                 y, activations = call.products.read(reads, weights, self.records)
             self.outputs.append(y)
             if self.records:
@@ -165,22 +163,20 @@ class LevelWalk:
         self.stepped, self.owner = False, True
 
     def _learn(
-        self,
-        keys: torch.Tensor,
-        targets: torch.Tensor,
-        chunk: Chunk,
-        full: torch.Tensor | None,
-        reset: Owner,
+        self, reads: torch.Tensor | None, chunk: Chunk, full: torch.Tensor | None, reset: Owner
     ) -> tuple[torch.Tensor | None, Sequence[torch.Tensor], Step | None]:
-        """The outputs for the keys, what is recorded of them, and a step that is yet to be taken.
+        """The outputs (None: yet to be read), what is recorded of them, and a step that is yet to be taken.
 
         Args:
             full: [B], the sequences that step; None: all.
             reset: the sequences that go back to their start afterwards.
         """
+        keys, targets, apart = chunk.keys, chunk.targets, reads
+        if keys is None:
+            keys, apart = reads, None
         old, before = eager.cast(self.weights, keys.dtype), self.momenta
-        y, activations, new, after = eager.learn(
-            self.call.level, keys, targets, old, before, self.norms, chunk.rates
+        y, activations, new, after = self.call.products.learn(
+            self.call.level, apart, keys, targets, old, before, self.norms, chunk.rates, self.records
         )
         if full is not None:
             new, after = chosen(full, new, old), chosen(full, after, before)
@@ -215,14 +211,10 @@ class InPlaceWalk(LevelWalk):
         self.copies = None
 
     def _learn(
-        self,
-        keys: torch.Tensor,
-        targets: torch.Tensor,
-        chunk: Chunk,
-        full: torch.Tensor | None,
-        reset: Owner,
+        self, reads: torch.Tensor | None, chunk: Chunk, full: torch.Tensor | None, reset: Owner
     ) -> tuple[torch.Tensor | None, Sequence[torch.Tensor], Step | None]:
         call, level, old = self.call, self.call.level, self.weights
+        keys, targets = (reads if given is None else given for given in chunk[:2])
         y, sums = call.products.chunk_sums(
             level, keys, targets, self._read_with(), chunk.rates, chunk.keys is None
         )

@@ -21,6 +21,9 @@ from nl_kernels.ops.continuum.state import (
 )
 from nl_kernels.ops.continuum.update import erasing, evened_out, with_row_norms
 
+IN_PLACE = False
+"""Whether steps overwrite the weights; autograd follows those that make new ones."""
+
 
 class Evaluated(NamedTuple):
     """What the MLP makes of the inputs of a chunk: what a step and a backward pass need of it."""
@@ -82,25 +85,29 @@ def read(x: torch.Tensor, weights: Weights, records: bool) -> tuple[torch.Tensor
 
 def learn(
     level: ContinuumLevel,
+    reads: torch.Tensor | None,
     keys: torch.Tensor,
     targets: torch.Tensor,
     weights: Weights,
     momenta: Weights,
     norms: Weights | None,
     rates: torch.Tensor,
+    records: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], Weights, Weights]:
-    """One step on a chunk, all gradients at ``weights`` (Eq. 71); nothing is overwritten.
+    """Read a chunk, and one step on it, all gradients at ``weights`` (Eq. 71); nothing is overwritten.
 
     Args:
+        reads: [B, C, D], of any dtype; None: the keys are what is read.
         keys, targets: [B, C, D] in the dtype of the steps.
         weights: of all sequences or of each, of any dtype.
         norms: row norms to restore; None: rows are as the step leaves them.
         rates: [B, C], 0 where there is no token.
 
     Returns:
-        Of the keys what :func:`read` returns, recorded; and weights and momenta after the step.
+        What :func:`read` returns; and weights and momenta after the step.
     """
     weights = cast(weights, keys.dtype)
+    y, kept = (None, ()) if reads is None else read(reads, weights, records)
     evaluated = evaluate(keys, weights)
     factors = step_factors(level, weights, evaluated, keys, targets, rates)
     new, after = [], []
@@ -123,7 +130,9 @@ def learn(
                 weight = with_row_norms(weight, norm)
         new.append(weight)
         after.append(momentum)
-    return evaluated.outputs.down, (evaluated.hidden, *evaluated.slopes), Weights(*new), Weights(*after)
+    if reads is None:
+        y, kept = evaluated.outputs.down, (evaluated.hidden, *evaluated.slopes) if records else ()
+    return y, kept, Weights(*new), Weights(*after)
 
 
 def read_backward(

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from nl_kernels.checks import has_readable_data
 from nl_kernels.chunk_alignment import ChunkAlignment, align_batch
-from nl_kernels.ops.continuum.state import ContinuumLevelState, ContinuumState
+from nl_kernels.ops.continuum.state import ContinuumLevelState, ContinuumState, all_equal_to, equal_positions
 
 
 class Grid(NamedTuple):
@@ -23,7 +24,7 @@ class Grid(NamedTuple):
     reads: torch.Tensor  # [B, L - first, D]: n(x) as it is read
     first: int  # the first position that is read
     lengths: torch.Tensor | None  # [B]: how many positions are taken; None: all of every sequence
-    ends: list[int] | None  # the same, on the host
+    ends: list[int] | None  # the same, on the host; None, too, where that cannot read them
     alignment: ChunkAlignment | None  # how tokens moved; None: they lie as they came
 
     def restored(self, y: torch.Tensor, batch: int, length: int) -> torch.Tensor:
@@ -38,22 +39,32 @@ class Counts(NamedTuple):
 
     positions: list[list[int] | None]  # of each level, those of its state
     tokens: list[int] | None  # of each sequence; None: no padding
+    known: bool = True  # False: as many as there are columns, of a mask that cannot be read
 
     @classmethod
     def of(cls, levels: int, state: ContinuumState | None, mask: torch.Tensor | None) -> Counts:
         """Those of a call on this many levels."""
-        tokens = None
-        if mask is not None:
+        tokens, known = None, mask is None or has_readable_data(mask)
+        if not known:
+            tokens = [mask.shape[1]] * mask.shape[0]
+        elif mask is not None:
             tokens = mask.sum(1).tolist()
             if all(count == mask.shape[1] for count in tokens):
                 tokens = None
-        positions: list[list[int] | None] = [None] * levels
         there = [index for index, level in enumerate(state or ()) if level is not None]
-        if there:
-            known = torch.stack([state[index].position for index in there]).tolist()
-            for index, position in zip(there, known):
-                positions[index] = position
-        return cls(positions, tokens)
+        equal = {index: all_equal_to(state[index].position) for index in there}
+        positions = {index: [value] * len(state[index].position) for index, value in equal.items()}
+        unknown = [index for index in there if equal[index] is None]
+        if unknown and not has_readable_data(state[unknown[0]].position):
+            raise ValueError(
+                f"initial_state[{unknown[0]}].position: the host must know them, and cannot read them while "
+                "a CUDA graph is captured; expected a state of unpadded sequences, as returned"
+            )
+        if unknown:
+            found = torch.stack([state[index].position for index in unknown]).tolist()
+            positions.update(zip(unknown, found))
+        positions = [positions.get(index) for index in range(levels)]
+        return cls(positions, tokens, known)
 
 
 def place_on_grid(
@@ -62,19 +73,19 @@ def place_on_grid(
     before: ContinuumLevelState | None,
     mask: torch.Tensor | None,
     position: Sequence[int] | None,
-    tokens: Sequence[int] | None,
+    counts: Counts,
 ) -> Grid:
     """The grid of ``inner`` [B, T, D] with ``rates`` [B, T] in the dtype of the steps.
 
-    ``position`` and ``tokens`` are those of :class:`Counts` for this level.
+    ``position``: that of ``counts`` for this level.
     """
-    batch, length = inner.shape[:2]
+    (batch, length), tokens = inner.shape[:2], counts.tokens
     position = [0] * batch if position is None else position
     if tokens is not None or len(set(position)) > 1:
         tokens = [length] * batch if tokens is None else tokens
         if mask is None:
             mask = torch.ones(batch, length, dtype=torch.bool, device=inner.device)
-        return _ragged_grid(inner, rates, before, mask, position, tokens)
+        return _ragged_grid(inner, rates, before, mask, position, tokens, counts.known)
     inputs = inner.to(rates.dtype)
     first = position[0]
     if first:
@@ -88,14 +99,15 @@ def pending_tokens(grid: Grid, chunk_size: int) -> tuple[torch.Tensor, torch.Ten
     batch, length, width = grid.inputs.shape
     if grid.lengths is None:
         pending = length % chunk_size
-        position = torch.full((batch,), pending, device=grid.inputs.device)
+        position = equal_positions(batch, pending, grid.inputs.device)
         # state outlives the call: no views of parameters or of the whole sequence
         inputs = grid.inputs
         if pending < length:
             inputs = inputs[:, length - pending :].clone()
         return inputs, grid.rates[:, length - pending :].clone(), position
     position = grid.lengths % chunk_size
-    place = torch.arange(max(end % chunk_size for end in grid.ends), device=position.device)
+    longest = min(chunk_size - 1, length) if grid.ends is None else max(e % chunk_size for e in grid.ends)
+    place = torch.arange(longest, device=position.device)
     taken = place < position[:, None]
     pending = ((grid.lengths - position)[:, None] + place).clamp_max(length - 1)
     inputs = grid.inputs.gather(1, pending[..., None].expand(-1, -1, width)) * taken[..., None]
@@ -109,6 +121,7 @@ def _ragged_grid(
     mask: torch.Tensor,
     position: Sequence[int],
     tokens: Sequence[int],
+    known: bool,
 ) -> Grid:
     since = mask.new_zeros(len(position), dtype=torch.int64) if before is None else before.position
     ends = [p + n for p, n in zip(position, tokens)]
@@ -124,4 +137,5 @@ def _ragged_grid(
         earlier = before.pending_inputs[:, :pending] * taken[..., None]
         inputs = inputs + F.pad(earlier, (0, 0, 0, empty))
         rates = rates + F.pad(before.pending_rates[:, :pending] * taken, (0, empty))
-    return Grid(inputs, rates, inputs[:, first:].to(inner.dtype), first, alignment.stop, ends, alignment)
+    reads = inputs[:, first:].to(inner.dtype)
+    return Grid(inputs, rates, reads, first, alignment.stop, ends if known else None, alignment)

@@ -5,7 +5,6 @@ The numbers come from ahead-of-time compilation (registers, spills), not from ti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +23,7 @@ MAX_MATRICES = 12
 _TILE = 2048
 
 
-@dataclass(frozen=True)
-class UpdateTile:
+class UpdateTile(NamedTuple):
     """Rows and columns (all of them) that one program has."""
 
     block_m: int

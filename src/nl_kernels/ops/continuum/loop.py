@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from nl_kernels.dispatch import autocasting, needs_gradient, without_autocast
+from nl_kernels.memory.segments import KEPT_MEGABYTES, Footprint, spans
 from nl_kernels.ops.continuum import eager, registration
 from nl_kernels.ops.continuum.chunk_walk import (
     Chunk,
@@ -26,6 +28,7 @@ from nl_kernels.ops.continuum.grid import Counts, Grid, pending_tokens, place_on
 from nl_kernels.ops.continuum.schedule import Resets, chosen, clock_after
 from nl_kernels.ops.continuum.state import (
     NO_MOMENTA,
+    RULES_WITH_MOMENTUM,
     ContinuumClock,
     ContinuumLevel,
     ContinuumLevelState,
@@ -45,7 +48,7 @@ class Options(NamedTuple):
     variant: str
     norm_eps: float
     through: bool  # gradients flow through the steps
-    products: Any  # of a chunk: the module eager or triton_chunk, or what has the functions of the latter
+    products: Any  # of a chunk: the module eager, compiled or triton_chunk, or what has their functions
     checkpoint_every: int | None = None
     keep_state: bool = True
 
@@ -84,7 +87,7 @@ def run_memory(
     initial_state = initial_state or [None] * len(levels)
     indices = list(range(len(levels)))
     state, total, last_steps = [], x, []
-    together = options.variant == "independent" and options.products is not eager
+    together = options.variant == "independent" and options.products.IN_PLACE
     for group in [indices] if together else [[index] for index in indices]:
         results, steps = _walked(
             [_placed(x, levels, index, initial_state, mask, counts, options) for index in group], options
@@ -115,7 +118,7 @@ def run_flush(state: ContinuumState, levels: Sequence[ContinuumLevel], options: 
                 taken = torch.arange(pending, device=before.position.device) < before.position[:, None]
                 inputs = before.pending_inputs * taken[..., None]
                 keys = eager.keys_of(level, inputs, options.norm_eps)
-                targets = _targets(level, inputs) if options.products is eager else inputs
+                targets = inputs if options.products.IN_PLACE else _targets(level, inputs)
                 call = LevelCall(level, None, before.position, 0, inputs.dtype, options.products)
                 walks[index] = call.walk(*fast_part(before, not options.through), False)
                 chunk = Chunk(keys, targets, before.pending_rates * taken, 0, 1)
@@ -157,13 +160,13 @@ def _placed(
     if before is not None:
         weights, momenta = fast_part(before, not options.through)
     rates = torch.as_tensor(level.rate, dtype=state_dtype(x.dtype), device=x.device).expand(x.shape[:2])
-    grid = place_on_grid(inner, rates, before, mask, counts.positions[index], counts.tokens)
+    grid = place_on_grid(inner, rates, before, mask, counts.positions[index], counts)
     size, length = level.chunk_size, grid.inputs.shape[1]
     # the step after the last token changes only the state
     steps = (length - (not options.keep_state)) // size
     if not steps:
         return _Level(level, inner, weights, momenta, grid, None)
-    dtype, exact = _read_dtype(inner), options.products is eager
+    dtype, exact = _read_dtype(inner), not options.products.IN_PLACE
     head = size if grid.first else 0  # the first chunk, where it is read in part
     with options.following(), without_autocast(inner.device.type):
         if exact:  # as the weights are; other products round to what is read
@@ -196,8 +199,10 @@ def _walked(
                 reads.append(of.grid.reads.to(of.call.dtype))
                 leaves += (*of.weights, *initial_weights(of.level))
             records = not options.through and needs_gradient(*reads, *leaves)
-            if options.checkpoint_every is not None and (options.through or records):
-                walked = [_checkpointed(*each, records, options) for each in zip(calls, reads, states)]
+            spans = [_spans(call, part, options) for call, part in zip(calls, reads)]
+            if (options.through or records) and any(len(each) > 1 or not each[0][2] for each in spans):
+                each = zip(calls, reads, states, spans)
+                walked = [_in_segments(*part, records, options) for part in each]
             else:
                 walked, last_steps = _run(calls, reads, states, records, options)
         for i, (y, *last) in zip(stepping, walked):
@@ -232,26 +237,56 @@ def _run(
         return [(torch.cat(each.outputs, dim=1), each.weights, each.momenta) for each in walks], steps
 
 
-def _checkpointed(
-    call: LevelCall, reads: torch.Tensor, state: tuple[Weights, Weights], records: bool, options: Options
+def _spans(call: LevelCall, reads: torch.Tensor, options: Options) -> list[tuple[int, int, bool]]:
+    """Of a level's chunks those that go together in the backward, and whether their activations are kept."""
+    level, (batch, _, width) = call.level, reads.shape
+    hidden, gated = level.up.shape[-2], level.gate is not None
+    numbers, tokens = (2 + gated) * batch * hidden * width, batch * level.chunk_size
+    fast, read = (torch.finfo(dtype).bits // 8 for dtype in (state_dtype(call.dtype), call.dtype))
+    if options.through:  # counted, of autograd's
+        weights = 1 + level.restore_norms + 2 * (level.rule == "muon")
+        chunk = fast * (weights * numbers + tokens * ((20 if gated else 11) * hidden + 13 * width))
+    else:
+        chunk = read * (numbers + tokens * ((2 + gated) * hidden + 3 * width))
+    state = fast * numbers * (1 + (level.rule in RULES_WITH_MOMENTUM))
+    size = Footprint(state, chunk, KEPT_MEGABYTES["continuum"] << 20)
+    return spans(len(call.chunks), options.checkpoint_every, size)
+
+
+def _in_segments(
+    call: LevelCall,
+    reads: torch.Tensor,
+    state: tuple[Weights, Weights],
+    parts: Sequence[tuple[int, int, bool]],
+    records: bool,
+    options: Options,
 ) -> tuple[torch.Tensor, Weights, Weights]:
-    """One level, which keeps for the backward the weights of every so many chunks."""
-    every, first, outputs = options.checkpoint_every, call.first, []
-    parts = [call.chunks[i : i + every] for i in range(0, len(call.chunks), every)]
-    bounds = [first, *(part[-1].stop for part in parts)]
+    """One level, which keeps for the backward the weights between parts, and all of those that say so."""
+    first, outputs = call.first, []
+    bounds = [first, *(call.chunks[stop - 1].stop for _, stop, _ in parts)]
     options = options._replace(keep_state=True)
-    for part, x in zip(parts, reads.split([b - a for a, b in itertools.pairwise(bounds)], dim=1)):
-        some, first = call._replace(chunks=part, first=first), 0
-        ((y, *state),), _ = checkpoint(
-            _run, [some], [x], [state], records, options, use_reentrant=False, preserve_rng_state=False
-        )
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
+    for (begin, stop, kept), x in zip(parts, reads.split(lengths, dim=1)):
+        some, first = call._replace(chunks=call.chunks[begin:stop], first=first), 0
+        # tensors one by one: an outer checkpoint drops no others
+        leaves, layout = tree_flatten(([some], [x], [state], records, options))
+        if kept:
+            ((y, *state),), _ = _laid_out(layout, *leaves)
+        else:
+            ((y, *state),), _ = checkpoint(
+                _laid_out, layout, *leaves, use_reentrant=False, preserve_rng_state=False
+            )
         outputs.append(y)
     return torch.cat(outputs, dim=1), *state
 
 
+def _laid_out(layout: TreeSpec, *leaves: Any) -> tuple[list[tuple[torch.Tensor, Weights, Weights]], list]:
+    return _run(*tree_unflatten(leaves, layout))
+
+
 def _plain(of: _Level, options: Options) -> torch.Tensor:
     """Tokens without a step between them, where they lie: with weights of all sequences as a plain block."""
-    if options.products is eager or of.weights.up.ndim == 2:
+    if not options.products.IN_PLACE or of.weights.up.ndim == 2:
         return eager.mlp(of.inner, *of.weights)
     with without_autocast(of.inner.device.type):
         x = of.inner.to(_read_dtype(of.inner)).contiguous()

@@ -1,25 +1,13 @@
-"""The MLP of a level by itself, with weights of each sequence: its outputs, and the gradients of a step."""
+"""The MLP of a level by itself, with weights of each sequence."""
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 
-from nl_kernels.checks import check_range, check_tensor
-from nl_kernels.dispatch import without_autocast
+from nl_kernels.checks import check_tensor
+from nl_kernels.dispatch import choose_implementation, without_autocast
 from nl_kernels.ops.continuum import registration
-from nl_kernels.ops.continuum.checks import check_bound, check_stream, choose_checked
-from nl_kernels.ops.continuum.state import state_dtype
-
-
-class ContinuumGradients(NamedTuple):
-    """Σ_t η_t δ_t x_tᵀ of each linear layer: what :func:`nl_kernels.continuum_update` takes."""
-
-    up: torch.Tensor  # [B, H, D], fp32 (fp64 for fp64), as the others
-    down: torch.Tensor  # [B, D, H]
-    gate: torch.Tensor | None  # [B, H, D]
+from nl_kernels.ops.continuum.checks import check_stream
 
 
 def continuum_mlp(
@@ -51,7 +39,9 @@ def continuum_mlp(
     """
     check_stream("x", x)
     _check_weights(x, up, down, gate)
-    chosen = choose_checked("continuum_mlp", impl, x.device, _refused(x))
+    fp64 = "the Triton kernels take bfloat16, float16 and float32, got float64"
+    refused = fp64 if x.dtype == torch.float64 else None
+    chosen = choose_implementation("continuum_mlp", impl, x.device, unsupported=lambda: refused)
     batch, _, width = x.shape
     shared = up.ndim == 2
     if shared:
@@ -61,66 +51,6 @@ def continuum_mlp(
     with without_autocast(x.device.type):
         y = registration.mlp(x, up, down, gate, chosen)
     return y.view(batch, -1, width) if shared else y
-
-
-def continuum_gradients(
-    inputs: torch.Tensor,
-    error: torch.Tensor,
-    rates: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    gate: torch.Tensor | None = None,
-    *,
-    error_bound: float | None = None,
-    impl: str | None = None,
-) -> ContinuumGradients:
-    """The sums of a chunk's step, Σ_t η_t δ_t x_tᵀ of each linear layer of the MLP (Eq. 71).
-
-    The hidden layer is computed from ``inputs``. No derivative.
-
-    Args:
-        inputs: [B, C, D], what the MLP read, fp16, bf16, fp32 or fp64.
-        error: [B, C, D], the loss's gradient at the MLP's outputs, in the same dtype.
-        rates: η [B, C], at least 0; 0 where there is no token.
-        up, gate: [B, H, D]. down: [B, D, H].
-        error_bound: largest root mean square of the gradients at the outputs of up and gate, which longer
-            ones are scaled down to; ``error`` is taken as it is. None: no bound.
-        impl: ``"triton"`` (not fp64), ``"eager"``, ``"reference"`` or None: by device and dtype.
-
-    Raises:
-        TypeError, ValueError: a bad argument, named; or one that requires a gradient while they are recorded.
-        NotImplementedError: ``impl="triton"`` in fp64.
-        RuntimeError: ``impl="triton"`` cannot run here.
-    """
-    check_stream("inputs", inputs)
-    check_tensor("error", error, inputs.shape, like=inputs)
-    if error.dtype != inputs.dtype:
-        raise TypeError(f"error: expected {inputs.dtype}, that of inputs, got {error.dtype}")
-    check_tensor("rates", rates, inputs.shape[:2], like=inputs)
-    if rates.device.type == "cpu":  # reading them on an accelerator would wait for the device
-        check_range("rates", rates, 0.0, math.inf, closed_high=False)
-    if isinstance(up, torch.Tensor) and up.ndim == 2:
-        raise ValueError(f"up: expected shape [B, H, D], weights of each sequence, got {tuple(up.shape)}")
-    _check_weights(inputs, up, down, gate)
-    check_bound("error_bound", error_bound)
-    tensors = {"inputs": inputs, "error": error, "rates": rates, "up": up, "down": down, "gate": gate}
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
-                raise ValueError(
-                    f"{name}: the gradients have no derivative; detach it or use torch.no_grad()"
-                )
-    chosen = choose_checked("continuum_gradients", impl, inputs.device, _refused(inputs))
-    rates = rates.to(state_dtype(inputs.dtype))
-    contiguous = [None if t is None else t.contiguous() for t in (error, inputs, up, down, gate, rates)]
-    with without_autocast(inputs.device.type):
-        sums = torch.ops.nl_kernels.continuum_mlp_backward(*contiguous, error_bound, False, chosen)
-    return ContinuumGradients(sums[0], sums[1], sums[2] if gate is not None else None)
-
-
-def _refused(x: torch.Tensor) -> str | None:
-    fp64 = x.dtype == torch.float64
-    return "the Triton kernels take bfloat16, float16 and float32, got float64" if fp64 else None
 
 
 def _check_weights(x: torch.Tensor, up: object, down: object, gate: object) -> None:

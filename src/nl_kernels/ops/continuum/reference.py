@@ -99,7 +99,7 @@ def continuum_flush_reference(
 
 
 def update_in_place(update: Update) -> None:
-    """See :func:`nl_kernels.continuum_update_`: in fp64, row by row."""
+    """The steps of an :class:`Update`: in fp64, row by row."""
     weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention = update
     for i, (weight, gradient) in enumerate(zip(weights, gradients)):
         old = (weight if sources is None else sources[i].expand_as(weight)).double()
@@ -142,7 +142,7 @@ def mlp_backward(
     error_bound: float | None,
     input_gradient: bool,
 ) -> list[torch.Tensor | None]:
-    """See :func:`nl_kernels.continuum_gradients`: token by token in fp64, by autograd."""
+    """The operator ``continuum_mlp_backward``: token by token in fp64, by autograd."""
     given = [w for w in (up, down, gate) if w is not None]
     sums = [torch.zeros(w.shape, dtype=torch.float64, device=w.device) for w in given]
     grad_x = torch.zeros_like(x, dtype=torch.float64)

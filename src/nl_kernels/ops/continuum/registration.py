@@ -15,24 +15,17 @@ import torch
 
 from nl_kernels.dispatch import without_autocast
 
-_UPDATE, _MLP, _BACKWARD = (
-    f"nl_kernels::{name}" for name in ("continuum_update_", "continuum_mlp", "continuum_mlp_backward")
-)
+_MLP, _BACKWARD = "nl_kernels::continuum_mlp", "nl_kernels::continuum_mlp_backward"
 _MODULES = {
     "update_in_place": {"triton": "triton_update", "eager": "update"},
     "mlp": {"triton": "triton_forward"},
     "mlp_backward": {"triton": "triton_backward"},
 }
 
-torch.library.define(
-    _UPDATE,
-    "(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[]? momenta, float decay, Tensor[]? norms, "
-    "Tensor(c!)[]? copies, Tensor[]? sources, Tensor[]? where, Tensor[]? initial, Tensor[]? retention, "
-    "str impl) -> ()",
-)
 torch.library.define(_MLP, "(Tensor x, Tensor up, Tensor down, Tensor? gate, str impl) -> Tensor")
 # Gives the gradients of x (with input_gradient, in its dtype) and of up, down, gate (in fp32), those there
-# are; tokens are weighted by rates [B, T] (None: 1), and bounded as continuum_gradients says.
+# are: Σ_t η_t δ_t x_tᵀ with rates η [B, T] (None: 1), and signals of up and gate, not the error itself,
+# scaled down to a root mean square of error_bound.
 torch.library.define(
     _BACKWARD,
     "(Tensor error, Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor? rates, float? error_bound, "
@@ -43,19 +36,21 @@ torch.library.define(
 class Update(NamedTuple):
     """Many matrices and what their steps take, each a list of one for each matrix or None.
 
-    See :func:`nl_kernels.continuum_update_`.
+    As :func:`nl_kernels.continuum_update` by ``sgd``, or with momenta by ``momentum``.
     """
 
-    weights: Sequence[torch.Tensor]
-    gradients: Sequence[torch.Tensor]
-    momenta: Sequence[torch.Tensor] | None
-    decay: float
-    norms: Sequence[torch.Tensor] | None
-    copies: Sequence[torch.Tensor] | None
-    sources: Sequence[torch.Tensor] | None = None
-    where: Sequence[torch.Tensor] | None = None
-    initial: Sequence[torch.Tensor] | None = None
-    retention: Sequence[torch.Tensor] | None = None
+    weights: Sequence[torch.Tensor]  # [.., out, in], overwritten
+    gradients: Sequence[torch.Tensor]  # what is subtracted, rates included
+    momenta: Sequence[torch.Tensor] | None  # overwritten
+    decay: float  # of the momenta
+    norms: Sequence[torch.Tensor] | None  # [out] or [.., out]: of every row after the step
+    copies: Sequence[torch.Tensor] | None  # filled with the new weights, in 16 bits
+    sources: Sequence[torch.Tensor] | None = (
+        None  # [out, in] or [.., out, in]: stepped instead of the weights
+    )
+    where: Sequence[torch.Tensor] | None = None  # bool [..]: who steps; the others keep what they have
+    initial: Sequence[torch.Tensor] | None = None  # [out, in] or [.., out, in]: W_0, together with
+    retention: Sequence[torch.Tensor] | None = None  # α, of one number: (1 − α) (W − W_0) is taken off, too
 
 
 def implementation(function: str, impl: str) -> Callable:
@@ -66,14 +61,8 @@ def implementation(function: str, impl: str) -> Callable:
 
 @functools.cache
 def products(impl: str) -> ModuleType:
-    """The module of a chunk's products: ``"eager"`` or ``"triton"``."""
+    """The module of a chunk's products: ``"eager"``, ``"compiled"`` or ``"triton"``."""
     return importlib.import_module(f"nl_kernels.ops.continuum.{'triton_chunk' if impl == 'triton' else impl}")
-
-
-def update_in_place(update: Update, impl: str) -> None:
-    """The operator behind :func:`nl_kernels.continuum_update_`."""
-    parts = (part if part is None or isinstance(part, float) else list(part) for part in update)
-    torch.ops.nl_kernels.continuum_update_(*parts, impl)
 
 
 def mlp(
@@ -104,18 +93,6 @@ class _Mlp(torch.autograd.Function):
         grad_x, *sums = grads if wanted else (None, *grads)
         sums = [g.to(w.dtype) for g, w in zip(sums, (up, down, gate))]
         return grad_x, *sums, *((None, None) if gate is None else (None,))
-
-
-@torch.library.impl(_UPDATE, "CompositeExplicitAutograd")
-def _(*arguments):
-    *parts, impl = arguments
-    with torch.no_grad():
-        implementation("update_in_place", impl)(Update(*parts))
-
-
-@torch.library.register_fake(_UPDATE)
-def _(*arguments):
-    return None
 
 
 @torch.library.impl(_MLP, "CompositeExplicitAutograd")

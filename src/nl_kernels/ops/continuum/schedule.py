@@ -7,7 +7,14 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from nl_kernels.ops.continuum.state import ContinuumClock, ContinuumLevel, ContinuumState, Weights
+from nl_kernels.ops.continuum.state import (
+    ContinuumClock,
+    ContinuumLevel,
+    ContinuumState,
+    Weights,
+    all_equal_to,
+    equal_positions,
+)
 
 Owner: TypeAlias = bool | torch.Tensor
 """Whether weights came from their start by a reset, not from those that the call began with: all, or [B]."""
@@ -54,7 +61,10 @@ def clock_after(
     level: ContinuumLevel, before: ContinuumClock | None, x: torch.Tensor, mask: torch.Tensor | None
 ) -> ContinuumClock:
     """The place of a level of rate 0 in its chunk after the tokens of ``x`` [B, T, D]."""
-    tokens = x.new_full(x.shape[:1], x.shape[1], dtype=torch.int64) if mask is None else mask.sum(1)
+    known = 0 if before is None else all_equal_to(before.position)
+    if mask is None and known is not None:
+        return ContinuumClock(equal_positions(len(x), (known + x.shape[1]) % level.chunk_size, x.device))
+    tokens = x.shape[1] if mask is None else mask.sum(1)
     return ContinuumClock((tokens if before is None else before.position + tokens) % level.chunk_size)
 
 

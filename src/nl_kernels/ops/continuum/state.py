@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from nl_kernels.checks import has_readable_data
 from nl_kernels.renamed import renamed_arguments
 
 RULES = ("sgd", "dgd", "momentum", "muon")
@@ -127,6 +128,21 @@ def entry_type(levels: Sequence[ContinuumLevel], index: int, variant: str) -> ty
         return ContinuumLevelState
     resets = variant == "nested" and index > 0 and levels[index - 1].steps
     return ContinuumClock if resets and level.chunk_size is not None else type(None)
+
+
+def equal_positions(batch: int, value: int, device: torch.device) -> torch.Tensor:
+    """Positions [B] that are all ``value``, which this very tensor says: none that is made of it does."""
+    position = torch.full((batch,), value, device=device)
+    if not torch.compiler.is_compiling():
+        position.nl_kernels_equal_to = value
+    return position
+
+
+def all_equal_to(position: torch.Tensor) -> int | None:
+    """What positions on a device are that the host need not read; None: it must."""
+    if torch.compiler.is_compiling() or (position.device.type == "cpu" and has_readable_data(position)):
+        return None
+    return getattr(position, "nl_kernels_equal_to", None)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

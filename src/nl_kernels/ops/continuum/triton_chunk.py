@@ -29,7 +29,7 @@ from nl_kernels.ops.continuum.triton_update import update_in_place  # noqa: F401
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
 from nl_kernels.triton_support.targets import architecture_of
 
-IMPL = "triton"
+IMPL, IN_PLACE = "triton", True
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -19,67 +19,6 @@ from nl_kernels.triton_support.language import finish_loads
 
 
 @triton.jit
-def _update_rows(
-    weights,
-    gradients,
-    momenta,
-    norms,
-    copies,
-    sources,
-    where,
-    initial,
-    retention,
-    block,
-    rows,
-    norm_rows,
-    source_rows,
-    initial_rows,
-    sequence_rows,
-    decay,
-    I: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Rows ``block · BLOCK_M …`` of matrix I."""
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.arange(0, BLOCK_N)
-    inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
-    at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
-    if where is not None:
-        steps = tl.load(where[I] + row // sequence_rows, mask=row < rows, other=0)[:, None] != 0
-    step = tl.load(gradients[I] + at, mask=inside, other=0.0).to(tl.float32)
-    if momenta is not None:
-        momentum = tl.load(momenta[I] + at, mask=inside, other=0.0)
-        step += decay * momentum
-        after = step
-        if where is not None:
-            after = tl.where(steps, step, momentum)
-        finish_loads(BLOCK_M * BLOCK_N)
-        tl.store(momenta[I] + at, after, mask=inside)
-    if sources is not None:
-        source = (row % source_rows).to(tl.int64)[:, None] * COLUMNS + column[None, :]
-        old = tl.load(sources[I] + source, mask=inside, other=0.0).to(tl.float32)
-    else:
-        old = tl.load(weights[I] + at, mask=inside, other=0.0)
-    new = old - step
-    if initial is not None:
-        own = (row % initial_rows).to(tl.int64)[:, None] * COLUMNS + column[None, :]
-        moved = old - tl.load(initial[I] + own, mask=inside, other=0.0).to(tl.float32)
-        new -= (1 - tl.load(retention[I])) * moved
-    if norms is not None:
-        wanted = tl.load(norms[I] + row % norm_rows, mask=row < rows, other=0.0)
-        length = tl.sqrt(tl.sum(new * new, 1))
-        new *= (wanted / tl.where(length > 0, length, 1.0))[:, None]
-    if where is not None:
-        new = tl.where(steps, new, old)
-    finish_loads(BLOCK_M * BLOCK_N)
-    tl.store(weights[I] + at, new, mask=inside)
-    if copies is not None:
-        tl.store(copies[I] + at, new.to(copies[I].dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def update_kernel(
     weights,
     gradients,
@@ -110,28 +49,41 @@ def update_kernel(
     for i in tl.static_range(COUNT):
         blocks = (rows[i] + BLOCKS_M[i] - 1) // BLOCKS_M[i]
         if (program >= first) & (program < first + blocks):
-            _update_rows(
-                weights,
-                gradients,
-                momenta,
-                norms,
-                copies,
-                sources,
-                where,
-                initial,
-                retention,
-                program - first,
-                rows[i],
-                norm_rows[i],
-                source_rows[i],
-                initial_rows[i],
-                sequence_rows[i],
-                decay,
-                i,
-                COLUMNS[i],
-                BLOCKS_M[i],
-                BLOCKS_N[i],
-            )
+            row = (program - first) * BLOCKS_M[i] + tl.arange(0, BLOCKS_M[i])
+            column = tl.arange(0, BLOCKS_N[i])
+            inside = (row < rows[i])[:, None] & (column < COLUMNS[i])[None, :]
+            at = row.to(tl.int64)[:, None] * COLUMNS[i] + column[None, :]
+            if where is not None:
+                steps = tl.load(where[i] + row // sequence_rows[i], mask=row < rows[i], other=0)[:, None] != 0
+            step = tl.load(gradients[i] + at, mask=inside, other=0.0).to(tl.float32)
+            if momenta is not None:
+                momentum = tl.load(momenta[i] + at, mask=inside, other=0.0)
+                step += decay * momentum
+                after = step
+                if where is not None:
+                    after = tl.where(steps, step, momentum)
+                finish_loads(BLOCKS_M[i] * BLOCKS_N[i])
+                tl.store(momenta[i] + at, after, mask=inside)
+            if sources is not None:
+                source = (row % source_rows[i]).to(tl.int64)[:, None] * COLUMNS[i] + column[None, :]
+                old = tl.load(sources[i] + source, mask=inside, other=0.0).to(tl.float32)
+            else:
+                old = tl.load(weights[i] + at, mask=inside, other=0.0)
+            new = old - step
+            if initial is not None:
+                own = (row % initial_rows[i]).to(tl.int64)[:, None] * COLUMNS[i] + column[None, :]
+                moved = old - tl.load(initial[i] + own, mask=inside, other=0.0).to(tl.float32)
+                new -= (1 - tl.load(retention[i])) * moved
+            if norms is not None:
+                wanted = tl.load(norms[i] + row % norm_rows[i], mask=row < rows[i], other=0.0)
+                length = tl.sqrt(tl.sum(new * new, 1))
+                new *= (wanted / tl.where(length > 0, length, 1.0))[:, None]
+            if where is not None:
+                new = tl.where(steps, new, old)
+            finish_loads(BLOCKS_M[i] * BLOCKS_N[i])
+            tl.store(weights[i] + at, new, mask=inside)
+            if copies is not None:
+                tl.store(copies[i] + at, new.to(copies[i].dtype.element_ty), mask=inside)
         first += blocks
 
 
@@ -177,7 +129,7 @@ def plan_update(*parts: Sequence[torch.Tensor] | float | None) -> list[KernelCal
 
 
 def update_in_place(update: Update) -> None:
-    """See :func:`nl_kernels.continuum_update_`."""
+    """Take the steps of an :class:`Update`."""
     read_only = ("gradients", "norms", "sources", "where", "initial")
     given = {name: getattr(update, name) for name in read_only}
     update = update._replace(

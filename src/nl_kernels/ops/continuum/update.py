@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 
-from nl_kernels.checks import FLOAT_DTYPES, check_choice, check_range, check_tensor
-from nl_kernels.ops.continuum import launch, registration
-from nl_kernels.ops.continuum.checks import check_decay, check_flags, check_retention, choose_checked
+from nl_kernels.checks import check_choice, check_range, check_tensor
+from nl_kernels.ops.continuum.checks import check_decay, check_retention
 from nl_kernels.ops.continuum.orthogonal import orthogonalised
 from nl_kernels.ops.continuum.registration import Update
 from nl_kernels.ops.continuum.state import RULES, RULES_WITH_MOMENTUM
-
-Tensors: TypeAlias = Sequence[torch.Tensor]
 
 
 def continuum_update(
@@ -83,58 +79,8 @@ def continuum_update(
     return new if norms is None else with_row_norms(new, norms), momentum
 
 
-def continuum_update_(
-    weights: Tensors,
-    gradients: Tensors,
-    *,
-    momenta: Tensors | None = None,
-    momentum_decay: float = 0.9,
-    norms: Tensors | None = None,
-    copies: Tensors | None = None,
-    sources: Tensors | None = None,
-    where: Tensors | None = None,
-    initial: Tensors | None = None,
-    retention: Tensors | None = None,
-    impl: str | None = None,
-) -> None:
-    """:func:`nl_kernels.continuum_update` by ``sgd``, or with ``momenta`` by ``momentum``, in place.
-
-    All matrices of a level, or of several, take one launch and one pass over memory. A step that another
-    rule made (muon's direction, dgd's difference) is applied by giving it as the gradient.
-
-    Args:
-        weights: each [.., out, in], fp32 or fp64, contiguous; overwritten.
-        gradients: G of each weight, in its shape and dtype, rates included.
-        momenta: M of each weight, in its shape and dtype, contiguous; overwritten.
-        momentum_decay: in [0, 1).
-        norms: [out] or [.., out] of each weight: the norm that every row gets back after the step.
-        copies: of each weight, in its shape, fp16, bf16 or fp32, contiguous: filled with the new weight.
-        sources: of each weight, [out, in] or in its shape, of any dtype: what is stepped in the place of what
-            ``weights`` hold, which are then only written.
-        where: of each weight, bool [..]: the sequences that step. The others keep momentum and weight (of
-            ``sources``, where given); their copies are filled all the same.
-        initial: of each weight W_0, [out, in] or in its shape, of any dtype; together with
-        retention: of each weight α in [0, 1], a tensor of one number in the weights' dtype: the step takes
-            ``(1 − α) (W − W_0)`` away, too. None: nothing.
-        impl: ``"triton"`` (fp32, rows of at most 16,384), ``"eager"``, ``"reference"`` or None: by device.
-
-    Raises:
-        TypeError, ValueError: a bad argument, named; nothing has changed.
-        NotImplementedError: ``impl="triton"`` with fp64 or longer rows.
-        RuntimeError: ``impl="triton"`` cannot run here.
-    """
-    update = Update(
-        weights, gradients, momenta, momentum_decay, norms, copies, sources, where, initial, retention
-    )
-    _check_in_place(update)
-    if not weights:
-        return
-    chosen = choose_checked("continuum_update_", impl, weights[0].device, _refused(weights))
-    registration.update_in_place(update, chosen)
-
-
 def update_in_place(update: Update) -> None:
-    """The eager implementation of :func:`nl_kernels.continuum_update_`."""
+    """The steps of an :class:`Update`, in place."""
     weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention = update
     for i, (weight, step) in enumerate(zip(weights, gradients)):
         old = weight if sources is None else sources[i].to(weight.dtype)
@@ -231,68 +177,6 @@ def _check(
         )
     if norms is not None:
         _check_like("norms", norms, (out,) if getattr(norms, "ndim", 0) == 1 else (*leading, out), weight)
-
-
-def _refused(weights: Tensors) -> str | None:
-    """Why the kernel cannot take these weights; None: it can."""
-    for i, weight in enumerate(weights):
-        if weight.dtype != torch.float32:
-            return f"weights[{i}]: the Triton kernel updates float32, got {weight.dtype}"
-        if weight.shape[-1] > launch.MAX_WIDTH:
-            return (
-                f"weights[{i}]: the Triton kernel has rows of at most {launch.MAX_WIDTH}, got "
-                f"{weight.shape[-1]}"
-            )
-    return None
-
-
-def _check_in_place(update: Update) -> None:
-    parts = {name: part for name, part in update._asdict().items() if part is not None and name != "decay"}
-    for name, part in parts.items():
-        if not isinstance(part, Sequence):
-            raise TypeError(f"{name}: expected a sequence of tensors, got {type(part).__name__}")
-        if len(part) != len(update.weights):
-            raise ValueError(
-                f"{name}: expected one for each of {len(update.weights)} weights, got {len(part)}"
-            )
-    if (update.initial is None) != (update.retention is None):
-        raise ValueError("retention: expected together with initial, the weights that it pulls back to")
-    for i, weight in enumerate(update.weights):
-        _check_matrix(f"weights[{i}]", weight)
-        if not weight.numel():
-            raise ValueError(f"weights[{i}]: expected at least one number, got shape {tuple(weight.shape)}")
-        for name, part in parts.items():
-            _check_part(f"{name}[{i}]", name, part[i], weight, update.weights[0])
-    check_decay("momentum_decay", update.decay)
-    if torch.is_grad_enabled():
-        for name, part in parts.items():
-            if any(x.requires_grad for x in part):
-                raise ValueError(
-                    f"{name}: an update in place has no derivative; use continuum_update or torch.no_grad()"
-                )
-
-
-def _check_part(name: str, kind: str, value: object, weight: torch.Tensor, first: torch.Tensor) -> None:
-    """One tensor of :func:`continuum_update_`, beside its weight and the first one."""
-    shape, ndim = weight.shape, getattr(value, "ndim", 0)
-    if kind == "where":
-        check_flags(name, value, shape[:-2], weight.device)
-        return
-    if kind == "retention":
-        check_retention(name, value, weight)
-        shape = getattr(value, "shape", ())
-    elif kind == "norms":
-        shape = shape[-2:-1] if ndim == 1 else shape[:-1]
-    elif kind in ("sources", "initial") and ndim == 2:
-        shape = shape[-2:]
-    check_tensor(name, value, shape, like=first)
-    accepted = {"copies": FLOAT_DTYPES[:3], "sources": FLOAT_DTYPES, "initial": FLOAT_DTYPES}
-    accepted = [str(dtype) for dtype in accepted.get(kind, (weight.dtype,))]
-    if str(value.dtype) not in accepted:
-        wanted = accepted[0] if kind == "retention" else f"one of {accepted}"
-        raise TypeError(f"{name}: expected {wanted}, got {value.dtype}")
-    if kind in ("weights", "momenta", "copies") and not value.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, which is written in place")
 
 
 def _check_matrix(name: str, value: object) -> None:

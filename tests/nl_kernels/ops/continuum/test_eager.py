@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from nl_kernels import ContinuumLevel, continuum_memory
+from nl_kernels.memory.segments import KEPT_MEGABYTES
 from nl_kernels.ops.continuum import chunk_walk, eager, loop
 from nl_kernels.ops.continuum.state import Weights
 from tests.nl_kernels.continuum_levels import (
@@ -17,6 +18,7 @@ from tests.nl_kernels.continuum_levels import (
     chain,
     close,
     flat,
+    forget_all_but_the_last,
     make_level,
     random_tensor,
     rates,
@@ -176,12 +178,14 @@ def test_a_state_shares_no_memory_with_the_weights():
     assert torch.equal(state.up, before)
 
 
-@pytest.mark.parametrize("every", [1, 2, 100])
+@pytest.mark.parametrize("every", [1, 2, 100, None])
 @pytest.mark.parametrize("padding", [None, "left"])
-def test_checkpointing_changes_no_value(every, padding):
+def test_checkpointing_changes_no_value(every, padding, monkeypatch):
     mask = None if padding is None else torch.tensor(PADDINGS[padding], dtype=torch.bool)
     x = random_tensor(3, 9, WIDTH, seed=0)
     plain = run_with_gradients(x, chain(9), "eager", mask=mask)
+    if every is None:
+        forget_all_but_the_last(monkeypatch)
     kept = run_with_gradients(x, chain(9), "eager", mask=mask, checkpoint_every=every)
     close(kept[0], plain[0], 1e-14)
     close(kept[2], plain[2], 1e-12)
@@ -210,6 +214,21 @@ def test_checkpointing_keeps_weights_only_at_its_boundaries():
     assert saved_bytes(x, [level]) > (length // 4) * weights + rows
     assert saved_bytes(x, [level], checkpoint_every=1) < (length // 4 + 1) * weights + rows
     assert saved_bytes(x, [level], checkpoint_every=8) < (length // 32 + 1) * weights + rows
+
+
+@pytest.mark.parametrize("rule", ["sgd", "muon"])
+@pytest.mark.parametrize("detach_updates", [False, True])
+def test_what_is_kept_is_bounded(detach_updates, rule, monkeypatch):
+    (level,), _ = require_grad([make_level(1, chunk_size=1, hidden=64, rule=rule)])
+
+    def kept(length):
+        x = random_tensor(1, length, WIDTH, seed=0)
+        return saved_bytes(x, [level], detach_updates=detach_updates)
+
+    assert kept(128) - kept(64) > 0.9 * 64 * 2 * 64 * WIDTH * 8  # there is room for all
+    monkeypatch.setitem(KEPT_MEGABYTES, "continuum", 0)
+    states = [kept(length) - 20 * length * WIDTH * 8 for length in (64, 256)]
+    assert states[1] < 2.3 * states[0]  # twice the root of four times the chunks
 
 
 def plain_block(level, x):
@@ -327,7 +346,7 @@ def changed(owner, name, change):
     return owner, name, lambda *args: change(original(*args), *args)
 
 
-def turned_round(made, level, keys, targets, weights, *_):
+def turned_round(made, level, reads, keys, targets, weights, *_):
     new = (None if w is None else 2 * old - w for w, old in zip(made[2], weights))
     return *made[:2], Weights(*new), made[3]
 
@@ -341,7 +360,7 @@ MUTATIONS = {
         )
     ),
     "hidden layer not learned": changed(
-        eager, "learn", lambda made, level, keys, targets, weights, *_: (
+        eager, "learn", lambda made, level, reads, keys, targets, weights, *_: (
             *made[:2], made[2]._replace(up=weights.up), made[3]
         )
     ),

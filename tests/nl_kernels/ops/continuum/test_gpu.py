@@ -5,14 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from nl_kernels import (
-    ContinuumLevel,
-    continuum_gradients,
-    continuum_memory,
-    continuum_mlp,
-    continuum_update_,
-)
+from nl_kernels import ContinuumLevel, continuum_memory, continuum_mlp
+from nl_kernels.ops.continuum.registration import Update, implementation
 from nl_kernels.testing import assert_within_budget
+from tests.nl_kernels.ops.continuum.test_mlp import gradients
+from tests.nl_kernels.ops.continuum.test_update_in_place import stepped
 
 pytestmark = pytest.mark.gpu
 
@@ -26,6 +23,7 @@ def call(dtype=torch.float32):
         "weights": made[0],
         "gradients": made[1],
         "momenta": made[2],
+        "momentum_decay": 0.9,
         "norms": [w[0].norm(dim=-1) for w in made[0]],
         "copies": [torch.empty(s, dtype=torch.bfloat16, device="cuda") for s in SHAPES],
     }
@@ -37,29 +35,29 @@ def written(arguments):
 
 def test_error_budget():
     found, eager, exact = call(), call(), call(torch.float64)
-    continuum_update_(**found)
-    continuum_update_(**eager, impl="eager")
-    continuum_update_(**exact, impl="eager")
+    stepped(found, "triton")
+    stepped(eager)
+    stepped(exact)
     for i, results in enumerate(zip(*map(written, (found, eager, exact)))):
         assert_within_budget(*results, name=str(i))
 
 
 def test_deterministic():
     first, second = call(), call()
-    continuum_update_(**first)
-    continuum_update_(**second)
+    stepped(first, "triton")
+    stepped(second, "triton")
     assert all(torch.equal(a, b) for a, b in zip(written(first), written(second)))
 
 
 def test_in_a_graph_without_waiting_for_the_device():
     static, expected = call(), call()
-    continuum_update_(**static)  # compiles
+    stepped(static, "triton")  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        continuum_update_(**static)
+        stepped(static, "triton")
     graph.replay()
     for _ in range(2):
-        continuum_update_(**expected)
+        stepped(expected, "triton")
     assert all(torch.equal(a, b) for a, b in zip(written(static), written(expected)))
 
 
@@ -68,7 +66,9 @@ def test_offsets_beyond_32_bits():
         pytest.skip("needs 40 GiB of free device memory")
     count = 2**31 // (1024 * 1024) + 2
     weights = torch.ones(count, 1024, 1024, device="cuda")
-    continuum_update_([weights], [torch.full_like(weights, 0.25)])
+    implementation("update_in_place", "triton")(
+        Update([weights], [torch.full_like(weights, 0.25)], None, 0.0, None, None)
+    )
     assert weights[-1].eq(0.75).all()
     assert weights[0].eq(0.75).all()
 
@@ -119,21 +119,19 @@ def test_error_budget_of_the_mlp(dtype, gated, size):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_error_of_the_gradients_of_a_step(dtype, gated, size):
     made = mlp_call(dtype, size, gated)
-    found = continuum_gradients(**made, error_bound=1.0)
-    exact = continuum_gradients(**doubled(made), error_bound=1.0)
-    for f, e in zip(found, exact):
-        if e is not None:
-            assert f.dtype == torch.float32
-            assert (f.double() - e).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-4) * e.norm()
+    found, exact = gradients(made, 1.0, "triton"), gradients(doubled(made), 1.0)
+    for f, e in zip(found, exact, strict=True):
+        assert f.dtype == torch.float32
+        assert (f.double() - e).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-4) * e.norm()
 
 
 def test_the_mlp_is_deterministic_and_captured():
     made = mlp_call(torch.bfloat16, SIZES[0], True)
     weights = [made[n] for n in ("up", "down", "gate")]
-    first = continuum_mlp(made["inputs"], *weights), *continuum_gradients(**made)
+    first = continuum_mlp(made["inputs"], *weights), *gradients(made, None, "triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = continuum_mlp(made["inputs"], *weights), *continuum_gradients(**made)
+        captured = continuum_mlp(made["inputs"], *weights), *gradients(made, None, "triton")
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(first, captured))
 

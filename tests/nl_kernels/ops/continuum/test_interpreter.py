@@ -3,14 +3,21 @@
 import pytest
 import torch
 
-from nl_kernels import continuum_gradients, continuum_mlp, continuum_update_
-from nl_kernels.ops.continuum import launch
+from nl_kernels import continuum_mlp
+from nl_kernels.ops.continuum import launch, triton_update
+from nl_kernels.ops.continuum.registration import Update
 from nl_kernels.ops.continuum.triton_backward import plan_backward
 from nl_kernels.ops.continuum.triton_forward import plan_forward
 from nl_kernels.ops.continuum.triton_update import plan_update
 from nl_kernels.testing import GuardedBuffer, assert_within_budget
-from tests.nl_kernels.ops.continuum.test_mlp import CASES, arguments, step_arguments, with_gradients
-from tests.nl_kernels.ops.continuum.test_update_in_place import OPTIONS, call, written
+from tests.nl_kernels.ops.continuum.test_mlp import (
+    CASES,
+    arguments,
+    gradients,
+    step_arguments,
+    with_gradients,
+)
+from tests.nl_kernels.ops.continuum.test_update_in_place import OPTIONS, call, stepped, written
 
 pytestmark = pytest.mark.interpreter
 
@@ -20,7 +27,7 @@ SHAPES = [(3, 50, 33), (3, 33, 50), (1, 1), (2, 3, 2100), (130, 16)]
 
 def run(impl, options, dtype=torch.float32):
     arguments = call(**options, dtype=dtype, shapes=SHAPES, copy_dtype=torch.float16)
-    continuum_update_(**arguments, impl=impl)
+    stepped(arguments, impl)
     return written(arguments)
 
 
@@ -34,7 +41,7 @@ def test_error_budget(options):
 def test_every_buffer_is_written_and_nothing_beside_it():
     arguments = call(momentum=True, norms=True, copies=True, dtype=torch.float32, shapes=SHAPES)
     expected = call(momentum=True, norms=True, copies=True, dtype=torch.float32, shapes=SHAPES)
-    continuum_update_(**expected, impl="eager")
+    stepped(expected, "eager")
     buffers = {
         name: [GuardedBuffer.holding(x) for x in arguments[name]]
         for name in ("weights", "gradients", "momenta", "norms")
@@ -65,25 +72,16 @@ def test_many_matrices_take_several_launches(monkeypatch):
     found, expected = (call(momentum=True, norms=True, copies=True, dtype=torch.float32) for _ in range(2))
     calls = plan_update(found["weights"], found["gradients"], found["momenta"], 0.8, found["norms"], None)
     assert [c.constants["COUNT"] for c in calls] == [2, 1]
-    continuum_update_(**found, impl="triton")
-    continuum_update_(**expected, impl="eager")
+    stepped(found, "triton")
+    stepped(expected, "eager")
     for f, e in zip(written(found), written(expected)):
         torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-5)
 
 
 def test_rows_of_zeros_stay():
     weights = [torch.ones(2, 3)]
-    continuum_update_(weights, [torch.ones(2, 3)], norms=[torch.ones(2)], impl="triton")
+    triton_update.update_in_place(Update(weights, [torch.ones(2, 3)], None, 0.0, [torch.ones(2)], None))
     assert torch.equal(weights[0], torch.zeros(2, 3))
-
-
-def test_what_the_kernel_does_not_serve_is_refused():
-    weights = [torch.ones(2, 3).double()]
-    with pytest.raises(NotImplementedError, match=r"float32, got torch\.float64"):
-        continuum_update_(weights, weights, impl="triton")
-    weights = [torch.ones(1, launch.MAX_WIDTH + 1)]
-    with pytest.raises(NotImplementedError, match="rows of at most"):
-        continuum_update_(weights, weights, impl="triton")
 
 
 # one token; odd widths; more rows, hidden units and columns than a tile has
@@ -120,9 +118,8 @@ def test_error_budget_of_the_mlp(size, gated, dtype):
 @pytest.mark.parametrize("size", SIZES[1:], ids=str)
 def test_error_budget_of_the_gradients_of_a_step(size, gated, bound, dtype):
     made = step_arguments(gated=gated, dtype=dtype, weight_dtype=torch.float32, **size)
-    options = {"error_bound": bound}
-    found, eager = (named(continuum_gradients(**made, **options, impl=i), "") for i in ("triton", "eager"))
-    exact = named(continuum_gradients(**doubled(made), **options, impl="reference"), "")
+    found, eager = (named(gradients(made, bound, i), "") for i in ("triton", "eager"))
+    exact = named(gradients(doubled(made), bound, "reference"), "")
     assert found.keys() == exact.keys()
     for name in found:
         assert_within_budget(found[name], eager[name], exact[name], name=name, factor=3.0)
@@ -158,10 +155,8 @@ def test_every_buffer_of_the_mlp_is_written_and_nothing_beside_it(gated):
     torch.testing.assert_close(
         buffers[id(y)].tensor, continuum_mlp(made["inputs"], *weights, impl="eager"), rtol=1e-5, atol=1e-5
     )
-    expected = continuum_gradients(**made, error_bound=0.3, impl="eager")
-    for grad, wanted in zip(grads[1:], expected):
-        if wanted is not None:
-            torch.testing.assert_close(buffers[id(grad)].tensor, wanted, rtol=1e-4, atol=1e-4)
+    for grad, wanted in zip(grads[1:], gradients(made, 0.3)):
+        torch.testing.assert_close(buffers[id(grad)].tensor, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_fp64_is_refused():

@@ -26,6 +26,7 @@ from tests.nl_kernels.continuum_levels import (
     close,
     flat,
     flush_in_place,
+    forget_all_but_the_last,
     in_place,
     make_level,
     random_tensor,
@@ -121,15 +122,17 @@ def test_a_cut_anywhere_changes_nothing(variant, rule, detach_updates):
         close(found, gradients[: len(found)])
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(("every", "rule"), [(1, "momentum"), (2, "momentum"), *((None, r) for r in RULES)])
 @pytest.mark.parametrize("detach_updates", [False, True])
-@pytest.mark.parametrize("variant", ["nested", "independent"])
-def test_checkpointing_changes_no_value(variant, detach_updates, every):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_checkpointing_changes_no_value(variant, detach_updates, every, rule, monkeypatch):
     mask = torch.tensor(PADDINGS["left"], dtype=torch.bool)
     x = random_tensor(3, 9, WIDTH, seed=0)
-    levels = levels_of("momentum", batch=3, length=9)
+    levels = levels_of(rule, batch=3, length=9)
     options = {**options_of(variant), "detach_updates": detach_updates, "mask": mask}
     plain = run_with_gradients(x, levels, "eager", **options)
+    if every is None:
+        forget_all_but_the_last(monkeypatch)
     kept = run_with_gradients(x, levels, "eager", checkpoint_every=every, **options)
     close(kept[0], plain[0], 1e-14)
     close(kept[2], plain[2], 1e-12)
