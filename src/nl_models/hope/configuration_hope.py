@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from nl_kernels import MemoryRule
 from nl_kernels.checks import check_choice, check_positive_int
-from nl_kernels.dispatch import IMPLEMENTATIONS
+from nl_kernels.dispatch import IMPLEMENTATIONS, WITH_COMPILED
 from nl_kernels.ops.continuum.state import VARIANTS, check_chunk_sizes
 from nl_kernels.renamed import RenamedAttribute, check_renamed
 from nl_models.hf_names import CACHE_NAME
@@ -86,8 +86,11 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
             ``"independent"``; see :func:`nl_kernels.continuum_memory`.
         continuum_detach_updates: no outer gradient through the levels' steps; their rates and projections
             then stay as initialised.
-        continuum_impl: the same of the continuum memory. Kernels serve the levels' rules (not "dgd"), without
-            gradients or with ``continuum_detach_updates``.
+        continuum_checkpoint_every: steps of a level between the fast weights that its backward pass keeps,
+            while it recomputes the rest; ``None``: as memory allows, see :func:`nl_kernels.continuum_memory`.
+        continuum_impl: as ``memory_impl``, of the continuum memory, or "compiled". Kernels serve the levels'
+            rules (not "dgd"), without gradients or with ``continuum_detach_updates``; on CUDA the default for
+            the rest in training is "compiled".
         rms_norm_eps: of all norms.
         initializer_range: standard deviation of the initial embeddings and projections; by default
             √(0.4 / hidden_size), which is 0.02 at a width of 1,000.
@@ -133,6 +136,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
     continuum_levels: list[dict] | None = None
     continuum_variant: str = "sequential"
     continuum_detach_updates: bool = False
+    continuum_checkpoint_every: int | None = None
     continuum_impl: str | None = None
     rms_norm_eps: float | int = 1e-6
     initializer_range: float | None = None
@@ -298,7 +302,9 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
             raise ValueError(f"memory_rule: {_expected_options(MemoryRule)}: {error}") from error
 
     def _check_continuum(self) -> None:
-        check_choice("continuum_impl", self.continuum_impl, (*IMPLEMENTATIONS, None))
+        check_choice("continuum_impl", self.continuum_impl, (*WITH_COMPILED, None))
+        if self.continuum_checkpoint_every is not None:
+            check_positive_int("continuum_checkpoint_every", self.continuum_checkpoint_every)
         if self.continuum_variant not in VARIANTS:
             raise ValueError(f"continuum_variant: expected one of {VARIANTS}, got {self.continuum_variant!r}")
         try:

@@ -61,6 +61,7 @@ class HopeBlock(GradientCheckpointingLayer):
             variant=config.continuum_variant,
             detach_updates=config.continuum_detach_updates,
             norm_eps=config.rms_norm_eps,
+            checkpoint_every=config.continuum_checkpoint_every,
             impl=config.continuum_impl,
         )
 
@@ -254,7 +255,7 @@ class HopeModel(HopePreTrainedModel):
         if cu_seqlens is not None:
             if mask is not None or past or use_cache:
                 raise ValueError("cu_seqlens: packed sequences take neither a padding mask nor a cache")
-            packing = Packing(cu_seqlens, hidden_states)
+            packing = Packing(cu_seqlens, hidden_states, max_length_q or max_length_k)
             hidden_states, mask = packing.unpack(hidden_states), packing.mask
             if position_ids is not None:
                 position_ids = packing.unpack(position_ids[..., None])[..., 0]
@@ -346,6 +347,7 @@ class HopeForCausalLM(HopePreTrainedModel, StatefulGeneration, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             cu_seqlens=cu_seqlens,
+            max_length_q=None if cu_seqlens is None else max_length_q or max_length_k,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nl_kernels.checks import check_cu_seqlens
+from nl_kernels.checks import check_cu_seqlens, has_readable_data
 from nl_models.layers.state_cache import StateCacheLayer, padding_digest
 
 
@@ -14,6 +14,7 @@ class Packing:
     Args:
         cu_seqlens: ``[N + 1]`` integers, the bounds of the sequences: 0, …, T.
         packed: ``[1, T, …]``, any packed tensor, for checks.
+        longest: no sequence is longer; needed where bounds cannot be read, while a CUDA graph is captured.
 
     Attributes:
         mask: ``[N, longest]`` bool, True at real tokens, or ``None`` where all sequences are equally long.
@@ -22,15 +23,23 @@ class Packing:
         ValueError: a batch other than one, or bounds that do not increase from 0 to T.
     """
 
-    def __init__(self, cu_seqlens: torch.Tensor, packed: torch.Tensor):
+    def __init__(self, cu_seqlens: torch.Tensor, packed: torch.Tensor, longest: int | None = None):
         if packed.shape[0] != 1:
             raise ValueError(f"cu_seqlens: expected a batch of one, got {packed.shape[0]}")
         check_cu_seqlens(cu_seqlens, packed.shape[1], packed)
-        starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None].long()
-        columns = torch.arange(int(lengths.max()), device=packed.device)
-        self._real = columns < lengths
+        bounds, readable = cu_seqlens.long(), has_readable_data(cu_seqlens)
+        starts, lengths = bounds[:-1, None], bounds.diff()[:, None]
+        if not readable and longest is None:
+            raise ValueError(
+                "max_length_q: expected an int while a CUDA graph is captured, when cu_seqlens cannot be read"
+            )
+        columns = torch.arange(int(lengths.max()) if readable else longest, device=packed.device)
+        real = columns < lengths
+        token = torch.arange(packed.shape[1], device=packed.device)
+        row = torch.searchsorted(bounds, token, right=True) - 1
+        self._place = row, token - bounds[row]
         self._index = (starts + columns).clamp(max=packed.shape[1] - 1)
-        self.mask = None if bool(self._real.all()) else self._real
+        self.mask = None if readable and bool(real.all()) else real
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """``[1, T, …]`` to ``[N, longest, …]``, with arbitrary values at padding."""
@@ -38,7 +47,7 @@ class Packing:
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """``[N, longest, …]`` to ``[1, T, …]``."""
-        return padded[self._real][None]
+        return padded[self._place][None]
 
 
 def current_mask(
@@ -60,6 +69,8 @@ def current_mask(
             f"got {tuple(attention_mask.shape)}"
         )
     mask = attention_mask.bool()
+    if not has_readable_data(mask):
+        return mask[:, mask.shape[1] - T :]
     padded = not bool(mask.all())
     if seen and mask.shape[1] > T and (padded or past.padding is not None):
         contradicted = padding_digest(mask[:, :seen])
@@ -91,7 +102,8 @@ def packed_bounds(
 ) -> torch.Tensor | None:
     """The bounds ``[N + 1]`` of packed sequences, by whichever names they came; ``None``: nothing is packed.
 
-    Collators of transformers and TRL send several of them at once, which must tell the same.
+    Collators of transformers and TRL send several of them at once, which must tell the same. While a CUDA
+    graph is captured nothing can be read: bounds are then taken as they are, and positions tell of none.
 
     Args:
         position_ids: ``[B, T]``; where they do not grow from one real token to the next, a sequence begins.
@@ -105,12 +117,15 @@ def packed_bounds(
             a batch of several rows.
     """
     found = {"cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+    given = next((bounds for bounds in found.values() if bounds is not None), None)
+    if given is not None and not has_readable_data(given):
+        return given
     for name, ids in (("seq_idx", seq_idx), ("position_ids", position_ids)):
         if ids is not None and ids.ndim != 2:
             raise ValueError(f"{name}: expected shape [B, T], got {tuple(ids.shape)}")
     if seq_idx is not None:
         found["seq_idx"] = _bounds_at_changes("seq_idx", seq_idx, seq_idx[:, 1:] != seq_idx[:, :-1])
-    if position_ids is not None and position_ids.shape[1] > 1:
+    if position_ids is not None and position_ids.shape[1] > 1 and has_readable_data(position_ids):
         anew = position_ids[:, 1:] <= position_ids[:, :-1]
         if attention_mask is not None and attention_mask.ndim == 2:
             real = attention_mask[:, -position_ids.shape[1] :].bool()

@@ -16,9 +16,8 @@ def padding_digest(mask: torch.Tensor, start: int = 0) -> torch.Tensor:
     A sum over columns of numbers that look random, 0 where there is no padding: it adds up piece by piece,
     and its size does not grow with the context. ``start`` is the number of the first column.
     """
-    rows, columns = (~mask).nonzero(as_tuple=True)
-    found = _scattered(columns + start + 1)
-    return torch.zeros(len(mask), dtype=torch.int64, device=mask.device).index_add_(0, rows, found)
+    columns = torch.arange(start + 1, start + 1 + mask.shape[1], device=mask.device)
+    return torch.where(mask, 0, _scattered(columns)).sum(1)
 
 
 def token_digest(ids: torch.Tensor, start: int = 0) -> torch.Tensor:

@@ -95,3 +95,15 @@ def test_what_can_learn_does(make_model, tokens, detached):
         learns = name.rsplit(".", 1)[-1] not in still
         assert parameter.requires_grad == learns
         assert (parameter.grad is not None and bool(parameter.grad.any())) == learns, name
+
+
+def test_what_the_backward_keeps_changes_no_gradient(make_model, tokens):
+    ids, found = tokens(2, 26), []
+    for every in (None, 2):
+        model = make_model("full_attention", continuum_levels=LEVELS, continuum_checkpoint_every=every)
+        assert model.model.layers[0].continuum.checkpoint_every == every
+        model(ids, labels=ids).loss.backward()
+        found.append((model.config.fingerprint(), [p.grad for p in model.parameters()]))
+    assert found[0][0] == found[1][0]
+    for kept, again in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(again, kept, rtol=0, atol=1e-12)
