@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from nl_models.files import make_folder
 from nl_models.hope import HopeConfig
 from nl_models.profiling.measure import Measurement
+from nl_models.profiling.plan import plan_table, plan_training_step
 from nl_models.profiling.report import describe_machine, plot_profile, profile_table, save_profile
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.training.baseline import attention_baseline, parameter_count
@@ -28,6 +30,15 @@ def main(
         "runs/profile"
     ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier profile there.")] = False,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            help="Only say what a training step of this preset (tiny, 340m, 760m, 1.3b) will take on a GPU: "
+            "with --batch, --length and --precision, by running it on tensors without data. Takes minutes."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences of the planned step.")] = 8,
+    length: Annotated[str, typer.Option(help="Their tokens.")] = "4K",
     models: Annotated[
         str, typer.Option(help="Comma-separated: hope, titans, gated_delta_net, attention.")
     ] = "hope,attention",
@@ -53,7 +64,10 @@ def main(
     device: Annotated[
         str, typer.Option(help="'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")
     ] = "auto",
-    precision: Annotated[str, typer.Option(help="'fp32' or 'bf16' weights.")] = "fp32",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="'fp32' (default) or 'bf16' weights; of a plan bf16 autocast (default)."),
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = _DEFAULT.threads,
     time_limit: Annotated[
         float, typer.Option(help="Seconds for one measurement; longer contexts are then left out.")
@@ -65,6 +79,11 @@ def main(
     above that of the idle model. For a million tokens and more: --modes prefill --lengths 64K,256K,1M.
     """
     console = Console()
+    if plan is not None:
+        with explained_errors():
+            console.print(_planned(plan, batch, token_count("length", length), precision or "bf16"))
+        return
+    precision = precision or "fp32"
     with explained_errors():
         settings = ProfileSettings(
             modes=tuple(_split(modes)),
@@ -97,6 +116,19 @@ def main(
     with explained_errors():
         plot = plot_profile(results, output / "profile.png", title=title)
     console.print(f"{target}\n{plot}", highlight=False, soft_wrap=True)
+
+
+def _planned(preset: str, batch: int, length: int, precision: str) -> Table:
+    """What a training step takes without and with activation checkpointing of every block."""
+    config = HopeConfig.preset(preset)
+    sizes = {"batch": batch, "length": length, "precision": _precision(precision)}
+    plans = {
+        name: plan_training_step(config, **sizes, block_checkpoints=checkpoints)
+        for name, checkpoints in (("all activations kept", False), ("a checkpoint a block", True))
+    }
+    return plan_table(
+        plans, f"A training step of {preset}, {batch} × {length:,} tokens, {precision}: planned GB"
+    )
 
 
 def progress_printer(console: Console):
