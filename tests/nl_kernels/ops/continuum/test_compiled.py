@@ -7,6 +7,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from nl_kernels import continuum_memory
+from nl_kernels.ops.continuum import compiled, eager
 from tests.nl_kernels.continuum_levels import (
     WIDTH,
     close,
@@ -38,6 +39,19 @@ def chunk_calls(levels, x):
     return [len(re.findall(r"extern_kernels\.\w+\(|(?:cpp|triton)_\w*fused\w*\(", body)) for body in bodies]
 
 
+def test_levels_that_are_alike_share_what_is_compiled(monkeypatch):
+    torch._dynamo.reset()
+    learn = torch.compile(eager.learn, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr(compiled, "_compiled", learn)
+    x = random_tensor(2, LENGTH, WIDTH, seed=0)
+    for again in (False, True):
+        with torch._dynamo.config.patch(error_on_recompile=again):
+            found = run_with_gradients(x, [level_of("sgd")], "compiled")
+    expected = run_with_gradients(x, [level_of("sgd")], "eager")
+    close(found[0], expected[0], 1e-12)
+    close(found[2], expected[2], 1e-10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "gated"), [("sgd", False), ("momentum", True), ("muon", False), ("dgd", True)]
@@ -58,5 +72,5 @@ def test_a_chunk_takes_few_calls():
     (level,), _ = require_grad([level_of("sgd")])
     counts = chunk_calls([level], random_tensor(2, LENGTH, WIDTH, seed=0))
     assert len(counts) == 4  # of the level's own weights, and of those of each sequence
-    assert sorted(counts)[::2] <= [13, 24], counts
-    assert max(counts) <= 24
+    assert sorted(counts)[1] <= 14, counts  # forward
+    assert sorted(counts)[3] <= 24, counts  # backward; eager calls 27 and 99
