@@ -103,6 +103,8 @@ def test_an_explicit_choice_never_falls_back(make_config, tokens, monkeypatch):
         model = HopeForCausalLM(make_config(layer, memory_impl="triton"))
         with pytest.raises(RuntimeError, match="impl='triton'"):
             model(tokens(1, 3))
-    model = HopeForCausalLM(make_config("full_attention", continuum_impl="triton"))
+    model = HopeForCausalLM(
+        make_config("full_attention", continuum_impl="triton", continuum_detach_updates=True)
+    )
     with pytest.raises(RuntimeError, match="impl='triton'"):
         model(tokens(1, 3))

@@ -23,18 +23,10 @@ MAX_MATRICES = 12
 _TILE = 2048
 
 
-class UpdateTile(NamedTuple):
-    """Rows and columns (all of them) that one program has."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-
-
-def update_tile(width: int) -> UpdateTile:
-    """The tile of rows of ``width`` elements."""
+def update_tile(width: int) -> tuple[int, int, int]:
+    """Rows and columns (all ``width`` of them) that one program has, and its warps."""
     block_n = power_of_two(width)
-    return UpdateTile(max(1, _TILE // block_n), block_n, max(4, min(16, block_n // 512)))
+    return max(1, _TILE // block_n), block_n, max(4, min(16, block_n // 512))
 
 
 def product_precision(dtype: torch.dtype, architecture: str) -> str:

@@ -100,30 +100,14 @@ def plan_update(*parts: Sequence[torch.Tensor] | float | None) -> list[KernelCal
         rows = tuple(w.numel() // w.shape[-1] for w in weights)
         tiles = [launch.update_tile(w.shape[-1]) for w in weights]
         sequence_rows = tuple(w.shape[-2] for w in weights)
-        norm_rows = source_rows = initial_rows = sequence_rows
-        if part["norms"] is not None:
-            norm_rows = tuple(n.numel() for n in part["norms"])
-        if part["sources"] is not None:
-            source_rows = tuple(w.numel() // w.shape[-1] for w in part["sources"])
-        if part["initial"] is not None:
-            initial_rows = tuple(w.numel() // w.shape[-1] for w in part["initial"])
-        arguments = {
-            **part,
-            "rows": rows,
-            "norm_rows": norm_rows,
-            "source_rows": source_rows,
-            "initial_rows": initial_rows,
-            "sequence_rows": sequence_rows,
-            "decay": decay,
-        }
-        constants = {
-            "COUNT": len(weights),
-            "COLUMNS": tuple(w.shape[-1] for w in weights),
-            "BLOCKS_M": tuple(tile.block_m for tile in tiles),
-            "BLOCKS_N": tuple(tile.block_n for tile in tiles),
-        }
-        programs = sum(triton.cdiv(r, tile.block_m) for r, tile in zip(rows, tiles))
-        warps = max(tile.num_warps for tile in tiles)
+        arguments = {**part, "rows": rows, "sequence_rows": sequence_rows, "decay": decay}
+        arguments["norm_rows"] = tuple(x.numel() for x in part["norms"] or ()) or sequence_rows
+        for name, of in (("source_rows", "sources"), ("initial_rows", "initial")):
+            arguments[name] = tuple(x.numel() // x.shape[-1] for x in part[of] or ()) or sequence_rows
+        blocks_m, blocks_n, warps = zip(*tiles)
+        columns = tuple(w.shape[-1] for w in weights)
+        constants = {"COUNT": len(weights), "COLUMNS": columns, "BLOCKS_M": blocks_m, "BLOCKS_N": blocks_n}
+        programs, warps = sum(triton.cdiv(r, m) for r, m in zip(rows, blocks_m)), max(warps)
         calls.append(KernelCall(update_kernel, (programs,), arguments, constants, warps, 1))
     return calls
 

@@ -97,8 +97,8 @@ def test_tiles_of_products_are_what_the_compiler_takes(architecture, precision):
 
 @pytest.mark.parametrize("width", [1, 3, 16, 341, 1024, 2049, 16_384])
 def test_a_tile_has_whole_rows(width):
-    tile = launch.update_tile(width)
-    assert tile.block_n >= width
-    assert tile.block_n & (tile.block_n - 1) == 0
-    assert tile.block_m >= 1
-    assert tile.block_m * tile.block_n <= max(2048, tile.block_n)
+    rows, columns, _ = launch.update_tile(width)
+    assert columns >= width
+    assert columns & (columns - 1) == 0
+    assert rows >= 1
+    assert rows * columns <= max(2048, columns)
