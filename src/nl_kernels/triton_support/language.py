@@ -1,21 +1,14 @@
-"""Building blocks of the kernels' dialect: products, decays, tiles, chunks. No op's formulas.
+"""Building blocks of the kernels' dialect: products, tiles, chunks. No op's formulas.
 
 Conventions of every kernel in this package:
 
 * A product names its precision. ``"bf16"`` and ``"fp16"`` cast both operands; ``"tf32"``, ``"tf32x3"`` and
   ``"ieee"`` take fp32 operands. All accumulate in fp32.
-* A decay is a log ≤ 0, −∞ included. Logs are cumulated in fp64, and the sum is handed on as two fp32 numbers,
-  ``(total, residue)``, so that the difference of two large sums is still exact to fp32. They are clamped at
-  −1000, whose exponential is exactly zero: −∞ never enters a subtraction. Only differences ≤ 0 are
-  exponentiated.
 * Offsets that grow with the batch or the length are 64-bit.
 """
 
 import triton
 import triton.language as tl
-
-# Stands for log(0): its exponential is zero in fp32, and sums of it stay exact in fp64.
-_LOG_ZERO: tl.constexpr = tl.constexpr(-1000.0)
 
 _SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 _DENSITY_AT_0: tl.constexpr = tl.constexpr(0.3989422804014327)  # 1/√(2π)
@@ -86,57 +79,6 @@ def activation(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def safe_log(x):
-    """``log(x)``, with the clamped log of zero for x = 0."""
-    return tl.where(x > 0, tl.log(tl.where(x > 0, x, 1.0)), _LOG_ZERO)
-
-
-@triton.jit
-def cumulate_log(x):
-    """Inclusive cumulated form of the logs ``x`` [C], and of the same without each row's own factor.
-
-    Returns ``total, residue, total_before, residue_before``.
-    """
-    clamped = tl.maximum(x, _LOG_ZERO).to(tl.float64)
-    cumulated = tl.cumsum(clamped, 0)
-    total, residue = _split(cumulated)
-    total_before, residue_before = _split(cumulated - clamped)
-    return total, residue, total_before, residue_before
-
-
-@triton.jit
-def total_log(x):
-    """The cumulated form ``(total, residue)`` of all of ``x`` [C]: the last row of :func:`cumulate_log`."""
-    return _split(tl.sum(tl.maximum(x, _LOG_ZERO).to(tl.float64), 0))
-
-
-@triton.jit
-def _split(x):
-    """An fp64 number as the sum of two fp32 ones."""
-    high = tl.cast(x, tl.float32)
-    return high, tl.cast(x - tl.cast(high, tl.float64), tl.float32)
-
-
-@triton.jit
-def decay_from_start(total):
-    """The product of all factors so far, from their cumulated form."""
-    return tl.exp(tl.minimum(total, 0.0))
-
-
-@triton.jit
-def decay_between(to_total, to_residue, from_total, from_residue):
-    """The product of the factors after ``from`` up to ``to``, each a cumulated form; shapes broadcast."""
-    return tl.exp(tl.minimum((to_total - from_total) + (to_residue - from_residue), 0.0))
-
-
-@triton.jit
-def decay_matrix(to_total, to_residue, from_total, from_residue, mask):
-    """``[t, j]`` = the product of the factors after j up to t where ``mask``, else 0."""
-    decay = decay_between(to_total[:, None], to_residue[:, None], from_total[None, :], from_residue[None, :])
-    return tl.where(mask, decay, 0.0)
-
-
-@triton.jit
 def load_tile(base, rows, row_mask, columns, WIDTH: tl.constexpr):
     """``[rows, columns]`` of a matrix of row offsets ``rows`` (in rows of WIDTH), zero outside."""
     pointers = base + rows[:, None] * WIDTH + columns[None, :]
@@ -181,58 +123,39 @@ def locate_sequence(sequence, cu_seqlens, chunk_offsets, T, BLOCK_C: tl.constexp
 
 
 @triton.jit
-def invert_unit_lower(A, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, BASE: tl.constexpr = 16):
-    """``(I + A)^{-1}`` of a strictly lower triangular ``A`` [C, C], C a power of two ≥ 16.
+def invert_unit_lower(A, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+    """``(I + A)^{-1}`` of a strictly lower triangular ``A`` [C, C], C a power of two from 16 to 64.
 
-    Forward substitution inside the diagonal blocks of BASE × BASE (all of them at once), then pairs of
-    inverted blocks are merged by products, ``[[P, 0], [-Q L P, Q]]``. Squaring a nilpotent A instead would
-    need no substitution, but its powers grow like binomials when keys repeat (10^17 at C = 64). A step of the
-    substitution waits for the one before: a small BASE, 4 or 8, is for programs that are a chain of chunks.
+    Of 2 × 2 blocks on the diagonal the inverse is I − A; then pairs of inverted blocks are merged by
+    products, ``[[P, 0], [-Q L P, Q]]``. Up to 16 × 16 each warp (of four) does so for a block of its own, in
+    registers. Squaring a nilpotent A instead would need fewer products, but its powers grow like binomials
+    when keys repeat (10^17 at C = 64).
     """
-    BLOCKS: tl.constexpr = BLOCK_C // BASE
+    BLOCKS: tl.constexpr = BLOCK_C // 16
     block = tl.arange(0, BLOCKS)
-    row = tl.arange(0, BASE)
-    same_block = block[:, None] == block[None, :]
-    tiles = tl.reshape(A, [BLOCKS, BASE, BLOCKS, BASE])
-    diagonal = tl.sum(tl.where(same_block[:, None, :, None], tiles, 0.0), 2)
-    identity = (row[:, None] == row[None, :]).to(tl.float32)
-    inverse = tl.broadcast_to(identity[None, :, :], [BLOCKS, BASE, BASE])
-    for i in range(1, BASE):
-        is_row = (row == i)[None, :, None]
-        coefficients = tl.sum(tl.where(is_row, diagonal, 0.0), 1)
-        eliminated = tl.sum(coefficients[:, :, None] * inverse, 1)
-        inverse = tl.where(is_row, inverse - eliminated[:, None, :], inverse)
-    spread = tl.where(same_block[:, None, :, None], inverse[:, :, None, :], 0.0)
-    result = tl.reshape(spread, [BLOCK_C, BLOCK_C])
+    row = tl.arange(0, 16)[None, :, None]
+    column = tl.arange(0, 16)[None, None, :]
+    same_block = (block[:, None] == block[None, :])[:, None, :, None]
+    tiles = tl.reshape(A, [BLOCKS, 16, BLOCKS, 16])
+    diagonal = tl.sum(tl.where(same_block, tiles, 0.0), 2)
+    inverse = tl.where(row == column, 1.0, tl.where(row // 2 == column // 2, -diagonal, 0.0))
+    inverse = _merge_inverses(inverse, diagonal, row, column, 2, PRECISION)
+    inverse = _merge_inverses(inverse, diagonal, row, column, 4, PRECISION)
+    inverse = _merge_inverses(inverse, diagonal, row, column, 8, PRECISION)
+    result = tl.reshape(tl.where(same_block, inverse[:, :, None, :], 0.0), [BLOCK_C, BLOCK_C])
 
-    rows = tl.arange(0, BLOCK_C)[:, None]
-    columns = tl.arange(0, BLOCK_C)[None, :]
-    if BASE <= 4:
-        result = _merge_inverses(result, A, rows, columns, 4, PRECISION)
-    if BASE <= 8:
-        result = _merge_inverses(result, A, rows, columns, 8, PRECISION)
+    row = tl.arange(0, BLOCK_C)[:, None]
+    column = tl.arange(0, BLOCK_C)[None, :]
     if BLOCK_C >= 32:
-        result = _merge_inverses(result, A, rows, columns, 16, PRECISION)
+        result = _merge_inverses(result, A, row, column, 16, PRECISION)
     if BLOCK_C >= 64:
-        result = _merge_inverses(result, A, rows, columns, 32, PRECISION)
-    if BLOCK_C >= 128:
-        result = _merge_inverses(result, A, rows, columns, 64, PRECISION)
+        result = _merge_inverses(result, A, row, column, 32, PRECISION)
     return result
 
 
 @triton.jit
-def _merge_inverses(inverse, A, rows, columns, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+def _merge_inverses(inverse, A, row, column, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """Inverses of blocks of 2·SIZE from those of SIZE (block diagonal in ``inverse``)."""
-    coupling = (rows // (2 * SIZE) == columns // (2 * SIZE)) & (rows // SIZE > columns // SIZE)
+    coupling = (row // (2 * SIZE) == column // (2 * SIZE)) & (row // SIZE > column // SIZE)
     lower = tl.where(coupling, A, 0.0)
     return inverse - matmul(matmul(inverse, lower, PRECISION), inverse, PRECISION)
-
-
-@triton.jit
-def sum_over_spans(pairs, ends_mask, starts_mask, PRECISION: tl.constexpr):
-    """``out[i] = Σ_{t, j} ends[i, t] · pairs[t, j] · starts[i, j]``: what every span (j, t) over i holds.
-
-    The gradient of a log factor i from a matrix of decays. Summing the rectangle, rather than suffix sums
-    of row sums minus column sums, cancels nothing, and is exactly zero across a reset.
-    """
-    return tl.sum(tl.where(starts_mask, matmul(ends_mask.to(tl.float32), pairs, PRECISION), 0.0), 1)

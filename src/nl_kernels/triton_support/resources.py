@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nl_kernels.triton_support.targets import TARGETS
+
 _TENSOR_CORE = {
     "wgmma": re.compile(r"\bwgmma\.mma_async"),
     "tcgen05": re.compile(r"\btcgen05\.mma\b"),
@@ -26,6 +28,8 @@ class Resources:
         registers: 32-bit registers a thread.
         spill_bytes: bytes a thread keeps in local memory (stack included) for want of registers.
         shared_bytes: shared memory.
+        resident: programs that fit a multiprocessor at once; 0 on AMD, where it is not reckoned.
+        instructions, barriers: in the machine code, each one once; 0 on AMD.
         tensor_memory: columns of tensor memory, where there is any (sm_100).
         products: matrix products in the kernel, before unrolling.
         scalar_products: those of them compiled to scalar multiply-adds instead of matrix instructions.
@@ -35,6 +39,9 @@ class Resources:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    resident: int
+    instructions: int
+    barriers: int
     tensor_memory: int
     products: int
     scalar_products: int
@@ -45,9 +52,16 @@ def resources_of(compiled: Any) -> Resources:
     """Read the resources of what :func:`ahead_of_time.compile_call` returned."""
     asm = compiled.asm
     products, scalar = _count_products(asm["ttgir"])
+    shared = compiled.metadata.shared
+    resident = instructions = barriers = 0
     if "cubin" in asm:
-        registers, spills = _nvidia_registers(asm["cubin"])
         text = asm["ptx"]
+        usage = _nvidia_code(asm["cubin"])
+        fields = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        registers, spills = fields["REG"], fields["STACK"] + fields["LOCAL"]
+        resident = _resident(registers, compiled.metadata.num_warps, shared, compiled.metadata.target.arch)
+        code = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+ )?(\w+)", usage, re.MULTILINE)
+        instructions, barriers = len(code), code.count("BAR")
     else:
         text = asm["amdgcn"]
         registers = _amd_field(text, "vgpr_count")
@@ -56,7 +70,10 @@ def resources_of(compiled: Any) -> Resources:
     return Resources(
         registers=registers,
         spill_bytes=spills,
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=shared,
+        resident=resident,
+        instructions=instructions,
+        barriers=barriers,
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         products=products,
         scalar_products=scalar,
@@ -77,18 +94,25 @@ def _count_products(ttgir: str) -> tuple[int, int]:
     return products, scalar
 
 
-def _nvidia_registers(cubin: bytes) -> tuple[int, int]:
+def _nvidia_code(cubin: bytes) -> str:
+    """What a kernel uses, and its machine code, as text."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [str(tool), "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    fields = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return fields["REG"], fields["STACK"] + fields["LOCAL"]
+        command = [str(tool), "-res-usage", "-sass", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _resident(registers: int, warps: int, shared: int, capability: int) -> int:
+    """Programs that fit a multiprocessor: 65,536 registers, given to warps by 256; 1 KiB a program is taken."""
+    (target,) = (t for t in TARGETS.values() if t.compiler_arch == capability)
+    warps_held = 48 if capability == 89 else 64
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256) // 4 * 4 // warps
+    by_shared = (target.shared_memory + 1024) // (shared + 1024)
+    return min(by_registers, by_shared, warps_held // warps, 24 if capability == 89 else 32)
 
 
 def _amd_field(text: str, name: str) -> int:

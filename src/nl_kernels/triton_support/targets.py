@@ -14,22 +14,24 @@ class Target:
     Attributes:
         backend, compiler_arch, threads_per_warp: what ``triton.backends.compiler.GPUTarget`` takes.
         shared_memory: bytes a program may use.
+        multiprocessors: how many programs it takes to use the largest part of this kind.
     """
 
     backend: str
     compiler_arch: int | str
     threads_per_warp: int
     shared_memory: int
+    multiprocessors: int
 
 
 TENSOR_MEMORY = 512  # columns a program may use, where there is tensor memory (sm_100)
 
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 * 1024),
-    "sm_89": Target("cuda", 89, 32, 99 * 1024),
-    "sm_90": Target("cuda", 90, 32, 227 * 1024),
-    "sm_100": Target("cuda", 100, 32, 227 * 1024),
-    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+    "sm_80": Target("cuda", 80, 32, 163 * 1024, 108),
+    "sm_89": Target("cuda", 89, 32, 99 * 1024, 142),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024, 132),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024, 148),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, 304),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nl_kernels.triton_support.kernel_call import KernelCall
-from nl_kernels.triton_support.targets import is_ampere
+from nl_kernels.triton_support.targets import TARGETS
 from nl_kernels.triton_support.tiles import MIN_TILE, padded, power_of_two
 
 MAX_HEAD_DIM = 256
@@ -78,27 +78,32 @@ def config_of(
     dtype: torch.dtype,
     architecture: str,
     has_momentum: bool,
+    rows: int,
 ) -> Config:
-    """Tiles, warps and stages of ``kernel`` (its function's name without ``_kernel``)."""
+    """Tiles, warps and stages of ``kernel`` (its function's name without ``_kernel``) for ``rows`` states.
+
+    4 warps where registers allow, so that two programs and more share a multiprocessor.
+    """
     key, value = padded(key_dim), padded(value_dim)
-    wide = dtype != torch.bfloat16
     if kernel == "step":
         return Config(key, min(32, value), 4, 1)
-    amd, ampere = architecture.startswith("gfx"), is_ampere(architecture)
+    wide, amd = dtype != torch.bfloat16, architecture.startswith("gfx")
     if kernel in ("scan_chunks", "scan_gradients"):
         # The whole key width of the state is in registers: the tile of the value width is what gives.
-        backward = kernel == "scan_gradients"
-        tight = key > 128 or has_momentum or amd or (ampere and backward)
-        tightest = wide or (has_momentum and (key > 128 or amd or ampere or backward))
-        block_v = 16 if tightest else 32 if tight else 64
-        return Config(key, min(block_v, value), 8, 1 if wide or amd or key > 128 else 2)
+        carried = key * (2 if has_momentum else 1) * (2 if kernel == "scan_gradients" else 1)
+        few = rows * -(-value_dim // 32) < TARGETS[architecture].multiprocessors
+        block_v = 16 if carried > 128 or wide or amd or few else 32
+        warps = 8 if carried > 256 or (dtype == torch.float32 and key > 64) else 4
+        return Config(key, min(block_v, value), warps, 1 if wide or amd or key > 128 else 2)
+    # With momentum these hold so many matrices of pairs of tokens that it takes 8 warps not to spill.
+    warps = 8 if has_momentum and kernel not in ("read_chunks", "state_gradients") else 4
     if wide:
         block_k = 16 if kernel == "state_gradients" and has_momentum else 32
         block_v = 16 if kernel == "state_gradients" or has_momentum else 32
-        return Config(min(block_k, key), min(block_v, value), 8, 1)
-    block_k = 32 if kernel == "state_gradients" and (has_momentum or ampere) else 64
-    block_v = 32 if kernel in ("read_gradients", "solve_gradients") and has_momentum else 64
-    return Config(min(block_k, key), min(block_v, value), 8, 2)
+        return Config(min(block_k, key), min(block_v, value), warps, 1)
+    block_k = 32 if kernel == "state_gradients" or has_momentum else 64
+    block_v = 64 if kernel in ("solve_chunks", "read_chunks") and not has_momentum else 32
+    return Config(min(block_k, key), min(block_v, value), warps, 2)
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ class ChunkPlan:
             dtype=self.dtype,
             architecture=self.architecture,
             has_momentum=self.has_momentum,
+            rows=self.sequences * self.heads,
         )
 
     def tiles(self, kernel: Any, width: str | None) -> int:
@@ -182,7 +188,8 @@ class ChunkPlan:
         constants = {
             "KEY_DIM": self.key_dim,
             "VALUE_DIM": self.value_dim,
-            "READ_BEFORE": read == "before",
+            "MOMENTUM": self.has_momentum,
+            "BEFORE": read == "before",
             "KEY_TILES": key_tiles,
             "BLOCK_C": self.block_c,
             "BLOCK_K": config.block_k,

@@ -50,37 +50,16 @@ def plan_backward(
 ) -> tuple[list[KernelCall], tuple[torch.Tensor | None, ...]]:
     """The calls of the backward pass and the gradients they fill; runs nothing (meta tensors will do)."""
     plan = launch.plan_chunks(q, k, v, momentum, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
-    calls, states, final_state, final_momentum = plan_states(
-        plan, k, v, log_decay, erase, momentum, initial_state, initial_momentum, keep_inverse=True
-    )
+    inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "erase": erase, "momentum": momentum}
+    inputs |= {"initial_state": initial_state, "initial_momentum": initial_momentum}
+    calls, tensors = plan_states(plan, inputs, keep_inverse=True)
     work = plan.precision.workspace
-    has = momentum is not None
+    has = plan.has_momentum
     key_tiles = plan.tiles(state_gradients_kernel, "key")
-    rates = (plan.batch * plan.tokens * plan.heads, plan.chunks * plan.heads)
+    token_terms = (key_tiles, 7 if has else 3, plan.batch * plan.tokens * plan.heads)
+    chunk_terms = (key_tiles, 3 if has else 1, plan.chunks * plan.heads)
     pairs = (plan.chunks, plan.heads, plan.block_c, plan.block_c)
-    inputs = {"q": q, "k": k, "v": v, "do": do, "log_decay": log_decay, "erase": erase, "momentum": momentum}
-    saved = {
-        "key_transform": states.key_transform,
-        "momentum_key_transform": states.momentum_key_transform,
-        "pseudo_values": states.pseudo_values,
-        "inverse": states.inverse,
-        "carried_before": states.carried_before,
-        "momentum_tail": states.momentum_tail,
-        "chunk_states": states.chunk_states,
-        "chunk_momenta": states.chunk_momenta,
-    }
     d_pseudo = torch.empty_like(v, dtype=work)
-    work_buffers = {
-        "d_pseudo": d_pseudo,
-        "d_right": d_pseudo,
-        "d_value": torch.empty_like(v, dtype=work) if has else None,
-        "d_chunk_states": torch.empty_like(states.chunk_states),
-        "d_chunk_momenta": torch.empty_like(states.chunk_states) if has else None,
-        "d_query_key": k.new_empty(pairs, dtype=work),
-        "d_key_key": k.new_empty(pairs, dtype=work),
-        "token_terms": k.new_empty((key_tiles, 7 if has else 3, rates[0]), dtype=torch.float32),
-        "chunk_terms": k.new_empty((key_tiles, 3 if has else 1, rates[1]), dtype=torch.float32),
-    }
     gradients = {
         "dq": torch.empty_like(q),
         "dk": torch.empty_like(k),
@@ -88,25 +67,31 @@ def plan_backward(
         "d_log_decay": torch.empty_like(log_decay),
         "d_erase": torch.empty_like(erase),
         "d_momentum": torch.empty_like(momentum) if has else None,
-        "d_initial_state": torch.empty_like(final_state),
-        "d_initial_momentum": torch.empty_like(final_momentum) if has else None,
+        "d_initial_state": torch.empty_like(tensors["final_state"]),
+        "d_initial_momentum": torch.empty_like(tensors["final_state"]) if has else None,
     }
-    arguments = {
-        **inputs,
-        **saved,
-        **work_buffers,
-        **gradients,
+    tensors |= gradients | {
+        "do": do,
         "d_final_state": d_final_state,
         "d_final_momentum": d_final_momentum,
+        "d_pseudo": d_pseudo,
+        "d_right": d_pseudo,
+        "d_value": torch.empty_like(v, dtype=work) if has else None,
+        "d_chunk_states": torch.empty_like(tensors["chunk_states"]),
+        "d_chunk_momenta": torch.empty_like(tensors["chunk_states"]) if has else None,
+        "d_key_query": k.new_empty(pairs, dtype=work),
+        "d_key_key": k.new_empty(pairs, dtype=work),
+        "token_terms": k.new_empty(token_terms, dtype=torch.float32),
+        "chunk_terms": k.new_empty(chunk_terms, dtype=torch.float32),
         "scale": scale,
         "tokens": plan.batch * plan.tokens,
     }
     calls += [
-        plan.call(read_gradients_kernel, arguments, read=read),
-        plan.call(scan_gradients_kernel, arguments, tiles="value", scan=True, read=read),
-        plan.call(solve_gradients_kernel, arguments),
-        plan.call(state_gradients_kernel, arguments, tiles="key", read=read),
-        plan.call(rate_gradients_kernel, arguments, read=read, key_tiles=key_tiles),
+        plan.call(read_gradients_kernel, tensors, read=read),
+        plan.call(scan_gradients_kernel, tensors, tiles="value", scan=True, read=read),
+        plan.call(solve_gradients_kernel, tensors),
+        plan.call(state_gradients_kernel, tensors, tiles="key", read=read),
+        plan.call(rate_gradients_kernel, tensors, read=read, key_tiles=key_tiles),
     ]
     return calls, tuple(gradients.values())
 

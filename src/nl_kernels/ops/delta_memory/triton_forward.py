@@ -12,27 +12,27 @@ and without momentum the terms in ``U`` and ``E`` vanish, with ``Z + V`` in the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from nl_kernels.ops.delta_memory import launch
-from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
-from nl_kernels.triton_support.language import (
-    cumulate_log,
+from nl_kernels.ops.delta_memory.triton_decays import (
+    carried_from_start,
     decay_between,
     decay_from_start,
-    decay_matrix,
+    decays_of,
+    safe_log,
+    store_cumulated,
+)
+from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
+from nl_kernels.triton_support.language import (
     invert_unit_lower,
     load_tile,
     locate_chunk,
     locate_sequence,
     matmul,
-    safe_log,
     store_tile,
-    total_log,
 )
 from nl_kernels.triton_support.targets import architecture_of
 
@@ -44,17 +44,17 @@ def solve_chunks_kernel(
     log_decay,
     erase,
     momentum,
+    decays,
     key_transform,
     momentum_key_transform,
     pseudo_values,
     inverse,
-    carried_before,
-    momentum_tail,
     chunk_table,
     T,
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    MOMENTUM: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -64,59 +64,60 @@ def solve_chunks_kernel(
 ):
     """One program a chunk and head: everything about it that does not need the state.
 
-    Writes ``T diag(β b⁻) K``, with momentum ``T diag(β c⁻) K``, the state-free part of the pseudo-values;
-    where asked ``T = (I + A)⁻¹``, and with momentum c⁻ and the last row of E.
+    Writes the chunk's ``decays``, ``T diag(β b⁻) K``, with momentum ``T diag(β c⁻) K``, the state-free part
+    of the pseudo-values, and where asked ``T = (I + A)⁻¹``.
     """
     program = tl.program_id(0)
-    chunk = program // H
     head = program % H
-    start, count = locate_chunk(chunk, chunk_table, T, BLOCK_C)
+    start, count = locate_chunk(program // H, chunk_table, T, BLOCK_C)
     if count == 0:
         return
+    program = program.to(tl.int64)
     row = tl.arange(0, BLOCK_C)
     valid = row < count
     token = (start + row) * H + head
-    strict = row[:, None] > row[None, :]
-
-    log_a = tl.load(log_decay + token, mask=valid, other=0.0)
-    beta = tl.load(erase + token, mask=valid, other=0.0)
-    total, residue, total_before, residue_before = cumulate_log(log_a)
-    decay_before = decay_matrix(total_before, residue_before, total, residue, strict)
+    alpha, mu, carried_before, momentum_tail = decays_of(decays, program, BLOCK_C, MOMENTUM)
+    store_cumulated(alpha, row, tl.load(log_decay + token, mask=valid, other=-float("inf")), BLOCK_C)
+    if MOMENTUM:
+        store_cumulated(mu, row, safe_log(tl.load(momentum + token, mask=valid, other=0.0)), BLOCK_C)
+    tl.debug_barrier()
 
     key_products = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     for first in range(0, KEY_DIM, BLOCK_K):
         key = load_tile(k, token, valid, first + tl.arange(0, BLOCK_K), KEY_DIM)
         key_products += matmul(key, tl.trans(key), INPUTS)
+    beta = tl.load(erase + token, mask=valid, other=0.0)
     key_products *= beta[:, None]
-    if momentum is not None:
-        mu = tl.load(momentum + token, mask=valid, other=1.0)
-        mu_total, mu_residue, _, _ = cumulate_log(safe_log(mu))
-        lower = (row[:, None] >= row[None, :]) & valid[:, None]
-        mu_matrix = decay_matrix(mu_total, mu_residue, mu_total, mu_residue, lower)
-        all_total, all_residue = total_log(log_a)
-        tail = tl.where(valid, decay_between(all_total, all_residue, total, residue), 0.0)
-        tl.store(momentum_tail + token, tl.sum(tail[:, None] * mu_matrix, 0), mask=valid)
-        mu_start = tl.where(valid, decay_from_start(mu_total), 0.0)
-        carried = tl.sum(decay_before * mu_start[None, :], 1)
-        tl.store(carried_before + token, carried, mask=valid)
+    decay_before = decay_between(alpha, row[:, None] - 1, row[None, :], BLOCK_C)
+    if MOMENTUM:
+        mu_matrix = decay_between(mu, row[:, None], row[None, :], BLOCK_C)
+        # The conditions keep products out of fused additions, which would make lanes differ in a last bit.
+        carried = tl.where(
+            row[:, None] > row[None, :], decay_before * decay_from_start(mu, row)[None, :], 0.0
+        )
+        tl.store(carried_before + row, tl.sum(carried, 1))
+        tail = decay_between(alpha, count - 1, row, BLOCK_C)[:, None]
+        tl.store(
+            momentum_tail + row, tl.sum(tl.where(row[:, None] >= row[None, :], tail * mu_matrix, 0.0), 0)
+        )
         value_mixing = matmul(decay_before, mu_matrix, SOLVE) * key_products
-
+        tl.debug_barrier()
     inverted = invert_unit_lower(decay_before * key_products, BLOCK_C, SOLVE)
     if inverse is not None:
-        chunk_row = program.to(tl.int64) * BLOCK_C + row
-        store_tile(inverse, chunk_row, row < BLOCK_C, row, BLOCK_C, inverted)
-    key_mixing = inverted * (beta * decay_from_start(total_before))[None, :]
-    if momentum is not None:
-        momentum_key_mixing = inverted * (beta * carried)[None, :]
+        store_tile(inverse, program * BLOCK_C + row, row < BLOCK_C, row, BLOCK_C, inverted)
+    # By column: loaded again, in the layout of the product that it scales.
+    erased = tl.load(erase + token, mask=valid, other=0.0)
+    key_mixing = inverted * (erased * decay_from_start(alpha, row - 1))[None, :]
+    value_transform = inverted
+    if MOMENTUM:
+        momentum_key_mixing = inverted * (erased * tl.load(carried_before + row))[None, :]
         value_transform = -matmul(inverted, value_mixing, SOLVE)
-    else:
-        value_transform = inverted
 
     for first in range(0, KEY_DIM, BLOCK_K):
         column = first + tl.arange(0, BLOCK_K)
         key = load_tile(k, token, valid, column, KEY_DIM)
         store_tile(key_transform, token, valid, column, KEY_DIM, matmul(key_mixing, key, STATE))
-        if momentum is not None:
+        if MOMENTUM:
             product = matmul(momentum_key_mixing, key, STATE)
             store_tile(momentum_key_transform, token, valid, column, KEY_DIM, product)
     for first in range(0, VALUE_DIM, BLOCK_V):
@@ -129,12 +130,10 @@ def solve_chunks_kernel(
 def scan_chunks_kernel(
     k,
     v,
-    log_decay,
-    momentum,
+    decays,
     key_transform,
     momentum_key_transform,
     pseudo_values,
-    momentum_tail,
     initial_state,
     initial_momentum,
     chunk_states,
@@ -147,6 +146,7 @@ def scan_chunks_kernel(
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    MOMENTUM: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -172,49 +172,43 @@ def scan_chunks_kernel(
     state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if initial_state is not None:
         state += tl.load(initial_state + public, mask=state_mask, other=0.0).to(tl.float32)
-    if momentum is not None:
+    if MOMENTUM:
         velocity = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
         if initial_momentum is not None:
             velocity += tl.load(initial_momentum + public, mask=state_mask, other=0.0).to(tl.float32)
 
     for index in range(0, tl.cdiv(length, BLOCK_C)):
-        state_row = ((first_chunk + index) * H + head) * KEY_DIM + key_column
+        chunk = (first_chunk + index) * H + head
+        state_row = chunk * KEY_DIM + key_column
         store_tile(chunk_states, state_row, key_column < KEY_DIM, value_column, VALUE_DIM, state)
         valid = index * BLOCK_C + row < length
+        last = tl.minimum(length - index * BLOCK_C, BLOCK_C) - 1
         token = (start + index * BLOCK_C + row) * H + head
         key = load_tile(k, token, valid, key_column, KEY_DIM)
         transform = load_tile(key_transform, token, valid, key_column, KEY_DIM)
         pseudo = load_tile(pseudo_values, token, valid, value_column, VALUE_DIM).to(tl.float32)
         pseudo -= matmul(transform, state, STATE)
 
-        log_a = tl.load(log_decay + token, mask=valid, other=0.0)
-        total, residue, _, _ = cumulate_log(log_a)
-        all_total, all_residue = total_log(log_a)
-        tail = decay_between(all_total, all_residue, total, residue)
-        kept = decay_from_start(all_total)
-        if momentum is None:
-            store_tile(pseudo_values, token, valid, value_column, VALUE_DIM, pseudo)
-            state = kept * state + matmul(tl.trans(key), tail[:, None] * pseudo, STATE)
-        else:
+        alpha, mu, carried_before, momentum_tail = decays_of(decays, chunk, BLOCK_C, MOMENTUM)
+        written = decay_between(alpha, last, row, BLOCK_C)[:, None]
+        state *= decay_from_start(alpha, last)
+        if MOMENTUM:
             store_tile(chunk_momenta, state_row, key_column < KEY_DIM, value_column, VALUE_DIM, velocity)
             transform = load_tile(momentum_key_transform, token, valid, key_column, KEY_DIM)
             pseudo -= matmul(transform, velocity, STATE)
-            store_tile(pseudo_values, token, valid, value_column, VALUE_DIM, pseudo)
-            log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
-            mu_total, mu_residue, _, _ = cumulate_log(log_mu)
-            mu_all_total, mu_all_residue = total_log(log_mu)
-            mu_start = tl.where(valid, decay_from_start(mu_total), 0.0)
-            mu_tail = decay_between(mu_all_total, mu_all_residue, mu_total, mu_residue)
-            mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
             value = load_tile(v, token, valid, value_column, VALUE_DIM).to(tl.float32)
-            written = tail[:, None] * pseudo + mixed_tail[:, None] * value
-            state = kept * state + tl.sum(tail * mu_start, 0) * velocity
-            state += matmul(tl.trans(key), written, STATE)
-            velocity = decay_from_start(mu_all_total) * velocity
-            velocity += matmul(tl.trans(key), mu_tail[:, None] * value, STATE)
+            written = written * pseudo + tl.load(momentum_tail + row)[:, None] * value
+            state += carried_from_start(alpha, mu, carried_before, last, BLOCK_C, False) * velocity
+            velocity *= decay_from_start(mu, last)
+            value *= decay_between(mu, last, row, BLOCK_C)[:, None]
+            velocity += matmul(tl.trans(key), value, STATE)
+        else:
+            written *= pseudo
+        store_tile(pseudo_values, token, valid, value_column, VALUE_DIM, pseudo)
+        state += matmul(tl.trans(key), written, STATE)
 
     tl.store(final_state + public, state, mask=state_mask)
-    if momentum is not None:
+    if MOMENTUM:
         tl.store(final_momentum + public, velocity, mask=state_mask)
 
 
@@ -223,8 +217,7 @@ def read_chunks_kernel(
     q,
     k,
     v,
-    log_decay,
-    momentum,
+    decays,
     pseudo_values,
     chunk_states,
     chunk_momenta,
@@ -235,7 +228,8 @@ def read_chunks_kernel(
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    READ_BEFORE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    BEFORE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -245,11 +239,11 @@ def read_chunks_kernel(
 ):
     """One program a chunk, head and tile of the value width: the outputs."""
     program = tl.program_id(0)
-    chunk = program // H
     head = program % H
-    start, count = locate_chunk(chunk, chunk_table, T, BLOCK_C)
+    start, count = locate_chunk(program // H, chunk_table, T, BLOCK_C)
     if count == 0:
         return
+    program = program.to(tl.int64)
     row = tl.arange(0, BLOCK_C)
     valid = row < count
     token = (start + row) * H + head
@@ -263,34 +257,24 @@ def read_chunks_kernel(
         query = load_tile(q, token, valid, column, KEY_DIM)
         key = load_tile(k, token, valid, column, KEY_DIM)
         query_key += matmul(query, tl.trans(key), INPUTS)
-        state_row = program.to(tl.int64) * KEY_DIM + column
+        state_row = program * KEY_DIM + column
         state = load_tile(chunk_states, state_row, column < KEY_DIM, value_column, VALUE_DIM)
         from_state += matmul(query, state, STATE)
-        if momentum is not None:
+        if MOMENTUM:
             state = load_tile(chunk_momenta, state_row, column < KEY_DIM, value_column, VALUE_DIM)
             from_velocity += matmul(query, state, STATE)
 
-    log_a = tl.load(log_decay + token, mask=valid, other=0.0)
-    total, residue, total_before, residue_before = cumulate_log(log_a)
-    if READ_BEFORE:
-        seen = row[:, None] > row[None, :]
-        decay = decay_matrix(total_before, residue_before, total, residue, seen)
-        read = from_state * decay_from_start(total_before)[:, None]
-    else:
-        seen = row[:, None] >= row[None, :]
-        decay = decay_matrix(total, residue, total, residue, seen)
-        read = from_state * decay_from_start(total)[:, None]
+    alpha, mu, carried_before, _ = decays_of(decays, program, BLOCK_C, MOMENTUM)
+    seen = row - BEFORE  # the row whose state is read
+    decay = decay_between(alpha, seen[:, None], row[None, :], BLOCK_C)
+    read = from_state * decay_from_start(alpha, seen)[:, None]
     pseudo = load_tile(pseudo_values, token, valid, value_column, VALUE_DIM)
     read += matmul(decay * query_key, pseudo, STATE)
-    if momentum is not None:
-        log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
-        mu_total, mu_residue, _, _ = cumulate_log(log_mu)
-        lower = (row[:, None] >= row[None, :]) & valid[:, None]
-        mu_matrix = decay_matrix(mu_total, mu_residue, mu_total, mu_residue, lower)
-        mu_start = tl.where(valid, decay_from_start(mu_total), 0.0)
-        read += tl.sum(decay * mu_start[None, :], 1)[:, None] * from_velocity
+    if MOMENTUM:
+        read += carried_from_start(alpha, mu, carried_before, row, BLOCK_C, BEFORE)[:, None] * from_velocity
+        mixed = matmul(decay, decay_between(mu, row[:, None], row[None, :], BLOCK_C), SOLVE)
         value = load_tile(v, token, valid, value_column, VALUE_DIM)
-        read += matmul(matmul(decay, mu_matrix, SOLVE) * query_key, value, STATE)
+        read += matmul(mixed * query_key, value, STATE)
     store_tile(o, token, valid, value_column, VALUE_DIM, scale * read)
 
 
@@ -312,104 +296,41 @@ def plan_forward(
 ) -> tuple[list[KernelCall], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """The calls of the forward pass and the tensors they fill; runs nothing (meta tensors will do)."""
     plan = launch.plan_chunks(q, k, v, momentum, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
-    calls, recomputed, final_state, final_momentum = plan_states(
-        plan, k, v, log_decay, erase, momentum, initial_state, initial_momentum, keep_inverse=False
-    )
+    inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "erase": erase, "momentum": momentum}
+    inputs |= {"initial_state": initial_state, "initial_momentum": initial_momentum}
+    calls, tensors = plan_states(plan, inputs, keep_inverse=False)
     o = torch.empty_like(v)
-    calls.append(
-        plan.call(
-            read_chunks_kernel,
-            {
-                "q": q,
-                "k": k,
-                "v": v,
-                "log_decay": log_decay,
-                "momentum": momentum,
-                "pseudo_values": recomputed.pseudo_values,
-                "chunk_states": recomputed.chunk_states,
-                "chunk_momenta": recomputed.chunk_momenta,
-                "o": o,
-                "scale": scale,
-            },
-            tiles="value",
-            read=read,
-        )
-    )
-    return calls, (o, final_state, final_momentum)
-
-
-@dataclass(frozen=True)
-class ChunkStates:
-    """What :func:`plan_states` computes per chunk, and backward uses again."""
-
-    key_transform: torch.Tensor
-    momentum_key_transform: torch.Tensor | None
-    pseudo_values: torch.Tensor
-    inverse: torch.Tensor | None
-    carried_before: torch.Tensor | None
-    momentum_tail: torch.Tensor | None
-    chunk_states: torch.Tensor
-    chunk_momenta: torch.Tensor | None
+    tensors |= {"o": o, "scale": scale}
+    calls.append(plan.call(read_chunks_kernel, tensors, tiles="value", read=read))
+    return calls, (o, tensors["final_state"], tensors["final_momentum"])
 
 
 def plan_states(
-    plan: launch.ChunkPlan,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    erase: torch.Tensor,
-    momentum: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    initial_momentum: torch.Tensor | None,
-    *,
-    keep_inverse: bool,
-) -> tuple[list[KernelCall], ChunkStates, torch.Tensor, torch.Tensor | None]:
-    """The calls up to the chunk states, which backward repeats; returns calls, buffers, final states."""
-    work = plan.precision.workspace
+    plan: launch.ChunkPlan, inputs: dict[str, torch.Tensor | None], *, keep_inverse: bool
+) -> tuple[list[KernelCall], dict[str, torch.Tensor | None]]:
+    """The calls up to the chunk states, which backward repeats; returns calls, and all tensors by name."""
+    k, work = inputs["k"], plan.precision.workspace
     per_key = (plan.batch, plan.tokens, plan.heads, plan.key_dim)
     state = (plan.sequences, plan.heads, plan.value_dim, plan.key_dim)
     chunk_state = (plan.chunks, plan.heads, plan.key_dim, plan.value_dim)
     inverse = (plan.chunks, plan.heads, plan.block_c, plan.block_c)
-    has = momentum is not None
-    states = ChunkStates(
-        key_transform=k.new_empty(per_key, dtype=work),
-        momentum_key_transform=k.new_empty(per_key, dtype=work) if has else None,
-        pseudo_values=torch.empty_like(v, dtype=work),
-        inverse=k.new_empty(inverse, dtype=work) if keep_inverse else None,
-        carried_before=torch.empty_like(log_decay) if has else None,
-        momentum_tail=torch.empty_like(log_decay) if has else None,
-        chunk_states=k.new_empty(chunk_state, dtype=work),
-        chunk_momenta=k.new_empty(chunk_state, dtype=work) if has else None,
-    )
-    final_state = k.new_empty(state, dtype=torch.float32)
-    final_momentum = k.new_empty(state, dtype=torch.float32) if has else None
-    inputs = {"k": k, "v": v, "log_decay": log_decay, "momentum": momentum}
-    transforms = {
-        "key_transform": states.key_transform,
-        "momentum_key_transform": states.momentum_key_transform,
-        "pseudo_values": states.pseudo_values,
-        "carried_before": states.carried_before,
-        "momentum_tail": states.momentum_tail,
+    has = plan.has_momentum
+    tensors = inputs | {
+        "decays": k.new_empty((plan.chunks, plan.heads, 6 if has else 2, plan.block_c), dtype=torch.float32),
+        "key_transform": k.new_empty(per_key, dtype=work),
+        "momentum_key_transform": k.new_empty(per_key, dtype=work) if has else None,
+        "pseudo_values": torch.empty_like(inputs["v"], dtype=work),
+        "inverse": k.new_empty(inverse, dtype=work) if keep_inverse else None,
+        "chunk_states": k.new_empty(chunk_state, dtype=work),
+        "chunk_momenta": k.new_empty(chunk_state, dtype=work) if has else None,
+        "final_state": k.new_empty(state, dtype=torch.float32),
+        "final_momentum": k.new_empty(state, dtype=torch.float32) if has else None,
     }
-    solve = plan.call(
-        solve_chunks_kernel, {**inputs, "erase": erase, **transforms, "inverse": states.inverse}
-    )
-    scan = plan.call(
-        scan_chunks_kernel,
-        {
-            **inputs,
-            **transforms,
-            "initial_state": initial_state,
-            "initial_momentum": initial_momentum,
-            "chunk_states": states.chunk_states,
-            "chunk_momenta": states.chunk_momenta,
-            "final_state": final_state,
-            "final_momentum": final_momentum,
-        },
-        tiles="value",
-        scan=True,
-    )
-    return [solve, scan], states, final_state, final_momentum
+    calls = [
+        plan.call(solve_chunks_kernel, tensors),
+        plan.call(scan_chunks_kernel, tensors, tiles="value", scan=True),
+    ]
+    return calls, tensors
 
 
 def delta_memory_forward(

@@ -1,19 +1,14 @@
-"""Gradients through the pairs of tokens of a chunk: of the reads, and of the solve for pseudo-values."""
+"""Gradients through the pairs of tokens of a chunk: of the reads, and of the solve for pseudo-values.
+
+Each kernel computes its matrices the way up in which its products take them, so that no transposed result of
+a product is an operand of another (which compilers for Hopper have got wrong).
+"""
 
 import triton
 import triton.language as tl
 
-from nl_kernels.triton_support.language import (
-    cumulate_log,
-    decay_matrix,
-    finish_loads,
-    load_tile,
-    locate_chunk,
-    matmul,
-    safe_log,
-    store_tile,
-    sum_over_spans,
-)
+from nl_kernels.ops.delta_memory.triton_decays import decay_between, decays_of, sum_over_spans
+from nl_kernels.triton_support.language import finish_loads, load_tile, locate_chunk, matmul, store_tile
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -22,12 +17,11 @@ def read_gradients_kernel(
     k,
     v,
     do,
-    log_decay,
-    momentum,
+    decays,
     pseudo_values,
     d_pseudo,
     d_value,
-    d_query_key,
+    d_key_query,
     d_log_decay,
     d_momentum,
     chunk_table,
@@ -36,7 +30,8 @@ def read_gradients_kernel(
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    READ_BEFORE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    BEFORE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -46,8 +41,8 @@ def read_gradients_kernel(
 ):
     """One program a chunk and head: back through ``O = scale · ((B ∘ QKᵀ) Z + (E ∘ QKᵀ) V)``, E = B M.
 
-    Writes the chunk's own part of dZ (and with momentum of dV), the gradient of QKᵀ, and the pairs' part of
-    the gradients of log decay (and momentum).
+    Writes the chunk's own part of dZ (and with momentum of dV), the gradient of KQᵀ, and the pairs' part of
+    the gradients of log decay (and momentum). Every matrix of pairs here is [write, read].
     """
     program = tl.program_id(0)
     start, count = locate_chunk(program // H, chunk_table, T, BLOCK_C)
@@ -56,69 +51,57 @@ def read_gradients_kernel(
     row = tl.arange(0, BLOCK_C)
     valid = row < count
     token = (start + row) * H + program % H
-    chunk_row = program.to(tl.int64) * BLOCK_C + row
-    strict = row[:, None] > row[None, :]
-    lower = row[:, None] >= row[None, :]
+    program = program.to(tl.int64)
+    alpha, mu, _, _ = decays_of(decays, program, BLOCK_C, MOMENTUM)
+    write = row[:, None]
+    seen = row[None, :] - BEFORE  # the row whose state is read
 
-    query_key = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    key_query = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     for first in range(0, KEY_DIM, BLOCK_K):
         column = first + tl.arange(0, BLOCK_K)
         query = load_tile(q, token, valid, column, KEY_DIM)
         key = load_tile(k, token, valid, column, KEY_DIM)
-        query_key += matmul(query, tl.trans(key), INPUTS)
-    query_key *= scale
-
-    log_a = tl.load(log_decay + token, mask=valid, other=0.0)
-    total, residue, total_before, residue_before = cumulate_log(log_a)
-    # Row i, column t: whether the read at t lies after the factor of i.
-    if READ_BEFORE:
-        decay = decay_matrix(total_before, residue_before, total, residue, strict)
-        ends = row[:, None] < row[None, :]
-    else:
-        decay = decay_matrix(total, residue, total, residue, lower)
-        ends = row[:, None] <= row[None, :]
-    attention = tl.trans(decay * query_key)
-    if momentum is not None:
-        mu = tl.load(momentum + token, mask=valid, other=1.0)
-        mu_total, mu_residue, mu_total_before, mu_residue_before = cumulate_log(safe_log(mu))
-        mu_matrix = decay_matrix(mu_total, mu_residue, mu_total, mu_residue, lower & valid[:, None])
-        mixed = matmul(decay, mu_matrix, SOLVE)
-        mixed_attention = tl.trans(mixed * query_key)
-        d_mixed_attention = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
-
+        key_query += matmul(key, tl.trans(query), INPUTS)
+    key_query *= scale
+    decay = decay_between(alpha, seen, write, BLOCK_C)
+    attention = decay * key_query
     d_attention = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    if MOMENTUM:
+        mixed = matmul(decay_between(mu, row[None, :], row[:, None], BLOCK_C), decay, SOLVE)
+        mixed_attention = mixed * key_query
+        d_mixed = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+
     for first in range(0, VALUE_DIM, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V)
         d_output = load_tile(do, token, valid, column, VALUE_DIM)
         store_tile(d_pseudo, token, valid, column, VALUE_DIM, matmul(attention, d_output, STATE))
         pseudo = load_tile(pseudo_values, token, valid, column, VALUE_DIM)
-        d_attention += matmul(d_output, tl.trans(pseudo), STATE)
-        if momentum is not None:
+        d_attention += matmul(pseudo, tl.trans(d_output), STATE)
+        if MOMENTUM:
             store_tile(d_value, token, valid, column, VALUE_DIM, matmul(mixed_attention, d_output, STATE))
             value = load_tile(v, token, valid, column, VALUE_DIM)
-            d_mixed_attention += matmul(d_output, tl.trans(value), INPUTS)
+            d_mixed += matmul(value, tl.trans(d_output), INPUTS)
 
     d_scores = scale * d_attention * decay
-    d_decay = d_attention * query_key
-    if momentum is not None:
-        d_scores += scale * d_mixed_attention * mixed
-        d_mixed = tl.where(strict if READ_BEFORE else lower, d_mixed_attention * query_key, 0.0)
-        d_decay += matmul(d_mixed, tl.trans(mu_matrix), SOLVE)
+    d_decay = d_attention * key_query
+    if MOMENTUM:
+        d_scores += scale * d_mixed * mixed
+        d_mixed = tl.where(write <= seen, d_mixed * key_query, 0.0)
+        d_decay += matmul(decay_between(mu, row[:, None], row[None, :], BLOCK_C), d_mixed, SOLVE)
         # Mᵀ dM ∘ M⁻ on the diagonal: the factors on both sides of i but not i itself, which may be zero.
-        mu_before = decay_matrix(mu_total_before, mu_residue_before, mu_total, mu_residue, strict)
-        d_mu = tl.sum(matmul(tl.trans(mixed), d_mixed, SOLVE) * mu_before, 1)
-        tl.store(d_momentum + token, d_mu, mask=valid)
-    store_tile(d_query_key, chunk_row, row < BLOCK_C, row, BLOCK_C, d_scores)
-    tl.store(d_log_decay + token, sum_over_spans(d_decay * decay, ends, strict, SOLVE), mask=valid)
+        mu_before = decay_between(mu, row[:, None] - 1, row[None, :], BLOCK_C)
+        tl.store(d_momentum + token, tl.sum(mixed * matmul(mu_before, d_mixed, SOLVE), 1), mask=valid)
+    store_tile(d_key_query, program * BLOCK_C + row, row < BLOCK_C, row, BLOCK_C, d_scores)
+    d_log = sum_over_spans(d_decay * decay, row[:, None] > row[None, :], row[:, None] <= seen, SOLVE)
+    tl.store(d_log_decay + token, d_log, mask=valid)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def solve_gradients_kernel(
     k,
     v,
-    log_decay,
     erase,
-    momentum,
+    decays,
     inverse,
     pseudo_values,
     d_pseudo,
@@ -133,6 +116,7 @@ def solve_gradients_kernel(
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    MOMENTUM: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -144,7 +128,7 @@ def solve_gradients_kernel(
     ``R ∋ −β ∘ (E⁻ ∘ KKᵀ) V``, E⁻ = B⁻ M.
 
     Turns dZ into dR = Tᵀ dZ in place, writes dV, the gradient of KKᵀ (made symmetric) and the pairs' part of
-    that of erase, and adds to those of log decay and momentum.
+    that of erase, and adds to those of log decay and momentum. Matrices of pairs are [erasure, write].
     """
     program = tl.program_id(0)
     start, count = locate_chunk(program // H, chunk_table, T, BLOCK_C)
@@ -153,28 +137,24 @@ def solve_gradients_kernel(
     row = tl.arange(0, BLOCK_C)
     valid = row < count
     token = (start + row) * H + program % H
-    chunk_row = program.to(tl.int64) * BLOCK_C + row
-    strict = row[:, None] > row[None, :]
+    program = program.to(tl.int64)
+    chunk_row = program * BLOCK_C + row
+    alpha, mu, _, _ = decays_of(decays, program, BLOCK_C, MOMENTUM)
 
     key_key = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     for first in range(0, KEY_DIM, BLOCK_K):
         key = load_tile(k, token, valid, first + tl.arange(0, BLOCK_K), KEY_DIM)
         key_key += matmul(key, tl.trans(key), INPUTS)
-    log_a = tl.load(log_decay + token, mask=valid, other=0.0)
     beta = tl.load(erase + token, mask=valid, other=0.0)
-    total, residue, total_before, residue_before = cumulate_log(log_a)
-    decay = decay_matrix(total_before, residue_before, total, residue, strict)
-    inverse_transposed = tl.trans(load_tile(inverse, chunk_row, row < BLOCK_C, row, BLOCK_C))
-    if momentum is not None:
-        mu = tl.load(momentum + token, mask=valid, other=1.0)
-        mu_total, mu_residue, mu_total_before, mu_residue_before = cumulate_log(safe_log(mu))
-        lower = (row[:, None] >= row[None, :]) & valid[:, None]
-        mu_matrix = decay_matrix(mu_total, mu_residue, mu_total, mu_residue, lower)
-        mixed = matmul(decay, mu_matrix, SOLVE)
-        value_solve = tl.trans(beta[:, None] * mixed * key_key)
+    decay = decay_between(alpha, row[:, None] - 1, row[None, :], BLOCK_C)
+    inverse_transposed = tl.load(inverse + chunk_row[None, :] * BLOCK_C + row[:, None])
+    d_system = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    if MOMENTUM:
+        from_mu = decay_between(mu, row[None, :], row[:, None], BLOCK_C)
+        value_solve = matmul(from_mu, decay_between(alpha, row[None, :] - 1, row[:, None], BLOCK_C), SOLVE)
+        value_solve *= tl.load(erase + token, mask=valid, other=0.0)[None, :] * key_key
         d_mixed = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
 
-    d_system = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     for first in range(0, VALUE_DIM, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V)
         d_pseudo_tile = load_tile(d_pseudo, token, valid, column, VALUE_DIM)
@@ -182,32 +162,35 @@ def solve_gradients_kernel(
         store_tile(d_pseudo, token, valid, column, VALUE_DIM, d_right)
         pseudo = load_tile(pseudo_values, token, valid, column, VALUE_DIM)
         d_system -= matmul(d_right, tl.trans(pseudo), STATE)
-        if momentum is None:
-            store_tile(dv, token, valid, column, VALUE_DIM, d_right)
-        else:
+        if MOMENTUM:
             value = load_tile(v, token, valid, column, VALUE_DIM)
             d_mixed -= matmul(d_right, tl.trans(value), STATE)
             d_value_tile = load_tile(d_value, token, valid, column, VALUE_DIM).to(tl.float32)
             d_value_tile -= matmul(value_solve, d_right, STATE)
             store_tile(dv, token, valid, column, VALUE_DIM, d_value_tile)
+        else:
+            store_tile(dv, token, valid, column, VALUE_DIM, d_right)
 
     d_scores = d_system * decay
-    if momentum is not None:
+    if MOMENTUM:
+        mixed = matmul(decay, decay_between(mu, row[:, None], row[None, :], BLOCK_C), SOLVE)
         d_scores += d_mixed * mixed
     tl.store(d_erase + token, tl.sum(d_scores * key_key, 1), mask=valid)
     d_scores *= beta[:, None]
     store_tile(d_key_key, chunk_row, row < BLOCK_C, row, BLOCK_C, d_scores + tl.trans(d_scores))
     key_key *= beta[:, None]
     d_decay = d_system * key_key
-    if momentum is not None:
-        d_mixed = tl.where(strict, d_mixed * key_key, 0.0)
-        d_decay += matmul(d_mixed, tl.trans(mu_matrix), SOLVE)
-        mu_before = decay_matrix(mu_total_before, mu_residue_before, mu_total, mu_residue, strict)
-        d_mu = tl.sum(matmul(tl.trans(mixed), d_mixed, SOLVE) * mu_before, 1)
+    if MOMENTUM:
+        d_mixed = tl.where(row[:, None] > row[None, :], d_mixed * key_key, 0.0)
+        from_mu = decay_between(mu, row[None, :], row[:, None], BLOCK_C)
+        d_decay += matmul(d_mixed, from_mu, SOLVE)
+        mu_before = decay_between(mu, row[None, :] - 1, row[:, None], BLOCK_C)
+        d_mu = tl.sum(mixed * matmul(d_mixed, mu_before, SOLVE), 0)
         d_mu += tl.load(d_momentum + token, mask=valid, other=0.0)
         finish_loads(BLOCK_C)
         tl.store(d_momentum + token, d_mu, mask=valid)
     d_log = tl.load(d_log_decay + token, mask=valid, other=0.0)
-    d_log += sum_over_spans(d_decay * decay, row[:, None] < row[None, :], strict, SOLVE)
+    ends = row[:, None] < row[None, :]
+    d_log += sum_over_spans(d_decay * decay, ends, row[:, None] > row[None, :], SOLVE)
     finish_loads(BLOCK_C)
     tl.store(d_log_decay + token, d_log, mask=valid)

@@ -3,18 +3,13 @@
 import triton
 import triton.language as tl
 
-from nl_kernels.triton_support.language import (
-    cumulate_log,
+from nl_kernels.ops.delta_memory.triton_decays import (
+    carried_from_start,
     decay_between,
     decay_from_start,
-    load_tile,
-    locate_chunk,
-    locate_sequence,
-    matmul,
-    safe_log,
-    store_tile,
-    total_log,
+    decays_of,
 )
+from nl_kernels.triton_support.language import load_tile, locate_chunk, locate_sequence, matmul, store_tile
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -22,12 +17,9 @@ def scan_gradients_kernel(
     q,
     k,
     do,
-    log_decay,
-    momentum,
+    decays,
     key_transform,
     momentum_key_transform,
-    carried_before,
-    momentum_tail,
     d_pseudo,
     d_value,
     d_final_state,
@@ -43,7 +35,8 @@ def scan_gradients_kernel(
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    READ_BEFORE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    BEFORE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -68,7 +61,7 @@ def scan_gradients_kernel(
     d_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if d_final_state is not None:
         d_state += tl.load(d_final_state + public, mask=state_mask, other=0.0).to(tl.float32)
-    if momentum is not None:
+    if MOMENTUM:
         d_velocity = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
         if d_final_momentum is not None:
             d_velocity += tl.load(d_final_momentum + public, mask=state_mask, other=0.0).to(tl.float32)
@@ -76,9 +69,11 @@ def scan_gradients_kernel(
     chunks = tl.cdiv(length, BLOCK_C)
     for step in range(0, chunks):
         index = chunks - 1 - step
-        state_row = ((first_chunk + index) * H + head) * KEY_DIM + key_column
+        chunk = (first_chunk + index) * H + head
+        state_row = chunk * KEY_DIM + key_column
         store_tile(d_chunk_states, state_row, key_column < KEY_DIM, value_column, VALUE_DIM, d_state)
         valid = index * BLOCK_C + row < length
+        last = tl.minimum(length - index * BLOCK_C, BLOCK_C) - 1
         token = (start + index * BLOCK_C + row) * H + head
         query = load_tile(q, token, valid, key_column, KEY_DIM)
         key = load_tile(k, token, valid, key_column, KEY_DIM)
@@ -86,42 +81,30 @@ def scan_gradients_kernel(
         d_output = load_tile(do, token, valid, value_column, VALUE_DIM)
         d_pseudo_tile = load_tile(d_pseudo, token, valid, value_column, VALUE_DIM).to(tl.float32)
 
-        log_a = tl.load(log_decay + token, mask=valid, other=0.0)
-        total, residue, total_before, _residue_before = cumulate_log(log_a)
-        all_total, all_residue = total_log(log_a)
-        tail = decay_between(all_total, all_residue, total, residue)
-        kept = decay_from_start(all_total)
-        read_decay = decay_from_start(total_before) if READ_BEFORE else decay_from_start(total)
-
+        alpha, mu, carried_before, momentum_tail = decays_of(decays, chunk, BLOCK_C, MOMENTUM)
         from_state = matmul(key, d_state, STATE)
-        d_pseudo_tile += tail[:, None] * from_state
+        d_pseudo_tile += decay_between(alpha, last, row, BLOCK_C)[:, None] * from_state
         store_tile(d_pseudo, token, valid, value_column, VALUE_DIM, d_pseudo_tile)
-        if momentum is not None:
+        if MOMENTUM:
             store_tile(d_chunk_momenta, state_row, key_column < KEY_DIM, value_column, VALUE_DIM, d_velocity)
-            log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
-            mu_total, mu_residue, _, _ = cumulate_log(log_mu)
-            mu_all_total, mu_all_residue = total_log(log_mu)
-            mu_start = tl.where(valid, decay_from_start(mu_total), 0.0)
-            mu_tail = decay_between(mu_all_total, mu_all_residue, mu_total, mu_residue)
-            mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
             d_value_tile = load_tile(d_value, token, valid, value_column, VALUE_DIM).to(tl.float32)
-            d_value_tile += mixed_tail[:, None] * from_state
-            d_value_tile += mu_tail[:, None] * matmul(key, d_velocity, STATE)
+            d_value_tile += tl.load(momentum_tail + row)[:, None] * from_state
+            d_value_tile += decay_between(mu, last, row, BLOCK_C)[:, None] * matmul(key, d_velocity, STATE)
             store_tile(d_value, token, valid, value_column, VALUE_DIM, d_value_tile)
 
-            carried = tl.load(carried_before + token, mask=valid, other=0.0)
-            if not READ_BEFORE:
-                carried = tl.exp(log_a) * carried + mu_start
-            d_velocity = decay_from_start(mu_all_total) * d_velocity
-            d_velocity += tl.sum(tail * mu_start, 0) * d_state
+            d_velocity *= decay_from_start(mu, last)
+            d_velocity += carried_from_start(alpha, mu, carried_before, last, BLOCK_C, False) * d_state
+            carried = carried_from_start(alpha, mu, carried_before, row, BLOCK_C, BEFORE)
             d_velocity += matmul(tl.trans(query), (scale * carried)[:, None] * d_output, STATE)
             momentum_transform = load_tile(momentum_key_transform, token, valid, key_column, KEY_DIM)
             d_velocity -= matmul(tl.trans(momentum_transform), d_pseudo_tile, STATE)
-        d_state = kept * d_state + matmul(tl.trans(query), (scale * read_decay)[:, None] * d_output, STATE)
+        read_decay = decay_from_start(alpha, row - BEFORE)
+        d_state *= decay_from_start(alpha, last)
+        d_state += matmul(tl.trans(query), (scale * read_decay)[:, None] * d_output, STATE)
         d_state -= matmul(tl.trans(transform), d_pseudo_tile, STATE)
 
     tl.store(d_initial_state + public, d_state, mask=state_mask)
-    if momentum is not None:
+    if MOMENTUM:
         tl.store(d_initial_momentum + public, d_velocity, mask=state_mask)
 
 
@@ -131,14 +114,11 @@ def state_gradients_kernel(
     k,
     v,
     do,
-    log_decay,
     erase,
-    momentum,
-    carried_before,
-    momentum_tail,
+    decays,
     pseudo_values,
     d_right,
-    d_query_key,
+    d_key_query,
     d_key_key,
     chunk_states,
     chunk_momenta,
@@ -155,7 +135,8 @@ def state_gradients_kernel(
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    READ_BEFORE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    BEFORE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -175,43 +156,37 @@ def state_gradients_kernel(
     row = tl.arange(0, BLOCK_C)
     valid = row < count
     token = (start + row) * H + program % H
-    chunk_row = program.to(tl.int64) * BLOCK_C + row
+    program = program.to(tl.int64)
+    chunk_row = program * BLOCK_C + row
     column = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    state_row = program.to(tl.int64) * KEY_DIM + column
+    state_row = program * KEY_DIM + column
     in_key = column < KEY_DIM
 
-    log_a = tl.load(log_decay + token, mask=valid, other=0.0)
     beta = tl.load(erase + token, mask=valid, other=0.0)
-    total, residue, total_before, _residue_before = cumulate_log(log_a)
-    all_total, all_residue = total_log(log_a)
-    tail = decay_between(all_total, all_residue, total, residue)
-    start_before = decay_from_start(total_before)
-    read_decay = start_before if READ_BEFORE else decay_from_start(total)
-    if momentum is not None:
-        log_mu = safe_log(tl.load(momentum + token, mask=valid, other=1.0))
-        mu_total, mu_residue, _, _ = cumulate_log(log_mu)
-        mu_all_total, mu_all_residue = total_log(log_mu)
-        mu_tail = decay_between(mu_all_total, mu_all_residue, mu_total, mu_residue)
-        mixed_tail = tl.load(momentum_tail + token, mask=valid, other=0.0)
-        carried = tl.load(carried_before + token, mask=valid, other=0.0)
-        erased = beta * carried
-        if not READ_BEFORE:
-            carried = tl.exp(log_a) * carried + decay_from_start(mu_total)
+    alpha, mu, carried_before, momentum_tail = decays_of(decays, program, BLOCK_C, MOMENTUM)
+    tail = decay_between(alpha, count - 1, row, BLOCK_C)
+    read_decay = decay_from_start(alpha, row - BEFORE)
+    erased = beta * decay_from_start(alpha, row - 1)
+    if MOMENTUM:
+        mixed_tail = tl.load(momentum_tail + row)
+        mu_tail = decay_between(mu, count - 1, row, BLOCK_C)
+        carried = carried_from_start(alpha, mu, carried_before, row, BLOCK_C, BEFORE)
+        carried_erased = beta * tl.load(carried_before + row)
 
     query = load_tile(q, token, valid, column, KEY_DIM)
     key = load_tile(k, token, valid, column, KEY_DIM)
     query_fp32 = query.to(tl.float32)
     key_fp32 = key.to(tl.float32)
-    pairs = load_tile(d_query_key, chunk_row, row < BLOCK_C, row, BLOCK_C)
-    dq_tile = matmul(pairs, key, STATE)
-    dk_tile = matmul(tl.trans(pairs), query, STATE)
+    dk_tile = matmul(load_tile(d_key_query, chunk_row, row < BLOCK_C, row, BLOCK_C), query, STATE)
+    d_query_key = tl.load(d_key_query + chunk_row[None, :] * BLOCK_C + row[:, None])
+    dq_tile = matmul(d_query_key, key, STATE)
     dk_tile += matmul(load_tile(d_key_key, chunk_row, row < BLOCK_C, row, BLOCK_C), key, STATE)
 
     read_term = tl.zeros([BLOCK_C], tl.float32)
     erase_term = tl.zeros([BLOCK_C], tl.float32)
     tail_term = tl.zeros([BLOCK_C], tl.float32)
     kept_term = 0.0
-    if momentum is not None:
+    if MOMENTUM:
         carried_read_term = tl.zeros([BLOCK_C], tl.float32)
         carried_erase_term = tl.zeros([BLOCK_C], tl.float32)
         mixed_tail_term = tl.zeros([BLOCK_C], tl.float32)
@@ -230,14 +205,14 @@ def state_gradients_kernel(
         dq_tile += read_decay[:, None] * product
         read_term += tl.sum(query_fp32 * product, 1)
         product = matmul(d_right_tile, tl.trans(state), STATE)
-        dk_tile -= (beta * start_before)[:, None] * product
+        dk_tile -= erased[:, None] * product
         erase_term -= tl.sum(key_fp32 * product, 1)
         product = matmul(pseudo, tl.trans(d_state), STATE)
         dk_tile += tail[:, None] * product
         tail_term += tl.sum(key_fp32 * product, 1)
         d_state_fp32 = d_state.to(tl.float32)
         kept_term += tl.sum(state.to(tl.float32) * d_state_fp32)
-        if momentum is not None:
+        if MOMENTUM:
             value = load_tile(v, token, valid, value_column, VALUE_DIM)
             velocity = load_tile(chunk_momenta, state_row, in_key, value_column, VALUE_DIM)
             d_velocity = load_tile(d_chunk_momenta, state_row, in_key, value_column, VALUE_DIM)
@@ -245,7 +220,7 @@ def state_gradients_kernel(
             dq_tile += carried[:, None] * product
             carried_read_term += tl.sum(query_fp32 * product, 1)
             product = matmul(d_right_tile, tl.trans(velocity), STATE)
-            dk_tile -= erased[:, None] * product
+            dk_tile -= carried_erased[:, None] * product
             carried_erase_term -= tl.sum(key_fp32 * product, 1)
             product = matmul(value, tl.trans(d_state), STATE)
             dk_tile += mixed_tail[:, None] * product
@@ -261,7 +236,7 @@ def state_gradients_kernel(
     store_tile(dk, token, valid, column, KEY_DIM, dk_tile)
     token_count = tokens.to(tl.int64) * H
     chunk_count = tl.num_programs(0)
-    if momentum is None:
+    if not MOMENTUM:
         terms = token_terms + tile * 3 * token_count + token
         tl.store(chunk_terms + tile * chunk_count + program, kept_term)
     else:

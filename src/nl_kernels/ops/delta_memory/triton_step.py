@@ -82,6 +82,7 @@ def plan_step(
         dtype=launch.operand_dtype(q, k, v),
         architecture=architecture,
         has_momentum=momentum is not None,
+        rows=batch * heads,
     )
     o = torch.empty_like(v)
     new_state = torch.empty_like(state, dtype=torch.float32)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.aot
 
 # Products per kernel before unrolling, at C = 64: what must be on tensor cores.
 PLAIN = {
-    "solve_chunks": 7,
+    "solve_chunks": 13,
     "scan_chunks": 2,
     "read_chunks": 3,
     "read_gradients": 4,
@@ -40,11 +40,27 @@ def compiled(architecture, variant, kernel):
 
 
 @pytest.mark.parametrize("kernel", PLAIN)
-def test_hopper_uses_tensor_cores_and_spills_nothing(kernel):
-    found = compiled("sm_90", "bfloat16 128x128 after", kernel)
+@pytest.mark.parametrize("width", ["64x64", "128x128"])
+def test_hopper_uses_tensor_cores_spills_nothing_and_holds_two_programs(kernel, width):
+    found = compiled("sm_90", f"bfloat16 {width} after", kernel)
     assert found.spill_bytes == 0
+    assert found.resident >= 2
     assert found.products == PLAIN[kernel]
-    assert set(found.tensor_core) == ({"wgmma"} if PLAIN[kernel] else set())
+    # The solve's blocks of 16 × 16 are too small for wgmma.
+    kinds = {"mma", "wgmma"} if kernel == "solve_chunks" else {"wgmma"} if PLAIN[kernel] else set()
+    assert set(found.tensor_core) == kinds
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_value_tiles_are_smaller_when_states_are_few(architecture):
+    """A scan has a program for each state and tile: with few states, more tiles use more multiprocessors."""
+    for kernel in ("scan_chunks", "scan_gradients"):
+        options = {"dtype": torch.bfloat16, "architecture": architecture, "has_momentum": False}
+        few, many = (
+            launch.config_of(kernel, key_dim=64, value_dim=64, rows=rows, **options).block_v
+            for rows in (16, 1000)
+        )
+        assert (few, many) == ((16, 16) if architecture == "gfx942" else (16, 32))
 
 
 @pytest.mark.parametrize("kernel", ["scan_chunks", "scan_gradients"])
@@ -101,6 +117,7 @@ def test_launch_parameters_are_tiles_the_compiler_takes(architecture, dim, dtype
                 dtype=dtype,
                 architecture=architecture,
                 has_momentum=has_momentum,
+                rows=16,
             )
             for block in (config.block_k, config.block_v):
                 assert block >= 16

@@ -240,9 +240,9 @@ MISTAKES = [
     ("dq_tile += read_decay[:, None] * product", "pass", "dq"),
     ("dk_tile += tail[:, None] * product", "pass", "dk"),
     ("d_value_tile -= matmul(value_solve, d_right, STATE)", "pass", "dv"),
-    ("d_log += kept * kept_term", "pass", "dlog_decay"),
+    ("d_log += decay_from_start(alpha, count - 1) * kept_term", "pass", "dlog_decay"),
     ("start_before * erase_term", "erase_term", "derase"),
-    ("d_mu += mixed_tail * tl.sum(mu_before * mixed_tail_term[None, :], 1)", "pass", "dmomentum"),
+    ("d_mu += mixed_tail * tl.sum(", "d_mu += 2 * mixed_tail * tl.sum(", "dmomentum"),
     ("d_state -= matmul(tl.trans(transform), d_pseudo_tile, STATE)", "pass", "dinitial_state"),
     ("(scale * carried)[:, None] * d_output", "scale * d_output", "dinitial_momentum"),
 ]
