@@ -2,8 +2,8 @@
 
 Conventions of every kernel in this package:
 
-* A product names its precision. ``"bf16"`` and ``"fp16"`` cast both operands; ``"tf32"``, ``"tf32x3"`` and
-  ``"ieee"`` take fp32 operands. All accumulate in fp32.
+* A product names its precision. ``"bf16"`` and ``"fp16"`` cast both operands; ``"tf32"`` (which cuts off),
+  ``"rounded tf32"``, ``"tf32x3"`` and ``"ieee"`` take fp32 operands. All accumulate in fp32.
 * Offsets that grow with the batch or the length are 64-bit.
 """
 
@@ -34,9 +34,18 @@ def matmul(a, b, PRECISION: tl.constexpr):
         result = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     elif PRECISION == "fp16":
         result = tl.dot(a.to(tl.float16), b.to(tl.float16))
+    elif PRECISION == "rounded tf32":
+        result = tl.dot(_round_tf32(a), _round_tf32(b), input_precision="tf32")
     else:
         result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
     return result
+
+
+@triton.jit
+def _round_tf32(x):
+    """The nearest number with tf32's 10 bits: a tensor core would cut the others off."""
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -39,10 +39,13 @@ def test_triangular_inverse_of_repeated_keys():
     assert torch.equal(out, torch.eye(64) - torch.diag(torch.ones(63), -1))
 
 
-@pytest.mark.parametrize("precision", ["fp16", "tf32", "tf32x3", "ieee"])
+@pytest.mark.parametrize("precision", ["fp16", "tf32", "rounded tf32", "tf32x3", "ieee"])
 def test_products_accumulate_in_fp32(precision):
     a = torch.randn(16, 16)
     out = torch.empty(16, 16)
     _product[(1,)](a, out, 16, precision)
     operand = (a.half() if precision == "fp16" else a).double()
+    if precision == "rounded tf32":
+        ulp = 2.0 ** (a.double().abs().log2().floor() - 10)
+        operand = (operand / ulp).round() * ulp
     assert (out - operand @ operand).norm() < 1e-6 * out.norm()

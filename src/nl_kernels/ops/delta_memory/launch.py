@@ -50,15 +50,15 @@ class Config:
 def precision_of(dtype: torch.dtype, architecture: str) -> Precision:
     """Precisions for inputs of ``dtype`` on ``architecture``.
 
-    bf16: operands are rounded to bf16 (it has fp32's range), the solve runs in tf32, whose rounding is four
-    times finer than the bf16 that its result is rounded to. fp16: its range cannot hold a state, so
-    computed factors use tf32, which has the same 10-bit mantissa. fp32: three-pass tf32 on NVIDIA (about
-    2^-21 a product, on tensor cores), plain fp32 matrix instructions on AMD.
+    bf16: operands are rounded to bf16 (it has fp32's range), the solve runs in tf32, which even cut off is
+    twice as fine as the bf16 that its result is rounded to. fp16: its range cannot hold a state, so
+    computed factors use tf32, which rounded has the same 10-bit mantissa. fp32: three-pass tf32 on NVIDIA
+    (about 2^-21 a product, on tensor cores), plain fp32 matrix instructions on AMD.
     """
     if dtype == torch.bfloat16:
         return Precision("bf16", "bf16", "tf32", torch.bfloat16)
     if dtype == torch.float16:
-        return Precision("fp16", "tf32", "tf32", torch.float32)
+        return Precision("fp16", "rounded tf32", "rounded tf32", torch.float32)
     full = "ieee" if architecture.startswith("gfx") else "tf32x3"
     return Precision(full, full, full, torch.float32)
 

@@ -12,6 +12,8 @@ after a chunk's last token have factor 0: what decays from a token to them is 0.
 import triton
 import triton.language as tl
 
+from nl_kernels.triton_support.language import matmul
+
 # Stands for log(0): its exponential is zero in fp32, and sums of it stay exact in fp64.
 _LOG_ZERO: tl.constexpr = tl.constexpr(-1000.0)
 
@@ -70,5 +72,4 @@ def sum_over_spans(pairs, ends_mask, starts_mask, PRECISION: tl.constexpr):
     Summing the rectangle, rather than suffix sums of row sums minus column sums, cancels nothing, and is
     exactly zero across a reset.
     """
-    product = tl.dot(ends_mask.to(tl.float32), pairs, input_precision=PRECISION)
-    return tl.sum(tl.where(starts_mask, product, 0.0), 1)
+    return tl.sum(tl.where(starts_mask, matmul(ends_mask.to(tl.float32), pairs, PRECISION), 0.0), 1)
