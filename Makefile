@@ -52,6 +52,7 @@ gpu-check: install  ## ten minutes on a CUDA device: doctor, error budgets, time
 
 aot: install  ## compile every kernel for every target and print registers, spills and shared memory
 	$(BIN)/python -m nl_kernels.triton_support.report
+	$(BIN)/python -m benchmarks.peer_kernels
 
 clean:  ## remove the environment, build outputs and caches (runs/ is kept)
 	rm -rf $(VENV) .venv-lanes .venv-peers build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

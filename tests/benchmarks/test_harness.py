@@ -319,3 +319,12 @@ def test_help_makes_no_environment(monkeypatch, capfd):
     monkeypatch.setattr("sys.argv", ["peers_env", "--help"])
     assert peers_env.main() == 0
     assert "--op" in capfd.readouterr().out
+
+
+def test_without_the_peer_its_kernels_are_left_out_in_one_line(monkeypatch, capsys):
+    from benchmarks import peer_kernels
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    peer_kernels.main()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "not installed" in line
