@@ -1,8 +1,8 @@
 """``python -m benchmarks.peer_kernels``: our kernels beside flash-linear-attention's, compiled the same way.
 
-The gated delta rule in bf16 for sm_90, without a GPU: what the compiler says, no times. The peer chooses among
-several configurations by timing them; shown is the one with the fewest spills, then the most warps at once, of
-those that differ in more than the depth of their loops' pipelines. Takes minutes.
+The gated delta rule in bf16 for sm_90, without a GPU: what the compiler says, no times. The peer chooses
+among several configurations by timing them; shown is the one with the fewest spills, then the most warps at
+once, of those that differ in more than the depth of their loops' pipelines. Takes minutes.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def _peer_launches(width: int) -> list[list[KernelCall]]:
 def main() -> None:
     """Print the table; one line where flash-linear-attention is not installed."""
     if importlib.util.find_spec("fla") is None:
-        print("flash-linear-attention is not installed: no table beside its kernels (make bench-peers has it)")
+        print(
+            "flash-linear-attention is not installed: no table beside its kernels (make bench-peers has it)"
+        )
         return
     for width in _WIDTHS:
         table = Table(title=f"gated delta rule, bf16, {width} wide, {_TARGET}: what the compiler says")

@@ -102,6 +102,17 @@ def store_tile(base, rows, row_mask, columns, WIDTH: tl.constexpr, value):
 
 
 @triton.jit
+def products_of_rows(a, b, rows, row_mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """``a @ bᵀ`` of the rows ``rows`` of two matrices of WIDTH columns, BLOCK columns at a time."""
+    result = tl.zeros([rows.shape[0], rows.shape[0]], tl.float32)
+    for first in range(0, WIDTH, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        left = load_tile(a, rows, row_mask, column, WIDTH)
+        result += matmul(left, tl.trans(load_tile(b, rows, row_mask, column, WIDTH)), PRECISION)
+    return result
+
+
+@triton.jit
 def locate_chunk(chunk, chunk_table, T, BLOCK_C: tl.constexpr):
     """First token and number of tokens (0: unused) of a chunk; ``chunk_table`` [chunks, 2] if packed."""
     chunk = chunk.to(tl.int64)

@@ -107,7 +107,7 @@ def _nvidia_code(cubin: bytes) -> str:
 
 
 def _resident(registers: int, warps: int, shared: int, capability: int) -> int:
-    """Programs that fit a multiprocessor: of 65,536 registers, given by 256 to a warp, and of shared memory."""
+    """Programs that fit a multiprocessor: its 65,536 registers (256 at a time, to a warp), shared memory."""
     (target,) = (t for t in TARGETS.values() if t.compiler_arch == capability)
     warps_held = 48 if capability == 89 else 64
     by_registers = 65536 // (-(-registers * 32 // 256) * 256) // 4 * 4 // warps

@@ -65,6 +65,19 @@ def carried_from_start(alpha, mu, carried_before, to, BLOCK_C: tl.constexpr, BEF
 
 
 @triton.jit
+def pairs_of(pairs, chunk, BLOCK_C: tl.constexpr):
+    """Where M and E⁻ = B⁻ M of one chunk and head are in ``pairs`` [chunks · heads, 2, C, C]."""
+    place = pairs + chunk * (2 * BLOCK_C * BLOCK_C)
+    return place, place + BLOCK_C * BLOCK_C
+
+
+@triton.jit
+def load_pairs(place, to, start, BLOCK_C: tl.constexpr):
+    """Rows ``to`` (−1: zeros) and columns ``start`` of a matrix, which broadcast, either way up."""
+    return tl.load(place + to * BLOCK_C + start, mask=(to >= 0) & (start >= 0), other=0.0)
+
+
+@triton.jit
 def sum_over_spans(pairs, ends_mask, starts_mask, PRECISION: tl.constexpr):
     """``out[i] = Σ_{t, j} ends[i, t] · pairs[t, j] · starts[i, j]``: what every span (j, t) over i holds.
 

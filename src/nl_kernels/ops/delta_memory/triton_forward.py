@@ -22,6 +22,8 @@ from nl_kernels.ops.delta_memory.triton_decays import (
     decay_between,
     decay_from_start,
     decays_of,
+    load_pairs,
+    pairs_of,
     safe_log,
     store_cumulated,
 )
@@ -32,6 +34,7 @@ from nl_kernels.triton_support.language import (
     locate_chunk,
     locate_sequence,
     matmul,
+    products_of_rows,
     store_tile,
 )
 from nl_kernels.triton_support.targets import architecture_of
@@ -45,6 +48,7 @@ def solve_chunks_kernel(
     erase,
     momentum,
     decays,
+    pairs,
     key_transform,
     momentum_key_transform,
     pseudo_values,
@@ -64,8 +68,8 @@ def solve_chunks_kernel(
 ):
     """One program a chunk and head: everything about it that does not need the state.
 
-    Writes the chunk's ``decays``, ``T diag(β b⁻) K``, with momentum ``T diag(β c⁻) K``, the state-free part
-    of the pseudo-values, and where asked ``T = (I + A)⁻¹``.
+    Writes the chunk's ``decays``, ``T diag(β b⁻) K``, with momentum ``T diag(β c⁻) K``, M and E⁻, the
+    state-free part of the pseudo-values, and where asked ``T = (I + A)⁻¹``.
     """
     program = tl.program_id(0)
     head = program % H
@@ -82,10 +86,7 @@ def solve_chunks_kernel(
         store_cumulated(mu, row, safe_log(tl.load(momentum + token, mask=valid, other=0.0)), BLOCK_C)
     tl.debug_barrier()
 
-    key_products = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
-    for first in range(0, KEY_DIM, BLOCK_K):
-        key = load_tile(k, token, valid, first + tl.arange(0, BLOCK_K), KEY_DIM)
-        key_products += matmul(key, tl.trans(key), INPUTS)
+    key_products = products_of_rows(k, k, token, valid, KEY_DIM, BLOCK_K, INPUTS)
     beta = tl.load(erase + token, mask=valid, other=0.0)
     key_products *= beta[:, None]
     decay_before = decay_between(alpha, row[:, None] - 1, row[None, :], BLOCK_C)
@@ -100,7 +101,9 @@ def solve_chunks_kernel(
         tl.store(
             momentum_tail + row, tl.sum(tl.where(row[:, None] >= row[None, :], tail * mu_matrix, 0.0), 0)
         )
-        value_mixing = matmul(decay_before, mu_matrix, SOLVE) * key_products
+        mu_pairs, mixed = pairs_of(pairs, program, BLOCK_C)
+        store_tile(mu_pairs, row, row < BLOCK_C, row, BLOCK_C, mu_matrix)
+        store_tile(mixed, row, row < BLOCK_C, row, BLOCK_C, matmul(decay_before, mu_matrix, SOLVE))
         tl.debug_barrier()
     inverted = invert_unit_lower(decay_before * key_products, BLOCK_C, SOLVE)
     if inverse is not None:
@@ -111,7 +114,10 @@ def solve_chunks_kernel(
     value_transform = inverted
     if MOMENTUM:
         momentum_key_mixing = inverted * (erased * tl.load(carried_before + row))[None, :]
-        value_transform = -matmul(inverted, value_mixing, SOLVE)
+        # A second time, so that they need no registers in between.
+        key_products = products_of_rows(k, k, token, valid, KEY_DIM, BLOCK_K, INPUTS)
+        key_products *= beta[:, None] * load_pairs(mixed, row[:, None], row[None, :], BLOCK_C)
+        value_transform = -matmul(inverted, key_products, SOLVE)
 
     for first in range(0, KEY_DIM, BLOCK_K):
         column = first + tl.arange(0, BLOCK_K)
@@ -218,6 +224,7 @@ def read_chunks_kernel(
     k,
     v,
     decays,
+    pairs,
     pseudo_values,
     chunk_states,
     chunk_momenta,
@@ -235,7 +242,6 @@ def read_chunks_kernel(
     BLOCK_V: tl.constexpr,
     INPUTS: tl.constexpr,
     STATE: tl.constexpr,
-    SOLVE: tl.constexpr,
 ):
     """One program a chunk, head and tile of the value width: the outputs."""
     program = tl.program_id(0)
@@ -272,9 +278,14 @@ def read_chunks_kernel(
     read += matmul(decay * query_key, pseudo, STATE)
     if MOMENTUM:
         read += carried_from_start(alpha, mu, carried_before, row, BLOCK_C, BEFORE)[:, None] * from_velocity
-        mixed = matmul(decay, decay_between(mu, row[:, None], row[None, :], BLOCK_C), SOLVE)
+        mu_pairs, before = pairs_of(pairs, program, BLOCK_C)
+        mixed = load_pairs(before, row[:, None], row[None, :], BLOCK_C)
+        if not BEFORE:
+            mixed *= decay_between(alpha, row, row - 1, BLOCK_C)[:, None]
+            mixed += load_pairs(mu_pairs, row[:, None], row[None, :], BLOCK_C)
+        query_key *= mixed
         value = load_tile(v, token, valid, value_column, VALUE_DIM)
-        read += matmul(mixed * query_key, value, STATE)
+        read += matmul(query_key, value, STATE)
     store_tile(o, token, valid, value_column, VALUE_DIM, scale * read)
 
 
@@ -314,8 +325,10 @@ def plan_states(
     state = (plan.sequences, plan.heads, plan.value_dim, plan.key_dim)
     chunk_state = (plan.chunks, plan.heads, plan.key_dim, plan.value_dim)
     inverse = (plan.chunks, plan.heads, plan.block_c, plan.block_c)
+    pairs = (plan.chunks, plan.heads, 2, plan.block_c, plan.block_c)
     has = plan.has_momentum
     tensors = inputs | {
+        "pairs": k.new_empty(pairs, dtype=torch.float32) if has else None,
         "decays": k.new_empty((plan.chunks, plan.heads, 6 if has else 2, plan.block_c), dtype=torch.float32),
         "key_transform": k.new_empty(per_key, dtype=work),
         "momentum_key_transform": k.new_empty(per_key, dtype=work) if has else None,

@@ -7,8 +7,21 @@ a product is an operand of another (which compilers for Hopper have got wrong).
 import triton
 import triton.language as tl
 
-from nl_kernels.ops.delta_memory.triton_decays import decay_between, decays_of, sum_over_spans
-from nl_kernels.triton_support.language import finish_loads, load_tile, locate_chunk, matmul, store_tile
+from nl_kernels.ops.delta_memory.triton_decays import (
+    decay_between,
+    decays_of,
+    load_pairs,
+    pairs_of,
+    sum_over_spans,
+)
+from nl_kernels.triton_support.language import (
+    finish_loads,
+    load_tile,
+    locate_chunk,
+    matmul,
+    products_of_rows,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -18,6 +31,7 @@ def read_gradients_kernel(
     v,
     do,
     decays,
+    pairs,
     pseudo_values,
     d_pseudo,
     d_value,
@@ -52,22 +66,20 @@ def read_gradients_kernel(
     valid = row < count
     token = (start + row) * H + program % H
     program = program.to(tl.int64)
-    alpha, mu, _, _ = decays_of(decays, program, BLOCK_C, MOMENTUM)
+    alpha, _, _, _ = decays_of(decays, program, BLOCK_C, MOMENTUM)
     write = row[:, None]
     seen = row[None, :] - BEFORE  # the row whose state is read
 
-    key_query = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
-    for first in range(0, KEY_DIM, BLOCK_K):
-        column = first + tl.arange(0, BLOCK_K)
-        query = load_tile(q, token, valid, column, KEY_DIM)
-        key = load_tile(k, token, valid, column, KEY_DIM)
-        key_query += matmul(key, tl.trans(query), INPUTS)
-    key_query *= scale
+    key_query = scale * products_of_rows(k, q, token, valid, KEY_DIM, BLOCK_K, INPUTS)
     decay = decay_between(alpha, seen, write, BLOCK_C)
     attention = decay * key_query
     d_attention = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     if MOMENTUM:
-        mixed = matmul(decay_between(mu, row[None, :], row[:, None], BLOCK_C), decay, SOLVE)
+        mu_pairs, before = pairs_of(pairs, program, BLOCK_C)
+        mixed = load_pairs(before, row[None, :], row[:, None], BLOCK_C)
+        if not BEFORE:
+            mixed *= decay_between(alpha, row, row - 1, BLOCK_C)[None, :]
+            mixed += load_pairs(mu_pairs, row[None, :], row[:, None], BLOCK_C)
         mixed_attention = mixed * key_query
         d_mixed = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
 
@@ -83,15 +95,21 @@ def read_gradients_kernel(
             d_mixed += matmul(value, tl.trans(d_output), INPUTS)
 
     d_scores = scale * d_attention * decay
-    d_decay = d_attention * key_query
     if MOMENTUM:
         d_scores += scale * d_mixed * mixed
-        d_mixed = tl.where(write <= seen, d_mixed * key_query, 0.0)
-        d_decay += matmul(decay_between(mu, row[:, None], row[None, :], BLOCK_C), d_mixed, SOLVE)
-        # Mᵀ dM ∘ M⁻ on the diagonal: the factors on both sides of i but not i itself, which may be zero.
-        mu_before = decay_between(mu, row[:, None] - 1, row[None, :], BLOCK_C)
-        tl.store(d_momentum + token, tl.sum(mixed * matmul(mu_before, d_mixed, SOLVE), 1), mask=valid)
     store_tile(d_key_query, program * BLOCK_C + row, row < BLOCK_C, row, BLOCK_C, d_scores)
+    d_decay = d_attention * key_query
+    if MOMENTUM:
+        d_mixed = tl.where(write <= seen, d_mixed * key_query, 0.0)
+        tl.debug_barrier()
+        # Mᵀ dM ∘ M⁻ on the diagonal: the factors on both sides of i but not i itself, which may be zero.
+        mu_before = load_pairs(mu_pairs, row[:, None] - 1, row[None, :], BLOCK_C)
+        d_mu = tl.sum(mixed * matmul(mu_before, d_mixed, SOLVE), 1)
+        tl.store(d_momentum + token, d_mu, mask=valid)
+        tl.debug_barrier()
+        d_decay += matmul(load_pairs(mu_pairs, row[:, None], row[None, :], BLOCK_C), d_mixed, SOLVE)
+        tl.debug_barrier()
+        decay = decay_between(alpha, seen, write, BLOCK_C)
     d_log = sum_over_spans(d_decay * decay, row[:, None] > row[None, :], row[:, None] <= seen, SOLVE)
     tl.store(d_log_decay + token, d_log, mask=valid)
 
@@ -102,6 +120,7 @@ def solve_gradients_kernel(
     v,
     erase,
     decays,
+    pairs,
     inverse,
     pseudo_values,
     d_pseudo,
@@ -139,20 +158,17 @@ def solve_gradients_kernel(
     token = (start + row) * H + program % H
     program = program.to(tl.int64)
     chunk_row = program * BLOCK_C + row
-    alpha, mu, _, _ = decays_of(decays, program, BLOCK_C, MOMENTUM)
+    alpha, _, _, _ = decays_of(decays, program, BLOCK_C, MOMENTUM)
 
-    key_key = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
-    for first in range(0, KEY_DIM, BLOCK_K):
-        key = load_tile(k, token, valid, first + tl.arange(0, BLOCK_K), KEY_DIM)
-        key_key += matmul(key, tl.trans(key), INPUTS)
+    key_key = products_of_rows(k, k, token, valid, KEY_DIM, BLOCK_K, INPUTS)
     beta = tl.load(erase + token, mask=valid, other=0.0)
     decay = decay_between(alpha, row[:, None] - 1, row[None, :], BLOCK_C)
     inverse_transposed = tl.load(inverse + chunk_row[None, :] * BLOCK_C + row[:, None])
     d_system = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     if MOMENTUM:
-        from_mu = decay_between(mu, row[None, :], row[:, None], BLOCK_C)
-        value_solve = matmul(from_mu, decay_between(alpha, row[None, :] - 1, row[:, None], BLOCK_C), SOLVE)
-        value_solve *= tl.load(erase + token, mask=valid, other=0.0)[None, :] * key_key
+        mu_pairs, mixed = pairs_of(pairs, program, BLOCK_C)
+        value_solve = load_pairs(mixed, row[None, :], row[:, None], BLOCK_C) * key_key
+        value_solve *= tl.load(erase + token, mask=valid, other=0.0)[None, :]
         d_mixed = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
 
     for first in range(0, VALUE_DIM, BLOCK_V):
@@ -173,8 +189,8 @@ def solve_gradients_kernel(
 
     d_scores = d_system * decay
     if MOMENTUM:
-        mixed = matmul(decay, decay_between(mu, row[:, None], row[None, :], BLOCK_C), SOLVE)
-        d_scores += d_mixed * mixed
+        mixed_decay = load_pairs(mixed, row[:, None], row[None, :], BLOCK_C)
+        d_scores += d_mixed * mixed_decay
     tl.store(d_erase + token, tl.sum(d_scores * key_key, 1), mask=valid)
     d_scores *= beta[:, None]
     store_tile(d_key_key, chunk_row, row < BLOCK_C, row, BLOCK_C, d_scores + tl.trans(d_scores))
@@ -182,10 +198,9 @@ def solve_gradients_kernel(
     d_decay = d_system * key_key
     if MOMENTUM:
         d_mixed = tl.where(row[:, None] > row[None, :], d_mixed * key_key, 0.0)
-        from_mu = decay_between(mu, row[None, :], row[:, None], BLOCK_C)
-        d_decay += matmul(d_mixed, from_mu, SOLVE)
-        mu_before = decay_between(mu, row[None, :] - 1, row[:, None], BLOCK_C)
-        d_mu = tl.sum(mixed * matmul(d_mixed, mu_before, SOLVE), 0)
+        d_decay += matmul(d_mixed, load_pairs(mu_pairs, row[None, :], row[:, None], BLOCK_C), SOLVE)
+        mu_before = load_pairs(mu_pairs, row[None, :] - 1, row[:, None], BLOCK_C)
+        d_mu = tl.sum(mixed_decay * matmul(d_mixed, mu_before, SOLVE), 0)
         d_mu += tl.load(d_momentum + token, mask=valid, other=0.0)
         finish_loads(BLOCK_C)
         tl.store(d_momentum + token, d_mu, mask=valid)

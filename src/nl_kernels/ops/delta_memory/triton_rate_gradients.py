@@ -7,6 +7,8 @@ from nl_kernels.ops.delta_memory.triton_decays import (
     decay_between,
     decay_from_start,
     decays_of,
+    load_pairs,
+    pairs_of,
     sum_over_spans,
 )
 from nl_kernels.triton_support.language import finish_loads, locate_chunk
@@ -34,6 +36,7 @@ def _suffix_sum(x, INCLUSIVE: tl.constexpr):
 def rate_gradients_kernel(
     erase,
     decays,
+    pairs,
     token_terms,
     chunk_terms,
     d_log_decay,
@@ -94,8 +97,9 @@ def rate_gradients_kernel(
 
         lower = row[:, None] >= row[None, :]
         strict = row[:, None] > row[None, :]
-        mu_matrix = decay_between(mu, row[:, None], row[None, :], BLOCK_C)
-        mu_before = decay_between(mu, row[:, None] - 1, row[None, :], BLOCK_C)
+        mu_pairs, _ = pairs_of(pairs, program.to(tl.int64), BLOCK_C)
+        mu_matrix = load_pairs(mu_pairs, row[:, None], row[None, :], BLOCK_C)
+        mu_before = load_pairs(mu_pairs, row[:, None] - 1, row[None, :], BLOCK_C)
         mu_start = decay_from_start(mu, row)
         mu_tail = decay_between(mu, count - 1, row, BLOCK_C)
         mixed_tail = tl.load(momentum_tail + row)
@@ -113,8 +117,8 @@ def rate_gradients_kernel(
             d_carried += through
             d_start += carried_read
             d_log += through * carried
-        pairs = d_carried[:, None] * mu_start[None, :] * before
-        d_log += sum_over_spans(pairs, row[:, None] < row[None, :], strict, SOLVE)
+        carried_pairs = d_carried[:, None] * mu_start[None, :] * before
+        d_log += sum_over_spans(carried_pairs, row[:, None] < row[None, :], strict, SOLVE)
         # The conditions keep products out of fused additions, which would make lanes differ in a last bit.
         mixed_terms = tl.where(lower, mu_matrix * mixed_tail_term[None, :], 0.0)
         tail_term += tl.sum(mixed_terms, 1) + mu_start * carried_term
