@@ -23,6 +23,13 @@ def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
     options = {"read": "before", "packed": True, "heads": 4}
     yield from _entries(architecture, torch.bfloat16, 64, 128, has_momentum=True, **options)
     yield from _entries(architecture, torch.float32, 40, 24, has_momentum=False, **options)
+    # Long sequences of few heads: the scan goes by segments.
+    for dim in (64, 128):
+        for entry in _entries(
+            architecture, torch.bfloat16, dim, dim, has_momentum=False, heads=2, tokens=2**17
+        ):
+            if entry.kernel in ("scan_chunks", "join_segments"):
+                yield entry
 
 
 def _entries(
@@ -35,12 +42,13 @@ def _entries(
     read: str = "after",
     packed: bool = False,
     heads: int = 160,
+    tokens: int = 512,
 ) -> Iterator[CatalogueEntry]:
     from nl_kernels.ops.delta_memory.triton_backward import plan_backward
     from nl_kernels.ops.delta_memory.triton_forward import plan_forward
     from nl_kernels.ops.delta_memory.triton_step import plan_step
 
-    batch, tokens = (1 if packed else 2), 512
+    batch = 1 if packed else 2
 
     def inputs(*leading: int) -> list[torch.Tensor | None]:
         q, k = unallocated(*leading, key_dim, dtype=dtype), unallocated(*leading, key_dim, dtype=dtype)
@@ -60,7 +68,11 @@ def _entries(
     step, _ = plan_step(*inputs(batch, heads), *states(batch), **options)
 
     words = [str(dtype).removeprefix("torch."), f"{key_dim}x{value_dim}"]
-    words += [word for word, on in (("momentum", has_momentum), (read, True), ("packed", packed)) if on]
+    words += [
+        word
+        for word, on in (("momentum", has_momentum), (read, True), ("packed", packed), ("long", tokens > 512))
+        if on
+    ]
     # Of the recomputed forward, only the solve differs (it keeps the inverse).
-    for call in (*forward, backward[0], *backward[2:], step):
+    for call in (*forward, backward[0], *backward[len(forward) - 1 :], step):
         yield CatalogueEntry("delta_memory", " ".join(words), call)

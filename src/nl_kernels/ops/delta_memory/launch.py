@@ -88,7 +88,7 @@ def config_of(
     if kernel == "step":
         return Config(key, min(32, value), 4, 1)
     wide, amd = dtype != torch.bfloat16, architecture.startswith("gfx")
-    if kernel in ("scan_chunks", "scan_gradients"):
+    if kernel in ("scan_chunks", "scan_gradients", "join_segments"):
         # The whole key width of the state is in registers: the tile of the value width is what gives.
         carried = key * (2 if has_momentum else 1) * (2 if kernel == "scan_gradients" else 1)
         few = rows * -(-value_dim // 32) < TARGETS[architecture].multiprocessors
@@ -106,6 +106,19 @@ def config_of(
     return Config(min(block_k, key), min(block_v, value), warps, 2)
 
 
+def segments_of(rows: int, chunks: int, key_dim: int, value_dim: int, architecture: str) -> int:
+    """Parts of a scan over ``chunks`` chunks of each of ``rows`` states that run side by side.
+
+    What a part does to any state is computed first, which triples the work: only where several times as many
+    multiprocessors would idle, and parts are long.
+    """
+    if key_dim > 128:
+        return 1
+    idle = 2 * TARGETS[architecture].multiprocessors // (rows * -(-value_dim // 32))
+    segments = min(16, idle, chunks // 32)
+    return segments if segments >= 6 else 1
+
+
 @dataclass(frozen=True)
 class ChunkPlan:
     """How one call is cut into chunks, and what all of its kernels share.
@@ -114,6 +127,7 @@ class ChunkPlan:
         chunks: programs along the chunk axis; with packed sequences an upper bound, so that planning need
             not wait for the device to read the lengths.
         sequences: states, B or N.
+        segments: parts of each sequence that the forward scan takes side by side.
         chunk_table: packed: first token and number of tokens (0: unused) of each chunk, int64 [chunks, 2].
         cu_seqlens, chunk_offsets: packed: first token and first chunk of each sequence, int64 [N + 1].
     """
@@ -129,6 +143,7 @@ class ChunkPlan:
     block_c: int
     chunks: int
     sequences: int
+    segments: int
     chunk_table: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     chunk_offsets: torch.Tensor | None
@@ -139,14 +154,16 @@ class ChunkPlan:
 
     def config(self, kernel: Any) -> Config:
         """The table's row for ``kernel`` in this plan."""
+        name = kernel.__name__.removesuffix("_kernel")
+        segments = self.segments if name in ("scan_chunks", "join_segments") else 1
         return config_of(
-            kernel.__name__.removesuffix("_kernel"),
+            name,
             key_dim=self.key_dim,
             value_dim=self.value_dim,
             dtype=self.dtype,
             architecture=self.architecture,
             has_momentum=self.has_momentum,
-            rows=self.sequences * self.heads,
+            rows=self.sequences * self.heads * segments,
         )
 
     def tiles(self, kernel: Any, width: str | None) -> int:
@@ -167,6 +184,8 @@ class ChunkPlan:
         scan: bool = False,
         read: str = "after",
         key_tiles: int = 1,
+        segments: int = 1,
+        summary: bool = False,
     ) -> KernelCall:
         """The call of ``kernel``: what it takes of ``arguments``, sizes, tables, tiles and precisions.
 
@@ -175,12 +194,17 @@ class ChunkPlan:
             scan: one program a sequence instead of one a chunk.
             read: the op's option, for the kernels that have it.
             key_tiles: how many tiles another kernel has cut the key width into.
+            segments: programs a sequence of a scan.
+            summary: whether a scan computes what its segments do to any state.
         """
         config = self.config(kernel)
+        programs = (self.sequences * segments if scan else self.chunks) * self.heads
+        maps = -(-self.key_dim // config.block_v) if summary else 0
         run_time = {
             **arguments,
             "T": self.tokens,
             "H": self.heads,
+            "segments": self.segments,
             "chunk_table": self.chunk_table,
             "cu_seqlens": self.cu_seqlens,
             "chunk_offsets": self.chunk_offsets,
@@ -191,6 +215,7 @@ class ChunkPlan:
             "MOMENTUM": self.has_momentum,
             "BEFORE": read == "before",
             "KEY_TILES": key_tiles,
+            "SUMMARY": summary,
             "BLOCK_C": self.block_c,
             "BLOCK_K": config.block_k,
             "BLOCK_V": config.block_v,
@@ -201,7 +226,7 @@ class ChunkPlan:
         names = kernel.arg_names
         return KernelCall(
             kernel,
-            ((self.sequences if scan else self.chunks) * self.heads, self.tiles(kernel, tiles)),
+            (programs, self.tiles(kernel, tiles) + maps),
             {name: value for name, value in run_time.items() if name in names},
             {name: value for name, value in constants.items() if name in names},
             config.num_warps,
@@ -255,6 +280,9 @@ def plan_chunks(
         block_c=block_c,
         chunks=chunks,
         sequences=sequences,
+        segments=1
+        if momentum is not None
+        else segments_of(sequences * heads, chunks // sequences, key_dim, value_dim, architecture),
         chunk_table=chunk_table,
         cu_seqlens=cu_seqlens,
         chunk_offsets=chunk_offsets,

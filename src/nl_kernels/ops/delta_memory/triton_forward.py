@@ -132,7 +132,7 @@ def solve_chunks_kernel(
         store_tile(pseudo_values, token, valid, column, VALUE_DIM, matmul(value_transform, value, STATE))
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=["segments", "T", "H"])
 def scan_chunks_kernel(
     k,
     v,
@@ -144,26 +144,33 @@ def scan_chunks_kernel(
     initial_momentum,
     chunk_states,
     chunk_momenta,
+    segment_maps,
+    segment_states,
     final_state,
     final_momentum,
     cu_seqlens,
     chunk_offsets,
+    segments,
     T,
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     MOMENTUM: tl.constexpr,
+    SUMMARY: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    """One program a sequence, head and tile of the value width: carries the state over the chunks.
+    """One program a sequence, head, segment and tile of the value width: carries the state over the chunks.
 
     Writes the state (and momentum) that each chunk starts from, completes the pseudo-values in place, and
     writes the final state. Only this kernel is sequential; it holds the state in registers, [Dk, tile].
+    A segment starts from its ``segment_states``. SUMMARY writes instead what a segment makes of no state, and
+    in tiles beyond the value width of the identity: ``segment_maps`` [programs, Dk, value tiles and Dk].
     """
-    program = tl.program_id(0)
+    program = tl.program_id(0) // segments
+    segment = tl.program_id(0) % segments
     sequence = program // H
     head = program % H
     start, length, first_chunk = locate_sequence(sequence, cu_seqlens, chunk_offsets, T, BLOCK_C)
@@ -176,17 +183,26 @@ def scan_chunks_kernel(
     public += value_column[None, :] * KEY_DIM + key_column[:, None]
 
     state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if initial_state is not None:
+    place = tl.program_id(0).to(tl.int64) * KEY_DIM + key_column
+    WIDTH: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V * BLOCK_V
+    if SUMMARY:
+        state += (key_column[:, None] == (value_column - WIDTH)[None, :]).to(tl.float32)
+    elif segment_states is not None:
+        state += load_tile(segment_states, place, key_column < KEY_DIM, value_column, VALUE_DIM)
+    elif initial_state is not None:
         state += tl.load(initial_state + public, mask=state_mask, other=0.0).to(tl.float32)
     if MOMENTUM:
         velocity = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
         if initial_momentum is not None:
             velocity += tl.load(initial_momentum + public, mask=state_mask, other=0.0).to(tl.float32)
 
-    for index in range(0, tl.cdiv(length, BLOCK_C)):
+    chunks = tl.cdiv(length, BLOCK_C).to(tl.int32)
+    first = segment * tl.cdiv(chunks, segments)
+    for index in range(first, tl.minimum(first + tl.cdiv(chunks, segments), chunks)):
         chunk = (first_chunk + index) * H + head
         state_row = chunk * KEY_DIM + key_column
-        store_tile(chunk_states, state_row, key_column < KEY_DIM, value_column, VALUE_DIM, state)
+        if not SUMMARY:
+            store_tile(chunk_states, state_row, key_column < KEY_DIM, value_column, VALUE_DIM, state)
         valid = index * BLOCK_C + row < length
         last = tl.minimum(length - index * BLOCK_C, BLOCK_C) - 1
         token = (start + index * BLOCK_C + row) * H + head
@@ -210,12 +226,51 @@ def scan_chunks_kernel(
             velocity += matmul(tl.trans(key), value, STATE)
         else:
             written *= pseudo
-        store_tile(pseudo_values, token, valid, value_column, VALUE_DIM, pseudo)
+        if not SUMMARY:
+            store_tile(pseudo_values, token, valid, value_column, VALUE_DIM, pseudo)
         state += matmul(tl.trans(key), written, STATE)
 
-    tl.store(final_state + public, state, mask=state_mask)
+    if SUMMARY:
+        store_tile(segment_maps, place, key_column < KEY_DIM, value_column, WIDTH + KEY_DIM, state)
+    elif segment == segments - 1:
+        tl.store(final_state + public, state, mask=state_mask)
     if MOMENTUM:
         tl.store(final_momentum + public, velocity, mask=state_mask)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def join_segments_kernel(
+    segment_maps,
+    initial_state,
+    segment_states,
+    segments,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SOLVE: tl.constexpr,
+):
+    """One program a sequence, head and tile of the value width: the state that each segment starts from."""
+    program = tl.program_id(0).to(tl.int64)
+    key_column = tl.arange(0, BLOCK_K)
+    value_column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_key = key_column < KEY_DIM
+    WIDTH: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V * BLOCK_V
+    state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    if initial_state is not None:
+        public = (program * VALUE_DIM + value_column[None, :]) * KEY_DIM + key_column[:, None]
+        mask = in_key[:, None] & (value_column < VALUE_DIM)[None, :]
+        state += tl.load(initial_state + public, mask=mask, other=0.0).to(tl.float32)
+    for segment in range(0, segments):
+        place = (program * segments + segment) * KEY_DIM
+        store_tile(segment_states, place + key_column, in_key, value_column, VALUE_DIM, state)
+        tl.debug_barrier()
+        state = load_tile(segment_maps, place + key_column, in_key, value_column, WIDTH + KEY_DIM)
+        for start in range(0, KEY_DIM, 16):
+            column = start + tl.arange(0, 16)
+            part = load_tile(segment_states, place + column, column < KEY_DIM, value_column, VALUE_DIM)
+            maps = load_tile(segment_maps, place + key_column, in_key, WIDTH + column, WIDTH + KEY_DIM)
+            state += matmul(maps, part, SOLVE)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -339,10 +394,18 @@ def plan_states(
         "final_state": k.new_empty(state, dtype=torch.float32),
         "final_momentum": k.new_empty(state, dtype=torch.float32) if has else None,
     }
-    calls = [
-        plan.call(solve_chunks_kernel, tensors),
-        plan.call(scan_chunks_kernel, tensors, tiles="value", scan=True),
-    ]
+    calls = [plan.call(solve_chunks_kernel, tensors)]
+    tensors |= {"segment_maps": None, "segment_states": None}
+    scan = {"tiles": "value", "scan": True, "segments": plan.segments}
+    if plan.segments > 1:
+        tile = plan.config(scan_chunks_kernel).block_v
+        rows = (plan.sequences * plan.heads * plan.segments, plan.key_dim)
+        width = -(-plan.value_dim // tile) * tile + plan.key_dim
+        tensors["segment_maps"] = k.new_empty((*rows, width), dtype=torch.float32)
+        calls.append(plan.call(scan_chunks_kernel, tensors, **scan, summary=True))
+        tensors["segment_states"] = k.new_empty((*rows, plan.value_dim), dtype=torch.float32)
+        calls.append(plan.call(join_segments_kernel, tensors, tiles="value", scan=True))
+    calls.append(plan.call(scan_chunks_kernel, tensors, **scan))
     return calls, tensors
 
 

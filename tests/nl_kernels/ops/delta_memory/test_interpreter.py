@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nl_kernels import delta_memory, delta_memory_step
+from nl_kernels.ops.delta_memory import launch
 from nl_kernels.testing import (
     GuardedBuffer,
     RoundedProducts,
@@ -103,6 +104,16 @@ def test_packed_sequences(momentum):
     x = inputs(40, momentum=momentum, sequences=4)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     assert_kernels_within_budget(x, cu_seqlens=cu_seqlens, chunk_size=16, scale=0.7, read="before")
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 1, 70]], ids=["batch", "packed"])
+@pytest.mark.parametrize("segments", [2, 4])
+def test_segments_of_a_sequence_side_by_side(segments, bounds, monkeypatch):
+    """Also where a sequence has fewer chunks than segments, and from no initial state."""
+    monkeypatch.setattr(launch, "segments_of", lambda *sizes: segments)
+    x = inputs(70, momentum=False, heads=2, sequences=bounds and 2, initial_state=bounds is not None)
+    cu_seqlens = bounds and torch.tensor(bounds)
+    assert_kernels_within_budget(x, chunk_size=16, cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
