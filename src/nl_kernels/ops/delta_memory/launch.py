@@ -235,10 +235,7 @@ class ChunkPlan:
 
 
 def plan_chunks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    momentum: torch.Tensor | None,
+    inputs: dict[str, torch.Tensor | None],
     cu_seqlens: torch.Tensor | None,
     *,
     chunk_size: int,
@@ -249,6 +246,7 @@ def plan_chunks(
     Raises:
         NotImplementedError: a head wider than :data:`MAX_HEAD_DIM`, or fp64.
     """
+    q, k, v, momentum = (inputs[name] for name in ("q", "k", "v", "momentum"))
     batch, tokens, heads, key_dim = k.shape
     value_dim = v.shape[-1]
     dtype = operand_dtype(q, k, v)
@@ -318,11 +316,16 @@ def check_head_dims(key_dim: int, value_dim: int) -> None:
             )
 
 
-def contiguous(*tensors: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
-    """Each tensor in the row-major layout that the kernels index."""
-    return (None if tensor is None else tensor.contiguous() for tensor in tensors)
+INPUTS = ("q", "k", "v", "log_decay", "erase", "momentum", "initial_state", "initial_momentum")
+"""The operators' tensors, in their order; bounds of packed sequences follow."""
+
+
+def prepared(inputs: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    """Tensors row-major, as the kernels index them; rates and states (from the fourth) in fp32."""
+    fp32 = contiguous_fp32(*inputs[3 : len(INPUTS)])
+    return (*(x.contiguous() for x in inputs[:3]), *fp32, *inputs[len(INPUTS) :])
 
 
 def contiguous_fp32(*tensors: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
-    """The same for rates and states, which the kernels take in fp32."""
+    """Each tensor row-major and in fp32."""
     return (None if tensor is None else tensor.float().contiguous() for tensor in tensors)

@@ -30,28 +30,16 @@ from nl_kernels.triton_support.targets import architecture_of
 
 
 def plan_backward(
-    do: torch.Tensor,
-    d_final_state: torch.Tensor | None,
-    d_final_momentum: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    erase: torch.Tensor,
-    momentum: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    initial_momentum: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    *,
-    scale: float,
-    read: str,
-    chunk_size: int,
-    architecture: str,
+    *tensors: torch.Tensor | None, scale: float, read: str, chunk_size: int, architecture: str
 ) -> tuple[list[KernelCall], tuple[torch.Tensor | None, ...]]:
-    """The calls of the backward pass and the gradients they fill; runs nothing (meta tensors will do)."""
-    plan = launch.plan_chunks(q, k, v, momentum, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
-    inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "erase": erase, "momentum": momentum}
-    inputs |= {"initial_state": initial_state, "initial_momentum": initial_momentum}
+    """The calls of the backward pass and the gradients they fill; runs nothing (meta tensors will do).
+
+    Takes the gradients of ``o`` and the final states, then what :func:`plan_forward` takes.
+    """
+    (do, d_final_state, d_final_momentum), cu_seqlens = tensors[:3], tensors[-1]
+    inputs = dict(zip(launch.INPUTS, tensors[3:]))
+    q, k, v, log_decay, erase, momentum, *_ = inputs.values()
+    plan = launch.plan_chunks(inputs, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
     calls, tensors = plan_states(plan, inputs, keep_inverse=True)
     work = plan.precision.workspace
     has = plan.has_momentum
@@ -100,52 +88,21 @@ def delta_memory_backward(
     do: torch.Tensor,
     d_final_state: torch.Tensor | None,
     d_final_momentum: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    erase: torch.Tensor,
-    momentum: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    initial_momentum: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    *,
-    scale: float,
-    read: str,
-    chunk_size: int,
+    *inputs: torch.Tensor | None,
+    **options: float | int | str,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients ``(dq, dk, dv, dlog_decay, derase, dmomentum, dinitial_state, dinitial_momentum)``.
 
     Each in the dtype of its input (the initial states' in fp32, present also when the input was not), the
-    two momentum entries ``None`` without momentum. Needs the inputs only; ``None`` for a final cotangent is
-    zero.
+    two momentum entries ``None`` without momentum. Needs the inputs of the forward pass only; ``None`` for a
+    final cotangent is zero.
 
     Raises:
         NotImplementedError: a head wider than :data:`launch.MAX_HEAD_DIM`, or fp64.
     """
-    given = (q, k, v, log_decay, erase, momentum, initial_state, initial_momentum)
-    do, q, k, v = launch.contiguous(do, q, k, v)
-    log_decay, erase, momentum, initial_state, initial_momentum = launch.contiguous_fp32(
-        log_decay, erase, momentum, initial_state, initial_momentum
-    )
-    d_final_state, d_final_momentum = launch.contiguous_fp32(d_final_state, d_final_momentum)
+    given = (do.contiguous(), *launch.contiguous_fp32(d_final_state, d_final_momentum))
     calls, gradients = plan_backward(
-        do,
-        d_final_state,
-        d_final_momentum,
-        q,
-        k,
-        v,
-        log_decay,
-        erase,
-        momentum,
-        initial_state,
-        initial_momentum,
-        cu_seqlens,
-        scale=scale,
-        read=read,
-        chunk_size=chunk_size,
-        architecture=architecture_of(k.device),
+        *given, *launch.prepared(inputs), **options, architecture=architecture_of(do.device)
     )
-    run_calls(calls, k.device)
-    return tuple(g if g is None or x is None else g.to(x.dtype) for g, x in zip(gradients, given))
+    run_calls(calls, do.device)
+    return tuple(g if g is None or x is None else g.to(x.dtype) for g, x in zip(gradients, inputs))

@@ -345,30 +345,19 @@ def read_chunks_kernel(
 
 
 def plan_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    erase: torch.Tensor,
-    momentum: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    initial_momentum: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    *,
-    scale: float,
-    read: str,
-    chunk_size: int,
-    architecture: str,
+    *tensors: torch.Tensor | None, scale: float, read: str, chunk_size: int, architecture: str
 ) -> tuple[list[KernelCall], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """The calls of the forward pass and the tensors they fill; runs nothing (meta tensors will do)."""
-    plan = launch.plan_chunks(q, k, v, momentum, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
-    inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "erase": erase, "momentum": momentum}
-    inputs |= {"initial_state": initial_state, "initial_momentum": initial_momentum}
-    calls, tensors = plan_states(plan, inputs, keep_inverse=False)
-    o = torch.empty_like(v)
-    tensors |= {"o": o, "scale": scale}
-    calls.append(plan.call(read_chunks_kernel, tensors, tiles="value", read=read))
-    return calls, (o, tensors["final_state"], tensors["final_momentum"])
+    """The calls of the forward pass and the tensors they fill; runs nothing (meta tensors will do).
+
+    Takes the tensors named by :data:`launch.INPUTS`, then ``cu_seqlens``.
+    """
+    inputs, cu_seqlens = dict(zip(launch.INPUTS, tensors)), tensors[-1]
+    plan = launch.plan_chunks(inputs, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
+    calls, found = plan_states(plan, inputs, keep_inverse=False)
+    o = torch.empty_like(inputs["v"])
+    found |= {"o": o, "scale": scale}
+    calls.append(plan.call(read_chunks_kernel, found, tiles="value", read=read))
+    return calls, (o, found["final_state"], found["final_momentum"])
 
 
 def plan_states(
@@ -410,46 +399,18 @@ def plan_states(
 
 
 def delta_memory_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    erase: torch.Tensor,
-    momentum: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    initial_momentum: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    *,
-    scale: float,
-    read: str,
-    chunk_size: int,
+    *tensors: torch.Tensor | None, **options: float | int | str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Outputs ``o`` [B, T, H, Dv] in v's dtype, final state and momentum (fp32 [B or N, H, Dv, Dk]).
 
-    Shapes as in :func:`nl_kernels.delta_memory`, which checks them; ``chunk_size`` is a hint, as the result
-    does not depend on it. Waits for nothing on the device.
+    Shapes as in :func:`nl_kernels.delta_memory`, which checks them, in the order of :data:`launch.INPUTS`,
+    then ``cu_seqlens``; options ``scale``, ``read`` and ``chunk_size``, a hint, as the result does not depend
+    on it. Waits for nothing on the device.
 
     Raises:
         NotImplementedError: a head wider than :data:`launch.MAX_HEAD_DIM`, or fp64.
     """
-    q, k, v = launch.contiguous(q, k, v)
-    log_decay, erase, momentum, initial_state, initial_momentum = launch.contiguous_fp32(
-        log_decay, erase, momentum, initial_state, initial_momentum
-    )
-    calls, outputs = plan_forward(
-        q,
-        k,
-        v,
-        log_decay,
-        erase,
-        momentum,
-        initial_state,
-        initial_momentum,
-        cu_seqlens,
-        scale=scale,
-        read=read,
-        chunk_size=chunk_size,
-        architecture=architecture_of(k.device),
-    )
-    run_calls(calls, k.device)
+    device = tensors[0].device
+    calls, outputs = plan_forward(*launch.prepared(tensors), **options, architecture=architecture_of(device))
+    run_calls(calls, device)
     return outputs

@@ -58,20 +58,10 @@ def step_kernel(
 
 
 def plan_step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    erase: torch.Tensor,
-    momentum: torch.Tensor | None,
-    state: torch.Tensor,
-    momentum_state: torch.Tensor | None,
-    *,
-    scale: float,
-    read: str,
-    architecture: str,
+    *tensors: torch.Tensor | None, scale: float, read: str, architecture: str
 ) -> tuple[KernelCall, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """The call of the step and the tensors it fills; runs nothing (meta tensors will do)."""
+    q, k, v, log_decay, erase, momentum, state, momentum_state = tensors
     batch, heads, key_dim = k.shape
     value_dim = v.shape[-1]
     launch.check_head_dims(key_dim, value_dim)
@@ -118,19 +108,11 @@ def plan_step(
 
 
 def delta_memory_step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    log_decay: torch.Tensor,
-    erase: torch.Tensor,
-    momentum: torch.Tensor | None,
-    state: torch.Tensor,
-    momentum_state: torch.Tensor | None,
-    *,
-    scale: float,
-    read: str,
+    *tensors: torch.Tensor | None, scale: float, read: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """One token: q, k [B, H, Dk], v [B, H, Dv], rates [B, H] fp32, states fp32 [B, H, Dv, Dk].
+
+    In the order of :data:`launch.INPUTS`.
 
     Returns ``o`` [B, H, Dv] in v's dtype, the new state, and with momentum the new momentum. One launch,
     nothing read on the host: a CUDA graph can capture it.
@@ -138,22 +120,9 @@ def delta_memory_step(
     Raises:
         NotImplementedError: a head wider than :data:`launch.MAX_HEAD_DIM`, or fp64.
     """
-    q, k, v = launch.contiguous(q, k, v)
-    log_decay, erase, momentum, state, momentum_state = launch.contiguous_fp32(
-        log_decay, erase, momentum, state, momentum_state
-    )
+    device = tensors[0].device
     call, outputs = plan_step(
-        q,
-        k,
-        v,
-        log_decay,
-        erase,
-        momentum,
-        state,
-        momentum_state,
-        scale=scale,
-        read=read,
-        architecture=architecture_of(k.device),
+        *launch.prepared(tensors), scale=scale, read=read, architecture=architecture_of(device)
     )
-    run_calls([call], k.device)
+    run_calls([call], device)
     return outputs
