@@ -3,74 +3,113 @@
 import triton
 import triton.language as tl
 
-from nl_kernels.memory.kernels.generate import (
-    AFTER,
-    QUERY_SCALE,
-    given_tokens,
-    locate_row,
-    locate_tokens,
-    make_tokens,
-    rates_of,
+from nl_kernels.memory.kernels.fragments import (
+    load_tile,
+    operands_at,
+    put_rows,
+    put_weights,
+    rounded,
+    rows_of,
+    weights_at,
 )
-from nl_kernels.memory.kernels.layer import (
-    columns_at,
-    columns_of,
-    first_rows,
-    last_rows,
-    put_base,
-    rows_at,
-    vector_at,
-)
+from nl_kernels.memory.kernels.generate import given_tokens, locate_row, locate_tokens, made_from, make_tokens
+from nl_kernels.memory.kernels.layer import first_rows, last_rows, memory_of, take_layer
 from nl_kernels.memory.kernels.layer_adjoint import vector_shares
-from nl_kernels.memory.kernels.learn import at_row, learn_chunk, own_clock
+from nl_kernels.memory.kernels.learn import (
+    ANCHOR,
+    ANCHOR_OPERAND,
+    BASE_OPERAND,
+    D_ANCHOR,
+    D_STATE_OPERAND,
+    RESUMED,
+    SNAPSHOT,
+    STATE,
+    STATE_OPERAND,
+    at_row,
+    give_layer,
+    learn_chunk,
+    own_clock,
+)
 from nl_kernels.memory.kernels.learn_adjoint import deep_errors_adjoint, linear_errors_adjoint, update_layer
 from nl_kernels.memory.kernels.tokens_adjoint import (
     gates_adjoint,
     inputs_adjoint,
     made_adjoint,
+    query_adjoint,
     store_rates,
     store_tokens,
     tokens_adjoint,
-    unit_adjoint,
 )
 
 
 @triton.jit
-def period_base(
-    base, kept, resumed, anchor, rows, row, start, places, IN: tl.constexpr, BLOCK: tl.constexpr,
+def take_gradients(
+    place, resumed, anchor, d_running, d_snapshot, d_anchor, rows, IN: tl.constexpr, BLOCK: tl.constexpr,
     SIZE: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """:func:`put_base` of a chunk from the weights ``kept`` at its period's start; whether that is the
-    chunk's own.
-
-    ``places`` are the first slot of ``kept`` for this head, and the chunk that it belongs to.
-    """
-    clock = own_clock(rows[0], SHAPE)
-    period = start - start % clock
-    slot = places[0] + (period // SHAPE.CHUNK - places[1])
-    inside = period > row[3]
-    put_base(base, kept + slot * SIZE, resumed, inside, anchor, rows, IN, BLOCK, SHAPE, RULE)
-    return (period == start) & (start > row[3])
-
-
-@triton.jit
-def clear_layer(layer, cut, rows, IN: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr):
-    """Gradients in memory become zero where ``cut``."""
+    """A layer's gradients, anchor and first snapshot to scratch."""
+    ROWS: tl.constexpr = rows[1].shape[1]
+    take_layer(place + RESUMED * SIZE, resumed, rows, IN, BLOCK, SHAPE)
+    take_layer(place + STATE * SIZE, d_running, rows, IN, BLOCK, SHAPE)
+    take_layer(place + SNAPSHOT * SIZE, d_snapshot, rows, IN, BLOCK, SHAPE)
+    if RULE.ANCHORED:
+        take_layer(place + ANCHOR * SIZE, anchor, rows, IN, BLOCK, SHAPE)
+        take_layer(place + D_ANCHOR * SIZE, d_anchor, rows, IN, BLOCK, SHAPE)
+    tl.debug_barrier()
     for start in range(0, BLOCK, SHAPE.SLICE):
-        offsets, inside = columns_of(rows, start, IN, SHAPE.SLICE)
-        tl.store(layer + offsets, 0.0, mask=inside & cut)
+        x = weights_at(place + STATE * SIZE, start, ROWS, BLOCK, SHAPE)
+        put_weights(operands_at(place + D_STATE_OPERAND * SIZE, RULE), start, rounded(x, RULE), BLOCK, SHAPE)
+        if RULE.ANCHORED:
+            x = weights_at(place + ANCHOR * SIZE, start, ROWS, BLOCK, SHAPE)
+            put_weights(operands_at(place + ANCHOR_OPERAND * SIZE, RULE), start, rounded(x, RULE), BLOCK, SHAPE)
 
 
 @triton.jit
-def cut_gradients(first, last, start, stop, SHAPE: tl.constexpr):
-    """Gradients of weights and snapshots, pairs, become zero where the gradient is cut after the chunk."""
-    end = start + SHAPE.CHUNK
-    cut = (end % SHAPE.TRUNCATE == 0) & (end <= stop)
-    clear_layer(last[0], cut, last_rows(SHAPE), SHAPE.LAST_IN, SHAPE.LAST_BLOCK, SHAPE)
-    clear_layer(last[1], cut, last_rows(SHAPE), SHAPE.LAST_IN, SHAPE.LAST_BLOCK, SHAPE)
-    if SHAPE.HIDDEN > 0:
-        clear_layer(first[0], cut, first_rows(SHAPE), SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE)
-        clear_layer(first[1], cut, first_rows(SHAPE), SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE)
+def give_gradients(
+    place, d_running, d_snapshot, d_anchor, rows, IN: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """A layer's gradients to where they came from."""
+    give_layer(place + STATE * SIZE, d_running, rows, IN, BLOCK, SHAPE)
+    give_layer(place + SNAPSHOT * SIZE, d_snapshot, rows, IN, BLOCK, SHAPE)
+    if RULE.ANCHORED:
+        give_layer(place + D_ANCHOR * SIZE, d_anchor, rows, IN, BLOCK, SHAPE)
+
+
+@triton.jit
+def take_states(
+    place, kept, row, start, places, ROWS: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
+    SHAPE: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """Operands of a layer's running weights before the chunk, and of those that it is applied at, to scratch.
+
+    ``kept`` are those at the start of periods, ``places`` the first slot of it for this head and the chunk that it
+    belongs to. Returns the chunk's own, and whether they are what it is applied at, too [B, 1, 1].
+    """
+    period = start - start % own_clock(SHAPE)
+    state = kept + (places[0] + (start // SHAPE.CHUNK - places[1])) * SIZE
+    inside = (period > row[3])[:, None, None]
+    shift = tl.where(period > row[3], period - start, 0) // SHAPE.CHUNK * SIZE
+    if SHAPE.TRUNCATE > 0:
+        end = start + SHAPE.CHUNK
+        if (end % SHAPE.TRUNCATE == 0) & (end <= row[4]):  # the gradient is cut after the chunk
+            for start_at in range(0, BLOCK, SHAPE.SLICE):
+                zeros = 0.0 * weights_at(state, start_at, ROWS, BLOCK, SHAPE)
+                put_weights(place + STATE * SIZE, start_at, zeros, BLOCK, SHAPE)
+                put_weights(place + SNAPSHOT * SIZE, start_at, zeros, BLOCK, SHAPE)
+                at = operands_at(place + D_STATE_OPERAND * SIZE, RULE)
+                put_weights(at, start_at, rounded(zeros, RULE), BLOCK, SHAPE)
+    for start_at in range(0, BLOCK, SHAPE.SLICE):
+        x = weights_at(state, start_at, ROWS, BLOCK, SHAPE)
+        put_weights(operands_at(place + STATE_OPERAND * SIZE, RULE), start_at, rounded(x, RULE), BLOCK, SHAPE)
+        if SHAPE.MEMORY_CLOCK != SHAPE.CHUNK or SHAPE.OTHERS_CLOCK != SHAPE.CHUNK:
+            base = tl.arange(0, SHAPE.BLOCKS) * (ROWS * BLOCK // 256) + start_at // 16
+            x = load_tile(state, base + shift // 256, ROWS, SHAPE.SLICE, BLOCK)
+        x = tl.where(inside, x, weights_at(place + RESUMED * SIZE, start_at, ROWS, BLOCK, SHAPE))
+        if RULE.ANCHORED:
+            x += weights_at(place + ANCHOR * SIZE, start_at, ROWS, BLOCK, SHAPE)
+        put_weights(operands_at(place + BASE_OPERAND * SIZE, RULE), start_at, rounded(x, RULE), BLOCK, SHAPE)
+    return state, (period == start)[:, None, None] & (start > row[3])
 
 
 @triton.jit
@@ -106,49 +145,49 @@ def read_gradient(d_o, place, SHAPE: tl.constexpr):
 
 @triton.jit
 def update_weights(
-    first_grads, last_grads, first_fresh, last_fresh, final, d_made, d_z, tokens, place, scratch,
-    SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr,
-):  # fmt: skip
+    first_fresh, last_fresh, decays, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr
+):
     """Gradients of all weights before the chunk, from what the tokens' stages have left in scratch."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    rows = last_rows(SHAPE)
-    after = scratch + PLACES.VECTORS + AFTER * C
-    query = scratch + PLACES.QUERY
-    d_error = tl.load(rows_at(scratch + PLACES.D_ERROR, rows, SHAPE.BLOCK_V, C, True))
-    d_recalled = tl.load(rows_at(scratch + PLACES.RECALLED, rows, SHAPE.BLOCK_V, C, True))
-    d_read = tl.load(rows_at(scratch + PLACES.READ, rows, SHAPE.BLOCK_V, C, True))
-    key, value = scratch + PLACES.KEY, None
+    memory = memory_of(SHAPE)
+    shared = 0 * memory
+    OUT: tl.constexpr = SHAPE.BLOCK_V
+    UNITS: tl.constexpr = SHAPE.BLOCK_H
+    d_error = rows_of(operands_at(scratch + PLACES.D_ERROR, RULE), memory, OUT, SHAPE)
+    d_recalled = rows_of(operands_at(scratch + PLACES.RECALLED, RULE), memory, OUT, SHAPE)
+    d_read = rows_of(operands_at(scratch + PLACES.READ, RULE), memory, OUT, SHAPE)
+    key, query = operands_at(scratch + PLACES.KEY, RULE), operands_at(scratch + PLACES.QUERY, RULE)
+    value, inputs, d_made = None, None, None
     if RULE.GENERATES:
-        value = scratch + PLACES.VALUE
+        value = operands_at(scratch + PLACES.VALUE, RULE)
+        inputs = operands_at(scratch + PLACES.INPUTS, RULE)
+        d_made = rows_of(operands_at(scratch + PLACES.D_MADE, RULE), memory, OUT, SHAPE)
     if SHAPE.HIDDEN > 0:
-        hidden, hidden_value, made_from = scratch + PLACES.HIDDEN_KEY, None, None
+        hidden_value, hidden_made = None, None
         if RULE.GENERATES:
-            hidden_value, made_from = scratch + PLACES.HIDDEN_VALUE, scratch + PLACES.HIDDEN_MADE
-        error = tl.load(rows_at(scratch + PLACES.ERROR, rows, SHAPE.BLOCK_V, C, True))
+            hidden_value = operands_at(scratch + PLACES.HIDDEN_VALUE, RULE)
+            hidden_made = operands_at(scratch + PLACES.HIDDEN_MADE, RULE)
+        error = rows_of(operands_at(scratch + PLACES.ERROR, RULE), memory, OUT, SHAPE)
+        d_back = operands_at(scratch + PLACES.D_BACK, RULE)
         update_layer(
-            last_grads, rows, last_fresh, final, hidden, hidden_value, scratch + PLACES.HIDDEN_QUERY, rows[0],
-            d_recalled, d_error, None, d_read, error, scratch + PLACES.D_BACK, d_made, made_from, tokens,
-            place, after,
-            SHAPE.HIDDEN, SHAPE.BLOCK_H, SHAPE, RULE,
+            scratch + PLACES.LAST, last_fresh, decays, operands_at(scratch + PLACES.HIDDEN_KEY, RULE), hidden_value,
+            operands_at(scratch + PLACES.HIDDEN_QUERY, RULE), memory, d_recalled, d_error, None, d_read, error,
+            d_back, d_made, hidden_made, memory, SHAPE.LAST_KEPT, UNITS, SHAPE, RULE,
         )  # fmt: skip
-        units = first_rows(SHAPE)
-        d_recalled = tl.load(rows_at(scratch + PLACES.RECALLED_FIRST, units, SHAPE.BLOCK_H, C, True))
-        d_query = tl.load(rows_at(scratch + PLACES.D_QUERY, units, SHAPE.BLOCK_H, C, True))
-        d_key = tl.load(rows_at(scratch + PLACES.D_KEY, units, SHAPE.BLOCK_H, C, True))
+        d_recalled = rows_of(operands_at(scratch + PLACES.RECALLED_FIRST, RULE), memory, UNITS, SHAPE)
+        d_query = rows_of(operands_at(scratch + PLACES.D_QUERY, RULE), memory, UNITS, SHAPE)
+        d_key = rows_of(operands_at(scratch + PLACES.D_KEY, RULE), memory, UNITS, SHAPE)
+        d_value, d_z = None, None
         if RULE.GENERATES:
-            d_value = tl.load(rows_at(scratch + PLACES.D_VALUE, units, SHAPE.BLOCK_H, C, True))
-        else:
-            d_value: tl.constexpr = None
+            d_value = rows_of(operands_at(scratch + PLACES.D_VALUE, RULE), memory, UNITS, SHAPE)
+            d_z = rows_of(operands_at(scratch + PLACES.D_Z, RULE), memory, UNITS, SHAPE)
         update_layer(
-            first_grads, units, first_fresh, final, key, value, query, None, d_recalled, d_key, d_value,
-            d_query, None,
-            None, d_z, None, tokens, place, after, SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE, RULE,
+            scratch + PLACES.FIRST, first_fresh, decays, key, value, query, shared, d_recalled, d_key, d_value,
+            d_query, None, None, d_z, inputs, made_from(memory), SHAPE.FIRST_KEPT, SHAPE.BLOCK_K, SHAPE, RULE,
         )  # fmt: skip
     else:
         update_layer(
-            last_grads, rows, last_fresh, final, key, value, query, None, d_recalled, d_error, None, d_read,
-            None, None,
-            d_made, None, tokens, place, after, SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE, RULE,
+            scratch + PLACES.LAST, last_fresh, decays, key, value, query, shared, d_recalled, d_error, None, d_read,
+            None, None, d_made, inputs, made_from(memory), SHAPE.LAST_KEPT, SHAPE.BLOCK_K, SHAPE, RULE,
         )  # fmt: skip
 
 
@@ -164,110 +203,111 @@ def learn_adjoint_kernel(
     the call began with. Gradients of weights and of gates [N, 3] are updated in place: those of weights begin
     as the gradients of the weights after the chunks, and end as those of the weights before.
     """
-    C: tl.constexpr = SHAPE.BLOCK_C
     program = tl.program_id(0).to(tl.int64)
     sequence, head = program // H, program % H
     origin, begin, stop = locate_row(tokens.spans, sequence, offset, T)
     scratch += program * PLACES.SIZE
-    first_resumed, last_resumed = at_row(resumed, program, SHAPE)
-    first_anchor, last_anchor = at_row(anchor, program, SHAPE)
-    d_first, d_last = at_row(d_running, program, SHAPE)
-    d_first_snapshot, d_last_snapshot = at_row(d_snapshot, program, SHAPE)
-    d_first_anchor, d_last_anchor = at_row(d_anchor, program, SHAPE)
-    first_base, last_base = scratch + PLACES.FIRST_BASE, scratch + PLACES.LAST_BASE
-    rate_max, gates = 1.0, (0.0, 0.0)
+    FIRST: tl.constexpr = SHAPE.FIRST_SIZE
+    LAST: tl.constexpr = SHAPE.LAST_SIZE
+    first_resumed, last_resumed = at_row(resumed, program, FIRST, LAST)
+    first_anchor, last_anchor = at_row(anchor, program, FIRST, LAST)
+    d_first, d_last = at_row(d_running, program, FIRST, LAST)
+    d_first_snapshot, d_last_snapshot = at_row(d_snapshot, program, FIRST, LAST)
+    d_first_anchor, d_last_anchor = at_row(d_anchor, program, FIRST, LAST)
+    first_kept, last_kept = at_row(kept, 0, 0, 0)
+    first, last = scratch + PLACES.FIRST, scratch + PLACES.LAST
+    gates = (1.0, 0.0, 0.0)
     if RULE.GENERATES:
-        rate_max = tl.load(tokens.rate_max + head)
-        gates = (tl.load(tokens.rate_bias + head), tl.load(tokens.retention_bias + head))
+        gates = (
+            tl.load(tokens.rate_max + head), tl.load(tokens.rate_bias + head), tl.load(tokens.retention_bias + head)
+        )  # fmt: skip
     by_rate_max, by_rate, by_retention = 0.0, 0.0, 0.0
     rows = last_rows(SHAPE)
+    take_gradients(
+        last, last_resumed, last_anchor, d_last, d_last_snapshot, d_last_anchor, rows, SHAPE.LAST_IN,
+        SHAPE.LAST_BLOCK, SHAPE.LAST_KEPT, SHAPE, RULE,
+    )  # fmt: skip
+    if SHAPE.HIDDEN > 0:
+        take_gradients(
+            first, first_resumed, first_anchor, d_first, d_first_snapshot, d_first_anchor, first_rows(SHAPE),
+            SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE.FIRST_KEPT, SHAPE, RULE,
+        )  # fmt: skip
+    tl.debug_barrier()
 
     begun = tl.maximum(first_chunk, begin // SHAPE.CHUNK)
     ended = tl.minimum(stop_chunk, (stop + SHAPE.CHUNK - 1) // SHAPE.CHUNK)
     for index in tl.range(begun, ended, disable_licm=True):
-        chunk = begun + ended - 1 - index
-        start = chunk * SHAPE.CHUNK
+        start = (begun + ended - 1 - index) * SHAPE.CHUNK
         row = (sequence, head, origin, begin, stop)
         place = locate_tokens(start, row, T, H, SHAPE)
         _, exists = place
-        first_state, last_state = at_row(kept, program * kept_slots + (chunk - kept_first), SHAPE)
         places = (program * kept_slots, kept_first)
-        last_fresh = period_base(
-            last_base, kept.last, last_resumed, last_anchor, rows, row, start, places, SHAPE.LAST_IN,
-            SHAPE.LAST_BLOCK,
-            SHAPE.LAST_SIZE, SHAPE, RULE,
+        last_state, last_fresh = take_states(
+            last, last_kept, row, start, places, SHAPE.BLOCK_V // SHAPE.PER, SHAPE.LAST_BLOCK, SHAPE.LAST_KEPT,
+            SHAPE, RULE,
         )  # fmt: skip
         first_fresh = last_fresh
         if SHAPE.HIDDEN > 0:
-            first_fresh = period_base(
-                first_base, kept.first, first_resumed, first_anchor, first_rows(SHAPE), row, start, places,
-                SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE.FIRST_SIZE, SHAPE, RULE,
+            first_state, first_fresh = take_states(
+                first, first_kept, row, start, places, SHAPE.BLOCK_H // SHAPE.PER, SHAPE.BLOCK_K,
+                SHAPE.FIRST_KEPT, SHAPE, RULE,
             )  # fmt: skip
-        if SHAPE.TRUNCATE > 0:
-            cut_gradients((d_first, d_first_snapshot), (d_last, d_last_snapshot), start, stop, SHAPE)
-        tl.debug_barrier()
 
         # The chunk again.
+        first_base = operands_at(first + BASE_OPERAND * SHAPE.FIRST_KEPT, RULE)
+        last_base = operands_at(last + BASE_OPERAND * SHAPE.LAST_KEPT, RULE)
         if RULE.GENERATES:
-            made_hidden = make_tokens(
-                tokens, first_base, last_base, place, gates, scratch, SHAPE, RULE, PLACES
-            )
+            made_hidden = make_tokens(tokens, first_base, last_base, place, gates, scratch, SHAPE, RULE, PLACES)
         else:
-            given_tokens(tokens, place, scratch, SHAPE, PLACES)
-        tl.debug_barrier()
-        rate, log = rates_of(rate_max, exists, scratch, SHAPE, RULE, PLACES)
-        first_weights = (first_state, first_base, first_anchor)
-        last_weights = (last_state, last_base, last_anchor)
-        found = learn_chunk(first_weights, last_weights, rate, log, scratch, True, SHAPE, RULE, PLACES)
-        final = found[0][5]
-        after = scratch + PLACES.VECTORS + AFTER * C + tl.arange(0, C)
-        tl.store(after[None, None, :], found[0][3])
+            given_tokens(tokens, place, scratch, SHAPE, RULE, PLACES)
         grad = read_gradient(d_o, place, SHAPE)
-        tl.store(rows_at(scratch + PLACES.READ, rows, SHAPE.BLOCK_V, C, True), grad)
+        put_rows(operands_at(scratch + PLACES.READ, RULE), rounded(grad, RULE), SHAPE.BLOCK_V, SHAPE)
+        tl.debug_barrier()
+        found = learn_chunk(scratch, True, SHAPE, RULE, PLACES)
 
         # Errors and writes.
         if SHAPE.HIDDEN > 0:
-            shares = deep_errors_adjoint(
-                d_first, d_last, first_weights, last_weights, found, rate, scratch, SHAPE, RULE, PLACES
-            )
+            shares = deep_errors_adjoint(first_state, last_state, found, scratch, SHAPE, RULE, PLACES)
         else:
-            shares = linear_errors_adjoint(d_last, last_weights, found, rate, scratch, SHAPE, RULE, PLACES)
+            shares = linear_errors_adjoint(last_state, found, scratch, SHAPE, RULE, PLACES)
         store_shares(shares, scratch + PLACES.RATES, SHAPE)
         tl.debug_barrier()
 
         # Tokens.
+        C: tl.constexpr = SHAPE.BLOCK_C
         d_rate = vector_shares(scratch + PLACES.RATES, SHAPE)
         d_rate += vector_shares(scratch + PLACES.RATES + SHAPE.BLOCKS * C, SHAPE)
         d_log = vector_shares(scratch + PLACES.RATES + 2 * SHAPE.BLOCKS * C, SHAPE)
         d_key, d_value, d_query = tokens_adjoint(d_o, place, scratch, SHAPE, RULE, PLACES)
         if RULE.GENERATES:
-            query = columns_at(scratch + PLACES.QUERY, None, 0, SHAPE.BLOCK_K, C, SHAPE.BLOCK_K)
-            d_query = unit_adjoint(d_query, query, vector_at(scratch + PLACES.VECTORS + QUERY_SCALE * C, C))
-            d_rate, d_retention, d_rate_max = gates_adjoint(
-                d_rate, d_log, rate_max, exists, scratch, SHAPE, PLACES
-            )
-            by_rate_max += tl.sum(d_rate_max, 0)
-            by_rate += tl.sum(d_rate, 0)
-            by_retention += tl.sum(d_retention, 0)
-            d_made = made_adjoint(d_key, d_value, (d_rate, d_retention), scratch, SHAPE, PLACES)
-            d_z = inputs_adjoint(
-                d_made, made_hidden, first_base, last_base, d_tokens, place, scratch, SHAPE, RULE, PLACES
+            d_query = query_adjoint(d_query, scratch, SHAPE, RULE, PLACES)
+            more = gates_adjoint(d_rate, d_log, gates[0], exists, scratch, SHAPE, PLACES)
+            by_rate_max += more[0]
+            by_rate += more[1]
+            by_retention += more[2]
+            d_key, d_value = made_adjoint(d_key, d_value, scratch, SHAPE, RULE, PLACES)
+            inputs_adjoint(
+                d_key, d_value, made_hidden, first_base, last_base, d_tokens, place, scratch, SHAPE, RULE, PLACES
             )
         else:
             store_tokens(d_tokens.key, place, d_key, SHAPE.KEY_DIM)
             store_tokens(d_tokens.value, place, d_value, SHAPE.VALUE_DIM)
             store_rates(d_rate, d_log, d_tokens, place)
-            d_made = None
-            d_z = None
         store_tokens(d_tokens.query, place, d_query, SHAPE.KEY_DIM)
 
         # Weights.
-        update_weights(
-            (d_first, d_first_snapshot, d_first_anchor), (d_last, d_last_snapshot, d_last_anchor),
-            first_fresh,
-            last_fresh, final, d_made, d_z, tokens, place, scratch, SHAPE, RULE, PLACES,
-        )  # fmt: skip
+        update_weights(first_fresh, last_fresh, found[0], scratch, SHAPE, RULE, PLACES)
         tl.debug_barrier()
 
     if RULE.GENERATES:
         add_gates(d_gates + 3 * program, by_rate_max, by_rate, by_retention)
+    tl.debug_barrier()
+    give_gradients(
+        last, d_last, d_last_snapshot, d_last_anchor, rows, SHAPE.LAST_IN, SHAPE.LAST_BLOCK, SHAPE.LAST_KEPT,
+        SHAPE, RULE,
+    )  # fmt: skip
+    if SHAPE.HIDDEN > 0:
+        give_gradients(
+            first, d_first, d_first_snapshot, d_first_anchor, first_rows(SHAPE), SHAPE.KEY_DIM, SHAPE.BLOCK_K,
+            SHAPE.FIRST_KEPT, SHAPE, RULE,
+        )  # fmt: skip

@@ -41,7 +41,8 @@ class Shape(NamedTuple):
         SLICE: columns of a matrix that are held at a time.
         BLOCK_C, BLOCK_K, BLOCK_V, BLOCK_H: padded sizes of a chunk and of the widths.
         LAST_IN, LAST_BLOCK: inputs of the last layers, and padded.
-        FIRST_SIZE, LAST_SIZE: numbers in the first and in the last layers of a head's bank.
+        FIRST_SIZE, LAST_SIZE: numbers in the first and in the last layers of a head's bank;
+        FIRST_KEPT, LAST_KEPT: of a copy in scratch, padded.
     """
 
     MEMORIES: int
@@ -66,6 +67,8 @@ class Shape(NamedTuple):
     LAST_BLOCK: int
     FIRST_SIZE: int
     LAST_SIZE: int
+    FIRST_KEPT: int
+    LAST_KEPT: int
 
 
 class Rule(NamedTuple):
@@ -83,26 +86,32 @@ class Rule(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where tiles of a chunk lie in a program's scratch memory, by which warps hand them to one another.
+    """Where a program's scratch memory has what, by which warps hand tiles to one another.
 
-    Tokens are [width, C], or [memories, width, C] for hidden layers and outputs. ``MADE`` has the outputs of
-    the memories that make keys, values and gates. From ``OMEGA`` on all are of the backward pass: ω,
-    gradients, and matrices of pairs of tokens [B, C, C], each for the last layers and for the first ones.
-    ``…_BASE`` are the weights that the layers are applied at.
+    ``FIRST`` and ``LAST`` are copies of the layers' weights (:mod:`.learn`). Tokens lie in both forms of
+    :func:`~.fragments.put_rows`, one matrix, or one for each memory: of ``INPUTS`` three, and ``KEY`` has all
+    that memories make, ``VALUE`` its second matrix; ``EXACT`` has the same before rounding. From ``OMEGA`` on all
+    are of the backward pass: ω, gradients, matrices of pairs of tokens, shares of the blocks.
     """
 
-    FIRST_BASE: int
-    LAST_BASE: int
-    MADE: int
+    FIRST: int
+    LAST: int
+    INPUTS: int
     KEY: int
     VALUE: int
+    EXACT: int
     QUERY: int
     VECTORS: int
+    DECAYS: int
     HIDDEN_MADE: int
     HIDDEN_KEY: int
     HIDDEN_VALUE: int
     HIDDEN_QUERY: int
     ERROR: int
+    INVERSE: int
+    INVERSE_FIRST: int
+    SCORES: int
+    SCORES_FIRST: int
     OMEGA: int
     OMEGA_FIRST: int
     READ: int
@@ -114,10 +123,7 @@ class Places(NamedTuple):
     D_VALUE: int
     D_QUERY: int
     D_MADE: int
-    INVERSE: int
-    INVERSE_FIRST: int
-    SCORES: int
-    SCORES_FIRST: int
+    D_Z: int
     GRAM: int
     GRAM_FIRST: int
     PAIRS: int
@@ -128,43 +134,42 @@ class Places(NamedTuple):
 
 
 def places_of(shape: Shape, rule: Rule, *, backward: bool) -> Places:
-    """One region after another."""
-    memories = shape.BLOCKS // shape.PER
-    outputs, hidden = memories * shape.BLOCK_V, memories * shape.BLOCK_H if shape.HIDDEN else 0
-    pairs = shape.BLOCKS * shape.BLOCK_C
-    first_pairs = pairs if shape.HIDDEN else 0
-    columns = {
-        "MADE": outputs if rule.GENERATES else 0,
-        "KEY": 0 if rule.GENERATES else shape.BLOCK_K,
-        "VALUE": 0 if rule.GENERATES else shape.BLOCK_V,
-        "QUERY": shape.BLOCK_K,
-        "VECTORS": 8,
+    """One region after another, with room for numbers of fp32."""
+    memories, copies, chunk = shape.BLOCKS // shape.PER, 9 if backward else 6, shape.BLOCK_C
+    outputs = 2 * memories * shape.BLOCK_V * chunk
+    hidden = 2 * memories * shape.BLOCK_H * chunk if shape.HIDDEN else 0
+    keys, pairs = 2 * shape.BLOCK_K * chunk, 2 * shape.BLOCKS * chunk * chunk
+    made, first_pairs = outputs if rule.GENERATES else 0, pairs if shape.HIDDEN else 0
+    sizes = {
+        "FIRST": copies * shape.FIRST_KEPT,
+        "LAST": copies * shape.LAST_KEPT,
+        "INPUTS": 3 * keys if rule.GENERATES else 0,
+        "KEY": made or keys,
+        "VALUE": 0 if made else 2 * shape.BLOCK_V * chunk,
+        "EXACT": made // 2,
+        "QUERY": keys,
+        "VECTORS": 16 * chunk,
+        "DECAYS": 2 * chunk * chunk,
         "HIDDEN_MADE": hidden if rule.GENERATES else 0,
         **{f"HIDDEN_{name}": hidden for name in ("KEY", "VALUE", "QUERY")},
         "ERROR": outputs if shape.HIDDEN else 0,
+        **dict.fromkeys(("INVERSE", "SCORES"), pairs),
+        **dict.fromkeys(("INVERSE_FIRST", "SCORES_FIRST"), first_pairs),
     }
     if backward:
-        columns |= {
-            "OMEGA": outputs,
-            "OMEGA_FIRST": hidden,
-            "READ": outputs,
-            "RECALLED": outputs,
-            "RECALLED_FIRST": hidden,
-            "D_ERROR": outputs,
-            **{f"D_{name}": hidden for name in ("BACK", "KEY", "VALUE", "QUERY")},
-            "D_MADE": outputs if rule.GENERATES else 0,
-            **dict.fromkeys(("INVERSE", "SCORES", "GRAM", "PAIRS"), pairs),
-            **{f"{name}_FIRST": first_pairs for name in ("INVERSE", "SCORES", "GRAM", "PAIRS")},
-            "RATES": 3 * shape.BLOCKS,
-            "SHARES": 3 * shape.BLOCKS * shape.BLOCK_K,
+        sizes |= {
+            **dict.fromkeys(("OMEGA", "READ", "RECALLED", "D_ERROR"), outputs),
+            **dict.fromkeys(("OMEGA_FIRST", "RECALLED_FIRST", "D_BACK", "D_KEY", "D_VALUE", "D_QUERY", "D_Z"), hidden),
+            "D_MADE": made,
+            **dict.fromkeys(("GRAM", "PAIRS"), pairs),
+            **dict.fromkeys(("GRAM_FIRST", "PAIRS_FIRST"), first_pairs),
+            "RATES": 3 * shape.BLOCKS * chunk,
+            "SHARES": 3 * shape.BLOCKS * shape.BLOCK_K * chunk,
         }
-    starts, total = (
-        {"FIRST_BASE": 0, "LAST_BASE": shape.FIRST_SIZE},
-        -(-(shape.FIRST_SIZE + shape.LAST_SIZE) // 16) * 16,
-    )
-    for name, width in columns.items():
+    starts, total = {}, 0
+    for name, size in sizes.items():
         starts[name] = total
-        total += width * shape.BLOCK_C
-    if rule.GENERATES:
-        starts["KEY"], starts["VALUE"] = starts["MADE"], starts["MADE"] + shape.BLOCK_V * shape.BLOCK_C
+        total += -(-size // 16) * 16
+    if made:
+        starts["VALUE"] = starts["KEY"] + keys // (2 if rule.PRECISION in ("bf16", "fp16") else 1)
     return Places(**{name: starts.get(name, 0) for name in Places._fields[:-1]}, SIZE=total)

@@ -3,27 +3,33 @@
 import triton
 import triton.language as tl
 
-from nl_kernels.memory.kernels.layer import (
-    activated,
-    columns_at,
-    columns_of,
-    first_rows,
-    last_rows,
-    load_weights,
-    memory_sum,
+from nl_kernels.memory.kernels.fragments import (
+    by_width,
+    load_tile,
+    operands_at,
     product,
-    rows_at,
-    zeros_of,
+    put_rows,
+    put_tokens,
+    rounded,
+    rows_of,
+    store_tile,
+    weights_at,
 )
+from nl_kernels.memory.kernels.layer import activated, last_rows, memory_of, memory_sum, put_decays, zeros_of
 
 _NORM_EPS: tl.constexpr = tl.constexpr(1e-6)  # memory_rule.NORM_EPS
 
 # Numbers a token in scratch, [C] each.
-RATE: tl.constexpr = tl.constexpr(0)  # η; of memories that make their own before the sigmoid
-DECAY: tl.constexpr = tl.constexpr(1)  # log α, likewise
+RATE: tl.constexpr = tl.constexpr(0)  # η
+RETENTION: tl.constexpr = tl.constexpr(1)  # log α
 KEY_SCALE: tl.constexpr = tl.constexpr(2)  # 1/‖·‖ of what was made a key
 QUERY_SCALE: tl.constexpr = tl.constexpr(3)
-AFTER: tl.constexpr = tl.constexpr(4)  # of :func:`~.layer.decays_of`
+RATE_GATE: tl.constexpr = tl.constexpr(4)  # what memories made of the first two, before the sigmoid
+RETENTION_GATE: tl.constexpr = tl.constexpr(5)
+DECAYS: tl.constexpr = tl.constexpr(6)  # three, of :func:`~.layer.put_decays`
+AFTER: tl.constexpr = tl.constexpr(7)
+D_RATE_GATE: tl.constexpr = tl.constexpr(9)  # gradients of the gates
+D_RETENTION_GATE: tl.constexpr = tl.constexpr(10)
 
 
 @triton.jit
@@ -53,149 +59,125 @@ def locate_tokens(start, row, T, H, SHAPE: tl.constexpr):
 
 @triton.jit
 def load_tokens(base, place, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens of a chunk as columns [BLOCK, C]."""
+    """Tokens [1, C, BLOCK] of a chunk."""
     token, exists = place
-    number = tl.arange(0, BLOCK)[:, None]
-    inside = exists[None, :] & (number < WIDTH)
-    return tl.load(base + token[None, :] * WIDTH + number, mask=inside, other=0.0).to(tl.float32)
+    number = tl.arange(0, BLOCK)[None, None, :]
+    inside = exists[None, :, None] & (number < WIDTH)
+    return tl.load(base + token[None, :, None] * WIDTH + number, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_columns(place, x, BLOCK_C: tl.constexpr):
-    """Tokens [BLOCK, C] to a region of scratch."""
-    number = tl.arange(0, x.shape[0])[:, None]
-    tl.store(place + number * BLOCK_C + tl.arange(0, BLOCK_C)[None, :], x)
+def vectors_at(scratch, number, SHAPE: tl.constexpr, PLACES: tl.constexpr):
+    """Pointers to a number a token [C] in scratch: loaded where it is used, not moved between layouts."""
+    return scratch + PLACES.VECTORS + number * SHAPE.BLOCK_C + tl.arange(0, SHAPE.BLOCK_C)
 
 
 @triton.jit
-def store_vector(place, x, BLOCK_C: tl.constexpr):
-    """A number a token [C] to scratch."""
-    tl.store(place + tl.arange(0, BLOCK_C), x)
-
-
-@triton.jit
-def given_tokens(tokens, place, scratch, SHAPE: tl.constexpr, PLACES: tl.constexpr):
+def given_tokens(tokens, place, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
     """Keys, values, queries, rates and decays of the caller go to scratch."""
     token, exists = place
     C: tl.constexpr = SHAPE.BLOCK_C
-    store_columns(scratch + PLACES.KEY, load_tokens(tokens.key, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K), C)
-    store_columns(scratch + PLACES.VALUE, load_tokens(tokens.value, place, SHAPE.VALUE_DIM, SHAPE.BLOCK_V), C)
-    store_columns(scratch + PLACES.QUERY, load_tokens(tokens.query, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K), C)
-    vectors = scratch + PLACES.VECTORS
-    store_vector(vectors + RATE * C, tl.load(tokens.rate + token, mask=exists, other=0.0).to(tl.float32), C)
-    log = tl.load(tokens.log_decay + token, mask=exists, other=0.0).to(tl.float32)
-    store_vector(vectors + DECAY * C, log, C)
-
-
-@triton.jit
-def unit_queries(tokens, place, scratch, SHAPE: tl.constexpr, PLACES: tl.constexpr):
-    """Queries of unit length, and the scales that made them so, go to scratch."""
-    C: tl.constexpr = SHAPE.BLOCK_C
+    key = load_tokens(tokens.key, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
+    put_tokens(operands_at(scratch + PLACES.KEY, RULE), rounded(key, RULE))
+    value = load_tokens(tokens.value, place, SHAPE.VALUE_DIM, SHAPE.BLOCK_V)
+    put_tokens(operands_at(scratch + PLACES.VALUE, RULE), rounded(value, RULE))
     query = load_tokens(tokens.query, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
-    scale = tl.rsqrt(tl.sum(query * query, 0) + _NORM_EPS)
-    store_columns(scratch + PLACES.QUERY, query * scale[None, :], C)
-    store_vector(scratch + PLACES.VECTORS + QUERY_SCALE * C, scale, C)
+    put_tokens(operands_at(scratch + PLACES.QUERY, RULE), rounded(query, RULE))
+    rate = tl.load(tokens.rate + token, mask=exists, other=0.0).to(tl.float32)
+    tl.store(vectors_at(scratch, RATE, SHAPE, PLACES), rate)
+    log = tl.load(tokens.log_decay + token, mask=exists, other=0.0).to(tl.float32)
+    put_decays(scratch + PLACES.DECAYS, scratch + PLACES.VECTORS + DECAYS * C, log, C)
 
 
 @triton.jit
-def memory_inputs(tokens, memory, place, number, SHAPE: tl.constexpr):
-    """What the memories that make keys, values and gates are applied to: numbers ``number`` of it.
-
-    ``memory``, ``number`` and the tokens of ``place`` broadcast to the tile.
-    """
-    token, exists = place
-    at = token * SHAPE.KEY_DIM + number
-    base = tl.where(memory == 0, tokens.key + at, tl.where(memory == 1, tokens.value + at, tokens.gate + at))
-    made = (memory < SHAPE.MEMORIES) & (memory != SHAPE.OWN)
-    return tl.load(base, mask=exists & made & (number < SHAPE.KEY_DIM), other=0.0).to(tl.float32)
+def made_from(memory):
+    """Which of the inputs a memory is applied to: those of keys, of values, or of the gates."""
+    return tl.minimum(memory, 2)
 
 
 @triton.jit
-def serve(
-    tokens,
-    first_base,
-    last_base,
-    place,
-    scratch,
-    SHAPE: tl.constexpr,
-    RULE: tl.constexpr,
-    PLACES: tl.constexpr,
-):
+def serve(scratch, first_base, last_base, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
     """f(x) [B, rows, C] of the memories that make keys, values and gates, and their hidden layer or
     ``()``."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    token, exists = place
-    columns = (token[None, None, :], exists[None, None, :])
-    block = tl.arange(0, SHAPE.BLOCKS)[:, None, None] // SHAPE.PER
+    inputs = operands_at(scratch + PLACES.INPUTS, RULE)
+    memory = memory_of(SHAPE)
+    ROWS: tl.constexpr = SHAPE.BLOCK_V // SHAPE.PER
+    made = zeros_of(ROWS, SHAPE)
     if SHAPE.HIDDEN > 0:
-        rows = first_rows(SHAPE)
-        z = zeros_of(SHAPE.BLOCK_H // SHAPE.PER, SHAPE)
+        UNITS: tl.constexpr = SHAPE.BLOCK_H // SHAPE.PER
+        z = zeros_of(UNITS, SHAPE)
         for start in range(0, SHAPE.BLOCK_K, SHAPE.SLICE):
-            number = start + tl.arange(0, SHAPE.SLICE)[None, :, None]
-            x = memory_inputs(tokens, block, columns, number, SHAPE)
-            weights = load_weights(first_base, columns_of(rows, start, SHAPE.KEY_DIM, SHAPE.SLICE))
-            z += product(weights, x, RULE)
+            x = by_width(inputs, made_from(memory), start, SHAPE.BLOCK_K, SHAPE)
+            z += product(weights_at(first_base, start, UNITS, SHAPE.BLOCK_K, SHAPE), x, RULE)
         hidden = activated(z, RULE, SHAPE.PER)
-        tl.store(rows_at(scratch + PLACES.HIDDEN_MADE, rows, SHAPE.BLOCK_H, C, True), hidden[0])
+        inputs = operands_at(scratch + PLACES.HIDDEN_MADE, RULE)
+        put_rows(inputs, rounded(hidden[0], RULE), SHAPE.BLOCK_H, SHAPE)
         tl.debug_barrier()
+        for start in range(0, SHAPE.BLOCK_H, SHAPE.SLICE):
+            x = by_width(inputs, memory, start, SHAPE.BLOCK_H, SHAPE)
+            made += product(weights_at(last_base, start, ROWS, SHAPE.BLOCK_H, SHAPE), x, RULE)
     else:
         hidden = ()
-    rows = last_rows(SHAPE)
-    made = zeros_of(SHAPE.BLOCK_V // SHAPE.PER, SHAPE)
-    if SHAPE.HIDDEN > 0:
-        for start in range(0, SHAPE.BLOCK_H, SHAPE.SLICE):
-            x = columns_at(scratch + PLACES.HIDDEN_MADE, block, start, SHAPE.BLOCK_H, C, SHAPE.SLICE)
-            weights = load_weights(last_base, columns_of(rows, start, SHAPE.HIDDEN, SHAPE.SLICE))
-            made += product(weights, x, RULE)
-    else:
         for start in range(0, SHAPE.BLOCK_K, SHAPE.SLICE):
-            number = start + tl.arange(0, SHAPE.SLICE)[None, :, None]
-            x = memory_inputs(tokens, block, columns, number, SHAPE)
-            weights = load_weights(last_base, columns_of(rows, start, SHAPE.KEY_DIM, SHAPE.SLICE))
-            made += product(weights, x, RULE)
+            x = by_width(inputs, made_from(memory), start, SHAPE.BLOCK_K, SHAPE)
+            made += product(weights_at(last_base, start, ROWS, SHAPE.BLOCK_K, SHAPE), x, RULE)
     return made, hidden
 
 
 @triton.jit
+def take_inputs(tokens, place, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
+    """What the memories are applied to, and queries of unit length, go to scratch."""
+    inputs = operands_at(scratch + PLACES.INPUTS, RULE)
+    SIZE: tl.constexpr = 2 * SHAPE.BLOCK_K * SHAPE.BLOCK_C
+    x = load_tokens(tokens.key, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
+    put_tokens(inputs, rounded(x, RULE))
+    x = load_tokens(tokens.value, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
+    put_tokens(inputs + SIZE, rounded(x, RULE))
+    x = load_tokens(tokens.gate, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
+    put_tokens(inputs + 2 * SIZE, rounded(x, RULE))
+    x = load_tokens(tokens.query, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
+    scale = tl.rsqrt(tl.sum(x * x, 2) + _NORM_EPS)
+    put_tokens(operands_at(scratch + PLACES.QUERY, RULE), rounded(x * scale[:, :, None], RULE))
+    tl.store(vectors_at(scratch, QUERY_SCALE, SHAPE, PLACES)[None, :], scale)
+
+
+@triton.jit
 def make_tokens(
-    tokens,
-    first_base,
-    last_base,
-    place,
-    gates,
-    scratch,
-    SHAPE: tl.constexpr,
-    RULE: tl.constexpr,
-    PLACES: tl.constexpr,
-):
-    """The memories make keys, values and gates, which go to scratch; ``gates`` are both biases.
+    tokens, first_base, last_base, place, gates, scratch,
+    SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """The memories make keys, values, rates and decays, which go to scratch; ``gates`` are the largest rate and
+    both biases.
 
     Returns the hidden layer of the memories that made them, or ``()``.
     """
     C: tl.constexpr = SHAPE.BLOCK_C
-    token, exists = place
+    _, exists = place
     memory, row, _, _ = last_rows(SHAPE)
-    unit_queries(tokens, place, scratch, SHAPE, PLACES)
-    made, hidden = serve(tokens, first_base, last_base, place, scratch, SHAPE, RULE, PLACES)
+    take_inputs(tokens, place, scratch, SHAPE, RULE, PLACES)
+    tl.debug_barrier()
+    made, hidden = serve(scratch, first_base, last_base, SHAPE, RULE, PLACES)
     # Keys and values are x + f(x), and keys have unit length.
-    made += memory_inputs(
-        tokens,
-        tl.where(memory < 2, memory, SHAPE.OWN),
-        (token[None, None, :], exists[None, None, :]),
-        row,
-        SHAPE,
-    )
+    x = rows_of(operands_at(scratch + PLACES.INPUTS, RULE), made_from(memory_of(SHAPE)), SHAPE.BLOCK_K, SHAPE)
+    made += tl.where(memory < 2, x.to(tl.float32), 0.0)
     scale = tl.rsqrt(memory_sum(made * made, SHAPE.PER) + _NORM_EPS)
     made = tl.where(memory == 0, made * scale, made)
-    tl.store(rows_at(scratch + PLACES.MADE, last_rows(SHAPE), SHAPE.BLOCK_V, C, True), made)
-    vectors = scratch + PLACES.VECTORS + tl.arange(0, C)[None, None, :]
-    rate_bias, retention_bias = gates
-    is_rate = (memory == SHAPE.WIDE) & (row == 0)
+    put_rows(operands_at(scratch + PLACES.KEY, RULE), rounded(made, RULE), SHAPE.BLOCK_V, SHAPE)
+    block = tl.arange(0, SHAPE.BLOCKS)
+    store_tile(scratch + PLACES.EXACT, block * (made.shape[1] * C // 256), made, C)
+    rate_max, rate_bias, retention_bias = gates
+    block = block[:, None, None]
+    at = vectors_at(scratch, 0, SHAPE, PLACES)[None, None, :]
+    tl.store(at + KEY_SCALE * C + 0 * block, scale, mask=block == 0)
+    tl.store(at + RATE_GATE * C + 0 * row, made + rate_bias, mask=(memory == SHAPE.WIDE) & (row == 0))
     is_retention = (memory == SHAPE.MEMORIES - 1) & (row == SHAPE.NARROW - 1)
-    block = tl.arange(0, SHAPE.BLOCKS)[:, None, None]
-    tl.store(vectors + KEY_SCALE * C + 0 * block, scale, mask=block == 0)
-    tl.store(vectors + RATE * C + 0 * row, made + rate_bias, mask=is_rate)
-    tl.store(vectors + DECAY * C + 0 * row, made + retention_bias, mask=is_retention)
+    tl.store(at + RETENTION_GATE * C + 0 * row, made + retention_bias, mask=is_retention)
+    tl.debug_barrier()
+    rate = tl.sigmoid(tl.load(vectors_at(scratch, RATE_GATE, SHAPE, PLACES)))
+    tl.store(vectors_at(scratch, RATE, SHAPE, PLACES), tl.where(exists, rate_max * rate, 0.0))
+    log = log_sigmoid(tl.load(vectors_at(scratch, RETENTION_GATE, SHAPE, PLACES)))
+    log = tl.where(exists, log, 0.0)
+    put_decays(scratch + PLACES.DECAYS, scratch + PLACES.VECTORS + DECAYS * C, log, C)
     return hidden
 
 
@@ -206,12 +188,16 @@ def log_sigmoid(z):
 
 
 @triton.jit
-def rates_of(rate_max, exists, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
-    """η and log α [C] of the chunk, from scratch; ``rate_max`` is the largest rate that memories can make."""
-    vectors = scratch + PLACES.VECTORS + tl.arange(0, SHAPE.BLOCK_C)
-    rate = tl.load(vectors + RATE * SHAPE.BLOCK_C)
-    log = tl.load(vectors + DECAY * SHAPE.BLOCK_C)
+def exact_rows(scratch, number, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
+    """Rows [B, rows, C] of keys (``number`` 0) or values (1) for all memories, as they were before rounding."""
+    C: tl.constexpr = SHAPE.BLOCK_C
+    block = tl.arange(0, SHAPE.BLOCKS)
     if RULE.GENERATES:
-        rate = tl.where(exists, rate_max * tl.sigmoid(rate), 0.0)
-        log = tl.where(exists, log_sigmoid(log), 0.0)
-    return rate, log
+        ROWS: tl.constexpr = SHAPE.BLOCK_V // SHAPE.PER
+        part = (number * SHAPE.PER + block % SHAPE.PER) * (ROWS * C // 256)
+        x = load_tile(scratch + PLACES.EXACT, part, ROWS, C, C)
+    elif number == 0:
+        x = rows_of(operands_at(scratch + PLACES.KEY, RULE), 0 * block, SHAPE.BLOCK_K, SHAPE)
+    else:
+        x = rows_of(operands_at(scratch + PLACES.VALUE, RULE), 0 * block, SHAPE.BLOCK_V, SHAPE)
+    return x.to(tl.float32)

@@ -178,6 +178,8 @@ def shape_of(*, generates: bool, key_dim: int, value_dim: int, hidden: int, opti
         LAST_BLOCK=block_h if hidden else block_k,
         FIRST_SIZE=memories * hidden * key_dim,
         LAST_SIZE=outputs * (hidden or key_dim),
+        FIRST_KEPT=padded_memories * block_h * block_k if hidden else 0,
+        LAST_KEPT=padded_memories * block_v * (block_h if hidden else block_k),
     )
 
 
@@ -250,14 +252,27 @@ class Plan:
         for states, running, snapshot in zip(kept, self.inputs[10:12], self.inputs[12:14], strict=True):
             if states is None:
                 pairs.append((None, None))
-            elif begin is None:
-                pairs.append((states[:, index].clone(), states[:, index].clone()))
+                continue
+            state = self.rows_of(states[:, index], like=running)
+            if begin is None:
+                pairs.append((state, state.clone()))
             else:
                 # Heads that have not begun, or begin here, still have what the call began with.
-                at = (states[:, index], running), (states[:, index], snapshot)
-                pairs.append(tuple(torch.where(begin < start, a, b) for a, b in at))
+                pairs.append(tuple(torch.where(begin < start, state, x) for x in (running, snapshot)))
         running, snapshot = zip(*pairs, strict=True)
         return Bank(*running), Bank(*snapshot)
+
+    def rows_of(self, kept: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """A layer's weights as rows, ``like`` the caller's, from a copy that a kernel has kept."""
+        shape, (count, width) = self.shape, like.shape[1:]
+        first = like is self.inputs.first
+        out, wide = (shape.BLOCK_H, shape.MEMORIES) if first else (shape.BLOCK_V, shape.WIDE)
+        size = shape.HIDDEN if first else shape.VALUE_DIM
+        # The order of kernels/fragments.py: tiles of 16 × 16, of which a lane has two rows of two numbers.
+        tiles = kept.view(kept.shape[0], -1, padded(width) // 16, 2, 8, 4, 2, 2)
+        rows = tiles.permute(0, 1, 6, 4, 2, 3, 5, 7).reshape(kept.shape[0], -1, out, padded(width))
+        parts = [rows[:, m, : size if m < wide else shape.NARROW] for m in range(shape.MEMORIES)]
+        return torch.cat(parts, 1)[:, :count, :width].contiguous()
 
     def call(self, kernel: Any, shape: Shape, arguments: dict[str, Any], *, backward: bool) -> KernelCall:
         """The call of ``kernel``, one program a head."""
@@ -310,9 +325,10 @@ def copies(*tensors: torch.Tensor | None) -> Bank:
     return Bank(*(None if x is None else x.clone() for x in tensors))
 
 
-def kept_states(bank: Bank, slots: int) -> Bank:
-    """Room for ``slots`` states of each head, [N, slots, ..]."""
-    return Bank(*(None if x is None else x.new_empty(x.shape[0], slots, *x.shape[1:]) for x in bank))
+def kept_states(plan: Plan, slots: int) -> Bank:
+    """Room for ``slots`` states of each head, [N, slots, ..], in the kernels' order."""
+    sizes = (plan.shape.FIRST_KEPT, plan.shape.LAST_KEPT)
+    return Bank(*(plan.inputs.last.new_empty(plan.heads, slots, n) if n else None for n in sizes))
 
 
 def plan_forward(
@@ -327,7 +343,7 @@ def plan_forward(
     kept, slots = Bank(None, None), 0
     if options.checkpoint_every:
         slots = len(plan.segments())
-        kept = kept_states(running, slots)
+        kept = kept_states(plan, slots)
     call = plan.learn(
         running,
         snapshot,

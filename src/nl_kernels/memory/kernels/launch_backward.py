@@ -69,7 +69,7 @@ def plan_backward(
     d_tokens = Tokens(*d_tokens, None, None, None, None)
     states = kept
     if every > 1:
-        states = kept_states(Bank(*inputs[10:12]), every)
+        states = kept_states(plan, every)
     begin = plan.first_slots()
     for index, (first, stop) in reversed(list(enumerate(segments))):
         span = {"first_chunk": first, "stop_chunk": stop}

@@ -7,14 +7,16 @@ share of each block, [B, ..]: shares are added up once, in scratch memory.
 import triton
 import triton.language as tl
 
-from nl_kernels.memory.kernels.layer import (
-    columns_at,
-    columns_of,
-    load_weights,
-    memory_sum,
+from nl_kernels.memory.kernels.fragments import (
+    by_width,
+    pairs_at,
     product,
-    zeros_of,
+    rounded,
+    rows_of,
+    turned_rows_of,
+    weights_at,
 )
+from nl_kernels.memory.kernels.layer import memory_of, memory_sum, zeros_of
 
 
 @triton.jit
@@ -67,45 +69,6 @@ def signal_adjoint(grad, back, hidden, signal, RULE: tl.constexpr, PER: tl.const
 
 
 @triton.jit
-def square_at(place, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Pointers to matrices of pairs [B, C, C] in scratch."""
-    block = tl.arange(0, BLOCKS)[:, None, None]
-    j = tl.arange(0, BLOCK_C)[None, :, None]
-    return place + (block * BLOCK_C + j) * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
-
-
-@triton.jit
-def turned_square_at(place, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The same, turned."""
-    block = tl.arange(0, BLOCKS)[:, None, None]
-    j = tl.arange(0, BLOCK_C)[None, :, None]
-    return place + (block * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]) * BLOCK_C + j
-
-
-@triton.jit
-def turned_rows_at(place, rows, SIZE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Pointers [B, C, rows] to tokens [memories, SIZE, C] in scratch."""
-    number = tl.trans(rows[1] + rows[0] * SIZE, 0, 2, 1)
-    return place + number * BLOCK_C + tl.arange(0, BLOCK_C)[None, :, None]
-
-
-@triton.jit
-def pair_shares(place, memory, TURNED: tl.constexpr, SHAPE: tl.constexpr):
-    """The sum of all blocks' shares [1, C, C] in scratch, or of those of the block's memory, [B, C, C]."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    j = tl.arange(0, C)[None, :, None]
-    t = tl.arange(0, C)[None, None, :]
-    at = t * C + j if TURNED else j * C + t
-    if memory is None:
-        block = tl.arange(0, SHAPE.BLOCKS)[:, None, None]
-        total = tl.sum(tl.load(place + block * (C * C) + at), 0)[None, :, :]
-    else:
-        block = memory[:, None, :, :] * SHAPE.PER + tl.arange(0, SHAPE.PER)[None, :, None, None]
-        total = tl.sum(tl.load(place + block * (C * C) + at[:, None, :, :]), 1)
-    return total
-
-
-@triton.jit
 def vector_shares(place, SHAPE: tl.constexpr):
     """The sum of all blocks' shares [C] of a number a token in scratch."""
     C: tl.constexpr = SHAPE.BLOCK_C
@@ -117,8 +80,19 @@ def vector_shares(place, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def pair_sums(place, TURNED: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr):
+    """The sum of the shares of the blocks of each memory in matrices of pairs in scratch, [B, C, C]."""
+    PER: tl.constexpr = SHAPE.PER
+    first = memory_of(SHAPE) * PER
+    total = pairs_at(place, first, TURNED, SHAPE)
+    for i in tl.static_range(1, PER):
+        total += pairs_at(place, first + i, TURNED, SHAPE)
+    return rounded(total, RULE)
+
+
+@triton.jit
 def decays_adjoint(d_strict, d_full, before, after, to_end, final, SHAPE: tl.constexpr, RULE: tl.constexpr):
-    """The gradient of the log decays [B, 1, C] from those of :func:`~.layer.decays_of`'s results, each times
+    """The gradient of the log decays [B, 1, C] from those of :func:`~.layer.decays_at`'s results, each times
     the result itself: matrices [B, j, t], vectors [B, 1, C], ``final`` [B, 1, 1].
 
     A span from j to t holds the logs of j + 1 … t, and each of them gets the span's gradient. Spans are
@@ -126,73 +100,82 @@ def decays_adjoint(d_strict, d_full, before, after, to_end, final, SHAPE: tl.con
     its row of the matrices takes the spans that begin with the chunk.
     """
     C: tl.constexpr = SHAPE.BLOCK_C
-    j = tl.arange(0, C)[None, :, None]
+    j = tl.arange(0, C)[None, :, None] + 0 * tl.arange(0, SHAPE.BLOCKS)[:, None, None]
     t = tl.arange(0, C)[None, None, :]
     begun = (j < t) | (j == C - 1)
-    spans = tl.where(j == C - 1, before, d_strict)
-    out = tl.where(begun, product(spans, (j > t).to(tl.float32), RULE), 0.0)
-    spans = tl.where(j == C - 1, after, d_full)
-    out += tl.where(begun, product(spans, (j >= t).to(tl.float32), RULE), 0.0)
-    out += product(tl.where(j == 0, to_end, 0.0 * d_full), (j < t).to(tl.float32), RULE)
+    spans = rounded(tl.where(j == C - 1, before, d_strict), RULE)
+    out = tl.where(begun, product(spans, (j > t).to(spans.dtype), RULE), 0.0)
+    spans = rounded(tl.where(j == C - 1, after, d_full), RULE)
+    out += tl.where(begun, product(spans, (j >= t).to(spans.dtype), RULE), 0.0)
+    out += product(rounded(tl.where(j == 0, to_end, 0.0 * d_full), RULE), (j < t).to(spans.dtype), RULE)
     return tl.sum(out, 1)[:, None, :] + final
 
 
 @triton.jit
-def read_adjoint(grad, layer, turned_surprise, turned_scores, decays, rate, RULE: tl.constexpr):
-    """Gradients from that of a running read's rows [B, rows, C], the anchor's part apart.
+def read_adjoint(
+    grad, omega, layer, scores_at, decays, rate, WIDTH: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr
+):
+    """Gradients from that of a running read's rows, ``grad`` in scratch, the anchor's part apart; ω is there, too.
 
-    ``turned_…`` are ω [B, C, rows] and the scores [B or 1, C, C]. Returns that of u; the share in that of
-    ``full`` times itself, and in that of the inner products x qᵀ; that of ``after`` times itself.
+    Returns that of u; the share in that of ``full`` times itself, and in that of the inner products x qᵀ; that of
+    ``after`` times itself.
     """
-    _, _, _, _, _, _, read, scores = layer
-    d_written = product(grad, turned_scores, RULE)
-    shares = product(turned_surprise, grad, RULE) * -rate[None, :, None]
-    d_after = tl.sum(decays[3] * grad * read, 1)[:, None, :]
+    _, _, _, _, _, read, scores = layer
+    memory = memory_of(SHAPE)
+    rows = rows_of(grad, memory, WIDTH, SHAPE)
+    straight = tl.trans(pairs_at(scores_at, tl.arange(0, SHAPE.BLOCKS), False, SHAPE), 0, 2, 1)
+    d_written = product(rows, straight, RULE)
+    columns = tl.trans(turned_rows_of(grad, memory, WIDTH, SHAPE), 0, 2, 1)
+    shares = product(turned_rows_of(omega, memory, WIDTH, SHAPE), columns, RULE) * -tl.trans(rate, 0, 2, 1)
+    d_after = tl.sum(decays[3] * rows.to(tl.float32) * read, 1)[:, None, :]
     return d_written, shares * scores, shares * decays[1], d_after
 
 
 @triton.jit
 def carried_adjoint(
-    d_state, state, rows, key, memory,
-    IN: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+    d_state, state, key, memory,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of u [B, rows, C] from that of the weights after the chunk, but for the decays to the end;
     and that of ``final`` times 1 / ``final`` [B, 1, 1]."""
-    ROWS: tl.constexpr = rows[1].shape[1]
     d_written = zeros_of(ROWS, SHAPE)
     d_final = tl.sum(d_written, 2)
     for start in range(0, BLOCK, SHAPE.SLICE):
-        places = columns_of(rows, start, IN, SHAPE.SLICE)
-        grad = load_weights(d_state, places)
-        x = columns_at(key, memory, start, BLOCK, SHAPE.BLOCK_C, SHAPE.SLICE)
-        d_written += product(grad, x, RULE)
-        d_final += tl.sum(grad * load_weights(state, places), 2)
+        grad = weights_at(d_state, start, ROWS, BLOCK, SHAPE)
+        d_written += product(rounded(grad, RULE), by_width(key, memory, start, BLOCK, SHAPE), RULE)
+        d_final += tl.sum(grad * weights_at(state, start, ROWS, BLOCK, SHAPE), 2)
     return d_written, tl.sum(d_final, 1)[:, None, None]
 
 
 @triton.jit
 def write_adjoint(
-    d_written, layer, turned_surprise, turned_inverse, decays, rate, SHAPE: tl.constexpr, RULE: tl.constexpr
-):
-    """Gradients of a layer's write from that of u [B, rows, C].
+    d_written, omega, layer, inverse_at, decays, rate,
+    WIDTH: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a layer's write from that of u [B, rows, C]; ω is in scratch.
 
     Returns those of the signal and of the recall [B, rows, C]; shares in that of the inner products x xᵀ, and
     of ``strict`` times itself, [B, j, t]; in those of the rates, [B, 1, C] and [B, C]; and that of ``before``
     times itself.
     """
-    _, recalled, gram, _, surprise, _, _, _ = layer
-    strict, _, before, _, _, _ = decays
+    _, recalled, gram, surprise, _, _, _ = layer
     d_rate = -tl.sum(d_written * surprise, 1)[:, None, :]
-    d_signal = d_written * -rate[None, None, :]
+    d_signal = d_written * -rate
     if RULE.ERASES:
-        d_signal = product(d_signal, turned_inverse, RULE)
-        d_recalled = before * d_signal
+        straight = tl.trans(pairs_at(inverse_at, tl.arange(0, SHAPE.BLOCKS), False, SHAPE), 0, 2, 1)
+        d_signal = product(rounded(d_signal, RULE), straight, RULE)
+        d_recalled = decays[2] * d_signal
         d_before = tl.sum(d_recalled * recalled, 1)[:, None, :]
-        shares = product(turned_surprise, d_signal, RULE)
+        turned = turned_rows_of(omega, memory_of(SHAPE), WIDTH, SHAPE)
+        shares = product(turned, rounded(d_signal, RULE), RULE)
+        d_pair_rate = -tl.sum(shares * gram, 2)
+        shares *= -tl.trans(rate, 0, 2, 1)
+        d_strict = shares * gram
+        shares *= decays[0]
     else:
         d_recalled = 0.0 * d_signal
         d_before = 0.0 * d_rate
         shares = zeros_of(SHAPE.BLOCK_C, SHAPE)
-    d_pair_rate = -tl.sum(shares * gram, 2)
-    shares *= -rate[None, :, None]
-    return d_signal, d_recalled, shares * strict, shares * gram, d_rate, d_pair_rate, d_before
+        d_strict = shares
+        d_pair_rate = tl.sum(shares, 2)
+    return d_signal, d_recalled, shares, d_strict, d_rate, d_pair_rate, d_before

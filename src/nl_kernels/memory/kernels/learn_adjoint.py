@@ -7,82 +7,68 @@ the weights, whose gradients are updated in memory.
 import triton
 import triton.language as tl
 
-from nl_kernels.memory.kernels.generate import (
-    memory_inputs,
-)
-from nl_kernels.memory.kernels.layer import (
-    columns_at,
-    columns_of,
-    first_rows,
-    last_rows,
-    load_weights,
-    outputs_of,
+from nl_kernels.memory.kernels.fragments import (
+    by_token,
+    by_width,
+    operands_at,
+    pairs_at,
     product,
-    rows_at,
-    tokens_at,
-    turned_columns_of,
-    vector_at,
-    zeros_of,
+    put_pairs,
+    put_rows,
+    put_weights,
+    rounded,
+    rows_of,
+    store_tile,
+    turned_rows_of,
+    weights_at,
 )
+from nl_kernels.memory.kernels.generate import RATE, made_from, vectors_at
+from nl_kernels.memory.kernels.layer import memory_of, zeros_of
 from nl_kernels.memory.kernels.layer_adjoint import (
     bound_adjoint,
     carried_adjoint,
     decays_adjoint,
     hidden_adjoint,
-    pair_shares,
+    pair_sums,
     read_adjoint,
     signal_adjoint,
-    square_at,
-    turned_rows_at,
-    turned_square_at,
     write_adjoint,
 )
-from nl_kernels.memory.kernels.learn import send_back
-
-
-@triton.jit
-def keep_layer(place, layer, rows, SIZE: tl.constexpr, squares, SHAPE: tl.constexpr, RULE: tl.constexpr):
-    """ω, the inverse and the scores of a layer go to scratch, to be taken back turned."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    inverse, scores = squares
-    tl.store(rows_at(place, rows, SIZE, C, True), layer[4])
-    tl.store(square_at(inverse, layer[3].shape[0], C), layer[3])
-    if RULE.RUNNING:
-        tl.store(square_at(scores, layer[7].shape[0], C), layer[7])
-
-
-@triton.jit
-def add_vectors(total, more):
-    """Shares in the gradients of rates and log decays, of two layers."""
-    return total[0] + more[0], total[1] + more[1], total[2] + more[2]
+from nl_kernels.memory.kernels.learn import (
+    D_ANCHOR,
+    D_STATE_OPERAND,
+    SNAPSHOT,
+    STATE,
+    operands_of,
+    outputs_of,
+    send_back,
+)
 
 
 @triton.jit
 def layer_adjoint(
-    d_state, state, rows, key, memory, layer, grad, decays, rate, omega, squares, shares,
-    SIZE: tl.constexpr, IN: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+    d_state, state, key, memory, layer, grad, decays, rate, omega, solution, shares,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a layer's write and running read: of the signal and of the recall [B, rows, C].
 
-    ``grad`` is that of the read's rows, in scratch. Shares in those of the inner products go to ``shares``,
-    those in the gradients of rates and log decays are returned, [B, 1, C], [B, C], [B, 1, C].
+    ``grad``, that of the read's rows, ω and the ``solution`` are in scratch. Shares in those of the inner products
+    go to ``shares``, those in the gradients of rates and log decays are returned, [B, 1, C], [B, C], [B, 1, C].
     """
-    C: tl.constexpr = SHAPE.BLOCK_C
-    d_written, d_final = carried_adjoint(d_state, state, rows, key, memory, IN, BLOCK, SHAPE, RULE)
+    d_written, d_final = carried_adjoint(d_state, state, key, memory, WIDTH // SHAPE.PER, BLOCK, SHAPE, RULE)
     d_written *= decays[4]
-    d_to_end = tl.sum(layer[4] * d_written, 1)[:, None, :] * -rate[None, None, :]
-    turned = tl.load(turned_rows_at(omega, rows, SIZE, C))
+    d_to_end = tl.sum(layer[3] * d_written, 1)[:, None, :] * -rate
     if RULE.RUNNING:
-        scores = tl.load(turned_square_at(squares[1], layer[7].shape[0], C))
-        by_read = tl.load(rows_at(grad, rows, SIZE, C, True))
-        by_read, d_full, products, d_after = read_adjoint(by_read, layer, turned, scores, decays, rate, RULE)
-        tl.store(square_at(shares[1], SHAPE.BLOCKS, C), products)
+        by_read, d_full, products, d_after = read_adjoint(
+            grad, omega, layer, solution[1], decays, rate, WIDTH, SHAPE, RULE
+        )
+        put_pairs(shares[1], products, SHAPE)
         d_written += by_read
-    inverse = tl.load(turned_square_at(squares[0], layer[3].shape[0], C))
     d_signal, d_recalled, products, d_strict, d_rate, d_pair_rate, d_before = write_adjoint(
-        d_written, layer, turned, inverse, decays, rate, SHAPE, RULE
+        d_written, omega, layer, solution[0], decays, rate, WIDTH, SHAPE, RULE
     )
-    tl.store(square_at(shares[0], SHAPE.BLOCKS, C), products)
+    if RULE.ERASES:
+        put_pairs(shares[0], products, SHAPE)
     if not RULE.RUNNING:
         d_full, d_after = 0.0 * d_strict, 0.0 * d_before
     d_log = decays_adjoint(d_strict, d_full, d_before, d_after, d_to_end, d_final * decays[5], SHAPE, RULE)
@@ -91,250 +77,268 @@ def layer_adjoint(
 
 @triton.jit
 def give_back(
-    d_state, layer, rows, written, d_recalled, d_key, d_value, d_read, d_fixed, place,
-    SHAPE: tl.constexpr, RULE: tl.constexpr,
+    place, scratch, omega, recalled, errors, d_value, read, decays, rate, gram, products, query, SIZE: tl.constexpr,
+    WIDTH: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Shares in the gradients of keys, values and queries of the layer that they enter, to ``place``.
+    """Shares of blocks in the gradients of keys, values and queries of the layer that they enter, to scratch.
 
-    Of rows [B, rows, C]: u times the decays to the end; gradients of S k; of W̄ k and W̄ v (``None``: minus
-    that of W̄ k); of S q, and of W_0 q, or W̄ q where reads are of the snapshot.
+    ``place`` has the layer's weights. Rows in scratch: ω; gradients of S k; of W̄ k and W̄ v (``None``: minus that
+    of W̄ k); and of the reads. ``gram`` and ``products`` have those of the inner products.
     """
     C: tl.constexpr = SHAPE.BLOCK_C
-    state, base, anchor = layer
-    block = tl.arange(0, SHAPE.BLOCKS)[:, None, None]
+    ROWS: tl.constexpr = WIDTH // SHAPE.PER
+    memory = memory_of(SHAPE)
+    block = tl.arange(0, SHAPE.BLOCKS)
+    state, base, anchor = operands_of(place, SIZE, RULE)
+    d_state = operands_at(place + D_STATE_OPERAND * SIZE, RULE)
+    _, _, _, after, to_end, _ = decays
+    by_write = turned_rows_of(omega, memory, WIDTH, SHAPE).to(tl.float32)
+    by_write = rounded(by_write * tl.trans(to_end * -rate, 0, 2, 1), RULE)
+    d_key = turned_rows_of(errors, memory, WIDTH, SHAPE)
+    d_read = turned_rows_of(read, memory, WIDTH, SHAPE)
+    keys = operands_at(scratch + PLACES.KEY, RULE)
+    if RULE.ERASES:
+        d_recalled = turned_rows_of(recalled, memory, WIDTH, SHAPE)
+        both = pairs_at(gram, block, False, SHAPE) + pairs_at(gram, block, True, SHAPE)
+        both = rounded(both, RULE)
+    if RULE.RUNNING:
+        d_running = rounded(d_read.to(tl.float32) * tl.trans(after, 0, 2, 1), RULE)
+        straight = rounded(pairs_at(products, block, False, SHAPE), RULE)
+        turned = rounded(pairs_at(products, block, True, SHAPE), RULE)
+    shares = scratch + PLACES.SHARES
+    SHARE: tl.constexpr = SHAPE.BLOCKS * SHAPE.BLOCK_K * C
     for start in range(0, SHAPE.BLOCK_K, SHAPE.SLICE):
-        places = turned_columns_of(rows, start, SHAPE.KEY_DIM, SHAPE.SLICE)
-        weights = load_weights(base, places)
-        key = product(weights, d_key, RULE)
-        value = -key
+        at = block * (C * SHAPE.BLOCK_K // 256) + start // 16
+        x = by_token(keys, 0 * block, start, SHAPE.BLOCK_K, SHAPE)
+        weights = weights_at(base, start, ROWS, SHAPE.BLOCK_K, SHAPE)
+        key = product(d_key, weights, RULE)
         if d_value is not None:
-            value = product(weights, d_value, RULE)
-        if RULE.RUNNING:
-            query = zeros_of(SHAPE.SLICE, SHAPE)
-            if RULE.ANCHORED:
-                query += product(load_weights(anchor, places), d_fixed, RULE)
+            value = product(turned_rows_of(d_value, memory, WIDTH, SHAPE), weights, RULE)
         else:
-            query = product(weights, d_fixed, RULE)
-        key += product(load_weights(d_state, places), written, RULE)
-        if RULE.ERASES or RULE.RUNNING:
-            weights = load_weights(state, places)
+            value = -key
+        store_tile(shares + SHARE, at, value, SHAPE.BLOCK_K)
+        if not RULE.RUNNING:
+            store_tile(shares + 2 * SHARE, at, product(d_read, weights, RULE), SHAPE.BLOCK_K)
+        key += product(by_write, weights_at(d_state, start, ROWS, SHAPE.BLOCK_K, SHAPE), RULE)
         if RULE.ERASES:
-            key += product(weights, d_recalled, RULE)
+            weights = weights_at(state, start, ROWS, SHAPE.BLOCK_K, SHAPE)
+            key += product(d_recalled, weights, RULE)
+            key += product(both, x, RULE)
         if RULE.RUNNING:
-            query += product(weights, d_read, RULE)
-        number = start + tl.arange(0, SHAPE.SLICE)[None, :, None]
-        at = (block * SHAPE.BLOCK_K + number) * C + tl.arange(0, C)[None, None, :]
-        tl.store(place + at, key)
-        tl.store(place + SHAPE.BLOCKS * SHAPE.BLOCK_K * C + at, value)
-        tl.store(place + 2 * SHAPE.BLOCKS * SHAPE.BLOCK_K * C + at, query)
+            q = by_token(operands_at(scratch + query, RULE), 0 * block, start, SHAPE.BLOCK_K, SHAPE)
+            key += product(straight, q, RULE)
+            weights = weights_at(state, start, ROWS, SHAPE.BLOCK_K, SHAPE)
+            by_query = product(d_running, weights, RULE) + product(turned, x, RULE)
+            if RULE.ANCHORED:
+                weights = weights_at(anchor, start, ROWS, SHAPE.BLOCK_K, SHAPE)
+                by_query += product(d_read, weights, RULE)
+            store_tile(shares + 2 * SHARE, at, by_query, SHAPE.BLOCK_K)
+        store_tile(shares, at, key, SHAPE.BLOCK_K)
 
 
 @triton.jit
 def last_layer_back(
-    d_state, layer, decays, rate, omega, recalled, grad,
-    SHAPE: tl.constexpr, RULE: tl.constexpr,
-):  # fmt: skip
+    weights, d_state, decays, rate, omega, recalled, grad, SHAPE: tl.constexpr, RULE: tl.constexpr
+):
     """What the last layers' writes and reads give to their keys and queries [B, h, C], their pairs apart."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    state, base, anchor = layer
-    memory, _, _, _ = first_rows(SHAPE)
+    state, base, anchor = weights
+    memory = memory_of(SHAPE)
     _, _, _, after, to_end, _ = decays
     key = zeros_of(SHAPE.BLOCK_H // SHAPE.PER, SHAPE)
     query = key
     for start in range(0, SHAPE.BLOCK_V, SHAPE.SLICE):
-        places = outputs_of(start, SHAPE)
-        running = load_weights(state, places)
-        x = columns_at(omega, memory, start, SHAPE.BLOCK_V, C, SHAPE.SLICE) * (-rate[None, None, :] * to_end)
-        key += product(load_weights(d_state, places), x, RULE)
+        x = by_width(omega, memory, start, SHAPE.BLOCK_V, SHAPE).to(tl.float32) * (-rate * to_end)
+        key += product(outputs_of(d_state, start, SHAPE), rounded(x, RULE), RULE)
         if RULE.ERASES:
-            x = columns_at(recalled, memory, start, SHAPE.BLOCK_V, C, SHAPE.SLICE)
-            key += product(running, x, RULE)
-        x = columns_at(grad, memory, start, SHAPE.BLOCK_V, C, SHAPE.SLICE)
+            x = by_width(recalled, memory, start, SHAPE.BLOCK_V, SHAPE)
+            key += product(outputs_of(state, start, SHAPE), x, RULE)
+        x = by_width(grad, memory, start, SHAPE.BLOCK_V, SHAPE)
         if RULE.RUNNING:
-            query += product(running, x * after, RULE)
+            query += product(outputs_of(state, start, SHAPE), rounded(x.to(tl.float32) * after, RULE), RULE)
             if RULE.ANCHORED:
-                query += product(load_weights(anchor, places), x, RULE)
+                query += product(outputs_of(anchor, start, SHAPE), x, RULE)
         else:
-            query += product(load_weights(base, places), x, RULE)
+            query += product(outputs_of(base, start, SHAPE), x, RULE)
     return key, query
 
 
 @triton.jit
 def update_layer(
-    grads, rows, fresh, final, key, value, query, memory, d_recalled, d_key, d_value, d_read, more, more_from,
-    made, made_from, tokens, place, after,
-    IN: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+    place, fresh, decays, key, value, query, memory, d_recalled, d_key, d_value, d_read, more, more_from,
+    made, made_from_at, made_memory, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a layer's weights before the chunk, in place: running, snapshot and anchor, ``grads``.
+    """Gradients of a layer's weights before the chunk, in scratch: running, snapshot and anchor.
 
     Rows [B, rows, C] and the tokens in scratch that they belong to: of S k; of W̄ k and W̄ v (``None``: minus
-    that of W̄ k); of the reads; ``more``, if there is more; and of what the layer ``made`` of other tokens,
-    or of the caller's where ``made_from`` is ``None``. Where ``fresh`` [B, 1, 1] the chunk began with a
-    snapshot of the running weights, which then get the snapshot's gradient, too.
+    that of W̄ k); of the reads; ``more``, if there is more; and of what the layer ``made`` of other tokens. Where
+    ``fresh`` [B, 1, 1] the chunk began with a snapshot of the running weights, which then get the snapshot's
+    gradient, too.
     """
-    C: tl.constexpr = SHAPE.BLOCK_C
-    d_state, d_snapshot, d_anchor = grads
-    token, exists = place
-    block = tl.arange(0, SHAPE.BLOCKS)[:, None, None] // SHAPE.PER
+    ROWS: tl.constexpr = d_key.shape[1]
+    d_state, d_snapshot, d_anchor = place + STATE * SIZE, place + SNAPSHOT * SIZE, place + D_ANCHOR * SIZE
+    if RULE.RUNNING:
+        d_running = rounded(d_read.to(tl.float32) * decays[3], RULE)
+    if value is not None and d_value is None:
+        d_value = rounded(-d_key.to(tl.float32), RULE)
     for start in range(0, BLOCK, SHAPE.SLICE):
-        offsets, inside = columns_of(rows, start, IN, SHAPE.SLICE)
-        x = tokens_at(key, memory, start, BLOCK, C, SHAPE.SLICE)
-        grad = final * tl.load(d_state + offsets, mask=inside, other=0.0)
+        x = by_token(key, memory, start, BLOCK, SHAPE)
+        grad = decays[5] * weights_at(d_state, start, ROWS, BLOCK, SHAPE)
         if RULE.ERASES:
             grad += product(d_recalled, x, RULE)
-        if value is not None:
-            v = tokens_at(value, memory, start, BLOCK, C, SHAPE.SLICE)
-            if d_value is None:
-                x -= v
         at_base = product(d_key, x, RULE)
-        if d_value is not None:
-            at_base += product(d_value, v, RULE)
+        if value is not None:
+            at_base += product(d_value, by_token(value, memory, start, BLOCK, SHAPE), RULE)
         if more is not None:
-            x = tokens_at(more_from, memory, start, BLOCK, C, SHAPE.SLICE)
-            at_base += product(more, x, RULE)
+            at_base += product(more, by_token(more_from, memory, start, BLOCK, SHAPE), RULE)
         if made is not None:
-            if made_from is not None:
-                x = tokens_at(made_from, memory, start, BLOCK, C, SHAPE.SLICE)
-            else:
-                number = start + tl.arange(0, SHAPE.SLICE)[None, None, :]
-                x = memory_inputs(tokens, block, (token[None, :, None], exists[None, :, None]), number, SHAPE)
-            at_base += product(made, x, RULE)
-        x = tokens_at(query, memory, start, BLOCK, C, SHAPE.SLICE)
+            at_base += product(made, by_token(made_from_at, made_memory, start, BLOCK, SHAPE), RULE)
+        x = by_token(query, memory, start, BLOCK, SHAPE)
         by_anchor = at_base
         if RULE.RUNNING:
-            grad += product(d_read, x * vector_at(after, C)[None, :, None], RULE)
+            grad += product(d_running, x, RULE)
             if RULE.ANCHORED:
                 by_anchor += product(d_read, x, RULE)
         else:
             at_base += product(d_read, x, RULE)
             by_anchor = at_base
-        # Only a snapshot from before the chunk's running weights has a gradient of its own.
-        at_base += tl.load(d_snapshot + offsets, mask=inside, other=0.0)
-        tl.store(d_state + offsets, grad + tl.where(fresh, at_base, 0.0), mask=inside)
-        tl.store(d_snapshot + offsets, tl.where(fresh, 0.0, at_base), mask=inside)
         if RULE.ANCHORED:
-            total = tl.load(d_anchor + offsets, mask=inside, other=0.0) + by_anchor
-            tl.store(d_anchor + offsets, total, mask=inside)
+            by_anchor += weights_at(d_anchor, start, ROWS, BLOCK, SHAPE)
+            put_weights(d_anchor, start, by_anchor, BLOCK, SHAPE)
+        # Only a snapshot from before the chunk's running weights has a gradient of its own.
+        at_base += weights_at(d_snapshot, start, ROWS, BLOCK, SHAPE)
+        put_weights(d_snapshot, start, tl.where(fresh, 0.0, at_base), BLOCK, SHAPE)
+        grad += tl.where(fresh, at_base, 0.0)
+        put_weights(d_state, start, grad, BLOCK, SHAPE)
+        put_weights(operands_at(place + D_STATE_OPERAND * SIZE, RULE), start, rounded(grad, RULE), BLOCK, SHAPE)
+
+
+@triton.jit
+def narrow_of(SHAPE: tl.constexpr):
+    """Which blocks are of memories whose outputs are bounded one by one [B, 1, 1], or ``None``."""
+    if SHAPE.NARROW > 0:
+        return memory_of(SHAPE)[:, None, None] >= SHAPE.WIDE
 
 
 @triton.jit
 def linear_errors_adjoint(
-    d_last, weights, chunk, rate, scratch,
-    SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr,
-):  # fmt: skip
+    last_state, chunk, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr
+):
     """Gradients of the errors and writes of linear memories go to scratch, as do shares in those of the
     tokens.
 
-    ``chunk`` is of :func:`learn_chunk`; the gradient of the reads [memories, outputs, C] is in scratch.
-    Returns the shares in the gradients of rates and log decays.
+    ``chunk`` is of :func:`learn_chunk`; the gradient of the reads [outputs, C] is in scratch. Returns the shares
+    in the gradients of rates and log decays.
     """
-    C: tl.constexpr = SHAPE.BLOCK_C
     decays, _, last, _, factor, _ = chunk
-    rows = last_rows(SHAPE)
-    squares = (scratch + PLACES.INVERSE, scratch + PLACES.SCORES)
-    keep_layer(scratch + PLACES.OMEGA, last, rows, SHAPE.BLOCK_V, squares, SHAPE, RULE)
+    WIDTH: tl.constexpr = SHAPE.BLOCK_V
+    rate = tl.load(vectors_at(scratch, RATE, SHAPE, PLACES)[None, None, :])
+    omega = operands_at(scratch + PLACES.OMEGA, RULE)
+    read = operands_at(scratch + PLACES.READ, RULE)
+    recalled = operands_at(scratch + PLACES.RECALLED, RULE)
+    errors = operands_at(scratch + PLACES.D_ERROR, RULE)
+    place = scratch + PLACES.LAST
+    put_rows(omega, rounded(last[3], RULE), WIDTH, SHAPE)
     tl.debug_barrier()
     d_signal, d_recalled, vectors = layer_adjoint(
-        d_last, weights[0], rows, scratch + PLACES.KEY, None, last, scratch + PLACES.READ, decays, rate,
-        scratch + PLACES.OMEGA, squares,
-        (scratch + PLACES.GRAM, scratch + PLACES.PAIRS), SHAPE.BLOCK_V, SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE,
-        RULE,
+        place + STATE * SHAPE.LAST_KEPT, last_state, operands_at(scratch + PLACES.KEY, RULE), 0 * memory_of(SHAPE),
+        last, read, decays, rate, omega,
+        (operands_at(scratch + PLACES.INVERSE, RULE), operands_at(scratch + PLACES.SCORES, RULE)),
+        (scratch + PLACES.GRAM, scratch + PLACES.PAIRS), WIDTH, SHAPE.BLOCK_K, SHAPE, RULE,
     )  # fmt: skip
-    d_error = bound_adjoint(d_signal, last[0], factor, narrow_of(rows, SHAPE), RULE.BOUND, SHAPE.PER)
-    tl.store(rows_at(scratch + PLACES.D_ERROR, rows, SHAPE.BLOCK_V, C, True), d_error)
-    tl.store(rows_at(scratch + PLACES.RECALLED, rows, SHAPE.BLOCK_V, C, True), d_recalled)
-    grad = tl.load(rows_at(scratch + PLACES.READ, rows, SHAPE.BLOCK_V, C, True))
+    d_error = bound_adjoint(d_signal, last[0], factor, narrow_of(SHAPE), RULE.BOUND, SHAPE.PER)
+    put_rows(errors, rounded(d_error, RULE), WIDTH, SHAPE)
+    put_rows(recalled, rounded(d_recalled, RULE), WIDTH, SHAPE)
+    tl.debug_barrier()
     give_back(
-        d_last, weights, rows, last[4] * (-rate[None, None, :] * decays[4]), d_recalled, d_error, None,
-        decays[3] * grad, grad,
-        scratch + PLACES.SHARES, SHAPE, RULE,
+        place, scratch, omega, recalled, errors, None, read, decays, rate, scratch + PLACES.GRAM,
+        scratch + PLACES.PAIRS, PLACES.QUERY, SHAPE.LAST_KEPT, WIDTH, SHAPE, RULE, PLACES,
     )  # fmt: skip
     return vectors
 
 
 @triton.jit
-def narrow_of(rows, SHAPE: tl.constexpr):
-    """Which blocks are of memories whose outputs are bounded one by one [B, 1, 1], or ``None``."""
-    if SHAPE.NARROW > 0:
-        return rows[0] >= SHAPE.WIDE
-
-
-@triton.jit
 def deep_errors_adjoint(
-    d_first, d_last, first_weights, last_weights, chunk, rate, scratch,
-    SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr,
-):  # fmt: skip
+    first_state, last_state, chunk, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr
+):
     """As :func:`linear_errors_adjoint`, of memories of two layers."""
-    C: tl.constexpr = SHAPE.BLOCK_C
     decays, first, last, hiddens, factor, _ = chunk
     hidden, hidden_value, hidden_query, back, signal = hiddens
-    rows, units = last_rows(SHAPE), first_rows(SHAPE)
-    memory = rows[0]
-    squares = (scratch + PLACES.INVERSE, scratch + PLACES.SCORES)
-    first_squares = (scratch + PLACES.INVERSE_FIRST, scratch + PLACES.SCORES_FIRST)
-    keep_layer(scratch + PLACES.OMEGA, last, rows, SHAPE.BLOCK_V, squares, SHAPE, RULE)
-    keep_layer(scratch + PLACES.OMEGA_FIRST, first, units, SHAPE.BLOCK_H, first_squares, SHAPE, RULE)
+    rate = tl.load(vectors_at(scratch, RATE, SHAPE, PLACES)[None, None, :])
+    OUT: tl.constexpr = SHAPE.BLOCK_V
+    UNITS: tl.constexpr = SHAPE.BLOCK_H
+    memory = memory_of(SHAPE)
+    omega = operands_at(scratch + PLACES.OMEGA, RULE)
+    first_omega = operands_at(scratch + PLACES.OMEGA_FIRST, RULE)
+    read = operands_at(scratch + PLACES.READ, RULE)
+    recalled = operands_at(scratch + PLACES.RECALLED, RULE)
+    first_recalled = operands_at(scratch + PLACES.RECALLED_FIRST, RULE)
+    keys = operands_at(scratch + PLACES.HIDDEN_KEY, RULE)
+    queries = operands_at(scratch + PLACES.D_QUERY, RULE)
+    backs = operands_at(scratch + PLACES.D_BACK, RULE)
+    errors = operands_at(scratch + PLACES.D_ERROR, RULE)
+    gram, products = scratch + PLACES.GRAM, scratch + PLACES.PAIRS
+    place = scratch + PLACES.LAST
+    weights = operands_of(place, SHAPE.LAST_KEPT, RULE)
+    put_rows(omega, rounded(last[3], RULE), OUT, SHAPE)
+    put_rows(first_omega, rounded(first[3], RULE), UNITS, SHAPE)
     tl.debug_barrier()
 
     # The last layers, and what they give to the hidden layers at keys and queries.
     d_error, d_recalled, vectors = layer_adjoint(
-        d_last, last_weights[0], rows, scratch + PLACES.HIDDEN_KEY, memory, last, scratch + PLACES.READ,
-        decays, rate,
-        scratch + PLACES.OMEGA, squares, (scratch + PLACES.GRAM, scratch + PLACES.PAIRS),
-        SHAPE.BLOCK_V, SHAPE.HIDDEN, SHAPE.BLOCK_H, SHAPE, RULE,
+        place + STATE * SHAPE.LAST_KEPT, last_state, keys, memory, last, read, decays, rate, omega,
+        (operands_at(scratch + PLACES.INVERSE, RULE), operands_at(scratch + PLACES.SCORES, RULE)),
+        (gram, products), OUT, UNITS, SHAPE, RULE,
     )  # fmt: skip
-    tl.store(rows_at(scratch + PLACES.RECALLED, rows, SHAPE.BLOCK_V, C, True), d_recalled)
+    put_rows(recalled, rounded(d_recalled, RULE), OUT, SHAPE)
     tl.debug_barrier()
     d_hidden, d_query = last_layer_back(
-        d_last, last_weights, decays, rate, scratch + PLACES.OMEGA, scratch + PLACES.RECALLED,
-        scratch + PLACES.READ, SHAPE, RULE,
+        weights, operands_at(place + D_STATE_OPERAND * SHAPE.LAST_KEPT, RULE), decays, rate, omega, recalled, read,
+        SHAPE, RULE,
     )  # fmt: skip
+    x = rows_of(keys, memory, UNITS, SHAPE)
     if RULE.ERASES:
-        pairs = pair_shares(scratch + PLACES.GRAM, memory, False, SHAPE)
-        pairs += pair_shares(scratch + PLACES.GRAM, memory, True, SHAPE)
-        d_hidden += product(hidden[0], pairs, RULE)
+        d_hidden += product(x, tl.trans(pair_sums(gram, True, SHAPE, RULE), 0, 2, 1), RULE)
+        d_hidden += product(x, tl.trans(pair_sums(gram, False, SHAPE, RULE), 0, 2, 1), RULE)
     if RULE.RUNNING:
-        pairs = pair_shares(scratch + PLACES.PAIRS, memory, False, SHAPE)
-        d_query += product(hidden[0], pairs, RULE)
-        pairs = pair_shares(scratch + PLACES.PAIRS, memory, True, SHAPE)
-        d_hidden += product(hidden_query[0], pairs, RULE)
+        d_query += product(x, tl.trans(pair_sums(products, True, SHAPE, RULE), 0, 2, 1), RULE)
+        x = rows_of(operands_at(scratch + PLACES.HIDDEN_QUERY, RULE), memory, UNITS, SHAPE)
+        d_hidden += product(x, tl.trans(pair_sums(products, False, SHAPE, RULE), 0, 2, 1), RULE)
     d_query = hidden_adjoint(d_query, hidden_query, None, RULE, SHAPE.PER)
-    tl.store(rows_at(scratch + PLACES.D_QUERY, units, SHAPE.BLOCK_H, C, True), d_query)
+    put_rows(queries, rounded(d_query, RULE), UNITS, SHAPE)
     tl.debug_barrier()
 
     # The first layers and the error signal.
     d_signal, d_recalled, more = layer_adjoint(
-        d_first, first_weights[0], units, scratch + PLACES.KEY, None, first, scratch + PLACES.D_QUERY,
-        decays, rate,
-        scratch + PLACES.OMEGA_FIRST, first_squares, (scratch + PLACES.GRAM_FIRST, scratch +
-        PLACES.PAIRS_FIRST),
-        SHAPE.BLOCK_H, SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE, RULE,
+        scratch + PLACES.FIRST + STATE * SHAPE.FIRST_KEPT, first_state, operands_at(scratch + PLACES.KEY, RULE),
+        0 * memory, first, queries, decays, rate, first_omega,
+        (operands_at(scratch + PLACES.INVERSE_FIRST, RULE), operands_at(scratch + PLACES.SCORES_FIRST, RULE)),
+        (scratch + PLACES.GRAM_FIRST, scratch + PLACES.PAIRS_FIRST), UNITS, SHAPE.BLOCK_K, SHAPE, RULE,
     )  # fmt: skip
     d_back, by_signal, d_slope, radial = signal_adjoint(d_signal, back, hidden, signal, RULE, SHAPE.PER)
-    tl.store(rows_at(scratch + PLACES.D_BACK, units, SHAPE.BLOCK_H, C, True), d_back)
+    put_rows(backs, rounded(d_back, RULE), UNITS, SHAPE)
+    put_rows(first_recalled, rounded(d_recalled, RULE), UNITS, SHAPE)
     tl.debug_barrier()
-    for start in range(0, SHAPE.BLOCK_H, SHAPE.SLICE):
-        weights = load_weights(last_weights[1], columns_of(rows, start, SHAPE.HIDDEN, SHAPE.SLICE))
-        x = columns_at(scratch + PLACES.D_BACK, memory, start, SHAPE.BLOCK_H, C, SHAPE.SLICE)
-        d_error += product(weights, x, RULE)
-    d_error = bound_adjoint(d_error, last[0], factor, narrow_of(rows, SHAPE), RULE.BOUND, SHAPE.PER)
-    tl.store(rows_at(scratch + PLACES.D_ERROR, rows, SHAPE.BLOCK_V, C, True), d_error)
+    for start in range(0, UNITS, SHAPE.SLICE):
+        x = by_width(backs, memory, start, UNITS, SHAPE)
+        d_error += product(weights_at(weights[1], start, OUT // SHAPE.PER, UNITS, SHAPE), x, RULE)
+    d_error = bound_adjoint(d_error, last[0], factor, narrow_of(SHAPE), RULE.BOUND, SHAPE.PER)
+    put_rows(errors, rounded(d_error, RULE), OUT, SHAPE)
     tl.debug_barrier()
 
     # The hidden layers at k and v.
-    difference = send_back(last_weights[1], scratch + PLACES.D_ERROR, SHAPE, RULE)
+    difference = send_back(weights[1], errors, SHAPE, RULE)
     d_key = hidden_adjoint(d_hidden + by_signal + difference, hidden, radial, RULE, SHAPE.PER) + d_slope
+    values = None
     if RULE.GENERATES:
+        values = operands_at(scratch + PLACES.D_VALUE, RULE)
         d_value = hidden_adjoint(-difference, hidden_value, None, RULE, SHAPE.PER)
-        tl.store(rows_at(scratch + PLACES.D_VALUE, units, SHAPE.BLOCK_H, C, True), d_value)
-    else:
-        d_value: tl.constexpr = None
-    tl.store(rows_at(scratch + PLACES.D_KEY, units, SHAPE.BLOCK_H, C, True), d_key)
-    tl.store(rows_at(scratch + PLACES.RECALLED_FIRST, units, SHAPE.BLOCK_H, C, True), d_recalled)
-    d_query = tl.load(rows_at(scratch + PLACES.D_QUERY, units, SHAPE.BLOCK_H, C, True))
+        put_rows(values, rounded(d_value, RULE), UNITS, SHAPE)
+    put_rows(operands_at(scratch + PLACES.D_KEY, RULE), rounded(d_key, RULE), UNITS, SHAPE)
+    tl.debug_barrier()
     give_back(
-        d_first, first_weights, units, first[4] * (-rate[None, None, :] * decays[4]), d_recalled, d_key,
-        d_value, decays[3] * d_query,
-        d_query, scratch + PLACES.SHARES, SHAPE, RULE,
+        scratch + PLACES.FIRST, scratch, first_omega, first_recalled, operands_at(scratch + PLACES.D_KEY, RULE),
+        values, queries, decays, rate, scratch + PLACES.GRAM_FIRST, scratch + PLACES.PAIRS_FIRST, PLACES.QUERY,
+        SHAPE.FIRST_KEPT, UNITS, SHAPE, RULE, PLACES,
     )  # fmt: skip
-    return add_vectors(vectors, more)
+    return vectors[0] + more[0], vectors[1] + more[1], vectors[2] + more[2]

@@ -1,83 +1,89 @@
 """The gradients of a chunk's tokens: what all blocks of rows have for them, and how the memories made
-them."""
+them. Tiles of tokens are [1, C, width]."""
 
 import triton
 import triton.language as tl
 
-from nl_kernels.memory.kernels.generate import DECAY, KEY_SCALE, RATE
-from nl_kernels.memory.kernels.layer import (
-    columns_at,
-    first_rows,
-    last_rows,
-    load_weights,
+from nl_kernels.memory.kernels.fragments import (
+    load_tile,
+    operands_at,
     product,
-    rows_at,
-    turned_columns_of,
-    vector_at,
+    put_rows,
+    put_tokens,
+    rounded,
+    rows_of,
+    store_tile,
+    turned_rows_of,
+    weights_at,
 )
-from nl_kernels.memory.kernels.layer_adjoint import hidden_adjoint, pair_shares
+from nl_kernels.memory.kernels.generate import (
+    D_RATE_GATE,
+    D_RETENTION_GATE,
+    KEY_SCALE,
+    QUERY_SCALE,
+    RATE_GATE,
+    RETENTION_GATE,
+    load_tokens,
+    vectors_at,
+)
+from nl_kernels.memory.kernels.layer import last_rows, memory_of
+from nl_kernels.memory.kernels.layer_adjoint import hidden_adjoint
 from nl_kernels.memory.kernels.learn import send_back
 
 
 @triton.jit
-def token_shares(place, first, COUNT: tl.constexpr, SHAPE: tl.constexpr):
-    """The sum of the shares [1, BLOCK_K, C] of blocks ``first`` … of :func:`give_back`."""
+def token_shares(place, FIRST: tl.constexpr, COUNT: tl.constexpr, SHAPE: tl.constexpr):
+    """The sum of the shares of blocks ``FIRST`` … in scratch."""
     C: tl.constexpr = SHAPE.BLOCK_C
-    block = first + tl.arange(0, COUNT)[:, None, None]
-    number = tl.arange(0, SHAPE.BLOCK_K)[None, :, None]
-    at = (block * SHAPE.BLOCK_K + number) * C + tl.arange(0, C)[None, None, :]
-    return tl.sum(tl.load(place + at), 0)[None, :, :]
+    SIZE: tl.constexpr = SHAPE.BLOCK_K * C
+    first = tl.zeros([1], tl.int32)
+    total = load_tile(place + FIRST * SIZE, first, C, SHAPE.BLOCK_K, SHAPE.BLOCK_K)
+    for i in tl.static_range(1, COUNT):
+        total += load_tile(place + (FIRST + i) * SIZE, first, C, SHAPE.BLOCK_K, SHAPE.BLOCK_K)
+    return total
+
+
+@triton.jit
+def tokens_of(place, number, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+    """Matrix ``number`` of tokens in scratch."""
+    C: tl.constexpr = SHAPE.BLOCK_C
+    first = tl.zeros([1], tl.int32) + number * (2 * WIDTH * C // 256)
+    return load_tile(place, first, C, WIDTH, WIDTH).to(tl.float32)
 
 
 @triton.jit
 def tokens_adjoint(d_o, place, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
-    """Gradients of keys, values and queries as the bank took them, [1, width, C], from the blocks' shares."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    SHARE: tl.constexpr = SHAPE.BLOCKS * SHAPE.BLOCK_K * C
+    """Gradients of keys, values and queries as the bank took them, from the blocks' shares."""
+    SHARE: tl.constexpr = SHAPE.BLOCKS * SHAPE.BLOCK_K * SHAPE.BLOCK_C
     shares = scratch + PLACES.SHARES
-    gram = scratch + (PLACES.GRAM_FIRST if SHAPE.HIDDEN > 0 else PLACES.GRAM)
-    read = scratch + (PLACES.PAIRS_FIRST if SHAPE.HIDDEN > 0 else PLACES.PAIRS)
-    key = columns_at(scratch + PLACES.KEY, None, 0, SHAPE.BLOCK_K, C, SHAPE.BLOCK_K)
+    errors = operands_at(scratch + PLACES.D_ERROR, RULE)
     d_key = token_shares(shares, 0, SHAPE.BLOCKS, SHAPE)
     d_query = token_shares(shares + 2 * SHARE, 0, SHAPE.BLOCKS, SHAPE)
-    if RULE.ERASES:
-        pairs = pair_shares(gram, None, False, SHAPE) + pair_shares(gram, None, True, SHAPE)
-        d_key += product(key, pairs, RULE)
-    if RULE.RUNNING:
-        query = columns_at(scratch + PLACES.QUERY, None, 0, SHAPE.BLOCK_K, C, SHAPE.BLOCK_K)
-        d_key += product(query, pair_shares(read, None, True, SHAPE), RULE)
-        d_query += product(key, pair_shares(read, None, False, SHAPE), RULE)
-    error = columns_at(scratch + PLACES.D_ERROR, None, 0, SHAPE.BLOCK_V, C, SHAPE.BLOCK_V)
+    error = tokens_of(errors, 0, SHAPE.BLOCK_V, SHAPE)
     d_value = -error
     if RULE.GENERATES:
         d_value += token_shares(shares + SHARE, 0, SHAPE.BLOCKS, SHAPE)
         d_key += error
         WIDE: tl.constexpr = SHAPE.WIDE
         for m in tl.static_range(1, WIDE):
-            error = columns_at(
-                scratch + PLACES.D_ERROR + m * SHAPE.BLOCK_V * C, None, 0, SHAPE.BLOCK_V, C, SHAPE.BLOCK_V
-            )
+            error = tokens_of(errors, m, SHAPE.BLOCK_V, SHAPE)
             d_value -= error
             if m != SHAPE.OWN or RULE.RESIDUAL:
                 d_key += error
     elif RULE.RESIDUAL:
         d_key += error
     if RULE.RESIDUAL:
-        token, exists = place
-        number = tl.arange(0, SHAPE.BLOCK_K)[None, :, None]
-        inside = exists[None, None, :] & (number < SHAPE.KEY_DIM)
-        at = token[None, None, :] * SHAPE.KEY_DIM + number
-        d_query += tl.load(d_o + at, mask=inside, other=0.0).to(tl.float32)
+        d_query += load_tokens(d_o, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
     return d_key, d_value, d_query
 
 
 @triton.jit
 def store_tokens(base, place, x, WIDTH: tl.constexpr):
-    """Columns [1, BLOCK, C] to tokens of the caller."""
+    """Tokens [1, C, BLOCK] to the caller."""
     token, exists = place
-    number = tl.arange(0, x.shape[1])[None, :, None]
-    inside = exists[None, None, :] & (number < WIDTH)
-    tl.store(base + token[None, None, :] * WIDTH + number, x.to(base.dtype.element_ty), mask=inside)
+    number = tl.arange(0, x.shape[2])[None, None, :]
+    inside = exists[None, :, None] & (number < WIDTH)
+    tl.store(base + token[None, :, None] * WIDTH + number, x.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -90,81 +96,84 @@ def store_rates(d_rate, d_log, d_tokens, place):
 
 @triton.jit
 def gates_adjoint(d_rate, d_log, rate_max, exists, scratch, SHAPE: tl.constexpr, PLACES: tl.constexpr):
-    """Gradients [C] of what the gates made, before the sigmoid: of both, and that of the largest rate."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    vectors = scratch + PLACES.VECTORS + tl.arange(0, C)
-    fraction = tl.sigmoid(tl.load(vectors + RATE * C))
-    d_rate = tl.where(exists, d_rate, 0.0)
-    d_retention = tl.where(exists, d_log * tl.sigmoid(-tl.load(vectors + DECAY * C)), 0.0)
-    return d_rate * rate_max * fraction * (1 - fraction), d_retention, d_rate * fraction
+    """Gradients [C] of what the gates made, before the sigmoid, go to scratch; the sums of both are returned, and
+    the gradient of the largest rate."""
+    fraction = tl.sigmoid(tl.load(vectors_at(scratch, RATE_GATE, SHAPE, PLACES)))
+    d_rate = tl.where(exists, d_rate, 0.0) * fraction
+    d_rate_gate = d_rate * rate_max * (1 - fraction)
+    keeps = tl.sigmoid(-tl.load(vectors_at(scratch, RETENTION_GATE, SHAPE, PLACES)))
+    d_retention = tl.where(exists, d_log * keeps, 0.0)
+    tl.store(vectors_at(scratch, D_RATE_GATE, SHAPE, PLACES), d_rate_gate)
+    tl.store(vectors_at(scratch, D_RETENTION_GATE, SHAPE, PLACES), d_retention)
+    return tl.sum(d_rate, 0), tl.sum(d_rate_gate, 0), tl.sum(d_retention, 0)
 
 
 @triton.jit
 def unit_adjoint(grad, x, scale):
-    """The gradient of the argument of x = ``scale`` · argument, of unit length, from that of x [1, width,
-    C]."""
-    return (grad - x * tl.sum(x * grad, 1)[:, None, :]) * scale[None, None, :]
+    """The gradient of the argument of x = ``scale`` · argument, of unit length, from that of x; scales are [C]."""
+    return (grad - x * tl.sum(x * grad, 2)[:, :, None]) * scale[None, :, None]
 
 
 @triton.jit
-def made_adjoint(d_key, d_value, d_gates, scratch, SHAPE: tl.constexpr, PLACES: tl.constexpr):
-    """The gradient [B, outputs, C] of what the memories made, from those of keys, values and gates."""
+def query_adjoint(d_query, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
+    """The gradient of queries before they got unit length."""
+    query = tokens_of(operands_at(scratch + PLACES.QUERY, RULE), 0, SHAPE.BLOCK_K, SHAPE)
+    return unit_adjoint(d_query, query, tl.load(vectors_at(scratch, QUERY_SCALE, SHAPE, PLACES)))
+
+
+@triton.jit
+def made_adjoint(d_key, d_value, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
+    """The gradient of what the memories made, from those of keys, values and gates, goes to scratch.
+
+    Returns those of the inputs of keys and of values as far as they do not go through a memory.
+    """
     C: tl.constexpr = SHAPE.BLOCK_C
-    rows = last_rows(SHAPE)
-    memory, row, _, _ = rows
-    key = columns_at(scratch + PLACES.KEY, None, 0, SHAPE.BLOCK_K, C, SHAPE.BLOCK_K)
-    d_key = unit_adjoint(d_key, key, vector_at(scratch + PLACES.VECTORS + KEY_SCALE * C, C))
-    number = tl.arange(0, SHAPE.BLOCK_V)[None, :, None]
-    at = scratch + PLACES.D_MADE + number * C + tl.arange(0, C)[None, None, :]
-    tl.store(at, d_key)
-    tl.store(at + SHAPE.BLOCK_V * C, d_value)
+    memory, row, _, _ = last_rows(SHAPE)
+    made = operands_at(scratch + PLACES.D_MADE, RULE)
+    key = tokens_of(operands_at(scratch + PLACES.KEY, RULE), 0, SHAPE.BLOCK_K, SHAPE)
+    d_key = unit_adjoint(d_key, key, tl.load(vectors_at(scratch, KEY_SCALE, SHAPE, PLACES)))
+    put_tokens(made, rounded(d_key, RULE))
+    put_tokens(made + 2 * SHAPE.BLOCK_V * C, rounded(d_value, RULE))
     tl.debug_barrier()
-    x = tl.load(rows_at(scratch + PLACES.D_MADE, rows, SHAPE.BLOCK_V, C, True), mask=memory < 2, other=0.0)
-    d_rate, d_retention = d_gates
-    x += tl.where((memory == SHAPE.WIDE) & (row == 0), d_rate[None, None, :], 0.0)
-    is_retention = (memory == SHAPE.MEMORIES - 1) & (row == SHAPE.NARROW - 1)
-    return x + tl.where(is_retention, d_retention[None, None, :], 0.0)
+    x = rows_of(made, memory_of(SHAPE), SHAPE.BLOCK_V, SHAPE).to(tl.float32)
+    x = tl.where(memory < 2, x, 0.0)
+    d_rate = tl.load(vectors_at(scratch, D_RATE_GATE, SHAPE, PLACES)[None, None, :])
+    x += tl.where((memory == SHAPE.WIDE) & (row == 0), d_rate, 0.0)
+    d_retention = tl.load(vectors_at(scratch, D_RETENTION_GATE, SHAPE, PLACES)[None, None, :])
+    x += tl.where((memory == SHAPE.MEMORIES - 1) & (row == SHAPE.NARROW - 1), d_retention, 0.0)
+    put_rows(made, rounded(x, RULE), SHAPE.BLOCK_V, SHAPE)
+    tl.debug_barrier()
+    return d_key, d_value
 
 
 @triton.jit
 def inputs_adjoint(
-    d_made, hidden, first_base, last_base, d_tokens, place, scratch,
+    d_key, d_value, hidden, first_base, last_base, d_tokens, place, scratch,
     SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the inputs of the memories that made keys, values and gates; that of their z, or
-    ``()``."""
+    """Gradients of the inputs of the memories that made keys, values and gates."""
     C: tl.constexpr = SHAPE.BLOCK_C
-    rows = last_rows(SHAPE)
+    memory = memory_of(SHAPE)
+    made = operands_at(scratch + PLACES.D_MADE, RULE)
+    base = last_base
+    WIDTH: tl.constexpr = SHAPE.BLOCK_H if SHAPE.HIDDEN > 0 else SHAPE.BLOCK_V
     if SHAPE.HIDDEN > 0:
-        # The gates' rows are not in scratch yet, and rows of keys and values only of their memories.
+        d_z = hidden_adjoint(send_back(last_base, made, SHAPE, RULE), hidden, None, RULE, SHAPE.PER)
+        made = operands_at(scratch + PLACES.D_Z, RULE)
+        put_rows(made, rounded(d_z, RULE), WIDTH, SHAPE)
         tl.debug_barrier()
-        tl.store(rows_at(scratch + PLACES.D_MADE, rows, SHAPE.BLOCK_V, C, True), d_made)
-        tl.debug_barrier()
-        d_z = hidden_adjoint(
-            send_back(last_base, scratch + PLACES.D_MADE, SHAPE, RULE), hidden, None, RULE, SHAPE.PER
-        )
-        rows = first_rows(SHAPE)
         base = first_base
-        grad = d_z
-    else:
-        d_z = ()
-        base = last_base
-        grad = d_made
-    block = tl.arange(0, SHAPE.BLOCKS)[:, None, None]
+    grad = turned_rows_of(made, memory, WIDTH, SHAPE)
+    block = tl.arange(0, SHAPE.BLOCKS)
+    shares = scratch + PLACES.SHARES
     for start in range(0, SHAPE.BLOCK_K, SHAPE.SLICE):
-        weights = load_weights(base, turned_columns_of(rows, start, SHAPE.KEY_DIM, SHAPE.SLICE))
-        number = start + tl.arange(0, SHAPE.SLICE)[None, :, None]
-        at = (block * SHAPE.BLOCK_K + number) * C + tl.arange(0, C)[None, None, :]
-        tl.store(scratch + PLACES.SHARES + at, product(weights, grad, RULE))
+        weights = weights_at(base, start, WIDTH // SHAPE.PER, SHAPE.BLOCK_K, SHAPE)
+        at = block * (C * SHAPE.BLOCK_K // 256) + start // 16
+        store_tile(shares, at, product(grad, weights, RULE), SHAPE.BLOCK_K)
     tl.debug_barrier()
-    d_made_at = scratch + PLACES.D_MADE
-    x = token_shares(scratch + PLACES.SHARES, 0, SHAPE.PER, SHAPE)
-    x += columns_at(d_made_at, None, 0, SHAPE.BLOCK_V, C, SHAPE.BLOCK_V)
-    store_tokens(d_tokens.key, place, x, SHAPE.KEY_DIM)
-    x = token_shares(scratch + PLACES.SHARES, SHAPE.PER, SHAPE.PER, SHAPE)
-    x += columns_at(d_made_at + SHAPE.BLOCK_V * C, None, 0, SHAPE.BLOCK_V, C, SHAPE.BLOCK_V)
-    store_tokens(d_tokens.value, place, x, SHAPE.KEY_DIM)
-    GATES: tl.constexpr = (SHAPE.MEMORIES - SHAPE.WIDE) * SHAPE.PER
-    x = token_shares(scratch + PLACES.SHARES, SHAPE.WIDE * SHAPE.PER, GATES, SHAPE)
+    store_tokens(d_tokens.key, place, d_key + token_shares(shares, 0, SHAPE.PER, SHAPE), SHAPE.KEY_DIM)
+    store_tokens(
+        d_tokens.value, place, d_value + token_shares(shares, SHAPE.PER, SHAPE.PER, SHAPE), SHAPE.KEY_DIM
+    )
+    x = token_shares(shares, SHAPE.WIDE * SHAPE.PER, (SHAPE.MEMORIES - SHAPE.WIDE) * SHAPE.PER, SHAPE)
     store_tokens(d_tokens.gate, place, x, SHAPE.KEY_DIM)
-    return d_z
