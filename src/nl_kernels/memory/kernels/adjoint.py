@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from nl_kernels.memory.kernels.fragments import (
-    load_tile,
     operands_at,
     put_rows,
     put_weights,
@@ -12,7 +11,7 @@ from nl_kernels.memory.kernels.fragments import (
     rows_of,
     weights_at,
 )
-from nl_kernels.memory.kernels.generate import given_tokens, locate_row, locate_tokens, made_from, make_tokens
+from nl_kernels.memory.kernels.generate import GATE_INPUT, given_tokens, locate_row, locate_tokens, make_tokens
 from nl_kernels.memory.kernels.layer import first_rows, last_rows, memory_of, take_layer
 from nl_kernels.memory.kernels.layer_adjoint import vector_shares
 from nl_kernels.memory.kernels.learn import (
@@ -77,6 +76,17 @@ def give_gradients(
 
 
 @triton.jit
+def _at_period(
+    state, start, CLOCK: tl.constexpr, row, start_at,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """Weights kept at the start of the period of ``CLOCK`` that the chunk belongs to, if that was kept."""
+    back = start % CLOCK
+    chunks = tl.where(start - back > row[3], back // SHAPE.CHUNK, 0)
+    return weights_at(state - chunks * SIZE, start_at, ROWS, BLOCK, SHAPE)
+
+
+@triton.jit
 def take_states(
     place, kept, row, start, places, ROWS: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
     SHAPE: tl.constexpr, RULE: tl.constexpr,
@@ -86,10 +96,9 @@ def take_states(
     ``kept`` are those at the start of periods, ``places`` the first slot of it for this head and the chunk that it
     belongs to. Returns the chunk's own, and whether they are what it is applied at, too [B, 1, 1].
     """
-    period = start - start % own_clock(SHAPE)
     state = kept + (places[0] + (start // SHAPE.CHUNK - places[1])) * SIZE
+    period = start - start % own_clock(SHAPE)
     inside = (period > row[3])[:, None, None]
-    shift = tl.where(period > row[3], period - start, 0) // SHAPE.CHUNK * SIZE
     if SHAPE.TRUNCATE > 0:
         end = start + SHAPE.CHUNK
         if (end % SHAPE.TRUNCATE == 0) & (end <= row[4]):  # the gradient is cut after the chunk
@@ -103,8 +112,9 @@ def take_states(
         x = weights_at(state, start_at, ROWS, BLOCK, SHAPE)
         put_weights(operands_at(place + STATE_OPERAND * SIZE, RULE), start_at, rounded(x, RULE), BLOCK, SHAPE)
         if SHAPE.MEMORY_CLOCK != SHAPE.CHUNK or SHAPE.OTHERS_CLOCK != SHAPE.CHUNK:
-            base = tl.arange(0, SHAPE.BLOCKS) * (ROWS * BLOCK // 256) + start_at // 16
-            x = load_tile(state, base + shift // 256, ROWS, SHAPE.SLICE, BLOCK)
+            own = (memory_of(SHAPE) == SHAPE.OWN)[:, None, None]
+            x = _at_period(state, start, SHAPE.OTHERS_CLOCK, row, start_at, ROWS, BLOCK, SIZE, SHAPE)
+            x = tl.where(own, _at_period(state, start, SHAPE.MEMORY_CLOCK, row, start_at, ROWS, BLOCK, SIZE, SHAPE), x)
         x = tl.where(inside, x, weights_at(place + RESUMED * SIZE, start_at, ROWS, BLOCK, SHAPE))
         if RULE.ANCHORED:
             x += weights_at(place + ANCHOR * SIZE, start_at, ROWS, BLOCK, SHAPE)
@@ -148,46 +158,44 @@ def update_weights(
     first_fresh, last_fresh, decays, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr
 ):
     """Gradients of all weights before the chunk, from what the tokens' stages have left in scratch."""
-    memory = memory_of(SHAPE)
-    shared = 0 * memory
     OUT: tl.constexpr = SHAPE.BLOCK_V
     UNITS: tl.constexpr = SHAPE.BLOCK_H
-    d_error = rows_of(operands_at(scratch + PLACES.D_ERROR, RULE), memory, OUT, SHAPE)
-    d_recalled = rows_of(operands_at(scratch + PLACES.RECALLED, RULE), memory, OUT, SHAPE)
-    d_read = rows_of(operands_at(scratch + PLACES.READ, RULE), memory, OUT, SHAPE)
+    d_error = rows_of(operands_at(scratch + PLACES.D_ERROR, RULE), SHAPE.BLOCKS, OUT, SHAPE)
+    d_recalled = rows_of(operands_at(scratch + PLACES.RECALLED, RULE), SHAPE.BLOCKS, OUT, SHAPE)
+    d_read = rows_of(operands_at(scratch + PLACES.READ, RULE), SHAPE.BLOCKS, OUT, SHAPE)
     key, query = operands_at(scratch + PLACES.KEY, RULE), operands_at(scratch + PLACES.QUERY, RULE)
     value, inputs, d_made = None, None, None
     if RULE.GENERATES:
         value = operands_at(scratch + PLACES.VALUE, RULE)
         inputs = operands_at(scratch + PLACES.INPUTS, RULE)
-        d_made = rows_of(operands_at(scratch + PLACES.D_MADE, RULE), memory, OUT, SHAPE)
+        d_made = rows_of(operands_at(scratch + PLACES.D_MADE, RULE), SHAPE.BLOCKS, OUT, SHAPE)
     if SHAPE.HIDDEN > 0:
         hidden_value, hidden_made = None, None
         if RULE.GENERATES:
             hidden_value = operands_at(scratch + PLACES.HIDDEN_VALUE, RULE)
             hidden_made = operands_at(scratch + PLACES.HIDDEN_MADE, RULE)
-        error = rows_of(operands_at(scratch + PLACES.ERROR, RULE), memory, OUT, SHAPE)
+        error = rows_of(operands_at(scratch + PLACES.ERROR, RULE), SHAPE.BLOCKS, OUT, SHAPE)
         d_back = operands_at(scratch + PLACES.D_BACK, RULE)
         update_layer(
             scratch + PLACES.LAST, last_fresh, decays, operands_at(scratch + PLACES.HIDDEN_KEY, RULE), hidden_value,
-            operands_at(scratch + PLACES.HIDDEN_QUERY, RULE), memory, d_recalled, d_error, None, d_read, error,
-            d_back, d_made, hidden_made, memory, SHAPE.LAST_KEPT, UNITS, SHAPE, RULE,
+            operands_at(scratch + PLACES.HIDDEN_QUERY, RULE), d_recalled, d_error, None, d_read, error,
+            d_back, d_made, hidden_made, SHAPE.BLOCKS, SHAPE.BLOCKS, SHAPE.LAST_KEPT, UNITS, SHAPE, RULE,
         )  # fmt: skip
-        d_recalled = rows_of(operands_at(scratch + PLACES.RECALLED_FIRST, RULE), memory, UNITS, SHAPE)
-        d_query = rows_of(operands_at(scratch + PLACES.D_QUERY, RULE), memory, UNITS, SHAPE)
-        d_key = rows_of(operands_at(scratch + PLACES.D_KEY, RULE), memory, UNITS, SHAPE)
+        d_recalled = rows_of(operands_at(scratch + PLACES.RECALLED_FIRST, RULE), SHAPE.BLOCKS, UNITS, SHAPE)
+        d_query = rows_of(operands_at(scratch + PLACES.D_QUERY, RULE), SHAPE.BLOCKS, UNITS, SHAPE)
+        d_key = rows_of(operands_at(scratch + PLACES.D_KEY, RULE), SHAPE.BLOCKS, UNITS, SHAPE)
         d_value, d_z = None, None
         if RULE.GENERATES:
-            d_value = rows_of(operands_at(scratch + PLACES.D_VALUE, RULE), memory, UNITS, SHAPE)
-            d_z = rows_of(operands_at(scratch + PLACES.D_Z, RULE), memory, UNITS, SHAPE)
+            d_value = rows_of(operands_at(scratch + PLACES.D_VALUE, RULE), SHAPE.BLOCKS, UNITS, SHAPE)
+            d_z = rows_of(operands_at(scratch + PLACES.D_Z, RULE), SHAPE.BLOCKS, UNITS, SHAPE)
         update_layer(
-            scratch + PLACES.FIRST, first_fresh, decays, key, value, query, shared, d_recalled, d_key, d_value,
-            d_query, None, None, d_z, inputs, made_from(memory), SHAPE.FIRST_KEPT, SHAPE.BLOCK_K, SHAPE, RULE,
+            scratch + PLACES.FIRST, first_fresh, decays, key, value, query, d_recalled, d_key, d_value,
+            d_query, None, None, d_z, inputs, 0, GATE_INPUT, SHAPE.FIRST_KEPT, SHAPE.BLOCK_K, SHAPE, RULE,
         )  # fmt: skip
     else:
         update_layer(
-            scratch + PLACES.LAST, last_fresh, decays, key, value, query, shared, d_recalled, d_error, None, d_read,
-            None, None, d_made, inputs, made_from(memory), SHAPE.LAST_KEPT, SHAPE.BLOCK_K, SHAPE, RULE,
+            scratch + PLACES.LAST, last_fresh, decays, key, value, query, d_recalled, d_error, None, d_read,
+            None, None, d_made, inputs, 0, GATE_INPUT, SHAPE.LAST_KEPT, SHAPE.BLOCK_K, SHAPE, RULE,
         )  # fmt: skip
 
 

@@ -6,10 +6,10 @@ import torch
 
 from nl_kernels.chunk_alignment import ChunkGrid
 from nl_kernels.memory.bank import Bank, Call
-from nl_kernels.memory.kernels.launch import Inputs, Options, checkpoint_interval, limits_of
+from nl_kernels.memory.kernels.launch import Inputs, Options, checkpoint_interval, limits_of, precision_of
 from nl_kernels.memory.kernels.operator import learn
 from nl_kernels.memory_rule import MemoryRule
-from nl_kernels.triton_support.targets import architecture_of, precision_of
+from nl_kernels.triton_support.targets import architecture_of
 
 
 def unsupported(

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 import torch
 
 from nl_kernels.memory.bank import Bank
-from nl_kernels.memory.kernels.launch import Inputs, Options, limits_of, plan_forward
+from nl_kernels.memory.kernels.launch import Inputs, Options, limits_of, plan_forward, precision_of
 from nl_kernels.memory.kernels.launch_backward import plan_backward
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, unallocated
 from nl_kernels.triton_support.kernel_call import KernelCall
-from nl_kernels.triton_support.targets import precision_of
 
 _DEFAULT = MemoryRule()
 _LITERAL = dataclasses.replace(MemoryRule.literal(), proximal=False)

@@ -9,13 +9,16 @@ shared memory. Elsewhere (other tensor cores, the interpreter) it is an order li
 import triton
 import triton.language as tl
 
+from nl_kernels.dispatch import interpreting
 from nl_kernels.triton_support.language import matmul
+
+_INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
 
 
 @triton.jit
 def product(a, b, RULE: tl.constexpr):
     """``a @ b`` of [B, m, k] and [B, k, n]: operands from scratch, or :func:`rounded` ones."""
-    PRECISION: tl.constexpr = RULE.PRECISION
+    PRECISION: tl.constexpr = "ieee" if _INTERPRETED else RULE.PRECISION  # the interpreter has no bf16 products
     return matmul(a, b, PRECISION)
 
 
@@ -46,10 +49,19 @@ def operands_at(place, RULE: tl.constexpr):
 
 
 @triton.jit
-def _offsets_of(base, TILES: tl.constexpr, ACROSS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
-    """Offsets [TILES, 8 / VECTOR, B, 32, VECTOR] of tiles, ``ACROSS`` in a row, from tile ``base`` [B] on."""
+def _offsets_of(
+    TILES: tl.constexpr, ACROSS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, LAST: tl.constexpr,
+    BY_MEMORY: tl.constexpr, BY_PART: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """Offsets [TILES, 8 / VECTOR, B, 32, VECTOR] of tiles, ``ACROSS`` in a row of a matrix ``WIDTH`` wide.
+
+    They depend on constants alone, so that tiles at different places share them: a memory's are ``BY_MEMORY``
+    tiles behind those of the memory before, up to memory ``LAST``, and ``BY_PART`` a block of one memory.
+    """
     tile = tl.arange(0, TILES)
     tile = tile // ACROSS * (WIDTH // 16) + tile % ACROSS
+    block = tl.arange(0, SHAPE.BLOCKS)
+    base = tl.minimum(block // SHAPE.PER, LAST) * BY_MEMORY + block % SHAPE.PER * BY_PART
     part = tl.arange(0, 8 // VECTOR)[None, :, None, None, None] * (32 * VECTOR)
     lane = tl.arange(0, 32)[None, None, None, :, None] * VECTOR
     at = (tile[:, None] + base[None, :])[:, None, :, None, None] * 256
@@ -57,35 +69,38 @@ def _offsets_of(base, TILES: tl.constexpr, ACROSS: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def load_tile(place, base, M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
-    """[B, M, N] of matrices [.., WIDTH] from tile ``base`` [B] on."""
-    B: tl.constexpr = base.shape[0]
+def load_tile(
+    place, M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr, BY_MEMORY: tl.constexpr,
+    BY_PART: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """[B, M, N] of matrices ``WIDTH`` wide in scratch; the strides are of :func:`_offsets_of`."""
+    B: tl.constexpr = SHAPE.BLOCKS
     if place.dtype.element_ty.primitive_bitwidth == 16:
-        x = tl.load(place + _offsets_of(base, M * N // 256, N // 16, WIDTH, 8))
+        x = tl.load(place + _offsets_of(M * N // 256, N // 16, WIDTH, 8, LAST, BY_MEMORY, BY_PART, SHAPE))
         x = tl.reshape(x, [M // 16, N // 16, B, 8, 4, 2, 2, 2])
         x = tl.permute(x, (2, 0, 6, 3, 1, 5, 4, 7))
     else:
-        x = tl.load(place + _offsets_of(base, M * N // 256, N // 16, WIDTH, 4))
+        x = tl.load(place + _offsets_of(M * N // 256, N // 16, WIDTH, 4, LAST, BY_MEMORY, BY_PART, SHAPE))
         x = tl.reshape(x, [M // 16, N // 16, 2, B, 8, 4, 2, 2])
         x = tl.permute(x, (3, 0, 6, 4, 1, 2, 5, 7))
     return tl.reshape(x, [B, M, N])
 
 
 @triton.jit
-def store_tile(place, base, x, WIDTH: tl.constexpr):
+def store_tile(
+    place, x, WIDTH: tl.constexpr, BY_MEMORY: tl.constexpr, BY_PART: tl.constexpr, SHAPE: tl.constexpr
+):
     """The inverse of :func:`load_tile`."""
-    B: tl.constexpr = x.shape[0]
+    B: tl.constexpr = SHAPE.BLOCKS
     M: tl.constexpr = x.shape[1]
     N: tl.constexpr = x.shape[2]
     x = tl.reshape(x.to(place.dtype.element_ty), [B, M // 16, 2, 8, N // 16, 2, 4, 2])
     if place.dtype.element_ty.primitive_bitwidth == 16:
-        x = tl.permute(x, (1, 4, 0, 3, 6, 5, 2, 7))
-        x = tl.reshape(x, [M * N // 256, 1, B, 32, 8])
-        tl.store(place + _offsets_of(base, M * N // 256, N // 16, WIDTH, 8), x)
+        x = tl.reshape(tl.permute(x, (1, 4, 0, 3, 6, 5, 2, 7)), [M * N // 256, 1, B, 32, 8])
+        tl.store(place + _offsets_of(M * N // 256, N // 16, WIDTH, 8, B, BY_MEMORY, BY_PART, SHAPE), x)
     else:
-        x = tl.permute(x, (1, 4, 5, 0, 3, 6, 2, 7))
-        x = tl.reshape(x, [M * N // 256, 2, B, 32, 4])
-        tl.store(place + _offsets_of(base, M * N // 256, N // 16, WIDTH, 4), x)
+        x = tl.reshape(tl.permute(x, (1, 4, 5, 0, 3, 6, 2, 7)), [M * N // 256, 2, B, 32, 4])
+        tl.store(place + _offsets_of(M * N // 256, N // 16, WIDTH, 4, B, BY_MEMORY, BY_PART, SHAPE), x)
 
 
 @triton.jit
@@ -93,80 +108,116 @@ def put_rows(place, x, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
     """Rows [B, rows, C] of the blocks' memories, each memory's ``WIDTH`` in all, to scratch in both forms: as
     [C, WIDTH] and as [WIDTH, C], one behind the other."""
     C: tl.constexpr = SHAPE.BLOCK_C
-    block = tl.arange(0, SHAPE.BLOCKS)
-    part = block % SHAPE.PER * (x.shape[1] // 16)
-    matrix = block // SHAPE.PER * (2 * WIDTH * C // 256)
-    store_tile(place, matrix + part, tl.trans(x, 0, 2, 1), WIDTH)
-    store_tile(place, matrix + WIDTH * C // 256 + part * (C // 16), x, C)
+    ROWS: tl.constexpr = x.shape[1]
+    store_tile(place, tl.trans(x, 0, 2, 1), WIDTH, 2 * WIDTH * C // 256, ROWS // 16, SHAPE)
+    store_tile(place + WIDTH * C, x, C, 2 * WIDTH * C // 256, ROWS * C // 256, SHAPE)
 
 
 @triton.jit
-def put_tokens(place, x):
-    """Tokens [1, C, width] to scratch in both forms of :func:`put_rows`."""
-    first = tl.zeros([1], tl.int32)
-    store_tile(place, first, x, x.shape[2])
-    store_tile(place, first + x.shape[1] * x.shape[2] // 256, tl.trans(x, 0, 2, 1), x.shape[1])
+def element_at(place, row, column, WIDTH: tl.constexpr):
+    """Pointers to numbers of one matrix [.., WIDTH], for tiles that lie as usual.
+
+    Tiles of :func:`load_tile` with less numbers than threads are not to be summed: Triton 3.7.1 miscompiles that.
+    """
+    at = (row // 16 * (WIDTH // 16) + column // 16) * 256 + row % 16 // 8 * 2 + column % 2
+    if place.dtype.element_ty.primitive_bitwidth == 16:
+        at += row % 8 * 32 + column % 8 // 2 * 8 + column % 16 // 8 * 4
+    else:
+        at += row % 8 * 16 + column % 8 // 2 * 4 + column % 16 // 8 * 128
+    return place + at
 
 
 @triton.jit
-def by_width(place, memory, start, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
-    """Columns ``start`` … of tokens in scratch, for products over the width: [B, SLICE, C] of ``memory`` [B]."""
+def tokens_at(place, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+    """Pointers [C, WIDTH] to tokens in scratch."""
+    return element_at(place, tl.arange(0, SHAPE.BLOCK_C)[:, None], tl.arange(0, WIDTH)[None, :], WIDTH)
+
+
+@triton.jit
+def put_tokens(place, x, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+    """Tokens [C, WIDTH] to scratch in both forms of :func:`put_rows`."""
     C: tl.constexpr = SHAPE.BLOCK_C
-    base = memory * (2 * WIDTH * C // 256) + start // 16
-    return tl.trans(load_tile(place, base, C, SHAPE.SLICE, WIDTH), 0, 2, 1)
+    x = x.to(place.dtype.element_ty)
+    tl.store(tokens_at(place, WIDTH, SHAPE), x)
+    turned = element_at(place + WIDTH * C, tl.arange(0, WIDTH)[None, :], tl.arange(0, C)[:, None], C)
+    tl.store(turned, x)
 
 
 @triton.jit
-def by_token(place, memory, start, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+def by_width(place, start, LAST: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+    """Columns ``start`` … of tokens in scratch, for products over the width: [B, SLICE, C].
+
+    Each block takes those of its memory, up to memory ``LAST``: 0 where all have the same.
+    """
+    C: tl.constexpr = SHAPE.BLOCK_C
+    return tl.trans(
+        load_tile(place + start * 16, C, SHAPE.SLICE, WIDTH, LAST, 2 * WIDTH * C // 256, 0, SHAPE), 0, 2, 1
+    )
+
+
+@triton.jit
+def by_token(place, start, LAST: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
     """The same for products over the tokens: [B, C, SLICE]."""
     C: tl.constexpr = SHAPE.BLOCK_C
-    base = memory * (2 * WIDTH * C // 256) + WIDTH * C // 256 + start // 16 * (C // 16)
-    return tl.trans(load_tile(place, base, SHAPE.SLICE, C, C), 0, 2, 1)
+    place += WIDTH * C + start * C
+    return tl.trans(load_tile(place, SHAPE.SLICE, C, C, LAST, 2 * WIDTH * C // 256, 0, SHAPE), 0, 2, 1)
 
 
 @triton.jit
-def rows_of(place, memory, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
-    """The block's rows of tokens in scratch: [B, rows, C] of ``memory`` [B]."""
+def rows_of(place, LAST: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+    """The block's rows of tokens in scratch, [B, rows, C]."""
     C: tl.constexpr = SHAPE.BLOCK_C
     ROWS: tl.constexpr = WIDTH // SHAPE.PER
-    part = tl.arange(0, SHAPE.BLOCKS) % SHAPE.PER * (ROWS * C // 256)
-    return load_tile(place, memory * (2 * WIDTH * C // 256) + WIDTH * C // 256 + part, ROWS, C, C)
+    return load_tile(place + WIDTH * C, ROWS, C, C, LAST, 2 * WIDTH * C // 256, ROWS * C // 256, SHAPE)
 
 
 @triton.jit
-def turned_rows_of(place, memory, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
-    """The same turned, [B, C, rows]."""
+def turned_rows_of(place, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+    """The same of the block's memory, turned, [B, C, rows]."""
     C: tl.constexpr = SHAPE.BLOCK_C
     ROWS: tl.constexpr = WIDTH // SHAPE.PER
-    part = tl.arange(0, SHAPE.BLOCKS) % SHAPE.PER * (ROWS // 16)
-    return load_tile(place, memory * (2 * WIDTH * C // 256) + part, C, ROWS, WIDTH)
+    return load_tile(place, C, ROWS, WIDTH, SHAPE.BLOCKS, 2 * WIDTH * C // 256, ROWS // 16, SHAPE)
 
 
 @triton.jit
 def weights_at(place, start, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr):
     """Columns ``start`` … of the blocks' rows of weights [.., BLOCK] in scratch: [B, ROWS, SLICE]."""
-    base = tl.arange(0, SHAPE.BLOCKS) * (ROWS * BLOCK // 256) + start // 16
-    return load_tile(place, base, ROWS, SHAPE.SLICE, BLOCK)
+    PART: tl.constexpr = ROWS * BLOCK // 256
+    return load_tile(place + start * 16, ROWS, SHAPE.SLICE, BLOCK, SHAPE.BLOCKS, SHAPE.PER * PART, PART, SHAPE)
 
 
 @triton.jit
 def put_weights(place, start, x, BLOCK: tl.constexpr, SHAPE: tl.constexpr):
     """The inverse of :func:`weights_at`."""
-    base = tl.arange(0, SHAPE.BLOCKS) * (x.shape[1] * BLOCK // 256) + start // 16
-    store_tile(place, base, x, BLOCK)
+    PART: tl.constexpr = x.shape[1] * BLOCK // 256
+    store_tile(place + start * 16, x, BLOCK, SHAPE.PER * PART, PART, SHAPE)
 
 
 @triton.jit
 def put_pairs(place, x, SHAPE: tl.constexpr):
     """Matrices of pairs of tokens [B, C, C] to scratch, as they are and turned."""
     C: tl.constexpr = SHAPE.BLOCK_C
-    base = tl.arange(0, SHAPE.BLOCKS) * (2 * C * C // 256)
-    store_tile(place, base, x, C)
-    store_tile(place, base + C * C // 256, tl.trans(x, 0, 2, 1), C)
+    PART: tl.constexpr = 2 * C * C // 256
+    store_tile(place, x, C, SHAPE.PER * PART, PART, SHAPE)
+    store_tile(place + C * C, tl.trans(x, 0, 2, 1), C, SHAPE.PER * PART, PART, SHAPE)
 
 
 @triton.jit
-def pairs_at(place, block, TURNED: tl.constexpr, SHAPE: tl.constexpr):
-    """Matrices of :func:`put_pairs` of blocks ``block`` [B]; to be turned again by the one who takes the other."""
+def pairs_at(place, TURNED: tl.constexpr, SHAPE: tl.constexpr):
+    """Matrices of :func:`put_pairs`; to be turned again by the one who takes the other."""
     C: tl.constexpr = SHAPE.BLOCK_C
-    return load_tile(place, block * (2 * C * C // 256) + TURNED * C * C // 256, C, C, C)
+    PART: tl.constexpr = 2 * C * C // 256
+    return load_tile(place + TURNED * C * C, C, C, C, SHAPE.BLOCKS, SHAPE.PER * PART, PART, SHAPE)
+
+
+@triton.jit
+def pair_sums(place, TURNED: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr):
+    """The sum of such matrices of all blocks of a memory, as operands."""
+    C: tl.constexpr = SHAPE.BLOCK_C
+    PART: tl.constexpr = 2 * C * C // 256
+    total = load_tile(place + TURNED * C * C, C, C, C, SHAPE.BLOCKS, SHAPE.PER * PART, 0, SHAPE)
+    PER: tl.constexpr = SHAPE.PER
+    for i in tl.static_range(1, PER):
+        at = place + (TURNED * C * C + i * 2 * C * C)
+        total += load_tile(at, C, C, C, SHAPE.BLOCKS, SHAPE.PER * PART, 0, SHAPE)
+    return rounded(total, RULE)

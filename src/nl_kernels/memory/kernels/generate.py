@@ -15,10 +15,12 @@ from nl_kernels.memory.kernels.fragments import (
     store_tile,
     weights_at,
 )
-from nl_kernels.memory.kernels.layer import activated, last_rows, memory_of, memory_sum, put_decays, zeros_of
+from nl_kernels.memory.kernels.layer import activated, last_rows, memory_sum, put_decays, zeros_of
 
 _NORM_EPS: tl.constexpr = tl.constexpr(1e-6)  # memory_rule.NORM_EPS
 
+# The inputs in scratch are those of keys, of values, and of the gates: which the memories from here on take.
+GATE_INPUT: tl.constexpr = tl.constexpr(2)
 # Numbers a token in scratch, [C] each.
 RATE: tl.constexpr = tl.constexpr(0)  # η
 RETENTION: tl.constexpr = tl.constexpr(1)  # log α
@@ -59,11 +61,11 @@ def locate_tokens(start, row, T, H, SHAPE: tl.constexpr):
 
 @triton.jit
 def load_tokens(base, place, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens [1, C, BLOCK] of a chunk."""
+    """Tokens [C, BLOCK] of a chunk."""
     token, exists = place
-    number = tl.arange(0, BLOCK)[None, None, :]
-    inside = exists[None, :, None] & (number < WIDTH)
-    return tl.load(base + token[None, :, None] * WIDTH + number, mask=inside, other=0.0).to(tl.float32)
+    number = tl.arange(0, BLOCK)[None, :]
+    inside = exists[:, None] & (number < WIDTH)
+    return tl.load(base + token[:, None] * WIDTH + number, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -78,11 +80,11 @@ def given_tokens(tokens, place, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr
     token, exists = place
     C: tl.constexpr = SHAPE.BLOCK_C
     key = load_tokens(tokens.key, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
-    put_tokens(operands_at(scratch + PLACES.KEY, RULE), rounded(key, RULE))
+    put_tokens(operands_at(scratch + PLACES.KEY, RULE), rounded(key, RULE), SHAPE.BLOCK_K, SHAPE)
     value = load_tokens(tokens.value, place, SHAPE.VALUE_DIM, SHAPE.BLOCK_V)
-    put_tokens(operands_at(scratch + PLACES.VALUE, RULE), rounded(value, RULE))
+    put_tokens(operands_at(scratch + PLACES.VALUE, RULE), rounded(value, RULE), SHAPE.BLOCK_V, SHAPE)
     query = load_tokens(tokens.query, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
-    put_tokens(operands_at(scratch + PLACES.QUERY, RULE), rounded(query, RULE))
+    put_tokens(operands_at(scratch + PLACES.QUERY, RULE), rounded(query, RULE), SHAPE.BLOCK_K, SHAPE)
     rate = tl.load(tokens.rate + token, mask=exists, other=0.0).to(tl.float32)
     tl.store(vectors_at(scratch, RATE, SHAPE, PLACES), rate)
     log = tl.load(tokens.log_decay + token, mask=exists, other=0.0).to(tl.float32)
@@ -90,36 +92,29 @@ def given_tokens(tokens, place, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr
 
 
 @triton.jit
-def made_from(memory):
-    """Which of the inputs a memory is applied to: those of keys, of values, or of the gates."""
-    return tl.minimum(memory, 2)
-
-
-@triton.jit
 def serve(scratch, first_base, last_base, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
     """f(x) [B, rows, C] of the memories that make keys, values and gates, and their hidden layer or
     ``()``."""
     inputs = operands_at(scratch + PLACES.INPUTS, RULE)
-    memory = memory_of(SHAPE)
     ROWS: tl.constexpr = SHAPE.BLOCK_V // SHAPE.PER
     made = zeros_of(ROWS, SHAPE)
     if SHAPE.HIDDEN > 0:
         UNITS: tl.constexpr = SHAPE.BLOCK_H // SHAPE.PER
         z = zeros_of(UNITS, SHAPE)
         for start in range(0, SHAPE.BLOCK_K, SHAPE.SLICE):
-            x = by_width(inputs, made_from(memory), start, SHAPE.BLOCK_K, SHAPE)
+            x = by_width(inputs, start, GATE_INPUT, SHAPE.BLOCK_K, SHAPE)
             z += product(weights_at(first_base, start, UNITS, SHAPE.BLOCK_K, SHAPE), x, RULE)
         hidden = activated(z, RULE, SHAPE.PER)
         inputs = operands_at(scratch + PLACES.HIDDEN_MADE, RULE)
         put_rows(inputs, rounded(hidden[0], RULE), SHAPE.BLOCK_H, SHAPE)
         tl.debug_barrier()
         for start in range(0, SHAPE.BLOCK_H, SHAPE.SLICE):
-            x = by_width(inputs, memory, start, SHAPE.BLOCK_H, SHAPE)
+            x = by_width(inputs, start, SHAPE.BLOCKS, SHAPE.BLOCK_H, SHAPE)
             made += product(weights_at(last_base, start, ROWS, SHAPE.BLOCK_H, SHAPE), x, RULE)
     else:
         hidden = ()
         for start in range(0, SHAPE.BLOCK_K, SHAPE.SLICE):
-            x = by_width(inputs, made_from(memory), start, SHAPE.BLOCK_K, SHAPE)
+            x = by_width(inputs, start, GATE_INPUT, SHAPE.BLOCK_K, SHAPE)
             made += product(weights_at(last_base, start, ROWS, SHAPE.BLOCK_K, SHAPE), x, RULE)
     return made, hidden
 
@@ -130,15 +125,16 @@ def take_inputs(tokens, place, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr,
     inputs = operands_at(scratch + PLACES.INPUTS, RULE)
     SIZE: tl.constexpr = 2 * SHAPE.BLOCK_K * SHAPE.BLOCK_C
     x = load_tokens(tokens.key, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
-    put_tokens(inputs, rounded(x, RULE))
+    put_tokens(inputs, rounded(x, RULE), SHAPE.BLOCK_K, SHAPE)
     x = load_tokens(tokens.value, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
-    put_tokens(inputs + SIZE, rounded(x, RULE))
+    put_tokens(inputs + SIZE, rounded(x, RULE), SHAPE.BLOCK_K, SHAPE)
     x = load_tokens(tokens.gate, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
-    put_tokens(inputs + 2 * SIZE, rounded(x, RULE))
+    put_tokens(inputs + 2 * SIZE, rounded(x, RULE), SHAPE.BLOCK_K, SHAPE)
     x = load_tokens(tokens.query, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
-    scale = tl.rsqrt(tl.sum(x * x, 2) + _NORM_EPS)
-    put_tokens(operands_at(scratch + PLACES.QUERY, RULE), rounded(x * scale[:, :, None], RULE))
-    tl.store(vectors_at(scratch, QUERY_SCALE, SHAPE, PLACES)[None, :], scale)
+    scale = tl.rsqrt(tl.sum(x * x, 1) + _NORM_EPS)
+    x = rounded(x * scale[:, None], RULE)
+    put_tokens(operands_at(scratch + PLACES.QUERY, RULE), x, SHAPE.BLOCK_K, SHAPE)
+    tl.store(vectors_at(scratch, QUERY_SCALE, SHAPE, PLACES), scale)
 
 
 @triton.jit
@@ -158,15 +154,15 @@ def make_tokens(
     tl.debug_barrier()
     made, hidden = serve(scratch, first_base, last_base, SHAPE, RULE, PLACES)
     # Keys and values are x + f(x), and keys have unit length.
-    x = rows_of(operands_at(scratch + PLACES.INPUTS, RULE), made_from(memory_of(SHAPE)), SHAPE.BLOCK_K, SHAPE)
+    x = rows_of(operands_at(scratch + PLACES.INPUTS, RULE), GATE_INPUT, SHAPE.BLOCK_K, SHAPE)
     made += tl.where(memory < 2, x.to(tl.float32), 0.0)
     scale = tl.rsqrt(memory_sum(made * made, SHAPE.PER) + _NORM_EPS)
     made = tl.where(memory == 0, made * scale, made)
     put_rows(operands_at(scratch + PLACES.KEY, RULE), rounded(made, RULE), SHAPE.BLOCK_V, SHAPE)
-    block = tl.arange(0, SHAPE.BLOCKS)
-    store_tile(scratch + PLACES.EXACT, block * (made.shape[1] * C // 256), made, C)
+    PART: tl.constexpr = made.shape[1] * C // 256
+    store_tile(scratch + PLACES.EXACT, made, C, SHAPE.PER * PART, PART, SHAPE)
     rate_max, rate_bias, retention_bias = gates
-    block = block[:, None, None]
+    block = tl.arange(0, SHAPE.BLOCKS)[:, None, None]
     at = vectors_at(scratch, 0, SHAPE, PLACES)[None, None, :]
     tl.store(at + KEY_SCALE * C + 0 * block, scale, mask=block == 0)
     tl.store(at + RATE_GATE * C + 0 * row, made + rate_bias, mask=(memory == SHAPE.WIDE) & (row == 0))
@@ -188,16 +184,15 @@ def log_sigmoid(z):
 
 
 @triton.jit
-def exact_rows(scratch, number, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
-    """Rows [B, rows, C] of keys (``number`` 0) or values (1) for all memories, as they were before rounding."""
+def exact_rows(scratch, NUMBER: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
+    """Rows [B, rows, C] of keys (``NUMBER`` 0) or values (1) for all memories, as they were before rounding."""
     C: tl.constexpr = SHAPE.BLOCK_C
-    block = tl.arange(0, SHAPE.BLOCKS)
     if RULE.GENERATES:
-        ROWS: tl.constexpr = SHAPE.BLOCK_V // SHAPE.PER
-        part = (number * SHAPE.PER + block % SHAPE.PER) * (ROWS * C // 256)
-        x = load_tile(scratch + PLACES.EXACT, part, ROWS, C, C)
-    elif number == 0:
-        x = rows_of(operands_at(scratch + PLACES.KEY, RULE), 0 * block, SHAPE.BLOCK_K, SHAPE)
+        PART: tl.constexpr = SHAPE.BLOCK_V // SHAPE.PER * C // 256
+        place = scratch + PLACES.EXACT + NUMBER * SHAPE.BLOCK_V * C
+        x = load_tile(place, SHAPE.BLOCK_V // SHAPE.PER, C, C, 0, 0, PART, SHAPE)
+    elif NUMBER == 0:
+        x = rows_of(operands_at(scratch + PLACES.KEY, RULE), 0, SHAPE.BLOCK_K, SHAPE)
     else:
-        x = rows_of(operands_at(scratch + PLACES.VALUE, RULE), 0 * block, SHAPE.BLOCK_V, SHAPE)
+        x = rows_of(operands_at(scratch + PLACES.VALUE, RULE), 0, SHAPE.BLOCK_V, SHAPE)
     return x.to(tl.float32)

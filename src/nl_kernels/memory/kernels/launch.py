@@ -16,6 +16,7 @@ from nl_kernels.memory.bank import Bank
 from nl_kernels.memory.kernels.arguments import Rule, Shape, Tokens, places_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.kernel_call import KernelCall
+from nl_kernels.triton_support import targets
 from nl_kernels.triton_support.tiles import MIN_TILE, padded, power_of_two
 
 KEPT_BYTES = 256 << 20  # of states at every chunk's start; beyond, some are recomputed
@@ -181,6 +182,11 @@ def shape_of(*, generates: bool, key_dim: int, value_dim: int, hidden: int, opti
         FIRST_KEPT=padded_memories * block_h * block_k if hidden else 0,
         LAST_KEPT=padded_memories * block_v * (block_h if hidden else block_k),
     )
+
+
+def precision_of(dtype: torch.dtype, architecture: str) -> str:
+    """How products compute for callers of ``dtype``: in bf16 for bf16, else as elsewhere."""
+    return "bf16" if dtype == torch.bfloat16 else targets.precision_of(dtype, architecture)
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,14 @@ def plan_backward(
     if every > 1:
         states = kept_states(plan, every)
     begin = plan.first_slots()
+    if every == 1:  # nothing to run again: one launch for all chunks
+        segments = [(0, options.chunks)]
     for index, (first, stop) in reversed(list(enumerate(segments))):
         span = {"first_chunk": first, "stop_chunk": stop}
         places = (
             {"kept_first": first, "kept_slots": every}
             if every > 1
-            else {"kept_first": 0, "kept_slots": len(segments)}
+            else {"kept_first": 0, "kept_slots": options.chunks}
         )
         if every > 1:
             running, snapshot = plan.at_segment(kept, index, first * options.chunk, begin)

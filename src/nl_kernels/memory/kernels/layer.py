@@ -8,7 +8,7 @@ columns, which bounds what is held whatever their width.
 import triton
 import triton.language as tl
 
-from nl_kernels.memory.kernels.fragments import load_tile, product, put_weights, rounded
+from nl_kernels.memory.kernels.fragments import by_width, product, put_weights, rounded
 from nl_kernels.triton_support.language import activation
 
 _NORM_EPS: tl.constexpr = tl.constexpr(1e-6)  # memory_rule.NORM_EPS
@@ -130,15 +130,12 @@ def decays_at(place, vectors, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def pairs(a, b, memory, WIDTH: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr):
-    """Inner products [B, j, t] of tokens ``a`` and ``b`` in scratch, of ``memory`` [B]."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    base = memory * (2 * WIDTH * C // 256)
-    out = zeros_of(C, SHAPE)
+def pairs(a, b, LAST: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr):
+    """Inner products [B, j, t] of tokens ``a`` and ``b`` in scratch, of memories up to ``LAST``."""
+    out = zeros_of(SHAPE.BLOCK_C, SHAPE)
     for start in range(0, WIDTH, SHAPE.SLICE):
-        left = load_tile(a, base + start // 16, C, SHAPE.SLICE, WIDTH)
-        right = load_tile(b, base + start // 16, C, SHAPE.SLICE, WIDTH)
-        out += product(left, tl.trans(right, 0, 2, 1), RULE)
+        left = tl.trans(by_width(a, start, LAST, WIDTH, SHAPE), 0, 2, 1)
+        out += product(left, by_width(b, start, LAST, WIDTH, SHAPE), RULE)
     return out
 
 

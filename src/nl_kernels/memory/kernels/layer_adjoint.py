@@ -16,7 +16,7 @@ from nl_kernels.memory.kernels.fragments import (
     turned_rows_of,
     weights_at,
 )
-from nl_kernels.memory.kernels.layer import memory_of, memory_sum, zeros_of
+from nl_kernels.memory.kernels.layer import memory_sum, zeros_of
 
 
 @triton.jit
@@ -80,17 +80,6 @@ def vector_shares(place, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def pair_sums(place, TURNED: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr):
-    """The sum of the shares of the blocks of each memory in matrices of pairs in scratch, [B, C, C]."""
-    PER: tl.constexpr = SHAPE.PER
-    first = memory_of(SHAPE) * PER
-    total = pairs_at(place, first, TURNED, SHAPE)
-    for i in tl.static_range(1, PER):
-        total += pairs_at(place, first + i, TURNED, SHAPE)
-    return rounded(total, RULE)
-
-
-@triton.jit
 def decays_adjoint(d_strict, d_full, before, after, to_end, final, SHAPE: tl.constexpr, RULE: tl.constexpr):
     """The gradient of the log decays [B, 1, C] from those of :func:`~.layer.decays_at`'s results, each times
     the result itself: matrices [B, j, t], vectors [B, 1, C], ``final`` [B, 1, 1].
@@ -104,10 +93,10 @@ def decays_adjoint(d_strict, d_full, before, after, to_end, final, SHAPE: tl.con
     t = tl.arange(0, C)[None, None, :]
     begun = (j < t) | (j == C - 1)
     spans = rounded(tl.where(j == C - 1, before, d_strict), RULE)
-    out = tl.where(begun, product(spans, (j > t).to(spans.dtype), RULE), 0.0)
+    out = tl.where(begun, product(spans, rounded((j > t).to(tl.float32), RULE), RULE), 0.0)
     spans = rounded(tl.where(j == C - 1, after, d_full), RULE)
-    out += tl.where(begun, product(spans, (j >= t).to(spans.dtype), RULE), 0.0)
-    out += product(rounded(tl.where(j == 0, to_end, 0.0 * d_full), RULE), (j < t).to(spans.dtype), RULE)
+    out += tl.where(begun, product(spans, rounded((j >= t).to(tl.float32), RULE), RULE), 0.0)
+    out += product(rounded(tl.where(j == 0, to_end, 0.0 * d_full), RULE), rounded((j < t).to(tl.float32), RULE), RULE)
     return tl.sum(out, 1)[:, None, :] + final
 
 
@@ -121,20 +110,19 @@ def read_adjoint(
     ``after`` times itself.
     """
     _, _, _, _, _, read, scores = layer
-    memory = memory_of(SHAPE)
-    rows = rows_of(grad, memory, WIDTH, SHAPE)
-    straight = tl.trans(pairs_at(scores_at, tl.arange(0, SHAPE.BLOCKS), False, SHAPE), 0, 2, 1)
+    rows = rows_of(grad, SHAPE.BLOCKS, WIDTH, SHAPE)
+    straight = tl.trans(pairs_at(scores_at, False, SHAPE), 0, 2, 1)
     d_written = product(rows, straight, RULE)
-    columns = tl.trans(turned_rows_of(grad, memory, WIDTH, SHAPE), 0, 2, 1)
-    shares = product(turned_rows_of(omega, memory, WIDTH, SHAPE), columns, RULE) * -tl.trans(rate, 0, 2, 1)
+    columns = tl.trans(turned_rows_of(grad, WIDTH, SHAPE), 0, 2, 1)
+    shares = product(turned_rows_of(omega, WIDTH, SHAPE), columns, RULE) * -tl.trans(rate, 0, 2, 1)
     d_after = tl.sum(decays[3] * rows.to(tl.float32) * read, 1)[:, None, :]
     return d_written, shares * scores, shares * decays[1], d_after
 
 
 @triton.jit
 def carried_adjoint(
-    d_state, state, key, memory,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+    d_state, state, key,
+    LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of u [B, rows, C] from that of the weights after the chunk, but for the decays to the end;
     and that of ``final`` times 1 / ``final`` [B, 1, 1]."""
@@ -142,7 +130,7 @@ def carried_adjoint(
     d_final = tl.sum(d_written, 2)
     for start in range(0, BLOCK, SHAPE.SLICE):
         grad = weights_at(d_state, start, ROWS, BLOCK, SHAPE)
-        d_written += product(rounded(grad, RULE), by_width(key, memory, start, BLOCK, SHAPE), RULE)
+        d_written += product(rounded(grad, RULE), by_width(key, start, LAST, BLOCK, SHAPE), RULE)
         d_final += tl.sum(grad * weights_at(state, start, ROWS, BLOCK, SHAPE), 2)
     return d_written, tl.sum(d_final, 1)[:, None, None]
 
@@ -162,11 +150,11 @@ def write_adjoint(
     d_rate = -tl.sum(d_written * surprise, 1)[:, None, :]
     d_signal = d_written * -rate
     if RULE.ERASES:
-        straight = tl.trans(pairs_at(inverse_at, tl.arange(0, SHAPE.BLOCKS), False, SHAPE), 0, 2, 1)
+        straight = tl.trans(pairs_at(inverse_at, False, SHAPE), 0, 2, 1)
         d_signal = product(rounded(d_signal, RULE), straight, RULE)
         d_recalled = decays[2] * d_signal
         d_before = tl.sum(d_recalled * recalled, 1)[:, None, :]
-        turned = turned_rows_of(omega, memory_of(SHAPE), WIDTH, SHAPE)
+        turned = turned_rows_of(omega, WIDTH, SHAPE)
         shares = product(turned, rounded(d_signal, RULE), RULE)
         d_pair_rate = -tl.sum(shares * gram, 2)
         shares *= -tl.trans(rate, 0, 2, 1)

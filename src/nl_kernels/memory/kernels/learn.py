@@ -67,10 +67,10 @@ def operands_of(place, SIZE: tl.constexpr, RULE: tl.constexpr):
 
 @triton.jit
 def apply_layer(
-    weights, key, value, query, memory,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+    weights, key, value, query,
+    LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """The products of a layer with the chunk's tokens of ``memory`` [B], each [B, rows, C].
+    """The products of a layer with the chunk's tokens of memories up to ``LAST``, each [B, rows, C].
 
     ``weights`` are of :func:`operands_of`. Returns S x of the running state and the keys; W̄ x and W̄ v of the
     weights it is applied at; and, of the queries, S q and W_0 q, or W̄ q where reads are of the snapshot.
@@ -81,16 +81,16 @@ def apply_layer(
     recalled, at_key, at_value, read, fixed = zeros, zeros, zeros, zeros, zeros
     for start in range(0, BLOCK, SHAPE.SLICE):
         applied = weights_at(base, start, ROWS, BLOCK, SHAPE)
-        x = by_width(key, memory, start, BLOCK, SHAPE)
+        x = by_width(key, start, LAST, BLOCK, SHAPE)
         at_key += product(applied, x, RULE)
         if RULE.ERASES or (RULE.RUNNING and query is not None):
             running = weights_at(state, start, ROWS, BLOCK, SHAPE)
         if RULE.ERASES:
             recalled += product(running, x, RULE)
         if value is not None:
-            at_value += product(applied, by_width(value, memory, start, BLOCK, SHAPE), RULE)
+            at_value += product(applied, by_width(value, start, LAST, BLOCK, SHAPE), RULE)
         if query is not None:
-            q = by_width(query, memory, start, BLOCK, SHAPE)
+            q = by_width(query, start, LAST, BLOCK, SHAPE)
             if RULE.RUNNING:
                 read += product(running, q, RULE)
                 if RULE.ANCHORED:
@@ -102,14 +102,14 @@ def apply_layer(
 
 @triton.jit
 def probe_layer(
-    weights, query, memory,
+    weights, query,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """``S q`` and ``W_0 q`` [B, rows, C] of a layer, for a running read."""
     read = zeros_of(ROWS, SHAPE)
     fixed = read
     for start in range(0, BLOCK, SHAPE.SLICE):
-        q = by_width(query, memory, start, BLOCK, SHAPE)
+        q = by_width(query, start, SHAPE.BLOCKS, BLOCK, SHAPE)
         read += product(weights_at(weights[0], start, ROWS, BLOCK, SHAPE), q, RULE)
         if RULE.ANCHORED:
             fixed += product(weights_at(weights[2], start, ROWS, BLOCK, SHAPE), q, RULE)
@@ -119,11 +119,11 @@ def probe_layer(
 @triton.jit
 def outputs_of(weights, start, SHAPE: tl.constexpr):
     """Outputs ``start`` … of last layers turned, for the block's hidden units [B, h, SLICE]."""
-    block = tl.arange(0, SHAPE.BLOCKS)
     UNITS: tl.constexpr = SHAPE.BLOCK_H // SHAPE.PER
-    base = (block // SHAPE.PER * (SHAPE.BLOCK_V // 16) + start // 16) * (SHAPE.BLOCK_H // 16)
-    base += block % SHAPE.PER * (UNITS // 16)
-    return tl.trans(load_tile(weights, base, SHAPE.SLICE, UNITS, SHAPE.BLOCK_H), 0, 2, 1)
+    MEMORY: tl.constexpr = SHAPE.BLOCK_V * SHAPE.BLOCK_H // 256
+    place = weights + start * SHAPE.BLOCK_H
+    x = load_tile(place, SHAPE.SLICE, UNITS, SHAPE.BLOCK_H, SHAPE.BLOCKS, MEMORY, UNITS // 16, SHAPE)
+    return tl.trans(x, 0, 2, 1)
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def send_back(base, error, SHAPE: tl.constexpr, RULE: tl.constexpr):
     """``W̄1ᵀ e`` [B, h, C] of last layers, for errors [outputs, C] of each memory in scratch."""
     back = zeros_of(SHAPE.BLOCK_H // SHAPE.PER, SHAPE)
     for start in range(0, SHAPE.BLOCK_V, SHAPE.SLICE):
-        e = by_width(error, memory_of(SHAPE), start, SHAPE.BLOCK_V, SHAPE)
+        e = by_width(error, start, SHAPE.BLOCKS, SHAPE.BLOCK_V, SHAPE)
         back += product(outputs_of(base, start, SHAPE), e, RULE)
     return back
 
@@ -152,15 +152,15 @@ def residuals(scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.const
 def write(signal, recalled, rate, decays, inverse, SHAPE: tl.constexpr, RULE: tl.constexpr):
     """ω and u [B, rows, C] of errors ``signal`` and the recall S x: the chunk adds Σ u xᵀ to what decays."""
     if RULE.ERASES:
-        turned = pairs_at(inverse, tl.arange(0, SHAPE.BLOCKS), True, SHAPE)
+        turned = pairs_at(inverse, True, SHAPE)
         signal = product(rounded(signal + decays[2] * recalled, RULE), tl.trans(turned, 0, 2, 1), RULE)
     return signal, signal * -rate
 
 
 @triton.jit
 def put_solution(
-    key, query, memory, decays, rate, inverse_at, scores_at,
-    WIDTH: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+    key, query, decays, rate, inverse_at, scores_at,
+    LAST: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """``(I + diag(η) K)⁻¹`` and the scores ``full ∘ x qᵀ`` of running reads to scratch, if there is a ``query``.
 
@@ -168,11 +168,11 @@ def put_solution(
     """
     gram, scores = (), ()
     if RULE.ERASES:
-        gram = pairs(key, key, memory, WIDTH, SHAPE, RULE) * decays[0]
+        gram = pairs(key, key, LAST, WIDTH, SHAPE, RULE) * decays[0]
         inverse = invert(gram * tl.trans(rate, 0, 2, 1), SHAPE.BLOCK_C, RULE)
         put_pairs(inverse_at, rounded(inverse, RULE), SHAPE)
     if RULE.RUNNING and query is not None:
-        scores = pairs(key, query, memory, WIDTH, SHAPE, RULE) * decays[1]
+        scores = pairs(key, query, LAST, WIDTH, SHAPE, RULE) * decays[1]
         put_pairs(scores_at, rounded(scores, RULE), SHAPE)
     return gram, scores
 
@@ -180,7 +180,7 @@ def put_solution(
 @triton.jit
 def read_running(read, fixed, written, decays, scores, SHAPE: tl.constexpr, RULE: tl.constexpr):
     """f(q) [B, rows, C] of a layer's running weights; ``scores`` are in scratch."""
-    turned = pairs_at(scores, tl.arange(0, SHAPE.BLOCKS), True, SHAPE)
+    turned = pairs_at(scores, True, SHAPE)
     return decays[3] * read + product(rounded(written, RULE), tl.trans(turned, 0, 2, 1), RULE) + fixed
 
 
@@ -206,11 +206,9 @@ def learn_chunk(
     query = None
     if READS:
         query = operands_at(scratch + PLACES.QUERY, RULE)
-    memory = memory_of(SHAPE)
-    shared = 0 * memory
     narrow = None
     if SHAPE.NARROW > 0:
-        narrow = memory[:, None, None] >= SHAPE.WIDE
+        narrow = memory_of(SHAPE)[:, None, None] >= SHAPE.WIDE
     weights = operands_of(scratch + PLACES.LAST, SHAPE.LAST_KEPT, RULE)
     inverse = operands_at(scratch + PLACES.INVERSE, RULE)
     scores = operands_at(scratch + PLACES.SCORES, RULE)
@@ -221,10 +219,10 @@ def learn_chunk(
         first_inverse = operands_at(scratch + PLACES.INVERSE_FIRST, RULE)
         first_scores = operands_at(scratch + PLACES.SCORES_FIRST, RULE)
         first_gram, first_full = put_solution(
-            key, query, shared, decays, rate, first_inverse, first_scores, SHAPE.BLOCK_K, SHAPE, RULE
+            key, query, decays, rate, first_inverse, first_scores, 0, SHAPE.BLOCK_K, SHAPE, RULE
         )
         first_recalled, z, at_value, at_query, fixed = apply_layer(
-            first_weights, key, value, query, shared, UNITS, SHAPE.BLOCK_K, SHAPE, RULE
+            first_weights, key, value, query, 0, UNITS, SHAPE.BLOCK_K, SHAPE, RULE
         )
         hidden = activated(z, RULE, SHAPE.PER)
         x = operands_at(scratch + PLACES.HIDDEN_KEY, RULE)
@@ -242,12 +240,12 @@ def learn_chunk(
             put_rows(probe, rounded(hidden_query[0], RULE), SHAPE.BLOCK_H, SHAPE)
         tl.debug_barrier()
         recalled, error, at_value, read, fixed_read = apply_layer(
-            weights, x, last_value, probe, memory, ROWS, SHAPE.BLOCK_H, SHAPE, RULE
+            weights, x, last_value, probe, SHAPE.BLOCKS, ROWS, SHAPE.BLOCK_H, SHAPE, RULE
         )
     else:
-        gram, full = put_solution(key, query, shared, decays, rate, inverse, scores, SHAPE.BLOCK_K, SHAPE, RULE)
+        gram, full = put_solution(key, query, decays, rate, inverse, scores, 0, SHAPE.BLOCK_K, SHAPE, RULE)
         recalled, error, at_value, read, fixed_read = apply_layer(
-            weights, key, value, query, shared, ROWS, SHAPE.BLOCK_K, SHAPE, RULE
+            weights, key, value, query, 0, ROWS, SHAPE.BLOCK_K, SHAPE, RULE
         )
     error += residuals(scratch, SHAPE, RULE, PLACES)
     if RULE.GENERATES:
@@ -268,8 +266,8 @@ def learn_chunk(
             probe = operands_at(scratch + PLACES.HIDDEN_QUERY, RULE)
             put_rows(probe, rounded(hidden_query[0], RULE), SHAPE.BLOCK_H, SHAPE)
             tl.debug_barrier()
-            read, fixed_read = probe_layer(weights, probe, memory, ROWS, SHAPE.BLOCK_H, SHAPE, RULE)
-        gram, full = put_solution(x, probe, memory, decays, rate, inverse, scores, SHAPE.BLOCK_H, SHAPE, RULE)
+            read, fixed_read = probe_layer(weights, probe, ROWS, SHAPE.BLOCK_H, SHAPE, RULE)
+        gram, full = put_solution(x, probe, decays, rate, inverse, scores, SHAPE.BLOCKS, SHAPE.BLOCK_H, SHAPE, RULE)
         hiddens = (hidden, hidden_value, hidden_query, back, signal)
     else:
         first, hiddens = (), ()
@@ -284,8 +282,8 @@ def learn_chunk(
 
 @triton.jit
 def carry(
-    place, kept, keep, boundary, is_last, key, memory, written, decays,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+    place, kept, keep, boundary, is_last, key, written, decays,
+    LAST: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """A layer's running weights after the chunk, in scratch; those before to ``kept`` if ``keep``.
 
@@ -301,7 +299,7 @@ def carry(
             if keep:
                 put_weights(kept, start, weights, BLOCK, SHAPE)
         weights *= decays[5]
-        weights += product(written, by_token(key, memory, start, BLOCK, SHAPE), RULE)
+        weights += product(written, by_token(key, start, LAST, BLOCK, SHAPE), RULE)
         put_weights(place + STATE * SIZE, start, weights, BLOCK, SHAPE)
         put_weights(state, start, rounded(weights, RULE), BLOCK, SHAPE)
         if is_last:
@@ -424,7 +422,7 @@ def learn_kernel(
             memory, number, _, exists_row = rows
             if RULE.RESIDUAL:
                 q = operands_at(scratch + PLACES.QUERY, RULE)
-                y += rows_of(q, 0 * memory_of(SHAPE), SHAPE.BLOCK_K, SHAPE).to(tl.float32)
+                y += rows_of(q, 0, SHAPE.BLOCK_K, SHAPE).to(tl.float32)
             at = token[None, None, :] * SHAPE.VALUE_DIM + number
             reads = exists[None, None, :] & exists_row & (memory == SHAPE.OWN)
             tl.store(o + at, y.to(o.dtype.element_ty), mask=reads)
@@ -439,16 +437,16 @@ def learn_kernel(
             first_kept, last_kept = at_row(kept, slot, SHAPE.FIRST_KEPT, SHAPE.LAST_KEPT)
         boundary = (end % own_clock(SHAPE)[:, None, None] == 0) & (end <= stop)
         is_last = end + SLOWER > tl.minimum(ended * SHAPE.CHUNK, stop)
-        last_key, last_memory = operands_at(scratch + PLACES.KEY, RULE), 0 * memory_of(SHAPE)
+        last_key = operands_at(scratch + PLACES.KEY, RULE)
         if SHAPE.HIDDEN > 0:
             carry(
-                first, first_kept, keep, boundary, is_last, last_key, last_memory, first_chunk_of[4], decays,
-                SHAPE.FIRST_KEPT, SHAPE.BLOCK_K, SHAPE, RULE,
+                first, first_kept, keep, boundary, is_last, last_key, first_chunk_of[4], decays,
+                0, SHAPE.FIRST_KEPT, SHAPE.BLOCK_K, SHAPE, RULE,
             )  # fmt: skip
-            last_key, last_memory = operands_at(scratch + PLACES.HIDDEN_KEY, RULE), memory_of(SHAPE)
+            last_key = operands_at(scratch + PLACES.HIDDEN_KEY, RULE)
         carry(
-            last, last_kept, keep, boundary, is_last, last_key, last_memory, last_chunk_of[4], decays,
-            SHAPE.LAST_KEPT, SHAPE.LAST_BLOCK, SHAPE, RULE,
+            last, last_kept, keep, boundary, is_last, last_key, last_chunk_of[4], decays,
+            SHAPE.BLOCKS if SHAPE.HIDDEN > 0 else 0, SHAPE.LAST_KEPT, SHAPE.LAST_BLOCK, SHAPE, RULE,
         )  # fmt: skip
         tl.debug_barrier()  # the next chunk reads what other threads of the program have stored
 

@@ -11,6 +11,7 @@ from nl_kernels.memory.kernels.fragments import (
     by_token,
     by_width,
     operands_at,
+    pair_sums,
     pairs_at,
     product,
     put_pairs,
@@ -22,14 +23,13 @@ from nl_kernels.memory.kernels.fragments import (
     turned_rows_of,
     weights_at,
 )
-from nl_kernels.memory.kernels.generate import RATE, made_from, vectors_at
+from nl_kernels.memory.kernels.generate import RATE, vectors_at
 from nl_kernels.memory.kernels.layer import memory_of, zeros_of
 from nl_kernels.memory.kernels.layer_adjoint import (
     bound_adjoint,
     carried_adjoint,
     decays_adjoint,
     hidden_adjoint,
-    pair_sums,
     read_adjoint,
     signal_adjoint,
     write_adjoint,
@@ -47,15 +47,15 @@ from nl_kernels.memory.kernels.learn import (
 
 @triton.jit
 def layer_adjoint(
-    d_state, state, key, memory, layer, grad, decays, rate, omega, solution, shares,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+    d_state, state, key, layer, grad, decays, rate, omega, solution, shares,
+    LAST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a layer's write and running read: of the signal and of the recall [B, rows, C].
 
     ``grad``, that of the read's rows, ω and the ``solution`` are in scratch. Shares in those of the inner products
     go to ``shares``, those in the gradients of rates and log decays are returned, [B, 1, C], [B, C], [B, 1, C].
     """
-    d_written, d_final = carried_adjoint(d_state, state, key, memory, WIDTH // SHAPE.PER, BLOCK, SHAPE, RULE)
+    d_written, d_final = carried_adjoint(d_state, state, key, LAST, WIDTH // SHAPE.PER, BLOCK, SHAPE, RULE)
     d_written *= decays[4]
     d_to_end = tl.sum(layer[3] * d_written, 1)[:, None, :] * -rate
     if RULE.RUNNING:
@@ -77,7 +77,7 @@ def layer_adjoint(
 
 @triton.jit
 def give_back(
-    place, scratch, omega, recalled, errors, d_value, read, decays, rate, gram, products, query, SIZE: tl.constexpr,
+    place, scratch, omega, recalled, errors, d_value, read, decays, rate, gram, products, SIZE: tl.constexpr,
     WIDTH: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Shares of blocks in the gradients of keys, values and queries of the layer that they enter, to scratch.
@@ -87,53 +87,52 @@ def give_back(
     """
     C: tl.constexpr = SHAPE.BLOCK_C
     ROWS: tl.constexpr = WIDTH // SHAPE.PER
-    memory = memory_of(SHAPE)
-    block = tl.arange(0, SHAPE.BLOCKS)
+    PART: tl.constexpr = C * SHAPE.BLOCK_K // 256
     state, base, anchor = operands_of(place, SIZE, RULE)
     d_state = operands_at(place + D_STATE_OPERAND * SIZE, RULE)
     _, _, _, after, to_end, _ = decays
-    by_write = turned_rows_of(omega, memory, WIDTH, SHAPE).to(tl.float32)
+    by_write = turned_rows_of(omega, WIDTH, SHAPE).to(tl.float32)
     by_write = rounded(by_write * tl.trans(to_end * -rate, 0, 2, 1), RULE)
-    d_key = turned_rows_of(errors, memory, WIDTH, SHAPE)
-    d_read = turned_rows_of(read, memory, WIDTH, SHAPE)
-    keys = operands_at(scratch + PLACES.KEY, RULE)
+    d_key = turned_rows_of(errors, WIDTH, SHAPE)
+    d_read = turned_rows_of(read, WIDTH, SHAPE)
+    keys, query = operands_at(scratch + PLACES.KEY, RULE), operands_at(scratch + PLACES.QUERY, RULE)
     if RULE.ERASES:
-        d_recalled = turned_rows_of(recalled, memory, WIDTH, SHAPE)
-        both = pairs_at(gram, block, False, SHAPE) + pairs_at(gram, block, True, SHAPE)
+        d_recalled = turned_rows_of(recalled, WIDTH, SHAPE)
+        both = pairs_at(gram, False, SHAPE) + pairs_at(gram, True, SHAPE)
         both = rounded(both, RULE)
     if RULE.RUNNING:
         d_running = rounded(d_read.to(tl.float32) * tl.trans(after, 0, 2, 1), RULE)
-        straight = rounded(pairs_at(products, block, False, SHAPE), RULE)
-        turned = rounded(pairs_at(products, block, True, SHAPE), RULE)
+        straight = rounded(pairs_at(products, False, SHAPE), RULE)
+        turned = rounded(pairs_at(products, True, SHAPE), RULE)
     shares = scratch + PLACES.SHARES
     SHARE: tl.constexpr = SHAPE.BLOCKS * SHAPE.BLOCK_K * C
     for start in range(0, SHAPE.BLOCK_K, SHAPE.SLICE):
-        at = block * (C * SHAPE.BLOCK_K // 256) + start // 16
-        x = by_token(keys, 0 * block, start, SHAPE.BLOCK_K, SHAPE)
+        at = shares + start * 16
+        x = by_token(keys, start, 0, SHAPE.BLOCK_K, SHAPE)
         weights = weights_at(base, start, ROWS, SHAPE.BLOCK_K, SHAPE)
         key = product(d_key, weights, RULE)
         if d_value is not None:
-            value = product(turned_rows_of(d_value, memory, WIDTH, SHAPE), weights, RULE)
+            value = product(turned_rows_of(d_value, WIDTH, SHAPE), weights, RULE)
         else:
             value = -key
-        store_tile(shares + SHARE, at, value, SHAPE.BLOCK_K)
+        store_tile(at + SHARE, value, SHAPE.BLOCK_K, SHAPE.PER * PART, PART, SHAPE)
         if not RULE.RUNNING:
-            store_tile(shares + 2 * SHARE, at, product(d_read, weights, RULE), SHAPE.BLOCK_K)
+            store_tile(at + 2 * SHARE, product(d_read, weights, RULE), SHAPE.BLOCK_K, SHAPE.PER * PART, PART, SHAPE)
         key += product(by_write, weights_at(d_state, start, ROWS, SHAPE.BLOCK_K, SHAPE), RULE)
         if RULE.ERASES:
             weights = weights_at(state, start, ROWS, SHAPE.BLOCK_K, SHAPE)
             key += product(d_recalled, weights, RULE)
             key += product(both, x, RULE)
         if RULE.RUNNING:
-            q = by_token(operands_at(scratch + query, RULE), 0 * block, start, SHAPE.BLOCK_K, SHAPE)
+            q = by_token(query, start, 0, SHAPE.BLOCK_K, SHAPE)
             key += product(straight, q, RULE)
             weights = weights_at(state, start, ROWS, SHAPE.BLOCK_K, SHAPE)
             by_query = product(d_running, weights, RULE) + product(turned, x, RULE)
             if RULE.ANCHORED:
                 weights = weights_at(anchor, start, ROWS, SHAPE.BLOCK_K, SHAPE)
                 by_query += product(d_read, weights, RULE)
-            store_tile(shares + 2 * SHARE, at, by_query, SHAPE.BLOCK_K)
-        store_tile(shares, at, key, SHAPE.BLOCK_K)
+            store_tile(at + 2 * SHARE, by_query, SHAPE.BLOCK_K, SHAPE.PER * PART, PART, SHAPE)
+        store_tile(at, key, SHAPE.BLOCK_K, SHAPE.PER * PART, PART, SHAPE)
 
 
 @triton.jit
@@ -142,17 +141,16 @@ def last_layer_back(
 ):
     """What the last layers' writes and reads give to their keys and queries [B, h, C], their pairs apart."""
     state, base, anchor = weights
-    memory = memory_of(SHAPE)
     _, _, _, after, to_end, _ = decays
     key = zeros_of(SHAPE.BLOCK_H // SHAPE.PER, SHAPE)
     query = key
     for start in range(0, SHAPE.BLOCK_V, SHAPE.SLICE):
-        x = by_width(omega, memory, start, SHAPE.BLOCK_V, SHAPE).to(tl.float32) * (-rate * to_end)
+        x = by_width(omega, start, SHAPE.BLOCKS, SHAPE.BLOCK_V, SHAPE).to(tl.float32) * (-rate * to_end)
         key += product(outputs_of(d_state, start, SHAPE), rounded(x, RULE), RULE)
         if RULE.ERASES:
-            x = by_width(recalled, memory, start, SHAPE.BLOCK_V, SHAPE)
+            x = by_width(recalled, start, SHAPE.BLOCKS, SHAPE.BLOCK_V, SHAPE)
             key += product(outputs_of(state, start, SHAPE), x, RULE)
-        x = by_width(grad, memory, start, SHAPE.BLOCK_V, SHAPE)
+        x = by_width(grad, start, SHAPE.BLOCKS, SHAPE.BLOCK_V, SHAPE)
         if RULE.RUNNING:
             query += product(outputs_of(state, start, SHAPE), rounded(x.to(tl.float32) * after, RULE), RULE)
             if RULE.ANCHORED:
@@ -164,9 +162,8 @@ def last_layer_back(
 
 @triton.jit
 def update_layer(
-    place, fresh, decays, key, value, query, memory, d_recalled, d_key, d_value, d_read, more, more_from,
-    made, made_from_at, made_memory, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+    place, fresh, decays, key, value, query, d_recalled, d_key, d_value, d_read, more, more_from, made, made_from,
+    LAST: tl.constexpr, MADE_LAST: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a layer's weights before the chunk, in scratch: running, snapshot and anchor.
 
@@ -182,18 +179,18 @@ def update_layer(
     if value is not None and d_value is None:
         d_value = rounded(-d_key.to(tl.float32), RULE)
     for start in range(0, BLOCK, SHAPE.SLICE):
-        x = by_token(key, memory, start, BLOCK, SHAPE)
+        x = by_token(key, start, LAST, BLOCK, SHAPE)
         grad = decays[5] * weights_at(d_state, start, ROWS, BLOCK, SHAPE)
         if RULE.ERASES:
             grad += product(d_recalled, x, RULE)
         at_base = product(d_key, x, RULE)
         if value is not None:
-            at_base += product(d_value, by_token(value, memory, start, BLOCK, SHAPE), RULE)
+            at_base += product(d_value, by_token(value, start, LAST, BLOCK, SHAPE), RULE)
         if more is not None:
-            at_base += product(more, by_token(more_from, memory, start, BLOCK, SHAPE), RULE)
+            at_base += product(more, by_token(more_from, start, LAST, BLOCK, SHAPE), RULE)
         if made is not None:
-            at_base += product(made, by_token(made_from_at, made_memory, start, BLOCK, SHAPE), RULE)
-        x = by_token(query, memory, start, BLOCK, SHAPE)
+            at_base += product(made, by_token(made_from, start, MADE_LAST, BLOCK, SHAPE), RULE)
+        x = by_token(query, start, LAST, BLOCK, SHAPE)
         by_anchor = at_base
         if RULE.RUNNING:
             grad += product(d_running, x, RULE)
@@ -241,10 +238,10 @@ def linear_errors_adjoint(
     put_rows(omega, rounded(last[3], RULE), WIDTH, SHAPE)
     tl.debug_barrier()
     d_signal, d_recalled, vectors = layer_adjoint(
-        place + STATE * SHAPE.LAST_KEPT, last_state, operands_at(scratch + PLACES.KEY, RULE), 0 * memory_of(SHAPE),
+        place + STATE * SHAPE.LAST_KEPT, last_state, operands_at(scratch + PLACES.KEY, RULE),
         last, read, decays, rate, omega,
         (operands_at(scratch + PLACES.INVERSE, RULE), operands_at(scratch + PLACES.SCORES, RULE)),
-        (scratch + PLACES.GRAM, scratch + PLACES.PAIRS), WIDTH, SHAPE.BLOCK_K, SHAPE, RULE,
+        (scratch + PLACES.GRAM, scratch + PLACES.PAIRS), 0, WIDTH, SHAPE.BLOCK_K, SHAPE, RULE,
     )  # fmt: skip
     d_error = bound_adjoint(d_signal, last[0], factor, narrow_of(SHAPE), RULE.BOUND, SHAPE.PER)
     put_rows(errors, rounded(d_error, RULE), WIDTH, SHAPE)
@@ -252,7 +249,7 @@ def linear_errors_adjoint(
     tl.debug_barrier()
     give_back(
         place, scratch, omega, recalled, errors, None, read, decays, rate, scratch + PLACES.GRAM,
-        scratch + PLACES.PAIRS, PLACES.QUERY, SHAPE.LAST_KEPT, WIDTH, SHAPE, RULE, PLACES,
+        scratch + PLACES.PAIRS, SHAPE.LAST_KEPT, WIDTH, SHAPE, RULE, PLACES,
     )  # fmt: skip
     return vectors
 
@@ -267,7 +264,6 @@ def deep_errors_adjoint(
     rate = tl.load(vectors_at(scratch, RATE, SHAPE, PLACES)[None, None, :])
     OUT: tl.constexpr = SHAPE.BLOCK_V
     UNITS: tl.constexpr = SHAPE.BLOCK_H
-    memory = memory_of(SHAPE)
     omega = operands_at(scratch + PLACES.OMEGA, RULE)
     first_omega = operands_at(scratch + PLACES.OMEGA_FIRST, RULE)
     read = operands_at(scratch + PLACES.READ, RULE)
@@ -286,9 +282,9 @@ def deep_errors_adjoint(
 
     # The last layers, and what they give to the hidden layers at keys and queries.
     d_error, d_recalled, vectors = layer_adjoint(
-        place + STATE * SHAPE.LAST_KEPT, last_state, keys, memory, last, read, decays, rate, omega,
+        place + STATE * SHAPE.LAST_KEPT, last_state, keys, last, read, decays, rate, omega,
         (operands_at(scratch + PLACES.INVERSE, RULE), operands_at(scratch + PLACES.SCORES, RULE)),
-        (gram, products), OUT, UNITS, SHAPE, RULE,
+        (gram, products), SHAPE.BLOCKS, OUT, UNITS, SHAPE, RULE,
     )  # fmt: skip
     put_rows(recalled, rounded(d_recalled, RULE), OUT, SHAPE)
     tl.debug_barrier()
@@ -296,13 +292,13 @@ def deep_errors_adjoint(
         weights, operands_at(place + D_STATE_OPERAND * SHAPE.LAST_KEPT, RULE), decays, rate, omega, recalled, read,
         SHAPE, RULE,
     )  # fmt: skip
-    x = rows_of(keys, memory, UNITS, SHAPE)
+    x = rows_of(keys, SHAPE.BLOCKS, UNITS, SHAPE)
     if RULE.ERASES:
         d_hidden += product(x, tl.trans(pair_sums(gram, True, SHAPE, RULE), 0, 2, 1), RULE)
         d_hidden += product(x, tl.trans(pair_sums(gram, False, SHAPE, RULE), 0, 2, 1), RULE)
     if RULE.RUNNING:
         d_query += product(x, tl.trans(pair_sums(products, True, SHAPE, RULE), 0, 2, 1), RULE)
-        x = rows_of(operands_at(scratch + PLACES.HIDDEN_QUERY, RULE), memory, UNITS, SHAPE)
+        x = rows_of(operands_at(scratch + PLACES.HIDDEN_QUERY, RULE), SHAPE.BLOCKS, UNITS, SHAPE)
         d_hidden += product(x, tl.trans(pair_sums(products, False, SHAPE, RULE), 0, 2, 1), RULE)
     d_query = hidden_adjoint(d_query, hidden_query, None, RULE, SHAPE.PER)
     put_rows(queries, rounded(d_query, RULE), UNITS, SHAPE)
@@ -311,17 +307,17 @@ def deep_errors_adjoint(
     # The first layers and the error signal.
     d_signal, d_recalled, more = layer_adjoint(
         scratch + PLACES.FIRST + STATE * SHAPE.FIRST_KEPT, first_state, operands_at(scratch + PLACES.KEY, RULE),
-        0 * memory, first, queries, decays, rate, first_omega,
+        first, queries, decays, rate, first_omega,
         (operands_at(scratch + PLACES.INVERSE_FIRST, RULE), operands_at(scratch + PLACES.SCORES_FIRST, RULE)),
-        (scratch + PLACES.GRAM_FIRST, scratch + PLACES.PAIRS_FIRST), UNITS, SHAPE.BLOCK_K, SHAPE, RULE,
+        (scratch + PLACES.GRAM_FIRST, scratch + PLACES.PAIRS_FIRST), 0, UNITS, SHAPE.BLOCK_K, SHAPE, RULE,
     )  # fmt: skip
     d_back, by_signal, d_slope, radial = signal_adjoint(d_signal, back, hidden, signal, RULE, SHAPE.PER)
     put_rows(backs, rounded(d_back, RULE), UNITS, SHAPE)
     put_rows(first_recalled, rounded(d_recalled, RULE), UNITS, SHAPE)
     tl.debug_barrier()
     for start in range(0, UNITS, SHAPE.SLICE):
-        x = by_width(backs, memory, start, UNITS, SHAPE)
-        d_error += product(weights_at(weights[1], start, OUT // SHAPE.PER, UNITS, SHAPE), x, RULE)
+        given = by_width(backs, start, SHAPE.BLOCKS, UNITS, SHAPE)
+        d_error += product(weights_at(weights[1], start, OUT // SHAPE.PER, UNITS, SHAPE), given, RULE)
     d_error = bound_adjoint(d_error, last[0], factor, narrow_of(SHAPE), RULE.BOUND, SHAPE.PER)
     put_rows(errors, rounded(d_error, RULE), OUT, SHAPE)
     tl.debug_barrier()
@@ -338,7 +334,7 @@ def deep_errors_adjoint(
     tl.debug_barrier()
     give_back(
         scratch + PLACES.FIRST, scratch, first_omega, first_recalled, operands_at(scratch + PLACES.D_KEY, RULE),
-        values, queries, decays, rate, scratch + PLACES.GRAM_FIRST, scratch + PLACES.PAIRS_FIRST, PLACES.QUERY,
+        values, queries, decays, rate, scratch + PLACES.GRAM_FIRST, scratch + PLACES.PAIRS_FIRST,
         SHAPE.FIRST_KEPT, UNITS, SHAPE, RULE, PLACES,
     )  # fmt: skip
     return vectors[0] + more[0], vectors[1] + more[1], vectors[2] + more[2]

@@ -1,11 +1,10 @@
 """The gradients of a chunk's tokens: what all blocks of rows have for them, and how the memories made
-them. Tiles of tokens are [1, C, width]."""
+them. Tiles of tokens are [C, width]."""
 
 import triton
 import triton.language as tl
 
 from nl_kernels.memory.kernels.fragments import (
-    load_tile,
     operands_at,
     product,
     put_rows,
@@ -13,6 +12,7 @@ from nl_kernels.memory.kernels.fragments import (
     rounded,
     rows_of,
     store_tile,
+    tokens_at,
     turned_rows_of,
     weights_at,
 )
@@ -26,7 +26,7 @@ from nl_kernels.memory.kernels.generate import (
     load_tokens,
     vectors_at,
 )
-from nl_kernels.memory.kernels.layer import last_rows, memory_of
+from nl_kernels.memory.kernels.layer import last_rows
 from nl_kernels.memory.kernels.layer_adjoint import hidden_adjoint
 from nl_kernels.memory.kernels.learn import send_back
 
@@ -34,21 +34,19 @@ from nl_kernels.memory.kernels.learn import send_back
 @triton.jit
 def token_shares(place, FIRST: tl.constexpr, COUNT: tl.constexpr, SHAPE: tl.constexpr):
     """The sum of the shares of blocks ``FIRST`` … in scratch."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    SIZE: tl.constexpr = SHAPE.BLOCK_K * C
-    first = tl.zeros([1], tl.int32)
-    total = load_tile(place + FIRST * SIZE, first, C, SHAPE.BLOCK_K, SHAPE.BLOCK_K)
+    SIZE: tl.constexpr = SHAPE.BLOCK_K * SHAPE.BLOCK_C
+    at = tokens_at(place + FIRST * SIZE, SHAPE.BLOCK_K, SHAPE)
+    total = tl.load(at)
     for i in tl.static_range(1, COUNT):
-        total += load_tile(place + (FIRST + i) * SIZE, first, C, SHAPE.BLOCK_K, SHAPE.BLOCK_K)
+        total += tl.load(at + i * SIZE)
     return total
 
 
 @triton.jit
-def tokens_of(place, number, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
-    """Matrix ``number`` of tokens in scratch."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    first = tl.zeros([1], tl.int32) + number * (2 * WIDTH * C // 256)
-    return load_tile(place, first, C, WIDTH, WIDTH).to(tl.float32)
+def tokens_of(place, NUMBER: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+    """Matrix ``NUMBER`` of tokens in scratch."""
+    place += NUMBER * 2 * WIDTH * SHAPE.BLOCK_C
+    return tl.load(tokens_at(place, WIDTH, SHAPE)).to(tl.float32)
 
 
 @triton.jit
@@ -79,11 +77,11 @@ def tokens_adjoint(d_o, place, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr,
 
 @triton.jit
 def store_tokens(base, place, x, WIDTH: tl.constexpr):
-    """Tokens [1, C, BLOCK] to the caller."""
+    """Tokens [C, BLOCK] to the caller."""
     token, exists = place
-    number = tl.arange(0, x.shape[2])[None, None, :]
-    inside = exists[None, :, None] & (number < WIDTH)
-    tl.store(base + token[None, :, None] * WIDTH + number, x.to(base.dtype.element_ty), mask=inside)
+    number = tl.arange(0, x.shape[1])[None, :]
+    inside = exists[:, None] & (number < WIDTH)
+    tl.store(base + token[:, None] * WIDTH + number, x.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -111,7 +109,7 @@ def gates_adjoint(d_rate, d_log, rate_max, exists, scratch, SHAPE: tl.constexpr,
 @triton.jit
 def unit_adjoint(grad, x, scale):
     """The gradient of the argument of x = ``scale`` · argument, of unit length, from that of x; scales are [C]."""
-    return (grad - x * tl.sum(x * grad, 2)[:, :, None]) * scale[None, :, None]
+    return (grad - x * tl.sum(x * grad, 1)[:, None]) * scale[:, None]
 
 
 @triton.jit
@@ -132,10 +130,10 @@ def made_adjoint(d_key, d_value, scratch, SHAPE: tl.constexpr, RULE: tl.constexp
     made = operands_at(scratch + PLACES.D_MADE, RULE)
     key = tokens_of(operands_at(scratch + PLACES.KEY, RULE), 0, SHAPE.BLOCK_K, SHAPE)
     d_key = unit_adjoint(d_key, key, tl.load(vectors_at(scratch, KEY_SCALE, SHAPE, PLACES)))
-    put_tokens(made, rounded(d_key, RULE))
-    put_tokens(made + 2 * SHAPE.BLOCK_V * C, rounded(d_value, RULE))
+    put_tokens(made, rounded(d_key, RULE), SHAPE.BLOCK_V, SHAPE)
+    put_tokens(made + 2 * SHAPE.BLOCK_V * C, rounded(d_value, RULE), SHAPE.BLOCK_V, SHAPE)
     tl.debug_barrier()
-    x = rows_of(made, memory_of(SHAPE), SHAPE.BLOCK_V, SHAPE).to(tl.float32)
+    x = rows_of(made, SHAPE.BLOCKS, SHAPE.BLOCK_V, SHAPE).to(tl.float32)
     x = tl.where(memory < 2, x, 0.0)
     d_rate = tl.load(vectors_at(scratch, D_RATE_GATE, SHAPE, PLACES)[None, None, :])
     x += tl.where((memory == SHAPE.WIDE) & (row == 0), d_rate, 0.0)
@@ -153,7 +151,6 @@ def inputs_adjoint(
 ):  # fmt: skip
     """Gradients of the inputs of the memories that made keys, values and gates."""
     C: tl.constexpr = SHAPE.BLOCK_C
-    memory = memory_of(SHAPE)
     made = operands_at(scratch + PLACES.D_MADE, RULE)
     base = last_base
     WIDTH: tl.constexpr = SHAPE.BLOCK_H if SHAPE.HIDDEN > 0 else SHAPE.BLOCK_V
@@ -163,17 +160,18 @@ def inputs_adjoint(
         put_rows(made, rounded(d_z, RULE), WIDTH, SHAPE)
         tl.debug_barrier()
         base = first_base
-    grad = turned_rows_of(made, memory, WIDTH, SHAPE)
-    block = tl.arange(0, SHAPE.BLOCKS)
+    grad = turned_rows_of(made, WIDTH, SHAPE)
+    PART: tl.constexpr = C * SHAPE.BLOCK_K // 256
     shares = scratch + PLACES.SHARES
     for start in range(0, SHAPE.BLOCK_K, SHAPE.SLICE):
         weights = weights_at(base, start, WIDTH // SHAPE.PER, SHAPE.BLOCK_K, SHAPE)
-        at = block * (C * SHAPE.BLOCK_K // 256) + start // 16
-        store_tile(shares, at, product(grad, weights, RULE), SHAPE.BLOCK_K)
+        x = product(grad, weights, RULE)
+        store_tile(shares + start * 16, x, SHAPE.BLOCK_K, SHAPE.PER * PART, PART, SHAPE)
     tl.debug_barrier()
     store_tokens(d_tokens.key, place, d_key + token_shares(shares, 0, SHAPE.PER, SHAPE), SHAPE.KEY_DIM)
     store_tokens(
         d_tokens.value, place, d_value + token_shares(shares, SHAPE.PER, SHAPE.PER, SHAPE), SHAPE.KEY_DIM
     )
-    x = token_shares(shares, SHAPE.WIDE * SHAPE.PER, (SHAPE.MEMORIES - SHAPE.WIDE) * SHAPE.PER, SHAPE)
-    store_tokens(d_tokens.gate, place, x, SHAPE.KEY_DIM)
+    GATES: tl.constexpr = (SHAPE.MEMORIES - SHAPE.WIDE) * SHAPE.PER
+    d_gate = token_shares(shares, SHAPE.WIDE * SHAPE.PER, GATES, SHAPE)
+    store_tokens(d_tokens.gate, place, d_gate, SHAPE.KEY_DIM)
