@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from nl_kernels.memory.kernels.forward import at_row, give_layer, own_clock
 from nl_kernels.memory.kernels.fragments import (
     operands_at,
     put_rows,
@@ -11,7 +12,13 @@ from nl_kernels.memory.kernels.fragments import (
     rows_of,
     weights_at,
 )
-from nl_kernels.memory.kernels.generate import GATE_INPUT, given_tokens, locate_row, locate_tokens, make_tokens
+from nl_kernels.memory.kernels.generate import (
+    GATE_INPUT,
+    given_tokens,
+    locate_row,
+    locate_tokens,
+    make_tokens,
+)
 from nl_kernels.memory.kernels.layer import first_rows, last_rows, memory_of, take_layer
 from nl_kernels.memory.kernels.layer_adjoint import vector_shares
 from nl_kernels.memory.kernels.learn import (
@@ -24,10 +31,7 @@ from nl_kernels.memory.kernels.learn import (
     SNAPSHOT,
     STATE,
     STATE_OPERAND,
-    at_row,
-    give_layer,
     learn_chunk,
-    own_clock,
 )
 from nl_kernels.memory.kernels.learn_adjoint import deep_errors_adjoint, linear_errors_adjoint, update_layer
 from nl_kernels.memory.kernels.tokens_adjoint import (
@@ -44,92 +48,96 @@ from nl_kernels.memory.kernels.tokens_adjoint import (
 @triton.jit
 def take_gradients(
     place, resumed, anchor, d_running, d_snapshot, d_anchor, rows, IN: tl.constexpr, BLOCK: tl.constexpr,
-    SIZE: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+    SIZE: tl.constexpr, BANK: tl.constexpr,
 ):  # fmt: skip
     """A layer's gradients, anchor and first snapshot to scratch."""
     ROWS: tl.constexpr = rows[1].shape[1]
-    take_layer(place + RESUMED * SIZE, resumed, rows, IN, BLOCK, SHAPE)
-    take_layer(place + STATE * SIZE, d_running, rows, IN, BLOCK, SHAPE)
-    take_layer(place + SNAPSHOT * SIZE, d_snapshot, rows, IN, BLOCK, SHAPE)
-    if RULE.ANCHORED:
-        take_layer(place + ANCHOR * SIZE, anchor, rows, IN, BLOCK, SHAPE)
-        take_layer(place + D_ANCHOR * SIZE, d_anchor, rows, IN, BLOCK, SHAPE)
+    take_layer(place + RESUMED * SIZE, resumed, rows, IN, BLOCK, BANK)
+    take_layer(place + STATE * SIZE, d_running, rows, IN, BLOCK, BANK)
+    take_layer(place + SNAPSHOT * SIZE, d_snapshot, rows, IN, BLOCK, BANK)
+    if BANK.ANCHORED:
+        take_layer(place + ANCHOR * SIZE, anchor, rows, IN, BLOCK, BANK)
+        take_layer(place + D_ANCHOR * SIZE, d_anchor, rows, IN, BLOCK, BANK)
     tl.debug_barrier()
-    for start in range(0, BLOCK, SHAPE.SLICE):
-        x = weights_at(place + STATE * SIZE, start, ROWS, BLOCK, SHAPE)
-        put_weights(operands_at(place + D_STATE_OPERAND * SIZE, RULE), start, rounded(x, RULE), BLOCK, SHAPE)
-        if RULE.ANCHORED:
-            x = weights_at(place + ANCHOR * SIZE, start, ROWS, BLOCK, SHAPE)
-            put_weights(operands_at(place + ANCHOR_OPERAND * SIZE, RULE), start, rounded(x, RULE), BLOCK, SHAPE)
+    for start in range(0, BLOCK, BANK.SLICE):
+        x = weights_at(place + STATE * SIZE, start, ROWS, BLOCK, BANK)
+        put_weights(operands_at(place + D_STATE_OPERAND * SIZE, BANK), start, rounded(x, BANK), BLOCK, BANK)
+        if BANK.ANCHORED:
+            x = weights_at(place + ANCHOR * SIZE, start, ROWS, BLOCK, BANK)
+            put_weights(
+                operands_at(place + ANCHOR_OPERAND * SIZE, BANK), start, rounded(x, BANK), BLOCK, BANK
+            )
 
 
 @triton.jit
 def give_gradients(
-    place, d_running, d_snapshot, d_anchor, rows, IN: tl.constexpr, BLOCK: tl.constexpr,
-    SIZE: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
+    place, d_running, d_snapshot, d_anchor, rows, IN: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
+    BANK: tl.constexpr,
 ):  # fmt: skip
     """A layer's gradients to where they came from."""
-    give_layer(place + STATE * SIZE, d_running, rows, IN, BLOCK, SHAPE)
-    give_layer(place + SNAPSHOT * SIZE, d_snapshot, rows, IN, BLOCK, SHAPE)
-    if RULE.ANCHORED:
-        give_layer(place + D_ANCHOR * SIZE, d_anchor, rows, IN, BLOCK, SHAPE)
+    give_layer(place + STATE * SIZE, d_running, rows, IN, BLOCK, BANK)
+    give_layer(place + SNAPSHOT * SIZE, d_snapshot, rows, IN, BLOCK, BANK)
+    if BANK.ANCHORED:
+        give_layer(place + D_ANCHOR * SIZE, d_anchor, rows, IN, BLOCK, BANK)
 
 
 @triton.jit
 def _at_period(
-    state, start, CLOCK: tl.constexpr, row, start_at,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, SHAPE: tl.constexpr,
+    state, start, CLOCK: tl.constexpr, row, start_at, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, BANK: tl.constexpr,
 ):  # fmt: skip
     """Weights kept at the start of the period of ``CLOCK`` that the chunk belongs to, if that was kept."""
     back = start % CLOCK
-    chunks = tl.where(start - back > row[3], back // SHAPE.CHUNK, 0)
-    return weights_at(state - chunks * SIZE, start_at, ROWS, BLOCK, SHAPE)
+    chunks = tl.where(start - back > row[3], back // BANK.CHUNK, 0)
+    return weights_at(state - chunks * SIZE, start_at, ROWS, BLOCK, BANK)
 
 
 @triton.jit
 def take_states(
     place, kept, row, start, places, ROWS: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
-    SHAPE: tl.constexpr, RULE: tl.constexpr,
+    BANK: tl.constexpr,
 ):  # fmt: skip
     """Operands of a layer's running weights before the chunk, and of those that it is applied at, to scratch.
 
-    ``kept`` are those at the start of periods, ``places`` the first slot of it for this head and the chunk that it
-    belongs to. Returns the chunk's own, and whether they are what it is applied at, too [B, 1, 1].
+    ``places`` are the first slot of ``kept`` for this head, and the chunk that it belongs to. Returns the
+    chunk's own, and whether they are what it is applied at, too [B, 1, 1].
     """
-    state = kept + (places[0] + (start // SHAPE.CHUNK - places[1])) * SIZE
-    period = start - start % own_clock(SHAPE)
+    state = kept + (places[0] + (start // BANK.CHUNK - places[1])) * SIZE
+    period = start - start % own_clock(BANK)
     inside = (period > row[3])[:, None, None]
-    if SHAPE.TRUNCATE > 0:
-        end = start + SHAPE.CHUNK
-        if (end % SHAPE.TRUNCATE == 0) & (end <= row[4]):  # the gradient is cut after the chunk
-            for start_at in range(0, BLOCK, SHAPE.SLICE):
-                zeros = 0.0 * weights_at(state, start_at, ROWS, BLOCK, SHAPE)
-                put_weights(place + STATE * SIZE, start_at, zeros, BLOCK, SHAPE)
-                put_weights(place + SNAPSHOT * SIZE, start_at, zeros, BLOCK, SHAPE)
-                at = operands_at(place + D_STATE_OPERAND * SIZE, RULE)
-                put_weights(at, start_at, rounded(zeros, RULE), BLOCK, SHAPE)
-    for start_at in range(0, BLOCK, SHAPE.SLICE):
-        x = weights_at(state, start_at, ROWS, BLOCK, SHAPE)
-        put_weights(operands_at(place + STATE_OPERAND * SIZE, RULE), start_at, rounded(x, RULE), BLOCK, SHAPE)
-        if SHAPE.MEMORY_CLOCK != SHAPE.CHUNK or SHAPE.OTHERS_CLOCK != SHAPE.CHUNK:
-            own = (memory_of(SHAPE) == SHAPE.OWN)[:, None, None]
-            x = _at_period(state, start, SHAPE.OTHERS_CLOCK, row, start_at, ROWS, BLOCK, SIZE, SHAPE)
-            x = tl.where(own, _at_period(state, start, SHAPE.MEMORY_CLOCK, row, start_at, ROWS, BLOCK, SIZE, SHAPE), x)
-        x = tl.where(inside, x, weights_at(place + RESUMED * SIZE, start_at, ROWS, BLOCK, SHAPE))
-        if RULE.ANCHORED:
-            x += weights_at(place + ANCHOR * SIZE, start_at, ROWS, BLOCK, SHAPE)
-        put_weights(operands_at(place + BASE_OPERAND * SIZE, RULE), start_at, rounded(x, RULE), BLOCK, SHAPE)
+    if BANK.TRUNCATE > 0:
+        end = start + BANK.CHUNK
+        if (end % BANK.TRUNCATE == 0) & (end <= row[4]):  # the gradient is cut after the chunk
+            for start_at in range(0, BLOCK, BANK.SLICE):
+                zeros = 0.0 * weights_at(state, start_at, ROWS, BLOCK, BANK)
+                put_weights(place + STATE * SIZE, start_at, zeros, BLOCK, BANK)
+                put_weights(place + SNAPSHOT * SIZE, start_at, zeros, BLOCK, BANK)
+                at = operands_at(place + D_STATE_OPERAND * SIZE, BANK)
+                put_weights(at, start_at, rounded(zeros, BANK), BLOCK, BANK)
+    for start_at in range(0, BLOCK, BANK.SLICE):
+        x = weights_at(state, start_at, ROWS, BLOCK, BANK)
+        put_weights(operands_at(place + STATE_OPERAND * SIZE, BANK), start_at, rounded(x, BANK), BLOCK, BANK)
+        if BANK.MEMORY_CLOCK != BANK.CHUNK or BANK.OTHERS_CLOCK != BANK.CHUNK:
+            own = (memory_of(BANK) == BANK.OWN)[:, None, None]
+            x = _at_period(state, start, BANK.OTHERS_CLOCK, row, start_at, ROWS, BLOCK, SIZE, BANK)
+            x = tl.where(
+                own, _at_period(state, start, BANK.MEMORY_CLOCK, row, start_at, ROWS, BLOCK, SIZE, BANK), x
+            )
+        x = tl.where(inside, x, weights_at(place + RESUMED * SIZE, start_at, ROWS, BLOCK, BANK))
+        if BANK.ANCHORED:
+            x += weights_at(place + ANCHOR * SIZE, start_at, ROWS, BLOCK, BANK)
+        put_weights(operands_at(place + BASE_OPERAND * SIZE, BANK), start_at, rounded(x, BANK), BLOCK, BANK)
     return state, (period == start)[:, None, None] & (start > row[3])
 
 
 @triton.jit
-def store_shares(shares, place, SHAPE: tl.constexpr):
+def store_shares(shares, place, BANK: tl.constexpr):
     """All blocks' shares in the gradients of rates (two) and log decays, to scratch."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    at = tl.arange(0, SHAPE.BLOCKS)[:, None] * C + tl.arange(0, C)[None, :]
+    C: tl.constexpr = BANK.BLOCK_C
+    at = tl.arange(0, BANK.BLOCKS)[:, None] * C + tl.arange(0, C)[None, :]
     tl.store(place + at[:, None, :], shares[0])
-    tl.store(place + SHAPE.BLOCKS * C + at, shares[1])
-    tl.store(place + 2 * SHAPE.BLOCKS * C + at[:, None, :], shares[2])
+    tl.store(place + BANK.BLOCKS * C + at, shares[1])
+    tl.store(place + 2 * BANK.BLOCKS * C + at[:, None, :], shares[2])
 
 
 @triton.jit
@@ -145,65 +153,62 @@ def add_gates(place, rate_max, rate_bias, retention_bias):
 
 
 @triton.jit
-def read_gradient(d_o, place, SHAPE: tl.constexpr):
+def read_gradient(d_o, place, BANK: tl.constexpr):
     """The gradient of the reads, as rows [B, outputs, C] of the memory that is read; zero for the others."""
     token, exists = place
-    memory, row, _, within = last_rows(SHAPE)
-    inside = exists[None, None, :] & within & (memory == SHAPE.OWN)
-    return tl.load(d_o + token[None, None, :] * SHAPE.VALUE_DIM + row, mask=inside, other=0.0).to(tl.float32)
+    memory, row, _, within = last_rows(BANK)
+    inside = exists[None, None, :] & within & (memory == BANK.OWN)
+    return tl.load(d_o + token[None, None, :] * BANK.VALUE_DIM + row, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def update_weights(
-    first_fresh, last_fresh, decays, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr
-):
+def update_weights(first_fresh, last_fresh, decays, scratch, BANK: tl.constexpr):
     """Gradients of all weights before the chunk, from what the tokens' stages have left in scratch."""
-    OUT: tl.constexpr = SHAPE.BLOCK_V
-    UNITS: tl.constexpr = SHAPE.BLOCK_H
-    d_error = rows_of(operands_at(scratch + PLACES.D_ERROR, RULE), SHAPE.BLOCKS, OUT, SHAPE)
-    d_recalled = rows_of(operands_at(scratch + PLACES.RECALLED, RULE), SHAPE.BLOCKS, OUT, SHAPE)
-    d_read = rows_of(operands_at(scratch + PLACES.READ, RULE), SHAPE.BLOCKS, OUT, SHAPE)
-    key, query = operands_at(scratch + PLACES.KEY, RULE), operands_at(scratch + PLACES.QUERY, RULE)
+    OUT: tl.constexpr = BANK.BLOCK_V
+    UNITS: tl.constexpr = BANK.BLOCK_H
+    d_error = rows_of(operands_at(scratch + BANK.D_ERROR, BANK), BANK.BLOCKS, OUT, BANK)
+    d_recalled = rows_of(operands_at(scratch + BANK.RECALLED, BANK), BANK.BLOCKS, OUT, BANK)
+    d_read = rows_of(operands_at(scratch + BANK.READ, BANK), BANK.BLOCKS, OUT, BANK)
+    key, query = operands_at(scratch + BANK.KEY, BANK), operands_at(scratch + BANK.QUERY, BANK)
     value, inputs, d_made = None, None, None
-    if RULE.GENERATES:
-        value = operands_at(scratch + PLACES.VALUE, RULE)
-        inputs = operands_at(scratch + PLACES.INPUTS, RULE)
-        d_made = rows_of(operands_at(scratch + PLACES.D_MADE, RULE), SHAPE.BLOCKS, OUT, SHAPE)
-    if SHAPE.HIDDEN > 0:
+    if BANK.GENERATES:
+        value = operands_at(scratch + BANK.VALUE, BANK)
+        inputs = operands_at(scratch + BANK.INPUTS, BANK)
+        d_made = rows_of(operands_at(scratch + BANK.D_MADE, BANK), BANK.BLOCKS, OUT, BANK)
+    if BANK.HIDDEN > 0:
         hidden_value, hidden_made = None, None
-        if RULE.GENERATES:
-            hidden_value = operands_at(scratch + PLACES.HIDDEN_VALUE, RULE)
-            hidden_made = operands_at(scratch + PLACES.HIDDEN_MADE, RULE)
-        error = rows_of(operands_at(scratch + PLACES.ERROR, RULE), SHAPE.BLOCKS, OUT, SHAPE)
-        d_back = operands_at(scratch + PLACES.D_BACK, RULE)
+        if BANK.GENERATES:
+            hidden_value = operands_at(scratch + BANK.HIDDEN_VALUE, BANK)
+            hidden_made = operands_at(scratch + BANK.HIDDEN_MADE, BANK)
+        error = rows_of(operands_at(scratch + BANK.ERROR, BANK), BANK.BLOCKS, OUT, BANK)
+        d_back = operands_at(scratch + BANK.D_BACK, BANK)
         update_layer(
-            scratch + PLACES.LAST, last_fresh, decays, operands_at(scratch + PLACES.HIDDEN_KEY, RULE), hidden_value,
-            operands_at(scratch + PLACES.HIDDEN_QUERY, RULE), d_recalled, d_error, None, d_read, error,
-            d_back, d_made, hidden_made, SHAPE.BLOCKS, SHAPE.BLOCKS, SHAPE.LAST_KEPT, UNITS, SHAPE, RULE,
+            scratch + BANK.LAST, last_fresh, decays, operands_at(scratch + BANK.HIDDEN_KEY, BANK),
+            hidden_value, operands_at(scratch + BANK.HIDDEN_QUERY, BANK), d_recalled, d_error, None, d_read,
+            error, d_back, d_made, hidden_made, BANK.BLOCKS, BANK.BLOCKS, BANK.LAST_KEPT, UNITS, BANK,
         )  # fmt: skip
-        d_recalled = rows_of(operands_at(scratch + PLACES.RECALLED_FIRST, RULE), SHAPE.BLOCKS, UNITS, SHAPE)
-        d_query = rows_of(operands_at(scratch + PLACES.D_QUERY, RULE), SHAPE.BLOCKS, UNITS, SHAPE)
-        d_key = rows_of(operands_at(scratch + PLACES.D_KEY, RULE), SHAPE.BLOCKS, UNITS, SHAPE)
+        d_recalled = rows_of(operands_at(scratch + BANK.RECALLED_FIRST, BANK), BANK.BLOCKS, UNITS, BANK)
+        d_query = rows_of(operands_at(scratch + BANK.D_QUERY, BANK), BANK.BLOCKS, UNITS, BANK)
+        d_key = rows_of(operands_at(scratch + BANK.D_KEY, BANK), BANK.BLOCKS, UNITS, BANK)
         d_value, d_z = None, None
-        if RULE.GENERATES:
-            d_value = rows_of(operands_at(scratch + PLACES.D_VALUE, RULE), SHAPE.BLOCKS, UNITS, SHAPE)
-            d_z = rows_of(operands_at(scratch + PLACES.D_Z, RULE), SHAPE.BLOCKS, UNITS, SHAPE)
+        if BANK.GENERATES:
+            d_value = rows_of(operands_at(scratch + BANK.D_VALUE, BANK), BANK.BLOCKS, UNITS, BANK)
+            d_z = rows_of(operands_at(scratch + BANK.D_Z, BANK), BANK.BLOCKS, UNITS, BANK)
         update_layer(
-            scratch + PLACES.FIRST, first_fresh, decays, key, value, query, d_recalled, d_key, d_value,
-            d_query, None, None, d_z, inputs, 0, GATE_INPUT, SHAPE.FIRST_KEPT, SHAPE.BLOCK_K, SHAPE, RULE,
+            scratch + BANK.FIRST, first_fresh, decays, key, value, query, d_recalled, d_key, d_value, d_query,
+            None, None, d_z, inputs, 0, GATE_INPUT, BANK.FIRST_KEPT, BANK.BLOCK_K, BANK,
         )  # fmt: skip
     else:
         update_layer(
-            scratch + PLACES.LAST, last_fresh, decays, key, value, query, d_recalled, d_error, None, d_read,
-            None, None, d_made, inputs, 0, GATE_INPUT, SHAPE.LAST_KEPT, SHAPE.BLOCK_K, SHAPE, RULE,
+            scratch + BANK.LAST, last_fresh, decays, key, value, query, d_recalled, d_error, None, d_read,
+            None, None, d_made, inputs, 0, GATE_INPUT, BANK.LAST_KEPT, BANK.BLOCK_K, BANK,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "H", "offset", "first_chunk", "stop_chunk", "kept_first", "kept_slots"])
 def learn_adjoint_kernel(
-    tokens, kept, resumed, anchor, d_o, d_tokens, d_running, d_snapshot, d_anchor, d_gates, scratch,
-    T, H, offset, first_chunk, stop_chunk, kept_first, kept_slots,
-    SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr,
+    tokens, kept, resumed, anchor, d_o, d_tokens, d_running, d_snapshot, d_anchor, d_gates, scratch, T, H,
+    offset, first_chunk, stop_chunk, kept_first, kept_slots, BANK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of chunks ``first_chunk`` … ``stop_chunk`` − 1 of each head, the last chunk first.
 
@@ -214,108 +219,107 @@ def learn_adjoint_kernel(
     program = tl.program_id(0).to(tl.int64)
     sequence, head = program // H, program % H
     origin, begin, stop = locate_row(tokens.spans, sequence, offset, T)
-    scratch += program * PLACES.SIZE
-    FIRST: tl.constexpr = SHAPE.FIRST_SIZE
-    LAST: tl.constexpr = SHAPE.LAST_SIZE
+    scratch += program * BANK.SIZE
+    FIRST: tl.constexpr = BANK.FIRST_SIZE
+    LAST: tl.constexpr = BANK.LAST_SIZE
     first_resumed, last_resumed = at_row(resumed, program, FIRST, LAST)
     first_anchor, last_anchor = at_row(anchor, program, FIRST, LAST)
     d_first, d_last = at_row(d_running, program, FIRST, LAST)
     d_first_snapshot, d_last_snapshot = at_row(d_snapshot, program, FIRST, LAST)
     d_first_anchor, d_last_anchor = at_row(d_anchor, program, FIRST, LAST)
     first_kept, last_kept = at_row(kept, 0, 0, 0)
-    first, last = scratch + PLACES.FIRST, scratch + PLACES.LAST
+    first, last = scratch + BANK.FIRST, scratch + BANK.LAST
     gates = (1.0, 0.0, 0.0)
-    if RULE.GENERATES:
+    if BANK.GENERATES:
         gates = (
-            tl.load(tokens.rate_max + head), tl.load(tokens.rate_bias + head), tl.load(tokens.retention_bias + head)
+            tl.load(tokens.rate_max + head), tl.load(tokens.rate_bias + head),
+            tl.load(tokens.retention_bias + head),
         )  # fmt: skip
     by_rate_max, by_rate, by_retention = 0.0, 0.0, 0.0
-    rows = last_rows(SHAPE)
+    rows = last_rows(BANK)
     take_gradients(
-        last, last_resumed, last_anchor, d_last, d_last_snapshot, d_last_anchor, rows, SHAPE.LAST_IN,
-        SHAPE.LAST_BLOCK, SHAPE.LAST_KEPT, SHAPE, RULE,
+        last, last_resumed, last_anchor, d_last, d_last_snapshot, d_last_anchor, rows, BANK.LAST_IN,
+        BANK.LAST_BLOCK, BANK.LAST_KEPT, BANK,
     )  # fmt: skip
-    if SHAPE.HIDDEN > 0:
+    if BANK.HIDDEN > 0:
         take_gradients(
-            first, first_resumed, first_anchor, d_first, d_first_snapshot, d_first_anchor, first_rows(SHAPE),
-            SHAPE.KEY_DIM, SHAPE.BLOCK_K, SHAPE.FIRST_KEPT, SHAPE, RULE,
+            first, first_resumed, first_anchor, d_first, d_first_snapshot, d_first_anchor, first_rows(BANK),
+            BANK.KEY_DIM, BANK.BLOCK_K, BANK.FIRST_KEPT, BANK,
         )  # fmt: skip
     tl.debug_barrier()
 
-    begun = tl.maximum(first_chunk, begin // SHAPE.CHUNK)
-    ended = tl.minimum(stop_chunk, (stop + SHAPE.CHUNK - 1) // SHAPE.CHUNK)
+    begun = tl.maximum(first_chunk, begin // BANK.CHUNK)
+    ended = tl.minimum(stop_chunk, (stop + BANK.CHUNK - 1) // BANK.CHUNK)
     for index in tl.range(begun, ended, disable_licm=True):
-        start = (begun + ended - 1 - index) * SHAPE.CHUNK
+        start = (begun + ended - 1 - index) * BANK.CHUNK
         row = (sequence, head, origin, begin, stop)
-        place = locate_tokens(start, row, T, H, SHAPE)
+        place = locate_tokens(start, row, T, H, BANK)
         _, exists = place
         places = (program * kept_slots, kept_first)
         last_state, last_fresh = take_states(
-            last, last_kept, row, start, places, SHAPE.BLOCK_V // SHAPE.PER, SHAPE.LAST_BLOCK, SHAPE.LAST_KEPT,
-            SHAPE, RULE,
+            last, last_kept, row, start, places, BANK.BLOCK_V // BANK.PER, BANK.LAST_BLOCK, BANK.LAST_KEPT,
+            BANK,
         )  # fmt: skip
         first_fresh = last_fresh
-        if SHAPE.HIDDEN > 0:
+        if BANK.HIDDEN > 0:
             first_state, first_fresh = take_states(
-                first, first_kept, row, start, places, SHAPE.BLOCK_H // SHAPE.PER, SHAPE.BLOCK_K,
-                SHAPE.FIRST_KEPT, SHAPE, RULE,
+                first, first_kept, row, start, places, BANK.BLOCK_H // BANK.PER, BANK.BLOCK_K,
+                BANK.FIRST_KEPT, BANK,
             )  # fmt: skip
 
         # The chunk again.
-        first_base = operands_at(first + BASE_OPERAND * SHAPE.FIRST_KEPT, RULE)
-        last_base = operands_at(last + BASE_OPERAND * SHAPE.LAST_KEPT, RULE)
-        if RULE.GENERATES:
-            made_hidden = make_tokens(tokens, first_base, last_base, place, gates, scratch, SHAPE, RULE, PLACES)
+        first_base = operands_at(first + BASE_OPERAND * BANK.FIRST_KEPT, BANK)
+        last_base = operands_at(last + BASE_OPERAND * BANK.LAST_KEPT, BANK)
+        if BANK.GENERATES:
+            made_hidden = make_tokens(tokens, first_base, last_base, place, gates, scratch, BANK)
         else:
-            given_tokens(tokens, place, scratch, SHAPE, RULE, PLACES)
-        grad = read_gradient(d_o, place, SHAPE)
-        put_rows(operands_at(scratch + PLACES.READ, RULE), rounded(grad, RULE), SHAPE.BLOCK_V, SHAPE)
+            given_tokens(tokens, place, scratch, BANK)
+        grad = read_gradient(d_o, place, BANK)
+        put_rows(operands_at(scratch + BANK.READ, BANK), rounded(grad, BANK), BANK.BLOCK_V, BANK)
         tl.debug_barrier()
-        found = learn_chunk(scratch, True, SHAPE, RULE, PLACES)
+        found = learn_chunk(scratch, True, BANK)
 
         # Errors and writes.
-        if SHAPE.HIDDEN > 0:
-            shares = deep_errors_adjoint(first_state, last_state, found, scratch, SHAPE, RULE, PLACES)
+        if BANK.HIDDEN > 0:
+            shares = deep_errors_adjoint(first_state, last_state, found, scratch, BANK)
         else:
-            shares = linear_errors_adjoint(last_state, found, scratch, SHAPE, RULE, PLACES)
-        store_shares(shares, scratch + PLACES.RATES, SHAPE)
+            shares = linear_errors_adjoint(last_state, found, scratch, BANK)
+        store_shares(shares, scratch + BANK.RATES, BANK)
         tl.debug_barrier()
 
         # Tokens.
-        C: tl.constexpr = SHAPE.BLOCK_C
-        d_rate = vector_shares(scratch + PLACES.RATES, SHAPE)
-        d_rate += vector_shares(scratch + PLACES.RATES + SHAPE.BLOCKS * C, SHAPE)
-        d_log = vector_shares(scratch + PLACES.RATES + 2 * SHAPE.BLOCKS * C, SHAPE)
-        d_key, d_value, d_query = tokens_adjoint(d_o, place, scratch, SHAPE, RULE, PLACES)
-        if RULE.GENERATES:
-            d_query = query_adjoint(d_query, scratch, SHAPE, RULE, PLACES)
-            more = gates_adjoint(d_rate, d_log, gates[0], exists, scratch, SHAPE, PLACES)
+        C: tl.constexpr = BANK.BLOCK_C
+        d_rate = vector_shares(scratch + BANK.RATES, BANK)
+        d_rate += vector_shares(scratch + BANK.RATES + BANK.BLOCKS * C, BANK)
+        d_log = vector_shares(scratch + BANK.RATES + 2 * BANK.BLOCKS * C, BANK)
+        d_key, d_value, d_query = tokens_adjoint(d_o, place, scratch, BANK)
+        if BANK.GENERATES:
+            d_query = query_adjoint(d_query, scratch, BANK)
+            more = gates_adjoint(d_rate, d_log, gates[0], exists, scratch, BANK)
             by_rate_max += more[0]
             by_rate += more[1]
             by_retention += more[2]
-            d_key, d_value = made_adjoint(d_key, d_value, scratch, SHAPE, RULE, PLACES)
-            inputs_adjoint(
-                d_key, d_value, made_hidden, first_base, last_base, d_tokens, place, scratch, SHAPE, RULE, PLACES
-            )
+            d_key, d_value = made_adjoint(d_key, d_value, scratch, BANK)
+            inputs_adjoint(d_key, d_value, made_hidden, first_base, last_base, d_tokens, place, scratch, BANK)
         else:
-            store_tokens(d_tokens.key, place, d_key, SHAPE.KEY_DIM)
-            store_tokens(d_tokens.value, place, d_value, SHAPE.VALUE_DIM)
+            store_tokens(d_tokens.key, place, d_key, BANK.KEY_DIM)
+            store_tokens(d_tokens.value, place, d_value, BANK.VALUE_DIM)
             store_rates(d_rate, d_log, d_tokens, place)
-        store_tokens(d_tokens.query, place, d_query, SHAPE.KEY_DIM)
+        store_tokens(d_tokens.query, place, d_query, BANK.KEY_DIM)
 
         # Weights.
-        update_weights(first_fresh, last_fresh, found[0], scratch, SHAPE, RULE, PLACES)
+        update_weights(first_fresh, last_fresh, found[0], scratch, BANK)
         tl.debug_barrier()
 
-    if RULE.GENERATES:
+    if BANK.GENERATES:
         add_gates(d_gates + 3 * program, by_rate_max, by_rate, by_retention)
     tl.debug_barrier()
     give_gradients(
-        last, d_last, d_last_snapshot, d_last_anchor, rows, SHAPE.LAST_IN, SHAPE.LAST_BLOCK, SHAPE.LAST_KEPT,
-        SHAPE, RULE,
+        last, d_last, d_last_snapshot, d_last_anchor, rows, BANK.LAST_IN, BANK.LAST_BLOCK, BANK.LAST_KEPT,
+        BANK,
     )  # fmt: skip
-    if SHAPE.HIDDEN > 0:
+    if BANK.HIDDEN > 0:
         give_gradients(
-            first, d_first, d_first_snapshot, d_first_anchor, first_rows(SHAPE), SHAPE.KEY_DIM, SHAPE.BLOCK_K,
-            SHAPE.FIRST_KEPT, SHAPE, RULE,
+            first, d_first, d_first_snapshot, d_first_anchor, first_rows(BANK), BANK.KEY_DIM, BANK.BLOCK_K,
+            BANK.FIRST_KEPT, BANK,
         )  # fmt: skip

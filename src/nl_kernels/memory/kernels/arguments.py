@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 
@@ -90,8 +91,8 @@ class Places(NamedTuple):
 
     ``FIRST`` and ``LAST`` are copies of the layers' weights (:mod:`.learn`). Tokens lie in both forms of
     :func:`~.fragments.put_rows`, one matrix, or one for each memory: of ``INPUTS`` three, and ``KEY`` has all
-    that memories make, ``VALUE`` its second matrix; ``EXACT`` has the same before rounding. From ``OMEGA`` on all
-    are of the backward pass: ω, gradients, matrices of pairs of tokens, shares of the blocks.
+    that memories make, ``VALUE`` its second matrix; ``EXACT`` has the same before rounding. From ``OMEGA`` on
+    all are of the backward pass: ω, gradients, matrices of pairs of tokens, shares of the blocks.
     """
 
     FIRST: int
@@ -159,7 +160,9 @@ def places_of(shape: Shape, rule: Rule, *, backward: bool) -> Places:
     if backward:
         sizes |= {
             **dict.fromkeys(("OMEGA", "READ", "RECALLED", "D_ERROR"), outputs),
-            **dict.fromkeys(("OMEGA_FIRST", "RECALLED_FIRST", "D_BACK", "D_KEY", "D_VALUE", "D_QUERY", "D_Z"), hidden),
+            **dict.fromkeys(
+                ("OMEGA_FIRST", "RECALLED_FIRST", "D_BACK", "D_KEY", "D_VALUE", "D_QUERY", "D_Z"), hidden
+            ),
             "D_MADE": made,
             **dict.fromkeys(("GRAM", "PAIRS"), pairs),
             **dict.fromkeys(("GRAM_FIRST", "PAIRS_FIRST"), first_pairs),
@@ -173,3 +176,7 @@ def places_of(shape: Shape, rule: Rule, *, backward: bool) -> Places:
     if made:
         starts["VALUE"] = starts["KEY"] + keys // (2 if rule.PRECISION in ("bf16", "fp16") else 1)
     return Places(**{name: starts.get(name, 0) for name in Places._fields[:-1]}, SIZE=total)
+
+
+Compiled = namedtuple("Compiled", (*Shape._fields, *Rule._fields, *Places._fields))
+Compiled.__doc__ = "All that a kernel is compiled for, which it calls ``BANK``."

@@ -1,9 +1,9 @@
 """Matrices in scratch memory in the order in which tensor cores hold them.
 
-A matrix is cut into tiles of 16 × 16, and a tile's numbers lie as the lanes of a warp hold them in a product of
-``mma.sync``: as the left operand, as the result, and, turned, as the right operand. So a warp takes an operand with
-a few wide loads and gives a result away with a few wide stores: no number crosses lanes, and nothing goes through
-shared memory. Elsewhere (other tensor cores, the interpreter) it is an order like any other.
+A matrix is cut into tiles of 16 × 16, and a tile's numbers lie as the lanes of a warp hold them in a product
+of ``mma.sync``: as the left operand, as the result, and, turned, as the right operand. So a warp takes an
+operand with a few wide loads and gives a result away with a few wide stores: no number crosses lanes, and
+nothing goes through shared memory. Elsewhere (other tensor cores, the interpreter) it is just an order.
 """
 
 import triton
@@ -16,16 +16,18 @@ _INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
 
 
 @triton.jit
-def product(a, b, RULE: tl.constexpr):
+def product(a, b, BANK: tl.constexpr):
     """``a @ b`` of [B, m, k] and [B, k, n]: operands from scratch, or :func:`rounded` ones."""
-    PRECISION: tl.constexpr = "ieee" if _INTERPRETED else RULE.PRECISION  # the interpreter has no bf16 products
+    PRECISION: tl.constexpr = (
+        "ieee" if _INTERPRETED else BANK.PRECISION
+    )  # the interpreter has no bf16 products
     return matmul(a, b, PRECISION)
 
 
 @triton.jit
-def rounded(x, RULE: tl.constexpr):
+def rounded(x, BANK: tl.constexpr):
     """An operand in the precision of the products."""
-    PRECISION: tl.constexpr = RULE.PRECISION
+    PRECISION: tl.constexpr = BANK.PRECISION
     if PRECISION == "bf16":
         x = x.to(tl.bfloat16)
     elif PRECISION == "fp16":
@@ -38,9 +40,9 @@ def rounded(x, RULE: tl.constexpr):
 
 
 @triton.jit
-def operands_at(place, RULE: tl.constexpr):
+def operands_at(place, BANK: tl.constexpr):
     """The same place in scratch as one of operands of products."""
-    PRECISION: tl.constexpr = RULE.PRECISION
+    PRECISION: tl.constexpr = BANK.PRECISION
     if PRECISION == "bf16":
         place = place.to(tl.pointer_type(tl.bfloat16), bitcast=True)
     elif PRECISION == "fp16":
@@ -51,7 +53,7 @@ def operands_at(place, RULE: tl.constexpr):
 @triton.jit
 def _offsets_of(
     TILES: tl.constexpr, ACROSS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, LAST: tl.constexpr,
-    BY_MEMORY: tl.constexpr, BY_PART: tl.constexpr, SHAPE: tl.constexpr,
+    BY_MEMORY: tl.constexpr, BY_PART: tl.constexpr, BANK: tl.constexpr,
 ):  # fmt: skip
     """Offsets [TILES, 8 / VECTOR, B, 32, VECTOR] of tiles, ``ACROSS`` in a row of a matrix ``WIDTH`` wide.
 
@@ -60,8 +62,8 @@ def _offsets_of(
     """
     tile = tl.arange(0, TILES)
     tile = tile // ACROSS * (WIDTH // 16) + tile % ACROSS
-    block = tl.arange(0, SHAPE.BLOCKS)
-    base = tl.minimum(block // SHAPE.PER, LAST) * BY_MEMORY + block % SHAPE.PER * BY_PART
+    block = tl.arange(0, BANK.BLOCKS)
+    base = tl.minimum(block // BANK.PER, LAST) * BY_MEMORY + block % BANK.PER * BY_PART
     part = tl.arange(0, 8 // VECTOR)[None, :, None, None, None] * (32 * VECTOR)
     lane = tl.arange(0, 32)[None, None, None, :, None] * VECTOR
     at = (tile[:, None] + base[None, :])[:, None, :, None, None] * 256
@@ -71,16 +73,16 @@ def _offsets_of(
 @triton.jit
 def load_tile(
     place, M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr, BY_MEMORY: tl.constexpr,
-    BY_PART: tl.constexpr, SHAPE: tl.constexpr,
+    BY_PART: tl.constexpr, BANK: tl.constexpr,
 ):  # fmt: skip
     """[B, M, N] of matrices ``WIDTH`` wide in scratch; the strides are of :func:`_offsets_of`."""
-    B: tl.constexpr = SHAPE.BLOCKS
+    B: tl.constexpr = BANK.BLOCKS
     if place.dtype.element_ty.primitive_bitwidth == 16:
-        x = tl.load(place + _offsets_of(M * N // 256, N // 16, WIDTH, 8, LAST, BY_MEMORY, BY_PART, SHAPE))
+        x = tl.load(place + _offsets_of(M * N // 256, N // 16, WIDTH, 8, LAST, BY_MEMORY, BY_PART, BANK))
         x = tl.reshape(x, [M // 16, N // 16, B, 8, 4, 2, 2, 2])
         x = tl.permute(x, (2, 0, 6, 3, 1, 5, 4, 7))
     else:
-        x = tl.load(place + _offsets_of(M * N // 256, N // 16, WIDTH, 4, LAST, BY_MEMORY, BY_PART, SHAPE))
+        x = tl.load(place + _offsets_of(M * N // 256, N // 16, WIDTH, 4, LAST, BY_MEMORY, BY_PART, BANK))
         x = tl.reshape(x, [M // 16, N // 16, 2, B, 8, 4, 2, 2])
         x = tl.permute(x, (3, 0, 6, 4, 1, 2, 5, 7))
     return tl.reshape(x, [B, M, N])
@@ -88,36 +90,36 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    place, x, WIDTH: tl.constexpr, BY_MEMORY: tl.constexpr, BY_PART: tl.constexpr, SHAPE: tl.constexpr
+    place, x, WIDTH: tl.constexpr, BY_MEMORY: tl.constexpr, BY_PART: tl.constexpr, BANK: tl.constexpr
 ):
     """The inverse of :func:`load_tile`."""
-    B: tl.constexpr = SHAPE.BLOCKS
+    B: tl.constexpr = BANK.BLOCKS
     M: tl.constexpr = x.shape[1]
     N: tl.constexpr = x.shape[2]
     x = tl.reshape(x.to(place.dtype.element_ty), [B, M // 16, 2, 8, N // 16, 2, 4, 2])
     if place.dtype.element_ty.primitive_bitwidth == 16:
         x = tl.reshape(tl.permute(x, (1, 4, 0, 3, 6, 5, 2, 7)), [M * N // 256, 1, B, 32, 8])
-        tl.store(place + _offsets_of(M * N // 256, N // 16, WIDTH, 8, B, BY_MEMORY, BY_PART, SHAPE), x)
+        tl.store(place + _offsets_of(M * N // 256, N // 16, WIDTH, 8, B, BY_MEMORY, BY_PART, BANK), x)
     else:
         x = tl.reshape(tl.permute(x, (1, 4, 5, 0, 3, 6, 2, 7)), [M * N // 256, 2, B, 32, 4])
-        tl.store(place + _offsets_of(M * N // 256, N // 16, WIDTH, 4, B, BY_MEMORY, BY_PART, SHAPE), x)
+        tl.store(place + _offsets_of(M * N // 256, N // 16, WIDTH, 4, B, BY_MEMORY, BY_PART, BANK), x)
 
 
 @triton.jit
-def put_rows(place, x, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+def put_rows(place, x, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """Rows [B, rows, C] of the blocks' memories, each memory's ``WIDTH`` in all, to scratch in both forms: as
     [C, WIDTH] and as [WIDTH, C], one behind the other."""
-    C: tl.constexpr = SHAPE.BLOCK_C
+    C: tl.constexpr = BANK.BLOCK_C
     ROWS: tl.constexpr = x.shape[1]
-    store_tile(place, tl.trans(x, 0, 2, 1), WIDTH, 2 * WIDTH * C // 256, ROWS // 16, SHAPE)
-    store_tile(place + WIDTH * C, x, C, 2 * WIDTH * C // 256, ROWS * C // 256, SHAPE)
+    store_tile(place, tl.trans(x, 0, 2, 1), WIDTH, 2 * WIDTH * C // 256, ROWS // 16, BANK)
+    store_tile(place + WIDTH * C, x, C, 2 * WIDTH * C // 256, ROWS * C // 256, BANK)
 
 
 @triton.jit
 def element_at(place, row, column, WIDTH: tl.constexpr):
     """Pointers to numbers of one matrix [.., WIDTH], for tiles that lie as usual.
 
-    Tiles of :func:`load_tile` with less numbers than threads are not to be summed: Triton 3.7.1 miscompiles that.
+    Triton 3.7.1 miscompiles sums of tiles as :func:`load_tile` has them where threads outnumber numbers.
     """
     at = (row // 16 * (WIDTH // 16) + column // 16) * 256 + row % 16 // 8 * 2 + column % 2
     if place.dtype.element_ty.primitive_bitwidth == 16:
@@ -128,96 +130,96 @@ def element_at(place, row, column, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def tokens_at(place, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+def tokens_at(place, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """Pointers [C, WIDTH] to tokens in scratch."""
-    return element_at(place, tl.arange(0, SHAPE.BLOCK_C)[:, None], tl.arange(0, WIDTH)[None, :], WIDTH)
+    return element_at(place, tl.arange(0, BANK.BLOCK_C)[:, None], tl.arange(0, WIDTH)[None, :], WIDTH)
 
 
 @triton.jit
-def put_tokens(place, x, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+def put_tokens(place, x, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """Tokens [C, WIDTH] to scratch in both forms of :func:`put_rows`."""
-    C: tl.constexpr = SHAPE.BLOCK_C
+    C: tl.constexpr = BANK.BLOCK_C
     x = x.to(place.dtype.element_ty)
-    tl.store(tokens_at(place, WIDTH, SHAPE), x)
+    tl.store(tokens_at(place, WIDTH, BANK), x)
     turned = element_at(place + WIDTH * C, tl.arange(0, WIDTH)[None, :], tl.arange(0, C)[:, None], C)
     tl.store(turned, x)
 
 
 @triton.jit
-def by_width(place, start, LAST: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+def by_width(place, start, LAST: tl.constexpr, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """Columns ``start`` … of tokens in scratch, for products over the width: [B, SLICE, C].
 
     Each block takes those of its memory, up to memory ``LAST``: 0 where all have the same.
     """
-    C: tl.constexpr = SHAPE.BLOCK_C
+    C: tl.constexpr = BANK.BLOCK_C
     return tl.trans(
-        load_tile(place + start * 16, C, SHAPE.SLICE, WIDTH, LAST, 2 * WIDTH * C // 256, 0, SHAPE), 0, 2, 1
+        load_tile(place + start * 16, C, BANK.SLICE, WIDTH, LAST, 2 * WIDTH * C // 256, 0, BANK), 0, 2, 1
     )
 
 
 @triton.jit
-def by_token(place, start, LAST: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+def by_token(place, start, LAST: tl.constexpr, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """The same for products over the tokens: [B, C, SLICE]."""
-    C: tl.constexpr = SHAPE.BLOCK_C
+    C: tl.constexpr = BANK.BLOCK_C
     place += WIDTH * C + start * C
-    return tl.trans(load_tile(place, SHAPE.SLICE, C, C, LAST, 2 * WIDTH * C // 256, 0, SHAPE), 0, 2, 1)
+    return tl.trans(load_tile(place, BANK.SLICE, C, C, LAST, 2 * WIDTH * C // 256, 0, BANK), 0, 2, 1)
 
 
 @triton.jit
-def rows_of(place, LAST: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+def rows_of(place, LAST: tl.constexpr, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """The block's rows of tokens in scratch, [B, rows, C]."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    ROWS: tl.constexpr = WIDTH // SHAPE.PER
-    return load_tile(place + WIDTH * C, ROWS, C, C, LAST, 2 * WIDTH * C // 256, ROWS * C // 256, SHAPE)
+    C: tl.constexpr = BANK.BLOCK_C
+    ROWS: tl.constexpr = WIDTH // BANK.PER
+    return load_tile(place + WIDTH * C, ROWS, C, C, LAST, 2 * WIDTH * C // 256, ROWS * C // 256, BANK)
 
 
 @triton.jit
-def turned_rows_of(place, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+def turned_rows_of(place, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """The same of the block's memory, turned, [B, C, rows]."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    ROWS: tl.constexpr = WIDTH // SHAPE.PER
-    return load_tile(place, C, ROWS, WIDTH, SHAPE.BLOCKS, 2 * WIDTH * C // 256, ROWS // 16, SHAPE)
+    C: tl.constexpr = BANK.BLOCK_C
+    ROWS: tl.constexpr = WIDTH // BANK.PER
+    return load_tile(place, C, ROWS, WIDTH, BANK.BLOCKS, 2 * WIDTH * C // 256, ROWS // 16, BANK)
 
 
 @triton.jit
-def weights_at(place, start, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr):
+def weights_at(place, start, ROWS: tl.constexpr, BLOCK: tl.constexpr, BANK: tl.constexpr):
     """Columns ``start`` … of the blocks' rows of weights [.., BLOCK] in scratch: [B, ROWS, SLICE]."""
     PART: tl.constexpr = ROWS * BLOCK // 256
-    return load_tile(place + start * 16, ROWS, SHAPE.SLICE, BLOCK, SHAPE.BLOCKS, SHAPE.PER * PART, PART, SHAPE)
+    return load_tile(place + start * 16, ROWS, BANK.SLICE, BLOCK, BANK.BLOCKS, BANK.PER * PART, PART, BANK)
 
 
 @triton.jit
-def put_weights(place, start, x, BLOCK: tl.constexpr, SHAPE: tl.constexpr):
+def put_weights(place, start, x, BLOCK: tl.constexpr, BANK: tl.constexpr):
     """The inverse of :func:`weights_at`."""
     PART: tl.constexpr = x.shape[1] * BLOCK // 256
-    store_tile(place + start * 16, x, BLOCK, SHAPE.PER * PART, PART, SHAPE)
+    store_tile(place + start * 16, x, BLOCK, BANK.PER * PART, PART, BANK)
 
 
 @triton.jit
-def put_pairs(place, x, SHAPE: tl.constexpr):
+def put_pairs(place, x, BANK: tl.constexpr):
     """Matrices of pairs of tokens [B, C, C] to scratch, as they are and turned."""
-    C: tl.constexpr = SHAPE.BLOCK_C
+    C: tl.constexpr = BANK.BLOCK_C
     PART: tl.constexpr = 2 * C * C // 256
-    store_tile(place, x, C, SHAPE.PER * PART, PART, SHAPE)
-    store_tile(place + C * C, tl.trans(x, 0, 2, 1), C, SHAPE.PER * PART, PART, SHAPE)
+    store_tile(place, x, C, BANK.PER * PART, PART, BANK)
+    store_tile(place + C * C, tl.trans(x, 0, 2, 1), C, BANK.PER * PART, PART, BANK)
 
 
 @triton.jit
-def pairs_at(place, TURNED: tl.constexpr, SHAPE: tl.constexpr):
+def pairs_at(place, TURNED: tl.constexpr, BANK: tl.constexpr):
     """Matrices of :func:`put_pairs`; to be turned again by the one who takes the other."""
-    C: tl.constexpr = SHAPE.BLOCK_C
+    C: tl.constexpr = BANK.BLOCK_C
     PART: tl.constexpr = 2 * C * C // 256
-    return load_tile(place + TURNED * C * C, C, C, C, SHAPE.BLOCKS, SHAPE.PER * PART, PART, SHAPE)
+    return load_tile(place + TURNED * C * C, C, C, C, BANK.BLOCKS, BANK.PER * PART, PART, BANK)
 
 
 @triton.jit
-def pair_sums(place, TURNED: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr):
+def pair_sums(place, TURNED: tl.constexpr, BANK: tl.constexpr):
     """The sum of such matrices of all blocks of a memory, as operands."""
-    C: tl.constexpr = SHAPE.BLOCK_C
+    C: tl.constexpr = BANK.BLOCK_C
     PART: tl.constexpr = 2 * C * C // 256
-    total = load_tile(place + TURNED * C * C, C, C, C, SHAPE.BLOCKS, SHAPE.PER * PART, 0, SHAPE)
-    PER: tl.constexpr = SHAPE.PER
+    total = load_tile(place + TURNED * C * C, C, C, C, BANK.BLOCKS, BANK.PER * PART, 0, BANK)
+    PER: tl.constexpr = BANK.PER
     for i in tl.static_range(1, PER):
         at = place + (TURNED * C * C + i * 2 * C * C)
-        total += load_tile(at, C, C, C, SHAPE.BLOCKS, SHAPE.PER * PART, 0, SHAPE)
-    return rounded(total, RULE)
+        total += load_tile(at, C, C, C, BANK.BLOCKS, BANK.PER * PART, 0, BANK)
+    return rounded(total, BANK)

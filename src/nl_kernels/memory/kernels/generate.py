@@ -49,13 +49,13 @@ def locate_row(spans, sequence, offset, T):
 
 
 @triton.jit
-def locate_tokens(start, row, T, H, SHAPE: tl.constexpr):
+def locate_tokens(start, row, T, H, BANK: tl.constexpr):
     """The tokens [C] of a chunk from slot ``start`` as rows of [B · T · H, ·], and which of them there
     are."""
     sequence, head, origin, begin, stop = row
-    number = tl.arange(0, SHAPE.BLOCK_C)
+    number = tl.arange(0, BANK.BLOCK_C)
     slot = start + number
-    exists = (number < SHAPE.CHUNK) & (slot >= begin) & (slot < stop)
+    exists = (number < BANK.CHUNK) & (slot >= begin) & (slot < stop)
     return (sequence * T + slot - origin) * H + head, exists
 
 
@@ -69,111 +69,109 @@ def load_tokens(base, place, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def vectors_at(scratch, number, SHAPE: tl.constexpr, PLACES: tl.constexpr):
+def vectors_at(scratch, number, BANK: tl.constexpr):
     """Pointers to a number a token [C] in scratch: loaded where it is used, not moved between layouts."""
-    return scratch + PLACES.VECTORS + number * SHAPE.BLOCK_C + tl.arange(0, SHAPE.BLOCK_C)
+    return scratch + BANK.VECTORS + number * BANK.BLOCK_C + tl.arange(0, BANK.BLOCK_C)
 
 
 @triton.jit
-def given_tokens(tokens, place, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
+def given_tokens(tokens, place, scratch, BANK: tl.constexpr):
     """Keys, values, queries, rates and decays of the caller go to scratch."""
     token, exists = place
-    C: tl.constexpr = SHAPE.BLOCK_C
-    key = load_tokens(tokens.key, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
-    put_tokens(operands_at(scratch + PLACES.KEY, RULE), rounded(key, RULE), SHAPE.BLOCK_K, SHAPE)
-    value = load_tokens(tokens.value, place, SHAPE.VALUE_DIM, SHAPE.BLOCK_V)
-    put_tokens(operands_at(scratch + PLACES.VALUE, RULE), rounded(value, RULE), SHAPE.BLOCK_V, SHAPE)
-    query = load_tokens(tokens.query, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
-    put_tokens(operands_at(scratch + PLACES.QUERY, RULE), rounded(query, RULE), SHAPE.BLOCK_K, SHAPE)
+    C: tl.constexpr = BANK.BLOCK_C
+    key = load_tokens(tokens.key, place, BANK.KEY_DIM, BANK.BLOCK_K)
+    put_tokens(operands_at(scratch + BANK.KEY, BANK), rounded(key, BANK), BANK.BLOCK_K, BANK)
+    value = load_tokens(tokens.value, place, BANK.VALUE_DIM, BANK.BLOCK_V)
+    put_tokens(operands_at(scratch + BANK.VALUE, BANK), rounded(value, BANK), BANK.BLOCK_V, BANK)
+    query = load_tokens(tokens.query, place, BANK.KEY_DIM, BANK.BLOCK_K)
+    put_tokens(operands_at(scratch + BANK.QUERY, BANK), rounded(query, BANK), BANK.BLOCK_K, BANK)
     rate = tl.load(tokens.rate + token, mask=exists, other=0.0).to(tl.float32)
-    tl.store(vectors_at(scratch, RATE, SHAPE, PLACES), rate)
+    tl.store(vectors_at(scratch, RATE, BANK), rate)
     log = tl.load(tokens.log_decay + token, mask=exists, other=0.0).to(tl.float32)
-    put_decays(scratch + PLACES.DECAYS, scratch + PLACES.VECTORS + DECAYS * C, log, C)
+    put_decays(scratch + BANK.DECAYS, scratch + BANK.VECTORS + DECAYS * C, log, C)
 
 
 @triton.jit
-def serve(scratch, first_base, last_base, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
+def serve(scratch, first_base, last_base, BANK: tl.constexpr):
     """f(x) [B, rows, C] of the memories that make keys, values and gates, and their hidden layer or
     ``()``."""
-    inputs = operands_at(scratch + PLACES.INPUTS, RULE)
-    ROWS: tl.constexpr = SHAPE.BLOCK_V // SHAPE.PER
-    made = zeros_of(ROWS, SHAPE)
-    if SHAPE.HIDDEN > 0:
-        UNITS: tl.constexpr = SHAPE.BLOCK_H // SHAPE.PER
-        z = zeros_of(UNITS, SHAPE)
-        for start in range(0, SHAPE.BLOCK_K, SHAPE.SLICE):
-            x = by_width(inputs, start, GATE_INPUT, SHAPE.BLOCK_K, SHAPE)
-            z += product(weights_at(first_base, start, UNITS, SHAPE.BLOCK_K, SHAPE), x, RULE)
-        hidden = activated(z, RULE, SHAPE.PER)
-        inputs = operands_at(scratch + PLACES.HIDDEN_MADE, RULE)
-        put_rows(inputs, rounded(hidden[0], RULE), SHAPE.BLOCK_H, SHAPE)
+    inputs = operands_at(scratch + BANK.INPUTS, BANK)
+    ROWS: tl.constexpr = BANK.BLOCK_V // BANK.PER
+    made = zeros_of(ROWS, BANK)
+    if BANK.HIDDEN > 0:
+        UNITS: tl.constexpr = BANK.BLOCK_H // BANK.PER
+        z = zeros_of(UNITS, BANK)
+        for start in range(0, BANK.BLOCK_K, BANK.SLICE):
+            x = by_width(inputs, start, GATE_INPUT, BANK.BLOCK_K, BANK)
+            z += product(weights_at(first_base, start, UNITS, BANK.BLOCK_K, BANK), x, BANK)
+        hidden = activated(z, BANK, BANK.PER)
+        inputs = operands_at(scratch + BANK.HIDDEN_MADE, BANK)
+        put_rows(inputs, rounded(hidden[0], BANK), BANK.BLOCK_H, BANK)
         tl.debug_barrier()
-        for start in range(0, SHAPE.BLOCK_H, SHAPE.SLICE):
-            x = by_width(inputs, start, SHAPE.BLOCKS, SHAPE.BLOCK_H, SHAPE)
-            made += product(weights_at(last_base, start, ROWS, SHAPE.BLOCK_H, SHAPE), x, RULE)
+        for start in range(0, BANK.BLOCK_H, BANK.SLICE):
+            x = by_width(inputs, start, BANK.BLOCKS, BANK.BLOCK_H, BANK)
+            made += product(weights_at(last_base, start, ROWS, BANK.BLOCK_H, BANK), x, BANK)
     else:
         hidden = ()
-        for start in range(0, SHAPE.BLOCK_K, SHAPE.SLICE):
-            x = by_width(inputs, start, GATE_INPUT, SHAPE.BLOCK_K, SHAPE)
-            made += product(weights_at(last_base, start, ROWS, SHAPE.BLOCK_K, SHAPE), x, RULE)
+        for start in range(0, BANK.BLOCK_K, BANK.SLICE):
+            x = by_width(inputs, start, GATE_INPUT, BANK.BLOCK_K, BANK)
+            made += product(weights_at(last_base, start, ROWS, BANK.BLOCK_K, BANK), x, BANK)
     return made, hidden
 
 
 @triton.jit
-def take_inputs(tokens, place, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
+def take_inputs(tokens, place, scratch, BANK: tl.constexpr):
     """What the memories are applied to, and queries of unit length, go to scratch."""
-    inputs = operands_at(scratch + PLACES.INPUTS, RULE)
-    SIZE: tl.constexpr = 2 * SHAPE.BLOCK_K * SHAPE.BLOCK_C
-    x = load_tokens(tokens.key, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
-    put_tokens(inputs, rounded(x, RULE), SHAPE.BLOCK_K, SHAPE)
-    x = load_tokens(tokens.value, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
-    put_tokens(inputs + SIZE, rounded(x, RULE), SHAPE.BLOCK_K, SHAPE)
-    x = load_tokens(tokens.gate, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
-    put_tokens(inputs + 2 * SIZE, rounded(x, RULE), SHAPE.BLOCK_K, SHAPE)
-    x = load_tokens(tokens.query, place, SHAPE.KEY_DIM, SHAPE.BLOCK_K)
+    inputs = operands_at(scratch + BANK.INPUTS, BANK)
+    SIZE: tl.constexpr = 2 * BANK.BLOCK_K * BANK.BLOCK_C
+    x = load_tokens(tokens.key, place, BANK.KEY_DIM, BANK.BLOCK_K)
+    put_tokens(inputs, rounded(x, BANK), BANK.BLOCK_K, BANK)
+    x = load_tokens(tokens.value, place, BANK.KEY_DIM, BANK.BLOCK_K)
+    put_tokens(inputs + SIZE, rounded(x, BANK), BANK.BLOCK_K, BANK)
+    x = load_tokens(tokens.gate, place, BANK.KEY_DIM, BANK.BLOCK_K)
+    put_tokens(inputs + 2 * SIZE, rounded(x, BANK), BANK.BLOCK_K, BANK)
+    x = load_tokens(tokens.query, place, BANK.KEY_DIM, BANK.BLOCK_K)
     scale = tl.rsqrt(tl.sum(x * x, 1) + _NORM_EPS)
-    x = rounded(x * scale[:, None], RULE)
-    put_tokens(operands_at(scratch + PLACES.QUERY, RULE), x, SHAPE.BLOCK_K, SHAPE)
-    tl.store(vectors_at(scratch, QUERY_SCALE, SHAPE, PLACES), scale)
+    x = rounded(x * scale[:, None], BANK)
+    put_tokens(operands_at(scratch + BANK.QUERY, BANK), x, BANK.BLOCK_K, BANK)
+    tl.store(vectors_at(scratch, QUERY_SCALE, BANK), scale)
 
 
 @triton.jit
-def make_tokens(
-    tokens, first_base, last_base, place, gates, scratch,
-    SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr,
-):  # fmt: skip
-    """The memories make keys, values, rates and decays, which go to scratch; ``gates`` are the largest rate and
-    both biases.
+def make_tokens(tokens, first_base, last_base, place, gates, scratch, BANK: tl.constexpr):
+    """The memories make keys, values, rates and decays, which go to scratch.
+
+    ``gates`` are the largest rate and both biases.
 
     Returns the hidden layer of the memories that made them, or ``()``.
     """
-    C: tl.constexpr = SHAPE.BLOCK_C
+    C: tl.constexpr = BANK.BLOCK_C
     _, exists = place
-    memory, row, _, _ = last_rows(SHAPE)
-    take_inputs(tokens, place, scratch, SHAPE, RULE, PLACES)
+    memory, row, _, _ = last_rows(BANK)
+    take_inputs(tokens, place, scratch, BANK)
     tl.debug_barrier()
-    made, hidden = serve(scratch, first_base, last_base, SHAPE, RULE, PLACES)
+    made, hidden = serve(scratch, first_base, last_base, BANK)
     # Keys and values are x + f(x), and keys have unit length.
-    x = rows_of(operands_at(scratch + PLACES.INPUTS, RULE), GATE_INPUT, SHAPE.BLOCK_K, SHAPE)
+    x = rows_of(operands_at(scratch + BANK.INPUTS, BANK), GATE_INPUT, BANK.BLOCK_K, BANK)
     made += tl.where(memory < 2, x.to(tl.float32), 0.0)
-    scale = tl.rsqrt(memory_sum(made * made, SHAPE.PER) + _NORM_EPS)
+    scale = tl.rsqrt(memory_sum(made * made, BANK.PER) + _NORM_EPS)
     made = tl.where(memory == 0, made * scale, made)
-    put_rows(operands_at(scratch + PLACES.KEY, RULE), rounded(made, RULE), SHAPE.BLOCK_V, SHAPE)
+    put_rows(operands_at(scratch + BANK.KEY, BANK), rounded(made, BANK), BANK.BLOCK_V, BANK)
     PART: tl.constexpr = made.shape[1] * C // 256
-    store_tile(scratch + PLACES.EXACT, made, C, SHAPE.PER * PART, PART, SHAPE)
+    store_tile(scratch + BANK.EXACT, made, C, BANK.PER * PART, PART, BANK)
     rate_max, rate_bias, retention_bias = gates
-    block = tl.arange(0, SHAPE.BLOCKS)[:, None, None]
-    at = vectors_at(scratch, 0, SHAPE, PLACES)[None, None, :]
+    block = tl.arange(0, BANK.BLOCKS)[:, None, None]
+    at = vectors_at(scratch, 0, BANK)[None, None, :]
     tl.store(at + KEY_SCALE * C + 0 * block, scale, mask=block == 0)
-    tl.store(at + RATE_GATE * C + 0 * row, made + rate_bias, mask=(memory == SHAPE.WIDE) & (row == 0))
-    is_retention = (memory == SHAPE.MEMORIES - 1) & (row == SHAPE.NARROW - 1)
+    tl.store(at + RATE_GATE * C + 0 * row, made + rate_bias, mask=(memory == BANK.WIDE) & (row == 0))
+    is_retention = (memory == BANK.MEMORIES - 1) & (row == BANK.NARROW - 1)
     tl.store(at + RETENTION_GATE * C + 0 * row, made + retention_bias, mask=is_retention)
     tl.debug_barrier()
-    rate = tl.sigmoid(tl.load(vectors_at(scratch, RATE_GATE, SHAPE, PLACES)))
-    tl.store(vectors_at(scratch, RATE, SHAPE, PLACES), tl.where(exists, rate_max * rate, 0.0))
-    log = log_sigmoid(tl.load(vectors_at(scratch, RETENTION_GATE, SHAPE, PLACES)))
+    rate = tl.sigmoid(tl.load(vectors_at(scratch, RATE_GATE, BANK)))
+    tl.store(vectors_at(scratch, RATE, BANK), tl.where(exists, rate_max * rate, 0.0))
+    log = log_sigmoid(tl.load(vectors_at(scratch, RETENTION_GATE, BANK)))
     log = tl.where(exists, log, 0.0)
-    put_decays(scratch + PLACES.DECAYS, scratch + PLACES.VECTORS + DECAYS * C, log, C)
+    put_decays(scratch + BANK.DECAYS, scratch + BANK.VECTORS + DECAYS * C, log, C)
     return hidden
 
 
@@ -184,15 +182,15 @@ def log_sigmoid(z):
 
 
 @triton.jit
-def exact_rows(scratch, NUMBER: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr, PLACES: tl.constexpr):
-    """Rows [B, rows, C] of keys (``NUMBER`` 0) or values (1) for all memories, as they were before rounding."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    if RULE.GENERATES:
-        PART: tl.constexpr = SHAPE.BLOCK_V // SHAPE.PER * C // 256
-        place = scratch + PLACES.EXACT + NUMBER * SHAPE.BLOCK_V * C
-        x = load_tile(place, SHAPE.BLOCK_V // SHAPE.PER, C, C, 0, 0, PART, SHAPE)
+def exact_rows(scratch, NUMBER: tl.constexpr, BANK: tl.constexpr):
+    """Rows [B, rows, C] of keys (``NUMBER`` 0) or values (1) for all memories, before rounding."""
+    C: tl.constexpr = BANK.BLOCK_C
+    if BANK.GENERATES:
+        PART: tl.constexpr = BANK.BLOCK_V // BANK.PER * C // 256
+        place = scratch + BANK.EXACT + NUMBER * BANK.BLOCK_V * C
+        x = load_tile(place, BANK.BLOCK_V // BANK.PER, C, C, 0, 0, PART, BANK)
     elif NUMBER == 0:
-        x = rows_of(operands_at(scratch + PLACES.KEY, RULE), 0, SHAPE.BLOCK_K, SHAPE)
+        x = rows_of(operands_at(scratch + BANK.KEY, BANK), 0, BANK.BLOCK_K, BANK)
     else:
-        x = rows_of(operands_at(scratch + PLACES.VALUE, RULE), 0, SHAPE.BLOCK_V, SHAPE)
+        x = rows_of(operands_at(scratch + BANK.VALUE, BANK), 0, BANK.BLOCK_V, BANK)
     return x.to(tl.float32)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from nl_kernels.memory.bank import Bank
-from nl_kernels.memory.kernels.arguments import Rule, Shape, Tokens, places_of
+from nl_kernels.memory.kernels.arguments import Compiled, Rule, Shape, Tokens, places_of
 from nl_kernels.memory_rule import MemoryRule
-from nl_kernels.triton_support.kernel_call import KernelCall
 from nl_kernels.triton_support import targets
+from nl_kernels.triton_support.kernel_call import KernelCall
 from nl_kernels.triton_support.tiles import MIN_TILE, padded, power_of_two
 
 KEPT_BYTES = 256 << 20  # of states at every chunk's start; beyond, some are recomputed
@@ -296,7 +296,7 @@ class Plan:
                 "offset": options.offset,
                 **arguments,
             },
-            constants={"SHAPE": shape, "RULE": self.rule, "PLACES": places},
+            constants={"BANK": Compiled(*shape, *self.rule, *places)},
             num_warps=shape.BLOCKS,
             num_stages=1,
         )
@@ -305,7 +305,7 @@ class Plan:
         self, running: Bank, snapshot: Bank, kept: Bank, o: torch.Tensor | None, **span: int
     ) -> KernelCall:
         """The call that lets ``running`` and ``snapshot`` learn in place; ``span``: the integers."""
-        from nl_kernels.memory.kernels.learn import learn_kernel
+        from nl_kernels.memory.kernels.forward import learn_kernel
 
         banks = {"running": running, "snapshot": snapshot, "anchor": Bank(*self.inputs[14:]), "kept": kept}
         return self.call(learn_kernel, self.shape, {**banks, "o": o, **span}, backward=False)

@@ -1,8 +1,8 @@
 """One layer of a bank of memories over a chunk, on tiles.
  A tile's first axis counts blocks of rows of weights, one for each warp, so that what a warp computes for its
-rows no other warp needs: a product of [B, rows, in] and [B, in, C] crosses no warps. Tokens are the last axis. A
-matrix of pairs of tokens is [.., j, t]: the earlier token, then the later one. Weights stream through in slices of
-columns, which bounds what is held whatever their width.
+rows no other warp needs: a product of [B, rows, in] and [B, in, C] crosses no warps. Tokens are the last
+axis. A matrix of pairs of tokens is [.., j, t]: the earlier token, then the later one. Weights stream through
+in slices of columns, which bounds what is held whatever their width.
 """
 
 import triton
@@ -16,60 +16,60 @@ _LOG_ZERO: tl.constexpr = tl.constexpr(-1000.0)  # triton_support.language
 
 
 @triton.jit
-def zeros_of(ROWS: tl.constexpr, SHAPE: tl.constexpr):
+def zeros_of(ROWS: tl.constexpr, BANK: tl.constexpr):
     """[B, rows, C]."""
-    BLOCKS: tl.constexpr = SHAPE.BLOCKS
-    BLOCK_C: tl.constexpr = SHAPE.BLOCK_C
+    BLOCKS: tl.constexpr = BANK.BLOCKS
+    BLOCK_C: tl.constexpr = BANK.BLOCK_C
     return tl.zeros([BLOCKS, ROWS, BLOCK_C], tl.float32)
 
 
 @triton.jit
-def memory_of(SHAPE: tl.constexpr):
+def memory_of(BANK: tl.constexpr):
     """The memory [B] of each block."""
-    return tl.arange(0, SHAPE.BLOCKS) // SHAPE.PER
+    return tl.arange(0, BANK.BLOCKS) // BANK.PER
 
 
 @triton.jit
 def locate_rows(
-    OUT: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, SHAPE: tl.constexpr
+    OUT: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BANK: tl.constexpr
 ):
     """Of each row of the tile: its memory [B, 1, 1], its number there, its number in the layer, and whether
     there is one."""
-    block = tl.arange(0, SHAPE.BLOCKS)
-    memory = (block // SHAPE.PER)[:, None, None]
-    row = (block % SHAPE.PER)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
+    block = tl.arange(0, BANK.BLOCKS)
+    memory = (block // BANK.PER)[:, None, None]
+    row = (block % BANK.PER)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
     wide = memory < WIDE
     index = tl.where(wide, memory * OUT + row, WIDE * OUT + (memory - WIDE) * NARROW + row)
-    exists = (memory < SHAPE.MEMORIES) & (row < tl.where(wide, OUT, NARROW))
+    exists = (memory < BANK.MEMORIES) & (row < tl.where(wide, OUT, NARROW))
     return memory, row, index, exists
 
 
 @triton.jit
-def first_rows(SHAPE: tl.constexpr):
+def first_rows(BANK: tl.constexpr):
     """:func:`locate_rows` of first layers: rows are units of the hidden layer."""
-    return locate_rows(SHAPE.HIDDEN, 0, SHAPE.MEMORIES, SHAPE.BLOCK_H // SHAPE.PER, SHAPE)
+    return locate_rows(BANK.HIDDEN, 0, BANK.MEMORIES, BANK.BLOCK_H // BANK.PER, BANK)
 
 
 @triton.jit
-def last_rows(SHAPE: tl.constexpr):
+def last_rows(BANK: tl.constexpr):
     """:func:`locate_rows` of last layers: rows are outputs."""
-    return locate_rows(SHAPE.VALUE_DIM, SHAPE.NARROW, SHAPE.WIDE, SHAPE.BLOCK_V // SHAPE.PER, SHAPE)
+    return locate_rows(BANK.VALUE_DIM, BANK.NARROW, BANK.WIDE, BANK.BLOCK_V // BANK.PER, BANK)
 
 
 @triton.jit
-def columns_of(rows, start, IN: tl.constexpr, SHAPE: tl.constexpr):
+def columns_of(rows, start, IN: tl.constexpr, BANK: tl.constexpr):
     """Offsets [B, rows, SLICE] of columns ``start`` … of the caller's layer [.., in], and which there are."""
     _, _, index, exists = rows
-    column = start + tl.arange(0, SHAPE.SLICE)[None, None, :]
+    column = start + tl.arange(0, BANK.SLICE)[None, None, :]
     return index * IN + column, exists & (column < IN)
 
 
 @triton.jit
-def take_layer(place, layer, rows, IN: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr):
+def take_layer(place, layer, rows, IN: tl.constexpr, BLOCK: tl.constexpr, BANK: tl.constexpr):
     """A layer of the caller's to scratch, with zeros for what there is none of."""
-    for start in range(0, BLOCK, SHAPE.SLICE):
-        offsets, exists = columns_of(rows, start, IN, SHAPE)
-        put_weights(place, start, tl.load(layer + offsets, mask=exists, other=0.0), BLOCK, SHAPE)
+    for start in range(0, BLOCK, BANK.SLICE):
+        offsets, exists = columns_of(rows, start, IN, BANK)
+        put_weights(place, start, tl.load(layer + offsets, mask=exists, other=0.0), BLOCK, BANK)
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def _exp(x):
 
 @triton.jit
 def decays_at(place, vectors, BLOCK_C: tl.constexpr):
-    """``strict, full`` [1, j, t], ``before, after, to_end`` [1, 1, C] and ``final`` [1, 1, 1] of :func:`put_decays`.
+    """``strict, full`` [1, j, t], ``before, after, to_end`` [1, 1, C] and ``final`` [1, 1, 1].
 
     ``strict``: the product of the factors after j and before t, ``full`` up to t; ``before`` and ``after``:
     of those before and up to a token; ``to_end``: of those after it; ``final``: of all.
@@ -120,27 +120,23 @@ def decays_at(place, vectors, BLOCK_C: tl.constexpr):
     token = vectors + tl.arange(0, BLOCK_C)[None, None, :]
     last = vectors + BLOCK_C + BLOCK_C - 1 + tl.arange(0, 1)[None, None, :]
     return (
-        tl.load(at),
-        tl.load(at + BLOCK_C * BLOCK_C),
-        tl.load(token),
-        tl.load(token + BLOCK_C),
-        tl.load(token + 2 * BLOCK_C),
-        tl.load(last),
-    )
+        tl.load(at), tl.load(at + BLOCK_C * BLOCK_C), tl.load(token), tl.load(token + BLOCK_C),
+        tl.load(token + 2 * BLOCK_C), tl.load(last),
+    )  # fmt: skip
 
 
 @triton.jit
-def pairs(a, b, LAST: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr):
+def pairs(a, b, LAST: tl.constexpr, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """Inner products [B, j, t] of tokens ``a`` and ``b`` in scratch, of memories up to ``LAST``."""
-    out = zeros_of(SHAPE.BLOCK_C, SHAPE)
-    for start in range(0, WIDTH, SHAPE.SLICE):
-        left = tl.trans(by_width(a, start, LAST, WIDTH, SHAPE), 0, 2, 1)
-        out += product(left, by_width(b, start, LAST, WIDTH, SHAPE), RULE)
+    out = zeros_of(BANK.BLOCK_C, BANK)
+    for start in range(0, WIDTH, BANK.SLICE):
+        left = tl.trans(by_width(a, start, LAST, WIDTH, BANK), 0, 2, 1)
+        out += product(left, by_width(b, start, LAST, WIDTH, BANK), BANK)
     return out
 
 
 @triton.jit
-def invert(A, BLOCK_C: tl.constexpr, RULE: tl.constexpr):
+def invert(A, BLOCK_C: tl.constexpr, BANK: tl.constexpr):
     """``(I + A)⁻¹`` of strictly upper triangular matrices [B, C, C].
 
     Blocks of four by substitution, then pairs of inverted blocks are merged by products. Powers of A instead
@@ -151,34 +147,34 @@ def invert(A, BLOCK_C: tl.constexpr, RULE: tl.constexpr):
     near = tl.where(j // 4 == t // 4, A, 0.0)
     inverse = tl.where(j == t, 1.0, 0.0) + tl.zeros(A.shape, tl.float32)
     for i in tl.static_range(1, 4):
-        column = rounded(tl.where(t % 4 == i, near, 0.0), RULE)
-        inverse -= product(rounded(inverse, RULE), column, RULE)
+        column = rounded(tl.where(t % 4 == i, near, 0.0), BANK)
+        inverse -= product(rounded(inverse, BANK), column, BANK)
     if BLOCK_C > 4:
-        inverse = _merge_inverses(inverse, A, j, t, 4, RULE)
+        inverse = _merge_inverses(inverse, A, j, t, 4, BANK)
     if BLOCK_C > 8:
-        inverse = _merge_inverses(inverse, A, j, t, 8, RULE)
+        inverse = _merge_inverses(inverse, A, j, t, 8, BANK)
     if BLOCK_C > 16:
-        inverse = _merge_inverses(inverse, A, j, t, 16, RULE)
+        inverse = _merge_inverses(inverse, A, j, t, 16, BANK)
     if BLOCK_C > 32:
-        inverse = _merge_inverses(inverse, A, j, t, 32, RULE)
+        inverse = _merge_inverses(inverse, A, j, t, 32, BANK)
     return inverse
 
 
 @triton.jit
-def _merge_inverses(inverse, A, j, t, SIZE: tl.constexpr, RULE: tl.constexpr):
+def _merge_inverses(inverse, A, j, t, SIZE: tl.constexpr, BANK: tl.constexpr):
     coupling = (j // (2 * SIZE) == t // (2 * SIZE)) & (j // SIZE < t // SIZE)
-    both = rounded(inverse, RULE)
-    across = product(both, rounded(tl.where(coupling, A, 0.0), RULE), RULE)
-    return inverse - product(rounded(across, RULE), both, RULE)
+    both = rounded(inverse, BANK)
+    across = product(both, rounded(tl.where(coupling, A, 0.0), BANK), BANK)
+    return inverse - product(rounded(across, BANK), both, BANK)
 
 
 @triton.jit
-def activated(z, RULE: tl.constexpr, PER: tl.constexpr):
+def activated(z, BANK: tl.constexpr, PER: tl.constexpr):
     """``n(σ(z))`` [B, h, C], σ'(z), σ''(z) and 1/‖σ(z)‖ [B, 1, C] (1 when it is not normalised)."""
-    ACTIVATION: tl.constexpr = RULE.ACTIVATION
+    ACTIVATION: tl.constexpr = BANK.ACTIVATION
     value, slope, curvature = activation(z, ACTIVATION)
     scale = tl.full([z.shape[0], 1, z.shape[2]], 1.0, tl.float32)
-    if RULE.NORMALIZED:
+    if BANK.NORMALIZED:
         scale = tl.rsqrt(memory_sum(value * value, PER) + _NORM_EPS)
         value = value * scale
     return value, slope, curvature, scale
@@ -202,7 +198,7 @@ def length_factor(x, narrow, BOUND: tl.constexpr, PER: tl.constexpr):
 
 
 @triton.jit
-def error_signal(back, hidden, RULE: tl.constexpr, PER: tl.constexpr):
+def error_signal(back, hidden, BANK: tl.constexpr, PER: tl.constexpr):
     """The error signal at z from ``back``, the one at n(σ(z)): ``signal, tangent, along, factor``.
 
     ``hidden`` is of :func:`activated`; the last two are [B, 1, C], ``signal`` is bounded.
@@ -210,8 +206,8 @@ def error_signal(back, hidden, RULE: tl.constexpr, PER: tl.constexpr):
     value, slope, _, scale = hidden
     along = memory_sum(value * back, PER)
     tangent = back
-    if RULE.NORMALIZED:
+    if BANK.NORMALIZED:
         tangent = (back - value * along) * scale
     signal = tangent * slope
-    factor = length_factor(signal, None, RULE.BOUND, PER)
+    factor = length_factor(signal, None, BANK.BOUND, PER)
     return signal * factor, tangent, along, factor

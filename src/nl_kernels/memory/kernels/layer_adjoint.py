@@ -20,14 +20,14 @@ from nl_kernels.memory.kernels.layer import memory_sum, zeros_of
 
 
 @triton.jit
-def hidden_adjoint(grad, hidden, radial, RULE: tl.constexpr, PER: tl.constexpr):
+def hidden_adjoint(grad, hidden, radial, BANK: tl.constexpr, PER: tl.constexpr):
     """The gradient of z from that of n(σ(z)) [B, h, C]; ``hidden`` is of :func:`~.layer.activated`.
 
     ``radial`` [B, 1, C] is the gradient of ‖σ(z)‖⁻¹ itself, times itself (:func:`signal_adjoint`), or
     ``None``.
     """
     value, slope, _, scale = hidden
-    if RULE.NORMALIZED:
+    if BANK.NORMALIZED:
         along = memory_sum(value * grad, PER)
         if radial is not None:
             along += radial
@@ -48,19 +48,19 @@ def bound_adjoint(grad, bounded, factor, narrow, BOUND: tl.constexpr, PER: tl.co
 
 
 @triton.jit
-def signal_adjoint(grad, back, hidden, signal, RULE: tl.constexpr, PER: tl.constexpr):
+def signal_adjoint(grad, back, hidden, signal, BANK: tl.constexpr, PER: tl.constexpr):
     """Gradients from that of the error signal: of ``back``, of n(σ(z)), of z by way of σ', and ``radial``.
 
     ``signal`` is of :func:`~.layer.error_signal`.
     """
     value, slope, curvature, scale = hidden
     bounded, tangent, along, factor = signal
-    grad = bound_adjoint(grad, bounded, factor, None, RULE.BOUND, PER)
+    grad = bound_adjoint(grad, bounded, factor, None, BANK.BOUND, PER)
     d_slope = grad * tangent
     d_back = grad * slope
     radial = tl.zeros(scale.shape, tl.float32)
     d_value = tl.zeros(value.shape, tl.float32)
-    if RULE.NORMALIZED:
+    if BANK.NORMALIZED:
         radial = memory_sum(d_slope * slope, PER)
         across = memory_sum(value * d_back, PER)
         d_value = (d_back * along + back * across) * -scale
@@ -69,10 +69,10 @@ def signal_adjoint(grad, back, hidden, signal, RULE: tl.constexpr, PER: tl.const
 
 
 @triton.jit
-def vector_shares(place, SHAPE: tl.constexpr):
+def vector_shares(place, BANK: tl.constexpr):
     """The sum of all blocks' shares [C] of a number a token in scratch."""
-    C: tl.constexpr = SHAPE.BLOCK_C
-    COUNT: tl.constexpr = SHAPE.BLOCKS
+    C: tl.constexpr = BANK.BLOCK_C
+    COUNT: tl.constexpr = BANK.BLOCKS
     total = tl.load(place + tl.arange(0, C))
     for i in tl.static_range(1, COUNT):
         total += tl.load(place + i * C + tl.arange(0, C))
@@ -80,7 +80,7 @@ def vector_shares(place, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def decays_adjoint(d_strict, d_full, before, after, to_end, final, SHAPE: tl.constexpr, RULE: tl.constexpr):
+def decays_adjoint(d_strict, d_full, before, after, to_end, final, BANK: tl.constexpr):
     """The gradient of the log decays [B, 1, C] from those of :func:`~.layer.decays_at`'s results, each times
     the result itself: matrices [B, j, t], vectors [B, 1, C], ``final`` [B, 1, 1].
 
@@ -88,58 +88,54 @@ def decays_adjoint(d_strict, d_full, before, after, to_end, final, SHAPE: tl.con
     summed directly: differences of sums would not vanish across a reset. No span begins at the last token:
     its row of the matrices takes the spans that begin with the chunk.
     """
-    C: tl.constexpr = SHAPE.BLOCK_C
-    j = tl.arange(0, C)[None, :, None] + 0 * tl.arange(0, SHAPE.BLOCKS)[:, None, None]
+    C: tl.constexpr = BANK.BLOCK_C
+    j = tl.arange(0, C)[None, :, None] + 0 * tl.arange(0, BANK.BLOCKS)[:, None, None]
     t = tl.arange(0, C)[None, None, :]
     begun = (j < t) | (j == C - 1)
-    spans = rounded(tl.where(j == C - 1, before, d_strict), RULE)
-    out = tl.where(begun, product(spans, rounded((j > t).to(tl.float32), RULE), RULE), 0.0)
-    spans = rounded(tl.where(j == C - 1, after, d_full), RULE)
-    out += tl.where(begun, product(spans, rounded((j >= t).to(tl.float32), RULE), RULE), 0.0)
-    out += product(rounded(tl.where(j == 0, to_end, 0.0 * d_full), RULE), rounded((j < t).to(tl.float32), RULE), RULE)
+    spans = rounded(tl.where(j == C - 1, before, d_strict), BANK)
+    out = tl.where(begun, product(spans, rounded((j > t).to(tl.float32), BANK), BANK), 0.0)
+    spans = rounded(tl.where(j == C - 1, after, d_full), BANK)
+    out += tl.where(begun, product(spans, rounded((j >= t).to(tl.float32), BANK), BANK), 0.0)
+    out += product(
+        rounded(tl.where(j == 0, to_end, 0.0 * d_full), BANK), rounded((j < t).to(tl.float32), BANK), BANK
+    )
     return tl.sum(out, 1)[:, None, :] + final
 
 
 @triton.jit
-def read_adjoint(
-    grad, omega, layer, scores_at, decays, rate, WIDTH: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr
-):
-    """Gradients from that of a running read's rows, ``grad`` in scratch, the anchor's part apart; ω is there, too.
+def read_adjoint(grad, omega, layer, scores_at, decays, rate, WIDTH: tl.constexpr, BANK: tl.constexpr):
+    """Gradients from that of a running read's rows, the anchor's part apart; ``grad`` and ω are in scratch.
 
-    Returns that of u; the share in that of ``full`` times itself, and in that of the inner products x qᵀ; that of
-    ``after`` times itself.
+    Returns that of u; the share in that of ``full`` times itself, and in that of the inner products x qᵀ;
+    that of ``after`` times itself.
     """
     _, _, _, _, _, read, scores = layer
-    rows = rows_of(grad, SHAPE.BLOCKS, WIDTH, SHAPE)
-    straight = tl.trans(pairs_at(scores_at, False, SHAPE), 0, 2, 1)
-    d_written = product(rows, straight, RULE)
-    columns = tl.trans(turned_rows_of(grad, WIDTH, SHAPE), 0, 2, 1)
-    shares = product(turned_rows_of(omega, WIDTH, SHAPE), columns, RULE) * -tl.trans(rate, 0, 2, 1)
+    rows = rows_of(grad, BANK.BLOCKS, WIDTH, BANK)
+    straight = tl.trans(pairs_at(scores_at, False, BANK), 0, 2, 1)
+    d_written = product(rows, straight, BANK)
+    columns = tl.trans(turned_rows_of(grad, WIDTH, BANK), 0, 2, 1)
+    shares = product(turned_rows_of(omega, WIDTH, BANK), columns, BANK) * -tl.trans(rate, 0, 2, 1)
     d_after = tl.sum(decays[3] * rows.to(tl.float32) * read, 1)[:, None, :]
     return d_written, shares * scores, shares * decays[1], d_after
 
 
 @triton.jit
 def carried_adjoint(
-    d_state, state, key,
-    LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
-):  # fmt: skip
+    d_state, state, key, LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BANK: tl.constexpr
+):
     """The gradient of u [B, rows, C] from that of the weights after the chunk, but for the decays to the end;
     and that of ``final`` times 1 / ``final`` [B, 1, 1]."""
-    d_written = zeros_of(ROWS, SHAPE)
+    d_written = zeros_of(ROWS, BANK)
     d_final = tl.sum(d_written, 2)
-    for start in range(0, BLOCK, SHAPE.SLICE):
-        grad = weights_at(d_state, start, ROWS, BLOCK, SHAPE)
-        d_written += product(rounded(grad, RULE), by_width(key, start, LAST, BLOCK, SHAPE), RULE)
-        d_final += tl.sum(grad * weights_at(state, start, ROWS, BLOCK, SHAPE), 2)
+    for start in range(0, BLOCK, BANK.SLICE):
+        grad = weights_at(d_state, start, ROWS, BLOCK, BANK)
+        d_written += product(rounded(grad, BANK), by_width(key, start, LAST, BLOCK, BANK), BANK)
+        d_final += tl.sum(grad * weights_at(state, start, ROWS, BLOCK, BANK), 2)
     return d_written, tl.sum(d_final, 1)[:, None, None]
 
 
 @triton.jit
-def write_adjoint(
-    d_written, omega, layer, inverse_at, decays, rate,
-    WIDTH: tl.constexpr, SHAPE: tl.constexpr, RULE: tl.constexpr,
-):  # fmt: skip
+def write_adjoint(d_written, omega, layer, inverse_at, decays, rate, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """Gradients of a layer's write from that of u [B, rows, C]; ω is in scratch.
 
     Returns those of the signal and of the recall [B, rows, C]; shares in that of the inner products x xᵀ, and
@@ -149,13 +145,13 @@ def write_adjoint(
     _, recalled, gram, surprise, _, _, _ = layer
     d_rate = -tl.sum(d_written * surprise, 1)[:, None, :]
     d_signal = d_written * -rate
-    if RULE.ERASES:
-        straight = tl.trans(pairs_at(inverse_at, False, SHAPE), 0, 2, 1)
-        d_signal = product(rounded(d_signal, RULE), straight, RULE)
+    if BANK.ERASES:
+        straight = tl.trans(pairs_at(inverse_at, False, BANK), 0, 2, 1)
+        d_signal = product(rounded(d_signal, BANK), straight, BANK)
         d_recalled = decays[2] * d_signal
         d_before = tl.sum(d_recalled * recalled, 1)[:, None, :]
-        turned = turned_rows_of(omega, WIDTH, SHAPE)
-        shares = product(turned, rounded(d_signal, RULE), RULE)
+        turned = turned_rows_of(omega, WIDTH, BANK)
+        shares = product(turned, rounded(d_signal, BANK), BANK)
         d_pair_rate = -tl.sum(shares * gram, 2)
         shares *= -tl.trans(rate, 0, 2, 1)
         d_strict = shares * gram
@@ -163,7 +159,7 @@ def write_adjoint(
     else:
         d_recalled = 0.0 * d_signal
         d_before = 0.0 * d_rate
-        shares = zeros_of(SHAPE.BLOCK_C, SHAPE)
+        shares = zeros_of(BANK.BLOCK_C, BANK)
         d_strict = shares
         d_pair_rate = tl.sum(shares, 2)
     return d_signal, d_recalled, shares, d_strict, d_rate, d_pair_rate, d_before

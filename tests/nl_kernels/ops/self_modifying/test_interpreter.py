@@ -284,14 +284,14 @@ def test_a_mistake_of_one_percent_in_any_gradient_is_seen(index):
 
 # One deliberate mistake for each gradient: (module, its source, the corruption).
 MISTAKES = {
-    "query": ("adjoint", "d_query = unit_adjoint(d_query", "d_query = 1.01 * unit_adjoint(d_query"),
+    "query": ("adjoint", "d_query = query_adjoint(d_query", "d_query = query_adjoint(1.01 * d_query"),
     "key input": ("tokens_adjoint", "d_key = unit_adjoint(d_key", "d_key = 1.01 * unit_adjoint(d_key"),
     "value input": ("tokens_adjoint", "d_value += token_shares", "d_value += 1.01 * token_shares"),
-    "gate input": ("tokens_adjoint", "d_log * tl.sigmoid(-", "1.01 * d_log * tl.sigmoid(-"),
-    "rates": ("tokens_adjoint", "return d_rate * rate_max", "return 1.01 * d_rate * rate_max"),
-    "states": ("learn_adjoint", "grad += product(d_read, x", "grad += 1.01 * product(d_read, x"),
+    "gate input": ("tokens_adjoint", "exists, d_log * keeps", "exists, 1.01 * d_log * keeps"),
+    "rates": ("tokens_adjoint", "d_rate_gate = d_rate", "d_rate_gate = 1.01 * d_rate"),
+    "states": ("learn_adjoint", "grad += product(d_running, x", "grad += 1.01 * product(d_running, x"),
     "anchor": ("learn_adjoint", "by_anchor += product(d_read", "by_anchor += 1.01 * product(d_read"),
-    "weights": ("learn_adjoint", "at_base += product(made, x", "at_base += 1.01 * product(made, x"),
+    "weights": ("learn_adjoint", "at_base += product(made, by", "at_base += 1.01 * product(made, by"),
 }
 
 
