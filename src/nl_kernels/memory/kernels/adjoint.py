@@ -14,6 +14,7 @@ from nl_kernels.memory.kernels.fragments import (
 )
 from nl_kernels.memory.kernels.generate import (
     GATE_INPUT,
+    gates_of,
     given_tokens,
     locate_row,
     locate_tokens,
@@ -51,22 +52,14 @@ def take_gradients(
     SIZE: tl.constexpr, BANK: tl.constexpr,
 ):  # fmt: skip
     """A layer's gradients, anchor and first snapshot to scratch."""
-    ROWS: tl.constexpr = rows[1].shape[1]
-    take_layer(place + RESUMED * SIZE, resumed, rows, IN, BLOCK, BANK)
-    take_layer(place + STATE * SIZE, d_running, rows, IN, BLOCK, BANK)
-    take_layer(place + SNAPSHOT * SIZE, d_snapshot, rows, IN, BLOCK, BANK)
+    d_state = operands_at(place + D_STATE_OPERAND * SIZE, BANK)
+    take_layer(place + RESUMED * SIZE, None, resumed, None, rows, IN, BLOCK, BANK)
+    take_layer(place + STATE * SIZE, d_state, d_running, None, rows, IN, BLOCK, BANK)
+    take_layer(place + SNAPSHOT * SIZE, None, d_snapshot, None, rows, IN, BLOCK, BANK)
     if BANK.ANCHORED:
-        take_layer(place + ANCHOR * SIZE, anchor, rows, IN, BLOCK, BANK)
-        take_layer(place + D_ANCHOR * SIZE, d_anchor, rows, IN, BLOCK, BANK)
-    tl.debug_barrier()
-    for start in range(0, BLOCK, BANK.SLICE):
-        x = weights_at(place + STATE * SIZE, start, ROWS, BLOCK, BANK)
-        put_weights(operands_at(place + D_STATE_OPERAND * SIZE, BANK), start, rounded(x, BANK), BLOCK, BANK)
-        if BANK.ANCHORED:
-            x = weights_at(place + ANCHOR * SIZE, start, ROWS, BLOCK, BANK)
-            put_weights(
-                operands_at(place + ANCHOR_OPERAND * SIZE, BANK), start, rounded(x, BANK), BLOCK, BANK
-            )
+        at = operands_at(place + ANCHOR_OPERAND * SIZE, BANK)
+        take_layer(place + ANCHOR * SIZE, at, anchor, None, rows, IN, BLOCK, BANK)
+        take_layer(place + D_ANCHOR * SIZE, None, d_anchor, None, rows, IN, BLOCK, BANK)
 
 
 @triton.jit
@@ -229,12 +222,7 @@ def learn_adjoint_kernel(
     d_first_anchor, d_last_anchor = at_row(d_anchor, program, FIRST, LAST)
     first_kept, last_kept = at_row(kept, 0, 0, 0)
     first, last = scratch + BANK.FIRST, scratch + BANK.LAST
-    gates = (1.0, 0.0, 0.0)
-    if BANK.GENERATES:
-        gates = (
-            tl.load(tokens.rate_max + head), tl.load(tokens.rate_bias + head),
-            tl.load(tokens.retention_bias + head),
-        )  # fmt: skip
+    gates = gates_of(tokens, head, BANK)
     by_rate_max, by_rate, by_retention = 0.0, 0.0, 0.0
     rows = last_rows(BANK)
     take_gradients(

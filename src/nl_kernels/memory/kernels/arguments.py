@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
 from typing import Any, NamedTuple
 
@@ -86,56 +87,15 @@ class Rule(NamedTuple):
     PRECISION: str
 
 
-class Places(NamedTuple):
-    """Where a program's scratch memory has what, by which warps hand tiles to one another.
+def compiled_of(shape: Shape, rule: Rule, *, backward: bool) -> tuple:
+    """All that a kernel is compiled for, its ``BANK``: sizes, rule, and where its scratch memory has what.
 
     ``FIRST`` and ``LAST`` are copies of the layers' weights (:mod:`.learn`). Tokens lie in both forms of
     :func:`~.fragments.put_rows`, one matrix, or one for each memory: of ``INPUTS`` three, and ``KEY`` has all
     that memories make, ``VALUE`` its second matrix; ``EXACT`` has the same before rounding. From ``OMEGA`` on
     all are of the backward pass: ω, gradients, matrices of pairs of tokens, shares of the blocks.
+    There is room for numbers of fp32. ``SIZE``: of all.
     """
-
-    FIRST: int
-    LAST: int
-    INPUTS: int
-    KEY: int
-    VALUE: int
-    EXACT: int
-    QUERY: int
-    VECTORS: int
-    DECAYS: int
-    HIDDEN_MADE: int
-    HIDDEN_KEY: int
-    HIDDEN_VALUE: int
-    HIDDEN_QUERY: int
-    ERROR: int
-    INVERSE: int
-    INVERSE_FIRST: int
-    SCORES: int
-    SCORES_FIRST: int
-    OMEGA: int
-    OMEGA_FIRST: int
-    READ: int
-    RECALLED: int
-    RECALLED_FIRST: int
-    D_ERROR: int
-    D_BACK: int
-    D_KEY: int
-    D_VALUE: int
-    D_QUERY: int
-    D_MADE: int
-    D_Z: int
-    GRAM: int
-    GRAM_FIRST: int
-    PAIRS: int
-    PAIRS_FIRST: int
-    RATES: int
-    SHARES: int
-    SIZE: int
-
-
-def places_of(shape: Shape, rule: Rule, *, backward: bool) -> Places:
-    """One region after another, with room for numbers of fp32."""
     memories, copies, chunk = shape.BLOCKS // shape.PER, 9 if backward else 6, shape.BLOCK_C
     outputs = 2 * memories * shape.BLOCK_V * chunk
     hidden = 2 * memories * shape.BLOCK_H * chunk if shape.HIDDEN else 0
@@ -157,26 +117,26 @@ def places_of(shape: Shape, rule: Rule, *, backward: bool) -> Places:
         **dict.fromkeys(("INVERSE", "SCORES"), pairs),
         **dict.fromkeys(("INVERSE_FIRST", "SCORES_FIRST"), first_pairs),
     }
-    if backward:
-        sizes |= {
-            **dict.fromkeys(("OMEGA", "READ", "RECALLED", "D_ERROR"), outputs),
-            **dict.fromkeys(
-                ("OMEGA_FIRST", "RECALLED_FIRST", "D_BACK", "D_KEY", "D_VALUE", "D_QUERY", "D_Z"), hidden
-            ),
-            "D_MADE": made,
-            **dict.fromkeys(("GRAM", "PAIRS"), pairs),
-            **dict.fromkeys(("GRAM_FIRST", "PAIRS_FIRST"), first_pairs),
-            "RATES": 3 * shape.BLOCKS * chunk,
-            "SHARES": 3 * shape.BLOCKS * shape.BLOCK_K * chunk,
-        }
+    back = {
+        **dict.fromkeys(("OMEGA", "READ", "RECALLED", "D_ERROR"), outputs),
+        **dict.fromkeys(
+            ("OMEGA_FIRST", "RECALLED_FIRST", "D_BACK", "D_KEY", "D_VALUE", "D_QUERY", "D_Z"), hidden
+        ),
+        "D_MADE": made,
+        **dict.fromkeys(("GRAM", "PAIRS"), pairs),
+        **dict.fromkeys(("GRAM_FIRST", "PAIRS_FIRST"), first_pairs),
+        "RATES": 3 * shape.BLOCKS * chunk,
+        "SHARES": 3 * shape.BLOCKS * shape.BLOCK_K * chunk,
+    }
     starts, total = {}, 0
-    for name, size in sizes.items():
+    for name, size in (sizes | back).items():
         starts[name] = total
-        total += -(-size // 16) * 16
+        total += -(-size // 16) * 16 if backward or name in sizes else 0
     if made:
         starts["VALUE"] = starts["KEY"] + keys // (2 if rule.PRECISION in ("bf16", "fp16") else 1)
-    return Places(**{name: starts.get(name, 0) for name in Places._fields[:-1]}, SIZE=total)
+    return _compiled(tuple(starts))(*shape, *rule, *starts.values(), total)
 
 
-Compiled = namedtuple("Compiled", (*Shape._fields, *Rule._fields, *Places._fields))
-Compiled.__doc__ = "All that a kernel is compiled for, which it calls ``BANK``."
+@functools.cache
+def _compiled(places: tuple[str, ...]) -> type:
+    return namedtuple("Compiled", (*Shape._fields, *Rule._fields, *places, "SIZE"))

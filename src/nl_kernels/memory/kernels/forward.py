@@ -12,15 +12,13 @@ from nl_kernels.memory.kernels.fragments import (
     rows_of,
     weights_at,
 )
-from nl_kernels.memory.kernels.generate import given_tokens, locate_row, locate_tokens, make_tokens
+from nl_kernels.memory.kernels.generate import gates_of, given_tokens, locate_row, locate_tokens, make_tokens
 from nl_kernels.memory.kernels.layer import columns_of, first_rows, last_rows, memory_of, take_layer
 from nl_kernels.memory.kernels.learn import (
     ANCHOR,
-    ANCHOR_OPERAND,
     BASE_OPERAND,
     SNAPSHOT,
     STATE,
-    STATE_OPERAND,
     learn_chunk,
     operands_of,
 )
@@ -79,23 +77,14 @@ def begin_layer(
     BANK: tl.constexpr,
 ):  # fmt: skip
     """The caller's weights of a layer to scratch."""
-    ROWS: tl.constexpr = rows[1].shape[1]
-    take_layer(place + STATE * SIZE, running, rows, IN, BLOCK, BANK)
-    take_layer(place + SNAPSHOT * SIZE, snapshot, rows, IN, BLOCK, BANK)
+    state, base, anchor_operand = operands_of(place, SIZE, BANK)
+    take_layer(place + STATE * SIZE, state, running, None, rows, IN, BLOCK, BANK)
+    take_layer(place + SNAPSHOT * SIZE, None, snapshot, None, rows, IN, BLOCK, BANK)
     if BANK.ANCHORED:
-        take_layer(place + ANCHOR * SIZE, anchor, rows, IN, BLOCK, BANK)
-    tl.debug_barrier()
-    for start in range(0, BLOCK, BANK.SLICE):
-        x = weights_at(place + STATE * SIZE, start, ROWS, BLOCK, BANK)
-        put_weights(operands_at(place + STATE_OPERAND * SIZE, BANK), start, rounded(x, BANK), BLOCK, BANK)
-        x = weights_at(place + SNAPSHOT * SIZE, start, ROWS, BLOCK, BANK)
-        if BANK.ANCHORED:
-            fixed = weights_at(place + ANCHOR * SIZE, start, ROWS, BLOCK, BANK)
-            put_weights(
-                operands_at(place + ANCHOR_OPERAND * SIZE, BANK), start, rounded(fixed, BANK), BLOCK, BANK
-            )
-            x += fixed
-        put_weights(operands_at(place + BASE_OPERAND * SIZE, BANK), start, rounded(x, BANK), BLOCK, BANK)
+        take_layer(place + ANCHOR * SIZE, anchor_operand, anchor, None, rows, IN, BLOCK, BANK)
+        take_layer(None, base, snapshot, anchor, rows, IN, BLOCK, BANK)
+    else:
+        take_layer(None, base, snapshot, None, rows, IN, BLOCK, BANK)
 
 
 @triton.jit
@@ -128,12 +117,7 @@ def learn_kernel(
     first_snapshot, last_snapshot = at_row(snapshot, program, BANK.FIRST_SIZE, BANK.LAST_SIZE)
     first_anchor, last_anchor = at_row(anchor, program, BANK.FIRST_SIZE, BANK.LAST_SIZE)
     first, last = scratch + BANK.FIRST, scratch + BANK.LAST
-    gates = (1.0, 0.0, 0.0)
-    if BANK.GENERATES:
-        gates = (
-            tl.load(tokens.rate_max + head), tl.load(tokens.rate_bias + head),
-            tl.load(tokens.retention_bias + head),
-        )  # fmt: skip
+    gates = gates_of(tokens, head, BANK)
     rows = last_rows(BANK)
     begin_layer(
         last, last_running, last_snapshot, last_anchor, rows, BANK.LAST_IN, BANK.LAST_BLOCK, BANK.LAST_KEPT,
@@ -147,9 +131,8 @@ def learn_kernel(
     begun = tl.maximum(first_chunk, begin // BANK.CHUNK)
     ended = tl.minimum(stop_chunk, (stop + BANK.CHUNK - 1) // BANK.CHUNK)
     SLOWER: tl.constexpr = max(BANK.MEMORY_CLOCK, BANK.OTHERS_CLOCK)
-    for chunk in tl.range(
-        begun, ended, disable_licm=True
-    ):  # addresses kept for the whole loop would be spilled
+    # Addresses kept for the whole loop would be spilled.
+    for chunk in tl.range(begun, ended, disable_licm=True):
         start = chunk * BANK.CHUNK
         place = locate_tokens(start, (sequence, head, origin, begin, stop), T, H, BANK)
         token, exists = place
@@ -171,9 +154,7 @@ def learn_kernel(
             tl.store(o + at, y.to(o.dtype.element_ty), mask=reads)
 
         end = start + BANK.CHUNK
-        keep = False
-        first_kept = None
-        last_kept = None
+        keep, first_kept, last_kept = False, None, None
         if kept.last is not None:
             keep = chunk % kept_every == 0
             slot = program * kept_slots + (chunk // kept_every - kept_first)

@@ -49,6 +49,17 @@ def locate_row(spans, sequence, offset, T):
 
 
 @triton.jit
+def gates_of(tokens, head, BANK: tl.constexpr):
+    """A head's largest rate, and both biases."""
+    rate_max, rate_bias, retention_bias = 1.0, 0.0, 0.0
+    if BANK.GENERATES:
+        rate_max = tl.load(tokens.rate_max + head)
+        rate_bias = tl.load(tokens.rate_bias + head)
+        retention_bias = tl.load(tokens.retention_bias + head)
+    return rate_max, rate_bias, retention_bias
+
+
+@triton.jit
 def locate_tokens(start, row, T, H, BANK: tl.constexpr):
     """The tokens [C] of a chunk from slot ``start`` as rows of [B · T · H, ·], and which of them there
     are."""

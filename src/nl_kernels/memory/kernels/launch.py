@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nl_kernels.memory.bank import Bank
-from nl_kernels.memory.kernels.arguments import Compiled, Rule, Shape, Tokens, places_of
+from nl_kernels.memory.kernels.arguments import Rule, Shape, Tokens, compiled_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support import targets
 from nl_kernels.triton_support.kernel_call import KernelCall
@@ -22,33 +22,13 @@ from nl_kernels.triton_support.tiles import MIN_TILE, padded, power_of_two
 KEPT_BYTES = 256 << 20  # of states at every chunk's start; beyond, some are recomputed
 MOST_WARPS = 16
 
-# By architecture, whether a bank makes its own targets, and whether its memories are linear: the widest head
-# and hidden layer by length of chunks.
+# By architecture the widest head and hidden layer by length of chunks: of given targets, linear and of two
+# layers; then of self-made ones.
 _LIMITS = {
-    "sm_90": {
-        (False, True): {16: 128, 32: 64},
-        (False, False): {16: 128, 32: 64},
-        (True, True): {16: 128, 32: 32},
-        (True, False): {16: 64},
-    },
-    "sm_80": {
-        (False, True): {16: 128, 32: 64},
-        (False, False): {16: 128, 32: 64},
-        (True, True): {16: 64, 32: 32},
-        (True, False): {16: 32},
-    },
-    "sm_89": {
-        (False, True): {16: 64, 32: 64},
-        (False, False): {16: 64, 32: 64},
-        (True, True): {16: 32},
-        (True, False): {16: 32},
-    },
-    "gfx942": {
-        (False, True): {16: 64},
-        (False, False): {16: 64},
-        (True, True): {16: 64},
-        (True, False): {16: 16},
-    },
+    "sm_90": ({16: 128, 32: 64}, {16: 128, 32: 64}, {16: 128, 32: 32}, {16: 64}),
+    "sm_80": ({16: 128, 32: 64}, {16: 128, 32: 64}, {16: 64, 32: 32}, {16: 32}),
+    "sm_89": ({16: 64, 32: 64}, {16: 64, 32: 64}, {16: 32}, {16: 32}),
+    "gfx942": ({16: 64}, {16: 64}, {16: 64}, {16: 16}),
 }
 
 
@@ -283,8 +263,8 @@ class Plan:
     def call(self, kernel: Any, shape: Shape, arguments: dict[str, Any], *, backward: bool) -> KernelCall:
         """The call of ``kernel``, one program a head."""
         inputs, options = self.inputs, self.options
-        places = places_of(shape, self.rule, backward=backward)
-        scratch = inputs.last.new_empty(self.heads, places.SIZE)
+        compiled = compiled_of(shape, self.rule, backward=backward)
+        scratch = inputs.last.new_empty(self.heads, compiled.SIZE)
         return KernelCall(
             kernel=kernel,
             grid=(self.heads,),
@@ -296,7 +276,7 @@ class Plan:
                 "offset": options.offset,
                 **arguments,
             },
-            constants={"BANK": Compiled(*shape, *self.rule, *places)},
+            constants={"BANK": compiled},
             num_warps=shape.BLOCKS,
             num_stages=1,
         )
@@ -322,7 +302,7 @@ class Plan:
 
 def limits_of(*, self_made: bool, linear: bool, chunk: int, architecture: str) -> tuple[int, int]:
     """The longest chunk at all, and the widest head and hidden layer with chunks of ``chunk`` (0: none)."""
-    table = _LIMITS["sm_90" if architecture == "sm_100" else architecture][self_made, linear]
+    table = _LIMITS["sm_90" if architecture == "sm_100" else architecture][2 * self_made + (not linear)]
     return max(table), next((width for most, width in sorted(table.items()) if padded(chunk) <= most), 0)
 
 

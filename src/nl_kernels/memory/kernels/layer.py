@@ -65,11 +65,17 @@ def columns_of(rows, start, IN: tl.constexpr, BANK: tl.constexpr):
 
 
 @triton.jit
-def take_layer(place, layer, rows, IN: tl.constexpr, BLOCK: tl.constexpr, BANK: tl.constexpr):
-    """A layer of the caller's to scratch, with zeros for what there is none of."""
+def take_layer(place, operands, layer, more, rows, IN: tl.constexpr, BLOCK: tl.constexpr, BANK: tl.constexpr):
+    """A layer of the caller's, ``more`` added, to scratch, in fp32 and as operands; zeros outside."""
     for start in range(0, BLOCK, BANK.SLICE):
         offsets, exists = columns_of(rows, start, IN, BANK)
-        put_weights(place, start, tl.load(layer + offsets, mask=exists, other=0.0), BLOCK, BANK)
+        x = tl.load(layer + offsets, mask=exists, other=0.0)
+        if more is not None:
+            x += tl.load(more + offsets, mask=exists, other=0.0)
+        if place is not None:
+            put_weights(place, start, x, BLOCK, BANK)
+        if operands is not None:
+            put_weights(operands, start, rounded(x, BANK), BLOCK, BANK)
 
 
 @triton.jit
