@@ -12,7 +12,9 @@ DEFAULT = "bfloat16 64xlinear C16 running default"
 
 
 def test_the_default_on_hopper():
-    for kernel, spills, shared in (("learn", 16, 48), ("learn_adjoint", 800 if BEFORE_3_7 else 512, 128)):
+    # Triton 3.6 moves operands through shared memory, which costs registers.
+    allowed = (96, 800) if BEFORE_3_7 else (16, 64)
+    for kernel, spills, shared in zip(("learn", "learn_adjoint"), allowed, (48, 100)):
         found = compiled(catalogue, "sm_90", kernel, DEFAULT)
         assert found.spill_bytes <= spills
         assert found.shared_bytes <= shared * 1024
