@@ -22,6 +22,7 @@ def pytest_collection_modifyitems(config, items):
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
         "interpreter": None if interpreting else "needs TRITON_INTERPRET=1",
         "aot": "cannot share a process with the Triton interpreter" if interpreting else None,
+        "compiled": "cannot share a process with the Triton interpreter" if interpreting else None,
     }
     for item in items:
         for marker, reason in reasons.items():
