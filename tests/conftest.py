@@ -1,6 +1,7 @@
 """Which rung of the ladder runs in this process, and what is watched where kernels are interpreted."""
 
 import os
+import zlib
 
 import pytest
 import torch
@@ -45,10 +46,24 @@ def _watch_for_races(request):
 @pytest.fixture(autouse=True)
 def _fill_uninitialised_memory(request):
     """Kernels run on memory full of NaN: what a buffer held before must not matter."""
-    if not request.node.get_closest_marker("interpreter"):
+    if not any(request.node.get_closest_marker(name) for name in ("interpreter", "compiled")):
         yield
         return
     torch.use_deterministic_algorithms(True, warn_only=True)  # with it PyTorch fills what is not written
     assert torch.empty(()).isnan(), "torch.utils.deterministic.fill_uninitialized_memory is off"
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def emulated(request):
+    """Kernels run as compiled, on CPU tensors; yields the launches so far, with which nothing may be wrong.
+
+    Each launch runs twice, in lockstep and in an order of warps and programs that the test's name draws.
+    """
+    from tools.ptx_emulator.driver import emulated
+
+    with emulated(seed=zlib.crc32(request.node.nodeid.encode())) as launches:
+        yield launches
+    assert launches
+    assert not [f"{x.kernel}: {line}" for x in launches for line in x.findings]

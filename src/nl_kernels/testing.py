@@ -234,7 +234,8 @@ def assert_within_budget(
 
 
 class RoundedProducts(TorchDispatchMode):
-    """Within this context fp32 matrix products round their operands to ``dtype`` and accumulate in fp32.
+    """Within this context fp32 matrix products round their operands to ``dtype`` and accumulate in fp32, those
+    of this package's operators too.
 
     That is how a tensor core sees a 16-bit kernel: run the eager implementation inside to get the
     "same-dtype eager" error that such a kernel is budgeted against.
@@ -248,6 +249,11 @@ class RoundedProducts(TorchDispatchMode):
         if func in _PRODUCTS:
             first = _PRODUCTS[func]
             args = (*args[:first], *map(self._round, args[first : first + 2]), *args[first + 2 :])
+        elif func.namespace == "nl_kernels":
+            device = tensors_of(list(args))[0].device.type.upper()
+            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
+            with self:  # within the operator, too
+                return func.redispatch(keys, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from nl_kernels import delta_memory, delta_memory_step
-from nl_kernels.testing import delta_memory_inputs, relative_error
+from nl_kernels.testing import RoundedProducts, delta_memory_inputs, relative_error
 
 OPTIONS = (0.5, "running", 8, "eager")
 
@@ -233,3 +233,17 @@ def test_only_needed_results_may_be_used():
         expected = torch.autograd.grad(same.sum(), [x[n] for n in names], allow_unused=True)
         for name, a, e in zip(names, actual, expected):
             assert relative_error(a, torch.zeros_like(a) if e is None else e) < 1e-10, name
+
+
+def test_rounded_products_reach_within_the_operators():
+    """Error budgets of kernels that round come of it: the state itself is fp32."""
+    x = delta_memory_inputs(1, 40, 1, 16, initial_state=True, requires_grad=True)
+
+    def state_and_gradient():
+        _, state = delta_memory(**x, output_final_state=True, impl="eager")
+        return state, *torch.autograd.grad(state.square().sum(), x["k"])
+
+    exact = state_and_gradient()
+    with RoundedProducts(torch.bfloat16):
+        rounded = state_and_gradient()
+    assert all(1e-4 < relative_error(a, b) < 1e-1 for a, b in zip(rounded, exact))

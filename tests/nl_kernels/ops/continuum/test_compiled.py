@@ -1,0 +1,60 @@
+"""The kernels as compiled for sm_80, run on the CPU, against the definition in fp64."""
+
+import pytest
+import torch
+
+from nl_kernels import continuum_gradients
+from nl_kernels.testing import assert_within_budget
+from tests.nl_kernels.emulation import FACTORS, cases, every_dtype, marks
+from tests.nl_kernels.ops.continuum.test_interpreter import SIZES, doubled, named, run
+from tests.nl_kernels.ops.continuum.test_interpreter_memory import CASES as MEMORIES
+from tests.nl_kernels.ops.continuum.test_interpreter_memory import assert_case_within_budget
+from tests.nl_kernels.ops.continuum.test_mlp import CASES, arguments, step_arguments, with_gradients
+from tests.nl_kernels.ops.continuum.test_update_in_place import OPTIONS
+
+pytestmark = marks
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@every_dtype
+def test_updates(options, dtype):
+    copies = {"copy_dtype": torch.float16 if dtype == torch.float32 else dtype}
+    results = [run(impl, options, **copies) for impl in ("triton", "eager")]
+    exact = run("reference", options, torch.float64, **copies)
+    for i, parts in enumerate(zip(*results, exact)):
+        assert_within_budget(*parts, name=str(i))
+
+
+LARGEST = SIZES[-1]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("size", cases([(x,) for x in SIZES], lambda size: size != LARGEST), ids=str)
+@every_dtype
+def test_error_budget_of_the_mlp(size, gated, dtype):
+    made = arguments(gated=gated, dtype=dtype, **size)
+    found, eager = (with_gradients(made, impl) for impl in ("triton", "eager"))
+    exact = with_gradients(doubled(made), "reference")
+    for i, results in enumerate(zip(found, eager, exact)):
+        assert_within_budget(*results, name=str(i), factor=FACTORS[dtype])
+
+
+@pytest.mark.parametrize(("gated", "bound"), CASES)
+@pytest.mark.parametrize("size", cases([(x,) for x in SIZES[1:]], lambda size: size != LARGEST), ids=str)
+@every_dtype
+def test_error_budget_of_the_gradients_of_a_step(size, gated, bound, dtype):
+    made = step_arguments(gated=gated, dtype=dtype, weight_dtype=torch.float32, **size)
+    options = {"error_bound": bound}
+    found, eager = (named(continuum_gradients(**made, **options, impl=i), "") for i in ("triton", "eager"))
+    exact = named(continuum_gradients(**doubled(made), **options, impl="reference"), "")
+    for name in exact:
+        assert_within_budget(found[name], eager[name], exact[name], name=name, factor=FACTORS[dtype])
+
+
+@pytest.mark.parametrize(
+    ("variant", "rule", "gated", "key"),
+    cases([case[:4] for case in MEMORIES], lambda *case: case[:2] == ("nested", "momentum")),
+)
+@every_dtype
+def test_error_budget_of_the_memory(variant, rule, gated, key, dtype):
+    assert_case_within_budget(variant, rule, gated, key, dtype, factor=FACTORS[dtype])
