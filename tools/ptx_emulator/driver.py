@@ -58,12 +58,6 @@ class Record:
     findings: list[str]
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [x for item in value for x in _tensors(item)] if isinstance(value, (list, tuple)) else []
-
-
 def parameters_of(compiled: Any, arguments: dict[str, Any]) -> list[tuple[str, Any]]:
     """(type, value) of what the PTX takes at run time, tuples one by one."""
     found: list[tuple[str, Any]] = []
@@ -85,26 +79,17 @@ def run_compiled(compiled: Any, grid: tuple[int, ...], arguments: dict[str, Any]
     if compiled.metadata.global_scratch_size:
         raise NotImplementedError("kernels with scratch in global memory")
     given = compiled.asm["ptx"], compiled.metadata.shared, grid, parameters_of(compiled, arguments)
-    tensors = _tensors(list(arguments.values()))
-    before = [x.clone() for x in tensors] if seed is not None else []
-    first = Launch(*given).run()
-    findings = first.findings.lines()
+    first = Launch(*given)
+    before = first.memory.contents()
+    findings = first.run().findings.lines()
     if seed is not None:
-        expected = [x.clone() for x in tensors]
-        for x, old in zip(tensors, before):
-            x.copy_(old)
-        second = Launch(*given, order=np.random.default_rng(seed)).run()
-        findings += second.findings.lines()
-        if not all(_same_bits(x, y) for x, y in zip(tensors, expected)):
+        expected = first.memory.contents()
+        first.memory.restore(before)
+        findings += Launch(*given, order=np.random.default_rng(seed)).run().findings.lines()
+        if not all(map(np.array_equal, first.memory.contents(), expected)):
             findings.append("another order of warps and programs gives other bits")
-        for x, y in zip(tensors, expected):
-            x.copy_(y)
-    programs = int(np.prod(first.grid))
-    return Record(compiled.name, programs, first.instructions(), findings)
-
-
-def _same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
-    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (x, y)))
+        first.memory.restore(expected)
+    return Record(compiled.name, int(np.prod(first.grid)), first.instructions(), findings)
 
 
 def _modules_that_ask_for_the_architecture() -> list[Any]:

@@ -21,8 +21,8 @@ class Program:
     """One program: its place in the grid, its shared memory, and what puts its threads in order.
 
     Attributes:
-        interval: counts the barriers passed, ``step`` those of single warps too; both go on from program to
-            program.
+        interval: counts the barriers passed; ``step`` those of single warps too; ``meeting`` whatever warps
+            do together.
     """
 
     def __init__(self, launch: Launch, index: int, interval: int):
@@ -30,13 +30,17 @@ class Program:
         x, y, _ = launch.grid
         self.ids = index % x, index // x % y, index // (x * y)
         self.parameters = launch.parameters
-        self.interval = self.step = interval
+        self.interval = self.step = self.meeting = interval
         self.shared = Space(np.full(launch.shared_bytes, 0xFF, np.uint8), "shared")
         if launch.watches:
             self.shared.watched(launch.code.units["shared"], shared_by_programs=False)
 
     def pass_warp_barrier(self) -> None:
         self.step += 1
+        self.meeting += 1
+
+    def meet(self) -> None:
+        self.meeting += 1
 
     def run(self) -> None:
         launch = self.launch
@@ -53,7 +57,7 @@ class Program:
                 )
             alive = [warps for warps, more in zip(alive, going_on) if more]
             self.interval += 1
-            self.step += 1
+            self.pass_warp_barrier()
 
 
 class Launch:

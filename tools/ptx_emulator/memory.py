@@ -45,7 +45,9 @@ class _Touched:
 
     Attributes:
         thread: who did, or ``SEVERAL``; ``warp`` likewise.
-        interval: between which barriers of the program, and ``step`` between which of warps.
+        interval: between which barriers of the program, and ``step`` between which of warps. A store is in
+            order with an earlier load by its warp also where the threads have only met in between: in a
+            shuffle or a product, which waits for what was loaded.
         place: by which instruction.
         program: who ever did, or ``NOBODY`` or ``SEVERAL``.
     """
@@ -74,7 +76,9 @@ class Watch:
             earlier = self.loads.program[units]
             alone = (earlier == NOBODY) | (earlier == program.index)
             self.loads.program[units] = np.where(alone, program.index, SEVERAL)
-        self._refuse_unordered(self.stores, units, thread, warps, place, "loads what was stored")
+        self._refuse_unordered(
+            self.stores, program.step, units, thread, warps, place, "loads what was stored"
+        )
         done, warp = self.loads, thread >> 5
         before = done.interval[units] != program.interval
         earlier_thread = np.where(before, thread, done.thread[units])
@@ -83,7 +87,7 @@ class Watch:
         # A unit with several readers is marked by all of them, whoever was last.
         done.thread[units[(done.thread[units] != thread) | (earlier_thread != thread)]] = SEVERAL
         done.warp[units[(done.warp[units] != warp) | (earlier_warp != warp)]] = SEVERAL
-        done.interval[units], done.step[units], done.place[units] = program.interval, program.step, place
+        done.interval[units], done.step[units], done.place[units] = program.interval, program.meeting, place
 
     def store(
         self, units: np.ndarray, thread: np.ndarray, warps: Any, place: int, changed: np.ndarray
@@ -95,8 +99,13 @@ class Watch:
             for done, what in ((self.stores, "stored"), (self.loads, "loaded")):
                 self._refuse_other_program(done, units, warps, place, f"stores what another has {what}")
             self.stores.program[units] = program.index
-        for done, what in ((self.stores, "stored"), (self.loads, "loaded")):
-            self._refuse_unordered(done, units, thread, warps, place, f"stores what was {what}", changed)
+        for done, step, what in (
+            (self.stores, program.step, "stored"),
+            (self.loads, program.meeting, "loaded"),
+        ):
+            self._refuse_unordered(
+                done, step, units, thread, warps, place, f"stores what was {what}", changed
+            )
         done = self.stores
         done.thread[units], done.warp[units], done.place[units] = thread, thread >> 5, place
         done.interval[units], done.step[units] = program.interval, program.step
@@ -111,6 +120,7 @@ class Watch:
     def _refuse_unordered(
         self,
         done: _Touched,
+        step: int,
         units: np.ndarray,
         thread: np.ndarray,
         warps: Any,
@@ -123,8 +133,7 @@ class Watch:
         if not wrong.any():
             return
         other_warp = done.warp[units] != thread >> 5
-        same_step = done.step[units] == warps.program.step
-        wrong &= other_warp | ((done.thread[units] != thread) & same_step)
+        wrong &= other_warp | ((done.thread[units] != thread) & (done.step[units] == step))
         if wrong.any():
             first = tuple(np.argwhere(wrong)[0])
             unit = units[first]
@@ -242,6 +251,13 @@ class Global:
             if low <= x.data_ptr() < high:
                 return base + x.data_ptr() - low
         raise KeyError("a tensor that the launch was not given")
+
+    def contents(self) -> list[np.ndarray]:
+        return [region.bytes.copy() for region in self.regions]
+
+    def restore(self, contents: list[np.ndarray]) -> None:
+        for region, data in zip(self.regions, contents):
+            region.bytes[:] = data
 
     def locate(
         self, address: np.ndarray, warps: Any, place: int, what: str

@@ -239,6 +239,12 @@ def _shuffle(body: Body, ins: Instruction) -> None:
         body.define(ins, name, "?", "t[1]")
 
 
+def _reduce(body: Body, ins: Instruction) -> None:
+    kind = kind_of(ins.op[-1])
+    value, members = body.value(ins.args[1], kind), body.value(ins.args[2], "u4")
+    body.define(ins, ins.args[0], kind, f"W.reduce('{ins.op[2]}', {value}, {members})")
+
+
 def _copy(body: Body, ins: Instruction) -> None:
     """``cp.async``."""
     if ins.op[2] == "commit_group":
@@ -290,6 +296,7 @@ OPCODES: dict[str, Callable[[Body, Instruction], None]] = {
     "ldmatrix": _load_matrices,
     "mma": _matrix_product,
     "shfl": _shuffle,
+    "redux": _reduce,
     "cp": _copy,
     "bar": _warp_barrier,
 }

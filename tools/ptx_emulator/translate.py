@@ -276,4 +276,4 @@ def class_of(ins: Instruction) -> str:
         return next((space for space in ("global", "shared") if space in op), "alu")
     if op[0] == "bar":
         return "barriers"
-    return "shuffles" if op[0] == "shfl" else "alu"
+    return "shuffles" if op[0] in ("shfl", "redux") else "alu"

@@ -161,6 +161,7 @@ class Warps:
 
     def load_matrices(self, address: np.ndarray, count: int, turned: bool, place: int) -> list[np.ndarray]:
         """``ldmatrix``: lanes 8 i … of each warp have the addresses of the rows of matrix i."""
+        self.program.meet()
         warps = self.n // 32
         rows = address.astype(np.int64).reshape(warps, 32)[:, : 8 * count].reshape(-1)
         threads = self.thread.reshape(warps, 32)[:, : 8 * count].reshape(-1)
@@ -224,6 +225,7 @@ class Warps:
 
     def shuffle(self, mode: str, value: np.ndarray, by: Any, clamp: Any) -> tuple[np.ndarray, np.ndarray]:
         """Another lane's value by ``mode``, and whether there is such a lane."""
+        self.program.meet()
         key = (mode, int(by), int(clamp)) if np.ndim(by) == np.ndim(clamp) == 0 else None
         if key is None or key not in self.sources:
             lane, by, clamp = (
@@ -247,8 +249,17 @@ class Warps:
         source, exists = self.sources[key]
         return value[source], exists
 
+    def reduce(self, what: str, value: np.ndarray, members: np.ndarray) -> np.ndarray:
+        """``redux`` over whole warps."""
+        self.program.meet()
+        if not np.all(members == np.uint32(0xFFFFFFFF)):
+            raise NotImplementedError("redux of some lanes")
+        function = {"min": np.minimum, "max": np.maximum, "add": np.add}[what]
+        return np.repeat(function.reduce(value.reshape(-1, 32), axis=1), 32).astype(value.dtype)
+
     def product(self, kind: str, a: list, b: list, c: list) -> np.ndarray:
         """``mma``: D = A B + C, 16 × 8 a warp, exact in fp64, then rounded towards zero."""
+        self.program.meet()
         warps = self.n // 32
         A, B = (_operands(np.stack(x), kind) for x in (a, b))
         pairs = A.shape[-1]

@@ -95,7 +95,9 @@ def transposed_accumulators(module):
     found = []
     for line, *operands in uses.products:
         stops = {"tt.trans", "tt.dot"}
-        turned = [x for operand in operands for x in uses.reaches(operand, stops) if uses.opcodes[x] == "tt.trans"]
+        turned = [
+            x for operand in operands for x in uses.reaches(operand, stops) if uses.opcodes[x] == "tt.trans"
+        ]
         while turned:
             name = turned.pop()
             for source in uses.sources[name]:
