@@ -60,10 +60,13 @@ def emulated(request):
     """Kernels run as compiled, on CPU tensors; yields the launches so far, with which nothing may be wrong.
 
     Each launch runs twice, in lockstep and in an order of warps and programs that the test's name draws.
+    ``@pytest.mark.compiled(but=…)`` names what may be found all the same.
     """
     from tools.ptx_emulator.driver import emulated
 
     with emulated(seed=zlib.crc32(request.node.nodeid.encode())) as launches:
         yield launches
     assert launches
-    assert not [f"{x.kernel}: {line}" for x in launches for line in x.findings]
+    allowed = request.node.get_closest_marker("compiled").kwargs.get("but")
+    found = [f"{x.kernel}: {line}" for x in launches for line in x.findings]
+    assert not [line for line in found if allowed is None or allowed not in line]

@@ -234,8 +234,7 @@ def assert_within_budget(
 
 
 class RoundedProducts(TorchDispatchMode):
-    """Within this context fp32 matrix products round their operands to ``dtype`` and accumulate in fp32, those
-    of this package's operators too.
+    """Within this context fp32 matrix products round their operands to ``dtype`` and accumulate in fp32.
 
     That is how a tensor core sees a 16-bit kernel: run the eager implementation inside to get the
     "same-dtype eager" error that such a kernel is budgeted against.
@@ -252,7 +251,7 @@ class RoundedProducts(TorchDispatchMode):
         elif func.namespace == "nl_kernels":
             device = tensors_of(list(args))[0].device.type.upper()
             keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
-            with self:  # within the operator, too
+            with self:  # also within the package's operators
                 return func.redispatch(keys, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

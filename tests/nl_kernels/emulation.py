@@ -9,6 +9,9 @@ FACTORS = {torch.bfloat16: 4.0, torch.float16: 4.0, torch.float32: 8.0}
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 marks = [pytest.mark.compiled, pytest.mark.usefixtures("emulated")]
+# Of sums of products whose first addition is fused: lanes differ in the last bit, and which of them remains
+# in shared memory is undefined. Errors stay within the budgets.
+FUSED_SUMS = "threads store different values to one address"
 
 
 def cases(every, quick):

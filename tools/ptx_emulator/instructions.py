@@ -1,6 +1,7 @@
 """What each kernel executes, counted by the emulator: ``python -m tools.ptx_emulator.instructions``.
 
-Writes a table of the instructions that a program's warps execute into docs/compiled_kernels.md. No GPU takes part.
+Writes a table of the instructions that a program's warps execute into docs/compiled_kernels.md. No GPU takes
+part.
 """
 
 from __future__ import annotations

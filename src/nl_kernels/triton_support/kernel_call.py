@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from nl_kernels.triton_support.hazards import warn_of_hazards
+
 Argument = torch.Tensor | int | float | None
 
 GRID_LIMITS = (2**31 - 1, 2**16 - 1, 2**16 - 1)
@@ -64,6 +66,8 @@ class KernelCall:
 
 def run_calls(calls: Iterable[KernelCall], device: torch.device) -> None:
     """Launch ``calls`` in order on ``device``."""
+    if device.type == "cuda":
+        warn_of_hazards(torch.cuda.get_device_capability(device))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for call in calls:
             call.run()

@@ -69,7 +69,8 @@ def _update_rows(
         new -= (1 - tl.load(retention[I])) * moved
     if norms is not None:
         wanted = tl.load(norms[I] + row % norm_rows, mask=row < rows, other=0.0)
-        length = tl.sqrt(tl.sum(new * new, 1))
+        # A product fused with the sum of two lanes would be rounded in one of them and not in the other.
+        length = tl.sqrt(tl.sum(tl.fma(new, new, 0.0), 1))
         new *= (wanted / tl.where(length > 0, length, 1.0))[:, None]
     if where is not None:
         new = tl.where(steps, new, old)

@@ -22,7 +22,8 @@ def test_updates(options, dtype):
     results = [run(impl, options, **copies) for impl in ("triton", "eager")]
     exact = run("reference", options, torch.float64, **copies)
     for i, parts in enumerate(zip(*results, exact)):
-        assert_within_budget(*parts, name=str(i))
+        few = parts[2].numel() < 32  # eager gets some right by luck
+        assert_within_budget(*parts, name=str(i), factor=6.0 if few else 2.0)
 
 
 LARGEST = SIZES[-1]
