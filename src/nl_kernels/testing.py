@@ -237,7 +237,7 @@ class RoundedProducts(TorchDispatchMode):
     """Within this context fp32 matrix products round their operands to ``dtype`` and accumulate in fp32.
 
     That is how a tensor core sees a 16-bit kernel: run the eager implementation inside to get the
-    "same-dtype eager" error that such a kernel is budgeted against.
+    "same-dtype eager" error that such a kernel is budgeted against. It reaches into the package's operators.
     """
 
     def __init__(self, dtype: torch.dtype):
@@ -248,11 +248,9 @@ class RoundedProducts(TorchDispatchMode):
         if func in _PRODUCTS:
             first = _PRODUCTS[func]
             args = (*args[:first], *map(self._round, args[first : first + 2]), *args[first + 2 :])
-        elif func.namespace == "nl_kernels":
-            device = tensors_of(list(args))[0].device.type.upper()
-            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
-            with self:  # also within the package's operators
-                return func.redispatch(keys, *args, **(kwargs or {}))
+        if func.namespace == "nl_kernels":
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:

@@ -235,15 +235,16 @@ def test_only_needed_results_may_be_used():
             assert relative_error(a, torch.zeros_like(a) if e is None else e) < 1e-10, name
 
 
-def test_rounded_products_reach_within_the_operators():
-    """Error budgets of kernels that round come of it: the state itself is fp32."""
-    x = delta_memory_inputs(1, 40, 1, 16, initial_state=True, requires_grad=True)
+def test_rounded_products_reach_into_the_operators():
+    """The error budget of a 16-bit kernel is eager's error with 16-bit products: in the operators, too."""
+    x = delta_memory_inputs(1, 40, 1, 16, requires_grad=True)
 
     def state_and_gradient():
         _, state = delta_memory(**x, output_final_state=True, impl="eager")
-        return state, *torch.autograd.grad(state.square().sum(), x["k"])
+        return state, *torch.autograd.grad(state.sum(), x["k"])
 
     exact = state_and_gradient()
-    with RoundedProducts(torch.bfloat16):
+    with RoundedProducts(torch.float16):
         rounded = state_and_gradient()
-    assert all(1e-4 < relative_error(a, b) < 1e-1 for a, b in zip(rounded, exact))
+    for found, expected in zip(rounded, exact):
+        assert 1e-5 < relative_error(found, expected) < 1e-2
