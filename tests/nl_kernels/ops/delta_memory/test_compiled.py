@@ -12,8 +12,7 @@ pytestmark = [pytest.mark.compiled(but=FUSED_SUMS), *marks]
 
 
 def assert_within(x, **options):
-    dtype = x["q"].dtype
-    assert_kernels_within_budget(x, rounded=dtype, factor=FACTORS[dtype], **options)
+    assert_kernels_within_budget(x, factor=FACTORS[x["q"].dtype], **options)
 
 
 @pytest.mark.parametrize(

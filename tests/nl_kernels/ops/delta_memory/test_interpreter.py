@@ -3,7 +3,6 @@
 import importlib.util
 import inspect
 import itertools
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -50,10 +49,9 @@ def results_and_gradients(x, **options):
     return {n: r.detach() for n, r in results.items()} | {f"d{n}": g for n, g in zip(leaves, gradients)}
 
 
-def assert_kernels_within_budget(x, rounded=None, factor=2.0, **options):
-    """``rounded``: the dtype to which the products of the kernels round their operands."""
+def assert_kernels_within_budget(x, factor=2.0, **options):
     triton = results_and_gradients(x, impl="triton", **options)
-    with nullcontext() if rounded is None else RoundedProducts(rounded):
+    with RoundedProducts(x["q"].dtype):  # fp16: products round their operands, to fp16 or as finely
         eager = results_and_gradients(x, impl="eager", **options)
     options.pop("chunk_size")
     expected = results_and_gradients(to_float64(x), impl="reference", **options)
