@@ -9,9 +9,6 @@ FACTORS = {torch.bfloat16: 2.0, torch.float16: 2.0, torch.float32: 4.0}
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 marks = [pytest.mark.compiled, pytest.mark.usefixtures("emulated")]
-# Of sums of products whose first addition is fused: lanes differ in the last bit, and which of them remains
-# in shared memory is undefined. Errors stay within the budgets.
-FUSED_SUMS = "threads store different values to one address"
 
 
 def cases(every, quick):
