@@ -11,6 +11,9 @@ from tools.ptx_emulator.instructions import LANES
 
 pytestmark = [pytest.mark.compiled(but=LANES), *marks]
 
+# Of a single token too few numbers are made for a norm to mean something; steps are compared one by one.
+LONGER = [case for case in LENGTHS if case[2] > 1]
+
 
 def assert_within(x, **options):
     assert_kernels_within_budget(x, factor=FACTORS[x["q"].dtype], **options)
@@ -18,11 +21,11 @@ def assert_within(x, **options):
 
 @pytest.mark.parametrize(
     ("momentum", "read", "length"),
-    cases(LENGTHS, lambda momentum, read, length: length == 17 and momentum == (read == "before")),
+    cases(LONGER, lambda momentum, read, length: length == 17 and momentum == (read == "before")),
 )
 @every_dtype
 def test_results_and_every_gradient(momentum, read, length, dtype):
-    x = inputs(length, momentum=momentum, heads=3 if length == 1 else 1, dtype=dtype)
+    x = inputs(length, momentum=momentum, dtype=dtype)
     assert_within(x, read=read, scale=0.7, chunk_size=16)
 
 
