@@ -66,7 +66,7 @@ class KernelCall:
 
 def run_calls(calls: Iterable[KernelCall], device: torch.device) -> None:
     """Launch ``calls`` in order on ``device``."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.version.hip is None:
         warn_of_hazards(torch.cuda.get_device_capability(device))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for call in calls:

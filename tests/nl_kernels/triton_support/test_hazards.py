@@ -26,8 +26,7 @@ OPERANDS, GROUPS = "wgmma operands overwritten", "wgmma groups not awaited"
 )
 def test_known_hazards(versions, capability, names):
     found = hazards.known_hazards(*versions, capability)
-    assert [hazard.name for hazard in found] == names
-    assert all(hazard.remedy for hazard in found)
+    assert list(found) == names
 
 
 def test_launches_warn_once(monkeypatch):
@@ -41,4 +40,4 @@ def test_launches_warn_once(monkeypatch):
         for _ in range(2):
             kernel_call.run_calls([], torch.device("cuda"))
     assert len(seen) == len(installed)
-    assert all(hazard.remedy in str(w.message) for hazard, w in zip(installed, seen))
+    assert [str(w.message).split(":")[0] for w in seen] == list(installed)
