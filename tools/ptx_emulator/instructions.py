@@ -47,6 +47,12 @@ def _delta_memory(dtype: torch.dtype, momentum: bool) -> None:
         )
 
 
+def _long_delta_memory(dtype: torch.dtype) -> None:
+    """Of few heads: its scan may be cut into parts."""
+    made = testing.delta_memory_inputs(1, 3072, 1, 16, dtype=dtype)
+    nl_kernels.delta_memory(**made, chunk_size=16, impl="triton")
+
+
 def _deep_memory(dtype: torch.dtype, width: int, hidden: int | None) -> None:
     made = testing.deep_memory_inputs(1, 32, 1, width, hidden, dtype=dtype, requires_grad=True)
     _with_gradients(nl_kernels.deep_memory, made, chunk_size=16, read="running")
@@ -102,6 +108,7 @@ CALLS: dict[str, dict[str, Callable[[torch.dtype], None]]] = {
     "delta_memory": {
         "64 wide": lambda dtype: _delta_memory(dtype, False),
         "64 wide, momentum": lambda dtype: _delta_memory(dtype, True),
+        "16 wide, 3,072 tokens": _long_delta_memory,
     },
     "deep_memory": {
         "linear, 64 wide": lambda dtype: _deep_memory(dtype, 64, None),

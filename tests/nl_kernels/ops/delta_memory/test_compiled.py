@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nl_kernels import delta_memory, delta_memory_step
-from nl_kernels.testing import to_float64
+from nl_kernels.testing import RoundedProducts, assert_within_budget, to_float64
 from tests.nl_kernels.emulation import FACTORS, cases, every_dtype, marks
 from tests.nl_kernels.ops.delta_memory.test_interpreter import LENGTHS, assert_kernels_within_budget, inputs
 from tools.ptx_emulator.instructions import LANES
@@ -48,6 +48,21 @@ def test_packed_sequences(momentum, dtype):
     x = inputs(40, momentum=momentum, sequences=4, dtype=dtype)
     cu_seqlens = torch.tensor([0, 1, 17, 33, 40], dtype=torch.int32)
     assert_within(x, cu_seqlens=cu_seqlens, chunk_size=16, scale=0.7, read="before")
+
+
+@every_dtype
+@pytest.mark.slow
+def test_a_long_sequence_of_one_head(dtype):
+    """Whose scan may be cut into parts that run side by side."""
+    x = inputs(3072, momentum=False, key=16, value=16, dtype=dtype)
+    options = {"output_final_state": True, "chunk_size": 16}
+    with torch.no_grad():
+        found = delta_memory(**x, **options, impl="triton")
+        with RoundedProducts(dtype):
+            eager = delta_memory(**x, **options, impl="eager")
+        exact = delta_memory(**to_float64(x), **options, impl="eager")
+    for results in zip(found, eager, exact):
+        assert_within_budget(*results, factor=FACTORS[dtype])
 
 
 @pytest.mark.parametrize("read", ["running", "before"])
