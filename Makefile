@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help install lock demo test lanes newest lint bench bench-peers bench-gpu gpu-check aot clean
+.PHONY: help install lock demo test compiled instructions lanes newest lint bench bench-peers bench-gpu gpu-check aot clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,11 +21,18 @@ lock: install  ## make constraints.txt anew: the newest versions that setup.py a
 demo: install  ## train, compare, generate and profile a small Hope on real text (about 4 minutes)
 	$(BIN)/python -m nl_models.demo --output runs/demo
 
-# Three processes: the Triton interpreter and the ahead-of-time compiler cannot share one.
+# Four processes: what interprets, compiles and emulates Triton kernels cannot share one.
 test: install  ## run the tests, two at a time (WORKERS=)
-	$(PYTEST) -m "not interpreter and not aot"
+	$(PYTEST) -m "not interpreter and not aot and not compiled"
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
 	$(PYTEST) -m aot
+	$(PYTEST) -m compiled
+
+compiled: install  ## run every kernel as compiled, in bf16, fp16 and fp32, on the CPU (tools/ptx_emulator)
+	$(PYTEST) -m compiled --slow
+
+instructions: install  ## count what every compiled kernel executes, into docs/compiled_kernels.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.ptx_emulator.instructions
 
 # Beside the locked versions, which alone decide: what the ranges of setup.py promise. LANES= chooses.
 lanes: install  ## the model tests with the oldest and newest transformers, kernels with Triton 3.6 (LANES=)

@@ -26,6 +26,7 @@ setup(
     },
     install_requires=[
         "torch>=2.11,<2.14",
+        # Before 3.7.1 products of transposed accumulators are wrong on Hopper; no kernel here has one.
         "triton>=3.6,<3.8; platform_system == 'Linux'",
         "numpy>=1.26,<3",
         "transformers>=5.6,<6",

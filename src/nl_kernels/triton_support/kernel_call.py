@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nl_kernels.dispatch import planning
+from nl_kernels.triton_support.hazards import warn_of_hazards
 
 Argument = torch.Tensor | int | float | None
 
@@ -68,6 +69,8 @@ def run_calls(calls: Iterable[KernelCall], device: torch.device) -> None:
     """Launch ``calls`` in order on ``device``; nothing while they are only planned."""
     if planning():
         return
+    if device.type == "cuda" and torch.version.hip is None:
+        warn_of_hazards(torch.cuda.get_device_capability(device))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for call in calls:
             call.run()

@@ -69,7 +69,7 @@ def store_rows(out, batch, row, column, rows, tile, COLUMNS: tl.constexpr):
 def store_squares(out, batch, row, rows, first, tile, TILES: tl.constexpr, BLOCK_N: tl.constexpr):
     """This tile's part of the squared length of each row, [batches, rows, TILES]."""
     at = (batch * rows + row) * TILES + first // BLOCK_N
-    tl.store(out + at, tl.sum(tile * tile, 1), mask=row < rows)
+    tl.store(out + at, tl.sum(tl.fma(tile, tile, 0.0), 1), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])

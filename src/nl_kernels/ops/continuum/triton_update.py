@@ -76,7 +76,8 @@ def update_kernel(
                 new -= (1 - tl.load(retention[i])) * moved
             if norms is not None:
                 wanted = tl.load(norms[i] + row % norm_rows[i], mask=row < rows[i], other=0.0)
-                length = tl.sqrt(tl.sum(new * new, 1))
+                # A product fused with the sum of two lanes would be rounded in one of them alone.
+                length = tl.sqrt(tl.sum(tl.fma(new, new, 0.0), 1))
                 new *= (wanted / tl.where(length > 0, length, 1.0))[:, None]
             if where is not None:
                 new = tl.where(steps, new, old)

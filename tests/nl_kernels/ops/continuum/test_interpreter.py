@@ -25,8 +25,8 @@ pytestmark = pytest.mark.interpreter
 SHAPES = [(3, 50, 33), (3, 33, 50), (1, 1), (2, 3, 2100), (130, 16)]
 
 
-def run(impl, options, dtype=torch.float32):
-    arguments = call(**options, dtype=dtype, shapes=SHAPES, copy_dtype=torch.float16)
+def run(impl, options, dtype=torch.float32, copy_dtype=torch.float16):
+    arguments = call(**options, dtype=dtype, shapes=SHAPES, copy_dtype=copy_dtype)
     stepped(arguments, impl)
     return written(arguments)
 

@@ -50,7 +50,7 @@ def results_and_gradients(x, **options):
     return {n: r.detach() for n, r in results.items()} | {f"d{n}": g for n, g in zip(leaves, gradients)}
 
 
-def assert_kernels_within_budget(x, **options):
+def assert_kernels_within_budget(x, factor=2.0, **options):
     triton = results_and_gradients(x, impl="triton", **options)
     with RoundedProducts(x["q"].dtype):  # fp16: products round their operands, to fp16 or as finely
         eager = results_and_gradients(x, impl="eager", **options)
@@ -58,10 +58,10 @@ def assert_kernels_within_budget(x, **options):
     expected = results_and_gradients(to_float64(x), impl="reference", **options)
     assert triton.keys() == expected.keys()
     for name in expected:
-        assert_within_budget(triton[name], eager[name], expected[name], name=name)
+        assert_within_budget(triton[name], eager[name], expected[name], name=name, factor=factor)
 
 
-LENGTHS = itertools.product([False, True], ["running", "before"], [1, 15, 16, 17, 55])
+LENGTHS = list(itertools.product([False, True], ["running", "before"], [1, 15, 16, 17, 55]))
 
 
 def quick(momentum, read, length):

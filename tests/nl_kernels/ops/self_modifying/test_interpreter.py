@@ -95,21 +95,21 @@ def test_results_and_every_gradient(hidden, length):
     assert_kernels_within_budget(make(length, hidden), read="running", chunk_size=16)
 
 
-@pytest.mark.parametrize(
-    ("hidden", "name", "read"),
-    [
-        (None, "default", "snapshot"),
-        pytest.param(None, "literal", "snapshot", marks=SLOW),
-        (None, "literal", "running"),
-        (None, "gelu", "running"),
-        (None, "titans", "snapshot"),
-        pytest.param(None, "titans", "running", marks=SLOW),
-        (5, "default", "snapshot"),
-        (5, "literal", "running"),
-        (5, "gelu", "running"),
-        (5, "titans", "running"),
-    ],
-)
+RULES_AND_READS = [
+    (None, "default", "snapshot"),
+    pytest.param(None, "literal", "snapshot", marks=SLOW),
+    (None, "literal", "running"),
+    (None, "gelu", "running"),
+    (None, "titans", "snapshot"),
+    pytest.param(None, "titans", "running", marks=SLOW),
+    (5, "default", "snapshot"),
+    (5, "literal", "running"),
+    (5, "gelu", "running"),
+    (5, "titans", "running"),
+]
+
+
+@pytest.mark.parametrize(("hidden", "name", "read"), RULES_AND_READS)
 def test_rules(hidden, name, read):
     rule = RULES[name]
     inputs = make(6, hidden, outer_scale=0.3)
