@@ -1,19 +1,21 @@
 """Gated DeltaNet against its recurrence as its paper prints it."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from nl_models.layers.gated_delta_net import GatedDeltaNet
 
 
-def test_it_is_the_gated_delta_rule():
+@pytest.mark.parametrize("rate_max", [1.0, 2.0])
+def test_it_is_the_gated_delta_rule(rate_max):
     torch.manual_seed(0)
-    layer = GatedDeltaNet(12, 2).double()
+    layer = GatedDeltaNet(12, 2, rate_max=rate_max).double()
     x = torch.randn(2, 9, 12, dtype=torch.float64)
     q, k, v = (F.silu(p(x)).unflatten(-1, (2, 6)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
     alpha = torch.exp(-layer.log_rate.exp() * F.softplus(layer.a_proj(x) + layer.decay_bias))
-    beta = layer.b_proj(x).sigmoid()
+    beta = rate_max * layer.b_proj(x).sigmoid()
     S, outputs = torch.zeros(2, 2, 6, 6, dtype=torch.float64), []
     for t in range(9):
         key, rate = k[:, t, :, None, :], beta[:, t, :, None, None]

@@ -212,6 +212,6 @@ def rates_of(rate_max, exists, scratch, SHAPE: tl.constexpr, RULE: tl.constexpr,
     rate = tl.load(vectors + RATE * SHAPE.BLOCK_C)
     log = tl.load(vectors + DECAY * SHAPE.BLOCK_C)
     if RULE.GENERATES:
-        rate = tl.where(exists, rate_max * tl.sigmoid(rate), 0.0)
+        rate = tl.where(exists, tl.minimum(rate_max, 1 + tl.sigmoid(log)) * tl.sigmoid(rate), 0.0)
         log = tl.where(exists, log_sigmoid(log), 0.0)
     return rate, log

@@ -94,9 +94,12 @@ def gates_adjoint(d_rate, d_log, rate_max, exists, scratch, SHAPE: tl.constexpr,
     C: tl.constexpr = SHAPE.BLOCK_C
     vectors = scratch + PLACES.VECTORS + tl.arange(0, C)
     fraction = tl.sigmoid(tl.load(vectors + RATE * C))
+    decay = tl.sigmoid(tl.load(vectors + DECAY * C))
     d_rate = tl.where(exists, d_rate, 0.0)
-    d_retention = tl.where(exists, d_log * tl.sigmoid(-tl.load(vectors + DECAY * C)), 0.0)
-    return d_rate * rate_max * fraction * (1 - fraction), d_retention, d_rate * fraction
+    d_limit = d_rate * fraction
+    by_decay = tl.where(rate_max > 1 + decay, d_limit, 0.0)
+    d_retention = tl.where(exists, (d_log + decay * by_decay) * (1 - decay), 0.0)
+    return d_limit * tl.minimum(rate_max, 1 + decay) * (1 - fraction), d_retention, d_limit - by_decay
 
 
 @triton.jit
