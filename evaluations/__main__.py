@@ -11,7 +11,18 @@ from rich.console import Console
 
 from evaluations.report import write_report
 from evaluations.studies import QUICK, STUDIES
-from evaluations.study import RESULTS, Run, Study, TimeLeft, append, perform, read_rows, remaining, total
+from evaluations.study import (
+    RESULTS,
+    ROOT,
+    Run,
+    Study,
+    TimeLeft,
+    append,
+    perform,
+    read_rows,
+    remaining,
+    total,
+)
 from nl_models.training.console import TrainingDisplay, duration
 
 console = Console()
@@ -25,7 +36,7 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help="Models of the study; repeatable.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: minutes, and less is true.")] = False,
     minutes: Annotated[float | None, typer.Option(help="Start no run after so long.")] = None,
-    rows: Annotated[Path, typer.Option(help="Folder of the rows, STUDY.jsonl.")] = RESULTS,
+    rows: Annotated[Path | None, typer.Option(help="Folder of the rows, STUDY.jsonl.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
 ) -> None:
     """Train small models on tasks with published scores, and compare.
@@ -36,6 +47,7 @@ def main(
     studies = QUICK if quick else STUDIES
     if what not in (*STUDIES, "all", "report"):
         _refuse("TASK", [what], [*STUDIES, "all", "report"])
+    rows = rows or (ROOT / "runs/evidence_quick" if quick else RESULTS)
     torch.set_num_threads(threads)
     left = TimeLeft(minutes)
     if what != "report":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
@@ -37,13 +39,25 @@ TITLES = {
 class Reader(nn.Module):
     """Ids [B, T] to logits [B, T, outputs]."""
 
-    def __init__(self, backbone: nn.Module, width: int, outputs: int) -> None:
+    def __init__(self, backbone: nn.Module, width: int, outputs: int, pooled: bool) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(width, outputs)
+        self.pooled = pooled
+        layers = [nn.RMSNorm(width), nn.Linear(width, width), nn.GELU()] * 2 if pooled else []
+        self.head = nn.Sequential(*map(copy.deepcopy, layers), nn.Linear(width, outputs))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.backbone(ids))
+        x = self.backbone(ids)
+        if self.pooled:  # MAD's decoder: what was said last, and a position
+            x = x[:, -1:] + positions(x.shape[1], x.shape[2])
+        return self.head(x)
+
+
+def positions(length: int, width: int) -> torch.Tensor:
+    """Sines and cosines [length, width] of wavelengths from 2π to 20,000π."""
+    rates = 10_000.0 ** (-torch.arange(width // 2) / (width // 2 - 1))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 class _Hope(nn.Module):
@@ -75,12 +89,14 @@ def make(
     layers: int,
     heads: int,
     inner: int,
+    pooled: bool = False,
     options: dict[str, object] | None = None,
 ) -> Reader:
     """A model with MLPs (of an LSTM: hidden states) of width ``inner``.
 
     Args:
         name: of :data:`MODELS`.
+        pooled: see :class:`~evaluations.task.Task`.
         options: further fields of HopeConfig.
     """
     if name not in MODELS:
@@ -88,7 +104,7 @@ def make(
     if name == "lstm":
         if options:
             raise ValueError(f"options: an LSTM has none, got {options}")
-        return Reader(_LSTM(vocabulary, width, layers, inner), width, outputs)
+        return Reader(_LSTM(vocabulary, width, layers, inner), width, outputs, pooled)
     levels = [{"hidden_size": inner}]
     if name == "hope_attention":  # without memories its continuum is all that learns in context
         levels = [
@@ -102,7 +118,7 @@ def make(
         num_attention_heads=heads,
         **{"continuum_levels": levels, **MODELS[name], **(options or {})},
     )
-    return Reader(_Hope(config), width, outputs)
+    return Reader(_Hope(config), width, outputs, pooled)
 
 
 def parameters(model: nn.Module) -> int:

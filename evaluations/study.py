@@ -131,7 +131,7 @@ def perform(study: Study, run: Run, progress: Callable[..., None] = lambda *_: N
     torch.manual_seed(run.seed)
     options = run.setting.get("options")
     sizes = (task.vocabulary, task.outputs)
-    model = at_equal_parameters(run.model, *sizes, options=options, **study.shape)
+    model = at_equal_parameters(run.model, *sizes, options=options, pooled=task.pooled, **study.shape)
     rate = run.setting["learning_rate"]
     outcome = train(model, task, learning_rate=rate, seed=run.seed, progress=progress, **study.training)
     return {
