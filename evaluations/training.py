@@ -11,6 +11,8 @@ from evaluations.task import Task
 from nl_models.training.config import TrainConfig
 from nl_models.training.optimizer import build_optimizer, learning_rate_at
 
+LEARNED = 1e-4
+
 
 def train(
     model: torch.nn.Module,
@@ -24,7 +26,9 @@ def train(
     seed: int,
     progress: Callable[[int, float, dict[str, float] | None], None] = lambda *_: None,
 ) -> dict[str, object]:
-    """Train until ``steps``, or until the task's goal is reached twice in a row; score what came of it.
+    """Train until ``steps``, or until nothing is left to learn; score what came of it.
+
+    That is where the task's goal is reached twice in a row, or the loss is below :data:`LEARNED` thrice.
 
     AdamW with a warm-up of a tenth of the steps (at most 100) and a cosine to a tenth of the rate.
 
@@ -40,7 +44,7 @@ def train(
         seed=seed,
     )
     optimizer = build_optimizer(model, config)
-    began, curve, losses, met = time.perf_counter(), [], [], 0
+    began, curve, losses, met, learned = time.perf_counter(), [], [], 0, 0
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
@@ -57,8 +61,9 @@ def train(
             curve.append((step + 1, sum(losses) / len(losses), scores))
             losses.clear()
             met = met + 1 if min(scores.values()) >= task.goal else 0
+            learned = learned + 1 if curve[-1][1] < LEARNED else 0
         progress(step + 1, loss.item(), scores)
-        if met == 2:
+        if met == 2 or learned == 3:
             break
     return {
         "scores": score(model, task, final=True),
