@@ -35,7 +35,7 @@ def percent(rows: list[dict], name: str) -> str:
     return f"{sum(values) / len(values):.1f}".removesuffix(".0") + spread
 
 
-def table(rows: list[dict], study: Study) -> str:
+def table(rows: list[dict], study: Study, published: dict[str, dict]) -> str:
     """Markdown: a line a model, a column a task; then what was published."""
     lines = [["model", *study.tasks, "seeds"]]
     for model in study.settings:
@@ -47,7 +47,7 @@ def table(rows: list[dict], study: Study) -> str:
         ]
         seeds = sorted({len(part) for part in found if part})
         lines.append([TITLES[model], *cells, "–".join(map(str, sorted({seeds[0], seeds[-1]})))])
-    for model, scores in PUBLISHED.get(study.name, {}).items():
+    for model, scores in published.items():
         cells = (_numbers(scores[task]) if task in scores else NONE for task in study.tasks)
         lines.append([f"*published: {model}*", *cells, ""])
     return _markdown(lines)
@@ -124,7 +124,9 @@ def _curve(row: dict, end: int) -> dict[int, float]:
 
 def blocks(rows: dict[str, list[dict]]) -> dict[str, str]:
     """What stands on the page between its marks, by name."""
-    return {"claims": claims(rows)} | {name: table(rows[name], study) for name, study in STUDIES.items()}
+    return {"claims": claims(rows)} | {
+        name: table(rows[name], study, PUBLISHED.get(name, {})) for name, study in STUDIES.items()
+    }
 
 
 def fill(page: str, parts: dict[str, str]) -> str:
@@ -141,20 +143,25 @@ def fill(page: str, parts: dict[str, str]) -> str:
     return page
 
 
+def rows_of(folder: Path, studies: dict[str, Study]) -> dict[str, list[dict]]:
+    """The rows of each study."""
+    return {name: read_rows(folder / f"{study.name}.jsonl") for name, study in studies.items()}
+
+
 def write_report(folder: Path, *, quick: bool) -> list[Path]:
     """Tables into docs/evidence.md and pictures beside it; quick studies' into their folder."""
     studies = QUICK if quick else STUDIES
-    rows = {name: read_rows(folder / f"{study.name}.jsonl") for name, study in studies.items()}
+    rows = rows_of(folder, studies)
     pictures = folder if quick else ROOT / "docs/images"
     make_folder(pictures)
     written = [
         draw(rows[name], study, pictures / f"evidence_{name}.png")
         for name, study in studies.items()
-        if rows[name]
+        if any(chosen(rows[name], study, task, model) for task in study.tasks for model in study.settings)
     ]
     page = folder / "evidence.md" if quick else PAGE
     text = (
-        "\n\n".join(f"## {name}\n\n{table(rows[name], study)}" for name, study in studies.items()) + "\n"
+        "\n\n".join(f"## {name}\n\n{table(rows[name], study, {})}" for name, study in studies.items()) + "\n"
         if quick
         else fill(page.read_text(encoding="utf-8"), blocks(rows))
     )

@@ -195,11 +195,14 @@ def test_tables_have_the_mean_and_the_range_of_the_best_setting(monkeypatch):
     rows = [row(Run("parity", "lstm", worse, 0), {"2-50": 0.5, "51-100": 0.5})]
     for seed, pair in scores.items():
         rows.append(row(Run("parity", "lstm", best, seed), dict(zip(("2-50", "51-100"), pair))))
-    assert report.table(rows, SMALL).splitlines()[2:] == ["| LSTM | – | 100 / 60 (50–70) | 2 |"]
+    assert report.table(rows, SMALL, {"Hope": {"parity": (100.0, 98.5)}}).splitlines()[2:] == [
+        "| LSTM | – | 100 / 60 (50–70) | 2 |",
+        "| *published: Hope* | – | 100 / 98.5 |  |",
+    ]
 
 
 def test_the_page_has_what_the_rows_give():
-    rows = {name: read_rows(study.RESULTS / f"{name}.jsonl") for name in studies.STUDIES}
+    rows = report.rows_of(study.RESULTS, studies.STUDIES)
     page = report.PAGE.read_text(encoding="utf-8")
     assert report.fill(page, report.blocks(rows)) == page
     assert report.fill(page, {"claims": "| other |"}) != page
