@@ -41,7 +41,7 @@ FORMAL_LANGUAGES = Study(
 # What chunks of 16 tokens and rates up to 2 do of what a memory that changes with every token does.
 SIGNS = dataclasses.replace(
     FORMAL_LANGUAGES,
-    tasks={name: formal_languages.FormalLanguage for name in ("parity", "(aa)*", "(abab)*")},
+    tasks=dict.fromkeys(("parity", "(aa)*", "(abab)*"), formal_languages.FormalLanguage),
     settings={
         model: [{"learning_rate": 5e-3, "options": FLIPS}] for model in ("hope", "hope_two_layer", "titans")
     },
