@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,7 @@ def main(
     what: Annotated[str, typer.Argument(metavar="TASK", help="A study, 'all', or 'report'.")],
     only: Annotated[list[str] | None, typer.Option(help="Tasks of the study; repeatable.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Models of the study; repeatable.")] = None,
+    setting: Annotated[int | None, typer.Option(help="One of a model's settings alone, from 0.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: minutes, and less is true.")] = False,
     minutes: Annotated[float | None, typer.Option(help="Start no run after so long.")] = None,
     rows: Annotated[Path | None, typer.Option(help="Folder of the rows, STUDY.jsonl.")] = None,
@@ -52,10 +54,19 @@ def main(
     left = TimeLeft(minutes)
     if what != "report":
         for study in studies.values() if what == "all" else [studies[what]]:
+            if setting is not None:
+                study = _alone(study, setting)
             _run(study, rows / f"{study.name}.jsonl", only, model, left)
     if what in ("all", "report"):
         for path in write_report(rows, quick=quick):
             console.print(f"written: {path}", highlight=False)
+
+
+def _alone(study: Study, setting: int) -> Study:
+    count = len(next(iter(study.settings.values())))
+    if not 0 <= setting < count:
+        raise typer.BadParameter(f"expected 0 to {count - 1}, got {setting}", param_hint="--setting")
+    return dataclasses.replace(study, settings={name: [s[setting]] for name, s in study.settings.items()})
 
 
 def _run(study: Study, path: Path, only: list[str] | None, models: list[str] | None, left: TimeLeft) -> None:

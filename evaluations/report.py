@@ -10,7 +10,7 @@ import numpy as np
 
 from evaluations.models import TITLES
 from evaluations.studies import CLAIMS, PUBLISHED, QUICK, STUDIES, Claim
-from evaluations.study import ROOT, Run, Study, best_setting, find, read_rows
+from evaluations.study import ROOT, Run, Study, best_setting, find, read_rows, tried
 from nl_models.files import make_folder
 from nl_models.training.plots import COLOURS, new_figure, save_figure
 
@@ -20,7 +20,7 @@ NONE = "–"
 
 
 def chosen(rows: list[dict], study: Study, task: str, model: str) -> list[dict]:
-    """The rows of the best setting, one a seed; none before the search is done."""
+    """The rows of the best setting tried, one a seed."""
     setting = best_setting(rows, study, task, model)
     if setting is None:
         return []
@@ -37,7 +37,7 @@ def percent(rows: list[dict], name: str) -> str:
 
 def table(rows: list[dict], study: Study, published: dict[str, dict]) -> str:
     """Markdown: a line a model, a column a task; then what was published."""
-    lines = [["model", *study.tasks, "seeds"]]
+    lines = [["model", *study.tasks, "seeds", "settings tried"]]
     for model in study.settings:
         found = [chosen(rows, study, task, model) for task in study.tasks]
         if not any(found):
@@ -45,12 +45,19 @@ def table(rows: list[dict], study: Study, published: dict[str, dict]) -> str:
         cells = [
             " / ".join(percent(part, name) for name in part[0]["scores"]) if part else NONE for part in found
         ]
-        seeds = sorted({len(part) for part in found if part})
-        lines.append([TITLES[model], *cells, "–".join(map(str, sorted({seeds[0], seeds[-1]})))])
+        seeds = [len(part) for part in found if part]
+        settings = [len(tried(rows, study, task, model)) for task in study.tasks]
+        of = f"{_range(filter(None, settings))} of {len(study.settings[model])}"
+        lines.append([TITLES[model], *cells, _range(seeds), of])
     for model, scores in published.items():
         cells = (_numbers(scores[task]) if task in scores else NONE for task in study.tasks)
-        lines.append([f"*published: {model}*", *cells, ""])
+        lines.append([f"*published: {model}*", *cells, "", ""])
     return _markdown(lines)
+
+
+def _range(numbers: Iterable[int]) -> str:
+    found = sorted(set(numbers))
+    return "–".join(map(str, sorted({found[0], found[-1]})))
 
 
 def claims(rows: dict[str, list[dict]]) -> str:

@@ -19,8 +19,8 @@ COUNTS = {
 # Every token's keys, values and rates come from what the one before has written.
 PER_TOKEN = {"memory_chunk_size": 1}
 
-RATES = [{"learning_rate": rate} for rate in (5e-3, 2e-3)]
-MEMORIES = [{"learning_rate": 5e-3, "options": options} for options in (COUNTS, PER_TOKEN)]
+RATES = [{"learning_rate": rate} for rate in (5e-3, 2e-3, 1e-2)]
+MEMORIES = [{"learning_rate": 5e-3, "options": options} for options in (COUNTS, FLIPS, PER_TOKEN)]
 
 FORMAL_LANGUAGES = Study(
     name="formal_languages",
@@ -30,20 +30,14 @@ FORMAL_LANGUAGES = Study(
     settings={
         "hope": MEMORIES,
         "titans": MEMORIES,
-        "gated_delta_net": [RATES[0], {**RATES[0], "options": {"memory_rate_max": 2.0}}],
+        "gated_delta_net": [
+            *({**RATES[0], "options": {"memory_rate_max": x}} for x in (1.0, 2.0)),
+            {**RATES[1], "options": {"memory_rate_max": 2.0}},
+        ],
         "attention": RATES,
         "lstm": RATES,
         "hope_two_layer": MEMORIES,
         "hope_attention": RATES,
-    },
-)
-
-# What chunks of 16 tokens and rates up to 2 do of what a memory that changes with every token does.
-SIGNS = dataclasses.replace(
-    FORMAL_LANGUAGES,
-    tasks=dict.fromkeys(("parity", "(aa)*", "(abab)*"), formal_languages.FormalLanguage),
-    settings={
-        model: [{"learning_rate": 5e-3, "options": FLIPS}] for model in ("hope", "hope_two_layer", "titans")
     },
 )
 
@@ -66,7 +60,7 @@ MAD = Study(
     settings=RECALL.settings,
 )
 
-STUDIES = {"formal_languages": FORMAL_LANGUAGES, "recall": RECALL, "mad": MAD, "signs": SIGNS}
+STUDIES = {study.name: study for study in (FORMAL_LANGUAGES, RECALL, MAD)}
 PUBLISHED = {"formal_languages": formal_languages.PUBLISHED, "mad": mad.PUBLISHED}
 
 

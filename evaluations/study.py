@@ -93,13 +93,16 @@ def find(rows: list[dict], study: Study, run: Run) -> dict | None:
     return next((row for row in reversed(rows) if all(row.get(name) == key[name] for name in key)), None)
 
 
-def best_setting(rows: list[dict], study: Study, task: str, model: str) -> dict[str, object] | None:
-    """The setting with the highest last validation scores on the first seed; ``None`` before all are tried.
-
-    Of equal ones that which needed fewer steps.
-    """
+def tried(rows: list[dict], study: Study, task: str, model: str) -> list[tuple[dict, dict[str, object]]]:
+    """The row of the first seed of each setting that has one, and the setting."""
     found = [(find(rows, study, Run(task, model, s, study.seeds[0])), s) for s in study.settings[model]]
-    if any(row is None for row, _ in found):
+    return [pair for pair in found if pair[0] is not None]
+
+
+def best_setting(rows: list[dict], study: Study, task: str, model: str) -> dict[str, object] | None:
+    """Of those tried the setting with the highest last validation scores; of equal ones the faster."""
+    found = tried(rows, study, task, model)
+    if not found:
         return None
     return max(found, key=lambda pair: (sum(pair[0]["curve"][-1][2].values()), -pair[0]["steps"]))[1]
 

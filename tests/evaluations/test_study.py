@@ -167,6 +167,7 @@ def test_the_command_appends_rows_stops_in_time_and_goes_on(app, tmp_path, monke
     [
         (("lm",), "expected of formal_languages, all, report, got lm"),
         (("formal_languages", "--only", "dyck"), "expected of (aa)*, parity, got dyck"),
+        (("formal_languages", "--setting", "2"), "expected 0 to 1, got 2"),
         (("formal_languages", "--model", "gru"), "expected of lstm, attention, got gru"),
     ],
 )
@@ -196,8 +197,8 @@ def test_tables_have_the_mean_and_the_range_of_the_best_setting(monkeypatch):
     for seed, pair in scores.items():
         rows.append(row(Run("parity", "lstm", best, seed), dict(zip(("2-50", "51-100"), pair))))
     assert report.table(rows, SMALL, {"Hope": {"parity": (100.0, 98.5)}}).splitlines()[2:] == [
-        "| LSTM | – | 100 / 60 (50–70) | 2 |",
-        "| *published: Hope* | – | 100 / 98.5 |  |",
+        "| LSTM | – | 100 / 60 (50–70) | 2 | 2 of 2 |",
+        "| *published: Hope* | – | 100 / 98.5 |  |  |",
     ]
 
 
@@ -218,5 +219,5 @@ def test_a_report_of_quick_rows_is_a_page_and_pictures(tmp_path, monkeypatch):
         rows.append(row(Run("parity", "lstm", setting, 0), {"2-50": 1.0, "51-100": 0.5}))
     (tmp_path / "small.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     page, picture = report.write_report(tmp_path, quick=True)
-    assert "| LSTM | – | 100 / 50 | 1 |" in page.read_text()
+    assert "| LSTM | – | 100 / 50 | 1 | 2 of 2 |" in page.read_text()
     assert picture.stat().st_size > 1000
