@@ -6,7 +6,7 @@ again in places drawn by a power law, random tokens between them, and the answer
 
 The source: vocabulary 8,192, lengths and pairs (64, 4), (128, 8), (256, 16 to 64) in training and to 1,024
 with 256 in tests; forgetting: 8 pairs, 4 updates; two layers, width 64 to 256, batches of 256, 32 epochs of
-180,000 sequences, four rates. Published as curves alone. Here: vocabulary 512, width 64, fresh batches of 32,
+180,000 sequences, four rates. Published as curves alone. Here: vocabulary 128, width 64, fresh batches of 32,
 trained at one length each; tested there and at twice the pairs and length, which the source does as well.
 """
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from evaluations.task import IGNORED, TEST_SEED, VALIDATION_SEED, Batch, Task, accuracy
 
-VOCABULARY = 512
+VOCABULARY = 128
 POWER = 0.01
 TEST_SEQUENCES = 500
 SIZES = {"mqar": (64, 8, 0), "forgetting mqar": (64, 8, 4)}  # length, pairs, updates

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nl_models import HopeConfig, HopeModel
 from nl_models.layers.gated_delta_net import GatedDeltaNet
 
 
@@ -38,3 +39,11 @@ def test_half_lives_are_spread_at_the_start():
 def half_lives(layer):
     """Tokens after which a memory has halved, for an input of zero."""
     return torch.log(torch.tensor(2.0)) / (layer.log_rate.exp() * F.softplus(layer.decay_bias))
+
+
+@pytest.mark.parametrize(("asked", "rate_max"), [(0.0, 1.0), (1, 1.0), (2.0, 2.0)])
+def test_in_a_model_its_rates_go_up_to_two_where_those_of_memories_may(asked, rate_max):
+    """Switching the memories' writes off leaves it as it is."""
+    sizes = {"vocab_size": 5, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = HopeModel(HopeConfig(**sizes, layer_types="gated_delta_net", memory_rate_max=asked))
+    assert model.layers[0].mixer.rate_max == rate_max
