@@ -97,9 +97,8 @@ def _perform(study: Study, run: Run) -> dict:
     label = f"{run.task} {run.model} seed {run.seed}"
     steps = study.training["steps"]
     with TrainingDisplay(console, steps=steps, start=0, label=label) as display:
-        tokens = study.training["batch_size"]
         return perform(
-            study, run, lambda step, loss, _: display.step(step, loss=loss, tokens_per_step=tokens)
+            study, run, lambda step, loss, tokens: display.step(step, loss=loss, tokens_per_step=tokens)
         )
 
 
