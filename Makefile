@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help install lock demo test compiled instructions lanes newest lint bench bench-peers bench-gpu gpu-check aot clean
+.PHONY: help install lock demo test compiled instructions lanes newest lint bench bench-peers bench-gpu gpu-check aot \
+	evidence evidence-quick clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +61,12 @@ gpu-check: install  ## ten minutes on a CUDA device: doctor, error budgets, time
 aot: install  ## compile every kernel for every target and print registers, spills and shared memory
 	$(BIN)/python -m nl_kernels.triton_support.report
 	$(BIN)/python -m benchmarks.peer_kernels
+
+evidence: install  ## every study of docs/evidence.md, then its tables and pictures; goes on where it stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m evaluations all
+
+evidence-quick: install  ## the same at small sizes, into runs/evidence_quick (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m evaluations all --quick
 
 clean:  ## remove the environment, build outputs and caches (runs/ is kept)
 	rm -rf $(VENV) .venv-lanes .venv-peers build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

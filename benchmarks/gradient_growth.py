@@ -76,12 +76,15 @@ def growth_per_chunk(
     *,
     decay: float | None = None,
     repeated: bool = False,
+    rate_max: float = 1.0,
+    rate_bias: float = 0.0,
 ) -> float:
     """Slope of the log norm of the gradient with respect to the state at every chunk's start, backwards.
 
     Args:
         decay: of the average of the writes; ``None`` for no momentum.
         repeated: the first token again and again.
+        rate_max, rate_bias: of the memories' rates.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = initial_memories(gate_spread, generator)
@@ -96,6 +99,8 @@ def growth_per_chunk(
             weights,
             chunk_size=CHUNK,
             momentum=momentum,
+            rate_max=rate_max,
+            rate_bias=rate_bias,
             initial_state=state,
             output_final_state=True,
             impl="eager",
@@ -175,6 +180,8 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Sequences for each length.")] = 5,
     decays: Annotated[str, typer.Option(help="Decays of averaged momentum, or 'none'.")] = "none",
     repeated: Annotated[bool, typer.Option(help="One token again and again.")] = False,
+    rate_max: Annotated[float, typer.Option(help="Largest rate of the memories, in [0, 2].")] = 1.0,
+    rate_bias: Annotated[float, typer.Option(help="Bias of the rates' logits.")] = 0.0,
     momenta: Annotated[
         str, typer.Option(help=f"Study whole models instead, with momenta of {', '.join(MOMENTA)}.")
     ] = "",
@@ -199,13 +206,23 @@ def main(
     ]
     for spread, length, decay in track(cases, "cases", console=console):
         found = [
-            growth_per_chunk(length, spread, chunks, seed, decay=decay, repeated=repeated)
+            growth_per_chunk(
+                length,
+                spread,
+                chunks,
+                seed,
+                decay=decay,
+                repeated=repeated,
+                rate_max=rate_max,
+                rate_bias=rate_bias,
+            )
             for seed in range(seeds)
         ]
         mean = sum(found) / len(found)
         numbers = (f"{x:+.2f}" for x in (mean, min(found), max(found)))
         table.add_row(f"{spread:g}", f"{length:g}", "none" if decay is None else f"{decay:g}", *numbers)
         case = {"gate_spread": spread, "length": length, "decay": decay, "repeated": repeated}
+        case |= {"rate_max": rate_max, "rate_bias": rate_bias}
         rows.append({**case, "chunks": chunks, "growth": found})
     console.print(table)
     append_rows(rows, output)

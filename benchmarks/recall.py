@@ -29,7 +29,7 @@ from nl_models.training.plots import save_figure
 console = Console()
 DEFAULT_OUTPUT = Path("benchmarks/results/recall.jsonl")
 DEFAULT_MODELS = ["self_modifying_titans", "gated_delta_net", "self_modifying_titans:memory_rate_max=0.0"]
-EVALUATION_SEED = 2**40  # far from every training batch's
+EVALUATION_SEED = 2**31  # beyond those of training batches; generators take the low 32 bits alone
 
 
 def parse_model(text: str) -> tuple[str, dict[str, object]]:

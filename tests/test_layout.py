@@ -94,8 +94,10 @@ def test_the_map_names_every_folder_and_module_of_the_packages_and_every_example
                 assert f"`{path.name}`" in described, path
             elif path.is_dir() and any(path.glob("*.py")):
                 assert f"{path.name}/" in described, path
-    for path in (ROOT / "examples").rglob("*.py"):
+    for path in [*(ROOT / "examples").rglob("*.py"), *(ROOT / "evaluations").glob("[!_]*.py")]:
         assert f"`{path.name}`" in described, path
+    tested = {path.name for path in (ROOT / "tests/evaluations").glob("test_*.py")}
+    assert tested >= {f"test_{path.name}" for path in (ROOT / "evaluations/tasks").glob("[!_]*.py")}
 
 
 LINES = {"nl_kernels": 17_100, "the two memories and their engine": 7_400}

@@ -22,6 +22,12 @@ def test_the_gradient_grows_with_long_inputs_and_shrinks_with_unit_ones():
     assert shrinks < -0.1
 
 
+def test_the_gradient_grows_where_rates_are_near_two_not_where_they_may_be():
+    options = {"length": 1.0, "gate_spread": 0.25, "chunks": 20, "seed": 0, "rate_max": 2.0}
+    assert gradient_growth.growth_per_chunk(**options, rate_bias=-1.1) < -0.1
+    assert gradient_growth.growth_per_chunk(**options, rate_bias=2.0) > 0.1
+
+
 def test_models_are_chaotic_with_summed_momentum_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(gradient_growth, "MODEL_LENGTHS", (64, 256))
     gradient_growth.study_models(["average", "sum"], tmp_path / "rows.jsonl")

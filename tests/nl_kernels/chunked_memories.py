@@ -57,6 +57,19 @@ def leaves_like(state):
     return type(state)(*(leaves_like(x) for x in state))
 
 
+def at_rates_up_to_two(inputs):
+    """The same with a largest rate of 1.5 and 2, of which retentions limit some, and rates near the limit."""
+    like = inputs["rate_max"]
+    numbers = {"rate_max": (1.5, 2.0), "rate_bias": (2.5, 4.0), "retention_bias": (0.5, 2.0)}
+    return {
+        **inputs,
+        **{
+            name: torch.tensor(values, dtype=like.dtype)[-len(like) :].requires_grad_(like.requires_grad)
+            for name, values in numbers.items()
+        },
+    }
+
+
 def join(states):
     """States of one sequence each as one batch."""
     first = states[0]

@@ -23,6 +23,7 @@ class _Made(NamedTuple):
     k: torch.Tensor
     rate: torch.Tensor  # its sigmoid
     retention: torch.Tensor  # before its sigmoid
+    limit: torch.Tensor  # of the rate: the largest, and at most 1 + α
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,25 +61,29 @@ class GeneratedTokens:
         k = k.mul_(key_scale)
         rate, retention = gates.split(1, -1)
         rate = torch.sigmoid(rate)
-        made = _Made(inputs, hidden, key_scale, k, rate, retention)
         log_decay = torch.nn.functional.logsigmoid(retention)
-        return Tokens(query, k, v, rate * rate_max, log_decay, momentum, applied), made
+        limit = torch.minimum(log_decay.exp().add_(1), rate_max)
+        made = _Made(inputs, hidden, key_scale, k, rate, retention, limit)
+        return Tokens(query, k, v, rate * limit, log_decay, momentum, applied), made
 
     def tokens_adjoint(
         self, base: Layers, constants: State, sequences: State, made: _Made, d_tokens: Tokens, d_base: Layers
     ) -> tuple[State, State]:
         d_query, d_k, d_v, d_rate, d_decay, d_momentum, _ = d_tokens
+        # The limit is the largest rate, or 1 + α, whose derivative by log α is α.
+        d_limit = d_rate * made.rate
+        by_decay = d_limit.masked_fill(made.limit == constants[0], 0)
         d_gates = torch.cat(
             [
-                torch.ops.aten.sigmoid_backward(d_rate * constants[0], made.rate),
-                d_decay * torch.sigmoid(-made.retention),
+                torch.ops.aten.sigmoid_backward(d_rate * made.limit, made.rate),
+                torch.addcmul(d_decay, by_decay, made.limit - 1) * torch.sigmoid(-made.retention),
             ],
             -1,
         )
         d_k = torch.addcmul(d_k, made.k, row_dot(made.k, d_k), value=-1).mul_(made.key_scale)
         adjoint = self._linear_adjoint if self.layout.linear else self._two_layer_adjoint
         d_key, d_value, d_gate = adjoint(base, sequences, made, d_k, d_v, d_gates, d_base)
-        return (d_key, d_value, d_query, d_gate, d_momentum, None), (d_rate * made.rate, d_gates)
+        return (d_key, d_value, d_query, d_gate, d_momentum, None), (d_limit - by_decay, d_gates)
 
     def _project(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """a b, and x itself where projections have a residual."""

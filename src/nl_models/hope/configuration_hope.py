@@ -63,8 +63,10 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         memory_generator_chunk_size: the same for the memories that make keys, values and gates
             (self-modifying); default ``memory_chunk_size``. One of the two is a multiple of the other.
         memory_read: ``"snapshot"`` reads the state at the chunk's start, ``"running"`` that after each token.
-        memory_rate_max: the largest learning rate, in [0, 1]. At 0 nothing is ever written: every memory
-            stays at its learned initial state, the control for what a memory is worth.
+        memory_rate_max: the largest learning rate, in [0, 2]. At 0 nothing is ever written: every memory
+            stays at its learned initial state, the control for what a memory is worth. Above 1 an erase can
+            turn the sign of what a key holds, which tracking a state (parity) needs; then it is Gated
+            DeltaNet's, too, which has rates up to 1 otherwise.
         memory_rate_bias, memory_retention_bias: initial biases of the gates' logits. Rates near 1
             (a bias of 4) leave the stable region of ``self_modifying_titans`` (docs/defaults.md).
         memory_momentum: whether writes have momentum: a running average, whose decay each token sets. It
@@ -293,8 +295,8 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
             )
         if self.memory_read not in ("snapshot", "running"):
             raise ValueError(f"memory_read: expected 'snapshot' or 'running', got {self.memory_read!r}")
-        if not 0 <= self.memory_rate_max <= 1:
-            raise ValueError(f"memory_rate_max: expected a number in [0, 1], got {self.memory_rate_max}")
+        if not 0 <= self.memory_rate_max <= 2:
+            raise ValueError(f"memory_rate_max: expected a number in [0, 2], got {self.memory_rate_max}")
         check_choice("memory_impl", self.memory_impl, (*IMPLEMENTATIONS, None))
         try:
             self.make_memory_rule()

@@ -109,7 +109,7 @@ def _make_mixer(config: HopeConfig, layer_type: str) -> nn.Module:
             impl=config.attention_impl,
         )
     if layer_type == "gated_delta_net":
-        return GatedDeltaNet(**sizes, impl=config.memory_impl)
+        return GatedDeltaNet(**sizes, impl=config.memory_impl, rate_max=max(1.0, config.memory_rate_max))
     memory = {
         **sizes,
         "memory_hidden_size": config.memory_hidden_size,

@@ -19,25 +19,34 @@ from nl_models.layers.memory_layer import is_decoding
 class GatedDeltaNet(nn.Module):
     """``S_t = α_t S_{t-1}(I − β_t k_t k_tᵀ) + β_t v_t k_tᵀ``, read as ``S_t q_t``, per head.
 
-    Keys and queries have unit length; ``β = σ(W_b x)`` and ``α = exp(−A softplus(W_a x + b))``.
+    Keys and queries have unit length; ``β = rate_max σ(W_b x)`` and ``α = exp(−A softplus(W_a x + b))``.
 
     Args:
         hidden_size: width ``d``.
         num_heads: heads; divides ``d``.
         eps: of the output norm.
         impl: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
+        rate_max: largest β, in [0, 2]; above 1 the eigenvalues of ``I − β k kᵀ`` may be negative.
     """
 
     implementation = RenamedAttribute("impl")
 
     @renamed_arguments(implementation="impl")
-    def __init__(self, hidden_size: int, num_heads: int, eps: float = 1e-6, impl: str | None = None):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        eps: float = 1e-6,
+        impl: str | None = None,
+        rate_max: float = 1.0,
+    ):
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_size={hidden_size}, got {num_heads}")
         check_implementation(impl)
         self.num_heads = num_heads
         self.impl = impl
+        self.rate_max = rate_max
         self.head_dim = hidden_size // num_heads
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -84,7 +93,7 @@ class GatedDeltaNet(nn.Module):
         exact = torch.promote_types(x.dtype, torch.float32)
         q, k = (l2_normalize(t.to(exact)).to(v.dtype) for t in (q, k))
         log_decay = -self.log_rate.to(exact).exp() * F.softplus(self.a_proj(x).to(exact) + self.decay_bias)
-        rate = self.b_proj(x).to(exact).sigmoid()
+        rate = self.rate_max * self.b_proj(x).to(exact).sigmoid()
         if mask is not None:
             log_decay, rate = log_decay * mask[..., None], rate * mask[..., None]
         tokens = (q, k, rate[..., None].to(v.dtype) * v, log_decay, rate * log_decay.exp())

@@ -23,7 +23,7 @@ class MemoryLayer(nn.Module):
         chunk_size: tokens between the states at which gradients are taken. Part of the model.
         read: ``"snapshot"`` or ``"running"``.
         rule: how a memory is applied and written.
-        rate_max: largest rate, in [0, 1]; 0 switches writing off.
+        rate_max: largest rate, in [0, 2], and at most 1 + α; 0 switches writing off.
         rate_bias, retention_bias: initial biases of the gates' logits.
         momentum: whether writes have momentum, in the form that ``rule.momentum`` says.
         impl: of the op, "triton", "eager" or "reference"; ``None`` picks by device.

@@ -45,7 +45,7 @@ class SelfModifyingTitans(MemoryLayer):
             One of the two is a multiple of the other.
         read: ``"snapshot"`` or ``"running"``.
         rule: how a memory is applied and written.
-        rate_max: largest rate, in [0, 1]; 0 switches writing off.
+        rate_max: largest rate, in [0, 2], and at most 1 + α; 0 switches writing off.
         rate_bias, retention_bias: initial biases of the gates' logits.
         momentum: whether writes have momentum, in the form that ``rule.momentum`` says: by default their
             running average with decays up to :data:`MOMENTUM_MAX`. Their sum is chaotic here.

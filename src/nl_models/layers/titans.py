@@ -23,7 +23,7 @@ class Titans(MemoryLayer):
         chunk_size: tokens between the states at which gradients are taken. Part of the model.
         read: ``"snapshot"`` or ``"running"``.
         rule: how a memory is applied and written.
-        rate_max: largest rate, in [0, 1]; 0 switches writing off.
+        rate_max: largest rate, in [0, 2], and at most 1 + α; 0 switches writing off.
         rate_bias, retention_bias: initial biases of the gates' logits.
         momentum: whether writes have momentum, in the form that ``rule.momentum`` says: by default their
             running average.
@@ -92,8 +92,10 @@ class Titans(MemoryLayer):
         q, k, v = (self.split_heads(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
         # Norms and rates in fp32 (or better): a retention near 1 has too few digits in bf16.
         exact = torch.promote_types(x.dtype, torch.float32)
-        rate = self.rate_max * torch.sigmoid(self.rate_proj(x).to(exact) + self.rate_bias)
         log_decay = F.logsigmoid(self.retention_proj(x).to(exact) + self.retention_bias)
+        # The factor of an erase, α - η, stays in (-1, 1).
+        limit = (1 + log_decay.exp()).clamp(max=self.rate_max)
+        rate = limit * torch.sigmoid(self.rate_proj(x).to(exact) + self.rate_bias)
         tokens = (l2_normalize(q.to(exact)), l2_normalize(k.to(exact)), v, rate, log_decay)
         options = {
             "chunk_size": self.chunk_size,

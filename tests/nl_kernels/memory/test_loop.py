@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-from nl_kernels import MemoryRule, self_modifying_memory
+from nl_kernels import MemoryRule
 from nl_kernels.dispatch import products_for
 from nl_kernels.memory.bank import Layout
 from nl_kernels.memory.chunk import BankRule, Tokens, learn, prepare
 from nl_kernels.memory.chunk_adjoint import learn_adjoint
-from nl_kernels.ops.self_modifying import api
-from nl_kernels.testing import relative_error, self_modifying_inputs, tensors_of
-from tests.nl_kernels.chunked_memories import compare
+from nl_kernels.testing import relative_error, tensors_of
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -23,16 +21,6 @@ def test_callers_of_16_bits_have_tf32_products_on_cuda(dtype):
     for other in ((torch.float32, "cuda"), (dtype, "cpu")):
         with products_for(*other):
             assert settings.fp32_precision == before
-
-
-@pytest.mark.parametrize("hidden", [None, 4])
-def test_rates_up_to_two_are_computed_right(monkeypatch, hidden):
-    """Stable for unit keys, and beyond what calls may ask for today."""
-    monkeypatch.setattr(api, "check_range", lambda *_: None)
-    inputs = self_modifying_inputs(2, 21, 2, 6, hidden, seed=0, dtype=torch.float64, requires_grad=True)
-    inputs["rate_max"] = torch.full_like(inputs["rate_max"], 1.99).requires_grad_()
-    inputs["rate_bias"] = torch.full_like(inputs["rate_bias"], 4.0).requires_grad_()
-    compare(self_modifying_memory, inputs, chunk_size=4, read="running", tolerance=1e-8)
 
 
 @pytest.mark.parametrize("linear", [True, False])

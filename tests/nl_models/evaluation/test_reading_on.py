@@ -20,6 +20,7 @@ MODELS = {
         "continuum_levels": [{**LEARNING, "hidden_size": 64}, {"hidden_size": 64, "chunk_size": 64}],
         "continuum_variant": "nested",
     },
+    "rates up to two": {"memory_rate_max": 2.0},
     "titans": {"layer_types": "titans", "continuum_levels": [LEARNING]},
     "gated_delta_net": {"layer_types": "gated_delta_net", "continuum_levels": [LEARNING]},
 }

@@ -26,7 +26,7 @@ from nl_models.training.baseline import parameter_count
         ({"memory_chunk_size": 0}, "memory_chunk_size: expected at least 1"),
         ({"memory_chunk_size": 6, "memory_generator_chunk_size": 4}, "must be a multiple"),
         ({"memory_read": "late"}, "memory_read: expected"),
-        ({"memory_rate_max": 1.5}, r"memory_rate_max: expected a number in \[0, 1\]"),
+        ({"memory_rate_max": 2.5}, r"memory_rate_max: expected a number in \[0, 2\]"),
         ({"memory_impl": "cuda"}, "memory_impl: expected one of"),
         ({"memory_impl": "auto"}, "memory_impl: expected one of .* None\\), got 'auto'"),
         ({"memory_impl": "compiled"}, "memory_impl: expected one of"),

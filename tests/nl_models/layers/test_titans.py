@@ -76,6 +76,20 @@ def test_what_was_written_is_recalled(kind):
     assert alignment[7] > 0.95
 
 
+@pytest.mark.parametrize("kind", [Titans, SelfModifyingTitans])
+def test_the_largest_rates_do_not_make_one_repeated_token_grow(kind):
+    """A factor of α - 2 would be 9 after 100 tokens, and infinite in the end."""
+    torch.manual_seed(0)
+    layer = kind(16, 1, rate_max=2.0, rate_bias=30.0, retention_bias=3.8, chunk_size=128)
+    with torch.no_grad():
+        x = torch.randn(1, 1, 16).expand(1, 100, 16)
+        size = [
+            max(t.norm() for t in state_tensors(layer(x[:, :n], output_state=True)[1].running))
+            for n in (1, 100)
+        ]
+    assert size[1] < 2 * size[0]
+
+
 def test_the_outer_gradient_does_not_explode_along_the_sequence():
     """Large projections, as training makes them: what memories take in keeps unit length."""
     torch.manual_seed(0)

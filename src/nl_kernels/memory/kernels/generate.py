@@ -179,9 +179,10 @@ def make_tokens(tokens, first_base, last_base, place, gates, scratch, BANK: tl.c
     tl.store(at + RETENTION_GATE * C + 0 * row, made + retention_bias, mask=is_retention)
     tl.debug_barrier()
     rate = tl.sigmoid(tl.load(vectors_at(scratch, RATE_GATE, BANK)))
-    tl.store(vectors_at(scratch, RATE, BANK), tl.where(exists, rate_max * rate, 0.0))
-    log = log_sigmoid(tl.load(vectors_at(scratch, RETENTION_GATE, BANK)))
-    log = tl.where(exists, log, 0.0)
+    retention = tl.load(vectors_at(scratch, RETENTION_GATE, BANK))
+    rate *= tl.minimum(rate_max, 1 + tl.sigmoid(retention))
+    tl.store(vectors_at(scratch, RATE, BANK), tl.where(exists, rate, 0.0))
+    log = tl.where(exists, log_sigmoid(retention), 0.0)
     put_decays(scratch + BANK.DECAYS, scratch + BANK.VECTORS + DECAYS * C, log, C)
     return hidden
 

@@ -99,13 +99,15 @@ def gates_adjoint(d_rate, d_log, rate_max, exists, scratch, BANK: tl.constexpr):
     Returns the gradient of the largest rate, and the sums of both.
     """
     fraction = tl.sigmoid(tl.load(vectors_at(scratch, RATE_GATE, BANK)))
-    d_rate = tl.where(exists, d_rate, 0.0) * fraction
-    d_rate_gate = d_rate * rate_max * (1 - fraction)
-    keeps = tl.sigmoid(-tl.load(vectors_at(scratch, RETENTION_GATE, BANK)))
-    d_retention = tl.where(exists, d_log * keeps, 0.0)
+    retention = tl.load(vectors_at(scratch, RETENTION_GATE, BANK))
+    decay = tl.sigmoid(retention)
+    d_limit = tl.where(exists, d_rate, 0.0) * fraction
+    by_decay = tl.where(rate_max > 1 + decay, d_limit, 0.0)
+    d_rate_gate = d_limit * tl.minimum(rate_max, 1 + decay) * (1 - fraction)
+    d_retention = tl.where(exists, (d_log + decay * by_decay) * tl.sigmoid(-retention), 0.0)
     tl.store(vectors_at(scratch, D_RATE_GATE, BANK), d_rate_gate)
     tl.store(vectors_at(scratch, D_RETENTION_GATE, BANK), d_retention)
-    return tl.sum(d_rate, 0), tl.sum(d_rate_gate, 0), tl.sum(d_retention, 0)
+    return tl.sum(d_limit - by_decay, 0), tl.sum(d_rate_gate, 0), tl.sum(d_retention, 0)
 
 
 @triton.jit

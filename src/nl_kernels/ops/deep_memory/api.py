@@ -62,7 +62,8 @@ def deep_memory(
     Args:
         q, k: [B, T, H, D]. The default rule wants keys of unit norm.
         v: [B, T, H, Dv] targets; Dv = D when ``rule.residual``.
-        rate: [B, T, H] >= 0, the learning rate η (with unit keys, stable below 2, meant for [0, 1]).
+        rate: [B, T, H] >= 0, the learning rate η (with unit keys, stable below 1 + α). Above 1 an erase turns
+            the sign of what a key holds.
         log_decay: [B, T, H] <= 0, the log of the retention α; −inf forgets everything.
         weights: the initial state, which is also the anchor of an anchored rule: inner [H, h, D] and outer
             [H, Dv, h], or [B, H, ..] by sequence; outer ``None`` for a linear memory (inner [.., Dv, D]).

@@ -67,8 +67,8 @@ def self_modifying_memory(
     With every memory M read at the last boundary of its chunk (arXiv 2512.24695, Eqs. 83-91, 94-96)::
 
         k = l2norm(M_key(key_input))    v = M_value(value_input)
-        η = rate_max · sigmoid(M_rate(gate_input) + rate_bias)
         α = sigmoid(M_retention(gate_input) + retention_bias)
+        η = min(rate_max, 1 + α) · sigmoid(M_rate(gate_input) + rate_bias)
         o = M_memory(l2norm(query))
         every memory learns k → M(v), its self-made target, at rate η with retention α, as in ``deep_memory``
 
@@ -86,7 +86,8 @@ def self_modifying_memory(
         momentum: [B, T, H] in [0, 1), the decay μ of the average U of each memory's writes, or of their sum:
             see ``rule.momentum``. ``None`` for none.
         rule: how the memories are applied and written; default ``MemoryRule()``.
-        rate_max: in [0, 1], the largest rate, 0 writes nothing; a float or [H].
+        rate_max: in [0, 2], the largest rate, 0 writes nothing; a float or [H]. Above 1 the erase can turn
+            the sign of what a key holds; no rate is above 1 + α, so that its factor α − η is in (-1, 1).
         rate_bias, retention_bias: floats or [H].
         read: "snapshot": o from the state at the chunk's start; "running": from the state after token t.
         detach_targets: the inner objective takes ``M(v)`` as a constant; otherwise its gradient also flows
@@ -133,7 +134,7 @@ def self_modifying_memory(
     parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
     parameters = {name: head_parameter(name, value, heads, query) for name, value in parameters.items()}
     if query.device.type == "cpu":
-        check_range("rate_max", parameters["rate_max"], 0.0, 1.0)
+        check_range("rate_max", parameters["rate_max"], 0.0, 2.0)
     tokens = (query, key_input, value_input, gate_input, momentum)
     clocks = (chunk_size, generator_chunk_size)
     options = {

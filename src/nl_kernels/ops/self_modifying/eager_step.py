@@ -144,7 +144,8 @@ def _gates(
         x.to(dtype) if isinstance(x, torch.Tensor) else x for x in (rate_max, rate_bias, retention_bias)
     )
     rate, retention = logits.view(batch, heads, 2).unbind(-1)
-    rate, decay = (rate + rate_bias).sigmoid_() * rate_max, (retention + retention_bias).sigmoid_()
+    decay = (retention + retention_bias).sigmoid_()
+    rate = (rate + rate_bias).sigmoid_() * (decay + 1).clamp_(max=rate_max)
     momentum = None if momentum is None else momentum.to(dtype)
     applied = None
     if mask is not None:

@@ -62,10 +62,11 @@ def self_modifying_memory_reference(
 
         k = l2_normalize(project(base.key, key_input[:, t]))
         v = project(base.value, value_input[:, t])
-        rate = rate_max * torch.sigmoid(memory_output(base.rate, gate_input[:, t], rule)[..., 0] + rate_bias)
         log_decay = torch.nn.functional.logsigmoid(
             memory_output(base.retention, gate_input[:, t], rule)[..., 0] + retention_bias
         )
+        rate = torch.sigmoid(memory_output(base.rate, gate_input[:, t], rule)[..., 0] + rate_bias)
+        rate = torch.minimum(rate_max, 1 + log_decay.exp()) * rate
 
         now, new_velocity = {}, {}
         for name, memory, layers in zip(SelfModifyingWeights._fields, base, unstack_memories(running)):

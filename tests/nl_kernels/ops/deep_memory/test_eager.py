@@ -70,6 +70,14 @@ def test_the_linear_memory_equals_the_definition(read, momentum):
         compare(deep_memory, inputs, rule=rule, read=read, chunk_size=4)
 
 
+@PATHS
+def test_rates_up_to_two_equal_the_definition(kind, path):
+    inputs = make(2, 11, **kind)
+    inputs["rate"] = (2 * inputs["rate"].detach()).requires_grad_()
+    assert inputs["rate"].max() > 1.8
+    compare(deep_memory, inputs, chunk_size=4, tolerance=1e-9, **path)
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     length=st.integers(1, 14),

@@ -31,7 +31,7 @@ CASES = {
     "clocks": ({"generator_chunk_size": 6}, ValueError, "generator_chunk_size: .*multiple.*6 and 4"),
     "clock kind": ({"generator_chunk_size": 2.0}, TypeError, "generator_chunk_size: expected an int"),
     "truncation": ({"truncate_every": 0}, ValueError, "truncate_every: expected at least 1"),
-    "rate range": ({"rate_max": 1.5}, ValueError, "rate_max: expected values in"),
+    "rate range": ({"rate_max": 2.5}, ValueError, "rate_max: expected values in"),
     "rate kind": ({"rate_max": "1"}, TypeError, "rate_max: expected a float or a tensor"),
     "bias shape": ({"rate_bias": torch.zeros(3)}, ValueError, "rate_bias: expected shape"),
     "momentum": ({"momentum": torch.ones(2, 5, 2)}, ValueError, "momentum: expected values in"),

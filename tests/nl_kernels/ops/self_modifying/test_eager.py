@@ -13,6 +13,7 @@ from nl_kernels.testing import self_modifying_inputs, tensors_of
 from tests.nl_kernels.chunked_memories import (
     assert_autocast_changes_no_backward_pass,
     assert_same,
+    at_rates_up_to_two,
     cast,
     compare,
     join,
@@ -53,6 +54,29 @@ def test_equals_the_definition(rule, read, momentum):
         rule=rule,
         read=read,
         chunk_size=4,
+    )
+
+
+@pytest.mark.parametrize("kind", [{}, {"hidden": None}, {"hidden": None, "momentum": True}])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_rates_up_to_two_equal_the_definition(rule, kind):
+    """Values and all gradients, those of the retention, which limits a rate to 1 + α, included."""
+    inputs = at_rates_up_to_two(make(2, 9, **kind))
+    compare(self_modifying_memory, inputs, tolerance=1e-8, rule=rule, read="running", chunk_size=4)
+
+
+def test_no_rate_is_above_one_plus_the_retention():
+    """One key again and again: its content changes its sign with every token, and never grows."""
+    inputs = at_rates_up_to_two(make(1, 40, heads=1, hidden=None))
+    inputs = {n: x if n in SHARED or x is None else x[:, :1].expand_as(x) for n, x in inputs.items()}
+    inputs |= {
+        name: torch.full((1,), value).double() for name, value in (("rate_bias", 40.0), ("rate_max", 2.0))
+    }
+    _, state = self_modifying_memory(**inputs, chunk_size=100, read="running", output_final_state=True)
+    _, first = self_modifying_memory(**tokens(inputs, 0, 1), chunk_size=100, output_final_state=True)
+    # Of 40 writes of one error along one key the factor -1 leaves none, 1 + α - η > 1 would leave many.
+    assert max(x.norm() for x in tensors_of(state.running)) <= max(
+        x.norm() for x in tensors_of(first.running)
     )
 
 

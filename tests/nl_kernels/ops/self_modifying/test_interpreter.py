@@ -16,7 +16,7 @@ from nl_kernels.memory.kernels.launch import Inputs
 from nl_kernels.ops.self_modifying.state import map_stack
 from nl_kernels.testing import RoundedProducts, relative_error, self_modifying_inputs, tensors_of
 from tests.nl_kernels.bank_calls import assert_calls_fill_their_buffers, assert_operators_pass_opcheck
-from tests.nl_kernels.chunked_memories import leaves_like, tokens
+from tests.nl_kernels.chunked_memories import at_rates_up_to_two, leaves_like, tokens
 
 pytestmark = pytest.mark.interpreter
 
@@ -282,13 +282,19 @@ def test_a_mistake_of_one_percent_in_any_gradient_is_seen(index):
     assert relative_error(1.01 * triton[index], expected[index]) > 100 * budget
 
 
+@pytest.mark.parametrize("hidden", KINDS)
+def test_rates_up_to_two(hidden):
+    inputs = at_rates_up_to_two(make(7, hidden, heads=2))
+    assert_kernels_within_budget(inputs, chunk_size=4, read="running")
+
+
 # One deliberate mistake for each gradient: (module, its source, the corruption).
 MISTAKES = {
     "query": ("adjoint", "d_query = query_adjoint(d_query", "d_query = query_adjoint(1.01 * d_query"),
     "key input": ("tokens_adjoint", "d_key = unit_adjoint(d_key", "d_key = 1.01 * unit_adjoint(d_key"),
     "value input": ("tokens_adjoint", "d_value += token_shares", "d_value += 1.01 * token_shares"),
-    "gate input": ("tokens_adjoint", "exists, d_log * keeps", "exists, 1.01 * d_log * keeps"),
-    "rates": ("tokens_adjoint", "d_rate_gate = d_rate", "d_rate_gate = 1.01 * d_rate"),
+    "gate input": ("tokens_adjoint", "tl.where(exists, (d_log", "1.01 * tl.where(exists, (d_log"),
+    "rates": ("tokens_adjoint", "d_rate_gate = d_limit", "d_rate_gate = 1.01 * d_limit"),
     "states": ("learn_adjoint", "grad += product(d_running, x", "grad += 1.01 * product(d_running, x"),
     "anchor": ("learn_adjoint", "by_anchor += product(d_read", "by_anchor += 1.01 * product(d_read"),
     "weights": ("learn_adjoint", "at_base += product(made, by", "at_base += 1.01 * product(made, by"),

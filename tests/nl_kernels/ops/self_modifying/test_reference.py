@@ -35,8 +35,9 @@ def token(inputs, t, weights, rule):
     residual = 1.0 if rule.projection_residual else 0.0
     k = unit(residual * x["key_input"] + f(weights.key, x["key_input"], rule))
     v = residual * x["value_input"] + f(weights.value, x["value_input"], rule)
-    rate = inputs["rate_max"] * torch.sigmoid(f(weights.rate, x["gate_input"], rule) + inputs["rate_bias"])
     retention = torch.sigmoid(f(weights.retention, x["gate_input"], rule) + inputs["retention_bias"])
+    rate = torch.sigmoid(f(weights.rate, x["gate_input"], rule) + inputs["rate_bias"])
+    rate = rate * min(inputs["rate_max"], 1 + retention)
     return k, v, rate, retention, unit(x["query"])
 
 

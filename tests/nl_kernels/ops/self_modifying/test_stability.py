@@ -20,10 +20,12 @@ def stream(kind, length, seed=0):
     return torch.stack([x, -x if kind == "v = -k" else x, x, x])
 
 
-def initial_weights(seed=1):
+def initial_weights(seed=1, linear=False):
     rng = torch.Generator().manual_seed(seed)
 
     def memory(out):
+        if linear:
+            return DeepMemoryWeights(torch.randn(1, out, WIDTH, generator=rng) * 0.3, None)
         return DeepMemoryWeights(
             torch.randn(1, WIDTH, WIDTH, generator=rng) * WIDTH**-0.5,
             torch.randn(1, out, WIDTH, generator=rng) * 0.3,
@@ -35,10 +37,21 @@ def initial_weights(seed=1):
 
 
 def largest_state(
-    kind, length, rule, *, chunk_size=16, read="snapshot", piece=4096, rate_bias=9.0, decay=None
+    kind,
+    length,
+    rule,
+    *,
+    chunk_size=16,
+    read="snapshot",
+    piece=4096,
+    linear=False,
+    rate_max=1.0,
+    rate_bias=9.0,
+    retention_bias=9.0,
+    decay=None,
 ):
     """Largest norm of a state tensor at the end of any piece, or output; NaN and Inf count as infinite."""
-    weights, state, largest = initial_weights(), None, 0.0
+    weights, state, largest = initial_weights(linear=linear), None, 0.0
     with torch.no_grad():
         for start in range(0, length, piece):
             key, value, query, gate = stream(kind, min(piece, length - start), seed=start)
@@ -53,8 +66,9 @@ def largest_state(
                 chunk_size=chunk_size,
                 momentum=momentum,
                 read=read,
-                rate_bias=rate_bias,  # η and α as near to 1 as they come
-                retention_bias=9.0,
+                rate_max=rate_max,
+                rate_bias=rate_bias,  # η and α as near to their largest as they come
+                retention_bias=retention_bias,
                 initial_state=state,
                 output_final_state=True,
             )
@@ -72,6 +86,16 @@ KINDS = ["random", "eight repeated tokens", "one constant token", "v = -k"]
 def test_the_default_stays_bounded(kind):
     assert largest_state(kind, 4096, MemoryRule(), chunk_size=64) < 40
     assert largest_state(kind, 512, MemoryRule(), chunk_size=1, read="running") < 40
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "two layers"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rates_up_to_two_stay_bounded(kind, linear):
+    """Where 1 + α, which limits them, is near 2, and where it is not."""
+    for retention_bias in (1.0, 9.0):
+        options = {"linear": linear, "rate_max": 2.0, "retention_bias": retention_bias}
+        assert largest_state(kind, 2048, MemoryRule(), chunk_size=64, **options) < 60
+        assert largest_state(kind, 512, MemoryRule(), chunk_size=1, read="running", **options) < 60
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,6 +128,14 @@ def test_the_literal_rule_blows_up():
 @pytest.mark.parametrize("chunk_size", [16, 64])
 def test_the_default_stays_bounded_for_a_million_tokens(kind, chunk_size):
     assert largest_state(kind, 2**20, MemoryRule(), chunk_size=chunk_size, piece=2**14) < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "two layers"])
+def test_rates_up_to_two_stay_bounded_for_a_million_tokens(kind, linear):
+    options = {"linear": linear, "chunk_size": 16, "read": "running", "piece": 2**14}
+    assert largest_state(kind, 2**20, MemoryRule(), rate_max=2.0, **options) < 80
 
 
 @pytest.mark.slow

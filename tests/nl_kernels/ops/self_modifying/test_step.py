@@ -9,7 +9,12 @@ from nl_kernels import DeepMemoryWeights, MemoryRule, SelfModifyingWeights
 from nl_kernels import self_modifying_memory as op
 from nl_kernels import self_modifying_memory_step as step
 from nl_kernels.testing import self_modifying_inputs, tensors_of
-from tests.nl_kernels.chunked_memories import assert_same, assert_steps_equal_the_definition, tokens
+from tests.nl_kernels.chunked_memories import (
+    assert_same,
+    assert_steps_equal_the_definition,
+    at_rates_up_to_two,
+    tokens,
+)
 
 RULES = {
     "default": MemoryRule(),
@@ -53,6 +58,14 @@ def test_equals_the_definition(rule, hidden):
             chunk_size=chunk_size,
             generator_chunk_size=generator_chunk_size,
         )
+
+
+@pytest.mark.parametrize("hidden", [None, 4], ids=["linear", "two-layer"])
+def test_rates_up_to_two_equal_the_definition(hidden):
+    inputs = at_rates_up_to_two(make(3, 21, hidden=hidden))
+    assert_steps_equal_the_definition(
+        op, step, inputs, [4, 1, 3], 17, masked=True, inplace=True, read="running", chunk_size=4
+    )
 
 
 @pytest.mark.parametrize("hidden", [None, 4], ids=["linear", "two-layer"])

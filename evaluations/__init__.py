@@ -1,0 +1,1 @@
+"""What the models are worth: tasks of the literature, small, beside the scores published for them."""

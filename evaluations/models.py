@@ -1,0 +1,156 @@
+"""The models that are compared, at equal parameters."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from nl_models import HopeConfig, HopeModel
+
+LEARNING_CHUNK = 16
+
+# What each is, as fields of HopeConfig; an LSTM is not Hope's. `hope` sets the number of parameters.
+MODELS: dict[str, dict[str, object]] = {
+    "hope": {},
+    "hope_two_layer": {"memory_hidden_size": 16},
+    "hope_attention": {"layer_types": "full_attention"},
+    "titans": {"layer_types": "titans"},
+    "gated_delta_net": {"layer_types": "gated_delta_net"},
+    "attention": {
+        "layer_types": "full_attention",
+        "use_short_convolution": False,
+        "attention_output_gate": False,
+    },
+    "lstm": {},
+}
+TITLES = {
+    "hope": "Hope, linear memories",
+    "hope_two_layer": "Hope, two-layer memories",
+    "hope_attention": "Hope-Attention",
+    "titans": "Titans",
+    "gated_delta_net": "Gated DeltaNet",
+    "attention": "Transformer",
+    "lstm": "LSTM",
+}
+
+
+class Reader(nn.Module):
+    """Ids [B, T] to logits [B, T, outputs]."""
+
+    def __init__(self, backbone: nn.Module, width: int, outputs: int, pooled: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pooled = pooled
+        layers = [nn.RMSNorm(width), nn.Linear(width, width), nn.GELU()] * 2 if pooled else []
+        self.head = nn.Sequential(*map(copy.deepcopy, layers), nn.Linear(width, outputs))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.backbone(ids)
+        if self.pooled:  # MAD's decoder: what was said last, and a position
+            x = x[:, -1:] + positions(x.shape[1], x.shape[2])
+        return self.head(x)
+
+
+def positions(length: int, width: int) -> torch.Tensor:
+    """Sines and cosines [length, width] of wavelengths from 2π to 20,000π."""
+    rates = 10_000.0 ** (-torch.arange(width // 2) / (width // 2 - 1))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+class _Hope(nn.Module):
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__()
+        self.model = HopeModel(config)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+class _LSTM(nn.Module):
+    def __init__(self, vocabulary: int, width: int, layers: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.lstm = nn.LSTM(width, hidden, layers, batch_first=True)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.lstm(self.embedding(ids))[0])
+
+
+def make(
+    name: str,
+    vocabulary: int,
+    outputs: int,
+    *,
+    width: int,
+    layers: int,
+    heads: int,
+    inner: int,
+    pooled: bool = False,
+    options: dict[str, object] | None = None,
+) -> Reader:
+    """A model with MLPs (of an LSTM: hidden states) of width ``inner``.
+
+    Args:
+        name: of :data:`MODELS`.
+        pooled: see :class:`~evaluations.task.Task`.
+        options: further fields of HopeConfig.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
+    if name == "lstm":
+        if options:
+            raise ValueError(f"options: an LSTM has none, got {options}")
+        return Reader(_LSTM(vocabulary, width, layers, inner), width, outputs, pooled)
+    levels = [{"hidden_size": inner}]
+    if name == "hope_attention":  # without memories its continuum is all that learns in context
+        levels = [
+            {"hidden_size": inner // 2, "chunk_size": LEARNING_CHUNK},
+            {"hidden_size": inner - inner // 2},
+        ]
+    config = HopeConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        **{"continuum_levels": levels, **MODELS[name], **(options or {})},
+    )
+    return Reader(_Hope(config), width, outputs, pooled)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def at_equal_parameters(
+    name: str, *sizes: int, options: dict[str, object] | None = None, **shape: int
+) -> Reader:
+    """A model with as many parameters as ``hope`` with MLPs twice as wide as the stream, to 2 %.
+
+    Its inner width is what is chosen. Arguments are those of :func:`make`.
+
+    Raises:
+        ValueError: no inner width gives as many.
+    """
+
+    def count(name: str, inner: int, options: dict[str, object] | None) -> int:
+        with torch.device("meta"):
+            return parameters(make(name, *sizes, inner=inner, options=options, **shape))
+
+    wanted = count("hope", 2 * shape["width"], None)
+    low, high = 4, 4
+    while count(name, high, options) < wanted:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(name, middle, options) <= wanted else (low, middle)
+    inner = min((low, high), key=lambda inner: abs(count(name, inner, options) - wanted))
+    found = count(name, inner, options)
+    if abs(found - wanted) > 0.02 * wanted:
+        raise ValueError(
+            f"{name}: no inner width has {wanted:,} parameters to 2 %; the nearest has {found:,}"
+        )
+    return make(name, *sizes, inner=inner, options=options, **shape)

@@ -1,0 +1,106 @@
+"""The studies and the claims they are for. Quick ones show in minutes that all of it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from evaluations.study import Study
+from evaluations.tasks import formal_languages, mad, recall
+
+# Rates up to 2, near it: an erase turns the sign of what its key holds.
+FLIPS = {"memory_rate_max": 2.0, "memory_rate_bias": 3.0, "memory_retention_bias": 10.0}
+# Small steps of one size, which nothing erases and nothing decays, add up.
+COUNTS = {
+    "memory_rate_max": 0.001,
+    "memory_rate_bias": 4.0,
+    "memory_retention_bias": 14.0,
+    "memory_rule": {"erase": "none"},
+}
+# Every token's keys, values and rates come from what the one before has written.
+PER_TOKEN = {"memory_chunk_size": 1}
+
+RATES = [{"learning_rate": rate} for rate in (5e-3, 2e-3, 1e-2)]
+MEMORIES = [{"learning_rate": 5e-3, "options": options} for options in (COUNTS, FLIPS, PER_TOKEN)]
+
+FORMAL_LANGUAGES = Study(
+    name="formal_languages",
+    tasks=formal_languages.TASKS,
+    shape={"width": 32, "layers": 1, "heads": 2},
+    training={"steps": 1500, "batch_size": 32, "weight_decay": 0.0, "every": 100},
+    settings={
+        "hope": MEMORIES,
+        "titans": MEMORIES,
+        "gated_delta_net": [
+            *({**RATES[0], "options": {"memory_rate_max": x}} for x in (1.0, 2.0)),
+            {**RATES[1], "options": {"memory_rate_max": 2.0}},
+        ],
+        "attention": RATES,
+        "lstm": RATES,
+        "hope_two_layer": MEMORIES,
+        "hope_attention": RATES,
+    },
+)
+
+ONE_RATE = [{"learning_rate": 3e-3}]
+RECALL = Study(
+    name="recall",
+    tasks=recall.TASKS,
+    shape={"width": 64, "layers": 2, "heads": 2},
+    training={"steps": 1000, "batch_size": 32, "weight_decay": 0.01, "every": 100},
+    settings=dict.fromkeys(
+        ("hope", "titans", "gated_delta_net", "attention", "hope_two_layer", "hope_attention"), ONE_RATE
+    ),
+)
+
+MAD = Study(
+    name="mad",
+    tasks=mad.TASKS,
+    shape={"width": 64, "layers": 2, "heads": 2},
+    training={"steps": 1000, "batch_size": 32, "weight_decay": 0.01, "every": 100},
+    settings=RECALL.settings,
+)
+
+STUDIES = {study.name: study for study in (FORMAL_LANGUAGES, RECALL, MAD)}
+PUBLISHED = {"formal_languages": formal_languages.PUBLISHED, "mad": mad.PUBLISHED}
+
+
+def _quick(study: Study, tasks: list[str], models: list[str], steps: int, setting: int = 0) -> Study:
+    return dataclasses.replace(
+        study,
+        name=f"{study.name}_quick",
+        tasks={task: study.tasks[task] for task in tasks},
+        training={**study.training, "steps": steps},
+        settings={model: [study.settings[model][setting]] for model in models},
+        seeds=(0,),
+    )
+
+
+QUICK = {
+    "formal_languages": _quick(FORMAL_LANGUAGES, ["(aa)*"], ["hope", "gated_delta_net", "lstm"], 300, 1),
+    "recall": _quick(RECALL, ["forgetting mqar"], ["hope", "gated_delta_net"], 500),
+    "mad": _quick(MAD, ["memorisation", "in-context recall"], ["hope", "attention"], 300),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What is claimed of Hope, and the score that it is held against."""
+
+    says: str
+    study: str
+    task: str
+    score: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.task}, {self.score}"
+
+
+LONGER = list(formal_languages.BINS)[1]
+CLAIMS = [
+    *(Claim("tracks a state", "formal_languages", t, LONGER) for t in ("parity", "(aa)*", "(abab)*")),
+    *(Claim("counts", "formal_languages", t, LONGER) for t in ("a^n b^n", "a^n b^n c^n", "shuffle-2")),
+    Claim("recalls", "recall", "mqar", "twice"),
+    Claim("forgets what is replaced", "recall", "forgetting mqar", "twice"),
+    *(Claim("MAD", "mad", task, "accuracy") for task in mad.GENERATORS),
+]
