@@ -8,7 +8,13 @@ from tests.nl_kernels.emulation import FACTORS, cases, every_dtype, marks
 from tests.nl_kernels.ops.continuum.test_interpreter import SIZES, doubled, named, run
 from tests.nl_kernels.ops.continuum.test_interpreter_memory import CASES as MEMORIES
 from tests.nl_kernels.ops.continuum.test_interpreter_memory import assert_case_within_budget
-from tests.nl_kernels.ops.continuum.test_mlp import (CASES, arguments, gradients, step_arguments, with_gradients)
+from tests.nl_kernels.ops.continuum.test_mlp import (
+    CASES,
+    arguments,
+    gradients,
+    step_arguments,
+    with_gradients,
+)
 from tests.nl_kernels.ops.continuum.test_update_in_place import OPTIONS
 
 pytestmark = marks

@@ -88,7 +88,17 @@ def test_catalogue_has_every_kernel_option_and_dtype():
     entries = list(catalogue("sm_90"))
     assert {e.kernel for e in entries} == {*PLAIN, "join_segments"}
     words = {word for e in entries for word in e.variant.split()}
-    assert words >= {"bfloat16", "float16", "float32", "momentum", "before", "packed", "long", "256x256", "40x24"}
+    assert words >= {
+        "bfloat16",
+        "float16",
+        "float32",
+        "momentum",
+        "before",
+        "packed",
+        "long",
+        "256x256",
+        "40x24",
+    }
 
 
 @pytest.mark.slow
