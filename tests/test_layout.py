@@ -1,6 +1,9 @@
 """The map of the code base cannot rot: every op has the same files, tests mirror sources."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,14 @@ def test_kernels_do_not_know_the_models_and_references_do_not_know_triton():
         assert not any(m.split(".")[0] == "nl_models" for m in modules), path
         if path.stem.startswith(("reference", "eager")) or path.parent.name == "memory":
             assert not any(m.split(".")[0] == "triton" for m in modules), path
+
+
+def test_layers_import_neither_transformers_nor_the_compiler():
+    """Each of them takes seconds, which somebody who wants one layer would wait for."""
+    code = "import sys, nl_models.layers; print(*{'transformers', 'torch._dynamo'} & set(sys.modules))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""
 
 
 def test_class_variables_say_their_type():

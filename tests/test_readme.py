@@ -170,13 +170,15 @@ def test_commands_are_understood(page, monkeypatch):
                 known.make_context(name, arguments)
             continue
         module, *arguments = shlex.split(command, comments=True)[2:]
-        if module == "nl_models":
+        if module == "nl_models" or not arguments:  # which may be named alone
             continue
         if module == "pytest":
             assert all(Path(argument).exists() for argument in arguments if argument.startswith("tests"))
             continue
         if module == "benchmarks.peers_env":  # hands its arguments on
             module = "benchmarks.run"
+        if module == "evaluations":
+            module = "evaluations.__main__"
         app = typer.Typer()
         app.command()(importlib.import_module(module).main)
         typer.main.get_command(app).make_context(command, [a for a in arguments if a != "--help"])

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -104,6 +105,11 @@ def kernels_run_on(device: torch.device) -> bool:
     if torch.version.hip is not None or not torch.cuda.is_available():
         return True  # without a GPU such tensors have no data, as while tracing
     return torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def compiler_at_work() -> bool:
+    """Whether ``torch.compile`` may look into this call."""
+    return torch.compiler.is_compiling() or "torch._dynamo" in sys.modules
 
 
 def interpreting() -> bool:

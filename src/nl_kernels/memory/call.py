@@ -12,7 +12,7 @@ import torch
 
 from nl_kernels.checks import has_readable_data
 from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
-from nl_kernels.dispatch import needs_gradient, without_autocast
+from nl_kernels.dispatch import compiler_at_work, needs_gradient, without_autocast
 from nl_kernels.memory.bank import Bank, Call, Layers, Layout
 from nl_kernels.memory.chunk import BankRule, Tokens
 from nl_kernels.memory.generate import GeneratedTokens
@@ -108,8 +108,10 @@ def run(
             gates = tuple(parameters.values()) or (None,) * 3
             call = Call(*inputs[:-1], gates, *banks[:3], state.position, inputs[-1], banks[3])
             options |= {"rule": rule, "at_boundary": initial_state is None, "dtype": operands}
-            learn = _learn if implementation == "triton" else _learn_eager
-            o, *banks, position = learn(call, implementation, mask=mask, **options)
+            learn_here = learn
+            if implementation == "eager" and compiler_at_work():
+                from nl_kernels.untraced import learn as learn_here
+            o, *banks, position = learn_here(call, implementation, mask=mask, **options)
             banks = (None if x is None else op.weights_of(x, batch) for x in banks)
             running, snapshot, velocity = banks
             final = op.state(snapshot, running, position, velocity)
@@ -153,7 +155,7 @@ def run_step(
     return o.to(tensors[0].dtype), state
 
 
-def _learn(
+def learn(
     call: Call,
     implementation: str,
     *,
@@ -177,13 +179,6 @@ def _learn(
     elif mask is not None:
         o = o.masked_fill(~mask[:, :, None, None], 0)
     return o, *banks, grid.position
-
-
-_learn_eager = torch.compiler.disable(
-    _learn,
-    reason="the eager path of a chunked memory is a loop over chunks, which a trace would unroll; "
-    "without fullgraph=True it runs as it is",
-)
 
 
 @dataclasses.dataclass(frozen=True)

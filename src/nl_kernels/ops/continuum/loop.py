@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from nl_kernels.dispatch import autocasting, needs_gradient, without_autocast
+from nl_kernels.dispatch import autocasting, compiler_at_work, needs_gradient, without_autocast
 from nl_kernels.memory.segments import KEPT_MEGABYTES, Footprint, spans
 from nl_kernels.ops.continuum import eager, registration
 from nl_kernels.ops.continuum.chunk_walk import (
@@ -204,7 +204,7 @@ def _walked(
                 each = zip(calls, reads, states, spans)
                 walked = [_in_segments(*part, records, options) for part in each]
             else:
-                walked, last_steps = _run(calls, reads, states, records, options)
+                walked, last_steps = _untraced()(calls, reads, states, records, options)
         for i, (y, *last) in zip(stepping, walked):
             results[i] = (group[i].grid.restored(y, *group[i].inner.shape[:2]), *last)
     after = []
@@ -217,11 +217,7 @@ def _walked(
     return after, last_steps
 
 
-@torch.compiler.disable(
-    reason="continuum_memory's steps are a loop over chunks, which a trace would unroll; "
-    "without fullgraph=True it runs as it is"
-)
-def _run(
+def walk_levels(
     calls: Sequence[LevelCall],
     reads: Sequence[torch.Tensor],
     states: Sequence[tuple[Weights, Weights]],
@@ -281,7 +277,15 @@ def _in_segments(
 
 
 def _laid_out(layout: TreeSpec, *leaves: Any) -> tuple[list[tuple[torch.Tensor, Weights, Weights]], list]:
-    return _run(*tree_unflatten(leaves, layout))
+    return _untraced()(*tree_unflatten(leaves, layout))
+
+
+def _untraced() -> Callable:
+    if compiler_at_work():
+        from nl_kernels.untraced import walk_levels as found
+
+        return found
+    return walk_levels
 
 
 def _plain(of: _Level, options: Options) -> torch.Tensor:
