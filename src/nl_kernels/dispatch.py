@@ -91,10 +91,10 @@ def choose_implementation(
     if impl not in available:
         raise ValueError(f"impl: {op} has no {impl!r} implementation; it has {tuple(available)}")
     if impl == "triton":
+        _require_triton(op, device)
         reason = unsupported() if unsupported else None
         if reason is not None:
             raise NotImplementedError(f"{reason}; use impl='eager'")
-        _require_triton(op, device)
     return impl
 
 

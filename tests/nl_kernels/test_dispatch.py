@@ -48,7 +48,8 @@ def test_plain_pytorch_on_cuda_by_default_is_said_once(monkeypatch, capability, 
     assert message is None or message in str(said[0].message)
 
 
-def test_kernels_that_are_asked_for_say_why_they_do_not_take_a_call():
+def test_kernels_that_are_asked_for_say_why_they_do_not_take_a_call(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(NotImplementedError, match="momentum: none; use impl='eager'"):
         choose_implementation(
             "deep_memory", "triton", torch.device("cpu"), unsupported=lambda: "momentum: none"
