@@ -61,6 +61,11 @@ def test_the_default_layer():
     compare_layer(BROKEN["self-modifying"])
 
 
+@pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE.keys())
+def test_layers_are_traced_whole(make):
+    compare_layer(make, fullgraph=True, backend="aot_eager")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE.keys())
 def test_layers_in_one_graph(make):

@@ -5,7 +5,6 @@ The implementation is given by name and imported when called, so that nothing im
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -59,10 +58,15 @@ def implementation(function: str, impl: str) -> Callable:
     return getattr(importlib.import_module(f"nl_kernels.ops.continuum.{module}"), function)
 
 
-@functools.cache
 def products(impl: str) -> ModuleType:
-    """The module of a chunk's products: ``"eager"``, ``"compiled"`` or ``"triton"``."""
-    return importlib.import_module(f"nl_kernels.ops.continuum.{'triton_chunk' if impl == 'triton' else impl}")
+    """The module of a chunk's products: ``"eager"``, ``"compiled"`` or ``"triton"``; a trace may come here."""
+    if impl == "triton":
+        from nl_kernels.ops.continuum import triton_chunk as found
+    elif impl == "compiled":
+        from nl_kernels.ops.continuum import compiled as found
+    else:
+        from nl_kernels.ops.continuum import eager as found
+    return found
 
 
 def mlp(
