@@ -59,7 +59,7 @@ def implementation(function: str, impl: str) -> Callable:
 
 
 def products(impl: str) -> ModuleType:
-    """The module of a chunk's products: ``"eager"``, ``"compiled"`` or ``"triton"``; a trace may come here."""
+    """The module of a chunk's products: ``"eager"``, ``"compiled"``, ``"triton"``; a trace may come here."""
     if impl == "triton":
         from nl_kernels.ops.continuum import triton_chunk as found
     elif impl == "compiled":
