@@ -38,6 +38,7 @@ from nl_kernels.testing import (
     self_modifying_inputs,
     tensors_of,
 )
+from nl_kernels.triton_support.hazards import known_hazards
 
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "fla-core")
 LIMITS = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 1e-3}
@@ -196,6 +197,16 @@ def about(device: torch.device) -> dict[str, str]:
     return found
 
 
+def hazards(device: torch.device) -> dict[str, str]:
+    """What is known to go wrong with this Triton on this GPU, by name."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return {}
+    import triton
+
+    capability = torch.cuda.get_device_capability(device)
+    return known_hazards(triton.__version__, triton.knobs.nvidia.ptxas.version, capability)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print what was found; 1 where an op is wrong."""
     parser = argparse.ArgumentParser("python -m nl_kernels.doctor", description=__doc__.splitlines()[0])
@@ -212,6 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     for name, value in about(device).items():
         print(f"{name:>20}  {value}")
+    for name, text in hazards(device).items():
+        print(f"{name:>26}: {text}")
     print(f"\nops in {str(dtype)[6:]}, forward and backward, against float64")
     findings = []
     for name in CASES:

@@ -83,3 +83,13 @@ def test_no_gpu_is_a_clear_error(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         doctor.main(["--device", "cuda"])
     assert "torch sees no CUDA device here" in capsys.readouterr().err
+
+
+def test_faults_of_the_compiler_are_named(monkeypatch):
+    assert doctor.hazards(torch.device("cpu")) == {}
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    found = doctor.hazards(torch.device("cuda"))
+    assert "wgmma groups not awaited" in found
