@@ -37,7 +37,7 @@ def _watch_for_races(request):
     if not request.node.get_closest_marker("interpreter"):
         yield
         return
-    from nl_kernels.triton_support.race_detector import detect_races
+    from tools.race_detector import detect_races
 
     with detect_races():
         yield

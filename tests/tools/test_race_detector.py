@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nl_kernels.triton_support.race_detector import DataRace, detect_races
+from tools.race_detector import DataRace, detect_races
 
 pytestmark = pytest.mark.interpreter
 
