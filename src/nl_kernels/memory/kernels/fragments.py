@@ -9,10 +9,9 @@ nothing goes through shared memory. Elsewhere (other tensor cores, the interpret
 import triton
 import triton.language as tl
 
-from nl_kernels.dispatch import interpreting
 from nl_kernels.triton_support.language import matmul
 
-_INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
+_INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
