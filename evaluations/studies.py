@@ -46,7 +46,7 @@ RECALL = Study(
     name="recall",
     tasks=recall.TASKS,
     shape={"width": 64, "layers": 2, "heads": 2},
-    training={"steps": 1000, "batch_size": 32, "weight_decay": 0.01, "every": 100},
+    training={"steps": 4000, "batch_size": 32, "weight_decay": 0.01, "every": 100},
     settings=dict.fromkeys(
         ("hope", "titans", "gated_delta_net", "attention", "hope_two_layer", "hope_attention"), ONE_RATE
     ),

@@ -149,11 +149,13 @@ def perform(study: Study, run: Run, progress: Callable[..., None] = lambda *_: N
 
 
 def commit() -> str:
-    """Of the working tree; with a plus where it has changes; "unknown" outside of a repository."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
-    )
-    return described.stdout.strip() or "unknown"
+    """Of the working tree; with a plus where code has changed since; "unknown" outside of a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "src", "evaluations/*.py", "evaluations/tasks")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 def append(path: Path, row: dict) -> None:
