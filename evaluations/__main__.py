@@ -47,8 +47,8 @@ def main(
     goes on where it was. 'report' writes tables and pictures from the rows.
     """
     studies = QUICK if quick else STUDIES
-    if what not in (*STUDIES, "all", "report"):
-        _refuse("TASK", [what], [*STUDIES, "all", "report"])
+    if what not in (*studies, "all", "report"):
+        _refuse("TASK", [what], [*studies, "all", "report"])
     rows = rows or (ROOT / "runs/evidence_quick" if quick else RESULTS)
     torch.set_num_threads(threads)
     left = TimeLeft(minutes)
