@@ -53,6 +53,8 @@ def add_product(acc, a, b, PRECISION: tl.constexpr):
     """``acc + a @ b``, operands in the named precision; in 16 bits that is bf16 alone."""
     if PRECISION == "bf16":
         acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+    elif PRECISION == "rounded tf32":
+        acc = tl.dot(_round_tf32(a), _round_tf32(b), acc, input_precision="tf32")
     else:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
     return acc

@@ -142,6 +142,7 @@ def test_programs_that_touch_each_other_are_found():
 
 
 def test_sums_that_differ_between_lanes_are_found():
+    torch.manual_seed(0)  # of other numbers the last bits may agree
     x, o = torch.randn(4, 32), nan(4)
     launch(kernels.sum_of_squares_kernel, x, o, 4, 32, False)
     launch(kernels.sum_of_squares_kernel, x, o, 4, 32, True, finds="different values")

@@ -30,8 +30,9 @@ def update_tile(width: int) -> tuple[int, int, int]:
 
 
 def product_precision(dtype: torch.dtype, architecture: str) -> str:
-    """How products compute for callers of ``dtype``: bf16 ones round operands to bf16."""
-    return "bf16" if dtype == torch.bfloat16 else precision_of(dtype, architecture)
+    """How products compute for callers of ``dtype``: bf16 ones round operands to bf16, fp16 ones to tf32."""
+    found = "bf16" if dtype == torch.bfloat16 else precision_of(dtype, architecture)
+    return "rounded tf32" if found == "tf32" else found
 
 
 def operand_dtype(precision: str) -> torch.dtype:

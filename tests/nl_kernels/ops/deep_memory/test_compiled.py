@@ -20,10 +20,9 @@ QUICK = {("default", "running", 12), ("literal", "snapshot", None)}
 
 
 def assert_within(x, **options):
-    """Operands of 16-bit callers are tf32, which has the mantissa of fp16."""
+    """Operands are bf16 for bf16 callers, and tf32, which has the mantissa of fp16, for fp16 callers."""
     dtype = x["q"].dtype
-    rounded = torch.float32 if dtype == torch.float32 else torch.float16
-    assert_kernels_within_budget(x, rounded, FACTORS[dtype], **options)
+    assert_kernels_within_budget(x, dtype, FACTORS[dtype], **options)
 
 
 @pytest.mark.parametrize(("name", "read", "hidden"), cases(RULES_READS_LAYERS, lambda *case: case in QUICK))

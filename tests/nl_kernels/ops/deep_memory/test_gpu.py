@@ -55,7 +55,7 @@ def test_error_budget(dtype, rule, read, width, hidden, chunk):
         x["rate"] *= 0.2  # what is not bounded diverges otherwise
     options = {"rule": rule, "read": read, "chunk_size": chunk}
     expected = results_and_gradients(x, torch.float64, impl="eager", **options)
-    with RoundedProducts(torch.float16 if dtype == torch.bfloat16 else torch.float32):  # tf32's mantissa
+    with RoundedProducts(dtype):
         eager = results_and_gradients(x, impl="eager", **options)
     # Three-pass tf32 loses two bits of fp32's 24, and a recurrence multiplies what is lost.
     factor = 8.0 if dtype == torch.float32 else 4.0
