@@ -19,7 +19,6 @@ pytestmark = pytest.mark.aot
 
 OPS = ("delta_memory", "deep_memory", "self_modifying", "continuum", "newton_schulz")
 NAME = r"%[\w.$]+(?:#\d+)?"
-LOCATION = re.compile(r" loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
 # Results of these are other numbers than their operands: not in the layout of a product.
 ENDS = ("tt.reduce", "tt.scan", "tt.load", "tt.gather")
 
@@ -29,16 +28,22 @@ def names_in(text):
 
 
 class Uses:
-    """Of each value of a module those that it is made of, through loops and branches too."""
+    """Of each value of a module those that it is made of, through loops and branches too.
+
+    A name may come again in another loop or branch: values are told apart by where they are defined.
+    """
 
     def __init__(self, module):
         self.sources, self.opcodes = defaultdict(set), {}
         self.products = []  # (line, left operand, right operand)
-        regions = []  # of what is open: (opcode, results, arguments, what they begin with)
-        for line in module.splitlines():
-            line = LOCATION.sub("", line).strip()
+        self.values, self.count = {}, 0  # of each name in sight its value
+        regions = []  # of what is open: (opcode, results, arguments, the names in sight outside)
+        for whole in module.splitlines():
+            whole = whole.strip()
+            line = whole.split(" loc(")[0].strip()
             if line.startswith("}"):
-                if not line.endswith("{"):  # "} else {"
+                self.values = dict(regions[-1][3])
+                if not whole.endswith("{"):  # "} else {"
                     regions.pop()
                 continue
             head = re.match(rf'(?:({NAME})(:\d+)? = )?"?([a-z_]+\.[a-z_.]+|module)"?', line)
@@ -46,32 +51,43 @@ class Uses:
                 continue
             result, count, opcode = head.groups()
             rest = line[head.end() :]
-            results = [] if result is None else [result]
+            names = [] if result is None else [result]
             if count:
-                results = [f"{result}#{i}" for i in range(int(count[1:]))]
+                names = [f"{result}#{i}" for i in range(int(count[1:]))]
+            operands = self._uses(rest.split(" : ")[0])
             if opcode == "scf.yield":
-                self._yield(names_in(rest.split(" : ")[0]), regions[-1])
+                _, results, arguments, _ = regions[-1]
+                for name, value in [*zip(results, operands), *zip(arguments, operands)]:
+                    self.sources[name].add(value)
             elif opcode == "scf.for":
                 pairs = re.search(r"iter_args\(([^)]*)\)", rest)
-                names = names_in(pairs[1]) if pairs else []
-                regions.append((opcode, results, names[::2]))
-                for own, first in zip((*names[::2], *results), 2 * names[1::2]):
-                    self.sources[own].add(first)
-            elif line.endswith(("{", "({")):
+                given = names_in(pairs[1]) if pairs else []
+                first = [self.values.get(name, name) for name in given[1::2]]
+                results = [self._define(name) for name in names]
+                outside = dict(self.values)
+                arguments = [self._define(name) for name in given[::2]]
+                regions.append((opcode, results, arguments, outside))
+                for own, value in zip((*arguments, *results), 2 * first):
+                    self.sources[own].add(value)
+            elif whole.endswith(("{", "({")):
                 assert opcode in ("module", "tt.func", "scf.if", *ENDS), line
-                regions.append((opcode, results if opcode == "scf.if" else [], []))
+                results = [self._define(name) for name in names]
+                regions.append((opcode, results if opcode == "scf.if" else [], [], dict(self.values)))
             else:
-                operands = names_in(rest.split(" : ")[0])
-                for name in results:
-                    self.opcodes[name] = opcode
-                    self.sources[name].update(operands)
+                for name in names:
+                    value = self._define(name)
+                    self.opcodes[value] = opcode
+                    self.sources[value].update(operands)
                 if opcode == "tt.dot":
                     self.products.append((line, *operands[:2]))
 
-    def _yield(self, values, region):
-        _, results, arguments = region
-        for name, value in [*zip(results, values), *zip(arguments, values)]:
-            self.sources[name].add(value)
+    def _uses(self, text):
+        return [self.values.get(name, name) for name in names_in(text)]
+
+    def _define(self, name):
+        self.count += 1
+        self.values[name] = f"{name} {self.count}"
+        return self.values[name]
 
     def reaches(self, start, opcodes):
         """The nearest values of these opcodes that ``start`` is made of."""
