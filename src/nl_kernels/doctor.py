@@ -38,7 +38,7 @@ from nl_kernels.testing import (
     self_modifying_inputs,
     tensors_of,
 )
-from nl_kernels.triton_support.hazards import known_hazards
+from nl_kernels.triton_support.hazards import hazards_here
 
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "fla-core")
 LIMITS = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 1e-3}
@@ -201,10 +201,7 @@ def hazards(device: torch.device) -> dict[str, str]:
     """What is known to go wrong with this Triton on this GPU, by name."""
     if device.type != "cuda" or torch.version.hip is not None:
         return {}
-    import triton
-
-    capability = torch.cuda.get_device_capability(device)
-    return known_hazards(triton.__version__, triton.knobs.nvidia.ptxas.version, capability)
+    return hazards_here(torch.cuda.get_device_capability(device))
 
 
 def main(arguments: list[str] | None = None) -> int:

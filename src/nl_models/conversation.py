@@ -232,11 +232,13 @@ class PlainConversation:
 class _Written(StoppingCriteria):
     """Hands on what is written, and stops behind ``stop``."""
 
-    def __init__(self, tokenizer, prompt: int, stop: str | None, write: Callable[[str], None]):
-        self.tokenizer, self.prompt, self.stop, self.write = tokenizer, prompt, stop, write
-        self.shown = ""
+    def __init__(self, tokenizer, stop: str | None, write: Callable[[str], None]):
+        self.tokenizer, self.stop, self.write = tokenizer, stop, write
+        self.prompt, self.shown = None, ""
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        if self.prompt is None:  # the first call comes behind the first token written
+            self.prompt = input_ids.shape[1] - 1
         whole = self.tokenizer.decode(input_ids[0, self.prompt :].tolist())
         text = _until(whole, self.stop)
         done = text != whole
@@ -254,11 +256,7 @@ def _generate(model, ids: list[int], tokenizer, sampling: Sampling, write, **opt
     prompt = torch.tensor([ids])
     if hasattr(model, "device"):
         prompt = prompt.to(model.device)
-    unread = 0
-    if options.get("new_tokens_only"):
-        held = options["cache"].layers[0].unread
-        unread = 0 if held is None else held[0].shape[1]
-    written = _Written(tokenizer, len(ids) + unread, sampling.stop, write)
+    written = _Written(tokenizer, sampling.stop, write)
     chosen = {"do_sample": False}
     if sampling.temperature > 0:
         chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import nl_models
 from nl_models.continual.learner import Tokenizer
+from nl_models.data.prepare import data_folder
 from nl_models.data.tokenizer import load_tokenizer
 from nl_models.training.checkpoint import best_checkpoint, list_checkpoints, load_weights
 from nl_models.training.config import load_config
@@ -61,7 +62,7 @@ def _from_checkpoint(run: Path, checkpoint: Path, device: torch.device | str) ->
     if not (run / "config.json").is_file():
         raise ValueError(f"model: the checkpoint {checkpoint} is not in the folder of a training run")
     config = load_config(run / "config.json")
-    data = next((folder for folder in (run / "data", run.parent / "data") if folder.is_dir()), None)
+    data = data_folder(run)
     if data is None:
         raise ValueError(f"model: {run} has no data folder, which holds the tokenizer")
     tokenizer = load_tokenizer(data)

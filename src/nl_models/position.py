@@ -13,7 +13,7 @@ from rich.console import Console
 
 from nl_kernels.checks import check_positive_int
 from nl_models.data.corpus import read_folder
-from nl_models.data.prepare import pack, prepare_data
+from nl_models.data.prepare import data_folder, pack, prepare_data
 from nl_models.data.tokenizer import Tokenizer, load_tokenizer
 from nl_models.evaluation.generation import check_sampling, conversation_by_turn, generation_by_position
 from nl_models.evaluation.position import loss_by_position
@@ -180,11 +180,10 @@ def _read_text(run: _Run, folder: Path | None, window: int, length: int | None) 
 
 
 def _held_out(run: _Run) -> np.ndarray:
-    # The demo's runs share the data beside them.
-    for folder in (run.folder / "data", run.folder.parent / "data"):
-        if folder.is_dir():
-            return prepare_data(run.config.data_options, folder).validation
-    raise ValueError(f"text: {run.folder} has no data folder; give a folder of text files with --text")
+    folder = data_folder(run.folder)
+    if folder is None:
+        raise ValueError(f"text: {run.folder} has no data folder; give a folder of text files with --text")
+    return prepare_data(run.config.data_options, folder).validation
 
 
 def _turns(tokens: np.ndarray, turns: int, window: int) -> list[np.ndarray]:

@@ -31,12 +31,15 @@ def known_hazards(triton: str, ptxas: str, capability: tuple[int, int]) -> dict[
     return found
 
 
-@functools.cache
-def warn_of_hazards(capability: tuple[int, int]) -> None:
-    """Warn once of what is known of this process's Triton on NVIDIA GPUs of ``capability``."""
+def hazards_here(capability: tuple[int, int]) -> dict[str, str]:
+    """What is known of this process's Triton on NVIDIA GPUs of ``capability``."""
     import triton
 
-    for name, text in known_hazards(
-        triton.__version__, triton.knobs.nvidia.ptxas.version, capability
-    ).items():
+    return known_hazards(triton.__version__, triton.knobs.nvidia.ptxas.version, capability)
+
+
+@functools.cache
+def warn_of_hazards(capability: tuple[int, int]) -> None:
+    """Warn once of what :func:`hazards_here` finds."""
+    for name, text in hazards_here(capability).items():
         warnings.warn(f"{name}: {text}", stacklevel=2)

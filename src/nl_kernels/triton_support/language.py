@@ -35,14 +35,14 @@ def matmul(a, b, PRECISION: tl.constexpr):
     elif PRECISION == "fp16":
         result = tl.dot(a.to(tl.float16), b.to(tl.float16))
     elif PRECISION == "rounded tf32":
-        result = tl.dot(_round_tf32(a), _round_tf32(b), input_precision="tf32")
+        result = tl.dot(round_tf32(a), round_tf32(b), input_precision="tf32")
     else:
         result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
     return result
 
 
 @triton.jit
-def _round_tf32(x):
+def round_tf32(x):
     """The nearest number with tf32's 10 bits: a tensor core would cut the others off."""
     bits = x.to(tl.float32).to(tl.int32, bitcast=True)
     return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
@@ -54,7 +54,7 @@ def add_product(acc, a, b, PRECISION: tl.constexpr):
     if PRECISION == "bf16":
         acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
     elif PRECISION == "rounded tf32":
-        acc = tl.dot(_round_tf32(a), _round_tf32(b), acc, input_precision="tf32")
+        acc = tl.dot(round_tf32(a), round_tf32(b), acc, input_precision="tf32")
     else:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
     return acc

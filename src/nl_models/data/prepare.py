@@ -64,6 +64,11 @@ def prepare_data(options: DataOptions, folder: str | Path) -> PreparedData:
     return _load(options, folder)
 
 
+def data_folder(run: Path) -> Path | None:
+    """The prepared data of a training run: its own, or what the demo's runs share beside them."""
+    return next((folder for folder in (run / "data", run.parent / "data") if folder.is_dir()), None)
+
+
 def _build(options: DataOptions, folder: Path) -> None:
     documents = read_standard_library() if options.corpus is None else read_folder(options.corpus)
     split = split_by_file(documents, validation_fraction=options.validation_fraction)

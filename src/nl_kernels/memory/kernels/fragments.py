@@ -9,7 +9,7 @@ nothing goes through shared memory. Elsewhere (other tensor cores, the interpret
 import triton
 import triton.language as tl
 
-from nl_kernels.triton_support.language import matmul
+from nl_kernels.triton_support.language import matmul, round_tf32
 
 _INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -32,9 +32,7 @@ def rounded(x, BANK: tl.constexpr):
     elif PRECISION == "fp16":
         x = x.to(tl.float16)
     elif PRECISION == "tf32":
-        # The hardware drops the last 13 bits, and would take tf32 for truncated.
-        bits = x.to(tl.int32, bitcast=True) + 0x1000
-        x = (bits & -8192).to(tl.float32, bitcast=True)
+        x = round_tf32(x)
     return x
 
 
