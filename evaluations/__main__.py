@@ -10,7 +10,7 @@ import torch
 import typer
 from rich.console import Console
 
-from evaluations.report import write_report
+from evaluations.report import score, write_report
 from evaluations.studies import QUICK, STUDIES
 from evaluations.study import (
     RESULTS,
@@ -86,7 +86,7 @@ def _run(study: Study, path: Path, only: list[str] | None, models: list[str] | N
         append(path, row)
         found.append(row)
         left.done += 1
-        scores = "  ".join(f"{name} {100 * x:.1f}" for name, x in row["scores"].items())
+        scores = "  ".join(f"{name} {score([row], name, study.unit)}" for name in row["scores"])
         behind = left.minutes(count - (len(found) - began))
         console.print(f"  {scores}  in {row['steps']} steps, {duration(row['seconds'])}", highlight=False)
         console.print(f"  {study.name}: at most {duration(60 * behind)} left", highlight=False)

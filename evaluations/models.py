@@ -7,17 +7,20 @@ import copy
 import torch
 from torch import nn
 
-from nl_models import HopeConfig, HopeModel
+from nl_models import HopeConfig, HopeForCausalLM, HopeModel
 
 LEARNING_CHUNK = 16
 
 # What each is, as fields of HopeConfig; an LSTM is not Hope's. `hope` sets the number of parameters.
 MODELS: dict[str, dict[str, object]] = {
     "hope": {},
+    "hope_continuum": {},
     "hope_two_layer": {"memory_hidden_size": 16},
     "hope_attention": {"layer_types": "full_attention"},
+    "hope_writes_nothing": {"memory_rate_max": 0.0},
     "titans": {"layer_types": "titans"},
     "gated_delta_net": {"layer_types": "gated_delta_net"},
+    "gated_delta_net_continuum": {"layer_types": "gated_delta_net"},
     "attention": {
         "layer_types": "full_attention",
         "use_short_convolution": False,
@@ -27,10 +30,13 @@ MODELS: dict[str, dict[str, object]] = {
 }
 TITLES = {
     "hope": "Hope, linear memories",
+    "hope_continuum": "Hope, linear memories and continuum",
+    "hope_writes_nothing": "Hope, nothing written",
     "hope_two_layer": "Hope, two-layer memories",
     "hope_attention": "Hope-Attention",
     "titans": "Titans",
     "gated_delta_net": "Gated DeltaNet",
+    "gated_delta_net_continuum": "Gated DeltaNet and continuum",
     "attention": "Transformer",
     "lstm": "LSTM",
 }
@@ -39,10 +45,10 @@ TITLES = {
 class Reader(nn.Module):
     """Ids [B, T] to logits [B, T, outputs]."""
 
-    def __init__(self, backbone: nn.Module, width: int, outputs: int, pooled: bool) -> None:
+    def __init__(self, backbone: nn.Module, width: int, outputs: int, head: str) -> None:
         super().__init__()
         self.backbone = backbone
-        self.pooled = pooled
+        self.pooled = pooled = head == "pooled"
         layers = [nn.RMSNorm(width), nn.Linear(width, width), nn.GELU()] * 2 if pooled else []
         self.head = nn.Sequential(*map(copy.deepcopy, layers), nn.Linear(width, outputs))
 
@@ -69,6 +75,17 @@ class _Hope(nn.Module):
         return self.model(input_ids=ids, use_cache=False).last_hidden_state
 
 
+class LanguageModel(nn.Module):
+    """The same of ``hope``, whose output layer is its embedding."""
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__()
+        self.hope = HopeForCausalLM(config)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.hope(input_ids=ids, use_cache=False).logits
+
+
 class _LSTM(nn.Module):
     def __init__(self, vocabulary: int, width: int, layers: int, hidden: int) -> None:
         super().__init__()
@@ -89,23 +106,26 @@ def make(
     layers: int,
     heads: int,
     inner: int,
-    pooled: bool = False,
+    head: str = "linear",
     options: dict[str, object] | None = None,
-) -> Reader:
+) -> Reader | LanguageModel:
     """A model with MLPs (of an LSTM: hidden states) of width ``inner``.
 
     Args:
         name: of :data:`MODELS`.
-        pooled: see :class:`~evaluations.task.Task`.
+        head: "linear"; "pooled": all positions are answered from what the model says at the last one; or
+            "tied": the embedding, of a language model.
         options: further fields of HopeConfig.
     """
     if name not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
     if name == "lstm":
-        if options:
-            raise ValueError(f"options: an LSTM has none, got {options}")
-        return Reader(_LSTM(vocabulary, width, layers, inner), width, outputs, pooled)
+        if options or head == "tied":
+            raise ValueError(f"options, head: an LSTM has none of these, got {options}, {head!r}")
+        return Reader(_LSTM(vocabulary, width, layers, inner), width, outputs, head)
     levels = [{"hidden_size": inner}]
+    if name.endswith("continuum"):  # as by default: a third learns
+        levels = [{"hidden_size": inner // 3, "chunk_size": 64}, {"hidden_size": inner - inner // 3}]
     if name == "hope_attention":  # without memories its continuum is all that learns in context
         levels = [
             {"hidden_size": inner // 2, "chunk_size": LEARNING_CHUNK},
@@ -118,7 +138,7 @@ def make(
         num_attention_heads=heads,
         **{"continuum_levels": levels, **MODELS[name], **(options or {})},
     )
-    return Reader(_Hope(config), width, outputs, pooled)
+    return LanguageModel(config) if head == "tied" else Reader(_Hope(config), width, outputs, head)
 
 
 def parameters(model: nn.Module) -> int:
@@ -126,11 +146,11 @@ def parameters(model: nn.Module) -> int:
 
 
 def at_equal_parameters(
-    name: str, *sizes: int, options: dict[str, object] | None = None, **shape: int
-) -> Reader:
-    """A model with as many parameters as ``hope`` with MLPs twice as wide as the stream, to 2 %.
+    name: str, *sizes: int, widening: int = 2, options: dict[str, object] | None = None, **shape: int
+) -> Reader | LanguageModel:
+    """A model with as many parameters as ``hope`` with MLPs ``widening`` times as wide as the stream, to 2 %.
 
-    Its inner width is what is chosen. Arguments are those of :func:`make`.
+    Its inner width is what is chosen. Other arguments are those of :func:`make`.
 
     Raises:
         ValueError: no inner width gives as many.
@@ -140,7 +160,7 @@ def at_equal_parameters(
         with torch.device("meta"):
             return parameters(make(name, *sizes, inner=inner, options=options, **shape))
 
-    wanted = count("hope", 2 * shape["width"], None)
+    wanted = count("hope", widening * shape["width"], None)
     low, high = 4, 4
     while count(name, high, options) < wanted:
         low, high = high, 2 * high

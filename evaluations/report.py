@@ -15,7 +15,21 @@ from nl_models.files import make_folder
 from nl_models.training.plots import COLOURS, new_figure, save_figure
 
 PAGE = ROOT / "docs/evidence.md"
-OURS = ("hope", "hope_two_layer", "hope_attention")
+OURS = tuple(model for model in TITLES if model.startswith("hope"))
+# One look of a model in all pictures: its mixer's colour, dashed with a continuum, dotted without writes.
+BLUE, RED, GREEN, PURPLE, ORANGE, SKY = COLOURS
+LOOKS = {
+    "hope": (BLUE, "-"),
+    "hope_continuum": (BLUE, "--"),
+    "hope_two_layer": (SKY, "-"),
+    "hope_attention": (PURPLE, "--"),
+    "hope_writes_nothing": (BLUE, ":"),
+    "titans": (GREEN, "-"),
+    "gated_delta_net": (RED, "-"),
+    "gated_delta_net_continuum": (RED, "--"),
+    "attention": (PURPLE, "-"),
+    "lstm": (ORANGE, "-"),
+}
 NONE = "–"
 
 
@@ -28,11 +42,13 @@ def chosen(rows: list[dict], study: Study, task: str, model: str) -> list[dict]:
     return [row for row in found if row is not None]
 
 
-def percent(rows: list[dict], name: str) -> str:
-    """A score's mean over rows in percent, and its range where they differ by a point."""
-    values = [100 * row["scores"][name] for row in rows]
-    spread = f" ({min(values):.0f}–{max(values):.0f})" if max(values) - min(values) >= 1 else ""
-    return f"{sum(values) / len(values):.1f}".removesuffix(".0") + spread
+def score(rows: list[dict], name: str, unit: str) -> str:
+    """A score's mean over rows, and its range: in percent where rows differ by a point, in nats always."""
+    values = [row["scores"][name] * (100 if unit == "%" else 1) for row in rows]
+    mean, low, high = sum(values) / len(values), min(values), max(values)
+    if unit == "nats":
+        return f"{mean:.3f}" + (f" ({low:.3f}–{high:.3f})" if len(values) > 1 else "")
+    return f"{mean:.1f}".removesuffix(".0") + (f" ({low:.0f}–{high:.0f})" if high - low >= 1 else "")
 
 
 def table(rows: list[dict], study: Study, published: dict[str, dict]) -> str:
@@ -43,7 +59,7 @@ def table(rows: list[dict], study: Study, published: dict[str, dict]) -> str:
         if not any(found):
             continue
         cells = [
-            " / ".join(percent(part, name) for name in part[0]["scores"]) if part else NONE for part in found
+            _cell(part, study.tasks[task](task).scores, study.unit) for task, part in zip(study.tasks, found)
         ]
         seeds = [len(part) for part in found if part]
         settings = [len(tried(rows, study, task, model)) for task in study.tasks]
@@ -53,6 +69,13 @@ def table(rows: list[dict], study: Study, published: dict[str, dict]) -> str:
         cells = (_numbers(scores[task]) if task in scores else NONE for task in study.tasks)
         lines.append([f"*published: {model}*", *cells, "", ""])
     return _markdown(lines)
+
+
+def _cell(rows: list[dict], names: tuple[str, ...], unit: str) -> str:
+    """All scores of a task; not every model has each."""
+    if not rows:
+        return NONE
+    return " / ".join(score(rows, name, unit) if name in rows[0]["scores"] else NONE for name in names)
 
 
 def _range(numbers: Iterable[int]) -> str:
@@ -78,12 +101,17 @@ def claims(rows: dict[str, list[dict]]) -> str:
 
 
 def _best(by_model: dict[str, list[dict]], models: Iterable[str], claim: Claim) -> str:
-    found = {model: by_model[model] for model in models if by_model[model]}
+    found = {m: by_model[m] for m in models if by_model[m] and claim.score in by_model[m][0]["scores"]}
     if not found:
         return "not run"
-    best = max(found, key=lambda m: sum(row["scores"][claim.score] for row in found[m]) / len(found[m]))
+    study = STUDIES[claim.study]
+
+    def goodness(model: str) -> float:
+        return study.goodness(row["scores"][claim.score] for row in found[model]) / len(found[model])
+
+    best = max(found, key=goodness)
     count = len(found[best])
-    return f"{percent(found[best], claim.score)} ({TITLES[best]}, {count} seed{'s' * (count > 1)})"
+    return f"{score(found[best], claim.score, study.unit)} ({TITLES[best]}, {count} seed{'s' * (count > 1)})"
 
 
 def _numbers(scores: float | tuple[float, ...]) -> str:
@@ -100,11 +128,10 @@ def draw(rows: list[dict], study: Study, path: Path) -> Path:
     tasks = [task for task in study.tasks if any(chosen(rows, study, task, m) for m in study.settings)]
     columns = min(3, len(tasks))
     figure, panels = new_figure(columns, rows=-(-len(tasks) // columns), width=3.6, height=2.7)
-    colours = dict(zip(study.settings, (*COLOURS, "#000000")))
-    end = study.training["steps"]
+    end, percent = study.training["steps"], study.unit == "%"
     for panel, task in zip(panels, tasks):
         for model in study.settings:
-            curves = [_curve(row, end) for row in chosen(rows, study, task, model)]
+            curves = [_curve(row, end, study.unit) for row in chosen(rows, study, task, model)]
             if not curves:
                 continue
             steps = sorted({step for curve in curves for step in curve})
@@ -112,11 +139,13 @@ def draw(rows: list[dict], study: Study, path: Path) -> Path:
             values = np.array(
                 [[curve[max(s for s in curve if s <= step)] for step in steps] for curve in curves]
             )
-            panel.plot(steps, 100 * values.mean(0), color=colours[model], label=TITLES[model], linewidth=1.5)
-            low, high = 100 * values.min(0), 100 * values.max(0)
-            panel.fill_between(steps, low, high, color=colours[model], alpha=0.15, linewidth=0)
+            colour, dashes = LOOKS[model]
+            look = {"color": colour, "linestyle": dashes, "linewidth": 1.5}
+            panel.plot(steps, values.mean(0), label=TITLES[model], **look)
+            panel.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
         last = study.tasks[task](task).scores[-1]
-        panel.set(title=f"{task}, {last}", ylim=(-3, 103), xlim=(0, end), xlabel="steps", ylabel="right, %")
+        panel.set(title=f"{task}, {last}", xlim=(0, end), xlabel="steps")
+        panel.set(ylabel="right, %", ylim=(-3, 103)) if percent else panel.set(ylabel="nats per token")
     for panel in panels[len(tasks) :]:
         panel.set_visible(False)
     handles = {label: line for p in panels for line, label in zip(*p.get_legend_handles_labels())}
@@ -124,8 +153,11 @@ def draw(rows: list[dict], study: Study, path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def _curve(row: dict, end: int) -> dict[int, float]:
-    points = {0: 0.0} | {step: list(scores.values())[-1] for step, _, scores in row["curve"]}
+def _curve(row: dict, end: int, unit: str) -> dict[int, float]:
+    """The last score by step; right answers start at none."""
+    points = {step: list(scores.values())[-1] for step, _, scores in row["curve"]}
+    if unit == "%":
+        points = {0: 0.0} | {step: 100 * share for step, share in points.items()}
     return {**points, end: points[max(points)]}
 
 

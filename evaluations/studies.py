@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from evaluations.study import Study
-from evaluations.tasks import formal_languages, mad, recall
+from evaluations.tasks import formal_languages, language_modelling, mad, recall
 
 # Rates up to 2, near it: an erase turns the sign of what its key holds.
 FLIPS = {"memory_rate_max": 2.0, "memory_rate_bias": 3.0, "memory_retention_bias": 10.0}
@@ -60,7 +60,29 @@ MAD = Study(
     settings=RECALL.settings,
 )
 
-STUDIES = {study.name: study for study in (FORMAL_LANGUAGES, RECALL, MAD)}
+THREE_RATES = [{"learning_rate": rate} for rate in (5e-3, 3e-3, 8e-3)]
+LANGUAGE_MODELLING = Study(
+    name="language_modelling",
+    tasks=language_modelling.TASKS,
+    shape={"width": 128, "layers": 2, "heads": 2, "widening": 4},
+    training={"steps": 600, "batch_size": 4, "weight_decay": 0.1, "every": 100},
+    settings=dict.fromkeys(
+        (
+            "hope_continuum",
+            "gated_delta_net_continuum",
+            "hope",
+            "titans",
+            "gated_delta_net",
+            "attention",
+            "hope_attention",
+            "hope_writes_nothing",
+        ),
+        THREE_RATES,
+    ),
+    unit="nats",
+)
+
+STUDIES = {study.name: study for study in (FORMAL_LANGUAGES, RECALL, MAD, LANGUAGE_MODELLING)}
 PUBLISHED = {"formal_languages": formal_languages.PUBLISHED, "mad": mad.PUBLISHED}
 
 
@@ -102,4 +124,6 @@ CLAIMS = [
     Claim("recalls", "recall", "mqar", "twice"),
     Claim("forgets what is replaced", "recall", "forgetting mqar", "twice"),
     *(Claim("MAD", "mad", task, "accuracy") for task in mad.GENERATORS),
+    *(Claim("models language", "language_modelling", t, "windows") for t in language_modelling.CORPORA),
+    *(Claim("reads on", "language_modelling", t, "carried") for t in language_modelling.CORPORA),
 ]

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -32,11 +32,12 @@ class Study:
     Attributes:
         name: of its file of rows.
         tasks: how each task is made, by its name.
-        shape: of the models: ``width``, ``layers``, ``heads``.
+        shape: of the models: ``width``, ``layers``, ``heads``, and ``widening`` of MLPs if it is not 2.
         training: arguments of :func:`~evaluations.training.train` that are the same for all.
         settings: by model the settings it is searched with, each with a ``learning_rate`` and, if any,
             ``options`` of HopeConfig; as many for each.
         seeds: the first is that of the search.
+        unit: of scores: "%" of what is right, or "nats", of which fewer are better.
     """
 
     name: str
@@ -45,6 +46,11 @@ class Study:
     training: dict[str, object]
     settings: dict[str, list[dict[str, object]]]
     seeds: tuple[int, ...] = (0, 1, 2)
+    unit: str = "%"
+
+    def goodness(self, scores: Iterable[float]) -> float:
+        """Higher is better."""
+        return sum(scores) if self.unit == "%" else -sum(scores)
 
     def __post_init__(self) -> None:
         unknown = self.settings.keys() - MODELS.keys()
@@ -100,11 +106,13 @@ def tried(rows: list[dict], study: Study, task: str, model: str) -> list[tuple[d
 
 
 def best_setting(rows: list[dict], study: Study, task: str, model: str) -> dict[str, object] | None:
-    """Of those tried the setting with the highest last validation scores; of equal ones the faster."""
+    """Of those tried the setting with the best last validation scores; of equal ones the faster."""
     found = tried(rows, study, task, model)
     if not found:
         return None
-    return max(found, key=lambda pair: (sum(pair[0]["curve"][-1][2].values()), -pair[0]["steps"]))[1]
+    return max(found, key=lambda pair: (study.goodness(pair[0]["curve"][-1][2].values()), -pair[0]["steps"]))[
+        1
+    ]
 
 
 def remaining(rows: list[dict], study: Study, tasks: list[str], models: list[str]) -> Iterator[Run]:
@@ -134,7 +142,7 @@ def perform(study: Study, run: Run, progress: Callable[..., None] = lambda *_: N
     torch.manual_seed(run.seed)
     options = run.setting.get("options")
     sizes = (task.vocabulary, task.outputs)
-    model = at_equal_parameters(run.model, *sizes, options=options, pooled=task.pooled, **study.shape)
+    model = at_equal_parameters(run.model, *sizes, options=options, head=task.head, **study.shape)
     rate = run.setting["learning_rate"]
     outcome = train(model, task, learning_rate=rate, seed=run.seed, progress=progress, **study.training)
     return {

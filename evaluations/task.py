@@ -19,17 +19,19 @@ class Task(abc.ABC):
     Attributes:
         name: in rows and tables.
         vocabulary, outputs: ids that come, and numbers that are asked for at each position.
-        scores: names of the scores of :meth:`evaluate`, higher is better, at most 1.
-        pooled: whether all positions are answered from what the model says at the last one.
-        goal: training ends once every score has reached it twice in a row on validation data.
+        scores: names of the scores of :meth:`evaluate`: shares of what is right, or nats per token. Pictures
+            show the last.
+        head: what answers, see :func:`evaluations.models.make`.
+        goal: training ends once every score has reached it twice in a row on validation data; ``None`` for
+            none.
     """
 
     name: str
     vocabulary: int
     outputs: int
     scores: tuple[str, ...]
-    goal: float
-    pooled: bool = False
+    goal: float | None
+    head: str = "linear"
 
     @abc.abstractmethod
     def batch(self, size: int, seed: int) -> Batch:

@@ -61,7 +61,8 @@ def train(
             scores = score(model, task, final=False)
             curve.append((step + 1, sum(losses) / len(losses), scores))
             losses.clear()
-            met = met + 1 if min(scores.values()) >= task.goal else 0
+            reached = task.goal is not None and min(scores.values()) >= task.goal
+            met = met + 1 if reached else 0
             learned = learned + 1 if curve[-1][1] < LEARNED else 0
         progress(step + 1, loss.item(), ids.numel())
         if met == 2 or learned == 3:

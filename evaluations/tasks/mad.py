@@ -143,7 +143,7 @@ class Mad(Task):
             raise ValueError(f"name: expected one of {', '.join(GENERATORS)}, got {name!r}")
         self.name = name
         self.vocabulary = self.outputs = MEMORISED if name == "memorisation" else VOCABULARY
-        self.pooled = name == "compression"
+        self.head = "pooled" if name == "compression" else "linear"
 
     def draw(self, count: int, seed: int, training: bool) -> Batch:
         return GENERATORS[self.name](count, torch.Generator().manual_seed(seed), training)

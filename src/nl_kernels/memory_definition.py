@@ -22,9 +22,19 @@ def memory_output(weights: DeepMemoryWeights, x: torch.Tensor, rule: MemoryRule)
 
 
 def memory_error(
-    weights: DeepMemoryWeights, k: torch.Tensor, target: torch.Tensor, rule: MemoryRule, residual: bool
+    weights: DeepMemoryWeights,
+    anchor: DeepMemoryWeights,
+    k: torch.Tensor,
+    target: torch.Tensor,
+    rule: MemoryRule,
+    residual: bool,
 ) -> torch.Tensor:
-    """The gradient of ``½‖M(k) − target‖²`` by M(k), scaled down to ``rule.error_bound`` where longer."""
+    """The gradient of ``½‖M(k) − target‖²`` by M(k), scaled down to ``rule.error_bound`` where longer.
+
+    M's last layer is that of the weights, or of the ``anchor``: see ``rule.error_at``.
+    """
+    if rule.error_at == "anchor":
+        weights = anchor if weights.outer is None else weights._replace(outer=anchor.outer)
     error = memory_output(weights, k, rule) - target
     return bound_length(error + k if residual else error, rule.error_bound)
 

@@ -16,6 +16,7 @@ from nl_kernels.checks import check_bool, check_choice
 ACTIVATIONS = ("silu", "gelu")
 ERASES = ("per_layer", "input", "none")
 MOMENTA = ("average", "sum")
+ERROR_WEIGHTS = ("anchor", "snapshot")
 NORM_EPS = 1e-6  # added to squared norms, so that the zero vector has a finite Jacobian
 
 
@@ -54,6 +55,12 @@ class MemoryRule:
             for its input x; otherwise η itself, meant for inputs of unit norm (stable below 2).
         anchored: the weights are ``W_0 + Δ_t`` and decay and erase act on Δ alone, so that the initial
             state is never forgotten.
+        error_at: the last layer's weights at which the error f(k) − v is taken: those of the "snapshot", as
+            printed, or those of the "anchor", which no write changes. The erase takes out what a memory has
+            changed at k, and the snapshot's error takes it out again: a key that comes back in each chunk is
+            answered with half of its value at a rate of 1/2, with all and with nothing in turn at 1. With the
+            anchor's a linear memory learns by the delta rule at the weights of the moment,
+            ``Δ_t = Δ_{t-1}(α − η k kᵀ) + η (v − W_0 k) kᵀ``, and without an erase as linear attention does.
         error_bound: both local error signals, that of the output and that of the hidden layer, are scaled
             down to this length when longer (a Huber objective); ``None`` leaves them alone.
         momentum: what momentum with decay μ makes of the writes, for calls that have it: their "average",
@@ -63,8 +70,8 @@ class MemoryRule:
 
     Raises:
         TypeError: what is True or False is given as something else.
-        ValueError: an unknown ``activation``, ``erase`` or ``momentum``, or an ``error_bound`` that is not
-            positive.
+        ValueError: an unknown ``activation``, ``erase``, ``error_at`` or ``momentum``; an ``error_bound``
+            that is not positive; or an error at an anchor where there is none.
     """
 
     activation: str = "silu"
@@ -75,16 +82,20 @@ class MemoryRule:
     erase: str = "per_layer"
     proximal: bool = False
     anchored: bool = True
+    error_at: str = "snapshot"
     error_bound: float | None = 1.0
     momentum: str = "average"
 
     def __post_init__(self) -> None:
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("erase", self.erase, ERASES)
+        check_choice("error_at", self.error_at, ERROR_WEIGHTS)
         check_choice("momentum", self.momentum, MOMENTA)
         for field in dataclasses.fields(self):
             if isinstance(field.default, bool):
                 check_bool(field.name, getattr(self, field.name))
+        if self.error_at == "anchor" and not self.anchored:
+            raise ValueError("error_at: 'anchor' needs anchored=True; use 'snapshot'")
         bound = self.error_bound
         if bound is not None and not (isinstance(bound, (int, float)) and 0 < bound < math.inf):
             raise ValueError(f"error_bound: expected a positive finite number or None, got {bound!r}")
@@ -97,6 +108,7 @@ class MemoryRule:
             residual=True,
             proximal=True,
             anchored=False,
+            error_at="snapshot",
             error_bound=None,
             momentum="sum",
         )

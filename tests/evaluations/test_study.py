@@ -27,21 +27,28 @@ SMALL = Study(
 )
 
 
-@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("head", ["linear", "pooled", "tied"])
 @pytest.mark.parametrize("name", MODELS)
-def test_models_have_equal_parameters_and_see_no_future(name, pooled):
+def test_models_have_equal_parameters_and_see_no_future(name, head):
     torch.manual_seed(0)
-    sizes = {"width": 32, "layers": 1, "heads": 2, "pooled": pooled}
-    model = at_equal_parameters(name, 5, 3, **sizes).eval()
-    reference = make("hope", 5, 3, inner=64, **sizes)
+    outputs = 5 if head == "tied" else 3
+    sizes = {"width": 32, "layers": 1, "heads": 2, "head": head}
+    if name == "lstm" and head == "tied":
+        with pytest.raises(ValueError, match="an LSTM has none of these, got None, 'tied'"):
+            at_equal_parameters(name, 5, outputs, **sizes)
+        return
+    model = at_equal_parameters(name, 5, outputs, **sizes).eval()
+    reference = make("hope", 5, outputs, inner=64, **sizes)
     assert abs(parameters(model) / parameters(reference) - 1) <= 0.02
+    wider = at_equal_parameters(name, 5, outputs, widening=3, **sizes)
+    assert parameters(wider) > 1.02 * parameters(model)
     ids = torch.randint(5, (2, 20))
     changed = ids.clone()
     changed[:, 15:] = (changed[:, 15:] + 1) % 5
     with torch.no_grad():
         y, z = model(ids), model(changed)
-    assert y.shape == (2, 20, 3)
-    assert torch.equal(y[:, :15], z[:, :15]) is not pooled
+    assert y.shape == (2, 20, outputs)
+    assert torch.equal(y[:, :15], z[:, :15]) is (head != "pooled")
     assert not torch.allclose(y[:, 15:], z[:, 15:])
 
 
@@ -51,7 +58,7 @@ def test_what_cannot_be_made_is_refused():
         at_equal_parameters("mamba", 5, 3, **sizes)
     with pytest.raises(ValueError, match=r"hope_two_layer: no inner width has .* to 2 %; the nearest has"):
         at_equal_parameters("hope_two_layer", 5, 3, options={"memory_hidden_size": 512}, **sizes)
-    with pytest.raises(ValueError, match="options: an LSTM has none"):
+    with pytest.raises(ValueError, match="options, head: an LSTM has none"):
         at_equal_parameters("lstm", 5, 3, options={"memory_chunk_size": 1}, **sizes)
     with pytest.raises(
         ValueError, match=r"every model is searched with as many, got {'lstm': 1, 'attention': 2}"
@@ -69,7 +76,7 @@ def test_the_studies_search_every_model_alike_and_all_their_models_can_be_made()
                 for setting in settings:
                     sizes = (task.vocabulary, task.outputs)
                     options = setting.get("options")
-                    at_equal_parameters(name, *sizes, options=options, pooled=task.pooled, **one.shape)
+                    at_equal_parameters(name, *sizes, options=options, head=task.head, **one.shape)
     assert all(claim.task in studies.STUDIES[claim.study].tasks for claim in studies.CLAIMS)
 
 

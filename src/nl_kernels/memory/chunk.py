@@ -83,9 +83,9 @@ class Learned(NamedTuple):
 
     Attributes:
         x: what the first layers are applied to (:meth:`BankRule.inputs`); of linear ones that make their
-            targets the difference of keys and values.
+            targets at the same weights the difference of keys and values.
         hidden: the hidden layers there.
-        features: what the last layers made the errors of [.., c, in].
+        features: what the last layers made the errors, and reads at the snapshot, of [.., c or 2c, in].
         errors: by last layer; ``factor`` scaled them to their bound.
         signal: of the hidden layers.
         layers, writes: by layer, what it took in and wrote.
@@ -136,6 +136,11 @@ class BankRule:
         return self.layout.self_made or slice(None, size)
 
     @property
+    def subtracts_first(self) -> bool:
+        """Whether errors are made of the difference of keys and values: f(k) − f(v) at the same weights."""
+        return self.layout.self_made and self.rule.error_at == "snapshot"
+
+    @property
     def targets_add_value(self) -> bool:
         """Whether a projection's target has v itself; the target is v where it is given."""
         return self.rule.target_residual or not self.layout.self_made
@@ -162,28 +167,27 @@ def learn(
     k, v, size = tokens.k, tokens.v, tokens.k.shape[1]
     # Errors at the snapshot, and what of them reaches the hidden layers.
     hidden = signal = None
-    if layout.linear and layout.self_made:
+    if layout.linear and bank.subtracts_first:
         x = features = k - v
     else:
         x = features = bank.inputs(tokens)
     if not layout.linear:
         hidden = activated(torch.bmm(x, base[0].mT), rule, curved=keep and bank.curved(size))
         features = hidden.value
-        if layout.self_made:
+        if bank.subtracts_first:
             features = features[:, :size] - features[:, size:]
     lasts = layout.lasts(base)
-    outputs = [torch.bmm(part, w.mT) for part, w in zip(layout.split(features), lasts)]
-    errors = [y[:, :size] for y in outputs]
+    errors, others = _outputs(bank, layout.split(features), lasts, anchor, size)
     factor = _finish_errors(bank, errors, k, v)
     keys = None if hidden is None else hidden.rows(slice(None, size))
     if hidden is not None:
-        signal = error_signal(_back(errors, lasts), keys, rule)
+        signal = error_signal(back(errors, lasts), keys, rule)
 
     layers = _layer_inputs(bank, tokens, prepared, k if layout.linear else x[:, :size], keys, errors, signal)
     velocities = velocity or (None,) * len(layers)
     after, velocity_after, writes = zip(*map(write, running, velocities, layers))
     if bank.reads_inputs:
-        o, probe, reads = outputs[0][:, size:], None, []
+        o, probe, reads = others[0], None, []
     elif bank.read == "running":
         parts = read_layers(bank, running, velocity, anchor, layers, writes)
         o, probe, reads = _running_read(bank, tokens.query, parts, prepared.coefficients, keep)
@@ -196,6 +200,20 @@ def learn(
     if keep:
         learned = Learned(x, hidden, features, errors, factor, signal, layers, writes, probe, reads)
     return o, after, velocity_after if velocity else (), learned
+
+
+def _outputs(bank: BankRule, features, lasts: Layers, anchor: Layers, size: int):
+    """By last layer the errors before targets that are given, and what it makes of reads' queries, if any."""
+    if bank.rule.error_at == "snapshot":
+        both = [torch.bmm(part, w.mT) for part, w in zip(features, lasts)]
+        return [y[:, :size] for y in both], [y[:, size:] for y in both]
+    fixed = bank.layout.lasts(anchor)
+    errors = [torch.bmm(part[:, :size], w.mT) for part, w in zip(features, fixed)]
+    others = [torch.bmm(part[:, size:], w.mT) for part, w in zip(features, lasts)]
+    if bank.layout.self_made:
+        for y, target in zip(errors, others):
+            y -= target
+    return errors, others
 
 
 def _finish_errors(bank: BankRule, errors: list[torch.Tensor], k, v) -> torch.Tensor | None:
@@ -215,7 +233,7 @@ def _finish_errors(bank: BankRule, errors: list[torch.Tensor], k, v) -> torch.Te
     return factor
 
 
-def _back(errors: list[torch.Tensor], lasts: Layers) -> torch.Tensor:
+def back(errors: list[torch.Tensor], lasts: Layers) -> torch.Tensor:
     """Errors [.., c, out] through the last layers, for all memories [M · N, c, h]."""
     parts = [e * w if w.shape[1] == 1 else torch.bmm(e, w) for e, w in zip(errors, lasts)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

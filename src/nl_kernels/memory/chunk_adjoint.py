@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from nl_kernels.memory.bank import Layers, Layout
-from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, read_layers
+from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, back, read_layers
 from nl_kernels.memory.decays import Coefficients, Parts, coefficient_adjoint
 from nl_kernels.memory.hidden import bound_adjoint, hidden_adjoint, signal_adjoint
 from nl_kernels.memory.layer import (
@@ -83,8 +83,8 @@ def prepare_adjoint(rule: MemoryRule, tokens: Tokens, prepared: Prepared, found:
 class ChunkAdjoint(NamedTuple):
     """What :func:`learn_adjoint` gives.
 
-    ``read_anchor``: by layer, of the anchor of the memory that is read, from running reads; the rest of the
-    anchor's adjoint is that of ``base``.
+    ``read_anchor``: by layer, of the anchor of the memory that is read, from running reads;
+    ``error_anchor``: by last layer, from errors there. The rest of the anchor's adjoint is that of ``base``.
     """
 
     tokens: TokenAdjoints
@@ -92,6 +92,7 @@ class ChunkAdjoint(NamedTuple):
     velocity: Layers
     base: Layers
     read_anchor: list[torch.Tensor]
+    error_anchor: list[torch.Tensor]
 
 
 def learn_adjoint(
@@ -135,7 +136,7 @@ def learn_adjoint(
     d_rate, d_keys = (
         (None, None) if layout.linear else _hidden_inputs_adjoint(bank, prepared, learned, writes)
     )
-    d_k, d_v, d_query, d_base = _errors_adjoint(bank, base, learned, writes, d_keys, d_o)
+    d_k, d_v, d_query, d_base, d_fixed = _errors_adjoint(bank, base, anchor, learned, writes, d_keys, d_o)
     if reads:
         d_query = reads[0].queries
     elif d_o is not None and not bank.reads_inputs:
@@ -163,6 +164,7 @@ def learn_adjoint(
         tuple(part.velocity for part in writes) if velocity else (),
         d_base,
         [part.anchor for part in reads if part.anchor is not None],
+        d_fixed,
     )
 
 
@@ -225,8 +227,10 @@ def _for_layers(layout: Layout, strict: torch.Tensor, like: torch.Tensor) -> tor
     return strict if len(like) == layout.banks else torch.cat([strict] * (len(like) // layout.banks))
 
 
-def _errors_adjoint(bank: BankRule, base: Layers, learned: Learned, writes: list[WriteAdjoint], d_keys, d_o):
-    """Adjoints of k, v, of queries that went with the keys, and of the snapshot.
+def _errors_adjoint(
+    bank: BankRule, base: Layers, anchor: Layers, learned: Learned, writes: list[WriteAdjoint], d_keys, d_o
+):
+    """Adjoints of k, v, of queries that went with the keys, of the snapshot, and of the anchor's last layers.
 
     ``d_keys``: of the keys' hidden layers from the writes.
     """
@@ -243,21 +247,30 @@ def _errors_adjoint(bank: BankRule, base: Layers, learned: Learned, writes: list
             d_error.baddbmm_(part, w.mT)
             d_lasts.append(torch.bmm(error.mT, part))
     _unbound_errors(bank, d_errors, learned)
-    features, d_outputs = layout.split(learned.features), d_errors
-    if bank.reads_inputs:
-        d_outputs = [torch.cat([d_errors[0], torch.zeros_like(d_errors[0]) if d_o is None else d_o], 1)]
+    features, d_outputs, d_fixed = layout.split(learned.features), d_errors, []
+    d_reads = torch.zeros_like(d_errors[0]) if d_o is None and bank.reads_inputs else d_o
+    if rule.error_at == "anchor":
+        d_fixed = [torch.bmm(d.mT, x[:, :size]) for d, x in zip(d_errors, features)]
+        if bank.reads_inputs:
+            d_outputs = [d_reads]
+        else:
+            d_outputs = [d.neg() if layout.self_made else d[:, :0] for d in d_errors]
+        d_features = torch.cat([back(d_errors, layout.lasts(anchor)), back(d_outputs, lasts)], 1)
+        features = [x[:, size:] for x in features]
+    else:
+        if bank.reads_inputs:
+            d_outputs = [torch.cat([d_errors[0], d_reads], 1)]
+        d_features = back(d_outputs, lasts)
     if hidden is None:
         d_lasts = [torch.bmm(d.mT, x) for d, x in zip(d_outputs, features)]
     else:
         d_lasts = [total.baddbmm_(d.mT, x) for total, d, x in zip(d_lasts, d_outputs, features)]
-    d_features = [d * w if w.shape[1] == 1 else torch.bmm(d, w) for d, w in zip(d_outputs, lasts)]
-    d_features = d_features[0] if len(d_features) == 1 else torch.cat(d_features)
 
     d_first = ()
     if hidden is None:
-        d_x, d_more = d_features, d_features.neg() if layout.self_made else d_features[:, size:]
+        d_x, d_more = d_features, d_features.neg() if bank.subtracts_first else d_features[:, size:]
     else:
-        d_hidden = torch.cat([d_features, d_features.neg()], 1) if layout.self_made else d_features
+        d_hidden = torch.cat([d_features, d_features.neg()], 1) if bank.subtracts_first else d_features
         d_hidden[:, :size] += d_keys
         d_z = hidden_adjoint(d_hidden, hidden, radial)
         d_z[:, :size] += d_slope
@@ -273,7 +286,7 @@ def _errors_adjoint(bank: BankRule, base: Layers, learned: Learned, writes: list
     if bank.targets_add_value:
         total = by_projection[0] if layout.projections == 1 else by_projection.sum(axis)
         d_v = total.neg() if d_v is None else d_v.sub_(total)
-    return d_k, d_v, d_query if bank.reads_inputs else None, (*d_first, *d_lasts)
+    return d_k, d_v, d_query if bank.reads_inputs else None, (*d_first, *d_lasts), d_fixed
 
 
 def _unbound_errors(bank: BankRule, d_errors: list[torch.Tensor], learned: Learned) -> None:

@@ -230,6 +230,9 @@ class Loop:
         for total, d in zip(totals, found.base):
             if total is not None:
                 total += d
+        for total, d in zip(self.bank.layout.lasts(totals), found.error_anchor):
+            if total is not None:
+                total += d
         for total, d in zip(totals, found.read_anchor):
             if total is not None:
                 self.bank.layout.read_weights(total).add_(d)

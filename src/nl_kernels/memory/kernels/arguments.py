@@ -83,6 +83,7 @@ class Rule(NamedTuple):
     NORMALIZED: bool
     RESIDUAL: bool
     ERASES: bool
+    AT_ANCHOR: bool  # the last layers' errors at keys
     BOUND: float
     PRECISION: str
 

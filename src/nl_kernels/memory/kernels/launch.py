@@ -39,6 +39,7 @@ class Options(NamedTuple):
         activation, normalize_hidden, residual, error_bound: of :class:`~nl_kernels.memory_rule.MemoryRule`;
             ``error_bound`` 0 for none.
         erases: ``rule.erase`` is "per_layer", not "none".
+        at_anchor: ``rule.error_at`` is "anchor", not "snapshot".
         read: "running" or "snapshot".
         chunk_size, generator_chunk_size: tokens between snapshots of the memory that is read, and of others.
         truncate: tokens between cuts of the gradient, 0 for none.
@@ -54,6 +55,7 @@ class Options(NamedTuple):
     residual: bool
     error_bound: float
     erases: bool
+    at_anchor: bool
     read: str
     chunk_size: int
     generator_chunk_size: int
@@ -73,6 +75,7 @@ class Options(NamedTuple):
             residual=rule.residual,
             error_bound=float(rule.error_bound or 0),
             erases=rule.erase != "none",
+            at_anchor=rule.error_at == "anchor",
             **others,
         )
 
@@ -196,6 +199,7 @@ class Plan:
             options.normalize_hidden,
             options.residual,
             options.erases,
+            options.at_anchor,
             options.error_bound,
             options.precision,
         )

@@ -55,8 +55,12 @@ def deep_memory_step(
     hidden = None
     if outer is not None:
         both = activated(y, rule, curved=False)
-        y, hidden = torch.bmm(both.value, outer.mT), both.rows(slice(1))
+        x, hidden = both.value, both.rows(slice(1))
+        y = torch.bmm(x, outer.mT)
     error = y[:, :1] - v
+    if rule.error_at == "anchor":
+        changed = snapshot.inner if outer is None else snapshot.outer
+        error -= torch.bmm(x[:, :1], changed.flatten(0, 1).mT)
     if rule.residual:
         error += k
     factor = length_factor(error, rule.error_bound)

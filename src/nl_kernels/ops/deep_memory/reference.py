@@ -36,7 +36,7 @@ def deep_memory_reference(
     for t in range(q.shape[1]):
         here = torch.ones_like(position, dtype=torch.bool) if mask is None else mask[:, t]
         base = _add(anchor, snapshot)
-        error = memory_error(base, k[:, t], v[:, t], rule, rule.residual)
+        error = memory_error(base, anchor, k[:, t], v[:, t], rule, rule.residual)
         written = [
             memory_write(
                 weight,

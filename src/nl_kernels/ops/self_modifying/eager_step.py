@@ -65,7 +65,7 @@ def self_modifying_memory_step(
     k = l2_normalize(key)
     gates = _gates(gate, momentum, mask, (batch, heads, dtype), rate_max, rate_bias, retention_bias)
 
-    pairs = _pairs(k, value, base, rule)
+    pairs = _pairs(k, value, base, _rows(snapshot), rule)
     running, velocity = _write(pairs, running, velocity, gates, rule, inplace)
     if read == "running":
         o = _read(inputs[2].reshape(rows, 1, width), running, weights, rule)
@@ -156,9 +156,12 @@ def _gates(
     return Gates(*(None if x is None else x.reshape(-1, 1, 1) for x in (rate, decay, momentum, applied)))
 
 
-def _pairs(k: torch.Tensor, v: torch.Tensor, base: MemoryStack, rule: MemoryRule) -> MemoryStack:
+def _pairs(
+    k: torch.Tensor, v: torch.Tensor, base: MemoryStack, change: MemoryStack, rule: MemoryRule
+) -> MemoryStack:
     """What each layer takes in and its error signal, pairs (x, δ).
 
+    ``base`` is the anchor with its ``change``.
     Inputs are [N, 1, in] where a stack shares them, with signals [N, 1, m · out], else [N, m, 1, in] with
     [N, m, 1, out].
     """
@@ -175,6 +178,12 @@ def _pairs(k: torch.Tensor, v: torch.Tensor, base: MemoryStack, rule: MemoryRule
         narrow = apart[:, 3:]
         wide = torch.bmm(apart[:, :3].reshape(rows * 3, 1, -1), base.last.view(rows * 3, width, -1).mT)
         wide = wide.view(rows, 3, width)
+    gate = (base.gate * narrow).sum(-1)
+    if rule.error_at == "anchor":
+        at_keys = k.expand(-1, 5, -1) if linear else hidden.value[:, 0]
+        last = change.last.view(rows * 3, width, -1)
+        wide = wide - torch.bmm(at_keys[:, :3].reshape(rows * 3, 1, -1), last.mT).view(rows, 3, width)
+        gate = gate - (change.gate * at_keys[:, 3:]).sum(-1)
     if rule.target_residual:
         wide -= v
     if rule.projection_residual:
@@ -183,7 +192,6 @@ def _pairs(k: torch.Tensor, v: torch.Tensor, base: MemoryStack, rule: MemoryRule
         wide[:, 2:] += k
     factor = length_factor(wide, rule.error_bound)
     wide = wide if factor is None else wide.mul_(factor)
-    gate = (base.gate * narrow).sum(-1)
     if rule.error_bound is not None:
         gate = gate.clamp_(-rule.error_bound, rule.error_bound)  # its length is its absolute value
     if not linear:

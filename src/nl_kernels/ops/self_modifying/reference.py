@@ -50,6 +50,7 @@ def self_modifying_memory_reference(
     clocks = SelfModifyingWeights(
         *(chunk_size if name == "memory" else generator_chunk_size for name in SelfModifyingWeights._fields)
     )
+    anchors = unstack_memories(anchor)
     slow, fast = max(clocks), min(clocks)
     seen = position  # tokens since the slower clock's last boundary before this call
     outputs = []
@@ -69,13 +70,14 @@ def self_modifying_memory_reference(
         rate = torch.minimum(rate_max, 1 + log_decay.exp()) * rate
 
         now, new_velocity = {}, {}
-        for name, memory, layers in zip(SelfModifyingWeights._fields, base, unstack_memories(running)):
+        parts = zip(SelfModifyingWeights._fields, base, anchors, unstack_memories(running))
+        for name, memory, fixed, layers in parts:
             is_gate = name in ("rate", "retention")
             target = memory_output(memory, v, rule)
             if rule.target_residual and not is_gate:
                 target = target + v
             residual = not is_gate and (rule.residual if name == "memory" else rule.projection_residual)
-            error = memory_error(memory, k, target, rule, residual)
+            error = memory_error(memory, fixed, k, target, rule, residual)
             gradients = [[pair] for pair in memory_gradients(memory, k, error, rule)]
             if not detach_targets:
                 for pairs, pair in zip(gradients, memory_gradients(memory, v, -error, rule)):

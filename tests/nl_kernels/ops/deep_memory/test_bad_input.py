@@ -105,6 +105,8 @@ def test_packed_input_and_padding_exclude_each_other():
     [
         ({"activation": "relu"}, "activation: expected one of"),
         ({"erase": "all"}, "erase: expected one of"),
+        ({"error_at": "start"}, "error_at: expected one of"),
+        ({"error_at": "anchor", "anchored": False}, "error_at: 'anchor' needs anchored=True; use 'snapshot'"),
         ({"error_bound": 0.0}, "error_bound: expected a positive"),
         ({"error_bound": float("inf")}, "error_bound: expected a positive"),
     ],

@@ -32,6 +32,7 @@ RULES = {
     "titans": MemoryRule(erase="none", residual=True, anchored=False, normalize_hidden=False, momentum="sum"),
     "sum": SUM,
     "none": MemoryRule(erase="none"),
+    "errors at the anchor": MemoryRule(error_at="anchor"),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory
+from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory, delta_memory
 from nl_kernels.testing import deep_memory_inputs
 
 LITERAL = MemoryRule.literal()
@@ -20,6 +20,41 @@ def written_out(weights, x, rule):
     if rule.normalize_hidden:
         hidden = hidden / (hidden.square().sum() + 1e-6).sqrt()
     return outer @ hidden + (x if rule.residual else 0), hidden
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("chunk_size", [1, 4, 16])
+def test_linear_memories_of_errors_at_the_anchor_are_gated_delta_memories(chunk_size, impl):
+    """Δ_t = Δ_{t-1}(α − η k kᵀ) + η (v − W_0 k) kᵀ, however many tokens a chunk has."""
+    rule = MemoryRule(error_at="anchor", error_bound=None)
+    x = deep_memory_inputs(2, 13, 2, 5, None, dtype=torch.float64)
+    x["k"] = F.normalize(x["k"], dim=-1)
+    anchor = x["weights"].inner
+    options = {"rule": rule, "read": "running", "chunk_size": chunk_size, "impl": impl}
+    o, state = deep_memory(**x, **options, output_final_state=True)
+    rate = x["rate"][..., None]
+    written = rate * (x["v"] - torch.einsum("hij,bthj->bthi", anchor, x["k"]))
+    expected, change = delta_memory(
+        x["q"], x["k"], written, x["log_decay"], x["rate"], output_final_state=True, impl="reference"
+    )
+    expected = expected + torch.einsum("hij,bthj->bthi", anchor, x["q"])
+    torch.testing.assert_close(o, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state.running.inner, change, rtol=0, atol=1e-12)
+
+
+def test_a_key_that_comes_back_is_answered_with_its_value():
+    """At a rate of 1 without decay; the snapshot's error takes out again what the erase has taken out."""
+    x = deep_memory_inputs(1, 6, 1, 4, None, dtype=torch.float64)
+    x["k"] = x["q"] = F.normalize(x["k"][:, :1], dim=-1).expand(1, 6, 1, 4)
+    x["v"] = x["v"][:, :1].expand(1, 6, 1, 4)
+    x["rate"], x["log_decay"] = torch.ones_like(x["rate"]), torch.zeros_like(x["log_decay"])
+    x["weights"] = DeepMemoryWeights(torch.zeros_like(x["weights"].inner), None)
+    share = {}
+    for name in ("anchor", "snapshot"):
+        rule = MemoryRule(error_at=name, error_bound=None)
+        o, _ = deep_memory(**x, rule=rule, read="running", chunk_size=1)
+        share[name] = [round((y @ v / (v @ v)).item(), 6) for y, v in zip(o[0, :, 0], x["v"][0, :, 0])]
+    assert share == {"anchor": [1.0] * 6, "snapshot": [1.0, 0.0] * 3}
 
 
 @pytest.mark.parametrize("residual", [False, True])

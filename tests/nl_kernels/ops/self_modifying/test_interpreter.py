@@ -24,6 +24,7 @@ SLOW = pytest.mark.slow
 
 RULES = {
     "default": MemoryRule(),
+    "errors at the anchor": MemoryRule(error_at="anchor"),
     "literal": dataclasses.replace(MemoryRule.literal(), proximal=False),
     "gelu": MemoryRule(activation="gelu", residual=True, anchored=False, error_bound=0.3),
     "titans": MemoryRule(erase="none"),
@@ -99,10 +100,14 @@ RULES_AND_READS = [
     (None, "default", "snapshot"),
     pytest.param(None, "literal", "snapshot", marks=SLOW),
     (None, "literal", "running"),
+    (None, "errors at the anchor", "running"),
+    (None, "errors at the anchor", "snapshot"),
     (None, "gelu", "running"),
     (None, "titans", "snapshot"),
     pytest.param(None, "titans", "running", marks=SLOW),
     (5, "default", "snapshot"),
+    (5, "errors at the anchor", "running"),
+    pytest.param(5, "errors at the anchor", "snapshot", marks=SLOW),
     (5, "literal", "running"),
     (5, "gelu", "running"),
     (5, "titans", "running"),
