@@ -60,7 +60,7 @@ MAD = Study(
     settings=RECALL.settings,
 )
 
-THREE_RATES = [{"learning_rate": rate} for rate in (5e-3, 3e-3, 8e-3)]
+TWO_RATES = [{"learning_rate": rate} for rate in (4e-3, 8e-3)]
 LANGUAGE_MODELLING = Study(
     name="language_modelling",
     tasks=language_modelling.TASKS,
@@ -77,7 +77,7 @@ LANGUAGE_MODELLING = Study(
             "hope_attention",
             "hope_writes_nothing",
         ),
-        THREE_RATES,
+        TWO_RATES,
     ),
     unit="nats",
 )

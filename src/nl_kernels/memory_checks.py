@@ -41,6 +41,12 @@ def check_rule(rule: object) -> None:
         raise TypeError(f"rule: expected a MemoryRule, got {type(rule).__name__}")
 
 
+def check_error_at(rule: MemoryRule, weights: DeepMemoryWeights) -> None:
+    """Check that errors can be taken where ``rule`` says."""
+    if rule.error_at == "anchor" and weights.outer is not None:
+        raise ValueError("rule.error_at: memories of two layers have errors at the 'snapshot', got 'anchor'")
+
+
 def check_mask(mask: object, shape: tuple[int, ...], like: torch.Tensor) -> None:
     """Check that ``mask`` is bool, of ``shape`` ([B, T], or [B] for one token), on the device of ``like``."""
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:

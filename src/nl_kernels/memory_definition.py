@@ -31,10 +31,10 @@ def memory_error(
 ) -> torch.Tensor:
     """The gradient of ``½‖M(k) − target‖²`` by M(k), scaled down to ``rule.error_bound`` where longer.
 
-    M's last layer is that of the weights, or of the ``anchor``: see ``rule.error_at``.
+    A linear memory's weights may be those of the ``anchor`` here: see ``rule.error_at``.
     """
-    if rule.error_at == "anchor":
-        weights = anchor if weights.outer is None else weights._replace(outer=anchor.outer)
+    if rule.errs_at_anchor(weights.outer is None):
+        weights = anchor
     error = memory_output(weights, k, rule) - target
     return bound_length(error + k if residual else error, rule.error_bound)
 

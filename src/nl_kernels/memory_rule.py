@@ -55,12 +55,14 @@ class MemoryRule:
             for its input x; otherwise η itself, meant for inputs of unit norm (stable below 2).
         anchored: the weights are ``W_0 + Δ_t`` and decay and erase act on Δ alone, so that the initial
             state is never forgotten.
-        error_at: the last layer's weights at which the error f(k) − v is taken: those of the "snapshot", as
-            printed, or those of the "anchor", which no write changes. The erase takes out what a memory has
-            changed at k, and the snapshot's error takes it out again: a key that comes back in each chunk is
-            answered with half of its value at a rate of 1/2, with all and with nothing in turn at 1. With the
-            anchor's a linear memory learns by the delta rule at the weights of the moment,
+        error_at: the weights of a linear memory at which its error f(k) − v is taken: those of the
+            "snapshot", as printed, or of the "anchor", which no write changes. The erase takes out what the
+            memory has changed at k, and the snapshot's error takes it out again: a key that comes back in
+            each chunk is answered with half of its value at a rate of 1/2, with all and with nothing in turn
+            at 1. With the anchor's the memory learns by the delta rule at the weights of the moment,
             ``Δ_t = Δ_{t-1}(α − η k kᵀ) + η (v − W_0 k) kᵀ``, and without an erase as linear attention does.
+            ``None``: the anchor for linear memories that erase and have one, else the snapshot. Memories of
+            two layers have always that: their first layer learns from what is still wrong.
         error_bound: both local error signals, that of the output and that of the hidden layer, are scaled
             down to this length when longer (a Huber objective); ``None`` leaves them alone.
         momentum: what momentum with decay μ makes of the writes, for calls that have it: their "average",
@@ -82,14 +84,14 @@ class MemoryRule:
     erase: str = "per_layer"
     proximal: bool = False
     anchored: bool = True
-    error_at: str = "snapshot"
+    error_at: str | None = None
     error_bound: float | None = 1.0
     momentum: str = "average"
 
     def __post_init__(self) -> None:
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("erase", self.erase, ERASES)
-        check_choice("error_at", self.error_at, ERROR_WEIGHTS)
+        check_choice("error_at", self.error_at, (*ERROR_WEIGHTS, None))
         check_choice("momentum", self.momentum, MOMENTA)
         for field in dataclasses.fields(self):
             if isinstance(field.default, bool):
@@ -112,6 +114,12 @@ class MemoryRule:
             error_bound=None,
             momentum="sum",
         )
+
+    def errs_at_anchor(self, linear: bool) -> bool:
+        """Whether errors are taken at the anchor: what ``error_at`` says, or leaves to the other options."""
+        if self.error_at is not None or not linear:
+            return self.error_at == "anchor"
+        return self.anchored and self.erase != "none"
 
     def share(self, momentum: torch.Tensor | None) -> torch.Tensor | None:
         """What momentum leaves of each write: 1 − μ of an average; ``None`` stands for all of it."""

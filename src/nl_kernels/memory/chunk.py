@@ -138,7 +138,12 @@ class BankRule:
     @property
     def subtracts_first(self) -> bool:
         """Whether errors are made of the difference of keys and values: f(k) − f(v) at the same weights."""
-        return self.layout.self_made and self.rule.error_at == "snapshot"
+        return self.layout.self_made and not self.errs_at_anchor
+
+    @property
+    def errs_at_anchor(self) -> bool:
+        """Whether errors at keys are taken at the anchor."""
+        return self.rule.errs_at_anchor(self.layout.linear)
 
     @property
     def targets_add_value(self) -> bool:
@@ -177,7 +182,14 @@ def learn(
         if bank.subtracts_first:
             features = features[:, :size] - features[:, size:]
     lasts = layout.lasts(base)
-    errors, others = _outputs(bank, layout.split(features), lasts, anchor, size)
+    if bank.errs_at_anchor:
+        errors = [torch.bmm(k, anchor[0].mT)]
+        others = [torch.bmm(features[:, size:], base[0].mT)]
+        if layout.self_made:
+            errors[0] -= others[0]
+    else:
+        outputs = [torch.bmm(part, w.mT) for part, w in zip(layout.split(features), lasts)]
+        errors, others = ([y[:, rows] for y in outputs] for rows in (slice(size), slice(size, None)))
     factor = _finish_errors(bank, errors, k, v)
     keys = None if hidden is None else hidden.rows(slice(None, size))
     if hidden is not None:
@@ -200,20 +212,6 @@ def learn(
     if keep:
         learned = Learned(x, hidden, features, errors, factor, signal, layers, writes, probe, reads)
     return o, after, velocity_after if velocity else (), learned
-
-
-def _outputs(bank: BankRule, features, lasts: Layers, anchor: Layers, size: int):
-    """By last layer the errors before targets that are given, and what it makes of reads' queries, if any."""
-    if bank.rule.error_at == "snapshot":
-        both = [torch.bmm(part, w.mT) for part, w in zip(features, lasts)]
-        return [y[:, :size] for y in both], [y[:, size:] for y in both]
-    fixed = bank.layout.lasts(anchor)
-    errors = [torch.bmm(part[:, :size], w.mT) for part, w in zip(features, fixed)]
-    others = [torch.bmm(part[:, size:], w.mT) for part, w in zip(features, lasts)]
-    if bank.layout.self_made:
-        for y, target in zip(errors, others):
-            y -= target
-    return errors, others
 
 
 def _finish_errors(bank: BankRule, errors: list[torch.Tensor], k, v) -> torch.Tensor | None:

@@ -84,7 +84,7 @@ class ChunkAdjoint(NamedTuple):
     """What :func:`learn_adjoint` gives.
 
     ``read_anchor``: by layer, of the anchor of the memory that is read, from running reads;
-    ``error_anchor``: by last layer, from errors there. The rest of the anchor's adjoint is that of ``base``.
+    ``error_anchor``: of linear memories' anchor, from errors there. The rest of it is that of ``base``.
     """
 
     tokens: TokenAdjoints
@@ -92,7 +92,7 @@ class ChunkAdjoint(NamedTuple):
     velocity: Layers
     base: Layers
     read_anchor: list[torch.Tensor]
-    error_anchor: list[torch.Tensor]
+    error_anchor: torch.Tensor | None
 
 
 def learn_adjoint(
@@ -136,7 +136,7 @@ def learn_adjoint(
     d_rate, d_keys = (
         (None, None) if layout.linear else _hidden_inputs_adjoint(bank, prepared, learned, writes)
     )
-    d_k, d_v, d_query, d_base, d_fixed = _errors_adjoint(bank, base, anchor, learned, writes, d_keys, d_o)
+    d_k, d_v, d_query, d_base, d_anchor = _errors_adjoint(bank, base, anchor, learned, writes, d_keys, d_o)
     if reads:
         d_query = reads[0].queries
     elif d_o is not None and not bank.reads_inputs:
@@ -164,7 +164,7 @@ def learn_adjoint(
         tuple(part.velocity for part in writes) if velocity else (),
         d_base,
         [part.anchor for part in reads if part.anchor is not None],
-        d_fixed,
+        d_anchor,
     )
 
 
@@ -230,7 +230,7 @@ def _for_layers(layout: Layout, strict: torch.Tensor, like: torch.Tensor) -> tor
 def _errors_adjoint(
     bank: BankRule, base: Layers, anchor: Layers, learned: Learned, writes: list[WriteAdjoint], d_keys, d_o
 ):
-    """Adjoints of k, v, of queries that went with the keys, of the snapshot, and of the anchor's last layers.
+    """Adjoints of k, v, of queries that went with the keys, of the snapshot, and of the anchor from errors.
 
     ``d_keys``: of the keys' hidden layers from the writes.
     """
@@ -247,16 +247,14 @@ def _errors_adjoint(
             d_error.baddbmm_(part, w.mT)
             d_lasts.append(torch.bmm(error.mT, part))
     _unbound_errors(bank, d_errors, learned)
-    features, d_outputs, d_fixed = layout.split(learned.features), d_errors, []
+    features, d_outputs, d_anchor = layout.split(learned.features), d_errors, None
     d_reads = torch.zeros_like(d_errors[0]) if d_o is None and bank.reads_inputs else d_o
-    if rule.error_at == "anchor":
-        d_fixed = [torch.bmm(d.mT, x[:, :size]) for d, x in zip(d_errors, features)]
-        if bank.reads_inputs:
-            d_outputs = [d_reads]
-        else:
-            d_outputs = [d.neg() if layout.self_made else d[:, :0] for d in d_errors]
-        d_features = torch.cat([back(d_errors, layout.lasts(anchor)), back(d_outputs, lasts)], 1)
-        features = [x[:, size:] for x in features]
+    if bank.errs_at_anchor:
+        (d_error,), (x,) = d_errors, features
+        d_anchor = torch.bmm(d_error.mT, x[:, :size])
+        d_others = d_reads if bank.reads_inputs else d_error.neg() if layout.self_made else d_error[:, :0]
+        features, d_outputs = (x[:, size:],), [d_others]
+        d_features = torch.cat([torch.bmm(d_error, anchor[0]), torch.bmm(d_others, base[0])], 1)
     else:
         if bank.reads_inputs:
             d_outputs = [torch.cat([d_errors[0], d_reads], 1)]
@@ -270,7 +268,7 @@ def _errors_adjoint(
     if hidden is None:
         d_x, d_more = d_features, d_features.neg() if bank.subtracts_first else d_features[:, size:]
     else:
-        d_hidden = torch.cat([d_features, d_features.neg()], 1) if bank.subtracts_first else d_features
+        d_hidden = torch.cat([d_features, d_features.neg()], 1) if layout.self_made else d_features
         d_hidden[:, :size] += d_keys
         d_z = hidden_adjoint(d_hidden, hidden, radial)
         d_z[:, :size] += d_slope
@@ -286,7 +284,7 @@ def _errors_adjoint(
     if bank.targets_add_value:
         total = by_projection[0] if layout.projections == 1 else by_projection.sum(axis)
         d_v = total.neg() if d_v is None else d_v.sub_(total)
-    return d_k, d_v, d_query if bank.reads_inputs else None, (*d_first, *d_lasts), d_fixed
+    return d_k, d_v, d_query if bank.reads_inputs else None, (*d_first, *d_lasts), d_anchor
 
 
 def _unbound_errors(bank: BankRule, d_errors: list[torch.Tensor], learned: Learned) -> None:

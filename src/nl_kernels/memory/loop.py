@@ -230,9 +230,8 @@ class Loop:
         for total, d in zip(totals, found.base):
             if total is not None:
                 total += d
-        for total, d in zip(self.bank.layout.lasts(totals), found.error_anchor):
-            if total is not None:
-                total += d
+        if found.error_anchor is not None and totals[0] is not None:
+            totals[0].add_(found.error_anchor)
         for total, d in zip(totals, found.read_anchor):
             if total is not None:
                 self.bank.layout.read_weights(total).add_(d)

@@ -194,16 +194,17 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs) -> HopeConfig:
         """A config from what a file holds.
 
-        Files say the rates and retention of every level that learns, and the form of momentum. Those that are
-        older do not: their models were trained to keep everything, and with the sum of the writes. Old names
-        of fields (:data:`RENAMED`) are those of files alone; ``kwargs`` have today's.
+        Files say the rates and retention of every level that learns, and what :func:`name_rule` names. Those
+        that are older do not: their models were trained to keep everything, with the sum of the writes, and
+        with errors at the snapshot. Old names of fields (:data:`RENAMED`) are those of files alone;
+        ``kwargs`` have today's.
         """
         check_renamed(kwargs, RENAMED)
         config_dict = current_names(config_dict)
         levels = config_dict.get("continuum_levels")
         if levels is not None:
             config_dict = {**config_dict, "continuum_levels": _filled_in(levels, _BEFORE_RETENTION)}
-        return super().from_dict(name_momentum(config_dict, "sum"), **kwargs)
+        return super().from_dict(name_rule(config_dict, older=True), **kwargs)
 
     @classmethod
     def auto_classes(cls) -> dict[str, type]:
@@ -212,14 +213,14 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         return {"AutoConfig": HopeConfig, "AutoModel": HopeModel, "AutoModelForCausalLM": HopeForCausalLM}
 
     def to_dict(self) -> dict:
-        """All fields, ``layer_types`` as ``mixer_types``, and the form of momentum by name.
+        """All fields, ``layer_types`` as ``mixer_types``, and what the memories' rule leaves open by name.
 
         The library reads the files of any model by its base class, too (a ``Trainer`` that resumes), which
         refuses ``layer_types`` other than its own.
         """
         fields = super().to_dict()
         fields["mixer_types"] = fields.pop("layer_types")
-        return name_momentum(fields, "average")
+        return name_rule(fields)
 
     @property
     def head_dim(self) -> int:
@@ -244,9 +245,13 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
             {name: value for name, value in level.items() if _BEFORE_RETENTION.get(name) != value}
             for level in self.continuum_levels
         ]
-        rule = {name: value for name, value in self.memory_rule.items() if name != "momentum"}
-        averages = self.memory_momentum and self.make_memory_rule().momentum == "average"
-        shaping["memory_rule"] = {**rule, "momentum": "average"} if averages else rule
+        rule = {n: value for n, value in self.memory_rule.items() if n not in ("momentum", "error_at")}
+        made = self.make_memory_rule()
+        if self.memory_momentum and made.momentum == "average":
+            rule["momentum"] = "average"
+        if made.errs_at_anchor(linear=self.memory_hidden_size is None):
+            rule["error_at"] = "anchor"
+        shaping["memory_rule"] = rule
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 
     def validate_layer_type(self) -> None:
@@ -299,9 +304,13 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
             raise ValueError(f"memory_rate_max: expected a number in [0, 2], got {self.memory_rate_max}")
         check_choice("memory_impl", self.memory_impl, (*IMPLEMENTATIONS, None))
         try:
-            self.make_memory_rule()
+            rule = self.make_memory_rule()
         except TypeError as error:
             raise ValueError(f"memory_rule: {_expected_options(MemoryRule)}: {error}") from error
+        if rule.error_at == "anchor" and self.memory_hidden_size is not None:
+            raise ValueError(
+                "memory_rule: memories of two layers have errors at the snapshot; leave error_at out"
+            )
 
     def _check_continuum(self) -> None:
         check_choice("continuum_impl", self.continuum_impl, (*WITH_COMPILED, None))
@@ -335,14 +344,21 @@ def current_names(options: dict) -> dict:
     return {**fields, **automatic}
 
 
-def name_momentum(options: dict, form: str) -> dict:
-    """Fields of a config with the form of momentum by name in ``memory_rule``: ``form`` if there was none.
+def name_rule(options: dict, *, older: bool = False) -> dict:
+    """Fields of a config whose ``memory_rule`` says by name where errors are taken and what momentum is.
 
-    Saved fields always name it, so that those of older versions, which had the sum alone, are told apart.
+    Saved fields always do, so that those of ``older`` versions, which had the snapshot and the sum alone, are
+    told apart. What is not said becomes that, or else the default.
     """
-    if not options.get("memory_momentum"):
-        return options
-    return {**options, "memory_rule": {"momentum": form, **(options.get("memory_rule") or {})}}
+    rule = dict(options.get("memory_rule") or {})
+    if rule.get("error_at") is None:
+        rule.pop("error_at", None)
+    open_rule = MemoryRule(**{n: rule[n] for n in ("erase", "anchored") if n in rule})
+    anchor = open_rule.errs_at_anchor(linear=options.get("memory_hidden_size") is None) and not older
+    named = {"error_at": "anchor" if anchor else "snapshot"}
+    if options.get("memory_momentum"):
+        named["momentum"] = "sum" if older else MemoryRule.momentum
+    return {**options, "memory_rule": {**named, **rule}}
 
 
 def _expected_options(options: type) -> str:

@@ -98,7 +98,9 @@ def convert_attention(
     if kind == "self_modifying_titans" and chunk_size is None:
         chunk_size = 16
     check_kind(kind, chunk_size)
-    options = {"kind": kind} if chunk_size is None else {"kind": kind, "chunk_size": chunk_size}
+    options = {"kind": kind}
+    if kind == "self_modifying_titans":
+        options |= {"chunk_size": chunk_size, "error_at": "anchor"}
     converted_class = _converted_class(model)
     check_parts(model, converted_class)
     chosen = check_layers("layers", layers, model.config)

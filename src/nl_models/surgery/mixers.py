@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from nl_kernels import MemoryRule
 from nl_models.hf_names import either_cache_name
 from nl_models.layers.gated_delta_net import GatedDeltaNet
 from nl_models.layers.packing import Packing
@@ -30,16 +31,24 @@ class MemoryMixer(nn.Module):
         layer_index: of the decoder layer.
         kind: one of :data:`MIXER_KINDS`.
         chunk_size: of the memories of ``"self_modifying_titans"``.
+        error_at: of their rule; configs older than this option have none, and errors at the snapshot.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, layer_index: int, *, kind: str, chunk_size: int | None = None
+        self,
+        config: PreTrainedConfig,
+        layer_index: int,
+        *,
+        kind: str,
+        chunk_size: int | None = None,
+        error_at: str = "snapshot",
     ):
         super().__init__()
         self.layer_index = layer_index
         sizes = (config.hidden_size, config.num_attention_heads)
         if kind == "self_modifying_titans":
-            self.memory = SelfModifyingTitans(*sizes, chunk_size=chunk_size)
+            rule = MemoryRule(error_at=error_at)
+            self.memory = SelfModifyingTitans(*sizes, chunk_size=chunk_size, rule=rule)
         else:
             self.memory = GatedDeltaNet(*sizes)
 

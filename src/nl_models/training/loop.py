@@ -35,7 +35,7 @@ except ImportError:  # Windows
 from nl_models.data.batches import TrainingBatches, validation_windows
 from nl_models.data.prepare import PreparedData
 from nl_models.files import new_directory, remove_incomplete, write_json
-from nl_models.hope.configuration_hope import current_names, name_momentum
+from nl_models.hope.configuration_hope import current_names, name_rule
 from nl_models.training.checkpoint import (
     Progress,
     list_checkpoints,
@@ -115,7 +115,7 @@ def create_run(folder: Path, config: TrainConfig) -> None:
         folder.rmdir()
     with new_directory(folder) as temporary:
         options = config.to_dict()
-        options["model_options"] = name_momentum(options["model_options"], "average")
+        options["model_options"] = name_rule(options["model_options"])
         write_json(temporary / "config.json", options)
 
 
@@ -129,9 +129,9 @@ def continued_config(folder: Path, overrides: dict[str, object]) -> TrainConfig:
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder} is not a training run (it has no config.json); start one without --resume")
     saved = load_config(folder / "config.json").to_dict()
-    saved["model_options"] = name_momentum(current_names(saved["model_options"]), "sum")
+    saved["model_options"] = name_rule(current_names(saved["model_options"]), older=True)
     if "model_options" in overrides:
-        overrides = {**overrides, "model_options": name_momentum(overrides["model_options"], "average")}
+        overrides = {**overrides, "model_options": name_rule(overrides["model_options"])}
     changed = sorted(
         name for name, value in overrides.items() if value != saved[name] and name not in FREE_ON_RESUME
     )

@@ -1,5 +1,6 @@
 """Configs say what is wrong with them, survive JSON, and build baselines and hybrids of one model class."""
 
+import dataclasses
 import json
 
 import pytest
@@ -121,6 +122,7 @@ def test_conversations_saved_before_an_option_existed_still_fit():
             {"hidden_size": 12, "chunk_size": 3, "initial_retention": 1.0, "max_rate": 1.0},
             {"hidden_size": 14},
         ],
+        memory_rule={"error_at": "snapshot"},
     )
     assert config.fingerprint() == "a82e203867fe341d529f67bd6c3a552f55d965b110732fa341b7e2c1e069b08b"
 
@@ -152,14 +154,15 @@ def test_a_saved_config_names_the_form_of_momentum(tmp_path, momentum):
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["memory_rule"]["momentum"] == momentum
     loaded = HopeConfig.from_pretrained(tmp_path)
-    assert loaded.make_memory_rule() == config.make_memory_rule()
+    assert loaded.make_memory_rule() == dataclasses.replace(config.make_memory_rule(), error_at="snapshot")
     assert loaded.fingerprint() == config.fingerprint()
 
 
 def test_momentum_saved_before_the_average_existed_is_the_sum(tmp_path):
     learning = {"hidden_size": 16, "chunk_size": 64, "initial_retention": 1.0, "max_rate": 1.0}
     levels = [learning, {"hidden_size": 32}]
-    new = HopeConfig(**SMALL, memory_momentum=True, continuum_levels=levels)
+    rule = {"error_at": "snapshot"}
+    new = HopeConfig(**SMALL, memory_momentum=True, continuum_levels=levels, memory_rule=rule)
     new.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     saved = json.loads(file.read_text())
@@ -175,7 +178,40 @@ def test_momentum_saved_before_the_average_existed_is_the_sum(tmp_path):
     file.write_text(json.dumps(saved))
     again = HopeConfig.from_pretrained(tmp_path, memory_momentum=True)
     assert again.fingerprint() == new.fingerprint()
-    assert again.to_dict()["memory_rule"] == {"momentum": "average"}
+    assert again.to_dict()["memory_rule"] == {"error_at": "snapshot", "momentum": "average"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "anchor"),
+        ({"memory_hidden_size": 8}, "snapshot"),
+        ({"memory_rule": {"erase": "none"}}, "snapshot"),
+        ({"memory_rule": {"anchored": False, "error_bound": None}}, "snapshot"),
+        ({"memory_rule": {"erase": "none", "error_at": "anchor"}}, "anchor"),
+    ],
+)
+def test_a_saved_config_says_where_errors_are_taken(tmp_path, options, expected):
+    """What is not said in a file is of a version that knew the snapshot alone."""
+    config = HopeConfig(**SMALL, **options)
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    assert saved["memory_rule"]["error_at"] == expected
+    loaded = HopeConfig.from_pretrained(tmp_path)
+    assert loaded.fingerprint() == config.fingerprint()
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.make_memory_rule().error_bound == config.make_memory_rule().error_bound
+    del saved["memory_rule"]["error_at"]
+    file.write_text(json.dumps(saved))
+    old = HopeConfig.from_pretrained(tmp_path)
+    assert old.make_memory_rule().error_at == "snapshot"
+    assert (old.fingerprint() == config.fingerprint()) is (expected == "snapshot")
+
+
+def test_two_layers_have_no_errors_at_the_anchor():
+    with pytest.raises(ValueError, match=r"memory_rule: .* two layers .* leave error_at out"):
+        HopeConfig(**SMALL, memory_hidden_size=8, memory_rule={"error_at": "anchor"})
 
 
 OLD_NAMES = ["memory_implementation", "continuum_implementation", "attention_implementation"]
@@ -230,7 +266,12 @@ def test_a_model_of_version_0_1_still_loads(tmp_path, tokens, choices):
     level = {"hidden_size": 16, "chunk_size": 64, "initial_retention": 1.0, "max_rate": 1.0}
     kinds = ["self_modifying_titans", "full_attention"]
     model = HopeForCausalLM(
-        HopeConfig(**SMALL, layer_types=kinds, continuum_levels=[level, {"hidden_size": 32}])
+        HopeConfig(
+            **SMALL,
+            layer_types=kinds,
+            continuum_levels=[level, {"hidden_size": 32}],
+            memory_rule={"error_at": "snapshot"},
+        )
     )
     model.eval().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(OF_VERSION_0_1 | dict(zip(OLD_NAMES, choices))))

@@ -158,10 +158,22 @@ def test_both_conversions_go_together(family, kind, mlp_first, tokens, tmp_path)
     assert torch.equal(reports[0].loss, reports[1].loss)
 
 
+def test_memories_converted_before_they_said_where_errors_are_taken_keep_the_snapshot(tokens):
+    hybrid = convert_attention(make_model("llama"), [0]).eval()
+    fields = hybrid.config.to_dict()
+    del fields["memory_layers"]["0"]["error_at"]
+    old = type(hybrid)(type(hybrid.config)(**fields)).eval()
+    old.load_state_dict(hybrid.state_dict())
+    assert old.model.layers[0].self_attn.memory.rule.error_at == "snapshot"
+    with torch.no_grad():
+        assert not torch.allclose(old(tokens).logits, hybrid(tokens).logits)
+
+
 def test_what_it_cannot_do_is_refused(tokens):
     model = make_model("llama")
     hybrid = convert_attention(model, [0])
-    assert hybrid.config.memory_layers == {"0": {"kind": "self_modifying_titans", "chunk_size": 16}}
+    options = {"kind": "self_modifying_titans", "chunk_size": 16, "error_at": "anchor"}
+    assert hybrid.config.memory_layers == {"0": options}
     with pytest.raises(ValueError, match="kind: expected one of"):
         convert_attention(model, [0], "mamba")
     with pytest.raises(ValueError, match="layers: expected distinct indices below 2"):

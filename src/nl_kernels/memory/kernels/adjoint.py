@@ -178,8 +178,7 @@ def update_weights(first_fresh, last_fresh, decays, scratch, BANK: tl.constexpr)
         update_layer(
             scratch + BANK.LAST, last_fresh, decays, operands_at(scratch + BANK.HIDDEN_KEY, BANK),
             hidden_value, operands_at(scratch + BANK.HIDDEN_QUERY, BANK), d_recalled, d_error, None, d_read,
-            error, d_back, d_made, hidden_made, BANK.BLOCKS, BANK.BLOCKS, BANK.LAST_KEPT, UNITS,
-            BANK.AT_ANCHOR, BANK,
+            error, d_back, d_made, hidden_made, BANK.BLOCKS, BANK.BLOCKS, BANK.LAST_KEPT, UNITS, BANK,
         )  # fmt: skip
         d_recalled = rows_of(operands_at(scratch + BANK.RECALLED_FIRST, BANK), BANK.BLOCKS, UNITS, BANK)
         d_query = rows_of(operands_at(scratch + BANK.D_QUERY, BANK), BANK.BLOCKS, UNITS, BANK)
@@ -190,12 +189,12 @@ def update_weights(first_fresh, last_fresh, decays, scratch, BANK: tl.constexpr)
             d_z = rows_of(operands_at(scratch + BANK.D_Z, BANK), BANK.BLOCKS, UNITS, BANK)
         update_layer(
             scratch + BANK.FIRST, first_fresh, decays, key, value, query, d_recalled, d_key, d_value, d_query,
-            None, None, d_z, inputs, 0, GATE_INPUT, BANK.FIRST_KEPT, BANK.BLOCK_K, False, BANK,
+            None, None, d_z, inputs, 0, GATE_INPUT, BANK.FIRST_KEPT, BANK.BLOCK_K, BANK,
         )  # fmt: skip
     else:
         update_layer(
             scratch + BANK.LAST, last_fresh, decays, key, value, query, d_recalled, d_error, None, d_read,
-            None, None, d_made, inputs, 0, GATE_INPUT, BANK.LAST_KEPT, BANK.BLOCK_K, BANK.AT_ANCHOR, BANK,
+            None, None, d_made, inputs, 0, GATE_INPUT, BANK.LAST_KEPT, BANK.BLOCK_K, BANK,
         )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ class Rule(NamedTuple):
     NORMALIZED: bool
     RESIDUAL: bool
     ERASES: bool
-    AT_ANCHOR: bool  # the last layers' errors at keys
+    AT_ANCHOR: bool  # linear memories' errors at keys
     BOUND: float
     PRECISION: str
 

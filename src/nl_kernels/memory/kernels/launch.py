@@ -39,7 +39,7 @@ class Options(NamedTuple):
         activation, normalize_hidden, residual, error_bound: of :class:`~nl_kernels.memory_rule.MemoryRule`;
             ``error_bound`` 0 for none.
         erases: ``rule.erase`` is "per_layer", not "none".
-        at_anchor: ``rule.error_at`` is "anchor", not "snapshot".
+        at_anchor: linear memories' errors are taken at the anchor.
         read: "running" or "snapshot".
         chunk_size, generator_chunk_size: tokens between snapshots of the memory that is read, and of others.
         truncate: tokens between cuts of the gradient, 0 for none.
@@ -75,7 +75,7 @@ class Options(NamedTuple):
             residual=rule.residual,
             error_bound=float(rule.error_bound or 0),
             erases=rule.erase != "none",
-            at_anchor=rule.error_at == "anchor",
+            at_anchor=rule.errs_at_anchor(linear=True),
             **others,
         )
 
@@ -199,7 +199,7 @@ class Plan:
             options.normalize_hidden,
             options.residual,
             options.erases,
-            options.at_anchor,
+            options.at_anchor and inputs.first is None,
             options.error_bound,
             options.precision,
         )

@@ -51,13 +51,13 @@ def operands_of(place, SIZE: tl.constexpr, BANK: tl.constexpr):
 @triton.jit
 def apply_layer(
     weights, key, value, query, LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    AT_ANCHOR: tl.constexpr, BANK: tl.constexpr,
+    BANK: tl.constexpr,
 ):  # fmt: skip
     """The products of a layer with the chunk's tokens of memories up to ``LAST``, each [B, rows, C].
 
     ``weights`` are of :func:`operands_of`. Returns S x of the running state and the keys; W̄ x and W̄ v of the
-    weights it is applied at, but W_0 x if ``AT_ANCHOR``; and, of the queries, S q and W_0 q, or W̄ q where
-    reads are of the snapshot. ``value`` and ``query`` may be absent.
+    weights it is applied at (``AT_ANCHOR``: W_0 x); and, of the queries, S q and W_0 q, or W̄ q where reads
+    are of the snapshot. ``value`` and ``query`` may be absent.
     """
     state, base, anchor = weights
     zeros = zeros_of(ROWS, BANK)
@@ -65,7 +65,7 @@ def apply_layer(
     for start in range(0, BLOCK, BANK.SLICE):
         applied = weights_at(base, start, ROWS, BLOCK, BANK)
         x = by_width(key, start, LAST, BLOCK, BANK)
-        if AT_ANCHOR:
+        if BANK.AT_ANCHOR:
             at_key += product(weights_at(anchor, start, ROWS, BLOCK, BANK), x, BANK)
         else:
             at_key += product(applied, x, BANK)
@@ -203,7 +203,7 @@ def learn_chunk(scratch, READS: tl.constexpr, BANK: tl.constexpr):
             key, query, decays, rate, first_inverse, first_scores, 0, BANK.BLOCK_K, BANK
         )
         first_recalled, z, at_value, at_query, fixed = apply_layer(
-            first_weights, key, value, query, 0, UNITS, BANK.BLOCK_K, False, BANK
+            first_weights, key, value, query, 0, UNITS, BANK.BLOCK_K, BANK
         )
         hidden = activated(z, BANK, BANK.PER)
         x = operands_at(scratch + BANK.HIDDEN_KEY, BANK)
@@ -221,12 +221,12 @@ def learn_chunk(scratch, READS: tl.constexpr, BANK: tl.constexpr):
             put_rows(probe, rounded(hidden_query[0], BANK), BANK.BLOCK_H, BANK)
         tl.debug_barrier()
         recalled, error, at_value, read, fixed_read = apply_layer(
-            weights, x, last_value, probe, BANK.BLOCKS, ROWS, BANK.BLOCK_H, BANK.AT_ANCHOR, BANK
+            weights, x, last_value, probe, BANK.BLOCKS, ROWS, BANK.BLOCK_H, BANK
         )
     else:
         gram, full = put_solution(key, query, decays, rate, inverse, scores, 0, BANK.BLOCK_K, BANK)
         recalled, error, at_value, read, fixed_read = apply_layer(
-            weights, key, value, query, 0, ROWS, BANK.BLOCK_K, BANK.AT_ANCHOR, BANK
+            weights, key, value, query, 0, ROWS, BANK.BLOCK_K, BANK
         )
     error += residuals(scratch, BANK)
     if BANK.GENERATES:

@@ -78,13 +78,12 @@ def layer_adjoint(
 @triton.jit
 def give_back(
     place, scratch, omega, recalled, errors, d_value, read, decays, rate, gram, products, SIZE: tl.constexpr,
-    WIDTH: tl.constexpr, AT_ANCHOR: tl.constexpr, BANK: tl.constexpr,
+    WIDTH: tl.constexpr, BANK: tl.constexpr,
 ):  # fmt: skip
     """Shares of blocks in the gradients of keys, values and queries of the layer that they enter, to scratch.
 
     ``place`` has the layer's weights. Rows in scratch: ω; gradients of S k; of W̄ k and W̄ v (``None``: minus
-    that of W̄ k); and of the reads. ``gram`` and ``products`` have those of the inner products. ``AT_ANCHOR``:
-    W_0 k is in the place of W̄ k.
+    that of W̄ k); and of the reads. ``gram`` and ``products`` have those of the inner products.
     """
     C: tl.constexpr = BANK.BLOCK_C
     ROWS: tl.constexpr = WIDTH // BANK.PER
@@ -115,7 +114,7 @@ def give_back(
         value = -key
         if d_value is not None:
             value = product(turned_rows_of(d_value, WIDTH, BANK), weights, BANK)
-        if AT_ANCHOR:
+        if BANK.AT_ANCHOR:  # W_0 k is in the place of W̄ k
             key = product(d_key, weights_at(anchor, start, ROWS, BANK.BLOCK_K, BANK), BANK)
         store_tile(at + SHARE, value, BANK.BLOCK_K, BANK.PER * PART, PART, BANK)
         if not BANK.RUNNING:
@@ -166,14 +165,14 @@ def last_layer_back(weights, d_state, decays, rate, omega, recalled, grad, BANK:
 def update_layer(
     place, fresh, decays, key, value, query, d_recalled, d_key, d_value, d_read, more, more_from, made,
     made_from, LAST: tl.constexpr, MADE_LAST: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    AT_ANCHOR: tl.constexpr, BANK: tl.constexpr,
+    BANK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a layer's weights before the chunk, in scratch: running, snapshot and anchor.
 
     Rows [B, rows, C] and the tokens in scratch that they belong to: of S k; of W̄ k and W̄ v (``None``: minus
     that of W̄ k); of the reads; ``more``, if there is more; and of what the layer ``made`` of other tokens.
     Where ``fresh`` [B, 1, 1] the chunk began with a snapshot of the running weights, which then get the
-    snapshot's gradient, too. ``AT_ANCHOR``: W_0 k is in the place of W̄ k.
+    snapshot's gradient, too.
     """
     ROWS: tl.constexpr = d_key.shape[1]
     d_state, d_snapshot, d_anchor = place + STATE * SIZE, place + SNAPSHOT * SIZE, place + D_ANCHOR * SIZE
@@ -187,7 +186,7 @@ def update_layer(
         if BANK.ERASES:
             grad += product(d_recalled, x, BANK)
         by_key = product(d_key, x, BANK)
-        at_base = 0.0 * by_key if AT_ANCHOR else by_key
+        at_base = 0.0 * by_key if BANK.AT_ANCHOR else by_key
         if value is not None:
             at_base += product(d_value, by_token(value, start, LAST, BLOCK, BANK), BANK)
         if more is not None:
@@ -202,7 +201,7 @@ def update_layer(
             grad += product(d_running, x, BANK)
             if BANK.ANCHORED:
                 by_anchor += product(d_read, x, BANK)
-        if AT_ANCHOR:
+        if BANK.AT_ANCHOR:  # W_0 k is in the place of W̄ k
             by_anchor += by_key
         if BANK.ANCHORED:
             by_anchor += weights_at(d_anchor, start, ROWS, BLOCK, BANK)
@@ -253,7 +252,7 @@ def linear_errors_adjoint(last_state, chunk, scratch, BANK: tl.constexpr):
     tl.debug_barrier()
     give_back(
         place, scratch, omega, recalled, errors, None, read, decays, rate, scratch + BANK.GRAM,
-        scratch + BANK.PAIRS, BANK.LAST_KEPT, WIDTH, BANK.AT_ANCHOR, BANK,
+        scratch + BANK.PAIRS, BANK.LAST_KEPT, WIDTH, BANK,
     )  # fmt: skip
     return vectors
 
@@ -325,21 +324,18 @@ def deep_errors_adjoint(first_state, last_state, chunk, scratch, BANK: tl.conste
     tl.debug_barrier()
 
     # The hidden layers at k and v.
-    by_value = -send_back(weights[1], errors, BANK)
-    by_key = -by_value
-    if BANK.AT_ANCHOR:
-        by_key = send_back(weights[2], errors, BANK)
-    d_key = hidden_adjoint(d_hidden + by_signal + by_key, hidden, radial, BANK, BANK.PER) + d_slope
+    difference = send_back(weights[1], errors, BANK)
+    d_key = hidden_adjoint(d_hidden + by_signal + difference, hidden, radial, BANK, BANK.PER) + d_slope
     values = None
     if BANK.GENERATES:
         values = operands_at(scratch + BANK.D_VALUE, BANK)
-        d_value = hidden_adjoint(by_value, hidden_value, None, BANK, BANK.PER)
+        d_value = hidden_adjoint(-difference, hidden_value, None, BANK, BANK.PER)
         put_rows(values, rounded(d_value, BANK), UNITS, BANK)
     put_rows(operands_at(scratch + BANK.D_KEY, BANK), rounded(d_key, BANK), UNITS, BANK)
     tl.debug_barrier()
     give_back(
         scratch + BANK.FIRST, scratch, first_omega, first_recalled, operands_at(scratch + BANK.D_KEY, BANK),
         values, queries, decays, rate, scratch + BANK.GRAM_FIRST, scratch + BANK.PAIRS_FIRST, BANK.FIRST_KEPT,
-        UNITS, False, BANK,
+        UNITS, BANK,
     )  # fmt: skip
     return vectors[0] + more[0], vectors[1] + more[1], vectors[2] + more[2]

@@ -12,6 +12,7 @@ from nl_kernels.memory.call import Op, run, run_step
 from nl_kernels.memory.kernels.call import unsupported
 from nl_kernels.memory.state import check_state, weights_in
 from nl_kernels.memory_checks import (
+    check_error_at,
     check_gates,
     check_mask,
     check_memory,
@@ -212,6 +213,7 @@ def _check(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, 
     check_positive_int("chunk_size", chunk_size)
     batch = check_sequences(mask, cu_seqlens, q)
     check_memory("weights", weights, batch, heads, width, out, q)
+    check_error_at(rule, weights)
     return batch
 
 
@@ -237,4 +239,5 @@ def _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_s
     if mask is not None:
         check_mask(mask, (batch,), q)
     check_memory("weights", weights, batch, heads, width, out, q)
+    check_error_at(rule, weights)
     _check_state("state", state, weights, batch, heads, momentum is not None, q)

@@ -55,12 +55,10 @@ def deep_memory_step(
     hidden = None
     if outer is not None:
         both = activated(y, rule, curved=False)
-        x, hidden = both.value, both.rows(slice(1))
-        y = torch.bmm(x, outer.mT)
+        y, hidden = torch.bmm(both.value, outer.mT), both.rows(slice(1))
     error = y[:, :1] - v
-    if rule.error_at == "anchor":
-        changed = snapshot.inner if outer is None else snapshot.outer
-        error -= torch.bmm(x[:, :1], changed.flatten(0, 1).mT)
+    if rule.errs_at_anchor(outer is None):
+        error -= torch.bmm(k, snapshot.inner.flatten(0, 1).mT)
     if rule.residual:
         error += k
     factor = length_factor(error, rule.error_bound)

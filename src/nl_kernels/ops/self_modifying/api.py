@@ -11,7 +11,13 @@ from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.call import Op, run, run_step
 from nl_kernels.memory.kernels.call import unsupported
 from nl_kernels.memory.state import tensors_in, weights_in
-from nl_kernels.memory_checks import check_own_memory, check_position, check_rule, state_dtype
+from nl_kernels.memory_checks import (
+    check_error_at,
+    check_own_memory,
+    check_position,
+    check_rule,
+    state_dtype,
+)
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.self_modifying import eager_step
 from nl_kernels.ops.self_modifying.checks import (
@@ -125,6 +131,7 @@ def self_modifying_memory(
     batch = check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_seqlens)
     heads, width = query.shape[2:]
     check_weights(weights, batch, heads, width, query)
+    check_error_at(rule, weights.key)
     if initial_state is not None:
         period = max(chunk_size, generator_chunk_size)
         check_state(
@@ -241,6 +248,7 @@ def _check_step(inputs, mask, weights, state, rule, read, clocks, parameters) ->
     query = inputs[0]
     batch, heads, width = query.shape
     check_weights(weights, batch, heads, width, query)
+    check_error_at(rule, weights.key)
     check_state("state", state, weights, batch, (heads, width), inputs[-1] is not None, query)
     for name, value in parameters.items():
         check_head_parameter(name, value, heads, query)

@@ -179,11 +179,9 @@ def _pairs(
         wide = torch.bmm(apart[:, :3].reshape(rows * 3, 1, -1), base.last.view(rows * 3, width, -1).mT)
         wide = wide.view(rows, 3, width)
     gate = (base.gate * narrow).sum(-1)
-    if rule.error_at == "anchor":
-        at_keys = k.expand(-1, 5, -1) if linear else hidden.value[:, 0]
-        last = change.last.view(rows * 3, width, -1)
-        wide = wide - torch.bmm(at_keys[:, :3].reshape(rows * 3, 1, -1), last.mT).view(rows, 3, width)
-        gate = gate - (change.gate * at_keys[:, 3:]).sum(-1)
+    if rule.errs_at_anchor(linear):
+        wide -= torch.bmm(k, change.last.mT).view(rows, 3, width)
+        gate -= (change.gate * k).sum(-1)
     if rule.target_residual:
         wide -= v
     if rule.projection_residual:

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from nl_kernels import DeepMemoryState, DeepMemoryWeights, MemoryRule, deep_memory
-from nl_kernels.testing import deep_memory_inputs
+from nl_kernels import (
+    DeepMemoryState,
+    DeepMemoryWeights,
+    MemoryRule,
+    deep_memory,
+    self_modifying_memory,
+)
+from nl_kernels.testing import deep_memory_inputs, self_modifying_inputs
 
 INPUTS = deep_memory_inputs(2, 5, 2, 3, 4)
 _, STATE = deep_memory(**INPUTS, chunk_size=4, output_final_state=True)
@@ -114,6 +120,14 @@ def test_packed_input_and_padding_exclude_each_other():
 def test_rules_are_checked_when_made(options, message):
     with pytest.raises(ValueError, match=message):
         MemoryRule(**options)
+
+
+def test_memories_of_two_layers_have_no_errors_at_the_anchor():
+    for own in (True, False):
+        inputs = (self_modifying_inputs if own else deep_memory_inputs)(1, 3, 1, 4, 5)
+        op = self_modifying_memory if own else deep_memory
+        with pytest.raises(ValueError, match=r"rule.error_at: .* at the 'snapshot', got 'anchor'"):
+            op(**inputs, chunk_size=2, rule=MemoryRule(error_at="anchor"))
 
 
 @pytest.mark.parametrize("name", ["anchored", "proximal", "residual", "normalize_hidden", "target_residual"])

@@ -32,7 +32,7 @@ RULES = {
     "titans": MemoryRule(erase="none", residual=True, anchored=False, normalize_hidden=False, momentum="sum"),
     "sum": SUM,
     "none": MemoryRule(erase="none"),
-    "errors at the anchor": MemoryRule(error_at="anchor"),
+    "errors at the snapshot": MemoryRule(error_at="snapshot"),
 }
 
 

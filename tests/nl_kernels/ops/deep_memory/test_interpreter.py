@@ -21,7 +21,7 @@ LITERAL = dataclasses.replace(MemoryRule.literal(), proximal=False)
 TITANS = dataclasses.replace(LITERAL, erase="none")
 RULES = {
     "default": MemoryRule(),
-    "errors at the anchor": MemoryRule(error_at="anchor"),
+    "errors at the snapshot": MemoryRule(error_at="snapshot"),
     "literal": LITERAL,
     "titans": TITANS,
     "gelu, tight bound": MemoryRule(activation="gelu", error_bound=0.3),

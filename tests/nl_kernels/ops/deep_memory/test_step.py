@@ -11,7 +11,7 @@ from tests.nl_kernels.chunked_memories import assert_same, assert_steps_equal_th
 
 RULES = {
     "default": MemoryRule(),
-    "errors at the anchor": MemoryRule(error_at="anchor"),
+    "errors at the snapshot": MemoryRule(error_at="snapshot"),
     "literal": MemoryRule.literal(),
     "gelu, not anchored, not bounded": MemoryRule(activation="gelu", anchored=False, error_bound=None),
     "input": MemoryRule(erase="input", residual=True, error_bound=0.3),

@@ -26,7 +26,7 @@ DEFAULT, LITERAL = MemoryRule(), MemoryRule.literal()
 RULES = {
     "default": DEFAULT,
     "literal": LITERAL,
-    "errors at the anchor": MemoryRule(error_at="anchor"),
+    "errors at the snapshot": MemoryRule(error_at="snapshot"),
     "gelu, not anchored, not bounded": MemoryRule(activation="gelu", anchored=False, error_bound=None),
     "input": MemoryRule(erase="input", proximal=True, residual=True, error_bound=0.3),
     "titans": MemoryRule(erase="none", projection_residual=False, target_residual=False, momentum="sum"),

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.interpreter
 
 RULES = {
     "default": MemoryRule(),
-    "errors at the anchor": MemoryRule(error_at="anchor"),
+    "errors at the snapshot": MemoryRule(error_at="snapshot"),
     "literal": dataclasses.replace(MemoryRule.literal(), proximal=False),
     "gelu": MemoryRule(activation="gelu", residual=True, error_bound=0.3),
     "titans": MemoryRule(erase="none", anchored=False, normalize_hidden=False),
