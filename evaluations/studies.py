@@ -16,11 +16,10 @@ COUNTS = {
     "memory_retention_bias": 14.0,
     "memory_rule": {"erase": "none"},
 }
-# Every token's keys, values and rates come from what the one before has written.
-PER_TOKEN = {"memory_chunk_size": 1}
+TO_TWO = {"memory_rate_max": 2.0}
 
 RATES = [{"learning_rate": rate} for rate in (5e-3, 2e-3, 1e-2)]
-MEMORIES = [{"learning_rate": 5e-3, "options": options} for options in (COUNTS, FLIPS, PER_TOKEN)]
+MEMORIES = [{"learning_rate": 5e-3, "options": options} for options in (COUNTS, FLIPS, TO_TWO)]
 
 FORMAL_LANGUAGES = Study(
     name="formal_languages",
