@@ -97,7 +97,9 @@ def main(
     with explained_errors():
         for name, value in (("ranks", ranks), ("batch", batch), ("micro_batches", micro_batches)):
             check_positive_int(name, value)
-        tokens = token_count("length", length) // ranks
+        tokens, rest = divmod(token_count("length", length), ranks)
+        if rest:
+            raise ValueError(f"length: expected a multiple of ranks={ranks}, got {length}")
         with torch.device("meta"):
             model = HopeForCausalLM(HopeConfig.preset(preset, layer_types=layer_types))
     sums: dict[str, list[Counter]] = {}

@@ -152,6 +152,25 @@ def test_autocast_does_not_round_the_memory(tmp_path):
     torch.testing.assert_close(torch.cat([piece[0] for piece in found], 1), y.detach(), rtol=2e-2, atol=2e-2)
 
 
+def agreed_once(mesh):
+    ranks = SequenceRanks(mesh)
+    layers = [make(name) for name in ("convolution", "gated_delta_net", "continuum")]
+    agreement = ranks.agree(2, 6, padded=False, resumed=False)
+    x = pieces(draw(2, 12, D, seed=1), [6, 6])[ranks.rank]
+    for layer in layers:
+        x, _ = over_ranks(layer, x, ranks, agreement=agreement)
+    ranks.finish()
+    return x.detach()
+
+
+def test_layers_in_a_row_agree_once(tmp_path):
+    y = torch.cat(on_ranks(2, tmp_path, agreed_once), 1)
+    x = draw(2, 12, D, seed=1)
+    for name in ("convolution", "gated_delta_net", "continuum"):
+        x, _ = make(name)(x)
+    torch.testing.assert_close(y, x.detach(), rtol=1e-9, atol=1e-9)
+
+
 def states_by_rank(mesh):
     ranks, layer = SequenceRanks(mesh), make("titans")
     _, state = layer(draw(2, 3, D, seed=1), output_state=True)

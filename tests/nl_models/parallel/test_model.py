@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -169,6 +170,29 @@ def test_frozen_weights_leave_no_rank_waiting(tmp_path):
     expected = [p.grad for name, p in model.named_parameters() if "layers.2" in name]
     for gradients in found:
         torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-9)
+
+
+def gradients_beside_data_parallelism(_, rows):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+    row, rank = mesh["data"].get_local_rank(), mesh["sequence"].get_local_rank()
+    model = make("hybrid")
+    parallel = SequenceParallel(model, mesh["sequence"])
+    mine = rows[row : row + 1].chunk(2, 1)[rank]
+    parallel(mine, labels=mine).loss.backward()
+    parallel.reduce_gradients()
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad, group=mesh["data"].get_group())
+    return [p.grad / 2 for p in model.parameters()]
+
+
+def test_beside_data_parallelism(tmp_path):
+    """A rank of the sequence is not always that of the world."""
+    rows = text(2, 14)
+    found = on_ranks(4, tmp_path, gradients_beside_data_parallelism, rows)
+    model = make("hybrid")
+    model(rows, labels=rows).loss.backward()
+    for gradients in found:
+        torch.testing.assert_close(gradients, [p.grad for p in model.parameters()], rtol=1e-9, atol=1e-9)
 
 
 def messages_of_bad_calls(mesh):

@@ -77,3 +77,10 @@ def test_the_command(capsys):
     assert f"SelfModifyingTitans {memory:.2f}" in printed
     assert f"ContinuumMemory {24 * 2 * 1024 * 1024 * 4 / 1e6:.2f}" in printed
     assert f"idle: {7 / 31:.1%}" in printed
+
+
+def test_the_command_refuses_what_it_cannot_divide(capsys):
+    for ranks, length, argument in ((0, "128K", "ranks"), (3, "128K", "length"), (8, "some", "length")):
+        with pytest.raises(SystemExit):
+            plan.main("340m", "titans", ranks, 1, length, 1)
+        assert f"error: {argument}: expected" in capsys.readouterr().err
