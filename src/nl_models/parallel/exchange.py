@@ -38,7 +38,8 @@ class SequenceRanks:
     """The ranks of a group in the order of the pieces that they have of each sequence.
 
     No rank ever waits for a later one in the forward pass, nor for an earlier one in the backward pass: sends
-    do not wait to be received.
+    do not wait to be received. Messages between two ranks are told apart by their order alone. It is that of
+    the calls, which are the same on all ranks, and backward the reverse: autograd runs what was made last.
 
     Args:
         mesh: of one dimension, for instance ``mesh["sequence"]``. Its process group needs a backend for CPU

@@ -18,7 +18,7 @@ def test_the_program_runs_under_torchrun_with_the_losses_of_one_process(tmp_path
     # The same text whatever the number of ranks.
     program.write_text(re.search(r"```python\n(.*?)```", page, re.S).group(1).replace("32 * size", "128"))
     losses = []
-    for size in (1, 4):
+    for size in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
         ran = subprocess.run(
