@@ -79,23 +79,17 @@ class Attention(nn.Module):
             ``y`` like ``x``, and the new state or ``None``.
         """
         B, T, _ = x.shape
-        q, k, v = (
-            projection(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
         start = state.position if state is not None else torch.zeros(B, dtype=torch.int64, device=x.device)
         if positions is None:
             steps = torch.arange(1, T + 1, device=x.device)[None] if mask is None else mask.cumsum(1)
             positions = start[:, None] + (steps - 1).clamp_min(0)
-        cos, sin = rotary_embedding(positions, self.head_dim, self.rope_theta)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-
+        q, k, v = self.queries_keys_values(x, positions)
         key_mask = mask
         if state is not None:
             key_mask = _join_masks(state, mask, B, T, x.device)
             k = torch.cat([state.keys.to(k.dtype), k], dim=2)
             v = torch.cat([state.values.to(v.dtype), v], dim=2)
-        o = self._attend(q, k, v, key_mask)
+        o = self.attend(q, k, v, key_mask)
         if mask is not None:
             o = o * mask[:, None, :, None]
         y = self.output(o.transpose(1, 2), x)
@@ -105,8 +99,19 @@ class Attention(nn.Module):
         position = torch.maximum(start, real.max(1).values.expand(B) + 1)
         return y, AttentionState(k, v, key_mask, position)
 
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None
+    def queries_keys_values(
+        self, x: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Each ``[B, H, T, D]`` for ``x [B, T, d]``, rotated to ``positions [B, T]`` (or ``[1, T]``)."""
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = rotary_embedding(positions, self.head_dim, self.rope_theta)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """``q [B, H, T, D]`` are the last T of the S tokens of ``k, v [B, H, S, D]``."""
         obstacle = None

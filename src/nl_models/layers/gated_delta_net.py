@@ -85,6 +85,20 @@ class GatedDeltaNet(nn.Module):
         decoding = is_decoding(x, state)
         if decoding:
             x, mask = x[:, 0], None if mask is None else mask[:, 0]
+        tokens = self.memory_inputs(x, mask)
+        if decoding:
+            o, state = delta_memory_step(*tokens, state=state, impl=self.impl)
+        else:
+            o, state = delta_memory(
+                *tokens, initial_state=state, output_final_state=output_state, impl=self.impl
+            )
+        if mask is not None:
+            o = o * mask[..., None, None]
+        y = self.output(o, x)
+        return (y[:, None], state if output_state else None) if decoding else (y, state)
+
+    def memory_inputs(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """q, k, v, log_decay, erase of :func:`nl_kernels.delta_memory` for ``x [.., d]``, ``mask [..]``."""
         q, k, v = (
             F.silu(projection(x)).unflatten(-1, (self.num_heads, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -96,14 +110,4 @@ class GatedDeltaNet(nn.Module):
         rate = self.rate_max * self.b_proj(x).to(exact).sigmoid()
         if mask is not None:
             log_decay, rate = log_decay * mask[..., None], rate * mask[..., None]
-        tokens = (q, k, rate[..., None].to(v.dtype) * v, log_decay, rate * log_decay.exp())
-        if decoding:
-            o, state = delta_memory_step(*tokens, state=state, impl=self.impl)
-        else:
-            o, state = delta_memory(
-                *tokens, initial_state=state, output_final_state=output_state, impl=self.impl
-            )
-        if mask is not None:
-            o = o * mask[..., None, None]
-        y = self.output(o, x)
-        return (y[:, None], state if output_state else None) if decoding else (y, state)
+        return q, k, rate[..., None].to(v.dtype) * v, log_decay, rate * log_decay.exp()
