@@ -59,7 +59,7 @@ MAD = Study(
     settings=RECALL.settings,
 )
 
-TWO_RATES = [{"learning_rate": rate} for rate in (4e-3, 8e-3)]
+TWO_RATES = [{"learning_rate": rate} for rate in (8e-3, 1.2e-2)]
 LANGUAGE_MODELLING = Study(
     name="language_modelling",
     tasks=language_modelling.TASKS,

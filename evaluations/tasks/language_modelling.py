@@ -32,7 +32,7 @@ WINDOW = 512
 BEYOND = 8 * WINDOW
 STREAMS = 4
 VALIDATION_WINDOWS = 64
-TEST_TOKENS = 2**16  # at most
+TEST_TOKENS = 2**15  # at most
 CORPORA = {"standard library": None, "sympy": "sympy"}  # a package that is installed with torch
 DATA = Path(__file__).parents[2] / "runs/evidence_data"
 
