@@ -115,6 +115,7 @@ ASSUMED = {
     "docs/layers.md": [],
     "docs/model.md": [],
     "docs/optimisers.md": [before_optimisers],
+    "docs/state.md": [],
     "docs/training.md": [before_measuring],
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +78,7 @@ class ConvertedParameters(FastParameters):
         *,
         keep_inputs: bool = False,
     ) -> ModelOutput:
-        cache = ContinuumCache(self.model.config) if context is None else _shallow_copy(context)
+        cache = ContinuumCache(self.model.config) if context is None else context.copy()
         read: dict[tuple[int, str], torch.Tensor] | None = {} if keep_inputs else None
         output = self.model(
             input_ids=ids,
@@ -103,7 +102,7 @@ class ConvertedParameters(FastParameters):
         return self.model.generate(ids, cache=cache, **options)
 
     def detach(self, context: Context) -> Context:
-        cache = _shallow_copy(context)
+        cache = context.copy()
         for layer in cache.layers:
             if isinstance(layer, StateCacheLayer):
                 layer.map(_plain)
@@ -136,10 +135,3 @@ class ConvertedParameters(FastParameters):
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous()
-
-
-def _shallow_copy(cache: ContinuumCache) -> ContinuumCache:
-    """Another cache with the same tensors, which its updates replace and do not modify."""
-    copied = copy.copy(cache)
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    return copied

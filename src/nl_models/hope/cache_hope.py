@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache
 from nl_models.files import write_bytes
 from nl_models.layers.state import LAYER_STATES, State, describe_state, rebuild_state, state_tensors
 from nl_models.layers.state_cache import StateCacheLayer
+from nl_models.stateful_cache import StatefulCache
 
 if TYPE_CHECKING:
     from nl_models.hope.configuration_hope import HopeConfig
@@ -43,7 +45,7 @@ STATE_TYPES = {**LAYER_STATES, "BlockState": BlockState}
 """The named tuples that a saved cache may hold, by name."""
 
 
-class HopeCache(Cache):
+class HopeCache(StatefulCache, Cache):
     """The states of all blocks of a :class:`HopeModel`, for one batch of conversations.
 
     Its size does not grow with the context, but for the keys and values of attention layers. Fast weights and
@@ -69,10 +71,12 @@ class HopeCache(Cache):
     @property
     def batch_size(self) -> int:
         """Number of sequences, or -1 before the first token."""
-        state = self.layers[0].state
-        if state is None:
-            return -1
-        return next(state_tensors(state)).shape[0]
+        return self.layers[0].batch_size
+
+    def _join(self, caches: Sequence[HopeCache]) -> None:
+        if len({cache.fingerprint for cache in caches}) > 1:
+            raise ValueError("caches: made for models of different configs")
+        self.layers = [StateCacheLayer.join(each) for each in zip(*(cache.layers for cache in caches))]
 
     def detach(self) -> HopeCache:
         """Cut the graph behind every state (in place), as truncated backpropagation does between segments."""
