@@ -1,14 +1,22 @@
-"""What every cache with states can do: rows join a batch, leave it and start over."""
+"""What every cache with states can do: it is saved and copied; rows join a batch, leave it and start over."""
 
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import ClassVar, TypeVar
 
+import safetensors
+import safetensors.torch
 import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
 
-from nl_models.layers.state import row_indices
+from nl_models.files import write_bytes
+from nl_models.layers.state import row_indices, state_tensors
 from nl_models.layers.state_cache import StateCacheLayer
 from nl_models.module_views import input_device
 
@@ -19,7 +27,13 @@ class StatefulCache:
     """Rows of a cache; it stands before ``Cache`` among the bases of a class.
 
     A row is a user: all that he has read. Rows of one batch may have read unequally much.
+
+    Attributes:
+        fingerprint: of the config of the models that can use it.
     """
+
+    file_format: ClassVar[str]
+    fingerprint: str
 
     def copy(self: Self) -> Self:
         """Another cache that goes on from here by itself.
@@ -105,8 +119,61 @@ class StatefulCache:
         order[rows] = self.batch_size + torch.arange(len(rows))
         vars(self).update(vars(type(self).join([self, begun]).select(order)))
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the cache to a safetensors file; the file appears whole or not at all."""
+        tensors: dict[str, torch.Tensor] = {}
+        described = {name: json.dumps(value) for name, value in self._describe(tensors).items()}
+        metadata = {"format": self.file_format, "fingerprint": self.fingerprint, **described}
+        write_bytes(path, safetensors.torch.save(tensors, metadata))
+
+    @classmethod
+    def load(
+        cls: type[Self],
+        path: str | os.PathLike,
+        config: PreTrainedConfig,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Read a cache that :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            config: of the model that will use the cache.
+            device: where its tensors go.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, is no saved cache, or was made for another config.
+        """
+        path, kind = Path(path), cls.__name__
+        if not path.is_file():
+            raise FileNotFoundError(f"path: no such file: {path}")
+        cache = cls(config)
+        try:
+            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.pop("format", None) != cls.file_format:
+                    raise ValueError(f"path: {path} is no saved {kind}")
+                if metadata.pop("fingerprint") != cache.fingerprint:
+                    raise ValueError(f"path: {path} was saved from a model of another config")
+                described = {name: json.loads(value) for name, value in metadata.items()}
+                cache._rebuild(described, file.get_tensor)
+        except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"path: {path} is truncated or no saved {kind}: {error}") from error
+        return cache
+
+    def num_bytes(self) -> int:
+        """Bytes that everything occupies that was read."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer_tensors(layer))
+
     def _forget_columns(self) -> None:
         """Rows that have read nothing but padding have read nothing."""
         for layer in self.layers:
             if isinstance(layer, StateCacheLayer):
                 layer.forget_columns()
+
+
+def layer_tensors(layer: CacheLayerMixin) -> list[torch.Tensor]:
+    """What a layer of a cache holds."""
+    if isinstance(layer, StateCacheLayer):
+        return list(state_tensors(layer.state))
+    return [layer.keys, layer.values] if layer.is_initialized else []

@@ -11,6 +11,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from nl_models.layers.state import State, join_states, map_state, select_state, state_tensors
 
+COLUMNS = ("padding", "tokens", "unread")
+"""What the first layer of a cache that has a state knows of the columns that all have read."""
+
 
 def padding_digest(mask: torch.Tensor, start: int = 0) -> torch.Tensor:
     """Which columns of ``mask [B, T]`` are padding (False), as a number for each row, ``[B]`` int64.

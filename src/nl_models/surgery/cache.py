@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from nl_models.layers.state import first_column, state_tensors
-from nl_models.layers.state_cache import StateCacheLayer, padding_digest
-from nl_models.stateful_cache import StatefulCache
-from nl_models.surgery.fast_weights import FastWeights
+from nl_models.layers.state import LAYER_STATES, describe_state, first_column, rebuild_state
+from nl_models.layers.state_cache import COLUMNS, StateCacheLayer, padding_digest
+from nl_models.stateful_cache import StatefulCache, layer_tensors
+from nl_models.surgery.fast_weights import FastWeights, LayerFastWeights
+
+_NO_MATTER = {"name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+_TYPES = {**LAYER_STATES, "LayerFastWeights": LayerFastWeights}
 
 
 class ContinuumCache(StatefulCache, DynamicCache):
@@ -33,6 +39,8 @@ class ContinuumCache(StatefulCache, DynamicCache):
             positions of the past from here.
     """
 
+    file_format = "nl_models.ContinuumCache.1"
+
     def __init__(self, config: PreTrainedConfig, fast_weights: FastWeights | None = None):
         super().__init__(config=config)
         for index in config.memory_layers or {}:
@@ -40,6 +48,13 @@ class ContinuumCache(StatefulCache, DynamicCache):
         self.fast_weights = fast_weights
         self.mask: torch.Tensor | None = None
         self.is_ragged = False
+        self._config = config
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the config but for what says nothing of the model."""
+        fields = {n: v for n, v in self._config.to_dict().items() if n.strip("_") not in _NO_MATTER}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
     def batch_size(self) -> int:
@@ -99,7 +114,7 @@ class ContinuumCache(StatefulCache, DynamicCache):
             mask = torch.ones(cache.batch_size, length) if mask is None else mask[:, :length]
             masks.append(F.pad(mask.long().cpu(), (longest - length, 0)))
         self.layers = [_join_layers(each) for each in zip(*(cache.layers for cache in caches))]
-        self.mask, self.is_ragged = torch.cat(masks).to(_device_of(self.layers[0])), True
+        self.mask, self.is_ragged = torch.cat(masks).to(layer_tensors(self.layers[0])[0].device), True
         if any(cache.fast_weights is not None for cache in caches):
             like = next(cache.fast_weights for cache in caches if cache.fast_weights is not None)
             none = like.select(torch.zeros(1, dtype=torch.int64)).map(torch.zeros_like)
@@ -109,6 +124,50 @@ class ContinuumCache(StatefulCache, DynamicCache):
             ]
             self.fast_weights = FastWeights.join(each)
         self._trim()
+
+    def describe_layers(self, tensors: dict[str, torch.Tensor]) -> list:
+        """What every layer has seen, and its state or keys and values, as JSON; ``tensors`` is extended."""
+        description = []
+        for index, layer in enumerate(self.layers):
+            memory = isinstance(layer, StateCacheLayer)
+            state = layer.state if memory else (layer.keys, layer.values)
+            description.append([layer.get_seq_length(), describe_state(state, str(index), tensors)])
+        return description
+
+    def rebuild_layers(self, description: list, get_tensor: Callable[[str], torch.Tensor]) -> None:
+        """The inverse of :meth:`describe_layers`, into a new cache."""
+        for layer, (seen, described) in zip(self.layers, description, strict=True):
+            state = rebuild_state(described, get_tensor, _TYPES)
+            if isinstance(layer, StateCacheLayer):
+                if state is not None:
+                    layer.commit(state, seen)
+                continue
+            layer.lazy_initialization(*state)
+            layer.keys, layer.values = state
+            if layer.is_sliding:
+                layer.cumulative_length = seen
+
+    def _describe(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        if self.batch_size < 0:
+            raise ValueError("cache: it has read nothing that could be saved")
+        memory = next((layer for layer in self.layers if isinstance(layer, StateCacheLayer)), None)
+        fast = None if self.fast_weights is None else self.fast_weights.layers
+        held = {name: getattr(memory, name, None) for name in COLUMNS} | {"mask": self.mask, "fast": fast}
+        described = {name: describe_state(value, name, tensors) for name, value in held.items()}
+        return {"layers": self.describe_layers(tensors), "is_ragged": self.is_ragged, **described}
+
+    def _rebuild(self, described: Mapping[str, Any], get_tensor: Callable[[str], torch.Tensor]) -> None:
+        self.rebuild_layers(described["layers"], get_tensor)
+        held = {
+            name: rebuild_state(described[name], get_tensor, _TYPES) for name in (*COLUMNS, "mask", "fast")
+        }
+        memories = [layer for layer in self.layers if isinstance(layer, StateCacheLayer)]
+        for layer in memories:
+            layer.padding = held["padding"]
+        if memories:
+            memories[0].tokens, memories[0].unread = held["tokens"], held["unread"]
+        self.mask, self.is_ragged = held["mask"], described["is_ragged"]
+        self.fast_weights = None if held["fast"] is None else FastWeights(held["fast"])
 
     def _trim(self) -> None:
         """Leave out the columns that no row has read."""
@@ -155,13 +214,6 @@ class ContinuumCache(StatefulCache, DynamicCache):
                 f"rows: {shared} share the fast weights of each of {fast.batch_size} sequences; they may "
                 f"change places among themselves only, got {rows.tolist()}"
             )
-
-
-def _device_of(layer: CacheLayerMixin) -> torch.device:
-    """Where what a layer of a cache holds lies."""
-    return (
-        next(state_tensors(layer.state)).device if isinstance(layer, StateCacheLayer) else layer.keys.device
-    )
 
 
 def _join_layers(layers: Sequence[CacheLayerMixin]) -> CacheLayerMixin:
