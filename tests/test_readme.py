@@ -116,6 +116,7 @@ ASSUMED = {
     "docs/model.md": [],
     "docs/optimisers.md": [before_optimisers],
     "docs/sequence_parallelism.md": [],
+    "docs/state.md": [],
     "docs/training.md": [before_measuring],
 }
 

@@ -77,12 +77,8 @@ class StatefulGeneration:
 
     def _generate_on(self, ids: torch.Tensor, layer: StateCacheLayer, *args, **kwargs):
         """:meth:`generate` with new tokens."""
-        mask = kwargs.get("attention_mask")
-        if not self.counts_tokens and layer.padding is not None:
-            raise ValueError(
-                f"attention_mask: the cache has read padding; expected the mask of all {layer.seen} columns "
-                f"before and the {ids.shape[1]} given"
-            )
+        mask, cache = kwargs.get("attention_mask"), kwargs[CACHE_NAME]
+        past = getattr(cache, "mask", None)
         mask, unread = torch.ones_like(ids) if mask is None else mask, 0
         if layer.unread is not None:
             last, real = (x.to(ids.device, ids.dtype) for x in layer.unread)
@@ -91,8 +87,8 @@ class StatefulGeneration:
                 torch.cat([real.to(mask.dtype), mask], 1),
                 last.shape[1],
             )
-        kwargs["attention_mask"] = torch.cat([mask.new_ones(len(ids), layer.seen), mask], 1)
-        cache = kwargs[CACHE_NAME]
+        past = mask.new_ones(len(ids), layer.seen) if past is None else past.to(mask)
+        kwargs["attention_mask"] = torch.cat([past, mask], 1)
         cache.goes_on_after = layer.seen
         try:
             found = _generate(self, ids, *args, **kwargs)

@@ -6,11 +6,13 @@ thread may run the model meanwhile.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def copy_module(module: nn.Module) -> nn.Module:
@@ -106,3 +108,29 @@ def device_of(module: nn.Module) -> torch.device | None:
 def input_device(model: nn.Module) -> torch.device | None:
     """Where a language model takes its tokens."""
     return device_of(model.get_input_embeddings()) or device_of(model)
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """All weights by name, quantised ones as what they stand for."""
+    weights = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if callable(getattr(module, "weight", None)):  # a quantised module of torch, which has no parameters
+            weights[f"{name}.weight"] = module.weight()
+    for name, weight in weights.items():
+        if hasattr(weight, "quant_state"):  # bitsandbytes packs its 4 bits anew when it is called
+            yield name, torch.empty(0)
+            continue
+        quantised = weight.is_quantized or is_traceable_wrapper_subclass(weight)
+        yield name, (weight.dequantize() if quantised else weight).detach()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A digest of every value of all weights, with names, shapes and dtypes: equal on every device.
+
+    Of weights that bitsandbytes has packed in 4 bits the names alone count.
+    """
+    digest = hashlib.sha256()
+    for name, weight in named_weights(model):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

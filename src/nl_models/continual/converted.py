@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +9,6 @@ import torch
 from torch import nn
 
 from nl_models.continual.fast_parameters import Context, FastParameter, FastParameters, ModelOutput
-from nl_models.hope.cache_hope import STATE_TYPES
-from nl_models.layers.state import describe_state, rebuild_state
 from nl_models.layers.state_cache import StateCacheLayer
 from nl_models.module_views import device_of, dtype_of
 from nl_models.surgery import ContinuumCache, FastWeights, LayerFastWeights
@@ -79,7 +76,7 @@ class ConvertedParameters(FastParameters):
         *,
         keep_inputs: bool = False,
     ) -> ModelOutput:
-        cache = ContinuumCache(self.model.config) if context is None else _shallow_copy(context)
+        cache = ContinuumCache(self.model.config) if context is None else context.copy()
         read: dict[tuple[int, str], torch.Tensor] | None = {} if keep_inputs else None
         output = self.model(
             input_ids=ids,
@@ -103,7 +100,7 @@ class ConvertedParameters(FastParameters):
         return self.model.generate(ids, cache=cache, **options)
 
     def detach(self, context: Context) -> Context:
-        cache = _shallow_copy(context)
+        cache = context.copy()
         for layer in cache.layers:
             if isinstance(layer, StateCacheLayer):
                 layer.map(_plain)
@@ -113,33 +110,13 @@ class ConvertedParameters(FastParameters):
 
     def describe_context(self, context: Context) -> tuple[Any, dict[str, torch.Tensor]]:
         tensors: dict[str, torch.Tensor] = {}
-        description = []
-        for index, layer in enumerate(context.layers):
-            memory = isinstance(layer, StateCacheLayer)
-            state = layer.state if memory else (layer.keys, layer.values)
-            description.append([layer.get_seq_length(), describe_state(state, str(index), tensors)])
-        return description, tensors
+        return context.describe_layers(tensors), tensors
 
     def rebuild_context(self, description: Any, tensors: Mapping[str, torch.Tensor]) -> Context:
         cache = ContinuumCache(self.model.config)
-        for layer, (seen, described) in zip(cache.layers, description, strict=True):
-            state = rebuild_state(described, tensors.__getitem__, STATE_TYPES)
-            if isinstance(layer, StateCacheLayer):
-                layer.commit(state, seen)
-                continue
-            layer.lazy_initialization(*state)
-            layer.keys, layer.values = state
-            if layer.is_sliding:
-                layer.cumulative_length = seen
+        cache.rebuild_layers(description, tensors.__getitem__)
         return cache
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous()
-
-
-def _shallow_copy(cache: ContinuumCache) -> ContinuumCache:
-    """Another cache with the same tensors, which its updates replace and do not modify."""
-    copied = copy.copy(cache)
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    return copied

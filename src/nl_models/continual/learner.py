@@ -21,6 +21,7 @@ from nl_models.continual.report import LearningReport
 from nl_models.continual.rules import StepRule, rules_of_levels
 from nl_models.continual.stream import StreamState, advance, begin_context, token_losses
 from nl_models.hope import HopeForCausalLM
+from nl_models.layers.state import row_indices
 from nl_models.module_views import device_of, dtype_of, in_evaluation
 from nl_models.surgery import FastWeights
 from nl_models.surgery.modules import ContinuumCausalLM
@@ -286,18 +287,82 @@ class ContinuumLearner:
             raise RuntimeError("rollback: nothing was learned since the last rollback, load or start")
         self.state, self._before = self._before, None
 
-    def fork(self) -> ContinuumLearner:
-        """Another learner that stands where this one stands and shares the model; they learn on apart."""
+    def reset(self, rows: torch.Tensor | Sequence[int] | None = None) -> None:
+        """Forget what was learned: all, and the text too; or of the sequences ``rows``, which read on.
+
+        Args:
+            rows: indices, or bool ``[B]``. They go on in the text where they are.
+
+        Raises:
+            ValueError: no such rows.
+        """
+        if rows is None:
+            self._before, self.state = self.state, StreamState(changes=self.parameters.zeros(self.batch_size))
+            return
+        kept = torch.ones(self.batch_size, 1, 1)
+        kept[row_indices(rows, self.batch_size)] = 0
+        self._before, self.state = self.state, self.state.map(lambda tensor: tensor * kept.to(tensor))
+
+    def fork(self, rows: torch.Tensor | Sequence[int] | None = None) -> ContinuumLearner:
+        """Another learner that stands where this one stands and shares the model; they learn on apart.
+
+        Args:
+            rows: of which sequences, in that order: indices, or bool ``[B]``; ``None``: of all.
+
+        Raises:
+            ValueError: no such rows.
+        """
+        # Nothing in a state is ever changed in place.
+        if rows is None:
+            return self._like(self.batch_size, self.rules, replace(self.state))
+        rows = row_indices(rows, self.batch_size)
+        rules = [
+            replace(rule, rate=rule.rate[rows.to(rule.rate.device)]) if rule.has_rates else rule
+            for rule in self.rules
+        ]
+        return self._like(len(rows), rules, self.state.select(rows))
+
+    @staticmethod
+    def join(learners: Sequence[ContinuumLearner]) -> ContinuumLearner:
+        """The sequences of several learners on one model in one, in order; they read on side by side.
+
+        Raises:
+            ValueError: other models, rules or options, or places in their chunks.
+        """
+        first = learners[0]
+        slowest = first.chunk_sizes[-1]
+        for other in learners:
+            differ = [
+                n for n, v in first._options().items() if n != "batch_size" and other._options()[n] != v
+            ]
+            if other.model is not first.model or differ:
+                raise ValueError(f"learners: of different {differ[0] if differ else 'models'}")
+            rates = [[None if r.has_rates else float(r.rate) for r in x.rules] for x in (first, other)]
+            if rates[0] != rates[1] or None in rates[0]:
+                raise ValueError("learners: with different rates, or rates for each sequence")
+            places = [
+                (x.learned % slowest, x.context_tokens, None if x.waiting is None else x.waiting.shape[1])
+                for x in (first.state, other.state)
+            ]
+            if places[0] != places[1]:
+                raise ValueError(
+                    "learners: at different places (tokens of a chunk, of the context, and that wait: "
+                    f"{places[0]} and {places[1]}); let them read equally many tokens, or serve their "
+                    "fast_weights() side by side"
+                )
+        states = [learner.state for learner in learners]
+        return first._like(sum(x.batch_size for x in learners), first.rules, StreamState.join(states))
+
+    def _like(self, batch_size: int, rules: Sequence[StepRule], state: StreamState) -> ContinuumLearner:
         other = ContinuumLearner(
             self.model,
-            self.rules,
+            rules,
             nested=self.parameters.nested,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             context_length=self.context_length,
             tokenizer=self.tokenizer,
         )
-        # Nothing in a state is ever changed in place.
-        other.state = replace(self.state)
+        other.state = state
         return other
 
     def compare(self, other: ContinuumLearner) -> list[LevelDistance]:

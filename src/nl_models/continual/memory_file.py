@@ -16,12 +16,11 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nl_models.continual.fast_parameters import FastParameters
-from nl_models.continual.stream import StreamState
+from nl_models.continual.stream import GROUPS, StreamState
 from nl_models.files import write_bytes
 
 FORMAT = "nl_models.ContinuumLearner.2"
 _SAMPLES = 16
-_GROUPS = ("changes", "gradients", "grams", "momenta")
 _COUNTERS = ("learned", "read", "documents", "context_tokens")
 
 
@@ -33,7 +32,7 @@ def pack(
     state: StreamState, model: FastParameters, options: Mapping[str, Any], fingerprint: str
 ) -> dict[str, Any]:
     """The state as ``{"header": JSON, "tensors": by name}``."""
-    tensors = {f"{group}/{name}": t for group in _GROUPS for name, t in getattr(state, group).items()}
+    tensors = {f"{group}/{name}": t for group in GROUPS for name, t in getattr(state, group).items()}
     description = None
     if state.context is not None:
         description, context = model.describe_context(state.context)
@@ -84,7 +83,7 @@ def unpack(
                 )
         if header["config"] != fingerprint:
             raise MemoryFileError(f"{source}: was learned with another model, or other values of its weights")
-        groups: dict[str, dict[str, torch.Tensor]] = {name: {} for name in (*_GROUPS, "context")}
+        groups: dict[str, dict[str, torch.Tensor]] = {name: {} for name in (*GROUPS, "context")}
         waiting = tensors.pop("waiting", None)
         for name, tensor in tensors.items():
             group, rest = name.split("/", 1)

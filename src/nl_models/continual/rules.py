@@ -64,6 +64,11 @@ class StepRule:
         """Whether the level ever changes."""
         return isinstance(self.rate, torch.Tensor) or self.rate > 0
 
+    @property
+    def has_rates(self) -> bool:
+        """Whether every sequence has a rate of its own."""
+        return isinstance(self.rate, torch.Tensor) and self.rate.numel() > 1
+
     def rates(self) -> float | torch.Tensor:
         """η as a factor of ``[B, out, in]``."""
         return self.rate.view(-1, 1, 1) if isinstance(self.rate, torch.Tensor) else self.rate

@@ -5,7 +5,7 @@ Pure functions of a :class:`StreamState`, first order or with the graph of every
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -17,6 +17,9 @@ from nl_models.continual.fast_parameters import Context, FastParameter, FastPara
 from nl_models.continual.rules import StepRule
 
 Tensors = dict[str, torch.Tensor]
+
+GROUPS = ("changes", "gradients", "grams", "momenta")
+"""What of a state is learned: tensors by name, with the streams as their first dimension."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,44 @@ class StreamState:
     context: Context = None
     context_tokens: int = 0
     waiting: torch.Tensor | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> StreamState:
+        """``function`` of every tensor that is learned; the context stays."""
+        groups = {name: {n: function(t) for n, t in getattr(self, name).items()} for name in GROUPS}
+        return replace(self, **groups)
+
+    def select(self, rows: torch.Tensor) -> StreamState:
+        """The streams ``rows [N]`` alone."""
+        chosen = self.map(lambda t: t.index_select(0, rows.to(t.device)))
+        waiting = self.waiting
+        return replace(
+            chosen,
+            context=None if self.context is None else self.context.select(rows),
+            waiting=None if waiting is None else waiting.index_select(0, rows.to(waiting.device)),
+        )
+
+    @staticmethod
+    def join(states: Sequence[StreamState]) -> StreamState:
+        """The streams of several states side by side, which stand at the same place in every chunk."""
+        first, groups = states[0], {}
+        for group in GROUPS:
+            names = dict.fromkeys(name for state in states for name in getattr(state, group))
+            groups[group] = {
+                # A momentum that there is not yet is zero.
+                name: torch.cat(
+                    [getattr(s, group).get(name, torch.zeros_like(s.changes[name])) for s in states]
+                )
+                if group == "momenta"
+                else torch.cat([getattr(state, group)[name] for state in states])
+                for name in names
+            }
+        context, waiting = first.context, first.waiting
+        return replace(
+            first,
+            **groups,
+            context=None if context is None else type(context).join([state.context for state in states]),
+            waiting=None if waiting is None else torch.cat([state.waiting for state in states]),
+        )
 
 
 class Piece(NamedTuple):

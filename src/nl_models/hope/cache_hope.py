@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 from transformers.cache_utils import Cache
 
-from nl_models.files import write_bytes
-from nl_models.layers.state import LAYER_STATES, State, describe_state, rebuild_state, state_tensors
-from nl_models.layers.state_cache import StateCacheLayer
+from nl_models.layers.state import LAYER_STATES, State, describe_state, rebuild_state
+from nl_models.layers.state_cache import COLUMNS, StateCacheLayer
+from nl_models.stateful_cache import StatefulCache
 
 if TYPE_CHECKING:
     from nl_models.hope.configuration_hope import HopeConfig
-
-FILE_FORMAT = "nl_models.HopeCache.1"
-COLUMNS = ("padding", "tokens", "unread")
-"""What the first layer of a cache knows of the columns that all have read."""
 
 
 class BlockState(NamedTuple):
@@ -43,7 +35,7 @@ STATE_TYPES = {**LAYER_STATES, "BlockState": BlockState}
 """The named tuples that a saved cache may hold, by name."""
 
 
-class HopeCache(Cache):
+class HopeCache(StatefulCache, Cache):
     """The states of all blocks of a :class:`HopeModel`, for one batch of conversations.
 
     Its size does not grow with the context, but for the keys and values of attention layers. Fast weights and
@@ -52,6 +44,8 @@ class HopeCache(Cache):
     Args:
         config: of the model that will use it; a model refuses the cache of another config.
     """
+
+    file_format = "nl_models.HopeCache.1"
 
     def __init__(self, config: HopeConfig):
         super().__init__(layers=[StateCacheLayer() for _ in range(config.num_hidden_layers)])
@@ -69,10 +63,12 @@ class HopeCache(Cache):
     @property
     def batch_size(self) -> int:
         """Number of sequences, or -1 before the first token."""
-        state = self.layers[0].state
-        if state is None:
-            return -1
-        return next(state_tensors(state)).shape[0]
+        return self.layers[0].batch_size
+
+    def _join(self, caches: Sequence[HopeCache]) -> None:
+        if len({cache.fingerprint for cache in caches}) > 1:
+            raise ValueError("caches: made for models of different configs")
+        self.layers = [StateCacheLayer.join(each) for each in zip(*(cache.layers for cache in caches))]
 
     def detach(self) -> HopeCache:
         """Cut the graph behind every state (in place), as truncated backpropagation does between segments."""
@@ -86,63 +82,21 @@ class HopeCache(Cache):
             layer.map(lambda t: t.to(device))
         return self
 
-    def num_bytes(self) -> int:
-        """Bytes that the states occupy."""
-        tensors = (t for layer in self.layers for t in state_tensors(layer.state))
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the cache to a safetensors file; the file appears whole or not at all."""
-        tensors: dict[str, torch.Tensor] = {}
-        structure = [describe_state(layer.state, str(i), tensors) for i, layer in enumerate(self.layers)]
+    def _describe(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         first = self.layers[0]  # all have read the same columns
-        columns = {name: describe_state(getattr(first, name), name, tensors) for name in COLUMNS}
-        metadata = {
-            "format": FILE_FORMAT,
-            "fingerprint": self.fingerprint,
-            "seen": json.dumps([layer.seen for layer in self.layers]),
-            "structure": json.dumps(structure),
-            **{name: json.dumps(description) for name, description in columns.items()},
+        return {
+            "seen": [layer.seen for layer in self.layers],
+            "structure": [
+                describe_state(layer.state, str(i), tensors) for i, layer in enumerate(self.layers)
+            ],
+            **{name: describe_state(getattr(first, name), name, tensors) for name in COLUMNS},
         }
-        write_bytes(path, safetensors.torch.save(tensors, metadata))
 
-    @classmethod
-    def load(
-        cls, path: str | os.PathLike, config: HopeConfig, device: torch.device | str = "cpu"
-    ) -> HopeCache:
-        """Read a cache that :meth:`save` wrote.
-
-        Args:
-            path: the file.
-            config: of the model that will use the cache.
-            device: where its tensors go.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, is no saved cache, or was made for another config.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"path: no such file: {path}")
-        cache = cls(config)
-        try:
-            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FILE_FORMAT:
-                    raise ValueError(f"path: {path} is no saved HopeCache")
-                if metadata["fingerprint"] != cache.fingerprint:
-                    raise ValueError(f"path: {path} was saved from a model of another config")
-                seen, structure = json.loads(metadata["seen"]), json.loads(metadata["structure"])
-                # Files of earlier versions say nothing of padding, then there is none, nor of tokens.
-                columns = {
-                    name: rebuild_state(json.loads(metadata.get(name, "null")), file.get_tensor, {})
-                    for name in COLUMNS
-                }
-                for layer, tokens, description in zip(cache.layers, seen, structure, strict=True):
-                    if description is not None:
-                        layer.commit(rebuild_state(description, file.get_tensor, STATE_TYPES), tokens)
-                        layer.padding = columns["padding"]
-                cache.layers[0].tokens, cache.layers[0].unread = columns["tokens"], columns["unread"]
-        except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"path: {path} is truncated or no saved HopeCache: {error}") from error
-        return cache
+    def _rebuild(self, described: Mapping[str, Any], get_tensor: Callable[[str], torch.Tensor]) -> None:
+        # Files of earlier versions say nothing of padding, then there is none, nor of tokens.
+        columns = {name: rebuild_state(described.get(name), get_tensor, {}) for name in COLUMNS}
+        for layer, seen, state in zip(self.layers, described["seen"], described["structure"], strict=True):
+            if state is not None:
+                layer.commit(rebuild_state(state, get_tensor, STATE_TYPES), seen)
+                layer.padding = columns["padding"]
+        self.layers[0].tokens, self.layers[0].unread = columns["tokens"], columns["unread"]

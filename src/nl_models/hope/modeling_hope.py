@@ -248,7 +248,7 @@ class HopeModel(HopePreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = hidden_states.shape
         past = cache.get_seq_length() if cache is not None else 0
-        if past and cache.batch_size != B:
+        if cache is not None and cache.batch_size not in (-1, B):
             raise ValueError(f"cache: holds {cache.batch_size} sequences, the input has {B}")
         mask = current_mask(attention_mask, B, T, None if cache is None else cache.layers[0])
         packing = None

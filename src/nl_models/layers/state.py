@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 
 from nl_kernels import (
     ContinuumClock,
@@ -109,16 +110,57 @@ def detach_state(state: State) -> State:
     return map_state(torch.Tensor.detach, state)
 
 
+def row_indices(rows: torch.Tensor | Sequence[int], batch_size: int) -> torch.Tensor:
+    """``rows`` as indices ``[N]``, from 0: given as such, or as bool ``[batch_size]``.
+
+    Raises:
+        ValueError: no such rows, or none.
+    """
+    found = torch.as_tensor(rows)
+    if found.dtype == torch.bool and found.shape == (batch_size,):
+        found = found.nonzero()[:, 0]
+    integers = not (found.is_floating_point() or found.dtype == torch.bool) and found.ndim == 1
+    if not integers or not found.numel() or int(found.min()) < 0 or int(found.max()) >= batch_size:
+        raise ValueError(
+            f"rows: expected at least one index from 0 to {batch_size - 1}, or bool [{batch_size}], "
+            f"got {rows}"
+        )
+    return found.long()
+
+
 def select_state(state: State, sequences: torch.Tensor) -> State:
-    """The states of some sequences, in their order: indices ``[N]``, with repeats, or bool ``[B]``."""
-    return map_state(lambda x: x[sequences.to(x.device)], state)
+    """The states of some sequences, in their order: indices ``[N]``, with repeats, or bool ``[B]``.
+
+    Columns of keys and values that none of them has read are left out.
+    """
+    if isinstance(state, tuple) and not isinstance(state, AttentionState):
+        parts = [select_state(part, sequences) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    chosen = map_state(lambda x: x[sequences.to(x.device)], state)
+    return _without_empty_columns(chosen) if isinstance(chosen, AttentionState) else chosen
+
+
+def _without_empty_columns(state: AttentionState) -> AttentionState:
+    if state.mask is None:
+        return state
+    start = first_column(state.mask)
+    keys, values, mask = state.keys[:, :, start:], state.values[:, :, start:], state.mask[:, start:]
+    return AttentionState(keys, values, None if bool(mask.all()) else mask, state.position)
+
+
+def first_column(mask: torch.Tensor) -> int:
+    """The first column of ``mask [B, S]`` that is real in some row, S if there is none."""
+    return int((mask.bool().any(0).long().cumsum(0) == 0).sum())
 
 
 def join_states(states: Sequence[State]) -> State:
     """The states of several batches as those of one, as when sequences join a batch.
 
+    They may have read unequally much: keys and values of fewer tokens get columns before them that are masked
+    out, and fewer tokens that wait in a continuum level's chunk are filled up.
+
     Raises:
-        ValueError: states of different layers, or of continuum levels at different places in their chunks.
+        ValueError: states of different layers.
     """
     first = states[0]
     if any(type(state) is not type(first) for state in states):
@@ -128,11 +170,38 @@ def join_states(states: Sequence[State]) -> State:
     if isinstance(first, torch.Tensor):
         if len({x.shape[1:] for x in states}) > 1:
             raise ValueError(f"states: of different sizes, {[tuple(x.shape) for x in states]}")
-        return torch.cat(list(states))
+        return torch.cat([x.to(first.device) for x in states])
     if len({len(state) for state in states}) > 1:
         raise ValueError("states: expected those of one layer, got tuples of different lengths")
+    if isinstance(first, AttentionState):
+        states = _equally_long(states)
+    elif isinstance(first, ContinuumLevelState):
+        longest = max(state.pending_rates.shape[1] for state in states)
+        states = [with_pending(state, longest) for state in states]
     parts = [join_states(each) for each in zip(*states)]
     return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+
+
+def _equally_long(states: Sequence[AttentionState]) -> list[AttentionState]:
+    lengths = [state.keys.shape[2] for state in states]
+    if len(set(lengths)) == 1 and all(state.mask is None for state in states):
+        return list(states)
+    filled = []
+    for (keys, values, mask, position), length in zip(states, lengths):
+        gap = max(lengths) - length
+        mask = torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool) if mask is None else mask
+        keys, values = F.pad(keys, (0, 0, gap, 0)), F.pad(values, (0, 0, gap, 0))
+        filled.append(AttentionState(keys, values, F.pad(mask, (gap, 0)), position))
+    return filled
+
+
+def with_pending(state: ContinuumLevelState, tokens: int) -> ContinuumLevelState:
+    """The same with room for so many tokens that wait, at least as many as there are."""
+    room = tokens - state.pending_rates.shape[1]
+    return state._replace(
+        pending_inputs=F.pad(state.pending_inputs, (0, 0, 0, room)),
+        pending_rates=F.pad(state.pending_rates, (0, room)),
+    )
 
 
 def save_state(path: str | os.PathLike, state: State) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import CacheLayerMixin
 
-from nl_models.layers.state import State, map_state
+from nl_models.layers.state import State, join_states, map_state, select_state, state_tensors
+
+COLUMNS = ("padding", "tokens", "unread")
+"""What the first layer of a cache that has a state knows of the columns that all have read."""
 
 
 def padding_digest(mask: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -81,6 +86,41 @@ class StateCacheLayer(CacheLayerMixin):
         held = (self.state, self.padding, self.tokens, self.unread)
         self.state, self.padding, self.tokens, self.unread = map_state(function, held)
 
+    @classmethod
+    def join(cls, layers: Sequence[StateCacheLayer]) -> StateCacheLayer:
+        """The rows of several layers in one; those that have seen less count as padded on the left.
+
+        Where a row that is moved so has padding of its own, no mask of the past is right any more.
+        """
+        joined, seen = cls(), max(layer.seen for layer in layers)
+        joined.state, joined.seen, joined.is_initialized = join_states([x.state for x in layers]), seen, True
+        sizes = [layer.batch_size for layer in layers]
+        if any(layer.padding is not None or layer.seen < seen for layer in layers):
+            device = next(state_tensors(joined.state)).device
+            gaps = [torch.zeros(n, seen - x.seen, dtype=torch.bool) for n, x in zip(sizes, layers)]
+            found = [padding_digest(gap.to(device)) for gap in gaps]
+            found = [g if x.padding is None else g + x.padding.to(device) for g, x in zip(found, layers)]
+            joined.padding = torch.cat(found)
+        if all(layer.tokens is not None and layer.seen == seen for layer in layers):
+            joined.tokens = join_states([layer.tokens for layer in layers])
+        if any(layer.unread is not None for layer in layers):
+            empty = torch.zeros(1, 0, dtype=torch.int64)
+            each = [x.unread or (empty.expand(n, 0),) * 2 for n, x in zip(sizes, layers)]
+            longest = max(ids.shape[1] for ids, _ in each)
+            filled = [tuple(F.pad(t, (longest - t.shape[1], 0)) for t in pair) for pair in each]
+            joined.unread = join_states(filled)
+        return joined
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, or -1 before the first token."""
+        return -1 if self.state is None else next(state_tensors(self.state)).shape[0]
+
+    def forget_columns(self) -> None:
+        """What has been seen counts as not seen, as after padding alone."""
+        self.batch_select_indices(torch.arange(self.batch_size))
+        self.seen, self.padding, self.tokens, self.unread = 0, None, None, None
+
     def reset(self) -> None:
         self.state = self.padding = self.tokens = self.unread = None
         self.seen, self.is_initialized = 0, False
@@ -89,7 +129,8 @@ class StateCacheLayer(CacheLayerMixin):
         self.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.map(lambda t: t[indices.to(t.device)])
+        held = (self.state, self.padding, self.tokens, self.unread)
+        self.state, self.padding, self.tokens, self.unread = select_state(held, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.map(lambda t: t.repeat_interleave(repeats, dim=0))

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from nl_models.layers.state import join_states, row_indices
+
 
 class LayerFastWeights(NamedTuple):
     """What is added to the weights of the first n hidden units of one MLP, for each of B sequences.
@@ -54,6 +56,28 @@ class FastWeights:
     def select(self, rows: torch.Tensor) -> FastWeights:
         """The sequences ``rows`` (int64, any number of times)."""
         return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+    def remove(self, rows: torch.Tensor | Sequence[int]) -> FastWeights:
+        """The sequences that are not among ``rows``: indices, or bool ``[B]``."""
+        left = torch.ones(self.batch_size, dtype=torch.bool)
+        left[row_indices(rows, self.batch_size)] = False
+        return self.select(row_indices(left, self.batch_size))
+
+    def reset(self, rows: torch.Tensor | Sequence[int]) -> FastWeights:
+        """The same with the sequences ``rows`` at the model's own weights."""
+        kept = torch.ones(self.batch_size, 1, 1)
+        kept[row_indices(rows, self.batch_size)] = 0
+        return self.map(lambda tensor: tensor * kept.to(tensor))
+
+    @staticmethod
+    def join(weights: Sequence[FastWeights]) -> FastWeights:
+        """The sequences of several in one, in order, as when users join a batch.
+
+        Raises:
+            ValueError: of different models.
+        """
+        layers = [join_states(each) for each in zip(*(w.layers for w in weights), strict=True)]
+        return FastWeights(layers)
 
     def check_batch(self, batch_size: int) -> None:
         """Raise ``ValueError`` unless ``batch_size`` rows can be served (see :func:`fast_product`)."""

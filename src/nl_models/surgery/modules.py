@@ -174,6 +174,11 @@ class ContinuumBackbone(OwnClasses):
         if fast_weights is not None:
             self._check(fast_weights, inputs)
             kwargs["fast_weights"] = fast_weights
+        whole = cache.whole_mask(attention_mask, inputs) if isinstance(cache, ContinuumCache) else None
+        if whole is not None and cache.is_ragged:
+            attention_mask = whole
+            if kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = (whole.long().cumsum(1) - 1).clamp_min(0)[:, -inputs.shape[1] :]
         bounds = self._packed_bounds(inputs, attention_mask, cache, use_cache, kwargs)
         if bounds is not None:
             use_cache, attention_mask = False, None  # with either, the family would not look at the positions
@@ -190,6 +195,8 @@ class ContinuumBackbone(OwnClasses):
             wants_cache = self.config.use_cache if use_cache is None else use_cache
             if wants_cache and not checkpointing:
                 cache = ContinuumCache(self.config, fast_weights)
+        if whole is not None:
+            cache.mask = whole
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

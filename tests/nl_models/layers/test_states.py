@@ -76,14 +76,28 @@ def test_a_detached_state_has_no_graph(read):
     assert torch.equal(layer(x, cut)[0], layer(x, state)[0])
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_sequences_that_have_read_unequally_much_go_on_together(kind):
+    torch.manual_seed(0)
+    layer, x = LAYERS[kind]().double(), torch.randn(3, 14, 16, dtype=torch.float64)
+    whole, _ = layer(x)
+    read = [layer(x[row : row + 1, : 10 - 3 * row], output_state=True)[1] for row in range(3)]
+    new = torch.stack([x[row, 10 - 3 * row : 14 - 3 * row] for row in range(3)])
+    first, state = layer(new[:, :1], join_states(read), output_state=True)
+    rows = torch.tensor([2, 1])
+    second, _ = layer(new[rows, 1:], select_state(state, rows))
+    for row in range(3):
+        found = first[row] if row == 0 else torch.cat([first[row], second[2 - row]])
+        torch.testing.assert_close(found, whole[row, 10 - 3 * row :][: len(found)], rtol=0, atol=1e-12)
+
+
 def test_states_that_do_not_lie_together_are_refused():
-    layer, x = Attention(16, 2), torch.randn(1, 5, 16)
-    short, long = (layer(x[:, :n], output_state=True)[1] for n in (3, 5))
+    narrow, wide = (Attention(d, 2)(torch.randn(1, 5, d), output_state=True)[1] for d in (8, 16))
     with pytest.raises(ValueError, match="states: of different sizes"):
-        join_states([short, long])
-    other = Titans(16, 2, chunk_size=4)(x, output_state=True)[1]
+        join_states([narrow, wide])
+    other = Titans(16, 2, chunk_size=4)(torch.randn(1, 5, 16), output_state=True)[1]
     with pytest.raises(ValueError, match="states: expected those of one layer"):
-        join_states([short, other])
+        join_states([wide, other])
 
 
 def test_files_that_are_no_states_are_refused(tmp_path):
