@@ -31,7 +31,8 @@ from nl_models.profiling.report import describe_machine
 from nl_models.training.command_line import explained_errors, token_count
 from nl_models.training.config import TrainConfig, load_config
 from nl_models.training.console import without_progress_bars
-from nl_models.training.loop import autocast, choose_device
+from nl_models.training.distributed import choose_device
+from nl_models.training.loop import autocast
 
 _WINDOWS = 64  # of the text, unless told otherwise
 _TURN_TOKENS = 32

@@ -12,12 +12,12 @@ from rich.console import Console
 from nl_models.training import loop
 from nl_models.training.checkpoint import CheckpointError, list_checkpoints
 from nl_models.training.console import TrainingDisplay
+from nl_models.training.distributed import choose_device
 from nl_models.training.loop import (
     DivergedError,
     Outcome,
     RunError,
     StopSignal,
-    choose_device,
     continued_config,
     create_run,
     only_process,
@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_stops_the_resume(tmp_path, config, make_trainer):
     folder = tmp_path / "run"
     run(make_trainer(folder, config))
     newest = list_checkpoints(folder / "checkpoints")[-1]
-    (newest / "model.safetensors").write_bytes((newest / "model.safetensors").read_bytes()[:100])
+    (newest / "__0_0.distcp").write_bytes((newest / "__0_0.distcp").read_bytes()[:100])
     with pytest.raises(CheckpointError, match="truncated"):
         make_trainer(folder, config).resume()
 
@@ -160,6 +160,8 @@ def test_an_existing_folder_is_never_overwritten(tmp_path, config):
 def test_a_continuation_keeps_what_defines_the_result(tmp_path, config):
     create_run(tmp_path / "run", config)
     assert continued_config(tmp_path / "run", {"steps": 12, "keep_checkpoints": 9}).keep_checkpoints == 9
+    with pytest.raises(RunError, match=r"steps \(12 → 11\)"):
+        continued_config(tmp_path / "run", {"steps": 11})
     with pytest.raises(RunError, match=r"learning_rate \(0.01 → 0.5\)"):
         continued_config(tmp_path / "run", {"learning_rate": 0.5})
     with pytest.raises(RunError, match="not a training run"):
