@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import nl_models
 from nl_models.continual.learner import Tokenizer
 from nl_models.data.prepare import PreparedData, data_folder
-from nl_models.data.tokenizer import load_tokenizer
+from nl_models.data.tokenizer import ReadyTokenizer, load_tokenizer, open_tokenizer
 from nl_models.training.checkpoint import best_checkpoint, list_checkpoints, load_weights
 from nl_models.training.config import load_config
 from nl_models.training.console import without_progress_bars
@@ -70,11 +70,14 @@ def copy_weights(path: str | Path, model: PreTrainedModel, data: PreparedData) -
         opened = open_model(path)
     except ValueError as error:
         raise ValueError(f"init_from: {str(error).removeprefix('model: ')}") from error
+    tokenizer = opened.tokenizer
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = ReadyTokenizer(tokenizer)
     text = data.tokenizer.decode(data.train[:_COMPARED_TOKENS].tolist())
-    if opened.tokenizer.encode(text) != data.tokenizer.encode(text):
+    if tokenizer.encode(text) != data.tokenizer.encode(text):
         raise ValueError(
             f"init_from: {path} has another tokenizer; to begin with its weights, use its own "
-            f"(--tokenizer {opened.source if opened.source.name == 'model' else path})"
+            f"(--tokenizer FOLDER, where its tokenizer.json is)"
         )
     own, found = model.state_dict(), opened.model.state_dict()
     other = sorted(
@@ -96,7 +99,7 @@ def _from_checkpoint(run: Path, checkpoint: Path, device: torch.device | str) ->
     data = data_folder(run)
     if data is None:
         raise ValueError(f"model: {run} has no data folder, which holds the tokenizer")
-    tokenizer = load_tokenizer(data)
+    tokenizer = open_tokenizer(data)
     model = build_model(config, tokenizer.vocab_size, tokenizer.separator_id)
     load_weights(checkpoint, model)
     return OpenedModel(model.to(device).eval(), tokenizer, checkpoint)

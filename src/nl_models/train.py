@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from nl_models.data.corpus import check_folder
-from nl_models.data.prepare import PreparedData, prepare_data
+from nl_models.data.prepare import PreparedData, check_tokenizer, prepare_data
 from nl_models.evaluation.held_out import measure_held_out
 from nl_models.files import write_json
 from nl_models.open_model import copy_weights, open_model
@@ -58,6 +58,7 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
     if not resume:
         # Everything that can be refused is refused before a folder appears.
         choose_device(config.device)
+        check_tokenizer(config.tokenizer)
         hope_config(config, vocab_size=config.vocab_size, separator_id=0)
         if config.corpus is not None:
             check_folder(config.corpus)

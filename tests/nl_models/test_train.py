@@ -161,6 +161,7 @@ def test_a_level_that_windows_are_too_short_for_is_noted(chunk_size, noted, corp
         (["--corpus", "/nowhere"], "the folder /nowhere does not exist"),
         (["--learning-rate", "-1"], "learning_rate: expected a positive number"),
         (["--model", "rnn"], "model: expected one of"),
+        (["--tokenizer", "words"], "tokenizer: expected one of ('bytes', 'bpe'), or a folder"),
         (["--heads", "3"], "num_attention_heads: expected a divisor of hidden_size=16"),
         (["--model-option", "rope_thet=3"], "HopeConfig has no rope_thet"),
         (["--model-option", "rope_theta"], "expected NAME=VALUE"),

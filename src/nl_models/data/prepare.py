@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nl_models.data.corpus import Document, read_folder, read_standard_library, split_by_file
-from nl_models.data.tokenizer import TOKENIZERS, BytePairTokenizer, ByteTokenizer, load_tokenizer, train_bpe
+from nl_models.data.tokenizer import TOKENIZERS, ByteTokenizer, Tokenizer, open_tokenizer, train_bpe
 from nl_models.files import make_folder, new_directory, remove_incomplete
 
 _MANIFEST = "manifest.json"
@@ -24,8 +24,9 @@ class DataOptions:
 
     Attributes:
         corpus: folder of text files; ``None``: the running interpreter's standard library and topics.
-        tokenizer: ``"bytes"`` or ``"bpe"`` (trained on the training documents only).
-        vocab_size: ids of the BPE (ignored for bytes, which have 257).
+        tokenizer: ``"bytes"``, ``"bpe"`` (trained on the training documents only), or the folder of a ready
+            one, of this package or of transformers.
+        vocab_size: ids of a BPE to train (ignored otherwise).
         validation_fraction: share of the files held out, in (0, 1).
     """
 
@@ -34,10 +35,6 @@ class DataOptions:
     vocab_size: int = 4096
     validation_fraction: float = 0.05
 
-    def __post_init__(self) -> None:
-        if self.tokenizer not in TOKENIZERS:
-            raise ValueError(f"tokenizer: expected one of {TOKENIZERS}, got {self.tokenizer!r}")
-
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -45,7 +42,7 @@ class PreparedData:
 
     train: np.ndarray
     validation: np.ndarray
-    tokenizer: ByteTokenizer | BytePairTokenizer
+    tokenizer: Tokenizer
     description: dict[str, object]
 
 
@@ -69,11 +66,22 @@ def data_folder(run: Path) -> Path | None:
     return next((folder for folder in (run / "data", run.parent / "data") if folder.is_dir()), None)
 
 
+def check_tokenizer(name: str) -> None:
+    """Raise ``ValueError`` unless ``name`` is a kind of tokenizer or a folder that may hold one."""
+    if name not in TOKENIZERS and not Path(name).is_dir():
+        raise ValueError(
+            f"tokenizer: expected one of {TOKENIZERS}, or a folder with a ready tokenizer, got {name!r}"
+        )
+
+
 def _build(options: DataOptions, folder: Path) -> None:
+    check_tokenizer(options.tokenizer)
     documents = read_standard_library() if options.corpus is None else read_folder(options.corpus)
     split = split_by_file(documents, validation_fraction=options.validation_fraction)
-    if options.tokenizer == "bytes":
-        tokenizer: ByteTokenizer | BytePairTokenizer = ByteTokenizer()
+    if options.tokenizer not in TOKENIZERS:
+        tokenizer = open_tokenizer(options.tokenizer)
+    elif options.tokenizer == "bytes":
+        tokenizer = ByteTokenizer()
     else:
         tokenizer = train_bpe((document.text for document in split.train), vocab_size=options.vocab_size)
     make_folder(folder.parent)
@@ -95,9 +103,7 @@ def _build(options: DataOptions, folder: Path) -> None:
         (temporary / _MANIFEST).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
-def pack(
-    documents: Sequence[Document], tokenizer: ByteTokenizer | BytePairTokenizer, *, enough: int | None = None
-) -> np.ndarray:
+def pack(documents: Sequence[Document], tokenizer: Tokenizer, *, enough: int | None = None) -> np.ndarray:
     """All documents after one another, each ended by the separator; no more than it takes for ``enough``."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     separator = np.array([tokenizer.separator_id], dtype=dtype)
@@ -126,4 +132,4 @@ def _load(options: DataOptions, folder: Path) -> PreparedData:
         raise ValueError(f"{folder}: not a folder of prepared data ({error})") from error
     if made_with != asdict(options):
         raise ValueError(f"{folder}: was prepared with {made_with}, but {asdict(options)} is asked for")
-    return PreparedData(arrays["train"], arrays["validation"], load_tokenizer(folder), description)
+    return PreparedData(arrays["train"], arrays["validation"], open_tokenizer(folder), description)

@@ -33,8 +33,10 @@ class TrainConfig:
     corpus: str | None = _option(
         None, _DATA, "Folder of UTF-8 text files. Without it: Python's own library and documentation topics."
     )
-    tokenizer: str = _option("bpe", _DATA, "'bytes', or 'bpe' trained on the training files.")
-    vocab_size: int = _option(4096, _DATA, "Ids of the BPE (bytes always have 257).")
+    tokenizer: str = _option(
+        "bpe", _DATA, "'bytes', 'bpe' trained on the training files, or the folder of a ready one."
+    )
+    vocab_size: int = _option(4096, _DATA, "Ids of a BPE to train.")
     validation_fraction: float = _option(0.05, _DATA, "Share of the files held out for validation.")
 
     model: str = _option("hope", _MODEL, f"One of {', '.join(MODELS)}.")
@@ -148,7 +150,6 @@ class TrainConfig:
             raise ValueError(f"optimizer: expected one of {OPTIMIZERS}, got {self.optimizer!r}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision: expected 'auto', 'fp32' or 'bf16', got {self.precision!r}")
-        _ = self.data_options
 
     @property
     def data_options(self) -> DataOptions:

@@ -57,7 +57,7 @@ def test_other_options_and_damaged_folders_are_refused_and_left_alone(corpus, tm
     with pytest.raises(ValueError, match="not a folder of prepared data"):
         prepare_data(options, tmp_path / "data")
     with pytest.raises(ValueError, match="tokenizer: expected one of"):
-        DataOptions(tokenizer="words")
+        prepare_data(DataOptions(corpus=str(corpus), tokenizer="words"), tmp_path / "words")
 
 
 def test_a_failure_while_preparing_leaves_nothing(corpus, tmp_path, monkeypatch):
