@@ -60,7 +60,7 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
         choose_device(config.device)
         check_tokenizer(config.tokenizer)
         hope_config(config, vocab_size=config.vocab_size, separator_id=0)
-        if config.corpus is not None:
+        if config.corpus is not None and config.text_column is None:
             check_folder(config.corpus)
         on_first(lambda: create_run(folder, config))
     with contextlib.ExitStack() as lock:
@@ -87,7 +87,7 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
             outcome = Outcome(start, finished=True)
         else:
             on_first(lambda: _save_steps(folder, config))
-            display = TrainingDisplay(console, steps=config.steps, start=start, label=config.model)
+            display = TrainingDisplay(console, total=config.steps, start=start, label=config.model)
             with StopSignal() as stop:
                 outcome = trainer.run(display, stop)
         if outcome.finished and rank() == 0:

@@ -31,14 +31,14 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nl_models.files import new_directory, remove_incomplete, write_json
 from nl_models.training.carried import CarriedStates
 from nl_models.training.distributed import grouped, on_first
 
 _FORMAT = "nl-models-checkpoint-2"
-_FORMAT_0_1 = "nl-models-checkpoint-1"  # safetensors of one process
+_FORMAT_0_1 = "nl-models-checkpoint-1"  # model.safetensors and optimizer.safetensors, by one process
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -118,36 +118,34 @@ def load_checkpoint(
     """
     path = Path(path)
     on_first(lambda: _check_files(path))
-    state, saved = _read_state(path), _saved_tensors(path)
+    structure, saved = _read_state(path).get("carried"), _saved_tensors(path)
     targets = _checked_targets(path, model, saved)
     parameters = dict(model.named_parameters())
     moments: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
-    for key, about in saved.items():
+    for key, (size, dtype) in saved.items():
         if not key.startswith("optimizer/"):
             continue
         name, kind = key.removeprefix("optimizer/").rsplit("/", 1)
         if name not in parameters:
             raise CheckpointError(f"checkpoint {path}: optimiser state of the unknown parameter {name}")
         parameter = parameters[name]
-        sharded = isinstance(parameter, DTensor) and about.size == parameter.shape
-        options = {"dtype": about.properties.dtype, "device": parameter.device}
         # Fused AdamW keeps its step counts on the device of the parameter; M3 takes its own back to the host.
-        place = (
-            torch.empty_like(parameter.detach(), **options) if sharded else torch.empty(about.size, **options)
-        )
+        options = {"dtype": dtype, "device": parameter.device}
+        sharded = isinstance(parameter, DTensor) and size == parameter.shape
+        place = torch.empty_like(parameter.detach(), **options) if sharded else torch.empty(size, **options)
         targets[key] = moments.setdefault(parameter, {})[kind] = place
     if carried is not None:
-        if state["carried"] is None:
+        if structure is None:
             raise CheckpointError(f"checkpoint {path}: holds no carried states")
-        own = {key: about for key, about in saved.items() if carried.owns(key)}
-        places = {key: torch.empty(about.size, dtype=about.properties.dtype) for key, about in own.items()}
-        targets |= places
-    with torch.no_grad():
-        _run_dcp(dcp.load, targets, path)
+        own = {
+            key: torch.empty(size, dtype=dtype) for key, (size, dtype) in saved.items() if carried.owns(key)
+        }
+        targets |= own
+    _load_tensors(targets, path)
     optimizer.state.update(moments)
     if carried is not None:
-        carried.restore(state["carried"], places)
-    return Progress(state["step"], state["validation_loss"])
+        carried.restore(structure, own)
+    return Progress(_read_state(path)["step"], validation_loss(path))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -158,15 +156,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """
     path = Path(path)
     _check_files(path)
-    if _read_state(path)["format"] == _FORMAT_0_1:
-        tensors, targets = load_file(path / "model.safetensors"), _model_tensors(model)
-        _check_same_tensors(path, targets, {name: (x.shape, x.dtype) for name, x in tensors.items()})
-        with torch.no_grad():
-            for name, target in targets.items():
-                target.copy_(tensors[name])
-        return
-    with torch.no_grad():
-        _run_dcp(dcp.load, _checked_targets(path, model, _saved_tensors(path)), path, no_dist=True)
+    _load_tensors(_checked_targets(path, model, _saved_tensors(path)), path, no_dist=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -243,14 +233,33 @@ def _check_files(path: Path) -> None:
             raise CheckpointError(f"checkpoint {path}: the content of {name} was altered (SHA-256 differs)")
 
 
-def _saved_tensors(path: Path) -> dict[str, Any]:
-    """What DCP says of every tensor."""
+def _saved_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The shape and dtype of every tensor in a checkpoint."""
     if _read_state(path)["format"] == _FORMAT_0_1:
-        raise CheckpointError(
-            f"checkpoint {path}: of version 0.1, whose runs are not continued; begin a new one from its "
-            f"weights with --init-from {path}"
-        )
-    return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        return {key: (value.shape, value.dtype) for key, value in _tensors_0_1(path).items()}
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {key: (about.size, about.properties.dtype) for key, about in saved.items()}
+
+
+def _load_tensors(targets: dict[str, torch.Tensor], path: Path, no_dist: bool = False) -> None:
+    """Fill the tensors, which may be sharded, in place."""
+    with torch.no_grad():
+        if _read_state(path)["format"] == _FORMAT:
+            _run_dcp(dcp.load, targets, path, no_dist)
+            return
+        found = _tensors_0_1(path)
+        for key, target in targets.items():
+            value = found[key].to(target.device)
+            if isinstance(target, DTensor):
+                value = distribute_tensor(value, target.device_mesh, target.placements)
+            target.copy_(value)
+
+
+def _tensors_0_1(path: Path) -> dict[str, torch.Tensor]:
+    kinds = ("model", "optimizer")
+    return {
+        f"{kind}/{name}": x for kind in kinds for name, x in load_file(path / f"{kind}.safetensors").items()
+    }
 
 
 def _fingerprint(path: Path) -> dict[str, object]:
@@ -270,29 +279,23 @@ def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in tensors.items()}
 
 
-def _checked_targets(path: Path, model: nn.Module, saved: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _checked_targets(
+    path: Path, model: nn.Module, saved: dict[str, tuple[torch.Size, torch.dtype]]
+) -> dict[str, torch.Tensor]:
     """The tensors of ``model`` by their names in a checkpoint, which has all of them and no others."""
-    targets = _model_tensors(model)
-    found = {
-        key.removeprefix("model/"): (about.size, about.properties.dtype)
-        for key, about in saved.items()
-        if key.startswith("model/")
-    }
-    _check_same_tensors(path, targets, found)
-    return {f"model/{name}": target for name, target in targets.items()}
-
-
-def _check_same_tensors(path: Path, targets: dict[str, torch.Tensor], found: dict[str, tuple]) -> None:
-    missing, unknown = sorted(targets.keys() - found.keys()), sorted(found.keys() - targets.keys())
+    targets = {f"model/{name}": target for name, target in _model_tensors(model).items()}
+    found = {key for key in saved if key.startswith("model/")}
+    missing, unknown = sorted(targets.keys() - found), sorted(found - targets.keys())
     if missing or unknown:
         raise CheckpointError(
             f"checkpoint {path}: of another model (lacks {missing[:3] or 'nothing'}, "
             f"has besides {unknown[:3] or 'nothing'})"
         )
-    for name, target in targets.items():
-        size, dtype = found[name]
+    for key, target in targets.items():
+        size, dtype = saved[key]
         if size != target.shape or dtype != target.dtype:
             raise CheckpointError(
-                f"checkpoint {path}: {name} is {dtype} {tuple(size)}, "
+                f"checkpoint {path}: {key} is {dtype} {tuple(size)}, "
                 f"the model has {target.dtype} {tuple(target.shape)}"
             )
+    return targets

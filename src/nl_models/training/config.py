@@ -33,6 +33,12 @@ class TrainConfig:
     corpus: str | None = _option(
         None, _DATA, "Folder of UTF-8 text files. Without it: Python's own library and documentation topics."
     )
+    text_column: str | None = _option(
+        None,
+        _DATA,
+        "Column with the text where the corpus is a dataset that Hugging Face datasets reads, as a stream: a "
+        "folder of parquet, JSON-lines or CSV files, or a name on the Hub.",
+    )
     tokenizer: str = _option(
         "bpe", _DATA, "'bytes', 'bpe' trained on the training files, or the folder of a ready one."
     )
@@ -144,6 +150,8 @@ class TrainConfig:
             raise ValueError(
                 f"warmup_steps: expected fewer than steps = {self.steps}, got {self.warmup_steps}"
             )
+        if self.text_column is not None and self.corpus is None:
+            raise ValueError("text_column: expected together with corpus, the dataset that has the column")
         if self.model not in MODELS:
             raise ValueError(f"model: expected one of {MODELS}, got {self.model!r}")
         if self.optimizer not in OPTIMIZERS:
@@ -155,6 +163,7 @@ class TrainConfig:
     def data_options(self) -> DataOptions:
         return DataOptions(
             corpus=self.corpus,
+            text_column=self.text_column,
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
             validation_fraction=self.validation_fraction,

@@ -51,7 +51,7 @@ def make(folder, config):
 
 def run(trainer, stop=None):
     console = Console(file=io.StringIO())
-    trainer.run(TrainingDisplay(console, steps=trainer.config.steps, start=trainer.step, label="x"), stop)
+    trainer.run(TrainingDisplay(console, total=trainer.config.steps, start=trainer.step, label="x"), stop)
 
 
 def losses(folder, kind="train"):

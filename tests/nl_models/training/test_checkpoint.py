@@ -111,7 +111,6 @@ def test_foreign_folders_are_refused(saved, tmp_path):
         ("[]", "damaged or foreign"),
         (json.dumps({**state, "format": "other"}), "format 'other'"),
         (json.dumps({"format": state["format"], "step": 3}), "damaged or foreign"),
-        (json.dumps({**state, "format": "nl-models-checkpoint-1", "files": {}}), "version 0.1.*--init-from"),
     ):
         (path / "state.json").write_text(content)
         with pytest.raises(CheckpointError, match=message):
@@ -139,17 +138,33 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert best_checkpoint(tmp_path).name == "step-00000002"
 
 
-def test_weights_of_version_0_1_are_read(tmp_path):
-    model, _ = trained()
-    save_file(
-        {name: p.detach() for name, p in model.named_parameters()} | {"count": model.count},
-        tmp_path / "model.safetensors",
-    )
-    files = {"model.safetensors": module._fingerprint(tmp_path / "model.safetensors")}
-    state = {"format": "nl-models-checkpoint-1", "step": 3, "validation_loss": None, "files": files}
+def test_a_checkpoint_of_version_0_1_is_read(tmp_path):
+    model, optimizer = trained()
+    parts = {
+        "model": {**dict(model.named_parameters()), "count": model.count},
+        "optimizer": {
+            f"{name}/{kind}": value
+            for name, p in model.named_parameters()
+            for kind, value in optimizer.state[p].items()
+        },
+        "random": {"cpu": torch.get_rng_state()},
+    }
+    files = [f"{part}.safetensors" for part in parts]
+    for file, tensors in zip(files, parts.values()):
+        save_file({name: value.detach() for name, value in tensors.items()}, tmp_path / file)
+    about = {file: module._fingerprint(tmp_path / file) for file in files}
+    state = {"format": "nl-models-checkpoint-1", "step": 3, "validation_loss": 1.5, "files": about}
     (tmp_path / "state.json").write_text(json.dumps(state))
-    other, _ = trained(seed=1)
-    load_weights(tmp_path, other)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    other, other_optimizer = trained(seed=1)
+    assert load_checkpoint(tmp_path, other, other_optimizer) == Progress(3, 1.5)
+    weights, _ = trained(seed=2)
+    load_weights(tmp_path, weights)
+    for found in (other, weights):
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.state_dict().values(), found.state_dict().values())
+        )
+    for a, b in zip(model.parameters(), other.parameters()):
+        for kind, value in optimizer.state[a].items():
+            assert torch.equal(value, other_optimizer.state[b][kind]), kind
     with pytest.raises(CheckpointError, match=r"the model has torch.float32 \(5, 5\)"):
         load_weights(tmp_path, Tied(5))

@@ -30,7 +30,7 @@ TIMING = "tokens_per_second"
 
 def run(trainer, stop=None):
     console = Console(file=io.StringIO())
-    return trainer.run(TrainingDisplay(console, steps=12, start=trainer.step, label="x"), stop)
+    return trainer.run(TrainingDisplay(console, total=12, start=trainer.step, label="x"), stop)
 
 
 def curve(folder):
