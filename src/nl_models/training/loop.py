@@ -419,12 +419,15 @@ class Trainer:
         target = self.folder / "model"
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=whole)  # by all processes together
+        every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        tied = every - {name for name, _ in self.model.named_parameters()}
 
         def write() -> None:
             shutil.rmtree(target, ignore_errors=True)
             with new_directory(target) as temporary:
                 with without_progress_bars():
-                    self.model.save_pretrained(temporary, state_dict=weights)
+                    once = {name: value for name, value in weights.items() if name not in tied}
+                    self.model.save_pretrained(temporary, state_dict=once)
                 self.tokenizer.save(temporary)
 
         on_first(write)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,19 +41,24 @@ def sharing(corpus):
 
 
 class StopAt:
-    """Stands for a signal that only the last process receives."""
+    """A signal that only the last process receives."""
 
-    def __init__(self, step, trainer):
-        self.step, self.trainer = step, trainer
+    def __init__(self, step, trainer, number):
+        self.step, self.trainer, self.number = step, trainer, number
 
     @property
     def received(self):
         last = dist.get_world_size() - 1 if dist.is_initialized() else 0
-        return signal.SIGTERM if self.trainer.step == self.step and rank() == last else None
+        if self.trainer.step != self.step or rank() != last:
+            return None
+        if self.number == signal.SIGKILL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.number
 
 
-def train(folder, config, stop_at=None):
+def train(folder, config, stop_at=None, number=signal.SIGTERM):
     resumed = folder.exists()
+    on_first(lambda: None)  # all have looked
     on_first(lambda: resumed or create_run(folder, config))
     on_first(lambda: prepare_data(config.data_options, folder / "data"))
     data = prepare_data(config.data_options, folder / "data")
@@ -60,7 +66,7 @@ def train(folder, config, stop_at=None):
     if resumed:
         trainer.resume()
     display = TrainingDisplay(Console(file=io.StringIO()), total=config.steps, start=trainer.step, label="x")
-    return trainer.run(display, StopAt(stop_at, trainer))
+    return trainer.run(display, StopAt(stop_at, trainer, number))
 
 
 def work(number, processes, file, calls):
@@ -75,7 +81,7 @@ def work(number, processes, file, calls):
 
 
 def on(processes, tmp_path, *calls):
-    file = tmp_path / f"rendezvous-{processes}"
+    file = tempfile.mktemp(dir=tmp_path)
     start(work, processes, processes, file, calls)
 
 
@@ -109,55 +115,37 @@ def test_one_two_and_four_processes_continue_each_others_runs(sharing, tmp_path)
         assert (tmp_path / kind / "model" / "model.safetensors").stat().st_size == weights
 
 
-# The command, in which process 1 kills itself before step 6.
-DYING = """
-import os, signal, typer
-from nl_models import train
-from nl_models.training import loop
-rate = loop.learning_rate_at
-def dying(step, config):
-    if os.environ["RANK"] == "1" and step == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rate(step, config)
-loop.learning_rate_at = dying
-typer.run(train.main)
-"""
+@pytest.mark.slow
+def test_a_killed_process_of_two_loses_nothing_behind_the_checkpoint(sharing, tmp_path):
+    train(tmp_path / "one", sharing)
+    ends = (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)
+    with pytest.raises(ends, match="SIGKILL|Connection"):  # of the killed one, or of the one that it left
+        on(2, tmp_path, (tmp_path / "killed", sharing, 5, signal.SIGKILL))
+    checkpoints = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").glob("step-*"))
+    assert checkpoints[-1] == "step-00000004"
+    on(2, tmp_path, (tmp_path / "killed", sharing))
+    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 @pytest.mark.slow
-def test_a_killed_process_of_two_loses_nothing_behind_the_checkpoint(corpus, tmp_path):
-    (tmp_path / "dying.py").write_text(DYING)
+def test_the_command_under_torchrun(corpus, tmp_path):
     options = [
         "--corpus", corpus, "--tokenizer", "bytes", "--model", "titans", "--hidden-size", "16",
-        "--layers", "1", "--heads", "2", "--batch-size", "2", "--sequence-length", "16",
-        "--steps", "9", "--warmup-steps", "2", "--evaluate-every", "4",
-        "--checkpoint-every", "5", "--position-length", "32", "--device", "cpu",
+        "--layers", "1", "--heads", "2", "--sequence-length", "16", "--steps", "3", "--warmup-steps", "1",
+        "--position-length", "32", "--device", "cpu",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
 
-    def call(*command):
-        return subprocess.run(
-            [sys.executable, "-m", *map(str, command)], env=environment, capture_output=True, text=True
-        )
+    def call(*arguments):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*launch, "-m", "nl_models.train", *options, *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
-    launch = ("torch.distributed.run", "--standalone", "--nproc-per-node")
-    killed = call(*launch, 2, tmp_path / "dying.py", "--output", tmp_path / "run", *options)
-    assert killed.returncode != 0
-    assert "SIGKILL" in killed.stderr
-    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))] == [
-        "step-00000004",
-        "step-00000005",
-    ]
-    resumed = call(*launch, 2, "-m", "nl_models.train", "--output", tmp_path / "run", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("(continued after step 5)") == 1  # one of them speaks
+    done = call("--output", tmp_path / "run", "--batch-size", 2, "--fsdp")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3/3  validation") == 1  # one of them speaks
     assert (tmp_path / "run" / "position.json").is_file()
-    alone = call("nl_models.train", "--output", tmp_path / "alone", *options)
-    assert alone.returncode == 0, alone.stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
-    refused = call(
-        *launch, 2, "-m", "nl_models.train", "--output", tmp_path / "odd", *options, "--batch-size", 3
-    )
+    refused = call("--output", tmp_path / "odd", "--batch-size", 3)
     assert refused.returncode != 0
     assert "batch_size: expected a multiple of the 2 processes" in " ".join(refused.stderr.split())
     assert not (tmp_path / "odd").exists()
