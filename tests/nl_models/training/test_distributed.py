@@ -119,7 +119,7 @@ def test_one_two_and_four_processes_continue_each_others_runs(sharing, tmp_path)
 def test_a_killed_process_of_two_loses_nothing_behind_the_checkpoint(sharing, tmp_path):
     train(tmp_path / "one", sharing)
     ends = (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)
-    with pytest.raises(ends, match="SIGKILL|Connection"):  # of the killed one, or of the one that it left
+    with pytest.raises(ends, match=r"SIGKILL|Connection"):  # of the killed one, or of the one that it left
         on(2, tmp_path, (tmp_path / "killed", sharing, 5, signal.SIGKILL))
     checkpoints = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").glob("step-*"))
     assert checkpoints[-1] == "step-00000004"
