@@ -96,7 +96,7 @@ def _run(study: Study, path: Path, only: list[str] | None, models: list[str] | N
 def _perform(study: Study, run: Run) -> dict:
     label = f"{run.task} {run.model} seed {run.seed}"
     steps = study.training["steps"]
-    with TrainingDisplay(console, steps=steps, start=0, label=label) as display:
+    with TrainingDisplay(console, total=steps, start=0, label=label) as display:
         return perform(
             study, run, lambda step, loss, tokens: display.step(step, loss=loss, tokens_per_step=tokens)
         )

@@ -21,7 +21,7 @@ from nl_models.files import new_directory
 from nl_models.open_model import open_model
 from nl_models.surgery import convert_attention, convert_mlp_to_continuum
 from nl_models.training.command_line import explained_errors
-from nl_models.training.loop import choose_device
+from nl_models.training.distributed import choose_device
 
 app = typer.Typer(
     name="nl",

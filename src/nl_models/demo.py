@@ -27,7 +27,8 @@ from nl_models.training.baseline import attention_baseline, parameter_count
 from nl_models.training.command_line import explained_errors, fail
 from nl_models.training.config import TrainConfig
 from nl_models.training.console import duration, without_progress_bars
-from nl_models.training.loop import DivergedError, choose_device
+from nl_models.training.distributed import choose_device
+from nl_models.training.loop import DivergedError
 from nl_models.training.metrics import read_metrics
 from nl_models.training.model import hope_config
 from nl_models.training.plots import plot_losses

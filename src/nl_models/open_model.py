@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import nl_models
 from nl_models.continual.learner import Tokenizer
-from nl_models.data.prepare import data_folder
-from nl_models.data.tokenizer import load_tokenizer
+from nl_models.data.prepare import PreparedData, data_folder
+from nl_models.data.tokenizer import ReadyTokenizer, load_tokenizer, open_tokenizer
 from nl_models.training.checkpoint import best_checkpoint, list_checkpoints, load_weights
 from nl_models.training.config import load_config
 from nl_models.training.console import without_progress_bars
 from nl_models.training.model import build_model
+
+_COMPARED_TOKENS = 1000
 
 
 class OpenedModel(NamedTuple):
@@ -58,6 +60,38 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedMo
     return OpenedModel(model, _tokenizer_of(path), path)
 
 
+def copy_weights(path: str | Path, model: PreTrainedModel, data: PreparedData) -> None:
+    """Put the weights of what :func:`open_model` opens into ``model``, which is to read ``data``.
+
+    Raises:
+        ValueError: there is no such model, or one of other sizes or with another tokenizer.
+    """
+    try:
+        opened = open_model(path)
+    except ValueError as error:
+        raise ValueError(f"init_from: {str(error).removeprefix('model: ')}") from error
+    tokenizer = opened.tokenizer
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = ReadyTokenizer(tokenizer)
+    text = data.tokenizer.decode(data.train[:_COMPARED_TOKENS].tolist())
+    if tokenizer.encode(text) != data.tokenizer.encode(text):
+        raise ValueError(
+            f"init_from: {path} has another tokenizer; to begin with its weights, use its own "
+            f"(--tokenizer FOLDER, where its tokenizer.json is)"
+        )
+    own, found = model.state_dict(), opened.model.state_dict()
+    other = sorted(
+        name for name in own.keys() | found.keys() if name not in own or name not in found
+        or own[name].shape != found[name].shape
+    )  # fmt: skip
+    if other:
+        raise ValueError(
+            f"init_from: {path} has a model of other sizes: {len(other)} tensors differ, first {other[0]}; "
+            "give this run the same model options"
+        )
+    model.load_state_dict(found)
+
+
 def _from_checkpoint(run: Path, checkpoint: Path, device: torch.device | str) -> OpenedModel:
     if not (run / "config.json").is_file():
         raise ValueError(f"model: the checkpoint {checkpoint} is not in the folder of a training run")
@@ -65,7 +99,7 @@ def _from_checkpoint(run: Path, checkpoint: Path, device: torch.device | str) ->
     data = data_folder(run)
     if data is None:
         raise ValueError(f"model: {run} has no data folder, which holds the tokenizer")
-    tokenizer = load_tokenizer(data)
+    tokenizer = open_tokenizer(data)
     model = build_model(config, tokenizer.vocab_size, tokenizer.separator_id)
     load_weights(checkpoint, model)
     return OpenedModel(model.to(device).eval(), tokenizer, checkpoint)

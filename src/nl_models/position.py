@@ -14,7 +14,7 @@ from rich.console import Console
 from nl_kernels.checks import check_positive_int
 from nl_models.data.corpus import read_folder
 from nl_models.data.prepare import data_folder, pack, prepare_data
-from nl_models.data.tokenizer import Tokenizer, load_tokenizer
+from nl_models.data.tokenizer import Tokenizer, open_tokenizer
 from nl_models.evaluation.generation import check_sampling, conversation_by_turn, generation_by_position
 from nl_models.evaluation.position import loss_by_position
 from nl_models.evaluation.report import (
@@ -31,7 +31,8 @@ from nl_models.profiling.report import describe_machine
 from nl_models.training.command_line import explained_errors, token_count
 from nl_models.training.config import TrainConfig, load_config
 from nl_models.training.console import without_progress_bars
-from nl_models.training.loop import autocast, choose_device
+from nl_models.training.distributed import choose_device
+from nl_models.training.loop import autocast
 
 _WINDOWS = 64  # of the text, unless told otherwise
 _TURN_TOKENS = 32
@@ -161,7 +162,7 @@ def _open_run(folder: Path, device: torch.device) -> _Run:
         )
     with without_progress_bars():
         model = HopeForCausalLM.from_pretrained(folder / "model").to(device)
-    return _Run(folder, config, model, load_tokenizer(folder / "model"))
+    return _Run(folder, config, model, open_tokenizer(folder / "model"))
 
 
 def _read_text(run: _Run, folder: Path | None, window: int, length: int | None) -> tuple[np.ndarray, str]:

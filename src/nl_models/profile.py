@@ -19,7 +19,7 @@ from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.training.baseline import attention_baseline, parameter_count
 from nl_models.training.command_line import explained_errors, token_count
 from nl_models.training.config import TrainConfig
-from nl_models.training.loop import choose_device
+from nl_models.training.distributed import choose_device
 from nl_models.training.model import hope_config
 
 _DEFAULT = ProfileSettings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import shutil
 from pathlib import Path
@@ -12,24 +13,27 @@ import typer
 from rich.console import Console
 
 from nl_models.data.corpus import check_folder
-from nl_models.data.prepare import prepare_data
+from nl_models.data.prepare import PreparedData, check_tokenizer, prepare_data
 from nl_models.evaluation.held_out import measure_held_out
+from nl_models.files import write_json
+from nl_models.open_model import copy_weights, open_model
 from nl_models.training.checkpoint import best_checkpoint
 from nl_models.training.command_line import explained_errors, with_config_options
 from nl_models.training.config import TrainConfig, config_from_dict, read_options, typed_options
 from nl_models.training.console import TrainingDisplay
+from nl_models.training.distributed import choose_device, joined_processes, on_first, rank
 from nl_models.training.loop import (
     DivergedError,
     Outcome,
     StopSignal,
     Trainer,
     autocast,
-    choose_device,
+    check_processes,
     continued_config,
     create_run,
     only_process,
 )
-from nl_models.training.metrics import read_metrics
+from nl_models.training.metrics import read_metrics, tracker_class
 from nl_models.training.model import build_model, hope_config, levels_hardly_trained
 
 _POSITION_WINDOWS = 16
@@ -40,27 +44,39 @@ INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) -> Outcome:
     """Run or continue the training in ``folder`` and report on ``console``.
 
+    In a group of processes all call this together; the first one alone writes to the folder.
+
     Raises:
         ValueError: bad options, corpus, folder or checkpoint (the message says which).
         DivergedError: the loss is no longer finite.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    check_processes(config)
+    if config.track is not None:
+        tracker_class(config.track)
     if not resume:
         # Everything that can be refused is refused before a folder appears.
         choose_device(config.device)
+        check_tokenizer(config.tokenizer)
         hope_config(config, vocab_size=config.vocab_size, separator_id=0)
-        if config.corpus is not None:
+        if config.corpus is not None and config.text_column is None:
             check_folder(config.corpus)
-        create_run(folder, config)
-    with only_process(folder):
+        on_first(lambda: create_run(folder, config))
+    with contextlib.ExitStack() as lock:
+        on_first(lambda: lock.enter_context(only_process(folder)))
         try:
+            on_first(lambda: prepare_data(config.data_options, folder / "data"))
             data = prepare_data(config.data_options, folder / "data")
             model = build_model(config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
+            if config.init_from is not None and not resume:
+                copy_weights(config.init_from, model, data)
             trainer = Trainer(folder, config, model, data)
             start = trainer.resume() if resume else 0
         except (ValueError, OSError):
-            if not resume:  # refused after all: the folder would stand in the way of the next try
+            if (
+                not resume and rank() == 0
+            ):  # refused after all: the folder would stand in the way of the next try
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         _print_summary(console, folder, trainer, data.description, start)
@@ -70,18 +86,37 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
             )
             outcome = Outcome(start, finished=True)
         else:
-            display = TrainingDisplay(console, steps=config.steps, start=start, label=config.model)
+            on_first(lambda: _save_steps(folder, config))
+            display = TrainingDisplay(console, total=config.steps, start=start, label=config.model)
             with StopSignal() as stop:
                 outcome = trainer.run(display, stop)
-        windows = _POSITION_WINDOWS * config.sequence_length
-        length = windows if config.position_length is None else config.position_length
-        if outcome.finished and length and not (folder / "position.json").exists():
-            with autocast(config.precision, trainer.device):
-                measure_held_out(
-                    model, data.validation, folder, window=config.sequence_length, length=length,
-                    streams=_POSITION_STREAMS, console=console, name=config.model,
-                )  # fmt: skip
+        if outcome.finished and rank() == 0:
+            _measure_position(folder, config, data, console, trainer.device)
         return outcome
+
+
+def _save_steps(folder: Path, config: TrainConfig) -> None:
+    """A run that was given more steps goes on to them whenever it is continued."""
+    options = read_options(folder / "config.json")
+    steps = {"steps": config.steps, "decay_steps": config.decay_steps}
+    if {**options, **steps} != options:
+        write_json(folder / "config.json", {**options, **steps})
+        (folder / "position.json").unlink(missing_ok=True)  # of the shorter run
+
+
+def _measure_position(
+    folder: Path, config: TrainConfig, data: PreparedData, console: Console, device: torch.device
+) -> None:
+    length = config.position_length
+    length = _POSITION_WINDOWS * config.sequence_length if length is None else length
+    if not length or (folder / "position.json").exists():
+        return
+    model = open_model(folder, device).model  # in training it may lie in shards
+    with autocast(config.precision, device):
+        measure_held_out(
+            model, data.validation, folder, window=config.sequence_length, length=length,
+            streams=_POSITION_STREAMS, console=console, name=config.model,
+        )  # fmt: skip
 
 
 @with_config_options
@@ -100,7 +135,6 @@ def main(
 
     A killed run continues with --resume to the same loss curve. Ctrl-C saves a checkpoint first.
     """
-    console = Console()
     with explained_errors(DivergedError):
         options = {**(read_options(config) if config else {}), **overrides}
         source = str(config) if config else "options"
@@ -108,7 +142,9 @@ def main(
             checked = continued_config(output, typed_options(options, source=source))
         else:
             checked = config_from_dict(options, source=source)
-        outcome = train(output, checked, resume=resume, console=console)
+        with joined_processes(choose_device(checked.device)):
+            console = Console(quiet=rank() > 0)
+            outcome = train(output, checked, resume=resume, console=console)
     if outcome.finished:
         _print_results(console, output)
     else:

@@ -161,11 +161,16 @@ def test_a_level_that_windows_are_too_short_for_is_noted(chunk_size, noted, corp
         (["--corpus", "/nowhere"], "the folder /nowhere does not exist"),
         (["--learning-rate", "-1"], "learning_rate: expected a positive number"),
         (["--model", "rnn"], "model: expected one of"),
+        (["--tokenizer", "words"], "tokenizer: expected one of ('bytes', 'bpe'), or a folder"),
         (["--heads", "3"], "num_attention_heads: expected a divisor of hidden_size=16"),
         (["--model-option", "rope_thet=3"], "HopeConfig has no rope_thet"),
         (["--model-option", "rope_theta"], "expected NAME=VALUE"),
         (["--config", "/nowhere.json"], "cannot read /nowhere.json"),
         (["--resume"], "is not a training run"),
+        (["--carry-state"], "carry_state: a model with attention layers has no state"),
+        (["--fsdp"], "fsdp: needs processes to shard over"),
+        (["--track", "nothing"], "track: expected one of"),
+        (["--model", "titans", "--carry-state", "--batch-size", "5000"], "fewer than the 5,000 streams"),
         (["--sequence-length", "100000"], "are too few for windows of 100,000"),
     ],
 )
@@ -197,10 +202,59 @@ def test_options_of_a_continued_run_are_checked_with_its_own(corpus, tmp_path):
     assert call("--output", run, "--corpus", corpus, *TINY, "--steps", "4").exit_code == 0
     again = call("--output", run, "--resume", "--steps", "4", "--checkpoint-every", "2")
     assert (again.exit_code, "is complete" in again.output) == (0, True), again.output
-    longer = call("--output", run, "--resume", "--steps", "5")
-    assert longer.exit_code == 2
-    assert "steps (4 → 5)" in " ".join(longer.output.split())
-    assert "unknown option" not in longer.output
+    shorter = call("--output", run, "--resume", "--steps", "3")
+    assert shorter.exit_code == 2
+    assert "steps (4 → 3)" in " ".join(shorter.output.split())
+    assert "unknown option" not in shorter.output
+
+
+def test_a_finished_run_is_given_more_steps(corpus, tmp_path):
+    """The first steps stay as they were, the schedule too; the model is that of the last step."""
+    options = ["--corpus", corpus, *TINY, "--steps", "4", "--model-option", "rope_theta=7.0"]
+    assert call("--output", tmp_path / "run", *options).exit_code == 0
+    before, position = curve(tmp_path / "run"), (tmp_path / "run" / "position.json").read_bytes()
+    weights = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    assert call("--output", tmp_path / "run", "--resume", "--steps", "6").exit_code == 0
+    after = curve(tmp_path / "run")
+    assert after[: len(before)] == before
+    assert [r["step"] for r in after if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert {r["learning_rate"] for r in after[-3:-1]} == {before[-2]["learning_rate"]}
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() != weights
+    assert (tmp_path / "run" / "position.json").read_bytes() != position
+    planned = call("--output", tmp_path / "planned", *options, "--steps", "6", "--decay-steps", "4")
+    assert planned.exit_code == 0
+    assert [r for r in curve(tmp_path / "planned") if r["kind"] == "train"] == [
+        r for r in after if r["kind"] == "train"
+    ]
+    assert "all 6 steps are done" in " ".join(call("--output", tmp_path / "run", "--resume").output.split())
+
+
+def test_a_run_begins_with_the_weights_of_another(corpus, tmp_path):
+    options = ["--corpus", corpus, *TINY, "--position-length", "0"]
+    assert call("--output", tmp_path / "first", *options).exit_code == 0
+    second = call(
+        "--output",
+        tmp_path / "second",
+        *options,
+        "--init-from",
+        tmp_path / "first",
+        "--steps",
+        "1",
+        "--warmup-steps",
+        "0",
+    )
+    assert second.exit_code == 0, second.output
+    first_loss = curve(tmp_path / "second")[0]["loss"]
+    assert first_loss < curve(tmp_path / "first")[20]["loss"] < curve(tmp_path / "first")[0]["loss"]
+    for changed, message in (
+        (["--hidden-size", "32"], "has a model of other sizes"),
+        (["--tokenizer", "bpe", "--vocab-size", "300"], "has another tokenizer"),
+        (["--init-from", "/nowhere"], "init_from: no folder /nowhere"),
+    ):
+        refused = call("--output", tmp_path / "third", *options, "--init-from", tmp_path / "first", *changed)
+        assert refused.exit_code == 2
+        assert message in " ".join(refused.output.split())
+        assert not (tmp_path / "third").exists()
 
 
 def test_what_the_disk_refuses_is_one_line(corpus, tmp_path):

@@ -1,7 +1,7 @@
 """Text corpora, tokenizers, batches, and the associative-recall task."""
 
 from nl_models.data.associative_recall import AssociativeRecall, recall_accuracy
-from nl_models.data.batches import TrainingBatches, validation_windows
+from nl_models.data.batches import DocumentStreams, TrainingBatches, validation_windows
 from nl_models.data.corpus import CorpusError, Document, read_folder, read_standard_library, split_by_file
 from nl_models.data.prepare import DataOptions, PreparedData, prepare_data
 from nl_models.data.tokenizer import BytePairTokenizer, ByteTokenizer, load_tokenizer, train_bpe
@@ -13,6 +13,7 @@ __all__ = [
     "CorpusError",
     "DataOptions",
     "Document",
+    "DocumentStreams",
     "PreparedData",
     "TrainingBatches",
     "load_tokenizer",

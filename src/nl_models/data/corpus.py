@@ -1,4 +1,4 @@
-"""The text to learn from: a folder of text files, split by file into training and validation."""
+"""The text to learn from: a folder of text files or a dataset, split by document."""
 
 from __future__ import annotations
 
@@ -67,6 +67,46 @@ def read_folder(folder: str | Path) -> list[Document]:
     return documents
 
 
+def stream_dataset(path: str, column: str) -> Iterator[Document]:
+    """Read the rows that Hugging Face ``datasets`` finds at ``path`` one after the other, as a stream.
+
+    Args:
+        path: of ``datasets.load_dataset``: a folder of parquet, JSON-lines or CSV files, or a name on the
+            Hub; its split "train".
+        column: the one with the text. Empty rows are left out.
+
+    Raises:
+        CorpusError: ``datasets`` is not installed or cannot read it, or there is no such column of text.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise CorpusError("text_column: needs the package datasets; pip install datasets") from error
+    try:
+        rows = datasets.load_dataset(path, split="train", streaming=True)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise CorpusError(f"corpus: datasets cannot read {path} ({error})") from error
+    for number, row in enumerate(rows):
+        text = row.get(column)
+        if not isinstance(text, str | None) or column not in row:
+            raise CorpusError(f"text_column: {path} has no text in a column {column!r}; it has {sorted(row)}")
+        if text:
+            yield Document(f"row {number}", text)
+
+
+def check_fraction(validation_fraction: float) -> None:
+    """Raise ``ValueError`` unless it is inside (0, 1)."""
+    if not 0.0 < validation_fraction < 1.0:
+        raise ValueError(
+            f"validation_fraction: expected a number between 0 and 1, got {validation_fraction!r}"
+        )
+
+
+def is_held_out(name: str, validation_fraction: float) -> bool:
+    """The side of a document, which depends on its own name alone."""
+    return _place(name) < validation_fraction
+
+
 def read_standard_library() -> list[Document]:
     """Read the running interpreter's standard library (``*.py``) and its language reference topics.
 
@@ -101,17 +141,14 @@ def split_by_file(documents: Iterable[Document], *, validation_fraction: float) 
         CorpusError: fewer than two documents.
         ValueError: ``validation_fraction`` is not inside (0, 1).
     """
-    if not 0.0 < validation_fraction < 1.0:
-        raise ValueError(
-            f"validation_fraction: expected a number between 0 and 1, got {validation_fraction!r}"
-        )
+    check_fraction(validation_fraction)
     ordered = sorted(documents, key=lambda document: document.name)
     if len(ordered) < 2:
         raise CorpusError(
             f"corpus: a split by file needs at least two different text files, got {len(ordered)}"
         )
     place = {document.name: _place(document.name) for document in ordered}
-    held_out = {name for name, value in place.items() if value < validation_fraction}
+    held_out = {name for name in place if is_held_out(name, validation_fraction)}
     if not held_out:
         held_out = {min(place, key=place.__getitem__)}
     elif len(held_out) == len(ordered):

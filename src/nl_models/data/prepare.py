@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nl_models.data.corpus import Document, read_folder, read_standard_library, split_by_file
-from nl_models.data.tokenizer import TOKENIZERS, BytePairTokenizer, ByteTokenizer, load_tokenizer, train_bpe
+from nl_models.data.corpus import (
+    CorpusError,
+    Document,
+    check_fraction,
+    is_held_out,
+    read_folder,
+    read_standard_library,
+    split_by_file,
+    stream_dataset,
+)
+from nl_models.data.tokenizer import TOKENIZERS, ByteTokenizer, Tokenizer, open_tokenizer, train_bpe
 from nl_models.files import make_folder, new_directory, remove_incomplete
 
 _MANIFEST = "manifest.json"
@@ -23,20 +33,21 @@ class DataOptions:
     """What determines the token arrays.
 
     Attributes:
-        corpus: folder of text files; ``None``: the running interpreter's standard library and topics.
-        tokenizer: ``"bytes"`` or ``"bpe"`` (trained on the training documents only).
-        vocab_size: ids of the BPE (ignored for bytes, which have 257).
+        corpus: folder of text files; ``None``: the running interpreter's standard library and topics. With
+            ``text_column`` what Hugging Face ``datasets`` reads: a folder of parquet, JSON-lines or CSV
+            files, or a name on the Hub.
+        text_column: the column of such a dataset that has the text.
+        tokenizer: ``"bytes"``, ``"bpe"`` (trained on the training documents only), or the folder of a ready
+            one, of this package or of transformers.
+        vocab_size: ids of a BPE to train (ignored otherwise).
         validation_fraction: share of the files held out, in (0, 1).
     """
 
     corpus: str | None = None
+    text_column: str | None = None
     tokenizer: str = "bpe"
     vocab_size: int = 4096
     validation_fraction: float = 0.05
-
-    def __post_init__(self) -> None:
-        if self.tokenizer not in TOKENIZERS:
-            raise ValueError(f"tokenizer: expected one of {TOKENIZERS}, got {self.tokenizer!r}")
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class PreparedData:
 
     train: np.ndarray
     validation: np.ndarray
-    tokenizer: ByteTokenizer | BytePairTokenizer
+    tokenizer: Tokenizer
     description: dict[str, object]
 
 
@@ -69,46 +80,82 @@ def data_folder(run: Path) -> Path | None:
     return next((folder for folder in (run / "data", run.parent / "data") if folder.is_dir()), None)
 
 
+def check_tokenizer(name: str) -> None:
+    """Raise ``ValueError`` unless ``name`` is a kind of tokenizer or a folder that may hold one."""
+    if name not in TOKENIZERS and not Path(name).is_dir():
+        raise ValueError(
+            f"tokenizer: expected one of {TOKENIZERS}, or a folder with a ready tokenizer, got {name!r}"
+        )
+
+
 def _build(options: DataOptions, folder: Path) -> None:
-    documents = read_standard_library() if options.corpus is None else read_folder(options.corpus)
-    split = split_by_file(documents, validation_fraction=options.validation_fraction)
-    if options.tokenizer == "bytes":
-        tokenizer: ByteTokenizer | BytePairTokenizer = ByteTokenizer()
+    check_tokenizer(options.tokenizer)
+    sides = _sides(options)
+    if options.tokenizer not in TOKENIZERS:
+        tokenizer = open_tokenizer(options.tokenizer)
+    elif options.tokenizer == "bytes":
+        tokenizer = ByteTokenizer()
     else:
-        tokenizer = train_bpe((document.text for document in split.train), vocab_size=options.vocab_size)
+        tokenizer = train_bpe((document.text for document in sides["train"]()), vocab_size=options.vocab_size)
     make_folder(folder.parent)
     remove_incomplete(folder.parent)
     with new_directory(folder) as temporary:
         tokenizer.save(temporary)
         description: dict[str, object] = {"format": _FORMAT, "options": asdict(options)}
         description["vocab_size"] = tokenizer.vocab_size
-        for side in ("train", "validation"):
-            files: Sequence[Document] = getattr(split, side)
-            tokens = pack(files, tokenizer)
-            np.save(temporary / f"{side}.npy", tokens)
-            description[side] = {
-                "files": len(files),
-                "bytes": sum(len(document.text.encode()) for document in files),
-                "tokens": len(tokens),
-                "names": [document.name for document in files],
-            }
+        for side, documents in sides.items():
+            about = description[side] = {"files": 0, "bytes": 0, "tokens": 0, "names": []}
+            with (temporary / f"{side}.raw").open("wb") as raw:
+                for document, tokens in _encoded(documents(), tokenizer):
+                    raw.write(tokens.tobytes())
+                    about["files"] += 1
+                    about["bytes"] += len(document.text.encode())
+                    about["tokens"] += len(tokens)
+                    if options.text_column is None:
+                        about["names"].append(document.name)
+            if not about["files"]:
+                raise CorpusError(f"corpus: {options.corpus} leaves no document for the {side} side")
+            np.save(temporary / f"{side}.npy", np.memmap(raw.name, _dtype(tokenizer), mode="r"))
+            Path(raw.name).unlink()
         (temporary / _MANIFEST).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
-def pack(
-    documents: Sequence[Document], tokenizer: ByteTokenizer | BytePairTokenizer, *, enough: int | None = None
-) -> np.ndarray:
+def _sides(options: DataOptions) -> dict[str, Callable[[], Iterable[Document]]]:
+    """The documents of both sides, each time anew: a dataset is streamed, and never held."""
+    if options.text_column is not None:
+        check_fraction(options.validation_fraction)
+
+        def stream(held_out: bool) -> Iterator[Document]:
+            for document in stream_dataset(options.corpus, options.text_column):
+                if is_held_out(document.name, options.validation_fraction) == held_out:
+                    yield document
+
+        return {"train": lambda: stream(False), "validation": lambda: stream(True)}
+    documents = read_standard_library() if options.corpus is None else read_folder(options.corpus)
+    split = split_by_file(documents, validation_fraction=options.validation_fraction)
+    return {"train": lambda: split.train, "validation": lambda: split.validation}
+
+
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
+    """Each document with its tokens and the separator."""
+    left = iter(documents)
+    while some := list(itertools.islice(left, _AT_ONCE)):
+        for document, ids in zip(some, tokenizer.encode_batch([document.text for document in some])):
+            yield document, np.array([*ids, tokenizer.separator_id], dtype=_dtype(tokenizer))
+
+
+def _dtype(tokenizer: Tokenizer) -> type:
+    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+
+
+def pack(documents: Sequence[Document], tokenizer: Tokenizer, *, enough: int | None = None) -> np.ndarray:
     """All documents after one another, each ended by the separator; no more than it takes for ``enough``."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    separator = np.array([tokenizer.separator_id], dtype=dtype)
     pieces, count = [], 0
-    for first in range(0, len(documents), _AT_ONCE):
+    for _, tokens in _encoded(documents, tokenizer):
+        pieces.append(tokens)
+        count += len(tokens)
         if enough is not None and count >= enough:
             break
-        texts = [document.text for document in documents[first : first + _AT_ONCE]]
-        for ids in tokenizer.encode_batch(texts):
-            pieces += [np.array(ids, dtype=dtype), separator]
-            count += len(ids) + 1
     return np.concatenate(pieces)
 
 
@@ -117,7 +164,7 @@ def _load(options: DataOptions, folder: Path) -> PreparedData:
         description = json.loads((folder / _MANIFEST).read_text())
         if description["format"] != _FORMAT:
             raise ValueError(f"unknown format {description['format']!r}")
-        made_with = description["options"]
+        made_with = {"text_column": None, **description["options"]}
         arrays = {side: np.load(folder / f"{side}.npy", mmap_mode="r") for side in ("train", "validation")}
         for side, array in arrays.items():
             if array.shape != (description[side]["tokens"],):
@@ -126,4 +173,4 @@ def _load(options: DataOptions, folder: Path) -> PreparedData:
         raise ValueError(f"{folder}: not a folder of prepared data ({error})") from error
     if made_with != asdict(options):
         raise ValueError(f"{folder}: was prepared with {made_with}, but {asdict(options)} is asked for")
-    return PreparedData(arrays["train"], arrays["validation"], load_tokenizer(folder), description)
+    return PreparedData(arrays["train"], arrays["validation"], open_tokenizer(folder), description)

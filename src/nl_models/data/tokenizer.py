@@ -1,8 +1,9 @@
-"""Text to token ids and back: raw bytes, or a byte-level BPE trained on the corpus. Both are lossless."""
+"""Text to token ids and back: bytes, a BPE trained on the corpus (both lossless), or a ready tokenizer."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 TOKENIZERS = ("bytes", "bpe")
 SMALLEST_BPE = 257  # every byte and the separator
@@ -93,6 +95,46 @@ class BytePairTokenizer:
         self._inner.save(str(Path(folder, _FILE)))
 
 
+class ReadyTokenizer:
+    """A tokenizer of transformers; its end-of-text token is the separator.
+
+    Raises:
+        ValueError: it has no end-of-text token.
+    """
+
+    def __init__(self, inner: PreTrainedTokenizerBase) -> None:
+        if inner.eos_token_id is None:
+            raise ValueError("tokenizer: has no end-of-text token (eos_token), which is to end documents")
+        self._inner = inner
+        self.vocab_size = len(inner)
+        self.separator_id = inner.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        # A document that spells special tokens out is text like any other.
+        return self._inner(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._inner.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray:
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for i, token in enumerate(self._inner.convert_ids_to_tokens(range(self.vocab_size))):
+            text = self._inner.decode([i])
+            if i in self._inner.all_special_ids or token is None:
+                continue
+            if "\ufffd" in text:  # part of a character: a byte by itself, or written with one sign per byte
+                lengths[i] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token)
+            else:
+                lengths[i] = len((token.replace("▁", " ") if "▁" in token else text).encode())
+        return lengths
+
+    def save(self, folder: Path) -> None:
+        self._inner.save_pretrained(folder)
+
+
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> BytePairTokenizer:
     """Learn a byte-level BPE of at most ``vocab_size`` ids (fewer when the texts have fewer distinct pairs).
 
@@ -112,6 +154,21 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> BytePairTokenizer:
     )
     inner.train_from_iterator(texts, trainer=trainer)
     return BytePairTokenizer(inner)
+
+
+def open_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer in a folder: of this package, or any of transformers.
+
+    Raises:
+        ValueError: there is none, or it has no end-of-text token.
+    """
+    try:
+        return load_tokenizer(folder)
+    except ValueError as ours:
+        try:
+            return ReadyTokenizer(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"tokenizer: {folder} has no usable one ({ours}; {error})") from error
 
 
 def load_tokenizer(folder: str | Path) -> ByteTokenizer | BytePairTokenizer:

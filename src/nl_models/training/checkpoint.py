@@ -1,14 +1,16 @@
 """Checkpoints that are written whole or not at all and prove what they are before they are believed.
 
-A checkpoint is a folder ``step-00000100`` with
+A checkpoint is a folder ``step-00000100`` of ``torch.distributed.checkpoint``: each process writes its own
+part of
 
-* ``model.safetensors``: parameters and persistent buffers, tied weights once;
-* ``optimizer.safetensors``: the optimiser's moments and step counts, as ``<parameter name>/<kind>``;
-* ``random.safetensors``: the states of PyTorch's random generators;
-* ``state.json``: format, step, validation loss at that step if it was evaluated, and the size and SHA-256 of
-  each other file.
+* ``model/<name>``: parameters and persistent buffers, tied weights once;
+* ``optimizer/<parameter>/<kind>``: the optimiser's moments and step counts;
+* ``carried/<stream>.…``: the state that each stream carries to its next window, where a run carries it;
 
-The order of the data and the learning rate are functions of the step, so the step is all they need.
+and any number of processes reads it. ``state.json`` has the format, the step, the validation loss at that
+step if it was evaluated, the structure of a carried state, and the size and SHA-256 of each other file.
+
+The order of the data, the learning rate and random numbers are functions of the step, so it is all they need.
 """
 
 from __future__ import annotations
@@ -17,19 +19,27 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nl_models.files import new_directory, remove_incomplete
+from nl_models.files import new_directory, remove_incomplete, write_json
+from nl_models.training.carried import CarriedStates
+from nl_models.training.distributed import grouped, on_first
 
-_FORMAT = "nl-models-checkpoint-1"
+_FORMAT = "nl-models-checkpoint-2"
+_FORMAT_0_1 = "nl-models-checkpoint-1"  # model.safetensors and optimizer.safetensors, by one process
 _STATE = "state.json"
-_TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -46,73 +56,107 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    carried: CarriedStates | None = None,
 ) -> Path:
-    """Write ``folder/step-<step>``; the folder appears only when every file in it is on the disk.
+    """Write ``folder/step-<step>``, all processes together; it appears when every file in it is on the disk.
 
     A checkpoint of the same step is left as it is: training is deterministic, so it holds the same.
     """
     path = Path(folder) / f"step-{progress.step:08d}"
     if path.exists():
         return path
-    with new_directory(path) as temporary:
-        save_file(_model_tensors(model), temporary / _TENSOR_FILES[0])
-        save_file(_optimizer_tensors(model, optimizer), temporary / _TENSOR_FILES[1])
-        save_file(_random_states(), temporary / _TENSOR_FILES[2])
-        state = {
-            "format": _FORMAT,
-            "step": progress.step,
-            "validation_loss": progress.validation_loss,
-            "files": {name: _fingerprint(temporary / name) for name in _TENSOR_FILES},
-        }
-        (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+    tensors = {f"model/{name}": value for name, value in _model_tensors(model).items()}
+    tensors |= {
+        f"optimizer/{name}/{kind}": value.detach()
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+    structure = None
+    if carried is not None:
+        structure, states = carried.describe()
+        tensors |= states
+    with ExitStack() as whole:
+        places: list[Path | None] = [None]
+
+        def begin() -> None:
+            places[0] = whole.enter_context(new_directory(path))
+
+        def end() -> None:
+            state = {
+                "format": _FORMAT,
+                "step": progress.step,
+                "validation_loss": progress.validation_loss,
+                "carried": structure,
+                "files": {file.name: _fingerprint(file) for file in sorted(places[0].iterdir())},
+            }
+            write_json(places[0] / _STATE, state)
+            whole.close()
+
+        on_first(begin)
+        if grouped():
+            dist.broadcast_object_list(places)
+        _run_dcp(dcp.save, tensors, places[0])
+        on_first(end)
     return path
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore model, optimiser and random generators, in place, after checking everything.
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    carried: CarriedStates | None = None,
+) -> Progress:
+    """Restore model, optimiser and carried states, in place, after checking everything.
 
     Raises:
         CheckpointError: not a checkpoint of this package, a file is missing, truncated or altered, or the
             tensors are those of another model.
     """
     path = Path(path)
-    state = _read_state(path)
-    tensors, moments, random = (_read_tensors(path, state, name) for name in _TENSOR_FILES)
-    targets = _model_tensors(model)
-    _check_same_tensors(path, targets, tensors)
+    on_first(lambda: _check_files(path))
+    structure, saved = _read_state(path).get("carried"), _saved_tensors(path)
+    targets = _checked_targets(path, model, saved)
     parameters = dict(model.named_parameters())
-    grouped: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
-    for key, value in moments.items():
-        name, kind = key.rsplit("/", 1)
+    moments: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+    for key, (size, dtype) in saved.items():
+        if not key.startswith("optimizer/"):
+            continue
+        name, kind = key.removeprefix("optimizer/").rsplit("/", 1)
         if name not in parameters:
             raise CheckpointError(f"checkpoint {path}: optimiser state of the unknown parameter {name}")
-        grouped.setdefault(parameters[name], {})[kind] = value
-
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(tensors[name])
-    for parameter, values in grouped.items():
+        parameter = parameters[name]
         # Fused AdamW keeps its step counts on the device of the parameter; M3 takes its own back to the host.
-        optimizer.state[parameter] = {kind: value.to(parameter.device) for kind, value in values.items()}
-    torch.set_rng_state(random["cpu"])
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda:{index}" in random:
-            torch.cuda.set_rng_state(random[f"cuda:{index}"], index)
-    return Progress(state["step"], state["validation_loss"])
+        options = {"dtype": dtype, "device": parameter.device}
+        sharded = isinstance(parameter, DTensor) and size == parameter.shape
+        place = torch.empty_like(parameter.detach(), **options) if sharded else torch.empty(size, **options)
+        targets[key] = moments.setdefault(parameter, {})[kind] = place
+    if carried is not None:
+        if structure is None:
+            raise CheckpointError(f"checkpoint {path}: holds no carried states")
+        own = {
+            key: torch.empty(size, dtype=dtype) for key, (size, dtype) in saved.items() if carried.owns(key)
+        }
+        targets |= own
+    _load_tensors(targets, path)
+    optimizer.state.update(moments)
+    if carried is not None:
+        carried.restore(structure, own)
+    return Progress(_read_state(path)["step"], validation_loss(path))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Put the weights of a checkpoint into ``model``, after checking them.
+    """Put the weights of a checkpoint into ``model``, after checking them, by this process alone.
 
     Raises:
         CheckpointError: as :func:`load_checkpoint`.
     """
-    tensors, targets = _read_tensors(path, _read_state(path), _TENSOR_FILES[0]), _model_tensors(model)
-    _check_same_tensors(path, targets, tensors)
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(tensors[name])
+    path = Path(path)
+    _check_files(path)
+    _load_tensors(_checked_targets(path, model, _saved_tensors(path)), path, no_dist=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -123,9 +167,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def best_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the lowest validation loss (the oldest of equals), if any was evaluated."""
-    losses = {path: _read_state(path)["validation_loss"] for path in list_checkpoints(folder)}
+    losses = {path: validation_loss(path) for path in list_checkpoints(folder)}
     evaluated = {path: loss for path, loss in losses.items() if loss is not None}
     return min(evaluated, key=evaluated.__getitem__) if evaluated else None
+
+
+def validation_loss(path: Path) -> float | None:
+    """The loss that was measured at a checkpoint, if it was."""
+    return _read_state(path)["validation_loss"]
 
 
 def prune_checkpoints(folder: Path, *, keep: int) -> None:
@@ -141,89 +190,112 @@ def prune_checkpoints(folder: Path, *, keep: int) -> None:
             shutil.rmtree(doomed)
 
 
-def _read_state(path: Path) -> dict:
+def _run_dcp(function: Any, tensors: dict[str, torch.Tensor], path: Path, no_dist: bool = False) -> None:
+    """Save or load; what the disk refuses is the ``OSError`` that it was."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            function(tensors, checkpoint_id=path, no_dist=no_dist or not grouped())
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / _STATE).read_text())
-        if state["format"] != _FORMAT:
+        if state["format"] not in (_FORMAT, _FORMAT_0_1):
             raise CheckpointError(f"checkpoint {path}: format {state['format']!r}, expected {_FORMAT!r}")
-        if not isinstance(state["step"], int) or set(state["files"]) != set(_TENSOR_FILES):
+        if not isinstance(state["step"], int) or not all(
+            isinstance(about["bytes"], int) and about["sha256"] for about in state["files"].values()
+        ):
             raise KeyError("step, files")
         _ = state["validation_loss"]
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: no {_STATE}; not a checkpoint of nl_models") from error
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path}: {_STATE} is damaged or foreign ({error})") from error
     return state
 
 
-def _read_tensors(path: Path, state: dict, name: str) -> dict[str, torch.Tensor]:
-    if not (path / name).is_file():
-        raise CheckpointError(f"checkpoint {path}: {name} is missing")
-    expected, found = state["files"][name], _fingerprint(path / name)
-    if found["bytes"] != expected["bytes"]:
-        raise CheckpointError(
-            f"checkpoint {path}: {name} has {found['bytes']:,} bytes, "
-            f"expected {expected['bytes']:,} (truncated?)"
-        )
-    if found != expected:
-        raise CheckpointError(f"checkpoint {path}: the content of {name} was altered (SHA-256 differs)")
-    try:
-        return load_file(path / name)
-    except SafetensorError as error:
-        raise CheckpointError(f"checkpoint {path}: unreadable tensors ({error})") from error
+def _check_files(path: Path) -> None:
+    for name, expected in _read_state(path)["files"].items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"checkpoint {path}: {name} is missing")
+        found = _fingerprint(path / name)
+        if found["bytes"] != expected["bytes"]:
+            raise CheckpointError(
+                f"checkpoint {path}: {name} has {found['bytes']:,} bytes, "
+                f"expected {expected['bytes']:,} (truncated?)"
+            )
+        if found != expected:
+            raise CheckpointError(f"checkpoint {path}: the content of {name} was altered (SHA-256 differs)")
+
+
+def _saved_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The shape and dtype of every tensor in a checkpoint."""
+    if _read_state(path)["format"] == _FORMAT_0_1:
+        return {key: (value.shape, value.dtype) for key, value in _tensors_0_1(path).items()}
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {key: (about.size, about.properties.dtype) for key, about in saved.items()}
+
+
+def _load_tensors(targets: dict[str, torch.Tensor], path: Path, no_dist: bool = False) -> None:
+    """Fill the tensors, which may be sharded, in place."""
+    with torch.no_grad():
+        if _read_state(path)["format"] == _FORMAT:
+            _run_dcp(dcp.load, targets, path, no_dist)
+            return
+        found = _tensors_0_1(path)
+        for key, target in targets.items():
+            value = found[key].to(target.device)
+            if isinstance(target, DTensor):
+                value = distribute_tensor(value, target.device_mesh, target.placements)
+            target.copy_(value)
+
+
+def _tensors_0_1(path: Path) -> dict[str, torch.Tensor]:
+    kinds = ("model", "optimizer")
+    return {
+        f"{kind}/{name}": x for kind in kinds for name, x in load_file(path / f"{kind}.safetensors").items()
+    }
 
 
 def _fingerprint(path: Path) -> dict[str, object]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _digest(file) -> hashlib._Hash:
-    """``hashlib.file_digest`` for Python 3.10."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters (tied ones under their first name) and persistent buffers."""
+    state = model.state_dict()  # first: it makes FSDP2 put away what an evaluation has gathered
     tensors = dict(model.named_parameters())
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tensors |= {name: value for name, value in model.state_dict().items() if name not in every}
+    tensors |= {name: value for name, value in state.items() if name not in every}
     return {name: value.detach() for name, value in tensors.items()}
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{kind}": value.detach()
-        for name, parameter in model.named_parameters()
-        for kind, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _random_states() -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _check_same_tensors(
-    path: Path, targets: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]
-) -> None:
-    missing, unknown = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
+def _checked_targets(
+    path: Path, model: nn.Module, saved: dict[str, tuple[torch.Size, torch.dtype]]
+) -> dict[str, torch.Tensor]:
+    """The tensors of ``model`` by their names in a checkpoint, which has all of them and no others."""
+    targets = {f"model/{name}": target for name, target in _model_tensors(model).items()}
+    found = {key for key in saved if key.startswith("model/")}
+    missing, unknown = sorted(targets.keys() - found), sorted(found - targets.keys())
     if missing or unknown:
         raise CheckpointError(
             f"checkpoint {path}: of another model (lacks {missing[:3] or 'nothing'}, "
             f"has besides {unknown[:3] or 'nothing'})"
         )
-    for name, target in targets.items():
-        if tensors[name].shape != target.shape or tensors[name].dtype != target.dtype:
+    for key, target in targets.items():
+        size, dtype = saved[key]
+        if size != target.shape or dtype != target.dtype:
             raise CheckpointError(
-                f"checkpoint {path}: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, "
+                f"checkpoint {path}: {key} is {dtype} {tuple(size)}, "
                 f"the model has {target.dtype} {tuple(target.shape)}"
             )
+    return targets

@@ -33,8 +33,16 @@ class TrainConfig:
     corpus: str | None = _option(
         None, _DATA, "Folder of UTF-8 text files. Without it: Python's own library and documentation topics."
     )
-    tokenizer: str = _option("bpe", _DATA, "'bytes', or 'bpe' trained on the training files.")
-    vocab_size: int = _option(4096, _DATA, "Ids of the BPE (bytes always have 257).")
+    text_column: str | None = _option(
+        None,
+        _DATA,
+        "Column with the text where the corpus is a dataset that Hugging Face datasets reads, as a stream: a "
+        "folder of parquet, JSON-lines or CSV files, or a name on the Hub.",
+    )
+    tokenizer: str = _option(
+        "bpe", _DATA, "'bytes', 'bpe' trained on the training files, or the folder of a ready one."
+    )
+    vocab_size: int = _option(4096, _DATA, "Ids of a BPE to train.")
     validation_fraction: float = _option(0.05, _DATA, "Share of the files held out for validation.")
 
     model: str = _option("hope", _MODEL, f"One of {', '.join(MODELS)}.")
@@ -49,10 +57,20 @@ class TrainConfig:
         },
     )
 
-    steps: int = _option(1000, _OPTIMISATION, "Optimiser steps.")
-    batch_size: int = _option(8, _OPTIMISATION, "Windows in one forward pass.")
+    init_from: str | None = _option(
+        None, _MODEL, "Folder of a run, a checkpoint or a saved model whose weights to begin with."
+    )
+
+    steps: int = _option(1000, _OPTIMISATION, "Optimiser steps; a continued run may be given more.")
+    batch_size: int = _option(8, _OPTIMISATION, "Windows in one forward pass, of all processes together.")
     sequence_length: int = _option(512, _OPTIMISATION, "Tokens in a window.")
     gradient_accumulation: int = _option(1, _OPTIMISATION, "Forward passes in one optimiser step.")
+    carry_state: bool = _option(
+        False,
+        _OPTIMISATION,
+        "Read documents in order, a window a step, and carry the state from each window to the next "
+        "(truncated backpropagation through time); every row of a batch is a stream of its own.",
+    )
     optimizer: str = _option(
         "adamw",
         _OPTIMISATION,
@@ -61,6 +79,9 @@ class TrainConfig:
     learning_rate: float = _option(2e-3, _OPTIMISATION, "Peak learning rate.")
     final_learning_rate: float = _option(0.1, _OPTIMISATION, "Last learning rate, as a share of the peak.")
     warmup_steps: int = _option(100, _OPTIMISATION, "Steps of linear warm-up; a cosine follows.")
+    decay_steps: int | None = _option(
+        None, _OPTIMISATION, "Step at which the cosine ends; the last rate stays. Default: the last step."
+    )
     weight_decay: float = _option(
         0.1, _OPTIMISATION, "Decoupled decay of matrices (never of norms, biases, gates, embeddings)."
     )
@@ -83,9 +104,19 @@ class TrainConfig:
     checkpoint_every: int = _option(100, _EVALUATION, "Steps between checkpoints (also after the last step).")
     keep_checkpoints: int = _option(2, _EVALUATION, "Newest checkpoints to keep, besides the best.")
 
+    track: str | None = _option(
+        None,
+        _EVALUATION,
+        "Tracker beside metrics.jsonl, of those that accelerate knows: 'tensorboard', 'wandb', ….",
+    )
+
     device: str = _option("auto", _EXECUTION, "'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")
     precision: str = _option(
         "auto", _EXECUTION, "'fp32' or 'bf16' (autocast); 'auto': bf16 on CUDA, fp32 elsewhere."
+    )
+    compile: bool = _option(False, _EXECUTION, "Run the model under torch.compile.")
+    fsdp: bool = _option(
+        False, _EXECUTION, "Shard weights and optimiser over the processes (FSDP2); DDP without it."
     )
     threads: int | None = _option(None, _EXECUTION, "CPU threads; PyTorch's choice if not given.")
 
@@ -102,8 +133,9 @@ class TrainConfig:
             )
         for name in ("warmup_steps", "seed", "weight_decay"):
             _at_least(name, getattr(self, name), 0)
-        if self.threads is not None:
-            _at_least("threads", self.threads, 1)
+        for name in ("threads", "decay_steps"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
         for name in ("learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
@@ -118,18 +150,20 @@ class TrainConfig:
             raise ValueError(
                 f"warmup_steps: expected fewer than steps = {self.steps}, got {self.warmup_steps}"
             )
+        if self.text_column is not None and self.corpus is None:
+            raise ValueError("text_column: expected together with corpus, the dataset that has the column")
         if self.model not in MODELS:
             raise ValueError(f"model: expected one of {MODELS}, got {self.model!r}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer: expected one of {OPTIMIZERS}, got {self.optimizer!r}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision: expected 'auto', 'fp32' or 'bf16', got {self.precision!r}")
-        _ = self.data_options
 
     @property
     def data_options(self) -> DataOptions:
         return DataOptions(
             corpus=self.corpus,
+            text_column=self.text_column,
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
             validation_fraction=self.validation_fraction,
@@ -144,7 +178,10 @@ class TrainConfig:
 
 
 # What may differ between a run and its continuation, as it does not define the result.
-FREE_ON_RESUME = frozenset({"device", "threads", "checkpoint_every", "keep_checkpoints", "position_length"})
+FREE_ON_RESUME = frozenset(
+    {"device", "threads", "fsdp", "compile", "gradient_checkpointing", "track", "checkpoint_every"}
+    | {"keep_checkpoints", "position_length"}
+)
 
 
 def config_from_dict(values: object, *, source: str) -> TrainConfig:

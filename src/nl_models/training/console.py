@@ -14,80 +14,15 @@ from transformers.utils import logging as transformers_logging
 _LINE_EVERY_SECONDS = 10.0
 
 
-class TrainingDisplay:
-    """Shows loss, tokens/s and the time left.
-
-    Args:
-        console: where to; on a terminal a live bar, else one line per ten seconds.
-        steps: of the whole run.
-        start: steps done before (a resumed run).
-        label: in front of the bar or of each line.
-        bars: of several runs that are shown together (:func:`training_bars`); this run's own if not given.
-        clock: seconds; replaced in tests.
-    """
-
-    def __init__(
-        self,
-        console: Console,
-        *,
-        steps: int,
-        start: int,
-        label: str,
-        bars: Progress | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._console = console
-        self._steps = steps
-        self._first = self._step = start
-        self._label = label
-        self._clock = clock
-        self._began = self._last_line = clock()
-        self._own = training_bars(console) if bars is None else contextlib.nullcontext(bars)
-        self._bars: Progress | None = None
-
-    def __enter__(self) -> TrainingDisplay:
-        self._bars = self._own.__enter__()
-        if self._bars:
-            self._task = self._bars.add_task(self._label, total=self._steps, completed=self._first, status="")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._own.__exit__(*error)
-
-    def step(self, step: int, *, loss: float, tokens_per_step: int) -> None:
-        """Report a completed step."""
-        self._step = step
-        now = self._clock()
-        done = step - self._first
-        seconds = max(now - self._began, 1e-9)
-        rate = done * tokens_per_step / seconds
-        left = duration((self._steps - step) * seconds / done)
-        status = f"loss {loss:.3f}  {rate:,.0f} tokens/s  {left} left"  # a line has 80 columns
-        if self._bars:
-            self._bars.update(self._task, completed=step, status=status)
-        elif step == self._steps or now - self._last_line >= _LINE_EVERY_SECONDS:
-            self._last_line = now
-            self._console.print(
-                f"{self._label}  {step}/{self._steps}  {status}", highlight=False, soft_wrap=True
-            )
-
-    def validation(self, *, loss: float, bits_per_byte: float, perplexity: float) -> None:
-        """Report an evaluation."""
-        self._console.print(
-            f"{self._label}  {self._step}/{self._steps}  validation {loss:.4f}  "
-            f"{bits_per_byte:.3f} bits/byte  ppl {perplexity:.4g}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-class ReadingDisplay:
-    """Shows how much of the tokens to read has been read.
+class _Display:
+    """Shows how much is done, and the time left.
 
     Args:
         console: where to; on a terminal a live bar, else one line per ten seconds; ``None``: nothing.
-        total: tokens.
+        total: what is to be done.
         label: in front of the bar or of each line.
+        start: what was done before.
+        bars: of several runs that are shown together (:func:`training_bars`); its own if not given.
         clock: seconds; replaced in tests.
     """
 
@@ -97,38 +32,66 @@ class ReadingDisplay:
         *,
         total: int,
         label: str,
+        start: int = 0,
+        bars: Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console, self._total, self._label, self._clock = console, total, label, clock
-        self._done = 0
+        self._first = self._done = start
         self._began = self._last_line = clock()
-        self._own = contextlib.nullcontext() if console is None else training_bars(console)
+        given = bars is not None or console is None
+        self._own = contextlib.nullcontext(bars) if given else training_bars(console)
         self._bars: Progress | None = None
 
-    def __enter__(self) -> ReadingDisplay:
+    def __enter__(self):
         self._bars = self._own.__enter__()
         if self._bars:
-            self._task = self._bars.add_task(self._label, total=self._total, status="")
+            self._task = self._bars.add_task(self._label, total=self._total, completed=self._first, status="")
         return self
 
     def __exit__(self, *error: object) -> None:
         self._own.__exit__(*error)
 
+    def _update(self, done: int, count: str, status: Callable[[float], str], *, line: bool = False) -> None:
+        """``status`` of what is done in a second; ``line``: one now, however short ago the last was."""
+        self._done, now = done, self._clock()
+        rate = (done - self._first) / max(now - self._began, 1e-9)
+        text = f"{status(rate)}  {duration((self._total - done) / rate)} left".strip()
+        if self._bars:
+            self._bars.update(self._task, completed=done, status=text)
+        elif self._console is not None and (line or now - self._last_line >= _LINE_EVERY_SECONDS):
+            self._last_line = now
+            self._console.print(f"{self._label}  {count}  {text}", highlight=False, soft_wrap=True)
+
+
+class TrainingDisplay(_Display):
+    """Shows loss, tokens/s and the time left of a run of ``total`` steps."""
+
+    def step(self, step: int, *, loss: float, tokens_per_step: int) -> None:
+        """Report a completed step."""
+
+        def status(rate: float) -> str:
+            return f"loss {loss:.3f}  {rate * tokens_per_step:,.0f} tokens/s"  # a line has 80 columns
+
+        self._update(step, f"{step}/{self._total}", status, line=step == self._total)
+
+    def validation(self, *, loss: float, bits_per_byte: float, perplexity: float) -> None:
+        """Report an evaluation."""
+        self._console.print(
+            f"{self._label}  {self._done}/{self._total}  validation {loss:.4f}  "
+            f"{bits_per_byte:.3f} bits/byte  ppl {perplexity:.4g}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+class ReadingDisplay(_Display):
+    """Shows how much of ``total`` tokens has been read."""
+
     def advance(self, tokens: int, *, status: str = "") -> None:
         """Report that ``tokens`` more have been read."""
-        self._done += tokens
-        now = self._clock()
-        left = (self._total - self._done) * max(now - self._began, 1e-9) / self._done
-        status = f"{status}  {duration(left)} left".strip()
-        if self._bars:
-            self._bars.update(self._task, completed=self._done, status=status)
-        elif self._console is not None and now - self._last_line >= _LINE_EVERY_SECONDS:
-            self._last_line = now
-            self._console.print(
-                f"{self._label}  {self._done:,}/{self._total:,} tokens  {status}",
-                highlight=False,
-                soft_wrap=True,
-            )
+        done = self._done + tokens
+        self._update(done, f"{done:,}/{self._total:,} tokens", lambda _: status)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """The training loop: a run in a folder, that can be killed at any moment and continued to the same curve.
 
+Any number of processes train together (:mod:`nl_models.training.distributed`). They share out the windows of
+a batch, so that their number changes neither what a step computes nor its loss, but for rounding.
+
 A run's folder holds::
 
     config.json     the options
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import signal
 import time
 import warnings
@@ -23,7 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
@@ -32,20 +41,24 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from nl_models.data.batches import TrainingBatches, validation_windows
+from nl_models.data.batches import DocumentStreams, StreamBatch, TrainingBatches, validation_windows
 from nl_models.data.prepare import PreparedData
 from nl_models.files import new_directory, remove_incomplete, write_json
+from nl_models.hope import HopeCache
 from nl_models.hope.configuration_hope import current_names, name_rule
+from nl_models.training.carried import CarriedStates
 from nl_models.training.checkpoint import (
     Progress,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
+    validation_loss,
 )
 from nl_models.training.config import FREE_ON_RESUME, TrainConfig, load_config
 from nl_models.training.console import TrainingDisplay, without_progress_bars
-from nl_models.training.metrics import MetricsLog, read_metrics
+from nl_models.training.distributed import choose_device, on_first, parallel_model, rank, summed, world_size
+from nl_models.training.metrics import MetricsLog, Tracker, read_metrics
 from nl_models.training.optimizer import build_optimizer, learning_rate_at
 from nl_models.training.plots import plot_losses
 
@@ -132,6 +145,10 @@ def continued_config(folder: Path, overrides: dict[str, object]) -> TrainConfig:
     saved["model_options"] = name_rule(current_names(saved["model_options"]), older=True)
     if "model_options" in overrides:
         overrides = {**overrides, "model_options": name_rule(overrides["model_options"])}
+    if overrides.get("steps", 0) > saved["steps"]:
+        # A longer run keeps its curve: the schedule ends where it would have, and the last rate stays.
+        saved["decay_steps"] = saved["decay_steps"] or saved["steps"]
+        saved["steps"] = overrides["steps"]
     changed = sorted(
         name for name, value in overrides.items() if value != saved[name] and name not in FREE_ON_RESUME
     )
@@ -139,7 +156,7 @@ def continued_config(folder: Path, overrides: dict[str, object]) -> TrainConfig:
         listed = ", ".join(f"{name} ({saved[name]!r} → {overrides[name]!r})" for name in changed)
         raise RunError(
             f"{folder}: a continued run keeps its options, but these differ: {listed}. "
-            f"Only {', '.join(sorted(FREE_ON_RESUME))} may change"
+            f"Only {', '.join(sorted(FREE_ON_RESUME))} may change, and steps may become more"
         )
     return TrainConfig(**{**saved, **overrides})
 
@@ -165,29 +182,19 @@ def only_process(folder: Path) -> Iterator[None]:
         yield
 
 
-def choose_device(name: str) -> torch.device:
-    """``"auto"`` is CUDA when there is a device, else the CPU.
-
-    Raises:
-        ValueError: not a device, or CUDA asked for where there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {name!r} asked for, but PyTorch finds no CUDA device here; use 'cpu'")
-    return device
-
-
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """What a run computes in: bf16 where ``precision`` says so, or is ``"auto"`` on CUDA."""
     low = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
+
+
+def check_processes(config: TrainConfig) -> None:
+    """Raise ``ValueError`` where the processes that train cannot share out a batch equally."""
+    if config.batch_size % world_size():
+        raise ValueError(
+            f"batch_size: expected a multiple of the {world_size()} processes, which share its windows out, "
+            f"got {config.batch_size}"
+        )
 
 
 class Trainer:
@@ -196,25 +203,46 @@ class Trainer:
     Args:
         folder: the run (see :func:`create_run`).
         config: its options.
-        model: with ``forward(input_ids=, labels=, use_cache=)`` as in transformers; moved to the device.
+        model: with ``forward(input_ids=, labels=, use_cache=, num_items_in_batch=)`` as in transformers;
+            moved to the device. A Hope where states are carried.
         data: the tokens.
+
+    Raises:
+        ValueError: options that this model, the data or the number of processes do not allow.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, model: PreTrainedModel, data: PreparedData) -> None:
+        check_processes(config)
         self.folder = Path(folder)
         self.config = config
         self.device = choose_device(config.device)
         self.model = model.to(self.device)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.compile:
+            self.model.compile()
+        self._parallel = parallel_model(self.model, self.device, fsdp=config.fsdp)
         self.tokenizer = data.tokenizer
-        self._batches = TrainingBatches(data.train, config.sequence_length, config.batch_size, config.seed)
+        length, batch_size, parts = config.sequence_length, config.batch_size, config.gradient_accumulation
+        share = batch_size // world_size()
+        self._rows = slice(rank() * share, (rank() + 1) * share)
+        self._carried = None
+        if config.carry_state:
+            self._batches = DocumentStreams(
+                data.train, data.tokenizer.separator_id, length, batch_size, parts, config.seed
+            )
+            streams = range(batch_size * parts)
+            own = [streams[part * batch_size :][self._rows] for part in range(parts)]
+            self._carried = CarriedStates(self.model, own)
+        else:
+            self._batches = TrainingBatches(data.train, length, batch_size, config.seed)
         self._validation = validation_windows(
-            data.validation, sequence_length=config.sequence_length, count=config.validation_windows
+            data.validation, sequence_length=length, count=config.validation_windows
         )
         # The first token of a window is given, not predicted.
         self._validation_bytes = int(data.tokenizer.token_bytes()[self._validation[:, 1:].numpy()].sum())
         self._optimizer = build_optimizer(self.model, config)
+        self._lowest = math.inf  # of the validation losses
         self.step = 0
 
     @property
@@ -231,11 +259,13 @@ class Trainer:
         Raises:
             CheckpointError: the newest checkpoint is damaged or foreign; nothing has changed then.
         """
-        remove_incomplete(self.folder)
-        remove_incomplete(self.checkpoints)
+        on_first(lambda: [remove_incomplete(folder) for folder in (self.folder, self.checkpoints)])
         checkpoints = list_checkpoints(self.checkpoints)
         if checkpoints:
-            self.step = load_checkpoint(checkpoints[-1], self.model, self._optimizer).step
+            progress = load_checkpoint(checkpoints[-1], self.model, self._optimizer, self._carried)
+            self.step = progress.step
+            losses = map(validation_loss, checkpoints)
+            self._lowest = min((loss for loss in losses if loss is not None), default=math.inf)
         return self.step
 
     def run(self, display: TrainingDisplay, stop: StopSignal | None = None) -> Outcome:
@@ -247,32 +277,34 @@ class Trainer:
         config = self.config
         stopped = False
         plotted = time.monotonic()
-        with MetricsLog(self.metrics, last_step=self.step) as log, display:
+        with contextlib.ExitStack() as stack:
+            logs = []
+            if rank() == 0:
+                logs.append(stack.enter_context(MetricsLog(self.metrics, last_step=self.step)))
+                if config.track is not None:
+                    logs.append(stack.enter_context(Tracker(config.track, self.folder)))
+            stack.enter_context(display)
             while self.step < config.steps and not stopped:
                 record = self._train_step()
-                log.write(record)
+                for log in logs:
+                    log.write(record)
                 display.step(self.step, loss=record["loss"], tokens_per_step=config.tokens_per_step)
-                stopped = stop is not None and stop.received is not None
+                stopped = any(summed(stop is not None and stop.received is not None))
                 last = self.step == config.steps
-                validation_loss = None
+                progress, improved = Progress(self.step), False
                 if last or self.step % config.evaluate_every == 0:
                     result = self.evaluate()
-                    validation_loss = result.loss
-                    improved = result.loss < min(
-                        (r["loss"] for r in read_metrics(self.metrics) if r["kind"] == "validation"),
-                        default=math.inf,
-                    )
-                    log.write({"kind": "validation", **self._position(), **vars(result)})
+                    progress, improved = Progress(self.step, result.loss), result.loss < self._lowest
+                    self._lowest = min(self._lowest, result.loss)
+                    for log in logs:
+                        log.write({"kind": "validation", **self._position(), **vars(result)})
                     display.validation(**vars(result))
-                else:
-                    improved = False
                 if last or stopped or improved or self.step % config.checkpoint_every == 0:
-                    save_checkpoint(
-                        self.checkpoints, Progress(self.step, validation_loss), self.model, self._optimizer
-                    )
-                    prune_checkpoints(self.checkpoints, keep=config.keep_checkpoints)
+                    save_checkpoint(self.checkpoints, progress, self.model, self._optimizer, self._carried)
+                    on_first(lambda: prune_checkpoints(self.checkpoints, keep=config.keep_checkpoints))
                 if last or stopped or time.monotonic() - plotted > _PLOT_EVERY_SECONDS:
-                    self._plot()
+                    if rank() == 0:
+                        self._plot()
                     plotted = time.monotonic()
         finished = self.step >= config.steps
         if finished:
@@ -282,15 +314,18 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Loss on the fixed validation windows, with a fresh state for each window."""
         self.model.eval()
-        total, targets = 0.0, 0
+        total = 0.0
         with torch.no_grad():
             for rows in self._validation.split(self.config.batch_size):
-                rows = rows.to(self.device)
-                count = rows.shape[0] * (rows.shape[1] - 1)
-                total += self._loss(rows).item() * count
-                targets += count
+                share = -(-len(rows) // world_size())
+                own = rows[rank() * share : (rank() + 1) * share]
+                # Sharded processes run the model equally often; one without a window of its own counts none.
+                with autocast(self.config.precision, self.device):
+                    loss = self._loss(self.model, own if len(own) else rows[:1], 1).item()
+                total += loss if len(own) else 0.0
         self.model.train()
-        loss = total / targets
+        (total,) = summed(total)
+        loss = total / self._validation[:, 1:].numel()
         bits = total / math.log(2) / max(1, self._validation_bytes)
         return Evaluation(loss, bits, math.exp(min(loss, 700.0)))
 
@@ -301,15 +336,22 @@ class Trainer:
         rate = learning_rate_at(self.step, config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get("rate_share", 1.0)
+        # Random numbers, too, are a function of the step.
+        seed = np.random.SeedSequence([config.seed, self.step, rank()]).generate_state(1)
+        torch.manual_seed(int(seed[0]))
         self._optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self.device)
-        for part in range(config.gradient_accumulation):
-            rows = self._batches.batch(self.step * config.gradient_accumulation + part).to(self.device)
-            part_loss = self._loss(rows) / config.gradient_accumulation
-            part_loss.backward()
-            loss += part_loss.detach()
+        parts = range(config.gradient_accumulation)
+        batches = [self._batches.batch(self.step * len(parts) + part) for part in parts]
+        # Gradients are averaged over processes, so that each divides by its share of the targets.
+        if self._carried is None:
+            targets = sum(rows[:, 1:].numel() for rows in batches)
+        else:
+            targets = sum(int((batch.lengths - 1).sum()) for batch in batches)
+        share = targets / world_size()
+        loss = sum(self._backward(part, batch, share) for part, batch in enumerate(batches))
         norm = clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        measured, norm = loss.item(), norm.item()
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        measured = summed(loss.item())[0] / world_size()
         if not (math.isfinite(measured) and math.isfinite(norm)):
             raise DivergedError(
                 f"step {self.step + 1}: loss {measured}, gradient norm {norm}. Lower the learning rate or "
@@ -330,9 +372,42 @@ class Trainer:
     def _position(self) -> dict[str, int]:
         return {"step": self.step, "tokens": self.step * self.config.tokens_per_step}
 
-    def _loss(self, rows: torch.Tensor) -> torch.Tensor:
-        with autocast(self.config.precision, self.device):
-            return self.model(input_ids=rows, labels=rows, use_cache=False).loss
+    def _backward(self, part: int, batch: torch.Tensor | StreamBatch, targets: float) -> torch.Tensor:
+        """Add a pass's gradients; returns its share of the loss."""
+        waits = part < self.config.gradient_accumulation - 1
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(autocast(self.config.precision, self.device))
+            if waits and isinstance(self._parallel, DistributedDataParallel):
+                stack.enter_context(self._parallel.no_sync())
+            if self._carried is None:
+                loss = self._loss(self._parallel, batch[self._rows], targets)
+            else:
+                own = StreamBatch(*(x[self._rows] for x in batch))
+                mixed = bool(batch.begins.any()) and not bool(batch.begins.all())
+                cache = self._carried.before(part, own.begins.to(self.device), mixed=mixed)
+                loss = self._loss(self._parallel, own.tokens, targets, lengths=own.lengths, cache=cache)
+                self._carried.after(part, cache)
+            loss.backward()
+        return loss.detach()
+
+    def _loss(
+        self,
+        model: nn.Module,
+        tokens: torch.Tensor,
+        targets: float,
+        *,
+        lengths: torch.Tensor | None = None,
+        cache: HopeCache | None = None,
+    ) -> torch.Tensor:
+        """The summed loss of ``tokens [B, T]``, padding from ``lengths [B]`` on, divided by ``targets``."""
+        inputs = {"input_ids": tokens.to(self.device), "labels": tokens, "use_cache": cache is not None}
+        if lengths is not None and bool((lengths < tokens.shape[1]).any()):
+            real = torch.arange(tokens.shape[1]) < lengths[:, None]
+            inputs |= {"attention_mask": real.to(self.device), "labels": tokens.masked_fill(~real, -100)}
+        if cache is not None:
+            inputs["cache"] = cache
+        inputs["labels"] = inputs["labels"].to(self.device)
+        return model(**inputs, num_items_in_batch=targets).loss
 
     def _plot(self) -> None:
         plot_losses(
@@ -340,9 +415,19 @@ class Trainer:
         )
 
     def _export(self) -> None:
+        """Write the model; what an earlier end of a run that was extended has left goes away."""
         target = self.folder / "model"
-        if not target.exists():
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model, options=whole)  # by all processes together
+        every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        tied = every - {name for name, _ in self.model.named_parameters()}
+
+        def write() -> None:
+            shutil.rmtree(target, ignore_errors=True)
             with new_directory(target) as temporary:
                 with without_progress_bars():
-                    self.model.save_pretrained(temporary)
+                    once = {name: value for name, value in weights.items() if name not in tied}
+                    self.model.save_pretrained(temporary, state_dict=once)
                 self.tokenizer.save(temporary)
+
+        on_first(write)

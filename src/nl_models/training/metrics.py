@@ -36,6 +36,48 @@ class MetricsLog:
         self.close()
 
 
+class Tracker:
+    """One of accelerate's trackers, given the same records; its files, if any, are in the run's folder.
+
+    Args:
+        name: as accelerate has it: ``"tensorboard"``, ``"wandb"``, ….
+        folder: of the run, after which the tracker's project is named.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        kind = tracker_class(name)
+        self._tracker = kind("tracker", folder) if kind.requires_logging_directory else kind(folder.name)
+        self._tracker.start()
+
+    def write(self, record: dict[str, object]) -> None:
+        """Log a record's figures as ``train/loss``, ``validation/loss``, …."""
+        figures = {f"{record['kind']}/{name}": value for name, value in record.items() if name != "kind"}
+        self._tracker.log(figures, step=record["step"])
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tracker.finish()
+
+
+def tracker_class(name: str) -> type:
+    """The class of one of accelerate's trackers.
+
+    Raises:
+        ValueError: there is none of that name, or what it needs is not installed.
+    """
+    try:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    except ImportError as error:
+        raise ValueError("track: needs accelerate; pip install accelerate") from error
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise ValueError(f"track: expected one of {sorted(LOGGER_TYPE_TO_CLASS)}, got {name!r}")
+    if name not in map(str, get_available_trackers()):
+        raise ValueError(f"track: {name} is not installed; pip install {name}")
+    return LOGGER_TYPE_TO_CLASS[name]
+
+
 def read_metrics(path: Path) -> list[dict]:
     """All records of a log; a last line cut short by a kill is ignored, a missing file is empty.
 

@@ -21,7 +21,8 @@ def hope_config(config: TrainConfig, vocab_size: int, separator_id: int) -> Hope
     """The model's own config.
 
     Raises:
-        ValueError: sizes that do not fit together, or unknown ``model_options``.
+        ValueError: sizes that do not fit together, unknown ``model_options``, or states to carry of a model
+            with attention layers.
     """
     values: dict[str, object] = {
         "vocab_size": vocab_size,
@@ -38,7 +39,13 @@ def hope_config(config: TrainConfig, vocab_size: int, separator_id: int) -> Hope
     if unknown:
         names = [f"{name} (now {RENAMED[name]})" if name in RENAMED else name for name in unknown]
         raise ValueError(f"model_options: HopeConfig has no {', '.join(names)}")
-    return HopeConfig(**{**values, **config.model_options})
+    made = HopeConfig(**{**values, **config.model_options})
+    if config.carry_state and "full_attention" in made.layer_types:
+        raise ValueError(
+            "carry_state: a model with attention layers has no state of bounded size to carry; leave it out, "
+            "or choose another model"
+        )
+    return made
 
 
 def build_model(config: TrainConfig, vocab_size: int, separator_id: int) -> PreTrainedModel:

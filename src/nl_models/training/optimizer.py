@@ -81,9 +81,10 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """The rate of step number ``step`` (counted from 0): linear warm-up, then a cosine to the final share."""
+    """The rate of step number ``step`` (counted from 0): linear warm-up, a cosine, then the final share."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    decay_steps = config.decay_steps or config.steps
+    progress = (step - config.warmup_steps) / max(1, decay_steps - 1 - config.warmup_steps)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return config.learning_rate * (config.final_learning_rate + (1.0 - config.final_learning_rate) * cosine)

@@ -5,24 +5,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from nl_models.data.prepare import prepare_data
 from nl_models.processes import fork_server
 from nl_models.training.config import TrainConfig
 from nl_models.training.console import TrainingDisplay, training_bars
-from nl_models.training.loop import DivergedError, StopSignal, Trainer, create_run
+from nl_models.training.loop import StopSignal, Trainer, create_run
 from nl_models.training.model import build_model
 
-_LOOK_EVERY_SECONDS = 0.2  # for a signal
+_LOOK_EVERY_SECONDS = 0.2  # for a signal and for news
 
 
 @dataclass(frozen=True)
@@ -52,104 +51,83 @@ def train_several(jobs: Sequence[Job], *, at_once: int, console: Console) -> dic
         ValueError: a folder that is no place for a run.
     """
     context = fork_server(__name__)
-    waiting, seconds = list(jobs), {}
-    running: dict[Connection, _Running] = {}
+    news, stopping = context.SimpleQueue(), context.Event()
+    pool = ProcessPoolExecutor(at_once, context, initializer=_begin, initargs=(news, stopping))
+    waiting, running, seconds = list(jobs), {}, {}
     with StopSignal() as stop, training_bars(console) as bars:
         try:
             while running or (waiting and stop.received is None):
                 while waiting and len(running) < at_once and stop.received is None:
-                    begun = _Running.begin(context, waiting.pop(0), console, bars)
-                    running[begun.receiver] = begun
-                for receiver in wait(list(running), _LOOK_EVERY_SECONDS):
-                    if running[receiver].follow():
-                        ended = running.pop(receiver)
-                        seconds[ended.name] = ended.close()
+                    job = waiting.pop(0)
+                    display = TrainingDisplay(
+                        console, total=job.config.steps, start=0, label=job.name, bars=bars
+                    )
+                    running[pool.submit(_train, job)] = (job.name, display.__enter__())
+                done = wait(running, _LOOK_EVERY_SECONDS, FIRST_COMPLETED).done
+                displays = dict(running.values())
+                while not news.empty():
+                    name, kind, figures = news.get()
+                    getattr(displays[name], kind)(**figures)
+                for future in done:
+                    name, display = running.pop(future)
+                    display.__exit__(None, None, None)
+                    seconds[name] = _result(name, future)
                 if stop.received is not None:
-                    for run in running.values():
-                        run.stop()
+                    stopping.set()
         finally:
-            for run in running.values():
-                run.process.kill()
-                run.close()
+            stopping.set()
+            pool.shutdown()
     if stop.received is not None:
         raise KeyboardInterrupt
     return seconds
 
 
-class _Running:
-    """A job's process, and what shows it here."""
-
-    def __init__(self, name: str, process: BaseProcess, receiver: Connection, display: TrainingDisplay):
-        self.name, self.process, self.receiver, self.display = name, process, receiver, display
-        self._began = time.monotonic()
-        self._stopping = False
-
-    @classmethod
-    def begin(cls, context: ForkServerContext, job: Job, console: Console, bars: Progress | None) -> _Running:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_train, args=(job, sender), daemon=True)
-        process.start()
-        sender.close()
-        display = TrainingDisplay(console, steps=job.config.steps, start=0, label=job.name, bars=bars)
-        return cls(job.name, process, receiver, display.__enter__())
-
-    def follow(self) -> bool:
-        """Show one message; whether it was the last."""
-        try:
-            kind, content = self.receiver.recv()
-        except EOFError as error:
-            self.process.join()
-            raise RuntimeError(f"{self.name}: its process ended, status {self.process.exitcode}") from error
-        if kind == "error":
-            raise content
-        if kind != "end":
-            getattr(self.display, kind)(**content)
-        return kind == "end"
-
-    def stop(self) -> None:
-        """Ask once for the end after the present step."""
-        if not self._stopping:
-            self._stopping = True
-            self.process.terminate()
-
-    def close(self) -> float:
-        """Wait for the process; the seconds that it took."""
-        self.process.join()
-        self.receiver.close()
-        self.display.__exit__(None, None, None)
-        return time.monotonic() - self._began
+def _result(name: str, future: Future) -> float:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(f"{name}: its process, or one beside it, ended before its time") from error
 
 
-class _Sender:
-    """A :class:`TrainingDisplay` that is elsewhere."""
+def _begin(news: Any, stopping: Any) -> None:
+    """In each process, before its first job."""
+    os.setpgrp()  # a terminal's Ctrl-C is for the process that asked; it tells this one
+    _Elsewhere.news, _Elsewhere.stopping = news, stopping
 
-    def __init__(self, sender: Connection) -> None:
-        self._sender = sender
 
-    def __enter__(self) -> _Sender:
+class _Elsewhere:
+    """A :class:`TrainingDisplay` and a :class:`StopSignal` that are in the process that asked."""
+
+    news: Any
+    stopping: Any
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> _Elsewhere:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
+    @property
+    def received(self) -> bool | None:
+        return self.stopping.is_set() or None
+
     def step(self, step: int, **figures: float) -> None:
-        self._sender.send(("step", {"step": step, **figures}))
+        self.news.put((self._name, "step", {"step": step, **figures}))
 
     def validation(self, **figures: float) -> None:
-        self._sender.send(("validation", figures))
+        self.news.put((self._name, "validation", figures))
 
 
-def _train(job: Job, sender: Connection) -> None:
-    os.setpgrp()  # a terminal's Ctrl-C is for the process that asked; it tells this one
-    with StopSignal() as stop:
-        try:
-            if job.config.threads is not None:
-                torch.set_num_threads(job.config.threads)
-            data = prepare_data(job.config.data_options, job.data)
-            create_run(job.folder, job.config)
-            model = build_model(job.config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
-            Trainer(job.folder, job.config, model, data).run(_Sender(sender), stop)
-        except (ValueError, OSError, DivergedError) as error:
-            sender.send(("error", error))
-        else:
-            sender.send(("end", {}))
+def _train(job: Job) -> float:
+    began = time.monotonic()
+    if job.config.threads is not None:
+        torch.set_num_threads(job.config.threads)
+    data = prepare_data(job.config.data_options, job.data)
+    create_run(job.folder, job.config)
+    model = build_model(job.config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
+    elsewhere = _Elsewhere(job.name)
+    Trainer(job.folder, job.config, model, data).run(elsewhere, elsewhere)
+    return time.monotonic() - began

@@ -1,10 +1,13 @@
 """Preparing data: made once, whole or not at all, never mixed up with other options."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from nl_models.data import prepare
-from nl_models.data.corpus import Document
+from nl_models.data.corpus import CorpusError, Document
 from nl_models.data.prepare import DataOptions, prepare_data
 from nl_models.data.tokenizer import ByteTokenizer
 
@@ -57,11 +60,11 @@ def test_other_options_and_damaged_folders_are_refused_and_left_alone(corpus, tm
     with pytest.raises(ValueError, match="not a folder of prepared data"):
         prepare_data(options, tmp_path / "data")
     with pytest.raises(ValueError, match="tokenizer: expected one of"):
-        DataOptions(tokenizer="words")
+        prepare_data(DataOptions(corpus=str(corpus), tokenizer="words"), tmp_path / "words")
 
 
 def test_a_failure_while_preparing_leaves_nothing(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "pack", lambda *_: 1 / 0)
+    monkeypatch.setattr(prepare, "_encoded", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare_data(DataOptions(corpus=str(corpus), vocab_size=300), tmp_path / "run" / "data")
     assert list((tmp_path / "run").iterdir()) == []
@@ -76,3 +79,36 @@ def test_no_more_documents_are_encoded_than_it_takes():
     assert 300 <= len(some) < 800
     assert (some == whole[: len(some)]).all()
     assert len(prepare.pack(documents, tokenizer, enough=10_000)) == 800
+
+
+def test_a_dataset_is_streamed(tmp_path):
+    """Rows of JSON lines, split by their number; bytes, so that tokens are what is in the files."""
+    pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
+    texts = [f"text number {i}" * (i % 3) for i in range(200)]
+    (tmp_path / "rows").mkdir()
+    for part in (0, 1):
+        lines = [json.dumps({"body": text, "id": 0}) for text in texts[part * 100 : part * 100 + 100]]
+        (tmp_path / "rows" / f"{part}.jsonl").write_text("\n".join(lines))
+    options = DataOptions(
+        corpus=str(tmp_path / "rows"), text_column="body", tokenizer="bytes", validation_fraction=0.2
+    )
+    data = prepare_data(options, tmp_path / "data")
+    ends = [[i for i, t in enumerate(side.tolist()) if t == 256] for side in (data.train, data.validation)]
+    found = [
+        bytes(side[start:stop].tolist()).decode()
+        for side, stops in zip((data.train, data.validation), ends)
+        for start, stop in zip([0, *(stop + 1 for stop in stops)], stops)
+    ]
+    assert sorted(found) == sorted(text for text in texts if text)
+    assert 10 < data.description["validation"]["files"] < 50
+    assert not list((tmp_path / "data").glob("*.raw"))
+    trained = prepare_data(replace(options, tokenizer="bpe", vocab_size=300), tmp_path / "bpe")
+    assert len(trained.train) < len(data.train)
+    for changed, message in (
+        ({"text_column": "text"}, r"no text in a column 'text'; it has \['body', 'id'\]"),
+        ({"text_column": "id"}, "no text in a column 'id'"),
+        ({"corpus": str(tmp_path / "nowhere")}, "datasets cannot read"),
+    ):
+        with pytest.raises(CorpusError, match=message):
+            prepare_data(replace(options, **changed), tmp_path / "other")
+        assert not (tmp_path / "other").exists()

@@ -1,16 +1,20 @@
 """Tokenizers lose nothing, count bytes right, and survive saving."""
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from nl_models.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from nl_models.data.tokenizer import ByteTokenizer, ReadyTokenizer, load_tokenizer, open_tokenizer, train_bpe
 
 TEXTS = ["def forward(self, x):\n    return self.layer(x)\n" * 20, "Größe, 数, 🎉\tand\r\n the the the"]
 BPE = train_bpe(TEXTS, vocab_size=400)
+READY = ReadyTokenizer(PreTrainedTokenizerFast(tokenizer_object=BPE._inner, eos_token="<|document|>"))
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE, READY], ids=["bytes", "bpe", "ready"])
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 @settings(max_examples=60, deadline=None)
 def test_decoding_an_encoding_gives_the_text(tokenizer, text):
@@ -20,12 +24,36 @@ def test_decoding_an_encoding_gives_the_text(tokenizer, text):
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
-def test_the_separator_spelled_out_in_a_text_is_text():
+@pytest.mark.parametrize("tokenizer", [BPE, READY], ids=["bpe", "ready"])
+def test_the_separator_spelled_out_in_a_text_is_text(tokenizer):
     text = "before <|document|> after"
-    ids = BPE.encode(text)
-    assert BPE.separator_id not in ids
-    assert BPE.decode(ids) == text
-    assert BPE.decode([BPE.separator_id, *ids, BPE.separator_id]) == text
+    ids = tokenizer.encode(text)
+    assert tokenizer.separator_id not in ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([tokenizer.separator_id, *ids, tokenizer.separator_id]) == text
+
+
+def test_a_ready_tokenizer_comes_from_any_folder_of_transformers(tmp_path):
+    """One with signs for spaces and bytes, as sentencepiece makes them, and no byte-level alphabet."""
+    tokens = ["<s>", "</s>", "▁", "a", "é", "▁a", *(f"<0x{i:02X}>" for i in range(256))]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>").save_pretrained(
+        tmp_path
+    )
+    ready = open_tokenizer(tmp_path)
+    ids = ready.encode("a aé数")
+    assert ready.decode(ids) == "a aé数"
+    assert ids[:3] == [5, 5, 4]  # no <s> before them
+    assert ready.token_bytes()[ids].tolist() == [2, 2, 2, 1, 1, 1]
+    assert ready.token_bytes()[[0, 1]].tolist() == [0, 0]
+    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>").save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match="has no end-of-text token"):
+        open_tokenizer(tmp_path / "endless")
+    with pytest.raises(ValueError, match="has no usable one"):
+        open_tokenizer(tmp_path / "nowhere")
 
 
 def test_bpe_merges_what_is_frequent():

@@ -52,7 +52,6 @@ def test_unknown_options_are_refused_with_a_suggestion():
         ("threads", 0),
         ("keep_checkpoints", 0),
         ("model", "rnn"),
-        ("tokenizer", "words"),
         ("precision", "fp8"),
     ],
 )

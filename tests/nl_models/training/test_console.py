@@ -13,7 +13,7 @@ def test_plain_output_has_a_line_per_interval_and_one_at_the_end():
     out = io.StringIO()
     seconds = iter([0.0, 1.0, 12.0, 14.0])
     console = Console(file=out, force_terminal=False, width=40)
-    with TrainingDisplay(console, steps=6, start=3, label="hope", clock=lambda: next(seconds)) as display:
+    with TrainingDisplay(console, total=6, start=3, label="hope", clock=lambda: next(seconds)) as display:
         for step, loss in ((4, 3.0), (5, 2.5), (6, 2.0)):
             display.step(step, loss=loss, tokens_per_step=60)
         display.validation(loss=2.25, bits_per_byte=1.5, perplexity=9.49)
@@ -35,7 +35,7 @@ def test_everything_fits_80_columns(terminal):
     seconds = iter([0.0, 100.0])
     console = Console(file=out, force_terminal=terminal, width=80, color_system=None)
     with TrainingDisplay(
-        console, steps=100000, start=99998, label="hope-attention", clock=lambda: next(seconds)
+        console, total=100000, start=99998, label="hope-attention", clock=lambda: next(seconds)
     ) as display:
         display.step(99999, loss=11.25, tokens_per_step=12345600)
         display.validation(loss=1.25, bits_per_byte=10.5, perplexity=1.2e300)

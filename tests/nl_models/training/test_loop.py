@@ -8,16 +8,17 @@ import signal
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from nl_models.training import loop
 from nl_models.training.checkpoint import CheckpointError, list_checkpoints
 from nl_models.training.console import TrainingDisplay
+from nl_models.training.distributed import choose_device
 from nl_models.training.loop import (
     DivergedError,
     Outcome,
     RunError,
     StopSignal,
-    choose_device,
     continued_config,
     create_run,
     only_process,
@@ -30,7 +31,7 @@ TIMING = "tokens_per_second"
 
 def run(trainer, stop=None):
     console = Console(file=io.StringIO())
-    return trainer.run(TrainingDisplay(console, steps=12, start=trainer.step, label="x"), stop)
+    return trainer.run(TrainingDisplay(console, total=12, start=trainer.step, label="x"), stop)
 
 
 def curve(folder):
@@ -69,7 +70,7 @@ def test_a_run_learns_and_records_every_step_and_evaluation(uninterrupted, tmp_p
     # Bytes: every predicted token but the separators is one byte.
     assert validation[0]["bits_per_byte"] == pytest.approx(validation[0]["loss"] / 0.6931, rel=0.05)
     assert (tmp_path / "whole" / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    assert (tmp_path / "whole" / "model" / "model.safetensors").is_file()
+    assert "lm_head.weight" not in load_file(tmp_path / "whole" / "model" / "model.safetensors")  # tied
 
 
 @pytest.mark.parametrize("step", [1, 5, 7, 11])
@@ -141,7 +142,7 @@ def test_a_damaged_checkpoint_stops_the_resume(tmp_path, config, make_trainer):
     folder = tmp_path / "run"
     run(make_trainer(folder, config))
     newest = list_checkpoints(folder / "checkpoints")[-1]
-    (newest / "model.safetensors").write_bytes((newest / "model.safetensors").read_bytes()[:100])
+    (newest / "__0_0.distcp").write_bytes((newest / "__0_0.distcp").read_bytes()[:100])
     with pytest.raises(CheckpointError, match="truncated"):
         make_trainer(folder, config).resume()
 
@@ -160,6 +161,8 @@ def test_an_existing_folder_is_never_overwritten(tmp_path, config):
 def test_a_continuation_keeps_what_defines_the_result(tmp_path, config):
     create_run(tmp_path / "run", config)
     assert continued_config(tmp_path / "run", {"steps": 12, "keep_checkpoints": 9}).keep_checkpoints == 9
+    with pytest.raises(RunError, match=r"steps \(12 → 11\)"):
+        continued_config(tmp_path / "run", {"steps": 11})
     with pytest.raises(RunError, match=r"learning_rate \(0.01 → 0.5\)"):
         continued_config(tmp_path / "run", {"learning_rate": 0.5})
     with pytest.raises(RunError, match="not a training run"):

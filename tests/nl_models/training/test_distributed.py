@@ -1,0 +1,171 @@
+"""Several processes (gloo): they train as one does, and any number of them continues what others began."""
+
+import dataclasses
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from nl_models.data.prepare import prepare_data
+from nl_models.processes import fork_server
+from nl_models.training.config import TrainConfig
+from nl_models.training.console import TrainingDisplay
+from nl_models.training.distributed import on_first, rank
+from nl_models.training.loop import Trainer, check_processes, create_run
+from nl_models.training.metrics import read_metrics
+from nl_models.training.model import build_model
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def sharing(corpus):
+    """Five validation windows share out unevenly, and a level's chunk does not end where a window does."""
+    return TrainConfig(
+        corpus=str(corpus), tokenizer="bytes", validation_fraction=0.2, steps=6, batch_size=4,
+        sequence_length=16, gradient_accumulation=2, learning_rate=1e-2, warmup_steps=2, evaluate_every=3,
+        validation_windows=5, checkpoint_every=2, device="cpu", threads=1, seed=7, model="gated_delta_net",
+        hidden_size=16, layers=1, heads=2, carry_state=True,
+        model_options={"continuum_levels": [{"hidden_size": 8, "chunk_size": 7}]},
+    )  # fmt: skip
+
+
+class StopAt:
+    """A signal that only the last process receives."""
+
+    def __init__(self, step, trainer, number):
+        self.step, self.trainer, self.number = step, trainer, number
+
+    @property
+    def received(self):
+        last = dist.get_world_size() - 1 if dist.is_initialized() else 0
+        if self.trainer.step != self.step or rank() != last:
+            return None
+        if self.number == signal.SIGKILL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.number
+
+
+def train(folder, config, stop_at=None, number=signal.SIGTERM):
+    resumed = folder.exists()
+    on_first(lambda: None)  # all have looked
+    on_first(lambda: resumed or create_run(folder, config))
+    on_first(lambda: prepare_data(config.data_options, folder / "data"))
+    data = prepare_data(config.data_options, folder / "data")
+    trainer = Trainer(folder, config, build_model(config, 257, 256), data)
+    if resumed:
+        trainer.resume()
+    display = TrainingDisplay(Console(file=io.StringIO()), total=config.steps, start=trainer.step, label="x")
+    return trainer.run(display, StopAt(stop_at, trainer, number))
+
+
+def work(number, processes, file, calls):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=number, world_size=processes)
+    try:
+        for call in calls:
+            train(*call)
+            dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def on(processes, tmp_path, *calls):
+    file = tempfile.mktemp(dir=tmp_path)
+    start(work, processes, processes, file, calls)
+
+
+def start(function, processes, *arguments):
+    fork_server("nl_models.training.loop", "nl_models.training.model")  # one import for all
+    torch.multiprocessing.start_processes(function, arguments, processes, start_method="forkserver")
+
+
+def losses(folder):
+    return [r["loss"] for r in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_continue_each_others_runs(sharing, tmp_path):
+    sharded = dataclasses.replace(sharing, fsdp=True)
+    train(tmp_path / "one", sharing)
+    whole = losses(tmp_path / "one")
+    assert len(whole) == 8
+    assert whole[-1] < whole[0]
+    # Two processes stop in the middle, by a signal to one of them.
+    on(2, tmp_path, (tmp_path / "ddp", sharing, 3), (tmp_path / "fsdp", sharded, 3))
+    for kind in ("ddp", "fsdp"):
+        assert [r["step"] for r in read_metrics(tmp_path / kind / "metrics.jsonl")][-1] == 3
+        shutil.copytree(tmp_path / kind, tmp_path / f"{kind}-on-four")
+        train(tmp_path / kind, sharing)  # the one here
+        assert losses(tmp_path / kind) == pytest.approx(whole, rel=1e-4)
+    on(4, tmp_path, (tmp_path / "ddp-on-four", sharded), (tmp_path / "fsdp-on-four", sharing))
+    weights = (tmp_path / "one" / "model" / "model.safetensors").stat().st_size
+    for kind in ("ddp-on-four", "fsdp-on-four"):
+        assert losses(tmp_path / kind) == pytest.approx(whole, rel=1e-4)
+        assert (tmp_path / kind / "model" / "model.safetensors").stat().st_size == weights
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_two_loses_nothing_behind_the_checkpoint(sharing, tmp_path):
+    train(tmp_path / "one", sharing)
+    ends = (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)
+    with pytest.raises(ends, match=r"SIGKILL|Connection"):  # of the killed one, or of the one that it left
+        on(2, tmp_path, (tmp_path / "killed", sharing, 5, signal.SIGKILL))
+    checkpoints = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").glob("step-*"))
+    assert checkpoints[-1] == "step-00000004"
+    on(2, tmp_path, (tmp_path / "killed", sharing))
+    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(corpus, tmp_path):
+    options = [
+        "--corpus", corpus, "--tokenizer", "bytes", "--model", "titans", "--hidden-size", "16",
+        "--layers", "1", "--heads", "2", "--sequence-length", "16", "--steps", "3", "--warmup-steps", "1",
+        "--position-length", "32", "--device", "cpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+
+    def call(*arguments):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*launch, "-m", "nl_models.train", *options, *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = call("--output", tmp_path / "run", "--batch-size", 2, "--fsdp")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3/3  validation") == 1  # one of them speaks
+    assert (tmp_path / "run" / "position.json").is_file()
+    refused = call("--output", tmp_path / "odd", "--batch-size", 3)
+    assert refused.returncode != 0
+    assert "batch_size: expected a multiple of the 2 processes" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "odd").exists()
+
+
+def test_an_error_of_the_first_process_is_raised_by_all(tmp_path):
+    start(fail, 2, tmp_path / "rendezvous")
+
+
+def fail(number, file):
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=number, world_size=2)
+    called = []
+
+    def refuse():
+        called.append(rank())
+        raise FileNotFoundError(2, "no such file", "/nowhere")
+
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        on_first(refuse)
+    assert called == [0] * (number == 0)
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 2 processes"):
+        check_processes(TrainConfig(batch_size=3))
+    dist.destroy_process_group()
