@@ -12,7 +12,7 @@ from evaluations.models import TITLES
 from evaluations.studies import CLAIMS, PUBLISHED, QUICK, STUDIES, Claim
 from evaluations.study import ROOT, Run, Study, best_setting, find, read_rows, tried
 from nl_models.files import make_folder
-from nl_models.training.plots import COLOURS, new_figure, save_figure
+from nl_models.training.plots import model_looks, new_figure, save_figure
 
 PAGE = ROOT / "docs/evidence.md"
 OURS = ("hope", "hope_two_layer", "hope_attention")
@@ -100,7 +100,9 @@ def draw(rows: list[dict], study: Study, path: Path) -> Path:
     tasks = [task for task in study.tasks if any(chosen(rows, study, task, m) for m in study.settings)]
     columns = min(3, len(tasks))
     figure, panels = new_figure(columns, rows=-(-len(tasks) // columns), width=3.6, height=2.7)
-    colours = dict(zip(study.settings, (*COLOURS, "#000000")))
+    known = {"attention": "transformer"}  # which is called so here
+    looks = model_looks([known.get(model, model) for model in study.settings])
+    colours = {model: looks[known.get(model, model)]["color"] for model in study.settings}
     end = study.training["steps"]
     for panel, task in zip(panels, tasks):
         for model in study.settings:
