@@ -42,9 +42,10 @@ lanes: install  ## the model tests with the oldest and newest transformers, kern
 newest: install  ## what the newest transformers breaks, if it is not the locked one; a report that never fails
 	$(BIN)/python -m tools.lanes --workers $(WORKERS) --report
 
-lint: install  ## check style and formatting
+lint: install  ## check style, formatting, and the types of the public API
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: install  ## time the ops on the CPU against their references and the installed peers
 	$(BIN)/python -m benchmarks.run --device cpu
@@ -69,5 +70,5 @@ evidence-quick: install  ## the same at small sizes, into runs/evidence_quick (m
 	OMP_NUM_THREADS=1 $(BIN)/python -m evaluations all --quick
 
 clean:  ## remove the environment, build outputs and caches (runs/ is kept)
-	rm -rf $(VENV) .venv-lanes .venv-peers build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-lanes .venv-peers build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -46,6 +46,7 @@ setup(
             "hypothesis>=6.100,<7",
             "accelerate>=1.1,<2",
             "ruff>=0.9,<1",
+            "mypy>=1.18,<3",
             "ninja>=1.11,<2",
             "build>=1.2,<2",
             "scikit-learn>=1.4,<2",
@@ -55,6 +56,8 @@ setup(
             "setuptools>=77",
             "uv>=0.9,<1",
         ],
+        # The pages of docs/ as a site: make docs.
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
     },
     entry_points={"console_scripts": ["nl = nl_models.cli:app"]},
     classifiers=[
