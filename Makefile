@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help install lock demo test compiled instructions lanes newest lint bench bench-peers bench-gpu gpu-check aot \
+.PHONY: help install lock demo test compiled instructions lanes newest lint docs bench bench-peers bench-gpu gpu-check aot \
 	evidence evidence-quick clean
 
 help:  ## list the targets
@@ -42,9 +42,13 @@ lanes: install  ## the model tests with the oldest and newest transformers, kern
 newest: install  ## what the newest transformers breaks, if it is not the locked one; a report that never fails
 	$(BIN)/python -m tools.lanes --workers $(WORKERS) --report
 
-lint: install  ## check style and formatting
+lint: install  ## check style, formatting, and the types of the public API
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: install  ## the pages as a site, into site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 bench: install  ## time the ops on the CPU against their references and the installed peers
 	$(BIN)/python -m benchmarks.run --device cpu
@@ -69,5 +73,5 @@ evidence-quick: install  ## the same at small sizes, into runs/evidence_quick (m
 	OMP_NUM_THREADS=1 $(BIN)/python -m evaluations all --quick
 
 clean:  ## remove the environment, build outputs and caches (runs/ is kept)
-	rm -rf $(VENV) .venv-lanes .venv-peers build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-lanes .venv-peers build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

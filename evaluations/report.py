@@ -12,24 +12,12 @@ from evaluations.models import TITLES
 from evaluations.studies import CLAIMS, PUBLISHED, QUICK, STUDIES, Claim
 from evaluations.study import ROOT, Run, Study, best_setting, find, read_rows, tried
 from nl_models.files import make_folder
-from nl_models.training.plots import COLOURS, new_figure, save_figure
+from nl_models.training.plots import model_looks, new_figure, save_figure
 
 PAGE = ROOT / "docs/evidence.md"
 OURS = tuple(model for model in TITLES if model.startswith("hope"))
-# One look of a model in all pictures: its mixer's colour, dashed with a continuum, dotted without writes.
-BLUE, RED, GREEN, PURPLE, ORANGE, SKY = COLOURS
-LOOKS = {
-    "hope": (BLUE, "-"),
-    "hope_continuum": (BLUE, "--"),
-    "hope_two_layer": (SKY, "-"),
-    "hope_attention": (PURPLE, "--"),
-    "hope_writes_nothing": (BLUE, ":"),
-    "titans": (GREEN, "-"),
-    "gated_delta_net": (RED, "-"),
-    "gated_delta_net_continuum": (RED, "--"),
-    "attention": (PURPLE, "-"),
-    "lstm": (ORANGE, "-"),
-}
+# With a continuum a model's line is dashed, without writes dotted.
+DASHES = {"_continuum": "--", "_writes_nothing": ":"}
 NONE = "–"
 
 
@@ -139,9 +127,8 @@ def draw(rows: list[dict], study: Study, path: Path) -> Path:
             values = np.array(
                 [[curve[max(s for s in curve if s <= step)] for step in steps] for curve in curves]
             )
-            colour, dashes = LOOKS[model]
-            look = {"color": colour, "linestyle": dashes, "linewidth": 1.5}
-            panel.plot(steps, values.mean(0), label=TITLES[model], **look)
+            colour, dashes = _look(model)
+            panel.plot(steps, values.mean(0), dashes, color=colour, label=TITLES[model], linewidth=1.5)
             panel.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
         last = study.tasks[task](task).scores[-1]
         panel.set(title=f"{task}, {last}", xlim=(0, end), xlabel="steps")
@@ -151,6 +138,13 @@ def draw(rows: list[dict], study: Study, path: Path) -> Path:
     handles = {label: line for p in panels for line, label in zip(*p.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
     return save_figure(figure, path)
+
+
+def _look(model: str) -> tuple[str, str]:
+    """Colour, that of its kind in all pictures, and dashes."""
+    suffix = next((suffix for suffix in DASHES if model.endswith(suffix)), "")
+    kind = {"attention": "transformer"}.get(model, model).removesuffix(suffix)
+    return model_looks([kind])[kind]["color"], DASHES.get(suffix, "-")
 
 
 def _curve(row: dict, end: int, unit: str) -> dict[int, float]:

@@ -25,7 +25,7 @@ Steps = Sequence[Sequence[str]]
 # Without build isolation setuptools comes from the lock too, not from what is newest on the day.
 LOCKED: Steps = (
     ("--constraint", str(LOCK), "pip", "setuptools"),
-    ("--constraint", str(LOCK), "--no-build-isolation", "--editable", f"{ROOT}[dev]"),
+    ("--constraint", str(LOCK), "--no-build-isolation", "--editable", f"{ROOT}[dev,docs]"),
 )
 
 

@@ -26,6 +26,14 @@ MODELS = (
     "tests/nl_models/test_train.py",
     "tests/test_readme.py",
 )
+# What uses other tools where they are installed.
+ECOSYSTEM = (
+    "tests/test_ecosystem.py",
+    "tests/nl_models/test_remote_code.py",
+    "tests/nl_models/surgery/test_convert_mlp.py",
+    "tests/nl_models/surgery/test_parts.py",
+    "tests/nl_models/continual/test_learner.py",
+)
 KERNELS = tuple(
     f"tests/nl_kernels/{part}"
     for part in (
@@ -77,6 +85,7 @@ def lanes(newest: str) -> dict[str, Lane]:
         Lane("oldest-transformers", (f"transformers=={OLDEST_TRANSFORMERS}",), MODELS, models),
         Lane("newest-transformers", (f"transformers=={newest}",), MODELS, models),
         # Triton 3.6's interpreter fails with numpy 2.4.
+        Lane("ecosystem", ("peft==0.21.2", "trl==1.16.0", "lm-eval==0.4.13"), ECOSYSTEM, models),
         Lane("triton-3.6", ("triton==3.6.0", "numpy<2.4"), KERNELS, ("interpreter", "aot")),
     )
     return {lane.name: lane for lane in chosen}

@@ -27,7 +27,7 @@ _CUDA = re.compile(r"(nvidia|cuda)-")
 def main() -> None:
     uv = Path(sysconfig.get_path("scripts")) / "uv"
     options = "--quiet --universal --python-version 3.10 --no-python-downloads --upgrade --no-annotate"
-    inputs = "--no-header --extra dev --constraint constraints.in setup.py"
+    inputs = "--no-header --extra dev --extra docs --constraint constraints.in setup.py"
     command = [uv, "pip", "compile", *options.split(), *inputs.split()]
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if result.returncode:

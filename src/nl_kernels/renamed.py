@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import NoReturn, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def check_renamed(given: Iterable[str], names: Mapping[str, str]) -> None:
@@ -28,12 +31,12 @@ def check_renamed_value(name: str, value: object, values: Mapping[str, str | Non
         raise ValueError(f"{name}: {value!r} is called {values[value]!r} since version 0.2")
 
 
-def renamed_arguments(**names: str) -> Callable[[Callable], Callable]:
+def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Of a function whose arguments had other names: ``old="new"``."""
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             check_renamed(kwargs, names)
             return function(*args, **kwargs)
 

@@ -20,9 +20,11 @@ from nl_models.evaluation.held_out import measure_held_out
 from nl_models.files import write_json
 from nl_models.hope import HopeConfig, HopeForCausalLM
 from nl_models.processes import available_cores
-from nl_models.profile import config_arguments, progress_printer
+from nl_models.profile import progress_printer
+from nl_models.profiling.choose import config_arguments
 from nl_models.profiling.report import describe_machine, plot_profile, profile_table, save_profile
 from nl_models.profiling.run import ProfileSettings, profile_models
+from nl_models.profiling.subjects import ConfiguredModel
 from nl_models.training.baseline import attention_baseline, parameter_count
 from nl_models.training.command_line import explained_errors, fail
 from nl_models.training.config import TrainConfig
@@ -202,13 +204,17 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
         decode_tokens=16,
     )
     models = {name: config_arguments(configs[name]) for name in ("hope-attention", "hope")}
-    measurements = profile_models(models, profile_settings, report=progress_printer(console))
+    measurements = profile_models(
+        {name: ConfiguredModel(config) for name, config in models.items()},
+        profile_settings,
+        report=progress_printer(console),
+    )
     machine = describe_machine(str(device))
     described = {**dataclasses.asdict(profile_settings), "models": models}
     save_profile(output / "profile.json", measurements, settings=described, machine=machine)
     sizes = f"{settings.layers} layers of width {settings.hidden_size}"
     title = f"{sizes}, {settings.threads} thread(s), {machine['device']}"
-    plot_profile(measurements, output / "profile.png", title=title)
+    plot_profile(measurements, output / "profile.png", title=title, baseline="hope-attention")
 
     result = DemoResult(
         models=tuple(results),

@@ -12,17 +12,26 @@ from rich.table import Table
 
 from nl_models.files import make_folder
 from nl_models.hope import HopeConfig
-from nl_models.profiling.measure import Measurement
+from nl_models.hope.configuration_hope import PRESETS
+from nl_models.profiling.choose import MODELS, Sizes, choose_sources
+from nl_models.profiling.flops import matmul_ceiling
+from nl_models.profiling.measure import MODES, Measurement
 from nl_models.profiling.plan import plan_table, plan_training_step
-from nl_models.profiling.report import describe_machine, plot_profile, profile_table, save_profile
+from nl_models.profiling.report import (
+    describe_machine,
+    find_crossings,
+    plot_profile,
+    profile_table,
+    save_profile,
+)
 from nl_models.profiling.run import ProfileSettings, profile_models
-from nl_models.training.baseline import attention_baseline, parameter_count
+from nl_models.profiling.subjects import LAYERS, count_parameters
 from nl_models.training.command_line import explained_errors, token_count
-from nl_models.training.config import TrainConfig
 from nl_models.training.distributed import choose_device
-from nl_models.training.model import hope_config
 
 _DEFAULT = ProfileSettings()
+_WHAT = {"rich_help_panel": "What is measured"}
+_PLAN = {"rich_help_panel": "A plan instead"}
 
 
 def main(
@@ -30,34 +39,57 @@ def main(
         "runs/profile"
     ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier profile there.")] = False,
-    plan: Annotated[
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder of a training run, a checkpoint, or a saved or converted model.", **_WHAT),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help=f"Preset of Hope, with random weights: {', '.join(PRESETS)}.", **_WHAT)
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help=f"A layer alone, of --hidden-size and --heads: {', '.join(LAYERS)}.", **_WHAT),
+    ] = None,
+    models: Annotated[
         str | None,
         typer.Option(
-            help="Only say what a training step of this preset (tiny, 340m, 760m, 1.3b) will take on a GPU: "
-            "with --batch, --length and --precision, by running it on tensors without data. Takes minutes."
+            help=f"Models of --layers, --hidden-size and --heads, comma-separated: {', '.join(MODELS)}. "
+            "Default: hope,attention.",
+            **_WHAT,
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences of the planned step.")] = 8,
-    length: Annotated[str, typer.Option(help="Their tokens.")] = "4K",
-    models: Annotated[
-        str, typer.Option(help="Comma-separated: hope, titans, gated_delta_net, attention.")
-    ] = "hope,attention",
-    modes: Annotated[str, typer.Option(help="Comma-separated: prefill, training, decode.")] = ",".join(
-        _DEFAULT.modes
-    ),
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="What it is measured against in the same run: for a Hope 'attention' or 'transformer' (both "
+            "with as many parameters), 'titans' or 'gated_delta_net'; for a layer another one; a folder; or "
+            "'none'. Default: attention where it is no attention itself; for the layer continuum mlp.",
+            **_WHAT,
+        ),
+    ] = None,
+    hidden_size: Annotated[int, typer.Option(help="Width of the residual stream.", **_WHAT)] = 256,
+    layers: Annotated[int, typer.Option(help="Blocks.", **_WHAT)] = 2,
+    heads: Annotated[int, typer.Option(help="Heads.", **_WHAT)] = 4,
+    vocab_size: Annotated[int, typer.Option(help="Ids in the vocabulary.", **_WHAT)] = 1024,
+    modes: Annotated[
+        str, typer.Option(help=f"Comma-separated: {', '.join(MODES)}. Learning: of converted models.")
+    ] = ",".join(_DEFAULT.modes),
     lengths: Annotated[
-        str, typer.Option(help="Context lengths of prefill and training. K and M are 1024 and 1024².")
-    ] = "512,1K,2K,4K,8K,16K",
+        str,
+        typer.Option(
+            help="Contexts of prefill, training and learning, comma-separated; 512..16K: 512, 1K, 2K … "
+            "K and M are 1024 and 1024²."
+        ),
+    ] = "512..16K",
     decode_after: Annotated[
         str,
         typer.Option(
             help="Contexts after which to decode. The memory reads them, attention's cache is filled."
         ),
     ] = "1,1000,10000,100000",
-    hidden_size: Annotated[int, typer.Option(help="Width of the residual stream.")] = 256,
-    layers: Annotated[int, typer.Option(help="Blocks.")] = 2,
-    heads: Annotated[int, typer.Option(help="Heads.")] = 4,
-    vocab_size: Annotated[int, typer.Option(help="Ids in the vocabulary.")] = 1024,
+    batch: Annotated[
+        str | None, typer.Option(help="Sequences at a time, comma-separated. Default: 1, of a plan 8.")
+    ] = None,
     segment: Annotated[
         int, typer.Option(help="Memories prefill this many tokens at a time; attention all at once.")
     ] = _DEFAULT.segment,
@@ -72,50 +104,90 @@ def main(
     time_limit: Annotated[
         float, typer.Option(help="Seconds for one measurement; longer contexts are then left out.")
     ] = _DEFAULT.time_limit,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for a trace by torch.profiler, for https://ui.perfetto.dev: of the first model, mode "
+            "and batch at the shortest context."
+        ),
+    ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure nothing, but say what a training step of this preset will take on a GPU, with "
+            "--batch, --length and --precision, by running it on tensors without data. Takes minutes.",
+            **_PLAN,
+        ),
+    ] = None,
+    length: Annotated[str, typer.Option(help="Tokens of the planned step's sequences.", **_PLAN)] = "4K",
 ) -> None:
-    """Measure tokens per second and memory of Hope against the same model with softmax attention.
+    """Measure speed, memory and FLOP/s of a model or a layer beside a baseline.
 
-    Both have the same number of parameters. Each measurement runs in a process of its own; memory is the peak
-    above that of the idle model. For a million tokens and more: --modes prefill --lengths 64K,256K,1M.
+    Without --model, --config, --layer and --models: a small Hope beside the
+    same blocks with softmax attention and as many parameters.
+
+    Each measurement runs in a process of its own; memory is the peak above
+    that of the idle model. Long ones: --modes prefill --lengths 64K..1M.
     """
     console = Console()
     if plan is not None:
         with explained_errors():
-            console.print(_planned(plan, batch, token_count("length", length), precision or "bf16"))
+            size = _counts("batch", batch or "8")[0]
+            console.print(_planned(plan, size, token_count("length", length), precision or "bf16"))
         return
     precision = precision or "fp32"
     with explained_errors():
         settings = ProfileSettings(
             modes=tuple(_split(modes)),
-            lengths=tuple(token_count("lengths", text) for text in _split(lengths)),
-            decode_after=tuple(token_count("decode_after", text) for text in _split(decode_after)),
+            lengths=_counts("lengths", lengths),
+            decode_after=_counts("decode_after", decode_after),
+            batches=_counts("batch", batch or "1"),
             segment=segment,
             device=str(choose_device(device)),
             precision=_precision(precision),
             threads=threads,
             time_limit=time_limit,
+            trace=None if trace is None else str(trace),
         )
-        configs = _configs(_split(models), hidden_size, layers, heads, vocab_size)
+        sizes = Sizes(hidden_size, layers, heads, vocab_size)
+        sources, against = choose_sources(
+            model=model, config=config, layer=layer, models=models, baseline=baseline, sizes=sizes
+        )
         target = output / "profile.json"
         if target.exists() and not overwrite:
             raise ValueError(f"{target} exists; choose another --output or add --overwrite")
         make_folder(output)
-    counts = {name: parameter_count(HopeConfig(**config)) for name, config in configs.items()}
-    console.print(
-        ", ".join(f"{name}: {count:,} parameters" for name, count in counts.items()), highlight=False
-    )
-    results = profile_models(configs, settings, report=progress_printer(console))
-    described = {**dataclasses.asdict(settings), "models": configs, "parameters": counts}
-    machine = describe_machine(settings.device)
+        if trace is not None:
+            make_folder(trace.parent)
+        counts = {name: count_parameters(source) for name, source in sources.items()}
+        console.print(
+            ", ".join(f"{name}: {count:,} parameters" for name, count in counts.items()), highlight=False
+        )
+        ceiling = matmul_ceiling(settings.device, precision, threads)
+        results = profile_models(sources, settings, report=progress_printer(console))
+    described = {
+        **dataclasses.asdict(settings),
+        "models": {name: dataclasses.asdict(source) for name, source in sources.items()},
+        "parameters": counts,
+        "baseline": against,
+    }
+    machine = {**describe_machine(settings.device), "matmul_flops_per_second": ceiling}
     with explained_errors():
         save_profile(target, results, settings=described, machine=machine)
-    title = (
-        f"{' and '.join(configs)}, {layers} layers of width {hidden_size}, {precision}, {machine['device']}"
+        if all(result.status != "ok" for result in results):
+            raise ValueError(f"nothing could be measured; the first: {results[0].status}")
+    console.print(profile_table(results, ceiling))
+    console.print(
+        f"share: of the {ceiling / 1e12:.3g} TFLOP/s of a large matrix product here", highlight=False
     )
-    console.print(profile_table(results))
+    if against is not None:
+        for crossing in find_crossings(results, against):
+            console.print(crossing.describe(against), highlight=False)
+    title = f"{' and '.join(sources)}, {precision}, {machine['device']}"
     with explained_errors():
-        plot = plot_profile(results, output / "profile.png", title=title)
-    console.print(f"{target}\n{plot}", highlight=False, soft_wrap=True)
+        plot = plot_profile(results, output / "profile.png", title=title, baseline=against)
+    written = [target, plot] if trace is None else [target, plot, trace]
+    console.print("\n".join(map(str, written)), highlight=False, soft_wrap=True)
 
 
 def _planned(preset: str, batch: int, length: int, precision: str) -> Table:
@@ -135,7 +207,8 @@ def progress_printer(console: Console):
     """A ``report`` for :func:`profile_models`: one line per measurement, or a status line on a terminal."""
 
     def report(done: int, total: int, result: Measurement) -> None:
-        what = f"[{done}/{total}] {result.model} {result.mode} {result.context:,}"
+        size = f"{result.batch} × {result.context:,}" if result.batch > 1 else f"{result.context:,}"
+        what = f"[{done}/{total}] {result.model} {result.mode} {size}"
         figure = (
             f"{result.tokens_per_second:,.0f} tokens/s, {result.peak_bytes / 2**20:,.1f} MiB"
             if result.status == "ok"
@@ -146,27 +219,16 @@ def progress_printer(console: Console):
     return report
 
 
-def _configs(names: list[str], hidden_size: int, layers: int, heads: int, vocab_size: int) -> dict[str, dict]:
-    """Arguments of HopeConfig by model name; attention is matched to Hope's parameter count."""
-    configs = {}
-    for name in names:
-        asked = TrainConfig(
-            model="hope" if name == "attention" else name, hidden_size=hidden_size, layers=layers, heads=heads
-        )
-        config = hope_config(asked, vocab_size, separator_id=0)
-        chosen = attention_baseline(config) if name == "attention" else config
-        configs[name] = config_arguments(chosen)
-    return configs
-
-
-def config_arguments(config: HopeConfig) -> dict:
-    """The arguments that make an equal config: plain data, for another process or a JSON file."""
-    defaults = HopeConfig()
-    return {
-        name: getattr(config, name)
-        for name in HopeConfig.__annotations__
-        if getattr(config, name) != getattr(defaults, name)
-    }
+def _counts(name: str, text: str) -> tuple[int, ...]:
+    """``"512,1K"``, and ``"512..4K"`` for 512, 1024, 2048, 4096."""
+    counts: list[int] = []
+    for part in _split(text):
+        first, dots, last = part.partition("..")
+        counts.append(token_count(name, first))
+        end = token_count(name, last) if dots else counts[-1]
+        while 2 * counts[-1] <= end:
+            counts.append(2 * counts[-1])
+    return tuple(counts)
 
 
 def _split(text: str) -> list[str]:

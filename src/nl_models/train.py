@@ -138,6 +138,9 @@ def main(
     with explained_errors(DivergedError):
         options = {**(read_options(config) if config else {}), **overrides}
         source = str(config) if config else "options"
+        steps = options.get("steps")
+        if not resume and isinstance(steps, int) and "warmup_steps" not in options:
+            options["warmup_steps"] = min(TrainConfig.warmup_steps, steps // 10)
         if resume:
             checked = continued_config(output, typed_options(options, source=source))
         else:

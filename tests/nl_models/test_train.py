@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from nl_models.train import main
+from nl_models.training.loop import Outcome
 from nl_models.training.metrics import read_metrics
 from tests.nl_models.full_disk import small_files
 
@@ -144,6 +145,21 @@ def test_the_command_line_wins_over_the_file(corpus, tmp_path):
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (saved["steps"], saved["learning_rate"], saved["model_options"]) == (3, 0.5, {"rope_theta": 7.0})
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["rope_theta"] == 7.0
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [((60,), 6), ((60, "--warmup-steps", 9), 9), ((5000,), 100)]
+)
+def test_a_short_run_warms_up_for_a_tenth_of_it(options, expected, tmp_path, monkeypatch):
+    seen = []
+
+    def stopped(folder, config, **_):
+        seen.append(config.warmup_steps)
+        return Outcome(0, finished=False)
+
+    monkeypatch.setattr("nl_models.train.train", stopped)
+    call("--output", tmp_path / "run", "--steps", *options)
+    assert seen == [expected]
 
 
 @pytest.mark.parametrize(("chunk_size", "noted"), [(5, False), (6, True)])

@@ -45,7 +45,8 @@ def asked_for() -> list[Requirement]:
     asked: dict = {}
     stand_ins = {"setup": asked.update, "find_packages": list, "__file__": str(ROOT / "setup.py")}
     exec(script.replace("from setuptools import find_packages, setup", ""), stand_ins)
-    return [Requirement(text) for text in asked["install_requires"] + asked["extras_require"]["dev"]]
+    extras = asked["extras_require"]
+    return [Requirement(text) for text in asked["install_requires"] + extras["dev"] + extras["docs"]]
 
 
 @pytest.mark.parametrize("python", PYTHONS)

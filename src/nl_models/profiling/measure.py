@@ -1,4 +1,4 @@
-"""One measurement: a model, what it does, and a context length."""
+"""One measurement: a model or layer, what it does, and a context length."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from nl_models.hope import HopeCache, HopeConfig, HopeForCausalLM
-from nl_models.layers.state import AttentionState
+from nl_models.continual import ContinuumLearner, StepRule
+from nl_models.profiling.flops import count_flops
 from nl_models.profiling.memory import PeakMemory
+from nl_models.profiling.subjects import Source, Subject
 
-MODES = ("prefill", "training", "decode")
+MODES = ("prefill", "training", "decode", "learning")
 _WARM_UP_TOKENS = 64
 _MOST_REPEATS = 5
+_COUNTED_SECONDS = 30.0  # operations are counted in a run more, which is slower
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,13 @@ class Work:
 
     Attributes:
         name: of the model, for people.
-        config: arguments of :class:`HopeConfig`.
+        source: what it is made of.
         mode: ``"prefill"``: read ``context`` tokens, keep the state, give the last logits. ``"training"``:
-            loss and gradients of one sequence of ``context`` tokens. ``"decode"``: the next tokens, one by
-            one, after ``context`` tokens.
-        context: tokens.
+            loss and gradients of ``context`` tokens. ``"decode"``: the next tokens, one by one, after
+            ``context`` tokens. ``"learning"``: read ``context`` tokens and learn from them by their own loss
+            (:class:`nl_models.continual.ContinuumLearner`).
+        context: tokens of each sequence.
+        batch: sequences at a time.
         segment: recurrent models read the context in segments of this many tokens through the cache;
             attention reads it at once, which is its fastest way and keeps all keys and values in any case.
         decode_tokens: tokens decoded in one repeat.
@@ -36,23 +40,26 @@ class Work:
         precision: ``"fp32"`` or ``"bf16"`` (weights and activations; fast state stays fp32).
         threads: CPU threads.
         enough_seconds: time to spend on repeats, of which there are at most five.
+        trace: file for a trace of one more repeat by :mod:`torch.profiler`.
     """
 
     name: str
-    config: dict
+    source: Source
     mode: str
     context: int
+    batch: int = 1
     segment: int = 2048
     decode_tokens: int = 32
     device: str = "cpu"
     precision: str = "fp32"
     threads: int = 1
     enough_seconds: float = 2.0
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode: expected one of {MODES}, got {self.mode!r}")
-        for name in ("context", "segment", "decode_tokens", "threads"):
+        for name in ("context", "batch", "segment", "decode_tokens", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
@@ -62,13 +69,16 @@ class Measurement:
     """What came out; fields without a figure are ``None`` unless ``status`` is ``"ok"``.
 
     Attributes:
-        model, mode, context: what was measured.
+        model, mode, context, batch: what was measured.
         status: ``"ok"``, ``"out of memory"``, ``"over the time limit"`` or ``"failed: …"``.
-        seconds: median time of one repeat, or of one token when decoding.
-        tokens_per_second: tokens of the repeat over its time.
+        seconds: median time of one repeat, or of one token (of every sequence) when decoding.
+        quartiles: of the same times; the median twice where one repeat took long enough.
+        tokens_per_second: tokens of the repeat, of all sequences, over its median time.
         peak_bytes: highest memory above that of the idle model, see :class:`PeakMemory`.
-        state_bytes: size of the recurrent state or key-value cache after ``context`` tokens (not for
-        training).
+        state_bytes: size of the recurrent state or key-value cache after ``context`` tokens, of all sequences
+            (of prefill and decode).
+        flops: operations in ``seconds``, see :func:`nl_models.profiling.flops.count_flops`; ``None`` where
+            they were not counted.
         repeats: how often it was timed.
     """
 
@@ -81,6 +91,13 @@ class Measurement:
     peak_bytes: int | None = None
     state_bytes: int | None = None
     repeats: int = 0
+    batch: int = 1
+    quartiles: tuple[float, float] | None = None
+    flops: int | None = None
+
+    @property
+    def flops_per_second(self) -> float | None:
+        return None if self.flops is None or self.seconds is None else self.flops / self.seconds
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -91,103 +108,98 @@ def measure(work: Work) -> Measurement:
     torch.set_num_threads(work.threads)
     torch.manual_seed(0)
     device = torch.device(work.device)
-    dtype = torch.bfloat16 if work.precision == "bf16" else torch.float32
-    model = HopeForCausalLM(HopeConfig(**work.config)).to(device, dtype)
-    vocabulary = model.config.vocab_size
-    tokens = torch.randint(vocabulary, (1, max(work.context, _WARM_UP_TOKENS)), device=device)
-    action = {"prefill": _prefill, "training": _training, "decode": _decode}[work.mode]
-    return action(work, model, tokens)
+    subject = work.source.build(device, torch.bfloat16 if work.precision == "bf16" else torch.float32)
+    subject.module.train(work.mode == "training")
+    inputs = subject.inputs(work.batch, max(work.context, _WARM_UP_TOKENS))
+    prepare = {"prefill": _prefill, "training": _training, "decode": _decode, "learning": _learning}[
+        work.mode
+    ]
+    state_bytes, once, part = prepare(work, subject, inputs)
+    peak = PeakMemory(device)
+    times = _repeat(once, device, work.enough_seconds)
+    peak_bytes = peak.bytes()
+    counted = count_flops(part) if statistics.median(times) < _COUNTED_SECONDS else None
+    if work.trace is not None:
+        _write_trace(work.trace, once)
+    tokens = work.decode_tokens if work.mode == "decode" else work.context
+    shares = [seconds / (tokens if work.mode == "decode" else 1) for seconds in times]
+    seconds = statistics.median(shares)
+    return Measurement(
+        model=work.name,
+        mode=work.mode,
+        context=work.context,
+        batch=work.batch,
+        status="ok",
+        seconds=seconds,
+        quartiles=_quartiles(shares),
+        tokens_per_second=work.batch * (1 if work.mode == "decode" else tokens) / seconds,
+        peak_bytes=peak_bytes,
+        state_bytes=state_bytes(),
+        flops=counted,
+        repeats=len(times),
+    )
 
 
-def _prefill(work: Work, model: HopeForCausalLM, tokens: torch.Tensor) -> Measurement:
-    model.eval()
-    _read(model, tokens[:, :_WARM_UP_TOKENS], work.segment)
-    peak = PeakMemory(tokens.device)
+_Action = Callable[[], object]
+# Of a mode: the size of the state afterwards, one repeat, and the part of it whose operations are counted.
+_Prepared = tuple[Callable[[], int | None], _Action, _Action]
+
+
+def _prefill(work: Work, subject: Subject, inputs: torch.Tensor) -> _Prepared:
+    subject.read(inputs[:, :_WARM_UP_TOKENS], work.segment)
+    segment = work.context if subject.only_attention else work.segment
     sizes = []
-    segment = work.context if _attention_only(model) else work.segment
 
     def once() -> None:
-        sizes.append(_read(model, tokens[:, : work.context], segment).num_bytes())
+        sizes.append(subject.state_bytes(subject.read(inputs[:, : work.context], segment)))
 
-    times = _repeat(once, tokens.device, work.enough_seconds)
-    return _result(work, times, work.context, peak.bytes(), sizes[-1])
+    return lambda: sizes[-1], once, once
 
 
-def _training(work: Work, model: HopeForCausalLM, tokens: torch.Tensor) -> Measurement:
-    model.train()
-
+def _training(work: Work, subject: Subject, inputs: torch.Tensor) -> _Prepared:
     def once(rows: torch.Tensor) -> None:
-        model.zero_grad(set_to_none=True)
-        model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+        subject.module.zero_grad(set_to_none=True)
+        subject.loss(rows).backward()
 
-    once(tokens[:, :_WARM_UP_TOKENS])
     # The gradients of the weights are part of the idle model: they do not depend on the context.
-    peak = PeakMemory(tokens.device)
-    times = _repeat(lambda: once(tokens[:, : work.context]), tokens.device, work.enough_seconds)
-    return _result(work, times, work.context, peak.bytes(), None)
+    once(inputs[:, :_WARM_UP_TOKENS])
+
+    def step() -> None:
+        once(inputs[:, : work.context])
+
+    return lambda: None, step, step
 
 
-def _decode(work: Work, model: HopeForCausalLM, tokens: torch.Tensor) -> Measurement:
-    model.eval()
-    token = tokens[:, -1:]
-    if _attention_only(model):
-        cache = _filled_attention_cache(model, tokens[:, : work.context])
-    else:
-        cache = _read(model, tokens[:, : work.context], work.segment)
-    state_bytes = cache.num_bytes()
+def _decode(work: Work, subject: Subject, inputs: torch.Tensor) -> _Prepared:
+    token = inputs[:, -1:]
+    state = subject.ready_to_decode(inputs[:, : work.context], work.segment)
+    state_bytes = subject.state_bytes(state)
+
+    @torch.no_grad()
+    def decode(tokens: int) -> None:
+        nonlocal state
+        for _ in range(tokens):
+            state = subject.continued(token, state)
+
+    decode(1)
+    return lambda: state_bytes, lambda: decode(work.decode_tokens), lambda: decode(1)
+
+
+def _learning(work: Work, subject: Subject, inputs: torch.Tensor) -> _Prepared:
+    rule = StepRule(rule="momentum", rate=1e-4)
+
+    def learn(rows: torch.Tensor) -> None:
+        ContinuumLearner(subject.module, rule, batch_size=work.batch).learn(rows)
+
+    learn(inputs[:, :_WARM_UP_TOKENS])
 
     def once() -> None:
-        with torch.no_grad():
-            for _ in range(work.decode_tokens):
-                model(input_ids=token, cache=cache, use_cache=True)
+        learn(inputs[:, : work.context])
 
-    with torch.no_grad():
-        model(input_ids=token, cache=cache, use_cache=True)
-    peak = PeakMemory(tokens.device)
-    times = _repeat(once, tokens.device, work.enough_seconds)
-    return _result(work, times, work.decode_tokens, peak.bytes(), state_bytes)
+    return lambda: None, once, once
 
 
-def _attention_only(model: HopeForCausalLM) -> bool:
-    return set(model.config.layer_types) == {"full_attention"}
-
-
-@torch.no_grad()
-def _read(model: HopeForCausalLM, tokens: torch.Tensor, segment: int) -> HopeCache:
-    """The state after ``tokens``, read in segments through the cache."""
-    cache = HopeCache(model.config)
-    for piece in tokens.split(segment, dim=1):
-        model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1)
-    return cache
-
-
-@torch.no_grad()
-def _filled_attention_cache(model: HopeForCausalLM, tokens: torch.Tensor) -> HopeCache:
-    """A key-value cache of the right size with the keys and values of a few tokens over and over.
-
-    Decoding costs the same whatever they hold, and filling it by prefill takes time quadratic in the context.
-    """
-    length = tokens.shape[1]
-    seed = _read(model, tokens[:, :_WARM_UP_TOKENS], _WARM_UP_TOKENS)
-    cache = HopeCache(model.config)
-    for filled, layer in zip(cache.layers, seed.layers):
-        some = layer.state
-        repeats = -(-length // some.mixer.keys.shape[2])
-        filled.commit(
-            some._replace(
-                mixer=AttentionState(
-                    keys=some.mixer.keys.repeat(1, 1, repeats, 1)[:, :, :length].clone(),
-                    values=some.mixer.values.repeat(1, 1, repeats, 1)[:, :, :length].clone(),
-                    mask=None,
-                    position=torch.full_like(some.mixer.position, length),
-                )
-            ),
-            length,
-        )
-    return cache
-
-
-def _repeat(action: Callable[[], None], device: torch.device, enough_seconds: float) -> list[float]:
+def _repeat(action: _Action, device: torch.device, enough_seconds: float) -> list[float]:
     """Times of some repeats; the first is a warm-up unless it alone takes long enough."""
     times: list[float] = []
     while len(times) < 2 or (sum(times) < enough_seconds and len(times) <= _MOST_REPEATS):
@@ -203,18 +215,14 @@ def _repeat(action: Callable[[], None], device: torch.device, enough_seconds: fl
     return times[1:]
 
 
-def _result(
-    work: Work, times: list[float], tokens: int, peak_bytes: int, state_bytes: int | None
-) -> Measurement:
-    seconds = statistics.median(times)
-    return Measurement(
-        model=work.name,
-        mode=work.mode,
-        context=work.context,
-        status="ok",
-        seconds=seconds / tokens if work.mode == "decode" else seconds,
-        tokens_per_second=tokens / seconds,
-        peak_bytes=peak_bytes,
-        state_bytes=state_bytes,
-        repeats=len(times),
-    )
+def _quartiles(times: list[float]) -> tuple[float, float]:
+    if len(times) == 1:
+        return times[0], times[0]
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return low, high
+
+
+def _write_trace(path: str, action: _Action) -> None:
+    with torch.profiler.profile() as profiler:
+        action()
+    profiler.export_chrome_trace(path)

@@ -22,13 +22,13 @@ def measure_alone(work: Work, *, time_limit: float) -> Measurement:
     sender.close()
     try:
         if not receiver.poll(time_limit):
-            return _without_figures(work, OVER_TIME)
+            return without_figures(work, OVER_TIME)
         return receiver.recv()
     except EOFError:
         # It died without a word: on Linux the kernel kills a process (-9) when memory runs out.
         process.join()
         killed = process.exitcode == -9
-        return _without_figures(work, OUT_OF_MEMORY if killed else f"failed: exit status {process.exitcode}")
+        return without_figures(work, OUT_OF_MEMORY if killed else f"failed: exit status {process.exitcode}")
     finally:
         process.kill()
         process.join()
@@ -39,14 +39,15 @@ def _measure_and_send(work: Work, sender: Connection) -> None:
     try:
         result = measure(work)
     except torch.OutOfMemoryError:
-        result = _without_figures(work, OUT_OF_MEMORY)
-    except (RuntimeError, ValueError, MemoryError) as error:
+        result = without_figures(work, OUT_OF_MEMORY)
+    except (RuntimeError, ValueError, TypeError, IndexError, OSError, MemoryError) as error:
         # The CPU allocator raises a plain RuntimeError.
         exhausted = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        result = _without_figures(work, OUT_OF_MEMORY if exhausted else f"failed: {error}")
+        result = without_figures(work, OUT_OF_MEMORY if exhausted else f"failed: {error}")
     sender.send(result)
     sender.close()
 
 
-def _without_figures(work: Work, status: str) -> Measurement:
-    return Measurement(work.name, work.mode, work.context, status)
+def without_figures(work: Work, status: str) -> Measurement:
+    """What is said of work that came to nothing."""
+    return Measurement(work.name, work.mode, work.context, status, batch=work.batch)

@@ -78,7 +78,11 @@ class TrainConfig:
     )
     learning_rate: float = _option(2e-3, _OPTIMISATION, "Peak learning rate.")
     final_learning_rate: float = _option(0.1, _OPTIMISATION, "Last learning rate, as a share of the peak.")
-    warmup_steps: int = _option(100, _OPTIMISATION, "Steps of linear warm-up; a cosine follows.")
+    warmup_steps: int = _option(
+        100,
+        _OPTIMISATION,
+        "Steps of linear warm-up, on the command line at most a tenth of all; a cosine follows.",
+    )
     decay_steps: int | None = _option(
         None, _OPTIMISATION, "Step at which the cosine ends; the last rate stays. Default: the last step."
     )

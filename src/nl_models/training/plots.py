@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,27 @@ from nl_models.files import write_bytes
 # Okabe and Ito's palette: told apart with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+
+# The looks of a model are the same in every picture; a layer has those of the model that is made of it.
+_LOOKS = {
+    "hope-attention": {"color": "#0072B2", "marker": "o"},
+    "transformer": {"color": "#D55E00", "marker": "s"},
+    "hope": {"color": "#009E73", "marker": "^"},
+    "titans": {"color": "#CC79A7", "marker": "D"},
+    "gated-delta-net": {"color": "#E69F00", "marker": "v"},
+    "hope-two-layer": {"color": "#56B4E9", "marker": "P"},
+    "lstm": {"color": "#000000", "marker": "X"},
+}
+_LAYERS = {"self-modifying-titans": "hope", "attention": "hope-attention", "mlp": "transformer"}
+
+
+def model_looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Colour and marker of each model or layer, as keywords of ``plot``; unknown names get what is left."""
+    known = {name: name.replace("_", "-") for name in names}
+    known = {name: _LAYERS.get(key, key) for name, key in known.items()}
+    left = [look for key, look in _LOOKS.items() if key not in known.values()]
+    others = itertools.cycle(left or [{"color": "#888888", "marker": "x"}])
+    return {name: _LOOKS.get(key) or next(others) for name, key in known.items()}
 
 
 def new_figure(
@@ -51,7 +73,7 @@ def plot_losses(runs: Mapping[str, Sequence[Mapping]], path: Path, *, title: str
     figure, (axis,) = new_figure()
     validation_losses = []
     smoothed_losses = []
-    for colour, marker, (name, records) in zip(COLOURS, MARKERS, runs.items()):
+    for (name, look), records in zip(model_looks(runs).items(), runs.values(), strict=True):
         train = [record for record in records if record["kind"] == "train"]
         validation = [record for record in records if record["kind"] == "validation"]
         if train:
@@ -60,13 +82,13 @@ def plot_losses(runs: Mapping[str, Sequence[Mapping]], path: Path, *, title: str
             smooth = _moving_average(losses, max(1, len(losses) // 40))
             smoothed_losses += list(smooth)
             label = None if validation else name
-            axis.plot(tokens, smooth, color=colour, linewidth=1.0, alpha=0.5, label=label)
+            axis.plot(tokens, smooth, color=look["color"], linewidth=1.0, alpha=0.5, label=label)
         if validation:
             tokens = np.array([record["tokens"] for record in validation], dtype=float)
             losses = np.array([record["loss"] for record in validation])
             validation_losses += list(losses)
             axis.plot(
-                tokens, losses, color=colour, marker=marker, markersize=4.5, linewidth=1.6,
+                tokens, losses, **look, markersize=4.5, linewidth=1.6,
                 label=f"{name} ({losses[-1]:.3f})",
             )  # fmt: skip
     axis.set_title(title, loc="left", fontsize=11)

@@ -17,6 +17,7 @@ from nl_models.profiling.memory import PeakMemory
 from nl_models.profiling.process import OVER_TIME, measure_alone
 from nl_models.profiling.report import load_profile, plot_profile, profile_table, save_profile
 from nl_models.profiling.run import ProfileSettings, profile_models
+from nl_models.profiling.subjects import ConfiguredModel
 
 TINY = {
     "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -25,9 +26,17 @@ TINY = {
 RECURRENT = {**TINY, "layer_types": "gated_delta_net"}
 
 
-def work(**changes):
+def work(config=TINY, **changes):
+    source = ConfiguredModel(config)
     return Work(
-        **{"name": "tiny", "config": TINY, "mode": "prefill", "context": 96, "enough_seconds": 0.0, **changes}
+        **{
+            "name": "tiny",
+            "source": source,
+            "mode": "prefill",
+            "context": 96,
+            "enough_seconds": 0.0,
+            **changes,
+        }
     )
 
 
@@ -49,6 +58,9 @@ def test_every_mode_gives_consistent_figures(mode, config):
     assert result.tokens_per_second == pytest.approx(per_repeat / result.seconds)
     assert result.peak_bytes >= 0
     assert (result.state_bytes is None) == (mode == "training")
+    low, high = result.quartiles
+    assert 0 < low <= result.seconds <= high
+    assert result.flops_per_second == result.flops / result.seconds
 
 
 def test_the_state_of_attention_grows_and_the_recurrent_one_does_not():
@@ -102,7 +114,7 @@ def test_after_a_failure_longer_contexts_are_left_out(monkeypatch):
     ]  # fmt: skip
     assert seen == [(i, 6) for i in range(1, 7)]
     rows = profile_table(results)
-    assert rows.row_count == 6
+    assert rows.row_count == 1 + 6  # the mode's heading
 
 
 def test_the_command_writes_table_plot_and_json(tmp_path):
@@ -119,7 +131,8 @@ def test_the_command_writes_table_plot_and_json(tmp_path):
     assert "tokens/s" in result.output
     content = json.loads((tmp_path / "profile.json").read_text())
     assert set(content) == {"format", "machine", "settings", "measurements"}
-    assert {"device", "platform", "python", "torch", "transformers", "nl_kernels"} == set(content["machine"])
+    described = {"device", "platform", "python", "torch", "transformers", "nl_kernels"}
+    assert {*described, "matmul_flops_per_second"} == set(content["machine"])
     assert len(content["measurements"]) == 2 * (2 + 2 + 2)
     measurements, settings = load_profile(tmp_path / "profile.json")
     assert all(m.status == "ok" and math.isfinite(m.tokens_per_second) for m in measurements)
@@ -133,7 +146,9 @@ def test_the_command_writes_table_plot_and_json(tmp_path):
 def test_lines_and_the_table_have_80_columns():
     """Of the demo's longest name, a million tokens and terabytes."""
     points = [
-        Measurement("hope-attention", "training", 2**20, "ok", 1.0, 1234567.0, 2**37, 2**36),
+        Measurement(
+            "hope-attention", "training", 2**20, "ok", 1.0, 1234567.0, 2**37, 2**36, 5, 1, (0.9, 1.1), 10**15
+        ),
         Measurement("hope-attention", "training", 2**21, OVER_TIME),
         Measurement("hope-attention", "training", 2**22, "left out: a shorter context failed"),
         Measurement("hope-attention", "training", 2**23, f"failed: {'many words ' * 20}"),
@@ -142,7 +157,7 @@ def test_lines_and_the_table_have_80_columns():
     console = Console(file=out, width=80)
     for number, point in enumerate(points):
         progress_printer(console)(number, 100, point)
-    console.print(profile_table(points))
+    console.print(profile_table(points, 2e15))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert "[0/100] hope-attention training 1,048,576: 1,234,567 tokens/s, 131,072.0 MiB" in lines
@@ -164,6 +179,7 @@ def test_bad_settings_and_files_are_refused(tmp_path):
         ("modes", {"modes": ("sleep",)}),
         ("lengths", {"lengths": ()}),
         ("lengths", {"lengths": (1,)}),
+        ("batches", {"batches": (0,)}),
         ("decode_after", {"decode_after": (0,)}),
         ("segment", {"segment": 0}),
         ("threads", {"threads": 0}),
@@ -184,6 +200,7 @@ def test_a_profile_without_some_points_is_still_plotted_and_saved(tmp_path):
     points = [
         Measurement("a", "decode", 1, "ok", 0.5, 2.0, 100, 50, 1),
         Measurement("a", "decode", 9, "out of memory"),
+        Measurement("a", "prefill", 9, "out of memory"),
     ]
     plot_profile(points, tmp_path / "plot.png", title="t")
     save_profile(tmp_path / "p.json", points, settings={}, machine={})
