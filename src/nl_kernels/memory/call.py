@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nl_kernels.checks import has_readable_data
+from nl_kernels.checks import has_readable_data, state_dtype
 from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
 from nl_kernels.dispatch import compiler_at_work, needs_gradient, without_autocast
 from nl_kernels.memory.bank import Bank, Call, Layers, Layout
@@ -32,7 +32,6 @@ from nl_kernels.memory_checks import (
     check_step_dtype,
     one_token,
     per_sequence,
-    state_dtype,
 )
 from nl_kernels.memory_rule import MemoryRule, l2_normalize
 from nl_kernels.zero_gradients import with_zero_gradients

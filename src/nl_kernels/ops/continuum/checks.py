@@ -22,15 +22,6 @@ from nl_kernels.ops.continuum.state import (
 )
 
 
-def check_stream(name: str, x: object) -> None:
-    """A tensor [B, T, D] that is not empty."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.ndim != 3 or min(x.shape) < 1:
-        raise ValueError(f"{name}: expected shape [B, T, D] with B, T, D >= 1, got {tuple(x.shape)}")
-    check_tensor(name, x, x.shape)
-
-
 def check_variant(
     variant: str, level_weights: torch.Tensor | None, levels: Sequence[ContinuumLevel], x: torch.Tensor
 ) -> None:
@@ -89,14 +80,6 @@ def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor, rates_of_tok
             raise ValueError(
                 f"{name}.{part}: expected a tensor of shape {(width, width)} for a level that steps, got None"
             )
-
-
-def check_flags(name: str, value: object, shape: Sequence[int], device: torch.device) -> None:
-    """A tensor of bools."""
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
-        raise TypeError(f"{name}: expected a tensor of torch.bool, got {_describe(value)}")
-    if value.shape != shape or value.device != device:
-        raise ValueError(f"{name}: expected shape {tuple(shape)} on {device}, got {_describe(value)}")
 
 
 def check_state(

@@ -6,21 +6,25 @@ import functools
 
 import torch
 
-from nl_kernels.checks import check_choice, check_positive_int, check_tensor
+from nl_kernels.checks import (
+    check_choice,
+    check_mask,
+    check_positive_int,
+    check_sequences,
+    check_tensor,
+    check_tokens,
+    state_dtype,
+)
 from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.call import Op, run, run_step
 from nl_kernels.memory.kernels.call import unsupported
 from nl_kernels.memory.state import check_state, weights_in
 from nl_kernels.memory_checks import (
     check_gates,
-    check_mask,
     check_memory,
     check_own_memory,
     check_position,
     check_rule,
-    check_sequences,
-    check_tokens,
-    state_dtype,
 )
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory import eager_step

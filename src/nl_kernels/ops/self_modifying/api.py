@@ -6,12 +6,12 @@ import functools
 
 import torch
 
-from nl_kernels.checks import check_choice, check_positive_int, check_range
+from nl_kernels.checks import check_choice, check_positive_int, check_range, state_dtype
 from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.call import Op, run, run_step
 from nl_kernels.memory.kernels.call import unsupported
 from nl_kernels.memory.state import tensors_in, weights_in
-from nl_kernels.memory_checks import check_own_memory, check_position, check_rule, state_dtype
+from nl_kernels.memory_checks import check_own_memory, check_position, check_rule
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.self_modifying import eager_step
 from nl_kernels.ops.self_modifying.checks import (

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from nl_kernels.checks import check_positive_int, check_range, check_tensor
+from nl_kernels.checks import (
+    check_mask,
+    check_positive_int,
+    check_range,
+    check_sequences,
+    check_tensor,
+    check_tokens,
+)
 from nl_kernels.memory.state import check_state as check_memory_state
-from nl_kernels.memory_checks import check_mask, check_memory, check_sequences, check_tokens
+from nl_kernels.memory_checks import check_memory
 from nl_kernels.ops.self_modifying.state import MemoryStack, SelfModifyingState, SelfModifyingWeights
 
 

@@ -111,7 +111,7 @@ def also(**changes):
 
 BAD_CALLS = {
     "x: expected a tensor": (TypeError, also(x=1.0)),
-    "x: expected shape": (ValueError, also(x=torch.ones(2, 6).double())),
+    r"x: expected \[B, T, D\]": (ValueError, also(x=torch.ones(2, 6).double())),
     "up: expected a tensor": (ValueError, also(up=None)),
     "up: expected shape": (ValueError, also(up=torch.ones(3, 7, 6).double())),
     "up: expected fp64": (TypeError, also(up=torch.ones(2, 7, 6))),
