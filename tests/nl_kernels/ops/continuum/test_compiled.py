@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nl_kernels.ops.continuum import triton_chunk
-from nl_kernels.testing import assert_within_budget
+from tests.nl_kernels.budgets import assert_within_budget
 from tests.nl_kernels.continuum_levels import STEPS, ExactProducts, step_arguments, step_sums
 from tests.nl_kernels.emulation import FACTORS, cases, every_dtype, marks
 from tests.nl_kernels.ops.continuum.test_interpreter import SIZES, doubled, run

@@ -7,7 +7,7 @@ import torch
 
 from nl_kernels import ContinuumLevel, continuum_memory, continuum_mlp
 from nl_kernels.ops.continuum.registration import Update, products
-from nl_kernels.testing import assert_within_budget
+from tests.nl_kernels.budgets import assert_within_budget
 from tests.nl_kernels.continuum_levels import ExactProducts, step_arguments, step_sums
 from tests.nl_kernels.ops.continuum.test_update_in_place import stepped
 

@@ -9,7 +9,7 @@ from nl_kernels.ops.continuum.registration import Update
 from nl_kernels.ops.continuum.triton_backward import plan_backward
 from nl_kernels.ops.continuum.triton_forward import plan_forward
 from nl_kernels.ops.continuum.triton_update import plan_update
-from nl_kernels.testing import GuardedBuffer, assert_within_budget
+from tests.nl_kernels.budgets import GuardedBuffer, assert_within_budget
 from tests.nl_kernels.continuum_levels import STEPS, ExactProducts, random_tensor, step_arguments, step_sums
 from tests.nl_kernels.ops.continuum.test_mlp import arguments, with_gradients
 from tests.nl_kernels.ops.continuum.test_update_in_place import OPTIONS, call, stepped, written
