@@ -121,6 +121,26 @@ def check_sequences(mask: object, cu_seqlens: object, like: torch.Tensor) -> int
     return batch
 
 
+def check_position(name: str, position: object, batch: int, period: int, like: torch.Tensor) -> None:
+    """Check the tokens since the last boundary: [B] int64, below ``period``."""
+    if not isinstance(position, torch.Tensor) or position.dtype != torch.int64:
+        came = position.dtype if isinstance(position, torch.Tensor) else type(position).__name__
+        raise TypeError(f"{name}: expected an int64 tensor, got {came}")
+    if position.shape != (batch,) or position.device != like.device:
+        raise ValueError(
+            f"{name}: expected shape {(batch,)} on {like.device}, "
+            f"got {tuple(position.shape)} on {position.device}"
+        )
+    if position.device.type != "cpu" or not has_readable_data(position):
+        return
+    for place in position.tolist():
+        if not 0 <= place < period:
+            raise ValueError(
+                f"{name}: expected values in [0, {period}), got {place}: "
+                "was the state made with another chunk size?"
+            )
+
+
 def state_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """Of states, and of what changes them: fp64 when any of the tensors is, else fp32."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 
 import torch
 
-from nl_kernels.checks import check_range, check_tensor, has_readable_data
+from nl_kernels.checks import check_choice, check_range, check_tensor
 from nl_kernels.chunk_alignment import ChunkAlignment, align_packed
 from nl_kernels.memory.state import named_tensors, tensors_in, weights_in
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
+
+READS = ("snapshot", "running")
 
 
 def check_memory(
@@ -35,30 +37,11 @@ def check_memory(
         check_tensor(f"{name}.outer", outer, (*lead, out, hidden), like=like)
 
 
-def check_rule(rule: object) -> None:
-    """Check that ``rule`` is a :class:`MemoryRule`."""
+def check_rule(rule: object, read: object) -> None:
+    """Check that ``rule`` is a :class:`MemoryRule`, and when a memory is read."""
     if not isinstance(rule, MemoryRule):
         raise TypeError(f"rule: expected a MemoryRule, got {type(rule).__name__}")
-
-
-def check_position(name: str, position: object, batch: int, period: int, like: torch.Tensor) -> None:
-    """Check the tokens since the last boundary: [B] int64, below ``period``."""
-    if not isinstance(position, torch.Tensor) or position.dtype != torch.int64:
-        came = position.dtype if isinstance(position, torch.Tensor) else type(position).__name__
-        raise TypeError(f"{name}: expected an int64 tensor, got {came}")
-    if position.shape != (batch,) or position.device != like.device:
-        raise ValueError(
-            f"{name}: expected shape {(batch,)} on {like.device}, "
-            f"got {tuple(position.shape)} on {position.device}"
-        )
-    if position.device.type != "cpu" or not has_readable_data(position):
-        return
-    for place in position.tolist():
-        if not 0 <= place < period:
-            raise ValueError(
-                f"{name}: expected values in [0, {period}), got {place}: "
-                "was the state made with another chunk size?"
-            )
+    check_choice("read", read, READS)
 
 
 def check_step_dtype(state: tuple, *tensors: tuple) -> None:

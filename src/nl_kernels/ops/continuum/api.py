@@ -115,15 +115,8 @@ def continuum_memory(
             learning = () if detach_updates else (level.key, level.value, *numbers)
             x = with_zero_gradients(x, (*start, *learning))
     if chosen == "reference":
-        return continuum_memory_reference(
-            x,
-            levels,
-            variant=variant,
-            output_final_state=output_final_state,
-            detach_updates=detach_updates,
-            norm_eps=norm_eps,
-            **tensors,
-        )
+        told = {"variant": variant, "detach_updates": detach_updates, "norm_eps": norm_eps}
+        return continuum_memory_reference(x, levels, output_final_state=output_final_state, **told, **tensors)
     options = Options(variant, norm_eps, flows, products(chosen), checkpoint_every, output_final_state)
     return run_memory(x, levels, options, **tensors)
 

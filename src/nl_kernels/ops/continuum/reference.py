@@ -183,14 +183,12 @@ def _run(
 
 def _mlp(inner: torch.Tensor, weights: Weights, shifts: Sequence[torch.Tensor] = (0.0, 0.0, 0.0)):
     """The MLP of one token [D]; ``shifts`` are added to the outputs of up, down and gate."""
+    return weights.down @ _hidden(inner, weights, shifts) + shifts[1]
+
+
+def _hidden(inner: torch.Tensor, weights: Weights, shifts: Sequence[torch.Tensor] = (0.0, 0.0, 0.0)):
     up = weights.up @ inner + shifts[0]
-    hidden = F.gelu(up) if weights.gate is None else F.silu(weights.gate @ inner + shifts[2]) * up
-    return weights.down @ hidden + shifts[1]
-
-
-def _hidden(inner: torch.Tensor, weights: Weights) -> torch.Tensor:
-    up = weights.up @ inner
-    return F.gelu(up) if weights.gate is None else F.silu(weights.gate @ inner) * up
+    return F.gelu(up) if weights.gate is None else F.silu(weights.gate @ inner + shifts[2]) * up
 
 
 def _step(

@@ -456,7 +456,7 @@ BAD_CALLS = {
         ValueError,
         with_state(up_momentum=torch.ones(2, 5, WIDTH)),
     ),
-    r"initial_state\[0\].position: expected a tensor": (TypeError, with_state(position=torch.ones(2))),
+    r"initial_state\[0\].position: expected an int64 tensor": (TypeError, with_state(position=torch.ones(2))),
     r"initial_state\[0\].position: expected shape": (ValueError, with_state(position=torch.ones(1).long())),
     r"initial_state\[0\].position: expected values": (ValueError, with_state(position=torch.tensor([0, 2]))),
     r"initial_state\[0\].pending_inputs": (ValueError, with_state(pending_inputs=torch.ones(2, 0, WIDTH))),
