@@ -63,7 +63,7 @@ gpu-check: install  ## ten minutes on a CUDA device: doctor, error budgets, time
 	$(BIN)/python -m benchmarks.gpu_check
 
 aot: install  ## compile every kernel for every target and print registers, spills and shared memory
-	$(BIN)/python -m nl_kernels.triton_support.report
+	$(BIN)/python -m tools.kernel_report
 	$(BIN)/python -m benchmarks.peer_kernels
 
 evidence: install  ## every study of docs/evidence.md, then its tables and pictures; goes on where it stopped

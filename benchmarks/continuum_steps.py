@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.harness import COMPILED, Case, Factories, Provider
 from benchmarks.measure import Work, random_tensors
-from nl_kernels import continuum_mlp
-from nl_kernels.ops.continuum.registration import Update, implementation
+from nl_kernels import continuum_mlp, continuum_update
+from nl_kernels.ops.continuum.registration import Update, products
 
 RATE = 1e-3
 
@@ -73,14 +73,19 @@ def step_providers(case: Case, device: torch.device) -> Factories:
 
     def ours(role: str, impl: str) -> Provider:
         made, rates, momenta = start()
-        weights, update = [made["up"], made["down"]], implementation("update_in_place", impl)
+        weights = [made["up"], made["down"]]
 
         def run() -> tuple[Tensor, ...]:
-            sums = torch.ops.nl_kernels.continuum_mlp_backward(
-                made["error"], made["x"], *weights, None, rates, None, False, impl
-            )
-            update(Update(weights, sums, momenta, 0.9, None, None))
-            return tuple(weights)
+            error = made["error"] * rates.to(case.dtype)[..., None]
+            sums = torch.ops.nl_kernels.continuum_mlp_backward(error, made["x"], *weights, None, False, impl)
+            if impl == "triton":
+                products(impl).update_in_place(Update(weights, sums, momenta, 0.9, None, None))
+                return tuple(weights)
+            options = {"rule": "momentum", "momentum_decay": 0.9}
+            stepped = [
+                continuum_update(w, g, momentum=m, **options) for w, g, m in zip(weights, sums, momenta)
+            ]
+            return tuple(new for new, _ in stepped)
 
         return Provider(run, role=role)
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from nl_kernels.ops.delta_memory.catalogue import catalogue
 from nl_kernels.triton_support.ahead_of_time import compile_call, unallocated
 from nl_kernels.triton_support.kernel_call import KernelCall
-from nl_kernels.triton_support.resources import Resources, resources_of
+from tools.kernel_resources import Resources, resources_of
 
 _TARGET = "sm_90"
 _WIDTHS = (64, 128)

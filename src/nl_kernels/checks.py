@@ -86,6 +86,67 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int, like: torch.Tensor) 
         raise ValueError(f"cu_seqlens: expected 0 < … < {tokens} strictly increasing from 0, got {values}")
 
 
+def check_tokens(name: str, x: object, axes: str) -> None:
+    """Check the first of a call's tensors, which says the sizes of the others: its kind and its axes."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.ndim != axes.count(",") + 1 or 0 in x.shape:
+        raise ValueError(f"{name}: expected {axes} with no empty axis, got shape {tuple(x.shape)}")
+    check_tensor(name, x, x.shape)
+
+
+def check_mask(mask: object, shape: tuple[int, ...], like: torch.Tensor) -> None:
+    """Check that ``mask`` is bool, of ``shape`` ([B, T], or [B] for one token), on the device of ``like``."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        came = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise TypeError(f"mask: expected a bool tensor (True = real token), got {came}")
+    if mask.shape != shape:
+        raise ValueError(f"mask: expected shape {tuple(shape)}, got {tuple(mask.shape)}")
+    if mask.device != like.device:
+        raise ValueError(f"mask: expected a tensor on {like.device}, got one on {mask.device}")
+
+
+def check_sequences(mask: object, cu_seqlens: object, like: torch.Tensor) -> int:
+    """Check how the tokens of ``like`` [B, T, ..] are sequences; the number of sequences."""
+    batch, length = like.shape[:2]
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seqlens: packed input needs B = 1, got {batch}")
+        if mask is not None:
+            raise ValueError("mask: not together with cu_seqlens; packed input has no padding")
+        check_cu_seqlens(cu_seqlens, length, like)
+        return len(cu_seqlens) - 1
+    if mask is not None:
+        check_mask(mask, (batch, length), like)
+    return batch
+
+
+def check_position(name: str, position: object, batch: int, period: int, like: torch.Tensor) -> None:
+    """Check the tokens since the last boundary: [B] int64, below ``period``."""
+    if not isinstance(position, torch.Tensor) or position.dtype != torch.int64:
+        came = position.dtype if isinstance(position, torch.Tensor) else type(position).__name__
+        raise TypeError(f"{name}: expected an int64 tensor, got {came}")
+    if position.shape != (batch,) or position.device != like.device:
+        raise ValueError(
+            f"{name}: expected shape {(batch,)} on {like.device}, "
+            f"got {tuple(position.shape)} on {position.device}"
+        )
+    if position.device.type != "cpu" or not has_readable_data(position):
+        return
+    for place in position.tolist():
+        if not 0 <= place < period:
+            raise ValueError(
+                f"{name}: expected values in [0, {period}), got {place}: "
+                "was the state made with another chunk size?"
+            )
+
+
+def state_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """Of states, and of what changes them: fp64 when any of the tensors is, else fp32."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
 def has_readable_data(value: torch.Tensor) -> bool:
     """Whether the host can read the values.
 

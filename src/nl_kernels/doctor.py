@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from nl_kernels import (
     ContinuumLevel,
@@ -119,14 +120,9 @@ class Finding(NamedTuple):
 
 def _leaves(value: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
     """Nested tensors as new leaves."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to(device, dtype, copy=True).requires_grad_()
-    if isinstance(value, dict):
-        return {name: _leaves(x, dtype, device) for name, x in value.items()}
-    if value is None:
-        return None
-    parts = [_leaves(x, dtype, device) for x in value]
-    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return tree_map_only(
+        torch.Tensor, lambda x: x.detach().to(device, dtype, copy=True).requires_grad_(), value
+    )
 
 
 def _results_and_gradients(case: Case, inputs: dict, impl: str | None) -> list[torch.Tensor]:

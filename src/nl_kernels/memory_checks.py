@@ -7,10 +7,12 @@ from collections.abc import Iterable
 
 import torch
 
-from nl_kernels.checks import check_cu_seqlens, check_range, check_tensor, has_readable_data
+from nl_kernels.checks import check_choice, check_range, check_tensor
 from nl_kernels.chunk_alignment import ChunkAlignment, align_packed
 from nl_kernels.memory.state import named_tensors, tensors_in, weights_in
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
+
+READS = ("snapshot", "running")
 
 
 def check_memory(
@@ -35,47 +37,17 @@ def check_memory(
         check_tensor(f"{name}.outer", outer, (*lead, out, hidden), like=like)
 
 
-def check_rule(rule: object) -> None:
-    """Check that ``rule`` is a :class:`MemoryRule`."""
+def check_rule(rule: object, read: object) -> None:
+    """Check that ``rule`` is a :class:`MemoryRule`, and when a memory is read."""
     if not isinstance(rule, MemoryRule):
         raise TypeError(f"rule: expected a MemoryRule, got {type(rule).__name__}")
+    check_choice("read", read, READS)
 
 
 def check_error_at(rule: MemoryRule, weights: DeepMemoryWeights) -> None:
     """Check that errors can be taken where ``rule`` says."""
     if rule.error_at == "anchor" and weights.outer is not None:
         raise ValueError("rule.error_at: memories of two layers have errors at the 'snapshot', got 'anchor'")
-
-
-def check_mask(mask: object, shape: tuple[int, ...], like: torch.Tensor) -> None:
-    """Check that ``mask`` is bool, of ``shape`` ([B, T], or [B] for one token), on the device of ``like``."""
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        came = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise TypeError(f"mask: expected a bool tensor (True = real token), got {came}")
-    if mask.shape != shape:
-        raise ValueError(f"mask: expected shape {shape}, got {tuple(mask.shape)}")
-    if mask.device != like.device:
-        raise ValueError(f"mask: expected a tensor on {like.device}, got one on {mask.device}")
-
-
-def check_position(name: str, position: object, batch: int, period: int, like: torch.Tensor) -> None:
-    """Check the tokens since the last boundary: [B] int64, below ``period``."""
-    if not isinstance(position, torch.Tensor) or position.dtype != torch.int64:
-        came = position.dtype if isinstance(position, torch.Tensor) else type(position).__name__
-        raise TypeError(f"{name}: expected an int64 tensor, got {came}")
-    if position.shape != (batch,) or position.device != like.device:
-        raise ValueError(
-            f"{name}: expected shape {(batch,)} on {like.device}, "
-            f"got {tuple(position.shape)} on {position.device}"
-        )
-    if position.device.type != "cpu" or not has_readable_data(position):
-        return
-    for place in position.tolist():
-        if not 0 <= place < period:
-            raise ValueError(
-                f"{name}: expected values in [0, {period}), got {place}: "
-                "was the state made with another chunk size?"
-            )
 
 
 def check_step_dtype(state: tuple, *tensors: tuple) -> None:
@@ -119,40 +91,9 @@ def per_sequence(weights: torch.Tensor, batch: int, dtype: torch.dtype) -> torch
     return weights.expand(batch, *weights.shape) if weights.ndim == 3 else weights
 
 
-def state_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """fp64 when any of the tensors is, else fp32."""
-    return (
-        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    )
-
-
 def zero_padding(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Tokens [B, T, …] with zeros where ``mask`` is False, whatever padding holds."""
     return x.masked_fill(~mask.view(mask.shape + (1,) * (x.ndim - 2)), 0)
-
-
-def check_tokens(name: str, x: object, axes: str) -> None:
-    """Check the first of a call's tensors, which says the sizes of the others: its kind and its axes."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.ndim != axes.count(",") + 1 or 0 in x.shape:
-        raise ValueError(f"{name}: expected {axes} with no empty dimension, got shape {tuple(x.shape)}")
-    check_tensor(name, x, x.shape)
-
-
-def check_sequences(mask: object, cu_seqlens: object, like: torch.Tensor) -> int:
-    """Check how the tokens of ``like`` [B, T, ..] are sequences; the number of sequences."""
-    batch, length = like.shape[:2]
-    if cu_seqlens is not None:
-        if batch != 1:
-            raise ValueError(f"cu_seqlens: packed input needs B = 1, got {batch}")
-        if mask is not None:
-            raise ValueError("mask: not together with cu_seqlens; packed input has no padding")
-        check_cu_seqlens(cu_seqlens, length, like)
-        return len(cu_seqlens) - 1
-    if mask is not None:
-        check_mask(mask, (batch, length), like)
-    return batch
 
 
 def one_token(

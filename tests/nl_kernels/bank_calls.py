@@ -5,8 +5,8 @@ import torch
 from nl_kernels.memory.bank import Bank
 from nl_kernels.memory.kernels.launch import plan_forward
 from nl_kernels.memory.kernels.launch_backward import plan_backward
-from nl_kernels.testing import GuardedBuffer
 from nl_kernels.triton_support.kernel_call import KernelCall
+from tests.nl_kernels.budgets import GuardedBuffer
 
 
 def _map(value, change):

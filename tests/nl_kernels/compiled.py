@@ -3,8 +3,8 @@
 import triton
 
 from nl_kernels.triton_support.ahead_of_time import compile_call
-from nl_kernels.triton_support.resources import resources_of
 from nl_kernels.triton_support.targets import TARGETS, TENSOR_MEMORY
+from tools.kernel_resources import resources_of
 
 # The compiler of Triton 3.6 spills more of the memories' backward kernels.
 BEFORE_3_7 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)

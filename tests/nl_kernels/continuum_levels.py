@@ -6,9 +6,10 @@ import torch
 
 from nl_kernels import ContinuumLevel, continuum_memory
 from nl_kernels.memory.segments import Footprint, spans
-from nl_kernels.ops.continuum import eager, loop, update
+from nl_kernels.ops.continuum import eager, loop
 from nl_kernels.ops.continuum.loop import Options, run_flush, run_memory
-from nl_kernels.ops.continuum.state import Weights
+from nl_kernels.ops.continuum.state import Weights, state_dtype
+from nl_kernels.ops.continuum.update import with_row_norms
 
 WIDTH = 6
 TENSORS = ("norm", "up", "down", "gate", "key", "value", "rate", "retention")
@@ -67,11 +68,30 @@ def close(found, expected, tolerance=1e-10):
             assert (f - e).abs().max() <= tolerance * max(1.0, e.abs().max().item())
 
 
+def update_in_place(update):
+    """The steps of an ``Update`` in plain PyTorch; nothing is read on the host."""
+    weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention = update
+    for i, (weight, step) in enumerate(zip(weights, gradients)):
+        old = (weight if sources is None else sources[i].to(weight.dtype)).expand_as(weight)
+        taken = torch.ones_like(weight[..., :1, :1]) > 0 if where is None else where[i][..., None, None]
+        if momenta is not None:
+            after = momenta[i] * decay + step
+            step = momenta[i].copy_(torch.where(taken, after, momenta[i]))
+        new = old - step
+        if initial is not None:
+            new = new - (1 - retention[i]) * (old - initial[i].to(old.dtype))
+        if norms is not None:
+            new = with_row_norms(new, norms[i])
+        weight.copy_(torch.where(taken, new, old))
+        if copies is not None:
+            copies[i].copy_(weight)
+
+
 class ExactProducts:
     """What the kernels make of a chunk, in PyTorch: any machine runs it in any dtype."""
 
     IMPL, IN_PLACE = "eager", True
-    update_in_place = staticmethod(update.update_in_place)
+    update_in_place = staticmethod(update_in_place)
 
     @staticmethod
     def read(x, weights, records):
@@ -90,6 +110,35 @@ class ExactProducts:
     def read_backward(d_y, x, weights, activations, owners):
         _, activations = eager.read(x, eager.cast(weights, x.dtype), True)
         return eager.read_backward(d_y, x, weights, activations, owners)
+
+
+STEPS = [(False, None), (True, None), (False, 0.3), (True, 0.3)]
+"""Whether there is a gate, and the bound of errors."""
+
+
+def step_arguments(*, gated, batch=2, tokens=5, width=6, hidden=7, dtype=torch.float64, device="cpu"):
+    """Tokens of a chunk, their rates and the fast weights of each sequence, for :func:`step_sums`."""
+    made = {
+        "inputs": random_tensor(batch, tokens, width, seed=0),
+        "value": random_tensor(width, width, scale=width**-0.5, seed=4),
+        "up": random_tensor(batch, hidden, width, scale=width**-0.5, seed=1),
+        "down": random_tensor(batch, width, hidden, scale=hidden**-0.5, seed=2),
+        "gate": random_tensor(batch, hidden, width, scale=width**-0.5, seed=3) if gated else None,
+    }
+    made = {name: None if x is None else x.to(device, dtype) for name, x in made.items()}
+    made["rates"] = random_tensor(batch, tokens, seed=5).abs().to(device, state_dtype(dtype))
+    return made
+
+
+def step_sums(made, bound, products):
+    """Σ_t η_t δ_t x_tᵀ of up, down and gate, from which the step of a chunk is made."""
+    weights = Weights(made["up"], made["down"], made["gate"])
+    level = ContinuumLevel(
+        norm=None, up=None, down=None, value=made["value"], rate=1.0, chunk_size=1, error_bound=bound
+    )
+    inputs = made["inputs"]
+    _, sums = products.chunk_sums(level, inputs, inputs, weights, made["rates"], False)
+    return [part for part in sums if part is not None]
 
 
 def in_place(

@@ -69,7 +69,7 @@ def continuum_calls(batch: int, tokens: int, width: int, hidden: int) -> list[Ke
     up, down = unallocated(batch, hidden, width), unallocated(batch, width, hidden)
     rates = unallocated(batch, tokens)
     forward, _ = triton_forward.plan_forward(x, up, down, up, **target)
-    backward, _ = triton_backward.plan_backward(x, x, up, down, up, rates, 1.0, True, **target)
+    backward, _ = triton_backward.plan_backward(x, x, up, down, up, True, **target)
     value = unallocated(width, width)
     chunk, sums = triton_chunk.plan_chunk(x, x, value, up, down, up, rates, 1.0, True, **target)
     read, _ = triton_chunk.plan_read_backward(x, x, up, down, up, [(None, sums[1:])], **target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -10,15 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nl_kernels.checks import has_readable_data
+from nl_kernels.checks import has_readable_data, state_dtype
 from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
 from nl_kernels.dispatch import compiler_at_work, needs_gradient, without_autocast
-from nl_kernels.memory.bank import Bank, Call, Layers, Layout
-from nl_kernels.memory.chunk import BankRule, Tokens
-from nl_kernels.memory.generate import GeneratedTokens
+from nl_kernels.memory.bank import Bank, Call, Layout
+from nl_kernels.memory.chunk import BankRule
+from nl_kernels.memory.generate import GeneratedTokens, GivenTokens
 from nl_kernels.memory.kernels import call as kernels_call
 from nl_kernels.memory.loop import Loop, run_segments
-from nl_kernels.memory.segments import State, footprint, plan_segments
+from nl_kernels.memory.segments import footprint, plan_segments
 from nl_kernels.memory.state import (
     beginning,
     cast,
@@ -32,7 +31,6 @@ from nl_kernels.memory_checks import (
     check_step_dtype,
     one_token,
     per_sequence,
-    state_dtype,
 )
 from nl_kernels.memory_rule import MemoryRule, l2_normalize
 from nl_kernels.zero_gradients import with_zero_gradients
@@ -179,21 +177,6 @@ def learn(
     elif mask is not None:
         o = o.masked_fill(~mask[:, :, None, None], 0)
     return o, *banks, grid.position
-
-
-@dataclasses.dataclass(frozen=True)
-class GivenTokens:
-    """For :class:`~nl_kernels.memory.loop.Loop`: sequences are the tokens."""
-
-    block: int
-
-    def tokens(self, base: Layers, constants: State, sequences: State, keep: bool) -> tuple[Tokens, Any]:
-        return Tokens(*sequences), None
-
-    def tokens_adjoint(
-        self, base, constants, sequences, made, d_tokens: Tokens, d_base: Layers
-    ) -> tuple[State, State]:
-        return d_tokens, ()
 
 
 def learn_on_grid(

@@ -1,9 +1,9 @@
-"""The memories of a bank make keys, values, rates and retentions (Eqs. 83-87), and the adjoint."""
+"""Where a bank's tokens come from: a call, or its memories (Eqs. 83-87), and the adjoint."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,8 +27,29 @@ class _Made(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class GivenTokens:
+    """For :class:`~nl_kernels.memory.loop.Loop`: sequences are the tokens.
+
+    Attributes:
+        block: chunks whose tokens are known at the start of the first one.
+    """
+
+    block: int
+
+    def tokens(self, base: Layers, constants: State, sequences: State, keep: bool) -> tuple[Tokens, Any]:
+        """The tokens of a block from its sequences [N, T, ..], and what the adjoint needs."""
+        return Tokens(*sequences), None
+
+    def tokens_adjoint(
+        self, base, constants, sequences, made, d_tokens: Tokens, d_base: Layers
+    ) -> tuple[State, State]:
+        """The adjoints of the sequences, and of the constants by token [N, T, ..]; adds to ``d_base``."""
+        return d_tokens, ()
+
+
+@dataclasses.dataclass(frozen=True)
 class GeneratedTokens:
-    """For :class:`~nl_kernels.memory.loop.Loop`.
+    """As :class:`GivenTokens`, of tokens that the memories make.
 
     Sequences are inputs of key, value, query and gates [N, T, D], the momentum and ``applied`` [N, T, 1] or
     ``None``; constants are the largest rate [N, 1, 1] and the biases of rate and retention [N, 1, 2].

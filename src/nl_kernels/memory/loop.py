@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,28 +17,8 @@ from nl_kernels.dispatch import products_for, without_autocast
 from nl_kernels.memory.bank import Layers, snapshot_adjoint, take_snapshot
 from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, learn, prepare
 from nl_kernels.memory.chunk_adjoint import ChunkAdjoint, TokenAdjoints, learn_adjoint, prepare_adjoint
+from nl_kernels.memory.generate import GeneratedTokens, GivenTokens
 from nl_kernels.memory.segments import Segment, State, by_chunk, joined, shaped
-
-
-class Source(Protocol):
-    """Where a bank's tokens come from: what a call gives, or what the memories make of it."""
-
-    block: int
-    """Chunks whose tokens are known at the start of the first one."""
-
-    def tokens(self, base: Layers, constants: State, sequences: State, keep: bool) -> tuple[Tokens, Any]:
-        """The tokens of a block from its sequences [N, T, ..], and what the adjoint needs."""
-
-    def tokens_adjoint(
-        self,
-        base: Layers,
-        constants: State,
-        sequences: State,
-        made: Any,
-        d_tokens: Tokens,
-        d_base: Layers,
-    ) -> tuple[State, State]:
-        """The adjoints of the sequences, and of the constants by token [N, T, ..]; adds to ``d_base``."""
 
 
 class _Chunk(NamedTuple):
@@ -72,7 +52,7 @@ class Loop:
     """
 
     bank: BankRule
-    source: Source
+    source: GivenTokens | GeneratedTokens
     clocks: tuple[int, int]
     truncate_period: int | None
     grid: ChunkGrid

@@ -7,13 +7,14 @@ leading dimensions do, as long as they broadcast.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from nl_kernels.memory.hidden import row_dot
 from nl_kernels.memory_rule import MemoryRule
 
+Weights = TypeVar("Weights", bound=tuple)
 Met = bool | torch.Tensor
 """Whether a boundary is met: by all sequences, by none, or by those of a bool tensor [B]."""
 
@@ -32,6 +33,24 @@ class Gates(NamedTuple):
     decay: torch.Tensor
     momentum: torch.Tensor | None
     applied: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        rate: torch.Tensor,
+        decay: torch.Tensor,
+        momentum: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> Gates:
+        """From η, α and μ [B, H] and the mask [B] of a token, for B · H layers."""
+        applied = None
+        if mask is not None:
+            padding = ~mask[:, None]
+            rate, decay = rate.masked_fill(padding, 0), decay.masked_fill(padding, 1)
+            momentum = None if momentum is None else momentum.masked_fill(padding, 1)
+            applied = mask[:, None].expand(rate.shape).to(rate.dtype)
+        parts = (rate, decay, momentum, applied)
+        return cls(*(None if x is None else x.reshape(-1, 1, 1) for x in parts))
 
     def broadcast(self) -> Gates:
         """The same for layers with one more leading dimension, behind the first."""
@@ -102,7 +121,21 @@ def advance(
     return after % period, met if mask is None else [m & mask for m in met]
 
 
-def where_met(met: torch.Tensor, new: torch.Tensor, old: torch.Tensor, inplace: bool) -> torch.Tensor:
-    """``new`` where ``met`` (broadcast from the left), else ``old``; written into ``old`` if ``inplace``."""
-    picked = torch.where(met.view(met.shape + (1,) * (new.ndim - met.ndim)), new, old)
-    return old.copy_(picked) if inplace else picked
+def refreshed(met: Met | tuple, running: Weights, snapshot: Weights, inplace: bool) -> Weights:
+    """The snapshot after a token, of ``running`` where a boundary is met; written into it if ``inplace``.
+
+    Args:
+        met: for all layers, or a tuple with that of each, which broadcasts from the left.
+    """
+    if met is False:
+        return snapshot
+    if met is True and not inplace:
+        return running
+
+    def layer(new: torch.Tensor, old: torch.Tensor, met: Met) -> torch.Tensor:
+        if met is not True:
+            new = torch.where(met.view(met.shape + (1,) * (new.ndim - met.ndim)), new, old)
+        return old.copy_(new) if inplace else new
+
+    parts = zip(running, snapshot, met if isinstance(met, tuple) else (met,) * len(snapshot))
+    return type(snapshot)(*(None if new is None else layer(new, old, where) for new, old, where in parts))

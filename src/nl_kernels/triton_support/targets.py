@@ -59,11 +59,6 @@ def architecture_of(device: torch.device) -> str:
     return "sm_89" if major == 12 or (major, minor) in ((8, 6), (8, 9)) else "sm_80"
 
 
-def is_ampere(architecture: str) -> bool:
-    """Whether products are those of sm_80, with operands in registers."""
-    return architecture in ("sm_80", "sm_89")
-
-
 def precision_of(dtype: torch.dtype, architecture: str) -> str:
     """How products compute (a name of :func:`triton_support.language.matmul`) for callers of ``dtype``.
 

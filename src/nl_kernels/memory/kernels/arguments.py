@@ -73,24 +73,10 @@ class Shape(NamedTuple):
     LAST_KEPT: int
 
 
-class Rule(NamedTuple):
-    """What of a :class:`~nl_kernels.memory_rule.MemoryRule` and of a call a kernel is compiled for."""
-
-    GENERATES: bool
-    RUNNING: bool
-    ANCHORED: bool
-    ACTIVATION: str
-    NORMALIZED: bool
-    RESIDUAL: bool
-    ERASES: bool
-    AT_ANCHOR: bool  # linear memories' errors at keys
-    BOUND: float
-    PRECISION: str
-
-
-def compiled_of(shape: Shape, rule: Rule, *, backward: bool) -> tuple:
+def compiled_of(shape: Shape, rule: dict[str, Any], *, backward: bool) -> tuple:
     """All that a kernel is compiled for, its ``BANK``: sizes, rule, and where its scratch memory has what.
 
+    ``rule`` is what of a :class:`~nl_kernels.memory_rule.MemoryRule` and of a call the kernels depend on.
     ``FIRST`` and ``LAST`` are copies of the layers' weights (:mod:`.learn`). Tokens lie in both forms of
     :func:`~.fragments.put_rows`, one matrix, or one for each memory: of ``INPUTS`` three, and ``KEY`` has all
     that memories make, ``VALUE`` its second matrix; ``EXACT`` has the same before rounding. From ``OMEGA`` on
@@ -101,18 +87,18 @@ def compiled_of(shape: Shape, rule: Rule, *, backward: bool) -> tuple:
     outputs = 2 * memories * shape.BLOCK_V * chunk
     hidden = 2 * memories * shape.BLOCK_H * chunk if shape.HIDDEN else 0
     keys, pairs = 2 * shape.BLOCK_K * chunk, 2 * shape.BLOCKS * chunk * chunk
-    made, first_pairs = outputs if rule.GENERATES else 0, pairs if shape.HIDDEN else 0
+    made, first_pairs = outputs if rule["GENERATES"] else 0, pairs if shape.HIDDEN else 0
     sizes = {
         "FIRST": copies * shape.FIRST_KEPT,
         "LAST": copies * shape.LAST_KEPT,
-        "INPUTS": 3 * keys if rule.GENERATES else 0,
+        "INPUTS": 3 * keys if rule["GENERATES"] else 0,
         "KEY": made or keys,
         "VALUE": 0 if made else 2 * shape.BLOCK_V * chunk,
         "EXACT": made // 2,
         "QUERY": keys,
         "VECTORS": 16 * chunk,
         "DECAYS": 2 * chunk * chunk,
-        "HIDDEN_MADE": hidden if rule.GENERATES else 0,
+        "HIDDEN_MADE": hidden if rule["GENERATES"] else 0,
         **{f"HIDDEN_{name}": hidden for name in ("KEY", "VALUE", "QUERY")},
         "ERROR": outputs if shape.HIDDEN else 0,
         **dict.fromkeys(("INVERSE", "SCORES"), pairs),
@@ -134,10 +120,10 @@ def compiled_of(shape: Shape, rule: Rule, *, backward: bool) -> tuple:
         starts[name] = total
         total += -(-size // 16) * 16 if backward or name in sizes else 0
     if made:
-        starts["VALUE"] = starts["KEY"] + keys // (2 if rule.PRECISION in ("bf16", "fp16") else 1)
-    return _compiled(tuple(starts))(*shape, *rule, *starts.values(), total)
+        starts["VALUE"] = starts["KEY"] + keys // (2 if rule["PRECISION"] in ("bf16", "fp16") else 1)
+    return _compiled((*rule, *starts))(*shape, *rule.values(), *starts.values(), total)
 
 
 @functools.cache
-def _compiled(places: tuple[str, ...]) -> type:
-    return namedtuple("Compiled", (*Shape._fields, *Rule._fields, *places, "SIZE"))
+def _compiled(names: tuple[str, ...]) -> type:
+    return namedtuple("Compiled", (*Shape._fields, *names, "SIZE"))

@@ -102,14 +102,8 @@ def inputs_of(
     if self_made:
         given = [*token, None, None, *(unallocated(heads) for _ in range(3))]
     else:
-        given = [
-            *token,
-            None,
-            *(unallocated(batch, tokens, heads, dtype=dtype) for _ in range(2)),
-            None,
-            None,
-            None,
-        ]
+        rates = [unallocated(batch, tokens, heads, dtype=dtype) for _ in range(2)]
+        given = [*token, None, *rates, *[None] * 3]
     memories, outputs = (5, 3 * width + 2) if self_made else (1, width)
     banks = batch * heads
     first = None if hidden is None else unallocated(banks, memories * hidden, width)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nl_kernels.memory.bank import Bank
-from nl_kernels.memory.kernels.arguments import Rule, Shape, Tokens, compiled_of
+from nl_kernels.memory.kernels.arguments import Shape, Tokens, compiled_of
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support import targets
 from nl_kernels.triton_support.kernel_call import KernelCall
@@ -179,7 +179,7 @@ class Plan:
     inputs: Inputs
     options: Options
     shape: Shape
-    rule: Rule
+    rule: dict[str, Any]
 
     @classmethod
     def of(cls, inputs: Inputs, options: Options) -> Plan:
@@ -191,18 +191,18 @@ class Plan:
             hidden=0 if inputs.first is None else inputs.last.shape[-1],
             options=options,
         )
-        rule = Rule(
-            generates,
-            options.read == "running",
-            inputs.last_anchor is not None,
-            options.activation,
-            options.normalize_hidden,
-            options.residual,
-            options.erases,
-            options.at_anchor and inputs.first is None,
-            options.error_bound,
-            options.precision,
-        )
+        rule = {
+            "GENERATES": generates,
+            "RUNNING": options.read == "running",
+            "ANCHORED": inputs.last_anchor is not None,
+            "ACTIVATION": options.activation,
+            "NORMALIZED": options.normalize_hidden,
+            "RESIDUAL": options.residual,
+            "ERASES": options.erases,
+            "AT_ANCHOR": options.at_anchor and inputs.first is None,  # linear memories' errors at keys
+            "BOUND": options.error_bound,
+            "PRECISION": options.precision,
+        }
         return cls(inputs, options, shape, rule)
 
     @property

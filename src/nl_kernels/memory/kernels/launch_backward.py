@@ -9,7 +9,7 @@ import torch
 
 from nl_kernels.memory.bank import Bank
 from nl_kernels.memory.kernels.arguments import Tokens
-from nl_kernels.memory.kernels.launch import Inputs, Options, Plan, kept_states
+from nl_kernels.memory.kernels.launch import Inputs, Options, Plan, copies, kept_states
 from nl_kernels.triton_support.kernel_call import KernelCall
 
 
@@ -29,10 +29,7 @@ def final_gradients(grads: list[torch.Tensor | None], inputs: Inputs, options: O
     A memory that ends at a boundary has taken its snapshot from the weights after the last token.
     """
     plan = Plan.of(inputs, options)
-    d_running, d_snapshot = (
-        Bank(*(None if x is None else x.clone() for x in grads[:2])),
-        Bank(*(None if x is None else x.clone() for x in grads[2:])),
-    )
+    d_running, d_snapshot = copies(*grads[:2]), copies(*grads[2:])
     shape = plan.shape
     stop = options.offset + inputs.query.shape[1]
     has_tokens: torch.Tensor | bool = True
@@ -67,22 +64,17 @@ def plan_backward(
     d_gates = None if inputs.gate is None else inputs.last.new_zeros(plan.heads, 3)
     d_anchor = Bank(*(None if x is None else torch.zeros_like(x) for x in inputs[14:]))
     d_tokens = Tokens(*d_tokens, None, None, None, None)
-    states = kept
-    if every > 1:
-        states = kept_states(plan, every)
     begin = plan.first_slots()
+    states, slots = kept, options.chunks
     if every == 1:  # nothing to run again: one launch for all chunks
         segments = [(0, options.chunks)]
+    else:
+        states, slots = kept_states(plan, every), every
     for index, (first, stop) in reversed(list(enumerate(segments))):
-        span = {"first_chunk": first, "stop_chunk": stop}
-        places = (
-            {"kept_first": first, "kept_slots": every}
-            if every > 1
-            else {"kept_first": 0, "kept_slots": options.chunks}
-        )
+        span = {"first_chunk": first, "stop_chunk": stop, "kept_first": first, "kept_slots": slots}
         if every > 1:
             running, snapshot = plan.at_segment(kept, index, first * options.chunk, begin)
-            yield plan.learn(running, snapshot, states, None, **span, kept_every=1, **places)
+            yield plan.learn(running, snapshot, states, None, **span, kept_every=1)
         arguments = {
             "kept": states,
             "d_o": d_o,
@@ -92,5 +84,5 @@ def plan_backward(
             "d_anchor": d_anchor,
             "d_gates": d_gates,
         }
-        yield plan.adjoint(arguments, **span, **places)
+        yield plan.adjoint(arguments, **span)
     yield Gradients(d_tokens, d_gates, d_running, d_snapshot, d_anchor)

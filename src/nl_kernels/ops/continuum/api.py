@@ -6,14 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from nl_kernels.checks import check_bool, check_positive_int
+from nl_kernels.checks import check_bool, check_mask, check_positive_int, check_tokens
 from nl_kernels.dispatch import IMPLEMENTATIONS, WITH_COMPILED, choose_implementation, needs_gradient
 from nl_kernels.ops.continuum.checks import (
-    check_flags,
     check_levels,
     check_number,
     check_state,
-    check_stream,
     check_variant,
 )
 from nl_kernels.ops.continuum.launch import MAX_WIDTH
@@ -96,11 +94,11 @@ def continuum_memory(
         NotImplementedError: ``impl="triton"`` for what its kernels do not take.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
-    check_stream("x", x)
+    check_tokens("x", x, "[B, T, D]")
     check_levels(levels, x)
     check_variant(variant, level_weights, levels, x)
     if mask is not None:
-        check_flags("mask", mask, x.shape[:2], x.device)
+        check_mask(mask, x.shape[:2], x)
     if initial_state is not None:
         check_state("initial_state", initial_state, levels, x.shape[0], x, variant)
     if checkpoint_every is not None:
@@ -117,15 +115,8 @@ def continuum_memory(
             learning = () if detach_updates else (level.key, level.value, *numbers)
             x = with_zero_gradients(x, (*start, *learning))
     if chosen == "reference":
-        return continuum_memory_reference(
-            x,
-            levels,
-            variant=variant,
-            output_final_state=output_final_state,
-            detach_updates=detach_updates,
-            norm_eps=norm_eps,
-            **tensors,
-        )
+        told = {"variant": variant, "detach_updates": detach_updates, "norm_eps": norm_eps}
+        return continuum_memory_reference(x, levels, output_final_state=output_final_state, **told, **tensors)
     options = Options(variant, norm_eps, flows, products(chosen), checkpoint_every, output_final_state)
     return run_memory(x, levels, options, **tensors)
 

@@ -59,14 +59,11 @@ def _mlps(architecture: str) -> Iterator[CatalogueEntry]:
                 x, error = (unallocated(batches, tokens, width, dtype=dtype) for _ in range(2))
                 up, gate = (unallocated(batches, hidden, width, dtype=kind) for _ in range(2))
                 down = unallocated(batches, width, hidden, dtype=kind)
-                rates = unallocated(batches, tokens)
                 gate = gate if gated else None
                 words = f"{str(dtype).removeprefix('torch.')} {batches}x{tokens}x{width}x{hidden}"
                 words += " gated" if gated else " plain"
                 forward, _ = plan_forward(x, up, down, gate, architecture=architecture)
-                backward, _ = plan_backward(
-                    error, x, up, down, gate, rates, 1.0, True, architecture=architecture
-                )
+                backward, _ = plan_backward(error, x, up, down, gate, True, architecture=architecture)
                 parts = ("hidden", "out", "signal", "up", "down", *(("gate",) if gated else ()), "input")
                 for call, part in zip((*forward, *backward), parts):
                     yield CatalogueEntry("continuum", f"{words} {part}", call)

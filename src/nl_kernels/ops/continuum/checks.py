@@ -8,7 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
-from nl_kernels.checks import check_bool, check_choice, check_positive_int, check_range, check_tensor
+from nl_kernels.checks import (
+    check_bool,
+    check_choice,
+    check_position,
+    check_positive_int,
+    check_range,
+    check_tensor,
+)
 from nl_kernels.ops.continuum.state import (
     RULES,
     RULES_WITH_MOMENTUM,
@@ -20,15 +27,6 @@ from nl_kernels.ops.continuum.state import (
     entry_type,
     state_dtype,
 )
-
-
-def check_stream(name: str, x: object) -> None:
-    """A tensor [B, T, D] that is not empty."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.ndim != 3 or min(x.shape) < 1:
-        raise ValueError(f"{name}: expected shape [B, T, D] with B, T, D >= 1, got {tuple(x.shape)}")
-    check_tensor(name, x, x.shape)
 
 
 def check_variant(
@@ -70,7 +68,10 @@ def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor, rates_of_tok
     if level.chunk_size is not None:
         check_positive_int(f"{name}.chunk_size", level.chunk_size)
     check_choice(f"{name}.rule", level.rule, RULES)
-    check_bound(f"{name}.error_bound", level.error_bound)
+    if level.error_bound is not None:
+        check_number(f"{name}.error_bound", level.error_bound)
+        if level.error_bound == 0:
+            raise ValueError(f"{name}.error_bound: expected more than 0 or None, got 0")
     if isinstance(level.rate, torch.Tensor):
         shape = () if level.rate.ndim == 0 else x.shape[:2]
         if rates_of_tokens:  # those of an earlier call, which are in its state
@@ -91,14 +92,6 @@ def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor, rates_of_tok
             )
 
 
-def check_flags(name: str, value: object, shape: Sequence[int], device: torch.device) -> None:
-    """A tensor of bools."""
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
-        raise TypeError(f"{name}: expected a tensor of torch.bool, got {_describe(value)}")
-    if value.shape != shape or value.device != device:
-        raise ValueError(f"{name}: expected shape {tuple(shape)} on {device}, got {_describe(value)}")
-
-
 def check_state(
     name: str,
     state: ContinuumState,
@@ -115,13 +108,11 @@ def check_state(
             raise TypeError(f"{name}[{index}]: expected {expected.__name__}, got {type(before).__name__}")
         if before is None:
             continue
-        _check_position(f"{name}[{index}].position", before.position, batch)
-        last = level.chunk_size - 1
+        period = level.chunk_size
         if isinstance(before, ContinuumLevelState):
             _check_level_state(f"{name}[{index}]", before, f"levels[{index}]", level, batch, x)
-            last = before.pending_rates.shape[1]
-        if x.device.type == "cpu":
-            check_range(f"{name}[{index}].position", before.position, 0, last)
+            period = before.pending_rates.shape[1] + 1
+        check_position(f"{name}[{index}].position", before.position, batch, period, x)
     if variant != "nested" or x.device.type != "cpu":
         return
     for index, (fast, slow) in enumerate(itertools.pairwise(state)):
@@ -166,13 +157,6 @@ def _check_level_state(
         )
 
 
-def _check_position(name: str, position: object, batch: int) -> None:
-    if not isinstance(position, torch.Tensor) or position.dtype != torch.int64:
-        raise TypeError(f"{name}: expected a tensor of int64, got {_describe(position)}")
-    if position.shape != (batch,):
-        raise ValueError(f"{name}: expected shape {(batch,)}, got {_describe(position)}")
-
-
 def _check_fp32(name: str, value: object, shape: tuple[int, ...], x: torch.Tensor) -> None:
     check_tensor(name, value, shape, like=x)
     if value.dtype != state_dtype(x.dtype):
@@ -185,14 +169,6 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not (0 <= value < math.inf):
         raise ValueError(f"{name}: expected a finite number, at least 0, got {value}")
-
-
-def check_bound(name: str, value: object) -> None:
-    """A number above 0, or None."""
-    if value is not None:
-        check_number(name, value)
-        if value == 0:
-            raise ValueError(f"{name}: expected more than 0 or None, got 0")
 
 
 def check_decay(name: str, value: object) -> None:

@@ -61,18 +61,15 @@ def mlp_backward(
     up: torch.Tensor,
     down: torch.Tensor,
     gate: torch.Tensor | None,
-    rates: torch.Tensor | None,
-    error_bound: float | None,
     input_gradient: bool,
 ) -> list[torch.Tensor | None]:
     """Gradients of x, up, down, gate: the operator ``continuum_mlp_backward``."""
-    weights = cast(Weights(up, down, gate), x.dtype)
+    weights, wide = cast(Weights(up, down, gate), x.dtype), state_dtype(x.dtype)
     evaluated = evaluate(x, weights)
     signals = _signals(error, weights, evaluated.slopes)
-    layers = [(signals[0], x, error_bound), (error, evaluated.hidden, None)]
-    layers += [(signal, x, error_bound) for signal in signals[1:]]
-    sums = [_token_sum(*layer, rates) for layer in layers]
-    return [_to_inputs(signals, weights) if input_gradient else None, *sums, *[None] * (3 - len(sums))]
+    layers = [(signals[0], x), (error, evaluated.hidden), *((signal, x) for signal in signals[1:])]
+    sums = [signal.to(wide).mT @ inputs.to(wide) for signal, inputs in layers]
+    return [_to_inputs(signals, weights) if input_gradient else None, *sums]
 
 
 def read(x: torch.Tensor, weights: Weights, records: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -230,16 +227,6 @@ def _signals(error: torch.Tensor, weights: Weights, slopes: Sequence[torch.Tenso
 def _to_inputs(signals: Sequence[torch.Tensor], weights: Weights) -> torch.Tensor:
     inputs = signals[0] @ weights.up
     return inputs if weights.gate is None else inputs + signals[1] @ weights.gate
-
-
-def _token_sum(
-    signal: torch.Tensor, inputs: torch.Tensor, bound: float | None, rates: torch.Tensor | None
-) -> torch.Tensor:
-    signal, inputs = (t.to(state_dtype(t.dtype)) for t in (signal, inputs))
-    if rates is not None:
-        scale = _bounding(signal, bound)
-        signal = signal * (rates[..., None] if scale is None else rates[..., None] * scale)
-    return signal.mT @ inputs
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from nl_kernels.checks import check_tensor
+from nl_kernels.checks import check_tensor, check_tokens
 from nl_kernels.dispatch import choose_implementation, without_autocast
 from nl_kernels.ops.continuum import registration
-from nl_kernels.ops.continuum.checks import check_stream
+from nl_kernels.ops.continuum.reference import mlp
 
 
 def continuum_mlp(
@@ -37,7 +37,7 @@ def continuum_mlp(
         NotImplementedError: ``impl="triton"`` in fp64.
         RuntimeError: ``impl="triton"`` cannot run here.
     """
-    check_stream("x", x)
+    check_tokens("x", x, "[B, T, D]")
     _check_weights(x, up, down, gate)
     fp64 = "the Triton kernels take bfloat16, float16 and float32, got float64"
     refused = fp64 if x.dtype == torch.float64 else None
@@ -49,7 +49,7 @@ def continuum_mlp(
         up, down, gate = (None if w is None else w[None] for w in (up, down, gate))
     x, up, down, gate = (None if t is None else t.contiguous() for t in (x, up, down, gate))
     with without_autocast(x.device.type):
-        y = registration.mlp(x, up, down, gate, chosen)
+        y = mlp(x, up, down, gate) if chosen == "reference" else registration.mlp(x, up, down, gate, chosen)
     return y.view(batch, -1, width) if shared else y
 
 

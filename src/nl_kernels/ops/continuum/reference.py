@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from nl_kernels.ops.continuum.registration import Update
 from nl_kernels.ops.continuum.state import (
     RULES_WITH_MOMENTUM,
     ContinuumClock,
@@ -98,70 +96,13 @@ def continuum_flush_reference(
     return tuple(flushed)
 
 
-def update_in_place(update: Update) -> None:
-    """The steps of an :class:`Update`: in fp64, row by row."""
-    weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention = update
-    for i, (weight, gradient) in enumerate(zip(weights, gradients)):
-        old = (weight if sources is None else sources[i].expand_as(weight)).double()
-        wanted = None if norms is None else norms[i].expand(weight.shape[:-1])
-        for row in itertools.product(*map(range, weight.shape[:-1])):
-            new = old[row]
-            if where is None or where[i][row[:-1]]:
-                step = gradient[row].double()
-                if momenta is not None:
-                    step = decay * momenta[i][row].double() + step
-                    momenta[i][row] = step
-                new = new - step
-                if initial is not None:
-                    pulled = old[row] - initial[i].expand_as(weight)[row].double()
-                    new = new - (1 - retention[i].double()) * pulled
-                length = new.norm()
-                if wanted is not None and length > 0:
-                    new = new * (wanted[row].double() / length)
-            weight[row] = new
-        if copies is not None:
-            copies[i].copy_(weight)
-
-
 def mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    """See :func:`nl_kernels.continuum_mlp`: token by token in fp64."""
+    """See :func:`nl_kernels.continuum_mlp`: token by token in fp64; gradients by autograd."""
     rows = []
     for b in range(x.shape[0]):
         weights = Weights(*(None if w is None else w[b].double() for w in (up, down, gate)))
         rows.append(torch.stack([_mlp(token, weights) for token in x[b].double()]))
     return torch.stack(rows).to(x.dtype)
-
-
-def mlp_backward(
-    error: torch.Tensor,
-    x: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    gate: torch.Tensor | None,
-    rates: torch.Tensor | None,
-    error_bound: float | None,
-    input_gradient: bool,
-) -> list[torch.Tensor | None]:
-    """The operator ``continuum_mlp_backward``: token by token in fp64, by autograd."""
-    given = [w for w in (up, down, gate) if w is not None]
-    sums = [torch.zeros(w.shape, dtype=torch.float64, device=w.device) for w in given]
-    grad_x = torch.zeros_like(x, dtype=torch.float64)
-    for b in range(x.shape[0]):
-        weights = Weights(*(None if w is None else w[b].double() for w in (up, down, gate)))
-        for t in range(x.shape[1]):
-            token, delta = x[b, t].double(), error[b, t].double()
-            with torch.enable_grad():
-                token.requires_grad_()
-                shifts = [torch.zeros_like(w[:, 0]).requires_grad_() for w in weights if w is not None]
-                along = (_mlp(token, weights, shifts) * delta).sum()
-                grad_x[b, t], *signals = torch.autograd.grad(along, [token, *shifts])
-            hidden = _hidden(token.detach(), weights)
-            rate = 1.0 if rates is None else rates[b, t].double()
-            for i, signal in enumerate(signals):
-                bounded = signal if i == 1 else _bounded(signal, error_bound)
-                sums[i][b] += rate * torch.outer(bounded, hidden if i == 1 else token.detach())
-    sums = [s.to(state_dtype(x.dtype)) for s in sums]
-    return [grad_x.to(x.dtype) if input_gradient else None, *sums, *[None] * (3 - len(sums))]
 
 
 def _reset_period(levels: Sequence[ContinuumLevel], index: int, variant: str) -> int | None:
@@ -242,14 +183,12 @@ def _run(
 
 def _mlp(inner: torch.Tensor, weights: Weights, shifts: Sequence[torch.Tensor] = (0.0, 0.0, 0.0)):
     """The MLP of one token [D]; ``shifts`` are added to the outputs of up, down and gate."""
+    return weights.down @ _hidden(inner, weights, shifts) + shifts[1]
+
+
+def _hidden(inner: torch.Tensor, weights: Weights, shifts: Sequence[torch.Tensor] = (0.0, 0.0, 0.0)):
     up = weights.up @ inner + shifts[0]
-    hidden = F.gelu(up) if weights.gate is None else F.silu(weights.gate @ inner + shifts[2]) * up
-    return weights.down @ hidden + shifts[1]
-
-
-def _hidden(inner: torch.Tensor, weights: Weights) -> torch.Tensor:
-    up = weights.up @ inner
-    return F.gelu(up) if weights.gate is None else F.silu(weights.gate @ inner) * up
+    return F.gelu(up) if weights.gate is None else F.silu(weights.gate @ inner + shifts[2]) * up
 
 
 def _step(

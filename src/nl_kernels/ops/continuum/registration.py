@@ -1,12 +1,11 @@
-"""The continuum's functions as PyTorch operators: schemas, shapes for tracing, autograd of the MLP.
+"""The continuum's MLP as a PyTorch operator: schemas, shapes for tracing, autograd.
 
 The implementation is given by name and imported when called, so that nothing imports Triton unless it runs.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,20 +14,13 @@ import torch
 from nl_kernels.dispatch import without_autocast
 
 _MLP, _BACKWARD = "nl_kernels::continuum_mlp", "nl_kernels::continuum_mlp_backward"
-_MODULES = {
-    "update_in_place": {"triton": "triton_update", "eager": "update"},
-    "mlp": {"triton": "triton_forward"},
-    "mlp_backward": {"triton": "triton_backward"},
-}
 
 torch.library.define(_MLP, "(Tensor x, Tensor up, Tensor down, Tensor? gate, str impl) -> Tensor")
-# Gives the gradients of x (with input_gradient, in its dtype) and of up, down, gate (in fp32), those there
-# are: Σ_t η_t δ_t x_tᵀ with rates η [B, T] (None: 1), and signals of up and gate, not the error itself,
-# scaled down to a root mean square of error_bound.
+# Gives the gradients of x (with input_gradient, in its dtype) and of up, down, gate (in fp32), if there.
 torch.library.define(
     _BACKWARD,
-    "(Tensor error, Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor? rates, float? error_bound, "
-    "bool input_gradient, str impl) -> Tensor[]",
+    "(Tensor error, Tensor x, Tensor up, Tensor down, Tensor? gate, bool input_gradient, str impl) "
+    "-> Tensor[]",
 )
 
 
@@ -50,12 +42,6 @@ class Update(NamedTuple):
     where: Sequence[torch.Tensor] | None = None  # bool [..]: who steps; the others keep what they have
     initial: Sequence[torch.Tensor] | None = None  # [out, in] or [.., out, in]: W_0, together with
     retention: Sequence[torch.Tensor] | None = None  # α, of one number: (1 − α) (W − W_0) is taken off, too
-
-
-def implementation(function: str, impl: str) -> Callable:
-    """The function of this name, imported now."""
-    module = _MODULES[function].get(impl, impl)
-    return getattr(importlib.import_module(f"nl_kernels.ops.continuum.{module}"), function)
 
 
 def products(impl: str) -> ModuleType:
@@ -92,7 +78,7 @@ class _Mlp(torch.autograd.Function):
         x, up, down, gate = ctx.saved_tensors
         wanted = ctx.needs_input_grad[0]
         grads = torch.ops.nl_kernels.continuum_mlp_backward(
-            grad.contiguous(), x, up, down, gate, None, None, wanted, ctx.impl
+            grad.contiguous(), x, up, down, gate, wanted, ctx.impl
         )
         grad_x, *sums = grads if wanted else (None, *grads)
         sums = [g.to(w.dtype) for g, w in zip(sums, (up, down, gate))]
@@ -102,7 +88,7 @@ class _Mlp(torch.autograd.Function):
 @torch.library.impl(_MLP, "CompositeExplicitAutograd")
 def _(x, up, down, gate, impl):
     with torch.no_grad():
-        return implementation("mlp", impl)(x, up, down, gate)
+        return products(impl).mlp(x, up, down, gate)
 
 
 @torch.library.register_fake(_MLP)
@@ -111,16 +97,14 @@ def _(x, up, down, gate, impl):
 
 
 @torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
-def _(error, x, up, down, gate, rates, error_bound, input_gradient, impl):
+def _(error, x, up, down, gate, input_gradient, impl):
     with torch.no_grad(), without_autocast(x.device.type):
-        gradients = implementation("mlp_backward", impl)(
-            error, x, up, down, gate, rates, error_bound, input_gradient
-        )
+        gradients = products(impl).mlp_backward(error, x, up, down, gate, input_gradient)
     return [tensor for tensor in gradients if tensor is not None]
 
 
 @torch.library.register_fake(_BACKWARD)
-def _(error, x, up, down, gate, rates, error_bound, input_gradient, impl):
+def _(error, x, up, down, gate, input_gradient, impl):
     dtype = torch.promote_types(x.dtype, torch.float32)
     sums = [w.new_empty(w.shape, dtype=dtype) for w in (up, down, gate) if w is not None]
     return [*([torch.empty_like(x)] if input_gradient else []), *sums]

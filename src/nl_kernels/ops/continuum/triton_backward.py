@@ -19,7 +19,6 @@ from nl_kernels.ops.continuum.triton_forward import (
     add_product_call,
     add_rows,
     store_rows,
-    store_squares,
     tile_of,
 )
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
@@ -37,8 +36,6 @@ def signal_kernel(
     hidden,
     up_signal,
     gate_signal,
-    up_squares,
-    gate_squares,
     rows,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -48,7 +45,6 @@ def signal_kernel(
     PRECISION: tl.constexpr,
 ):
     """The hidden layer, and the gradient at the outputs of up and gate from that at the MLP's output."""
-    TILES: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     batch, row, column = tile_of(rows, HIDDEN, BLOCK_M, BLOCK_N)
     x += batch * rows * WIDTH
     error += batch * rows * WIDTH
@@ -56,7 +52,6 @@ def signal_kernel(
     zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     value = add_rows(zero, x, up + weight, row, column, rows, HIDDEN, WIDTH, True, BLOCK_K, PRECISION)
     back = add_rows(zero, error, down + weight, row, column, rows, HIDDEN, WIDTH, False, BLOCK_K, PRECISION)
-    first = tl.min(column, 0)
     if gate is not None:
         z = add_rows(zero, x, gate + weight, row, column, rows, HIDDEN, WIDTH, True, BLOCK_K, PRECISION)
         opened, slope, _ = activation(z, "silu")
@@ -64,15 +59,11 @@ def signal_kernel(
         value *= opened
         back *= opened
         store_rows(gate_signal, batch, row, column, rows, closing, HIDDEN)
-        if gate_squares is not None:
-            store_squares(gate_squares, batch, row, rows, first, closing, TILES, BLOCK_N)
     else:
         value, slope, _ = activation(value, "gelu")
         back *= slope
     store_rows(hidden, batch, row, column, rows, value, HIDDEN)
     store_rows(up_signal, batch, row, column, rows, back, HIDDEN)
-    if up_squares is not None:
-        store_squares(up_squares, batch, row, rows, first, back, TILES, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -125,37 +116,32 @@ def token_sum_kernel(
 
 
 class Signals(NamedTuple):
-    """What :func:`signal_kernel` fills, [batches, rows, H]."""
+    """The hidden layer [batches, rows, H], and gradients at the outputs of up and gate.
+
+    With a bound on these also the parts of their squared lengths, [batches, rows, tiles].
+    """
 
     hidden: torch.Tensor
     up_signal: torch.Tensor
     gate_signal: torch.Tensor | None
-    up_squares: torch.Tensor | None  # [batches, rows, tiles]
-    gate_squares: torch.Tensor | None
+    up_squares: torch.Tensor | None = None
+    gate_squares: torch.Tensor | None = None
 
     def of(self, batches: int) -> Signals:
         """The same rows in another number of batches."""
         return Signals(*(None if t is None else t.view(batches, -1, t.shape[2]) for t in self))
 
 
-def add_signal_call(
-    plan: Plan, error: torch.Tensor, x: torch.Tensor, weights: Weights, bounded: bool
-) -> Signals:
-    """Plan :func:`signal_kernel`; squared lengths where ``bounded``."""
+def add_signal_call(plan: Plan, error: torch.Tensor, x: torch.Tensor, weights: Weights) -> Signals:
+    """Plan :func:`signal_kernel`."""
     (batches, rows, width), hidden_width, gated = x.shape, weights.up.shape[1], weights.gate is not None
     shape = batches, rows, hidden_width
     tiles = plan.tiles(rows, hidden_width, width, held=3)
-    parts = batches, rows, triton.cdiv(hidden_width, tiles.n)
-    signals = Signals(
-        *(plan.empty(*shape) if there else None for there in (True, True, gated)),
-        *(
-            plan.empty(*parts, dtype=torch.float32) if there else None
-            for there in (bounded, bounded and gated)
-        ),
-    )
-    arguments = {"x": x, "error": error, **weights._asdict(), **signals._asdict(), "rows": rows}
+    filled = [plan.empty(*shape) if there else None for there in (True, True, gated)]
+    arguments = {"x": x, "error": error, **weights._asdict(), "rows": rows}
+    arguments |= zip(Signals._fields, filled)
     plan.add(signal_kernel, tiles, shape, {"WIDTH": width, "HIDDEN": hidden_width}, **arguments)
-    return signals
+    return Signals(*filled)
 
 
 def add_sum_calls(
@@ -205,17 +191,15 @@ def plan_backward(
     up: torch.Tensor,
     down: torch.Tensor,
     gate: torch.Tensor | None,
-    rates: torch.Tensor | None,
-    error_bound: float | None,
     input_gradient: bool,
     *,
     architecture: str,
 ) -> tuple[list[KernelCall], list[torch.Tensor | None]]:
     """The calls, and what they fill: the gradients of x, up, down and gate; runs nothing."""
     plan, weights = Plan(x, architecture), Weights(up, down, gate)
-    signals = add_signal_call(plan, error, x, weights, error_bound is not None)
+    signals = add_signal_call(plan, error, x, weights)
     sums = [None if w is None else torch.empty_like(w, dtype=torch.float32) for w in weights]
-    add_sum_calls(plan, error, x, signals, rates, error_bound, None, sums, False)
+    add_sum_calls(plan, error, x, signals, None, None, None, sums, False)
     d_x = torch.empty_like(x) if input_gradient else None
     if input_gradient:
         add_product_call(plan, signals.up_signal, up, signals.gate_signal, gate, d_x, False)

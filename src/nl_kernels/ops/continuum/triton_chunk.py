@@ -14,7 +14,13 @@ import triton.language as tl
 
 from nl_kernels.ops.continuum.launch import Plan
 from nl_kernels.ops.continuum.state import ContinuumLevel, Weights
-from nl_kernels.ops.continuum.triton_backward import Signals, add_signal_call, add_sum_calls, square_tiles
+from nl_kernels.ops.continuum.triton_backward import (
+    Signals,
+    add_signal_call,
+    add_sum_calls,
+    mlp_backward,  # noqa: F401
+    square_tiles,
+)
 from nl_kernels.ops.continuum.triton_forward import (
     Hidden,
     add_hidden_call,
@@ -168,7 +174,7 @@ def plan_read_backward(
     batches, tokens, width = x.shape
     plan = Plan(x, architecture)
     x_of_all, d_of_all, weights = _of_all(x, d_y, Weights(up, down, gate))
-    signals = add_signal_call(plan, d_of_all, x_of_all, weights, False)
+    signals = add_signal_call(plan, d_of_all, x_of_all, weights)
     d_x = torch.empty_like(x_of_all)
     add_product_call(plan, signals.up_signal, weights.up, signals.gate_signal, weights.gate, d_x, False)
     for share, totals in owners:

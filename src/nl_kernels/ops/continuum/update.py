@@ -1,4 +1,4 @@
-"""One step of a fast weight by a rule, from what a chunk's backward pass yields; of many at once in place."""
+"""One step of a fast weight by a rule, from what a chunk's backward pass yields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from nl_kernels.checks import check_choice, check_range, check_tensor
 from nl_kernels.ops.continuum.checks import check_decay, check_retention
 from nl_kernels.ops.continuum.orthogonal import orthogonalised
-from nl_kernels.ops.continuum.registration import Update
 from nl_kernels.ops.continuum.state import RULES, RULES_WITH_MOMENTUM
 
 
@@ -77,29 +76,6 @@ def continuum_update(
     if isinstance(retention, torch.Tensor) or retention < 1:
         new = new - (1 - retention) * (weight - initial.to(weight.dtype))
     return new if norms is None else with_row_norms(new, norms), momentum
-
-
-def update_in_place(update: Update) -> None:
-    """The steps of an :class:`Update`, in place."""
-    weights, gradients, momenta, decay, norms, copies, sources, where, initial, retention = update
-    for i, (weight, step) in enumerate(zip(weights, gradients)):
-        old = weight if sources is None else sources[i].to(weight.dtype)
-        taken = None if where is None else where[i][..., None, None]
-        if momenta is not None:
-            if taken is None:
-                step = momenta[i].mul_(decay).add_(step)
-            else:
-                after = momenta[i] * decay + step
-                step = momenta[i].copy_(torch.where(taken, after, momenta[i]))
-        new = old if initial is None else torch.lerp(initial[i].to(old.dtype), old, retention[i])
-        if taken is None and norms is None:
-            torch.sub(new, step, out=weight)
-        else:
-            new = new - step
-            new = new if norms is None else with_row_norms(new, norms[i])
-            weight.copy_(new if taken is None else torch.where(taken, new, old))
-        if copies is not None:
-            copies[i].copy_(weight)
 
 
 def evened_out(momentum: torch.Tensor, impl: str | None = None) -> torch.Tensor:

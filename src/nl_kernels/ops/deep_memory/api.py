@@ -6,7 +6,15 @@ import functools
 
 import torch
 
-from nl_kernels.checks import check_choice, check_positive_int, check_tensor
+from nl_kernels.checks import (
+    check_mask,
+    check_position,
+    check_positive_int,
+    check_sequences,
+    check_tensor,
+    check_tokens,
+    state_dtype,
+)
 from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.call import Op, run, run_step
 from nl_kernels.memory.kernels.call import unsupported
@@ -14,14 +22,9 @@ from nl_kernels.memory.state import check_state, weights_in
 from nl_kernels.memory_checks import (
     check_error_at,
     check_gates,
-    check_mask,
     check_memory,
     check_own_memory,
-    check_position,
     check_rule,
-    check_sequences,
-    check_tokens,
-    state_dtype,
 )
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory import eager_step
@@ -29,7 +32,6 @@ from nl_kernels.ops.deep_memory.reference import deep_memory_reference
 from nl_kernels.ops.deep_memory.state import DeepMemoryState, bank_of, weights_of
 from nl_kernels.triton_support.targets import architecture_of
 
-READS = ("snapshot", "running")
 _DEFAULT_RULE = MemoryRule()
 _OP = Op(DeepMemoryState, lambda weights: weights, bank_of, weights_of)
 
@@ -94,12 +96,9 @@ def deep_memory(
     """
     rule = _DEFAULT_RULE if rule is None else rule
     tokens = (q, k, v, rate, log_decay, momentum)
-    batch = _check(*tokens, weights, rule, read, chunk_size, mask, cu_seqlens)
+    _check(tokens, weights, rule, read, chunk_size, "initial_state", initial_state, mask, cu_seqlens)
     if checkpoint_every is not None:
         check_positive_int("checkpoint_every", checkpoint_every)
-    if initial_state is not None:
-        _check_state("initial_state", initial_state, weights, batch, q.shape[2], momentum is not None, q)
-        check_position("initial_state.position", initial_state.position, batch, chunk_size, q)
     refused = functools.partial(_unsupported, tokens, weights, initial_state, rule, chunk_size)
     o, final = run(
         _OP,
@@ -160,8 +159,7 @@ def deep_memory_step(
     """
     rule = _DEFAULT_RULE if rule is None else rule
     tensors = (q, k, v, rate, log_decay, momentum)
-    _check_step(*tensors, weights, rule, read, chunk_size, mask, state)
-    check_position("state.position", state.position, len(q), chunk_size, q)
+    _check(tensors, weights, rule, read, chunk_size, "state", state, mask)
     if inplace:
         check_own_memory(state, weights)
     refused = functools.partial(_unsupported, tensors, weights, state, rule, chunk_size)
@@ -194,50 +192,32 @@ def _unsupported(tokens, weights, state, rule, chunk_size) -> str | None:
     )
 
 
-def _check(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, cu_seqlens):
-    """Check everything but the state; the number of sequences."""
-    check_tokens("q", q, "[B, T, H, D]")
-    rows, length, heads, width = q.shape
+def _check(tokens, weights, rule, read, chunk_size, state_name, state, mask, cu_seqlens=None) -> None:
+    """Check a call on tokens [B, T, ..], or on one token [B, ..]."""
+    q, k, v, rate, log_decay, momentum = tokens
+    one = state_name == "state"
+    check_tokens("q", q, "[B, H, D]" if one else "[B, T, H, D]")
+    *lead, width = q.shape
     check_tensor("k", k, q.shape, like=q)
-    out = v.shape[-1] if isinstance(v, torch.Tensor) and v.ndim == 4 else width
-    check_tensor("v", v, (rows, length, heads, out), like=q)
-    check_tensor("rate", rate, (rows, length, heads), like=q)
-    check_tensor("log_decay", log_decay, (rows, length, heads), like=q)
-    if momentum is not None:
-        check_tensor("momentum", momentum, (rows, length, heads), like=q)
-    check_gates(rate, log_decay, momentum)
-    check_rule(rule)
-    if rule.residual and out != width:
-        raise ValueError(f"v: a rule with a residual needs width {width} as the keys, got {out}")
-    check_choice("read", read, READS)
-    check_positive_int("chunk_size", chunk_size)
-    batch = check_sequences(mask, cu_seqlens, q)
-    check_memory("weights", weights, batch, heads, width, out, q)
-    check_error_at(rule, weights)
-    return batch
-
-
-def _check_state(name, state, weights, batch, heads, has_momentum, like) -> None:
-    shapes = DeepMemoryWeights(*(None if w is None else (batch, heads, *w.shape[-2:]) for w in weights))
-    check_state(name, state, DeepMemoryState, shapes, has_momentum, like)
-
-
-def _check_step(q, k, v, rate, log_decay, momentum, weights, rule, read, chunk_size, mask, state) -> None:
-    check_tokens("q", q, "[B, H, D]")
-    batch, heads, width = q.shape
-    out = v.shape[-1] if isinstance(v, torch.Tensor) and v.ndim == 3 else width
-    check_tensor("k", k, q.shape, like=q)
-    check_tensor("v", v, (batch, heads, out), like=q)
+    out = v.shape[-1] if isinstance(v, torch.Tensor) and v.ndim == q.ndim else width
+    check_tensor("v", v, (*lead, out), like=q)
     for name, x in (("rate", rate), ("log_decay", log_decay), ("momentum", momentum)):
         if x is not None or name != "momentum":
-            check_tensor(name, x, (batch, heads), like=q)
-    check_rule(rule)
+            check_tensor(name, x, lead, like=q)
+    check_rule(rule, read)
     if rule.residual and out != width:
         raise ValueError(f"v: a rule with a residual needs width {width} as the keys, got {out}")
-    check_choice("read", read, READS)
     check_positive_int("chunk_size", chunk_size)
-    if mask is not None:
+    batch = len(q)
+    if not one:
+        check_gates(rate, log_decay, momentum)
+        batch = check_sequences(mask, cu_seqlens, q)
+    elif mask is not None:
         check_mask(mask, (batch,), q)
+    heads = lead[-1]
     check_memory("weights", weights, batch, heads, width, out, q)
     check_error_at(rule, weights)
-    _check_state("state", state, weights, batch, heads, momentum is not None, q)
+    if one or state is not None:
+        shapes = DeepMemoryWeights(*(None if w is None else (batch, heads, *w.shape[-2:]) for w in weights))
+        check_state(state_name, state, DeepMemoryState, shapes, momentum is not None, q)
+        check_position(f"{state_name}.position", state.position, batch, chunk_size, q)

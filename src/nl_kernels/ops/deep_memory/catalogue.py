@@ -1,13 +1,7 @@
-"""What of ``deep_memory`` is compiled ahead of time."""
+"""What of ``deep_memory`` is compiled ahead of time: every kernel at the widths models use."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+import functools
 
 from nl_kernels.memory.kernels.catalogue import entries
-from nl_kernels.triton_support.ahead_of_time import CatalogueEntry
 
-
-def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
-    """Every kernel at the widths models use."""
-    yield from entries("deep_memory", architecture, self_made=False)
+catalogue = functools.partial(entries, "deep_memory", self_made=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nl_kernels.memory.hidden import activated, error_signal, length_factor
-from nl_kernels.memory.step import Gates, Met, advance, where_met, write_token
+from nl_kernels.memory.step import Gates, advance, refreshed, write_token
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
 
@@ -37,17 +37,11 @@ def deep_memory_step(
     snapshot, running, position, velocity = state
     batch, heads, _ = q.shape
     rows, dtype = batch * heads, running.inner.dtype
-    q, k, v = (x.to(dtype).reshape(rows, 1, -1) for x in (q, k, v))
-    rate, decay = rate.to(dtype).reshape(rows, 1, 1), log_decay.to(dtype).exp().reshape(rows, 1, 1)
-    momentum = None if momentum is None else momentum.to(dtype).reshape(rows, 1, 1)
-    applied = None
     if mask is not None:
-        real = mask.repeat_interleave(heads)[:, None, None]
-        padding = ~real
-        q, k, v, rate = (x.masked_fill(padding, 0) for x in (q, k, v, rate))
-        decay, applied = decay.masked_fill(padding, 1), real.to(dtype)
-        momentum = None if momentum is None else momentum.masked_fill(padding, 1)
-    gates = Gates(rate, decay, momentum, applied)
+        q, k, v = (x.masked_fill(~mask[:, None, None], 0) for x in (q, k, v))
+    q, k, v = (x.to(dtype).reshape(rows, 1, -1) for x in (q, k, v))
+    momentum = None if momentum is None else momentum.to(dtype)
+    gates = Gates.of(rate.to(dtype), log_decay.to(dtype).exp(), momentum, mask)
 
     inner, outer = (_at_rows(w, a, rule) for w, a in zip(snapshot, weights))
     x = k if read == "running" else torch.cat([k, q], 1)
@@ -95,7 +89,7 @@ def deep_memory_step(
         o = o + q
 
     after, (met,) = advance(position, mask, chunk_size, (chunk_size,))
-    snapshot = _refreshed(met, running, snapshot, inplace)
+    snapshot = refreshed(met, running, snapshot, inplace)
     position = position.copy_(after) if inplace else after
     return o.view(batch, heads, -1), DeepMemoryState(snapshot, running, position, velocity)
 
@@ -110,21 +104,4 @@ def _at_rows(change: torch.Tensor | None, anchor: torch.Tensor | None, rule: Mem
 def _weights(like: DeepMemoryWeights, layers: list[torch.Tensor]) -> DeepMemoryWeights:
     return DeepMemoryWeights(
         *(None if old is None else new.view(old.shape) for old, new in zip(like, [*layers, None]))
-    )
-
-
-def _refreshed(
-    met: Met, running: DeepMemoryWeights, snapshot: DeepMemoryWeights, inplace: bool
-) -> DeepMemoryWeights:
-    if met is False:
-        return snapshot
-    if met is True:
-        if not inplace:
-            return running
-        return DeepMemoryWeights(
-            *(None if old is None else old.copy_(new) for new, old in zip(running, snapshot))
-        )
-    pairs = zip(running, snapshot)
-    return DeepMemoryWeights(
-        *(None if old is None else where_met(met, new, old, inplace) for new, old in pairs)
     )

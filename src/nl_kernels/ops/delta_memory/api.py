@@ -6,12 +6,19 @@ import math
 
 import torch
 
-from nl_kernels.checks import check_choice, check_cu_seqlens, check_positive_int, check_range, check_tensor
+from nl_kernels.checks import (
+    check_choice,
+    check_positive_int,
+    check_range,
+    check_sequences,
+    check_tensor,
+    check_tokens,
+    state_dtype,
+)
 from nl_kernels.dispatch import autocasting, choose_implementation, needs_gradient
 from nl_kernels.ops.delta_memory import reference, registration
 from nl_kernels.renamed import check_renamed_value
 
-AVAILABLE = ("triton", "eager", "reference")
 READS = ("running", "before")
 _RENAMED_READS = {"after": "running"}
 
@@ -94,16 +101,11 @@ def delta_memory(
     check_choice("read", read, READS)
     check_positive_int("chunk_size", chunk_size)
     scale = _check_scale(scale)
-    sequences = q.shape[0]
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, q.shape[1], q)
-        if q.shape[0] != 1:
-            raise ValueError(f"cu_seqlens: packed sequences need a batch of 1, got {q.shape[0]}")
-        sequences = cu_seqlens.shape[0] - 1
+    sequences = check_sequences(None, cu_seqlens, q)
     _check_states(
         initial_state, initial_momentum, momentum, (sequences, q.shape[2], v.shape[3], k.shape[3]), q
     )
-    impl = choose_implementation("delta_memory", impl, q.device, AVAILABLE)
+    impl = choose_implementation("delta_memory", impl, q.device)
 
     tensors = (q, k, v, log_decay, erase, momentum, initial_state, initial_momentum, cu_seqlens)
     if impl == "reference":
@@ -111,9 +113,11 @@ def delta_memory(
     elif (
         q.shape[1] == 1 and cu_seqlens is None and initial_state is not None and not needs_gradient(*tensors)
     ):
-        return _one_token(
-            *tensors[:8], scale=scale, read=read, output_final_state=output_final_state, impl=impl
-        )
+        tokens = (x if x is None else x.squeeze(1) for x in tensors[:6])
+        if momentum is not None and initial_momentum is None:
+            initial_momentum = torch.zeros_like(initial_state)
+        found = registration.step(*tokens, initial_state, initial_momentum, scale, read, impl)
+        o, state, momentum_state = found[0].unsqueeze(1), *found[1:]
     else:
         o, state, momentum_state = registration.apply(*tensors, scale, read, chunk_size, impl)
     if not output_final_state:
@@ -161,7 +165,7 @@ def delta_memory_step(
         raise ValueError("momentum_state: give it with momentum, and only then")
     if momentum_state is not None:
         check_tensor("momentum_state", momentum_state, shape, like=q)
-    impl = choose_implementation("delta_memory", impl, q.device, AVAILABLE)
+    impl = choose_implementation("delta_memory", impl, q.device)
 
     tokens = (q, k, v, log_decay, erase, momentum)
     if impl == "reference" or needs_gradient(*tokens, state, momentum_state):
@@ -231,8 +235,7 @@ def chunk_gated_delta_rule(
         check_tensor("initial_state", initial_state, (sequences, q.shape[2], k.shape[3], v.shape[3]), like=q)
     if use_qk_l2norm_in_kernel:
         q, k = _l2norm(q), _l2norm(k)
-    rates_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    g, beta = g.to(rates_dtype), beta.to(rates_dtype)
+    g, beta = (rate.to(state_dtype(q)) for rate in (g, beta))
     o, state = delta_memory(
         q,
         k,
@@ -263,17 +266,6 @@ def _for_each_value_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
     return tuple(x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
 
 
-def _one_token(
-    q, k, v, log_decay, erase, momentum, state, momentum_state, *, scale, read, output_final_state, impl
-):
-    tokens = (x if x is None else x.squeeze(1) for x in (q, k, v, log_decay, erase, momentum))
-    if momentum is not None and momentum_state is None:
-        momentum_state = torch.zeros_like(state)
-    o, state, momentum_state = registration.step(*tokens, state, momentum_state, scale, read, impl)
-    final = state if momentum is None else (state, momentum_state)
-    return o.unsqueeze(1), final if output_final_state else None
-
-
 def _l2norm(x: torch.Tensor) -> torch.Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
@@ -292,12 +284,8 @@ def _check_tokens(q, k, v, log_decay, erase, momentum, *, leading: int, names=("
     """``leading`` is the number of axes of q: 4 with the time axis, 3 without."""
     axes = "[B, T, H, D]" if leading == 4 else "[B, H, D]"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.ndim != leading or x.numel() == 0:
-            raise ValueError(f"{name}: expected {axes} with no empty axis, got {tuple(x.shape)}")
+        check_tokens(name, x, axes)
     rates = q.shape[:-1]
-    check_tensor("q", q, q.shape)
     check_tensor("k", k, q.shape, like=q)
     check_tensor("v", v, (*rates, v.shape[-1]), like=q)
     for name, x in (("k", k), ("v", v)):

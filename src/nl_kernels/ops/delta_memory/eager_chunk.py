@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nl_kernels.ops.delta_memory.rows import Segment, compute_dtype
+from nl_kernels.checks import state_dtype
+from nl_kernels.ops.delta_memory.rows import Segment
 
 # exp(−1000) is 0 in fp32 and in fp64, so a clamped log decay still forgets everything, −inf included.
 LOWEST_LOG = -1000.0
@@ -35,7 +36,7 @@ def local_quantities(
     segment: Segment, q, k, v, log_decay, erase, *, scale: float, read: str, inverse=None
 ) -> Local:
     """Without ``q``, for running the states alone, reads are those of the keys only."""
-    c, dtype = segment.chunk, compute_dtype(k)
+    c, dtype = segment.chunk, state_dtype(k)
     # Cumulated in fp64: the difference of two long sums then still has fp32 accuracy.
     steps = segment.to_chunks(log_decay, torch.float64)
     clamped = steps <= LOWEST_LOG

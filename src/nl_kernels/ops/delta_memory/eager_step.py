@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nl_kernels.ops.delta_memory.rows import compute_dtype
+from nl_kernels.checks import state_dtype
 
 
 def delta_memory_step(
@@ -24,7 +24,7 @@ def delta_memory_step(
 
     Returns ``(o, state, momentum_state)``; the states are new tensors.
     """
-    dtype = compute_dtype(q)
+    dtype = state_dtype(q)
     # Batch and heads as one axis of matrices and columns.
     before = state.to(dtype).flatten(0, 1)
     q, k, writes = (x.to(dtype).flatten(0, 1).unsqueeze(-1) for x in (q, k, v))

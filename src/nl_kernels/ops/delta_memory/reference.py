@@ -6,6 +6,8 @@ import itertools
 
 import torch
 
+from nl_kernels.checks import state_dtype
+
 
 def delta_memory_forward(
     q: torch.Tensor,
@@ -49,7 +51,7 @@ def delta_memory_forward(
 
 
 def _one_stretch(q, k, v, log_decay, erase, momentum, state, momentum_state, *, scale, read):
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = state_dtype(q)
     output_dtype = v.dtype
     batch, length, heads, key_width = k.shape
     zeros = k.new_zeros(batch, heads, v.shape[-1], key_width, dtype=dtype)

@@ -11,7 +11,8 @@ import importlib
 import torch
 from torch.autograd.function import once_differentiable
 
-from nl_kernels.dispatch import without_autocast
+from nl_kernels.checks import state_dtype
+from nl_kernels.dispatch import needs_gradient, without_autocast
 
 _FORWARD = "nl_kernels::delta_memory_forward"
 _BACKWARD = "nl_kernels::delta_memory_backward"
@@ -38,7 +39,10 @@ torch.library.define(
 
 def apply(*args):
     """``delta_memory_forward`` with gradients: the nine tensors, then scale, read, chunk_size and impl."""
-    o, state, momentum_state = _DeltaMemory.apply(*args)
+    if needs_gradient(*args[:_TENSORS]):
+        o, state, momentum_state = _DeltaMemory.apply(*args)
+    else:
+        o, state, momentum_state = torch.ops.nl_kernels.delta_memory_forward(*args)
     return o, state, None if args[5] is None else momentum_state
 
 
@@ -49,38 +53,9 @@ def step(*args):
 
 
 class _DeltaMemory(torch.autograd.Function):
-    # By name: torch.compile counts the parameters to see that forward takes no context.
     @staticmethod
-    def forward(
-        q,
-        k,
-        v,
-        log_decay,
-        erase,
-        momentum,
-        initial_state,
-        initial_momentum,
-        cu_seqlens,
-        scale,
-        read,
-        chunk_size,
-        impl,
-    ):
-        return torch.ops.nl_kernels.delta_memory_forward(
-            q,
-            k,
-            v,
-            log_decay,
-            erase,
-            momentum,
-            initial_state,
-            initial_momentum,
-            cu_seqlens,
-            scale,
-            read,
-            chunk_size,
-            impl,
-        )
+    def forward(*args):
+        return torch.ops.nl_kernels.delta_memory_forward(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -119,60 +94,45 @@ def _present(results, like: torch.Tensor):
     return tuple(like.new_empty(0) if x is None else x for x in results)
 
 
+def _run(op: str, impl: str, tensors, **options):
+    with without_autocast(tensors[0].device.type):
+        return _present(_implementation(op, impl)(*tensors, **options), tensors[0])
+
+
 @torch.library.impl(_FORWARD, "CompositeExplicitAutograd")
 def _forward(*args):
     *tensors, scale, read, chunk_size, impl = args
-    with without_autocast(tensors[0].device.type):
-        function = _implementation(_FORWARD, impl)
-        return _present(function(*tensors, scale=scale, read=read, chunk_size=chunk_size), tensors[0])
+    return _run(_FORWARD, impl, tensors, scale=scale, read=read, chunk_size=chunk_size)
 
 
 @torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
 def _backward(*args):
     *tensors, scale, read, chunk_size, impl = args
-    with without_autocast(tensors[0].device.type):
-        function = _implementation(_BACKWARD, impl)
-        return _present(function(*tensors, scale=scale, read=read, chunk_size=chunk_size), tensors[0])
+    return _run(_BACKWARD, impl, tensors, scale=scale, read=read, chunk_size=chunk_size)
 
 
 @torch.library.impl(_STEP, "CompositeExplicitAutograd")
 def _step(*args):
     *tensors, scale, read, impl = args
-    with without_autocast(tensors[0].device.type):
-        return _present(_implementation(_STEP, impl)(*tensors, scale=scale, read=read), tensors[0])
+    return _run(_STEP, impl, tensors, scale=scale, read=read)
 
 
-def _state_dtype(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+def _state(q, k, v, cu_seqlens) -> torch.Tensor:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_empty((sequences, q.shape[2], v.shape[3], k.shape[3]), dtype=state_dtype(q))
 
 
 @torch.library.register_fake(_FORWARD)
-def _(
-    q,
-    k,
-    v,
-    log_decay,
-    erase,
-    momentum,
-    initial_state,
-    initial_momentum,
-    cu_seqlens,
-    scale,
-    read,
-    chunk_size,
-    impl,
-):
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = q.new_empty((sequences, q.shape[2], v.shape[3], k.shape[3]), dtype=_state_dtype(q))
-    momentum_state = q.new_empty(0) if momentum is None else torch.empty_like(state)
-    return v.new_empty(v.shape), state, momentum_state
+def _(q, k, v, *rest):
+    _, _, momentum, _, _, cu_seqlens = rest[:6]
+    state = _state(q, k, v, cu_seqlens)
+    return v.new_empty(v.shape), state, q.new_empty(0) if momentum is None else torch.empty_like(state)
 
 
 @torch.library.register_fake(_BACKWARD)
 def _(do, d_final_state, d_final_momentum, q, k, v, *rest):
     log_decay, erase, momentum, initial_state, initial_momentum, cu_seqlens = rest[:6]
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = q.new_empty((sequences, q.shape[2], v.shape[3], k.shape[3]), dtype=_state_dtype(q))
+    state = _state(q, k, v, cu_seqlens)
     like_state = state if initial_momentum is None else initial_momentum
     return (
         *(x.new_empty(x.shape) for x in (q, k, v, log_decay, erase)),
@@ -184,7 +144,7 @@ def _(do, d_final_state, d_final_momentum, q, k, v, *rest):
 
 @torch.library.register_fake(_STEP)
 def _(q, k, v, log_decay, erase, momentum, state, momentum_state, scale, read, impl):
-    new_state = state.new_empty(state.shape, dtype=_state_dtype(q))
+    new_state = state.new_empty(state.shape, dtype=state_dtype(q))
     return (
         v.new_empty(v.shape),
         new_state,

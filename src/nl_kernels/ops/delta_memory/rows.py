@@ -10,14 +10,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from nl_kernels.checks import state_dtype
+
 # Temporaries of a segment have about this many elements: few enough to stay in a CPU's cache, many enough to
 # fill a GPU.
 SEGMENT_ELEMENTS = {"cpu": 2**17}
 SEGMENT_ELEMENTS_ELSEWHERE = 2**26
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Grid:
     def of(cls, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, chunk_size: int) -> Grid:
         batch, length, heads, width = k.shape
         elements = SEGMENT_ELEMENTS.get(k.device.type, SEGMENT_ELEMENTS_ELSEWHERE)
-        like = k.new_empty(0, dtype=compute_dtype(k))
+        like = k.new_empty(0, dtype=state_dtype(k))
         state_shape = (heads, v.shape[-1], width)
         if cu_seqlens is None:
             chunk = min(chunk_size, length)

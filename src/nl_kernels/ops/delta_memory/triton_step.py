@@ -20,8 +20,8 @@ def step_kernel(
     log_decay,
     erase,
     momentum,
-    state,
-    momentum_state,
+    initial_state,
+    initial_momentum,
     o,
     new_state,
     new_momentum,
@@ -44,10 +44,10 @@ def step_kernel(
     decay = tl.exp(tl.load(log_decay + program))
     beta = tl.load(erase + program)
 
-    old = load_tile(state, state_row, in_value, column, KEY_DIM).to(tl.float32)
+    old = load_tile(initial_state, state_row, in_value, column, KEY_DIM).to(tl.float32)
     written = value[:, None] * key[None, :]
     if momentum is not None:
-        velocity = load_tile(momentum_state, state_row, in_value, column, KEY_DIM).to(tl.float32)
+        velocity = load_tile(initial_momentum, state_row, in_value, column, KEY_DIM).to(tl.float32)
         written += tl.load(momentum + program) * velocity
         store_tile(new_momentum, state_row, in_value, column, KEY_DIM, written)
     recalled = tl.sum(old * key[None, :], 1)
@@ -61,7 +61,8 @@ def plan_step(
     *tensors: torch.Tensor | None, scale: float, read: str, architecture: str
 ) -> tuple[KernelCall, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """The call of the step and the tensors it fills; runs nothing (meta tensors will do)."""
-    q, k, v, log_decay, erase, momentum, state, momentum_state = tensors
+    inputs = dict(zip(launch.INPUTS, tensors))
+    q, k, v, _, _, momentum, state, _ = tensors
     batch, heads, key_dim = k.shape
     value_dim = v.shape[-1]
     launch.check_head_dims(key_dim, value_dim)
@@ -80,20 +81,7 @@ def plan_step(
     call = KernelCall(
         step_kernel,
         (batch * heads, -(-value_dim // config.block_v)),
-        {
-            "q": q,
-            "k": k,
-            "v": v,
-            "log_decay": log_decay,
-            "erase": erase,
-            "momentum": momentum,
-            "state": state,
-            "momentum_state": momentum_state,
-            "o": o,
-            "new_state": new_state,
-            "new_momentum": new_momentum,
-            "scale": scale,
-        },
+        inputs | {"o": o, "new_state": new_state, "new_momentum": new_momentum, "scale": scale},
         {
             "KEY_DIM": key_dim,
             "VALUE_DIM": value_dim,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from nl_kernels.renamed import renamed_arguments
 
@@ -54,15 +53,6 @@ def optimal_coefficients(steps: int, lower_singular_value: float = 1e-3) -> tupl
         low = evaluate(triple, low)
         high = 2 - low
     return tuple(schedule)
-
-
-def singular_value_band(schedule: Sequence[Triple], lower: float) -> tuple[float, float]:
-    """Smallest and largest of what singular values in [lower, 1] become, on a fine logarithmic grid."""
-    points = 20_000
-    values = [lower ** (1 - i / points) for i in range(points + 1)]
-    for triple in schedule:
-        values = [evaluate(triple, s) for s in values]
-    return min(values), max(values)
 
 
 def evaluate(triple: Triple, s: float) -> float:

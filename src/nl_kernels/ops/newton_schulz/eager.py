@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from nl_kernels.ops.newton_schulz.coefficients import Triple
 from nl_kernels.ops.newton_schulz.stack import normalised, restored, wide_stack
-
-Triple = tuple[float, float, float]
 
 # Elements of X that are worked on together, so that they and the square matrices stay in a core's cache.
 _CPU_ELEMENTS = 2**18

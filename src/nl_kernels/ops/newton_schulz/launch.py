@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nl_kernels.triton_support import targets
+
 MAX_MATRICES = 2**16 - 1
 """Matrices of one launch: the limit of the second grid axis on NVIDIA."""
 
@@ -33,11 +35,8 @@ class Config:
 
 def precision_of(dtype: torch.dtype, architecture: str) -> str:
     """How products compute (a name of :func:`triton_support.language.matmul`) with operands of ``dtype``."""
-    if dtype == torch.bfloat16:
-        return "bf16"
-    if dtype == torch.float16:
-        return "fp16"
-    return "ieee" if architecture.startswith("gfx") else "tf32x3"
+    own = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return own.get(dtype) or targets.precision_of(dtype, architecture)
 
 
 def config_of(

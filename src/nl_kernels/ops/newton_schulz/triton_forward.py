@@ -8,6 +8,7 @@ stored in the dtype of the operands.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ import triton.language as tl
 
 from nl_kernels.ops.newton_schulz import launch
 from nl_kernels.ops.newton_schulz.stack import normalised, restored, wide_stack
-from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
+from nl_kernels.triton_support.kernel_call import Argument, KernelCall, run_calls
 from nl_kernels.triton_support.language import matmul
 from nl_kernels.triton_support.targets import architecture_of
 
@@ -123,66 +124,43 @@ def plan_forward(
     x: torch.Tensor, schedule: Sequence[tuple[float, float, float]], *, architecture: str
 ) -> tuple[list[KernelCall], torch.Tensor]:
     """The calls of all steps on x [N, m ≤ n, n], and the tensor that the last fills; runs nothing."""
-    count, rows, columns = x.shape
+    count, rows, _ = x.shape
     gram, polynomial = (x.new_empty(count, rows, rows) for _ in range(2))
     # Two buffers in turn; x itself is left as it is.
     targets = [torch.empty_like(x) for _ in range(min(2, len(schedule)))]
     calls = []
     for step, (a, b, c) in enumerate(schedule):
         target = targets[step % 2]
-        calls.append(_symmetric(x, None, gram, 1.0, 0.0, architecture))
-        calls.append(_symmetric(gram, gram, polynomial, c, b, architecture))
-        config = launch.config_of("update", count, rows, columns, x.dtype, architecture)
-        tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
-        calls.append(
-            KernelCall(
-                update_kernel,
-                (tiles, count),
-                {"x": x, "polynomial": polynomial, "out": target, "x_scale": float(a)},
-                {
-                    "ROWS": rows,
-                    "COLUMNS": columns,
-                    "BLOCK_M": config.block_m,
-                    "BLOCK_N": config.block_n,
-                    "BLOCK_K": config.block_k,
-                    "PRECISION": launch.precision_of(x.dtype, architecture),
-                },
-                config.num_warps,
-                config.num_stages,
-            )
-        )
+        square = {"factor": x, "addend": None, "out": gram, "product_scale": 1.0, "addend_scale": 0.0}
+        calls.append(_call(symmetric_product_kernel, x, square, architecture))
+        scales = {"product_scale": float(c), "addend_scale": float(b)}
+        sums = {"factor": gram, "addend": gram, "out": polynomial, **scales}
+        calls.append(_call(symmetric_product_kernel, gram, sums, architecture))
+        arguments = {"x": x, "polynomial": polynomial, "out": target, "x_scale": float(a)}
+        calls.append(_call(update_kernel, x, arguments, architecture))
         x = target
     return calls, x
 
 
-def _symmetric(
-    factor: torch.Tensor,
-    addend: torch.Tensor | None,
-    out: torch.Tensor,
-    product_scale: float,
-    addend_scale: float,
-    architecture: str,
-) -> KernelCall:
-    count, rows, columns = factor.shape
-    config = launch.config_of("symmetric_product", count, rows, columns, factor.dtype, architecture)
-    tiles = triton.cdiv(rows, config.block_m)
+def _call(kernel: Any, x: torch.Tensor, arguments: dict[str, Argument], architecture: str) -> KernelCall:
+    """The call of ``kernel`` whose products have the operand ``x`` [N, rows, columns]."""
+    count, rows, columns = x.shape
+    name = kernel.__name__.removesuffix("_kernel")
+    config = launch.config_of(name, count, rows, columns, x.dtype, architecture)
+    down, across = triton.cdiv(rows, config.block_m), triton.cdiv(columns, config.block_n)
+    constants = {
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "PRECISION": launch.precision_of(x.dtype, architecture),
+    }
     return KernelCall(
-        symmetric_product_kernel,
-        (tiles * (tiles + 1) // 2, count),
-        {
-            "factor": factor,
-            "addend": addend,
-            "out": out,
-            "product_scale": float(product_scale),
-            "addend_scale": float(addend_scale),
-        },
-        {
-            "ROWS": rows,
-            "COLUMNS": columns,
-            "BLOCK_M": config.block_m,
-            "BLOCK_K": config.block_k,
-            "PRECISION": launch.precision_of(factor.dtype, architecture),
-        },
+        kernel,
+        (down * (down + 1) // 2 if name == "symmetric_product" else down * across, count),
+        arguments,
+        {name: value for name, value in constants.items() if name in kernel.arg_names},
         config.num_warps,
         config.num_stages,
     )

@@ -6,18 +6,12 @@ import functools
 
 import torch
 
-from nl_kernels.checks import check_choice, check_positive_int, check_range
+from nl_kernels.checks import check_position, check_positive_int, check_range, state_dtype
 from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.call import Op, run, run_step
 from nl_kernels.memory.kernels.call import unsupported
 from nl_kernels.memory.state import tensors_in, weights_in
-from nl_kernels.memory_checks import (
-    check_error_at,
-    check_own_memory,
-    check_position,
-    check_rule,
-    state_dtype,
-)
+from nl_kernels.memory_checks import check_error_at, check_own_memory, check_rule
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.self_modifying import eager_step
 from nl_kernels.ops.self_modifying.checks import (
@@ -25,7 +19,6 @@ from nl_kernels.ops.self_modifying.checks import (
     check_head_parameter,
     check_inputs,
     check_state,
-    check_token,
     check_weights,
     head_parameter,
 )
@@ -39,7 +32,6 @@ from nl_kernels.ops.self_modifying.state import (
 )
 from nl_kernels.triton_support.targets import architecture_of
 
-READS = ("snapshot", "running")
 _DEFAULT_RULE = MemoryRule()
 _OP = Op(SelfModifyingState, stack_memories, bank_of, stack_of)
 
@@ -122,28 +114,16 @@ def self_modifying_memory(
     """
     rule = _DEFAULT_RULE if rule is None else rule
     generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
-    check_rule(rule)
-    check_choice("read", read, READS)
-    check_clocks(chunk_size, generator_chunk_size)
     for name, value in (("truncate_every", truncate_every), ("checkpoint_every", checkpoint_every)):
         if value is not None:
             check_positive_int(name, value)
-    batch = check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_seqlens)
-    heads, width = query.shape[2:]
-    check_weights(weights, batch, heads, width, query)
-    check_error_at(rule, weights.key)
-    if initial_state is not None:
-        period = max(chunk_size, generator_chunk_size)
-        check_state(
-            "initial_state", initial_state, weights, batch, (heads, width), momentum is not None, query
-        )
-        check_position("initial_state.position", initial_state.position, batch, period, query)
-    parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
-    parameters = {name: head_parameter(name, value, heads, query) for name, value in parameters.items()}
-    if query.device.type == "cpu":
-        check_range("rate_max", parameters["rate_max"], 0.0, 2.0)
     tokens = (query, key_input, value_input, gate_input, momentum)
     clocks = (chunk_size, generator_chunk_size)
+    parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
+    _check(tokens, weights, rule, read, clocks, parameters, "initial_state", initial_state, mask, cu_seqlens)
+    parameters = {name: head_parameter(value, query) for name, value in parameters.items()}
+    if query.device.type == "cpu":
+        check_range("rate_max", parameters["rate_max"], 0.0, 2.0)
     options = {
         "rule": rule,
         "read": read,
@@ -216,8 +196,7 @@ def self_modifying_memory_step(
     inputs = (query, key_input, value_input, gate_input, momentum)
     clocks = (chunk_size, generator_chunk_size)
     parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
-    _check_step(inputs, mask, weights, state, rule, read, clocks, parameters)
-    check_position("state.position", state.position, len(query), max(clocks), query)
+    _check(inputs, weights, rule, read, clocks, parameters, "state", state, mask)
     if inplace:
         check_own_memory(state, weights)
     options = {
@@ -240,16 +219,18 @@ def self_modifying_memory_step(
     )
 
 
-def _check_step(inputs, mask, weights, state, rule, read, clocks, parameters) -> None:
-    check_rule(rule)
-    check_choice("read", read, READS)
+def _check(tokens, weights, rule, read, clocks, parameters, state_name, state, mask, cu_seqlens=None) -> None:
+    """Check a call on tokens [B, T, ..], or on one token [B, ..]."""
+    check_rule(rule, read)
     check_clocks(*clocks)
-    check_token(*inputs, mask)
-    query = inputs[0]
-    batch, heads, width = query.shape
+    query, one = tokens[0], state_name == "state"
+    batch = check_inputs(tokens, mask, cu_seqlens, "[B, H, D]" if one else "[B, T, H, D]")
+    heads, width = query.shape[-2:]
     check_weights(weights, batch, heads, width, query)
     check_error_at(rule, weights.key)
-    check_state("state", state, weights, batch, (heads, width), inputs[-1] is not None, query)
+    if one or state is not None:
+        check_state(state_name, state, weights, batch, (heads, width), tokens[-1] is not None, query)
+        check_position(f"{state_name}.position", state.position, batch, max(clocks), query)
     for name, value in parameters.items():
         check_head_parameter(name, value, heads, query)
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from nl_kernels.checks import check_positive_int, check_range, check_tensor
+from nl_kernels.checks import (
+    check_mask,
+    check_positive_int,
+    check_range,
+    check_sequences,
+    check_tensor,
+    check_tokens,
+)
 from nl_kernels.memory.state import check_state as check_memory_state
-from nl_kernels.memory_checks import check_mask, check_memory, check_sequences, check_tokens
+from nl_kernels.memory_checks import check_memory
 from nl_kernels.ops.self_modifying.state import MemoryStack, SelfModifyingState, SelfModifyingWeights
 
 
@@ -20,28 +27,21 @@ def check_clocks(chunk_size: object, generator_chunk_size: object) -> None:
         )
 
 
-def check_inputs(query, key_input, value_input, gate_input, momentum, mask, cu_seqlens) -> int:
-    """Check the tensors over time; the number of sequences."""
-    check_tokens("query", query, "[B, T, H, D]")
-    check_tensor("key_input", key_input, query.shape, like=query)
-    check_tensor("value_input", value_input, query.shape, like=query)
-    check_tensor("gate_input", gate_input, query.shape, like=query)
+def check_inputs(inputs: tuple, mask: object, cu_seqlens: object, axes: str) -> int:
+    """Check the tensors over time, or of one token; the number of sequences."""
+    query, *others, momentum = inputs
+    check_tokens("query", query, axes)
+    for name, x in zip(("key_input", "value_input", "gate_input"), others):
+        check_tensor(name, x, query.shape, like=query)
     if momentum is not None:
-        check_tensor("momentum", momentum, query.shape[:3], like=query)
-        if momentum.device.type == "cpu":
+        check_tensor("momentum", momentum, query.shape[:-1], like=query)
+    if query.ndim == 4:
+        if momentum is not None and momentum.device.type == "cpu":
             check_range("momentum", momentum, 0.0, 1.0, closed_high=False)
-    return check_sequences(mask, cu_seqlens, query)
-
-
-def check_token(query, key_input, value_input, gate_input, momentum, mask) -> None:
-    check_tokens("query", query, "[B, H, D]")
-    check_tensor("key_input", key_input, query.shape, like=query)
-    check_tensor("value_input", value_input, query.shape, like=query)
-    check_tensor("gate_input", gate_input, query.shape, like=query)
-    if momentum is not None:
-        check_tensor("momentum", momentum, query.shape[:2], like=query)
+        return check_sequences(mask, cu_seqlens, query)
     if mask is not None:
         check_mask(mask, tuple(query.shape[:1]), query)
+    return len(query)
 
 
 def check_weights(weights: object, batch: int, heads: int, width: int, like: torch.Tensor) -> None:
@@ -80,9 +80,8 @@ def check_head_parameter(name: str, value: object, heads: int, like: torch.Tenso
     check_tensor(name, value, (heads,), like=like)
 
 
-def head_parameter(name: str, value: object, heads: int, like: torch.Tensor) -> torch.Tensor:
-    """A float or a tensor [H] as a tensor [H]."""
-    check_head_parameter(name, value, heads, like)
+def head_parameter(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """A float or a tensor [H] as a tensor [H], of the heads of ``like`` [B, T, H, D]."""
     if isinstance(value, torch.Tensor):
         return value
-    return torch.full((heads,), float(value), device=like.device, dtype=torch.float64)
+    return torch.full((like.shape[2],), float(value), device=like.device, dtype=torch.float64)

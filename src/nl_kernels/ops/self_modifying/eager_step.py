@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from nl_kernels.memory.hidden import Activated, activated, error_signal, length_factor
-from nl_kernels.memory.step import Gates, advance, where_met, write_token
+from nl_kernels.memory.step import Gates, advance, refreshed, write_token
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule, l2_normalize
 from nl_kernels.ops.self_modifying.state import (
     MemoryStack,
@@ -146,14 +146,7 @@ def _gates(
     rate, retention = logits.view(batch, heads, 2).unbind(-1)
     decay = (retention + retention_bias).sigmoid_()
     rate = (rate + rate_bias).sigmoid_() * (decay + 1).clamp_(max=rate_max)
-    momentum = None if momentum is None else momentum.to(dtype)
-    applied = None
-    if mask is not None:
-        padding = ~mask[:, None]
-        rate, decay = rate.masked_fill(padding, 0), decay.masked_fill(padding, 1)
-        momentum = None if momentum is None else momentum.masked_fill(padding, 1)
-        applied = mask[:, None].expand(batch, heads).to(dtype)
-    return Gates(*(None if x is None else x.reshape(-1, 1, 1) for x in (rate, decay, momentum, applied)))
+    return Gates.of(rate, decay, None if momentum is None else momentum.to(dtype), mask)
 
 
 def _pairs(
@@ -261,10 +254,8 @@ def _read(
 
 def _refresh(own, others, running: MemoryStack, snapshot: MemoryStack, inplace: bool) -> MemoryStack:
     """The snapshot after the token, with the boundaries met by M_memory's clock and by the others'."""
-    if own is False and others is False:
-        return snapshot
-    if own is True and others is True:
-        return map_stack(lambda new, old: old.copy_(new) if inplace else new, running, snapshot)
+    if own is others and isinstance(own, bool):
+        return refreshed(own, running, snapshot, inplace)
     own, others = (
         m
         if isinstance(m, torch.Tensor)
@@ -274,5 +265,4 @@ def _refresh(own, others, running: MemoryStack, snapshot: MemoryStack, inplace: 
     met = torch.stack([others, others, own, others, others], 1)[:, None].expand(
         -1, snapshot.last.shape[1], -1
     )
-    parts = MemoryStack(met, met[:, :, :3], met[:, :, 3:])
-    return map_stack(lambda new, old, m: where_met(m, new, old, inplace), running, snapshot, parts)
+    return refreshed((met, met[:, :, :3], met[:, :, 3:]), running, snapshot, inplace)

@@ -405,9 +405,9 @@ def with_state(**changes):
 
 BAD_CALLS = {
     "x: expected a tensor": (TypeError, lambda c: c.update(x=[1.0])),
-    "x: expected shape": (ValueError, lambda c: c.update(x=c["x"][0])),
+    r"x: expected \[B, T, D\]": (ValueError, lambda c: c.update(x=c["x"][0])),
     "x: expected one of": (TypeError, lambda c: c.update(x=c["x"].long())),
-    r"x: expected shape .* got \(2, 0, 6\)": (ValueError, lambda c: c.update(x=c["x"][:, :0])),
+    r"x: expected \[B, T, D\] .* got shape \(2, 0, 6\)": (ValueError, lambda c: c.update(x=c["x"][:, :0])),
     "levels: expected a sequence": (TypeError, lambda c: c.update(levels=c["levels"][0])),
     "levels: expected at least one": (ValueError, lambda c: c.update(levels=[])),
     r"levels\[0\].up": (ValueError, with_level(up=torch.ones(3))),
@@ -442,7 +442,7 @@ BAD_CALLS = {
     r"levels\[0\].rate: expected shape \(2, 5\)": (ValueError, with_level(rate=torch.ones(5))),
     r"levels\[0\].rule": (ValueError, with_level(rule="adam")),
     r"levels\[0\].error_bound": (ValueError, with_level(error_bound=0)),
-    "mask: expected a tensor of torch.bool": (TypeError, lambda c: c.update(mask=torch.ones(2, 5))),
+    "mask: expected a bool tensor": (TypeError, lambda c: c.update(mask=torch.ones(2, 5))),
     "mask: expected shape": (ValueError, lambda c: c.update(mask=torch.ones(2, 4, dtype=torch.bool))),
     "initial_state: expected a tuple of 2": (ValueError, lambda c: c.update(initial_state=(None,))),
     r"initial_state\[0\]: expected ContinuumLevelState": (
@@ -456,7 +456,7 @@ BAD_CALLS = {
         ValueError,
         with_state(up_momentum=torch.ones(2, 5, WIDTH)),
     ),
-    r"initial_state\[0\].position: expected a tensor": (TypeError, with_state(position=torch.ones(2))),
+    r"initial_state\[0\].position: expected an int64 tensor": (TypeError, with_state(position=torch.ones(2))),
     r"initial_state\[0\].position: expected shape": (ValueError, with_state(position=torch.ones(1).long())),
     r"initial_state\[0\].position: expected values": (ValueError, with_state(position=torch.tensor([0, 2]))),
     r"initial_state\[0\].pending_inputs": (ValueError, with_state(pending_inputs=torch.ones(2, 0, WIDTH))),

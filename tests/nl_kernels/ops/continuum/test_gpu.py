@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nl_kernels import ContinuumLevel, continuum_memory, continuum_mlp
-from nl_kernels.ops.continuum.registration import Update, implementation
-from nl_kernels.testing import assert_within_budget
-from tests.nl_kernels.ops.continuum.test_mlp import gradients
+from nl_kernels.ops.continuum.registration import Update, products
+from tests.nl_kernels.budgets import assert_within_budget
+from tests.nl_kernels.continuum_levels import ExactProducts, step_arguments, step_sums
 from tests.nl_kernels.ops.continuum.test_update_in_place import stepped
 
 pytestmark = pytest.mark.gpu
@@ -66,7 +66,7 @@ def test_offsets_beyond_32_bits():
         pytest.skip("needs 40 GiB of free device memory")
     count = 2**31 // (1024 * 1024) + 2
     weights = torch.ones(count, 1024, 1024, device="cuda")
-    implementation("update_in_place", "triton")(
+    products("triton").update_in_place(
         Update([weights], [torch.full_like(weights, 0.25)], None, 0.0, None, None)
     )
     assert weights[-1].eq(0.75).all()
@@ -84,9 +84,7 @@ def mlp_call(dtype, size, gated):
         return (scale * torch.randn(shape, generator=generator)).to("cuda", dtype)
 
     return {
-        "inputs": normal(batch, tokens, width),
-        "error": normal(batch, tokens, width),
-        "rates": normal(batch, tokens).abs(),
+        "x": normal(batch, tokens, width),
         "up": normal(batch, hidden, width, scale=width**-0.5),
         "down": normal(batch, width, hidden, scale=hidden**-0.5),
         "gate": normal(batch, hidden, width, scale=width**-0.5) if gated else None,
@@ -102,12 +100,10 @@ def doubled(made):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_error_budget_of_the_mlp(dtype, gated, size):
     made = mlp_call(dtype, size, gated)
-    weights = [made[n] for n in ("up", "down", "gate")]
-    exact = doubled(made)
     assert_within_budget(
-        continuum_mlp(made["inputs"], *weights),
-        continuum_mlp(made["inputs"], *weights, impl="eager"),
-        continuum_mlp(exact["inputs"], *(exact[n] for n in ("up", "down", "gate"))),
+        continuum_mlp(**made),
+        continuum_mlp(**made, impl="eager"),
+        continuum_mlp(**doubled(made)),
         # three-pass tf32 loses two bits of fp32's 24
         factor=8.0 if dtype == torch.float32 else 2.0,
         token_dim=1,
@@ -117,21 +113,28 @@ def test_error_budget_of_the_mlp(dtype, gated, size):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_error_of_the_gradients_of_a_step(dtype, gated, size):
-    made = mlp_call(dtype, size, gated)
-    found, exact = gradients(made, 1.0, "triton"), gradients(doubled(made), 1.0)
+def test_error_of_the_sums_of_a_step(dtype, gated, size):
+    sizes = dict(zip(("batch", "tokens", "width", "hidden"), size))
+    made = step_arguments(gated=gated, dtype=dtype, device="cuda", **sizes)
+    found = step_sums(made, 1.0, products("triton"))
+    exact = step_sums(doubled(made), 1.0, ExactProducts)
     for f, e in zip(found, exact, strict=True):
         assert f.dtype == torch.float32
         assert (f.double() - e).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-4) * e.norm()
 
 
+def results_of_the_mlp(made):
+    leaves = {name: x.detach().requires_grad_() for name, x in made.items()}
+    y = continuum_mlp(**leaves)
+    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), made["x"])]
+
+
 def test_the_mlp_is_deterministic_and_captured():
     made = mlp_call(torch.bfloat16, SIZES[0], True)
-    weights = [made[n] for n in ("up", "down", "gate")]
-    first = continuum_mlp(made["inputs"], *weights), *gradients(made, None, "triton")
+    first = results_of_the_mlp(made)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = continuum_mlp(made["inputs"], *weights), *gradients(made, None, "triton")
+        captured = results_of_the_mlp(made)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(first, captured))
 

@@ -4,19 +4,14 @@ import pytest
 import torch
 
 from nl_kernels import continuum_mlp
-from nl_kernels.ops.continuum import launch, triton_update
+from nl_kernels.ops.continuum import launch, triton_chunk, triton_update
 from nl_kernels.ops.continuum.registration import Update
 from nl_kernels.ops.continuum.triton_backward import plan_backward
 from nl_kernels.ops.continuum.triton_forward import plan_forward
 from nl_kernels.ops.continuum.triton_update import plan_update
-from nl_kernels.testing import GuardedBuffer, assert_within_budget
-from tests.nl_kernels.ops.continuum.test_mlp import (
-    CASES,
-    arguments,
-    gradients,
-    step_arguments,
-    with_gradients,
-)
+from tests.nl_kernels.budgets import GuardedBuffer, assert_within_budget
+from tests.nl_kernels.continuum_levels import STEPS, ExactProducts, random_tensor, step_arguments, step_sums
+from tests.nl_kernels.ops.continuum.test_mlp import arguments, with_gradients
 from tests.nl_kernels.ops.continuum.test_update_in_place import OPTIONS, call, stepped, written
 
 pytestmark = pytest.mark.interpreter
@@ -33,7 +28,7 @@ def run(impl, options, dtype=torch.float32, copy_dtype=torch.float16):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_error_budget(options):
-    results = run("triton", options), run("eager", options), run("reference", options, torch.float64)
+    results = run("triton", options), run("eager", options), run("eager", options, torch.float64)
     for i, (found, eager, exact) in enumerate(zip(*results)):
         assert_within_budget(found, eager, exact, name=str(i))
 
@@ -96,10 +91,6 @@ def doubled(made):
     return {n: None if t is None else t.double() for n, t in made.items()}
 
 
-def named(made, name):
-    return {f"{name} {i}": t for i, t in enumerate(made) if t is not None}
-
-
 @pytest.mark.parametrize(
     ("gated", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.float16)]
 )
@@ -113,16 +104,15 @@ def test_error_budget_of_the_mlp(size, gated, dtype):
 
 
 @pytest.mark.parametrize(
-    ("gated", "bound", "dtype"), [*((*case, torch.float32) for case in CASES), (True, 0.3, torch.float16)]
+    ("gated", "bound", "dtype"), [*((*case, torch.float32) for case in STEPS), (True, 0.3, torch.float16)]
 )
 @pytest.mark.parametrize("size", SIZES[1:], ids=str)
-def test_error_budget_of_the_gradients_of_a_step(size, gated, bound, dtype):
-    made = step_arguments(gated=gated, dtype=dtype, weight_dtype=torch.float32, **size)
-    found, eager = (named(gradients(made, bound, i), "") for i in ("triton", "eager"))
-    exact = named(gradients(doubled(made), bound, "reference"), "")
-    assert found.keys() == exact.keys()
-    for name in found:
-        assert_within_budget(found[name], eager[name], exact[name], name=name, factor=3.0)
+def test_error_budget_of_the_sums_of_a_step(size, gated, bound, dtype):
+    made = step_arguments(gated=gated, dtype=dtype, **size)
+    found, eager = (step_sums(made, bound, products) for products in (triton_chunk, ExactProducts))
+    exact = step_sums(doubled(made), bound, ExactProducts)
+    for i, parts in enumerate(zip(found, eager, exact, strict=True)):
+        assert_within_budget(*parts, name=str(i), factor=3.0)
 
 
 def test_weights_of_all_sequences():
@@ -133,12 +123,16 @@ def test_weights_of_all_sequences():
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_buffer_of_the_mlp_is_written_and_nothing_beside_it(gated):
-    made = step_arguments(gated=gated, dtype=torch.float32, **SIZES[1])
+    made = arguments(gated=gated, dtype=torch.float32, **SIZES[1])
+    made["error"] = random_tensor(*made["x"].shape, seed=4).float()
+    leaves = [
+        None if (t := made[n]) is None else t.clone().requires_grad_() for n in ("x", "up", "down", "gate")
+    ]
+    expected = continuum_mlp(*leaves, impl="eager")
+    wanted = torch.autograd.grad(expected, [t for t in leaves if t is not None], made["error"])
     weights = [made[n] for n in ("up", "down", "gate")]
-    forward, y = plan_forward(made["inputs"], *weights, architecture="sm_90")
-    backward, grads = plan_backward(
-        made["error"], made["inputs"], *weights, made["rates"], 0.3, True, architecture="sm_90"
-    )
+    forward, y = plan_forward(made["x"], *weights, architecture="sm_90")
+    backward, grads = plan_backward(made["error"], made["x"], *weights, True, architecture="sm_90")
     given = {id(t) for t in made.values()}
     buffers = {id(t): GuardedBuffer.holding(t) for t in made.values() if t is not None}
     for one in (*forward, *backward):
@@ -152,11 +146,9 @@ def test_every_buffer_of_the_mlp_is_written_and_nothing_beside_it(gated):
         one.kernel[one.grid](**moved, **one.constants)
     for key, buffer in buffers.items():
         buffer.check("given" if key in given else "made")
-    torch.testing.assert_close(
-        buffers[id(y)].tensor, continuum_mlp(made["inputs"], *weights, impl="eager"), rtol=1e-5, atol=1e-5
-    )
-    for grad, wanted in zip(grads[1:], gradients(made, 0.3)):
-        torch.testing.assert_close(buffers[id(grad)].tensor, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(buffers[id(y)].tensor, expected.detach(), rtol=1e-5, atol=1e-5)
+    for grad, one in zip([g for g in grads if g is not None], wanted, strict=True):
+        torch.testing.assert_close(buffers[id(grad)].tensor, one, rtol=1e-4, atol=1e-4)
 
 
 def test_fp64_is_refused():

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nl_kernels import continuum_detach, continuum_flush, continuum_memory
 from nl_kernels.ops.continuum.state import VARIANTS
-from nl_kernels.testing import RoundedProducts, assert_within_budget
 from nl_kernels.triton_support.kernel_call import KernelCall
+from tests.nl_kernels.budgets import RoundedProducts, assert_within_budget
 from tests.nl_kernels.continuum_levels import (
     PADDINGS,
     TENSORS,

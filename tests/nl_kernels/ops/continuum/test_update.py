@@ -5,7 +5,8 @@ import torch
 
 from nl_kernels import continuum_update
 from nl_kernels.ops.continuum.state import RULES
-from nl_kernels.ops.newton_schulz import MUON_COEFFICIENTS, singular_value_band
+from nl_kernels.ops.newton_schulz import MUON_COEFFICIENTS
+from tests.nl_kernels.singular_values import singular_value_band
 
 SHAPES = [(4, 7), (7, 4), (5, 5)]
 

@@ -1,11 +1,11 @@
-"""Updates in place: the eager implementation against the definition."""
+"""Updates in place: what the kernel is compared with, against the public function."""
 
 import pytest
 import torch
 
 from nl_kernels import continuum_update
-from nl_kernels.ops.continuum import update
-from nl_kernels.ops.continuum.registration import Update, implementation
+from nl_kernels.ops.continuum.registration import Update, products
+from tests.nl_kernels.continuum_levels import update_in_place
 
 SHAPES = [(3, 5, 7), (3, 7, 5), (2, 4)]
 
@@ -56,8 +56,9 @@ def call(
 def stepped(arguments, impl="eager"):
     """Take the steps of these arguments."""
     options = {("decay" if name == "momentum_decay" else name): part for name, part in arguments.items()}
+    take = products("triton").update_in_place if impl == "triton" else update_in_place
     with torch.no_grad():
-        implementation("update_in_place", impl)(Update(**options))
+        take(Update(**options))
 
 
 def written(arguments):
@@ -78,38 +79,21 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_equals_the_definition(options):
-    found, expected = call(**options), call(**options)
+def test_is_the_update_that_is_not_in_place(options):
+    made, found = call(**options), call(**options)
     stepped(found)
-    stepped(expected, "reference")
-    for f, e in zip(written(found), written(expected)):
-        torch.testing.assert_close(f, e, rtol=0, atol=1e-12)
-
-
-def test_is_the_update_that_is_not_in_place():
-    arguments = call(momentum=True, norms=True, copies=False, retention=True)
-    names = ("weights", "gradients", "momenta", "norms", "initial", "retention")
-    expected = [
-        continuum_update(
-            w, g, rule="momentum", momentum=m, momentum_decay=0.8, norms=n, initial=i, retention=r
-        )
-        for w, g, m, n, i, r in zip(*(arguments[k] for k in names))
-    ]
-    stepped(arguments)
-    for i, (new, momentum) in enumerate(expected):
-        torch.testing.assert_close(arguments["weights"][i], new, rtol=0, atol=1e-12)
-        torch.testing.assert_close(arguments["momenta"][i], momentum, rtol=0, atol=1e-12)
-
-
-def test_the_comparison_notices_a_broken_implementation(monkeypatch):
-    monkeypatch.setattr(update, "with_row_norms", lambda weight, norms: weight)
-    with pytest.raises(AssertionError):
-        test_equals_the_definition(OPTIONS[2])
-
-
-def test_rows_of_zeros_stay():
-    weights = [torch.ones(2, 3)]
-    implementation("update_in_place", "eager")(
-        Update(weights, [torch.ones(2, 3)], None, 0.0, [torch.ones(2)], None)
-    )
-    assert torch.equal(weights[0], torch.zeros(2, 3))
+    names = {"momenta": "momentum", "norms": "norms", "initial": "initial", "retention": "retention"}
+    for i, weight in enumerate(made["weights"]):
+        given = {new: made[name][i] for name, new in names.items() if made[name] is not None}
+        old = weight if made["sources"] is None else made["sources"][i].expand_as(weight)
+        rule = {"rule": "momentum" if options["momentum"] else "sgd", "momentum_decay": 0.8}
+        new, momentum = continuum_update(old, made["gradients"][i], **rule, **given)
+        if made["where"] is not None:
+            steps = made["where"][i][..., None, None]
+            new = torch.where(steps, new, old)
+            momentum = momentum if momentum is None else torch.where(steps, momentum, given["momentum"])
+        torch.testing.assert_close(found["weights"][i], new, rtol=0, atol=1e-12)
+        if momentum is not None:
+            torch.testing.assert_close(found["momenta"][i], momentum, rtol=0, atol=1e-12)
+        if made["copies"] is not None:
+            assert torch.equal(found["copies"][i], found["weights"][i].to(made["copies"][i].dtype))

@@ -459,7 +459,7 @@ def test_bad_clock():
         (ContinuumClock(torch.tensor([3, 4])), r"initial_state\[1\].position: expected .* got"),
         (ContinuumClock(torch.tensor([2, 2])), r"initial_state\[0\].position: expected the place"),
         (ContinuumClock(torch.tensor([3])), r"initial_state\[1\].position: expected shape \(2,\)"),
-        (ContinuumClock(torch.tensor([3.0, 3.0])), r"initial_state\[1\].position: .* tensor of int64"),
+        (ContinuumClock(torch.tensor([3.0, 3.0])), r"initial_state\[1\].position: .* int64 tensor"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             continuum_memory(x, levels, variant="nested", initial_state=(state[0], bad))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory, dispatch
-from nl_kernels.testing import RoundedProducts, assert_within_budget, deep_memory_inputs, tensors_of
+from nl_kernels.testing import deep_memory_inputs, tensors_of
+from tests.nl_kernels.budgets import RoundedProducts, assert_within_budget
 
 pytestmark = pytest.mark.gpu
 

@@ -67,7 +67,7 @@ def test_tensors(name, change, error, message):
         ({"scale": "1"}, TypeError, "scale: expected a float, got str"),
         ({"scale": NAN}, ValueError, "scale: expected a finite number, got nan"),
         ({"impl": "cuda"}, ValueError, "impl: .*'cuda'"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens: .*batch of 1, got 2"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens: .*B = 1, got 2"),
     ],
 )
 def test_options(options, error, message):

@@ -6,8 +6,8 @@ import torch
 from nl_kernels.ops.newton_schulz import launch
 from nl_kernels.ops.newton_schulz.catalogue import catalogue
 from nl_kernels.triton_support.ahead_of_time import compile_call
-from nl_kernels.triton_support.resources import resources_of
 from nl_kernels.triton_support.targets import TARGETS
+from tools.kernel_resources import resources_of
 
 pytestmark = pytest.mark.aot
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nl_kernels import newton_schulz
-from nl_kernels.testing import assert_within_budget
+from tests.nl_kernels.budgets import assert_within_budget
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from nl_kernels import newton_schulz
 from nl_kernels.ops.newton_schulz import launch
 from nl_kernels.ops.newton_schulz.triton_forward import _triangle, plan_forward
-from nl_kernels.testing import GuardedBuffer, assert_within_budget
+from tests.nl_kernels.budgets import GuardedBuffer, assert_within_budget
 
 pytestmark = pytest.mark.interpreter
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from nl_kernels import newton_schulz, optimal_coefficients
-from nl_kernels.ops.newton_schulz import MUON_COEFFICIENTS, singular_value_band
+from nl_kernels.ops.newton_schulz import MUON_COEFFICIENTS
 from nl_kernels.ops.newton_schulz.coefficients import evaluate
+from tests.nl_kernels.singular_values import singular_value_band
 
 
 def matrix_with(singular_values, rows, columns, seed=0):

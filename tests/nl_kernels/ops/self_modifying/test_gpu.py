@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nl_kernels import MemoryRule, self_modifying_memory
-from nl_kernels.testing import RoundedProducts, relative_error, self_modifying_inputs, tensors_of
+from nl_kernels.testing import relative_error, self_modifying_inputs, tensors_of
+from tests.nl_kernels.budgets import RoundedProducts
 
 pytestmark = pytest.mark.gpu
 

@@ -1,4 +1,4 @@
-"""``python -m nl_kernels.triton_support.report``: compile every kernel for every target, without a GPU.
+"""``python -m tools.kernel_report``: compile every kernel for every target, without a GPU.
 
 Prints registers, spills, shared memory and matrix instructions of each, and fails if a kernel does not
 compile, exceeds its target's shared or tensor memory, or computes a product without matrix instructions.
@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, collect_catalogue, compile_call
-from nl_kernels.triton_support.resources import Resources, resources_of
 from nl_kernels.triton_support.targets import TARGETS, TENSOR_MEMORY
+from tools.kernel_resources import Resources, resources_of
 
 _FILE_WIDTH = 180  # of a table in a file or pipe
 

@@ -10,10 +10,10 @@ import triton.language as tl
 import typer
 from typer.testing import CliRunner
 
-from nl_kernels.triton_support import report
 from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, compile_call, signature_of
 from nl_kernels.triton_support.kernel_call import KernelCall
-from nl_kernels.triton_support.resources import resources_of
+from tools import kernel_report as report
+from tools.kernel_resources import resources_of
 
 pytestmark = pytest.mark.aot
 
