@@ -36,6 +36,7 @@ class Call(NamedTuple):
 
     Attributes:
         query, key, value, gate, rate, log_decay: of :class:`nl_kernels.memory.kernels.arguments.Tokens`.
+            ``rate`` of a bank that makes its own rates is the scale of what the memory that is read writes.
         gates: largest rate and both biases [H], ``None`` where rates are given.
         running, snapshot, anchor: banks; no anchor for a rule that has none.
         position: [B], tokens since each sequence's last boundary.

@@ -43,12 +43,14 @@ class Op(NamedTuple):
         state: the named tuple of its states.
         weights: what a state has of initial weights [B, H, ..]. bank_of, weights_of: that as a
             :class:`~nl_kernels.memory.bank.Bank`, and of a bank and B back.
+        given: which of the tokens of :class:`~nl_kernels.memory.bank.Call` the reference takes.
     """
 
     state: type
     weights: Callable
     bank_of: Callable
     weights_of: Callable
+    given: tuple[int, ...]
 
 
 def run(
@@ -98,8 +100,8 @@ def run(
     # Autocast would round the products, and with them the state, to half precision.
     with without_autocast(tokens[0].device.type):
         if implementation == "reference":
-            present = [x for x in inputs[:-1] if x is not None]
-            o, final = reference(*present, inputs[-1], anchor, state, mask=mask, **parameters)
+            given = [inputs[i] for i in op.given]
+            o, final = reference(*given, inputs[-1], anchor, state, mask=mask, **parameters)
         else:
             banks = (state.running, state.snapshot, anchor if rule.anchored else None, state.momentum)
             banks = [Bank(None, None) if x is None else op.bank_of(x) for x in banks]
@@ -207,7 +209,7 @@ def learn_on_grid(
     gates = (call.rate, call.log_decay, call.momentum)
     rate, log_decay, momentum = (None if x is None else x[..., None] for x in gates)
     if self_made:
-        sequences = (call.key, call.value, l2_normalize(call.query), call.gate, momentum)
+        sequences = (call.key, call.value, l2_normalize(call.query), call.gate, momentum, rate)
     else:
         sequences = (call.query, call.key, call.value, rate, log_decay, momentum)
     applied = mask

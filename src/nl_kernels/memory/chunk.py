@@ -34,6 +34,7 @@ class Tokens(NamedTuple):
         query, k: [.., c, D]. v: [.., c, Dv], the targets, or what self-made ones are made of.
         rate, log_decay, momentum: [.., c, 1].
         applied: [.., c, 1], 0 in places that hold no token.
+        scale: [.., c, 1], of the errors of the memory that is read; linear memories that make their targets.
     """
 
     query: torch.Tensor
@@ -43,6 +44,7 @@ class Tokens(NamedTuple):
     log_decay: torch.Tensor
     momentum: torch.Tensor | None
     applied: torch.Tensor | None
+    scale: torch.Tensor | None = None
 
 
 class Prepared(NamedTuple):
@@ -62,7 +64,7 @@ class Prepared(NamedTuple):
 
 def prepare(rule: MemoryRule, tokens: Tokens) -> Prepared:
     """What depends on tokens alone, of one chunk or of several."""
-    _, k, _, rate, log_decay, momentum, applied = tokens
+    _, k, _, rate, log_decay, momentum, applied, _ = tokens
     if applied is not None:
         rate, log_decay = rate * applied, log_decay.masked_fill(applied == 0, 0)
         momentum = None if momentum is None else momentum.where(applied != 0, 1)
@@ -86,7 +88,8 @@ class Learned(NamedTuple):
             targets at the same weights the difference of keys and values.
         hidden: the hidden layers there.
         features: what the last layers made the errors, and reads at the snapshot, of [.., c or 2c, in].
-        errors: by last layer; ``factor`` scaled them to their bound.
+        errors: by last layer; ``factor`` scaled them to their bound, then the tokens' scale multiplied those
+            of the memory that is read, which were ``unscaled``.
         signal: of the hidden layers.
         layers, writes: by layer, what it took in and wrote.
         probe: the hidden layer of the read.
@@ -97,6 +100,7 @@ class Learned(NamedTuple):
     hidden: Activated | None
     features: torch.Tensor
     errors: list[torch.Tensor]
+    unscaled: torch.Tensor | None
     factor: torch.Tensor | None
     signal: Signal | None
     layers: list[LayerInput]
@@ -190,7 +194,11 @@ def learn(
     else:
         outputs = [torch.bmm(part, w.mT) for part, w in zip(layout.split(features), lasts)]
         errors, others = ([y[:, rows] for y in outputs] for rows in (slice(size), slice(size, None)))
-    factor = _finish_errors(bank, errors, k, v)
+    factor, unscaled = _finish_errors(bank, errors, k, v), None
+    if tokens.scale is not None:
+        scaled = layout.read_outputs(errors[0])
+        unscaled = scaled.clone() if keep else None
+        scaled *= tokens.scale
     keys = None if hidden is None else hidden.rows(slice(None, size))
     if hidden is not None:
         signal = error_signal(back(errors, lasts), keys, rule)
@@ -210,7 +218,7 @@ def learn(
         o = o + tokens.query
     learned = None
     if keep:
-        learned = Learned(x, hidden, features, errors, factor, signal, layers, writes, probe, reads)
+        learned = Learned(x, hidden, features, errors, unscaled, factor, signal, layers, writes, probe, reads)
     return o, after, velocity_after if velocity else (), learned
 
 

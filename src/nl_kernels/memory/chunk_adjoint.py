@@ -13,7 +13,7 @@ import torch
 from nl_kernels.memory.bank import Layers, Layout
 from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, back, read_layers
 from nl_kernels.memory.decays import Coefficients, Parts, coefficient_adjoint
-from nl_kernels.memory.hidden import bound_adjoint, hidden_adjoint, signal_adjoint
+from nl_kernels.memory.hidden import bound_adjoint, hidden_adjoint, row_dot, signal_adjoint
 from nl_kernels.memory.layer import (
     ReadAdjoint,
     WriteAdjoint,
@@ -43,6 +43,7 @@ class TokenAdjoints(NamedTuple):
     decay: Parts
     mixed: Parts
     carried: Parts
+    scale: torch.Tensor | None
 
 
 def prepare_adjoint(rule: MemoryRule, tokens: Tokens, prepared: Prepared, found: TokenAdjoints) -> Tokens:
@@ -77,7 +78,7 @@ def prepare_adjoint(rule: MemoryRule, tokens: Tokens, prepared: Prepared, found:
     gates = [d_rate, d_decay, d_momentum]
     if applied is not None:
         gates = [None if x is None else x.masked_fill(applied == 0, 0) for x in gates]
-    return Tokens(found.query, d_k, found.v, *gates, None)
+    return Tokens(found.query, d_k, found.v, *gates, None, found.scale)
 
 
 class ChunkAdjoint(NamedTuple):
@@ -136,6 +137,12 @@ def learn_adjoint(
     d_rate, d_keys = (
         (None, None) if layout.linear else _hidden_inputs_adjoint(bank, prepared, learned, writes)
     )
+    d_scale = None
+    if tokens.scale is not None:
+        errors, d_errors = (layout.read_outputs(x) for x in (learned.errors[0], writes[0].signal))
+        d_scale = row_dot(d_errors, learned.unscaled)
+        d_errors *= tokens.scale
+        errors.copy_(learned.unscaled)
     d_k, d_v, d_query, d_base, d_anchor = _errors_adjoint(bank, base, anchor, learned, writes, d_keys, d_o)
     if reads:
         d_query = reads[0].queries
@@ -157,6 +164,7 @@ def learn_adjoint(
         _sum_parts(layout, [part.decay for part in (*writes, *reads)]),
         _sum_parts(layout, [part.mixed for part in (*writes, *reads)]),
         _sum_parts(layout, [part.carried for part in writes]),
+        d_scale,
     )
     return ChunkAdjoint(
         adjoints,

@@ -44,15 +44,16 @@ class GivenTokens:
         self, base, constants, sequences, made, d_tokens: Tokens, d_base: Layers
     ) -> tuple[State, State]:
         """The adjoints of the sequences, and of the constants by token [N, T, ..]; adds to ``d_base``."""
-        return d_tokens, ()
+        return d_tokens[:-1], ()
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedTokens:
     """As :class:`GivenTokens`, of tokens that the memories make.
 
-    Sequences are inputs of key, value, query and gates [N, T, D], the momentum and ``applied`` [N, T, 1] or
-    ``None``; constants are the largest rate [N, 1, 1] and the biases of rate and retention [N, 1, 2].
+    Sequences are inputs of key, value, query and gates [N, T, D], the momentum, the scale of writes and
+    ``applied`` [N, T, 1] or ``None``; constants are the largest rate [N, 1, 1] and the biases of rate and
+    retention [N, 1, 2].
 
     Attributes:
         block: chunks between the boundaries of the memories that make tokens, or between those and cuts of
@@ -64,7 +65,7 @@ class GeneratedTokens:
     block: int
 
     def tokens(self, base: Layers, constants: State, sequences: State, keep: bool) -> tuple[Tokens, _Made]:
-        key_in, value_in, query, gate_in, momentum, applied = sequences
+        key_in, value_in, query, gate_in, momentum, scale, applied = sequences
         rate_max, bias = constants
         inputs = hidden = None
         if self.layout.linear:
@@ -85,12 +86,12 @@ class GeneratedTokens:
         log_decay = torch.nn.functional.logsigmoid(retention)
         limit = torch.minimum(log_decay.exp().add_(1), rate_max)
         made = _Made(inputs, hidden, key_scale, k, rate, retention, limit)
-        return Tokens(query, k, v, rate * limit, log_decay, momentum, applied), made
+        return Tokens(query, k, v, rate * limit, log_decay, momentum, applied, scale), made
 
     def tokens_adjoint(
         self, base: Layers, constants: State, sequences: State, made: _Made, d_tokens: Tokens, d_base: Layers
     ) -> tuple[State, State]:
-        d_query, d_k, d_v, d_rate, d_decay, d_momentum, _ = d_tokens
+        d_query, d_k, d_v, d_rate, d_decay, d_momentum, _, d_scale = d_tokens
         # The limit is the largest rate, or 1 + α, whose derivative by log α is α.
         d_limit = d_rate * made.rate
         by_decay = d_limit.masked_fill(made.limit == constants[0], 0)
@@ -104,7 +105,7 @@ class GeneratedTokens:
         d_k = torch.addcmul(d_k, made.k, row_dot(made.k, d_k), value=-1).mul_(made.key_scale)
         adjoint = self._linear_adjoint if self.layout.linear else self._two_layer_adjoint
         d_key, d_value, d_gate = adjoint(base, sequences, made, d_k, d_v, d_gates, d_base)
-        return (d_key, d_value, d_query, d_gate, d_momentum, None), (d_limit - by_decay, d_gates)
+        return (d_key, d_value, d_query, d_gate, d_momentum, d_scale, None), (d_limit - by_decay, d_gates)
 
     def _project(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """a b, and x itself where projections have a residual."""

@@ -19,6 +19,7 @@ from nl_kernels.renamed import RenamedAttribute, check_renamed
 from nl_models.hf_names import CACHE_NAME
 from nl_models.layers.attention import ATTENTION_IMPLEMENTATIONS
 from nl_models.layers.continuum import LevelConfig
+from nl_models.layers.self_modifying_titans import choose_values
 from nl_models.remote_code import RemoteCodeConfig
 
 PRESETS = {
@@ -69,6 +70,8 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
             DeltaNet's, too, which has rates up to 1 otherwise.
         memory_rate_bias, memory_retention_bias: initial biases of the gates' logits. Rates near 1
             (a bias of 4) leave the stable region of ``self_modifying_titans`` (docs/defaults.md).
+        memory_values: what queries, keys and values of ``self_modifying_titans`` are, "scaled" or "unit": see
+            :class:`nl_models.layers.SelfModifyingTitans`. ``None``: scaled for linear memories.
         memory_momentum: whether writes have momentum: a running average, whose decay each token sets. It
             costs about twice the time, and has no Triton kernels.
         memory_rule: options of :class:`nl_kernels.memory_rule.MemoryRule` that differ from its default.
@@ -130,6 +133,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
     memory_rate_max: float | int = 1.0
     memory_rate_bias: float | int = 0.0
     memory_retention_bias: float | int = 4.0
+    memory_values: str | None = None
     memory_momentum: bool = False
     memory_rule: dict | None = None
     memory_truncate_every: int | None = None
@@ -155,6 +159,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
             self.layer_types = [self.layer_types] * self.num_hidden_layers
         if self.initializer_range is None:
             self.initializer_range = math.sqrt(0.4 / max(self.hidden_size, 1))
+        self.memory_values = choose_values("memory_values", self.memory_values, self.memory_hidden_size)
         if self.memory_rule is None:
             self.memory_rule = {}
         if self.continuum_levels is None:
@@ -195,9 +200,9 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         """A config from what a file holds.
 
         Files say the rates and retention of every level that learns, and what :func:`name_rule` names. Those
-        that are older do not: their models were trained to keep everything, with the sum of the writes, and
-        with errors at the snapshot. Old names of fields (:data:`RENAMED`) are those of files alone;
-        ``kwargs`` have today's.
+        that are older do not: their models were trained to keep everything, with the sum of the writes, with
+        errors at the snapshot and values of unit length. Old names of fields (:data:`RENAMED`) are those of
+        files alone; ``kwargs`` have today's.
         """
         check_renamed(kwargs, RENAMED)
         config_dict = current_names(config_dict)
@@ -249,6 +254,8 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         made = self.make_memory_rule()
         if self.memory_momentum and made.momentum == "average":
             rule["momentum"] = "average"
+        if self.memory_values != "unit":
+            shaping["memory_values"] = self.memory_values
         if made.errs_at_anchor(linear=self.memory_hidden_size is None):
             rule["error_at"] = "anchor"
         shaping["memory_rule"] = rule
@@ -345,10 +352,10 @@ def current_names(options: dict) -> dict:
 
 
 def name_rule(options: dict, *, older: bool = False) -> dict:
-    """Fields of a config whose ``memory_rule`` says by name where errors are taken and what momentum is.
+    """Fields of a config that say by name what values are, where errors are taken and what momentum is.
 
-    Saved fields always do, so that those of ``older`` versions, which had the snapshot and the sum alone, are
-    told apart. What is not said becomes that, or else the default.
+    Saved fields always do, so that those of ``older`` versions, which had unit values, the snapshot and the
+    sum alone, are told apart. What is not said becomes that, or else the default.
     """
     rule = dict(options.get("memory_rule") or {})
     if rule.get("error_at") is None:
@@ -358,7 +365,9 @@ def name_rule(options: dict, *, older: bool = False) -> dict:
     named = {"error_at": "anchor" if anchor else "snapshot"}
     if options.get("memory_momentum"):
         named["momentum"] = "sum" if older else MemoryRule.momentum
-    return {**options, "memory_rule": {**named, **rule}}
+    unit = older or options.get("memory_hidden_size") is not None
+    values = options.get("memory_values") or ("unit" if unit else "scaled")
+    return {**options, "memory_rule": {**named, **rule}, "memory_values": values}
 
 
 def _expected_options(options: type) -> str:

@@ -127,6 +127,7 @@ def _make_mixer(config: HopeConfig, layer_type: str) -> nn.Module:
         return Titans(**memory)
     return SelfModifyingTitans(
         **memory,
+        values=config.memory_values,
         generator_chunk_size=config.memory_generator_chunk_size,
         truncate_every=config.memory_truncate_every,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nl_kernels import (
@@ -12,6 +13,7 @@ from nl_kernels import (
     self_modifying_memory,
     self_modifying_memory_step,
 )
+from nl_kernels.checks import check_choice
 from nl_kernels.memory_rule import l2_normalize
 from nl_kernels.renamed import renamed_arguments
 from nl_models.layers.gated_output import GatedOutput
@@ -25,6 +27,11 @@ MOMENTUM_MAX = 0.7
 """Largest decay of averaged momentum: above it the outer gradient grows faster on repeated tokens."""
 
 
+VALUES = ("scaled", "unit")
+VALUE_LENGTH = 8.0
+"""The most that the length of a value counts."""
+
+
 class SelfModifyingTitans(MemoryLayer):
     """Five memories per head, fed by slow projections, on the ``self_modifying_memory`` op.
 
@@ -34,7 +41,8 @@ class SelfModifyingTitans(MemoryLayer):
 
     Without ``n`` the memories feed on each other's changes with a gain that grows with the projections: from
     inputs of length 5 on, the outer gradient grows exponentially along the sequence (a chaotic system), and
-    training stalls.
+    training stalls. What the memory that is read learns from has the lengths back, where values are
+    "scaled": there ``‖W_v x‖`` says how much a token is worth, and is no part of the loop.
 
     Args:
         hidden_size: width ``d``.
@@ -47,6 +55,9 @@ class SelfModifyingTitans(MemoryLayer):
         rule: how a memory is applied and written.
         rate_max: largest rate, in [0, 2], and at most 1 + α; 0 switches writing off.
         rate_bias, retention_bias: initial biases of the gates' logits.
+        values: "scaled": SiLU follows the projections of queries, keys and values, and the length of a value,
+            at most :data:`VALUE_LENGTH`, scales what the memory that is read learns from; "unit": neither.
+            ``None``: scaled for linear memories, unit for those of two layers, which have no scale.
         momentum: whether writes have momentum, in the form that ``rule.momentum`` says: by default their
             running average with decays up to :data:`MOMENTUM_MAX`. Their sum is chaotic here.
         truncate_every: the outer gradient does not cross every n-th chunk boundary; ``None`` for all.
@@ -69,6 +80,7 @@ class SelfModifyingTitans(MemoryLayer):
         rate_max: float = 1.0,
         rate_bias: float = 0.0,
         retention_bias: float = 4.0,
+        values: str | None = None,
         momentum: bool = False,
         truncate_every: int | None = None,
         initializer_range: float = 0.02,
@@ -88,6 +100,7 @@ class SelfModifyingTitans(MemoryLayer):
             momentum=momentum,
             impl=impl,
         )
+        self.values = choose_values("values", values, memory_hidden_size)
         if self.rule.momentum == "average":
             self.momentum_max = MOMENTUM_MAX
         self.generator_chunk_size = generator_chunk_size
@@ -126,15 +139,20 @@ class SelfModifyingTitans(MemoryLayer):
         if decoding:
             x, mask = x[:, 0], None if mask is None else mask[:, 0]
         exact = torch.promote_types(x.dtype, torch.float32)
-        query, *inputs = (
+        query, key, value, gate = (
             self.split_heads(projection, x)
             for projection in (self.q_proj, self.k_proj, self.v_proj, self.r_proj)
         )
-        inputs = l2_normalize(torch.stack(inputs).to(exact)).to(query.dtype).unbind()
+        scale = None
+        if self.values == "scaled":
+            query, key, value = F.silu(query), F.silu(key), F.silu(value)
+            scale = torch.linalg.vector_norm(value, dim=-1, dtype=exact).clamp(max=VALUE_LENGTH)
+        inputs = l2_normalize(torch.stack([key, value, gate]).to(exact)).to(query.dtype).unbind()
         weights = SelfModifyingWeights(**{name: memory() for name, memory in self.memories.items()})
         options = {
             "chunk_size": self.chunk_size,
             "generator_chunk_size": self.generator_chunk_size,
+            "write_scale": scale,
             "momentum": self.momentum(x),
             "rule": self.rule,
             "rate_max": self.rate_max,
@@ -157,3 +175,17 @@ class SelfModifyingTitans(MemoryLayer):
             **options,
         )
         return self.output(o, x), state
+
+
+def choose_values(name: str, values: str | None, memory_hidden_size: int | None) -> str:
+    """Of :data:`VALUES`: what is asked for, or what suits the memories.
+
+    Raises:
+        ValueError: another name, or a scale of memories of two layers.
+    """
+    if values is None:
+        return "scaled" if memory_hidden_size is None else "unit"
+    check_choice(name, values, VALUES)
+    if values == "scaled" and memory_hidden_size is not None:
+        raise ValueError(f"{name}: memories of two layers have 'unit' values, got 'scaled'; leave it out")
+    return values

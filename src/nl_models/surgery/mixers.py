@@ -48,7 +48,8 @@ class MemoryMixer(nn.Module):
         sizes = (config.hidden_size, config.num_attention_heads)
         if kind == "self_modifying_titans":
             rule = MemoryRule(error_at=error_at)
-            self.memory = SelfModifyingTitans(*sizes, chunk_size=chunk_size, rule=rule)
+            # The projections are those of an attention, which had no activation behind them.
+            self.memory = SelfModifyingTitans(*sizes, chunk_size=chunk_size, rule=rule, values="unit")
         else:
             self.memory = GatedDeltaNet(*sizes)
 

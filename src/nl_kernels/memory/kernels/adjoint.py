@@ -41,6 +41,7 @@ from nl_kernels.memory.kernels.tokens_adjoint import (
     made_adjoint,
     query_adjoint,
     store_rates,
+    store_scale,
     store_tokens,
     tokens_adjoint,
 )
@@ -288,6 +289,8 @@ def learn_adjoint_kernel(
             by_rate += more[1]
             by_retention += more[2]
             d_key, d_value = made_adjoint(d_key, d_value, scratch, BANK)
+            if BANK.SCALED:
+                store_scale(d_tokens, place, scratch, BANK)
             inputs_adjoint(d_key, d_value, made_hidden, first_base, last_base, d_tokens, place, scratch, BANK)
         else:
             store_tokens(d_tokens.key, place, d_key, BANK.KEY_DIM)

@@ -13,7 +13,8 @@ class Tokens(NamedTuple):
     Attributes:
         query, key, value: of given targets q, k, v; of a bank that makes its own the inputs of its memories.
         gate: [B, T, H, D], input of the gates; of given targets ``None``, and then
-        rate, log_decay: [B, T, H], elsewhere ``None``.
+        rate, log_decay: [B, T, H], elsewhere ``None``; ``rate`` of a bank that makes its own may be the scale
+            of what the memory that is read writes.
         rate_max, rate_bias, retention_bias: [H], of a bank that makes its own.
         spans: [B, 3] int64, slot of a sequence's first number, of its first token, and after its last one;
             ``None``: all sequences begin at ``offset`` and have all tokens.

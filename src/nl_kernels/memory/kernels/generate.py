@@ -32,6 +32,8 @@ DECAYS: tl.constexpr = tl.constexpr(6)  # three, of :func:`~.layer.put_decays`
 AFTER: tl.constexpr = tl.constexpr(7)
 D_RATE_GATE: tl.constexpr = tl.constexpr(9)  # gradients of the gates
 D_RETENTION_GATE: tl.constexpr = tl.constexpr(10)
+SCALE: tl.constexpr = tl.constexpr(11)  # of what the memory that is read writes
+D_SCALE: tl.constexpr = tl.constexpr(12)
 
 
 @triton.jit
@@ -182,6 +184,9 @@ def make_tokens(tokens, first_base, last_base, place, gates, scratch, BANK: tl.c
     retention = tl.load(vectors_at(scratch, RETENTION_GATE, BANK))
     rate *= tl.minimum(rate_max, 1 + tl.sigmoid(retention))
     tl.store(vectors_at(scratch, RATE, BANK), tl.where(exists, rate, 0.0))
+    if BANK.SCALED:
+        scale = tl.load(tokens.rate + place[0], mask=exists, other=0.0).to(tl.float32)
+        tl.store(vectors_at(scratch, SCALE, BANK), scale)
     log = tl.where(exists, log_sigmoid(retention), 0.0)
     put_decays(scratch + BANK.DECAYS, scratch + BANK.VECTORS + DECAYS * C, log, C)
     return hidden

@@ -200,6 +200,7 @@ class Plan:
             "RESIDUAL": options.residual,
             "ERASES": options.erases,
             "AT_ANCHOR": options.at_anchor and inputs.first is None,  # linear memories' errors at keys
+            "SCALED": generates and inputs.rate is not None,
             "BOUND": options.error_bound,
             "PRECISION": options.precision,
         }

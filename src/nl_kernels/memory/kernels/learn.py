@@ -14,7 +14,7 @@ from nl_kernels.memory.kernels.fragments import (
     rounded,
     weights_at,
 )
-from nl_kernels.memory.kernels.generate import DECAYS, RATE, exact_rows, vectors_at
+from nl_kernels.memory.kernels.generate import DECAYS, RATE, SCALE, exact_rows, vectors_at
 from nl_kernels.memory.kernels.layer import (
     activated,
     decays_at,
@@ -129,6 +129,13 @@ def residuals(scratch, BANK: tl.constexpr):
     elif BANK.GENERATES:
         value -= tl.where(memory != BANK.OWN, exact_rows(scratch, 0, BANK), 0.0)
     return tl.where(memory < BANK.WIDE, -value, 0.0)
+
+
+@triton.jit
+def own_scale(scratch, BANK: tl.constexpr):
+    """What multiplies errors [B, 1, C]: the tokens' scale of the memory that is read, else 1."""
+    scale = tl.load(vectors_at(scratch, SCALE, BANK)[None, None, :])
+    return tl.where(memory_of(BANK)[:, None, None] == BANK.OWN, scale, 1.0)
 
 
 @triton.jit
@@ -253,7 +260,10 @@ def learn_chunk(scratch, READS: tl.constexpr, BANK: tl.constexpr):
     else:
         first, hiddens = (), ()
     tl.debug_barrier()
-    surprise, written = write(error, recalled, rate, decays, inverse, BANK)
+    signal = error
+    if BANK.SCALED:
+        signal = error * own_scale(scratch, BANK)
+    surprise, written = write(signal, recalled, rate, decays, inverse, BANK)
     last = (error, recalled, gram, surprise, written, read, full)
     y = read
     if READS and BANK.RUNNING:

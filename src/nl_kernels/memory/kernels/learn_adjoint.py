@@ -23,8 +23,8 @@ from nl_kernels.memory.kernels.fragments import (
     turned_rows_of,
     weights_at,
 )
-from nl_kernels.memory.kernels.generate import RATE, vectors_at
-from nl_kernels.memory.kernels.layer import memory_of, zeros_of
+from nl_kernels.memory.kernels.generate import D_SCALE, RATE, vectors_at
+from nl_kernels.memory.kernels.layer import memory_of, memory_sum, zeros_of
 from nl_kernels.memory.kernels.layer_adjoint import (
     bound_adjoint,
     carried_adjoint,
@@ -41,6 +41,7 @@ from nl_kernels.memory.kernels.learn import (
     STATE,
     operands_of,
     outputs_of,
+    own_scale,
     send_back,
 )
 
@@ -246,6 +247,12 @@ def linear_errors_adjoint(last_state, chunk, scratch, BANK: tl.constexpr):
         rate, omega, (operands_at(scratch + BANK.INVERSE, BANK), operands_at(scratch + BANK.SCORES, BANK)),
         (scratch + BANK.GRAM, scratch + BANK.PAIRS), 0, WIDTH, BANK.BLOCK_K, BANK,
     )  # fmt: skip
+    if BANK.SCALED:
+        by_scale = memory_sum(d_signal * last[0], BANK.PER)
+        block = tl.arange(0, BANK.BLOCKS)[:, None, None]
+        at = vectors_at(scratch, D_SCALE, BANK)[None, None, :] + 0 * block
+        tl.store(at, by_scale, mask=block == BANK.OWN * BANK.PER)
+        d_signal *= own_scale(scratch, BANK)
     d_error = bound_adjoint(d_signal, last[0], factor, narrow_of(BANK), BANK.BOUND, BANK.PER)
     put_rows(errors, rounded(d_error, BANK), WIDTH, BANK)
     put_rows(recalled, rounded(d_recalled, BANK), WIDTH, BANK)

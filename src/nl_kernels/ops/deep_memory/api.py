@@ -33,7 +33,7 @@ from nl_kernels.ops.deep_memory.state import DeepMemoryState, bank_of, weights_o
 from nl_kernels.triton_support.targets import architecture_of
 
 _DEFAULT_RULE = MemoryRule()
-_OP = Op(DeepMemoryState, lambda weights: weights, bank_of, weights_of)
+_OP = Op(DeepMemoryState, lambda weights: weights, bank_of, weights_of, (0, 1, 2, 4, 5))
 
 
 def deep_memory(

@@ -33,7 +33,7 @@ from nl_kernels.ops.self_modifying.state import (
 from nl_kernels.triton_support.targets import architecture_of
 
 _DEFAULT_RULE = MemoryRule()
-_OP = Op(SelfModifyingState, stack_memories, bank_of, stack_of)
+_OP = Op(SelfModifyingState, stack_memories, bank_of, stack_of, (0, 1, 2, 3, 4))
 
 
 def self_modifying_memory(
@@ -45,6 +45,7 @@ def self_modifying_memory(
     *,
     chunk_size: int,
     generator_chunk_size: int | None = None,
+    write_scale: torch.Tensor | None = None,
     momentum: torch.Tensor | None = None,
     rule: MemoryRule | None = None,
     rate_max: torch.Tensor | float = 1.0,
@@ -81,6 +82,9 @@ def self_modifying_memory(
         chunk_size: tokens between boundaries of ``weights.memory``.
         generator_chunk_size: the same for the other four; default ``chunk_size``. One of the two must be a
             multiple of the other.
+        write_scale: [B, T, H], at least 0, what multiplies the bounded errors that ``weights.memory`` learns
+            from: values have one length in the loop of memories, and in what is read the length that they
+            are given. Of linear memories. ``None``: 1.
         momentum: [B, T, H] in [0, 1), the decay μ of the average U of each memory's writes, or of their sum:
             see ``rule.momentum``. ``None`` for none.
         rule: how the memories are applied and written; default ``MemoryRule()``.
@@ -117,7 +121,7 @@ def self_modifying_memory(
     for name, value in (("truncate_every", truncate_every), ("checkpoint_every", checkpoint_every)):
         if value is not None:
             check_positive_int(name, value)
-    tokens = (query, key_input, value_input, gate_input, momentum)
+    tokens = (query, key_input, value_input, gate_input, write_scale, momentum)
     clocks = (chunk_size, generator_chunk_size)
     parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
     _check(tokens, weights, rule, read, clocks, parameters, "initial_state", initial_state, mask, cu_seqlens)
@@ -134,7 +138,7 @@ def self_modifying_memory(
     o, final = run(
         _OP,
         _choose("self_modifying_memory", impl, tokens, weights, initial_state, rule, clocks, detach_targets),
-        [query, key_input, value_input, gate_input, None, None],
+        [query, key_input, value_input, gate_input, write_scale, None],
         momentum,
         parameters,
         weights,
@@ -160,6 +164,7 @@ def self_modifying_memory_step(
     state: SelfModifyingState,
     chunk_size: int,
     generator_chunk_size: int | None = None,
+    write_scale: torch.Tensor | None = None,
     momentum: torch.Tensor | None = None,
     rule: MemoryRule | None = None,
     rate_max: torch.Tensor | float = 1.0,
@@ -177,7 +182,7 @@ def self_modifying_memory_step(
     state. The values of rate_max and momentum are not checked.
 
     Args:
-        query, key_input, value_input, gate_input: [B, H, D]. momentum: [B, H]. mask: [B] bool.
+        query, key_input, value_input, gate_input: [B, H, D]. write_scale, momentum: [B, H]. mask: [B] bool.
         state: the state before the token, fp32 (fp64 for fp64 inputs).
         inplace: write into the state's tensors and return them, so that memory stays where it is; they must
             be contiguous and share no memory, as in :meth:`SelfModifyingState.clone`. Otherwise the state
@@ -193,7 +198,7 @@ def self_modifying_memory_step(
     """
     rule = _DEFAULT_RULE if rule is None else rule
     generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
-    inputs = (query, key_input, value_input, gate_input, momentum)
+    inputs = (query, key_input, value_input, gate_input, write_scale, momentum)
     clocks = (chunk_size, generator_chunk_size)
     parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
     _check(inputs, weights, rule, read, clocks, parameters, "state", state, mask)
@@ -207,6 +212,11 @@ def self_modifying_memory_step(
         "generator_chunk_size": generator_chunk_size,
         **parameters,
     }
+
+    def op(query, key_input, value_input, gate_input, write_scale, **others):
+        call = {"write_scale": write_scale, "detach_targets": detach_targets, "impl": impl, **options}
+        return self_modifying_memory(query, key_input, value_input, gate_input, **call, **others)
+
     return run_step(
         _choose("self_modifying_memory_step", impl, inputs, weights, state, rule, clocks, detach_targets),
         inputs,
@@ -214,7 +224,7 @@ def self_modifying_memory_step(
         state,
         mask=mask,
         inplace=inplace,
-        op=functools.partial(self_modifying_memory, detach_targets=detach_targets, impl=impl, **options),
+        op=op,
         eager_step=functools.partial(eager_step.self_modifying_memory_step, **options),
     )
 
@@ -228,6 +238,8 @@ def _check(tokens, weights, rule, read, clocks, parameters, state_name, state, m
     heads, width = query.shape[-2:]
     check_weights(weights, batch, heads, width, query)
     check_error_at(rule, weights.key)
+    if tokens[4] is not None and weights.key.outer is not None:
+        raise ValueError("write_scale: of linear memories alone, got memories of two layers")
     if one or state is not None:
         check_state(state_name, state, weights, batch, (heads, width), tokens[-1] is not None, query)
         check_position(f"{state_name}.position", state.position, batch, max(clocks), query)

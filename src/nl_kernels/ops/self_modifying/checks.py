@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from nl_kernels.checks import (
@@ -29,13 +31,16 @@ def check_clocks(chunk_size: object, generator_chunk_size: object) -> None:
 
 def check_inputs(inputs: tuple, mask: object, cu_seqlens: object, axes: str) -> int:
     """Check the tensors over time, or of one token; the number of sequences."""
-    query, *others, momentum = inputs
+    query, *others, write_scale, momentum = inputs
     check_tokens("query", query, axes)
     for name, x in zip(("key_input", "value_input", "gate_input"), others):
         check_tensor(name, x, query.shape, like=query)
-    if momentum is not None:
-        check_tensor("momentum", momentum, query.shape[:-1], like=query)
+    for name, x in (("write_scale", write_scale), ("momentum", momentum)):
+        if x is not None:
+            check_tensor(name, x, query.shape[:-1], like=query)
     if query.ndim == 4:
+        if write_scale is not None and write_scale.device.type == "cpu":
+            check_range("write_scale", write_scale, 0.0, math.inf, closed_high=False)
         if momentum is not None and momentum.device.type == "cpu":
             check_range("momentum", momentum, 0.0, 1.0, closed_high=False)
         return check_sequences(mask, cu_seqlens, query)

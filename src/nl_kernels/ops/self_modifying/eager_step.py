@@ -27,6 +27,7 @@ def self_modifying_memory_step(
     key_input: torch.Tensor,
     value_input: torch.Tensor,
     gate_input: torch.Tensor,
+    write_scale: torch.Tensor | None,
     momentum: torch.Tensor | None,
     weights: SelfModifyingWeights,
     state: SelfModifyingState,
@@ -44,7 +45,7 @@ def self_modifying_memory_step(
     """One token of :func:`self_modifying_memory_reference` in the dtype of ``state``.
 
     Args:
-        query, key_input, value_input, gate_input: [B, H, D]. momentum: [B, H]. mask: [B].
+        query, key_input, value_input, gate_input: [B, H, D]. write_scale, momentum: [B, H]. mask: [B].
         weights: the anchor, shared or by sequence; unused by a rule that is not anchored.
         rate_max, rate_bias, retention_bias: numbers or [H].
         inplace: write into the tensors of ``state``, which are contiguous and share no memory; otherwise they
@@ -66,6 +67,8 @@ def self_modifying_memory_step(
     gates = _gates(gate, momentum, mask, (batch, heads, dtype), rate_max, rate_bias, retention_bias)
 
     pairs = _pairs(k, value, base, _rows(snapshot), rule)
+    if write_scale is not None:
+        pairs.last[1].view(rows, 3, width)[:, 2].mul_(write_scale.to(dtype).reshape(rows, 1))
     running, velocity = _write(pairs, running, velocity, gates, rule, inplace)
     if read == "running":
         o = _read(inputs[2].reshape(rows, 1, width), running, weights, rule)

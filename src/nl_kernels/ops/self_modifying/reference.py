@@ -21,6 +21,7 @@ def self_modifying_memory_reference(
     key_input: torch.Tensor,
     value_input: torch.Tensor,
     gate_input: torch.Tensor,
+    write_scale: torch.Tensor | None,
     momentum: torch.Tensor | None,
     anchor: MemoryStack,
     state: SelfModifyingState,
@@ -39,7 +40,7 @@ def self_modifying_memory_reference(
     """Token by token: generate, write to all five memories, and read the snapshot or what is new.
 
     Args:
-        query, key_input, value_input, gate_input, momentum, mask: as
+        query, key_input, value_input, gate_input, write_scale, momentum, mask: as
             :func:`nl_kernels.self_modifying_memory`,
             all of one dtype.
         anchor: the [B, H, ..] weights that are added to the state's (zeros for a rule that is not anchored).
@@ -78,6 +79,8 @@ def self_modifying_memory_reference(
                 target = target + v
             residual = not is_gate and (rule.residual if name == "memory" else rule.projection_residual)
             error = memory_error(memory, fixed, k, target, rule, residual)
+            if write_scale is not None and name == "memory":
+                error = error * write_scale[:, t, :, None]
             gradients = [[pair] for pair in memory_gradients(memory, k, error, rule)]
             if not detach_targets:
                 for pairs, pair in zip(gradients, memory_gradients(memory, v, -error, rule)):
