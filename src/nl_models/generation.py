@@ -42,9 +42,11 @@ class StatefulGeneration:
     search needs no such mask: its running beams have not ended.
 
     Attributes:
+        keeps_states: whether there are any.
         counts_tokens: the states know how many real tokens they have read, and need no mask of the past.
     """
 
+    keeps_states: bool = False
     counts_tokens: ClassVar[bool] = False
 
     def generate(
@@ -69,8 +71,9 @@ class StatefulGeneration:
         )
         # With a mask of all columns transformers itself takes shorter ids for new ones.
         if given and (mask is None or mask.shape[1] == ids.shape[1]):
-            new = _only_new(ids, layer) if new_tokens_only is None else new_tokens_only
-            if new:
+            if new_tokens_only is None:
+                new_tokens_only = _only_new(ids, layer, kwargs[CACHE_NAME].get_seq_length())
+            if new_tokens_only:
                 kwargs.pop("input_ids", None)
                 return self._generate_on(ids, layer, *args, **kwargs)
         return _generate(self, inputs, *args, **kwargs)
@@ -78,6 +81,8 @@ class StatefulGeneration:
     def _generate_on(self, ids: torch.Tensor, layer: StateCacheLayer, *args, **kwargs):
         """:meth:`generate` with new tokens."""
         mask, cache = kwargs.get("attention_mask"), kwargs[CACHE_NAME]
+        with torch.no_grad():
+            cache.read_pending(self.base_model)
         past = getattr(cache, "mask", None)
         mask, unread = torch.ones_like(ids) if mask is None else mask, 0
         if layer.unread is not None:
@@ -87,9 +92,10 @@ class StatefulGeneration:
                 torch.cat([real.to(mask.dtype), mask], 1),
                 last.shape[1],
             )
-        past = mask.new_ones(len(ids), layer.seen) if past is None else past.to(mask)
+        length = cache.get_seq_length()
+        past = mask.new_ones(len(ids), length) if past is None else past[:, :length].to(mask)
         kwargs["attention_mask"] = torch.cat([past, mask], 1)
-        cache.goes_on_after = layer.seen
+        cache.goes_on_after = length
         try:
             found = _generate(self, ids, *args, **kwargs)
         finally:
@@ -100,36 +106,70 @@ class StatefulGeneration:
         return found
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, *args, ended_rows: EndedRows | None = None, **kwargs):
-        given = super().prepare_inputs_for_generation(*args, **name_cache(kwargs, CACHE_NAME))
-        if self.counts_tokens and hasattr(given.get(CACHE_NAME), "goes_on_after"):
+    def prepare_inputs_for_generation(self, input_ids, *args, ended_rows: EndedRows | None = None, **kwargs):
+        cache = name_cache(kwargs, "cache").get("cache")
+        drafting, goes_on = hasattr(cache, "is_drafting"), hasattr(cache, "goes_on_after")
+        if drafting and kwargs.get("next_sequence_length") is None:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - _columns_read(cache)
+        given = super().prepare_inputs_for_generation(input_ids, *args, **name_cache(kwargs, CACHE_NAME))
+        if self.counts_tokens and goes_on:
             given.pop("position_ids", None)
-            if given.get("attention_mask") is not None:
-                given["attention_mask"] = given["attention_mask"][:, -given["input_ids"].shape[1] :]
+        if drafting or (self.counts_tokens and goes_on):
+            mask, ids = given.get("attention_mask"), given["input_ids"]
+            if mask is not None and ids is not None:
+                given["attention_mask"] = mask[:, -ids.shape[1] :]
         return given
 
     def _sample(self, input_ids: torch.Tensor, *, stopping_criteria: StoppingCriteriaList, **kwargs):
-        ended = EndedRows(stopping_criteria)
-        ends = self._is_stateful and ended.padded and len(input_ids) > 1
+        ended, cache = EndedRows(stopping_criteria), kwargs.get(CACHE_NAME)
+        ends = self.keeps_states and ended.padded and len(input_ids) > 1
         if ends:
             kwargs["ended_rows"] = ended
-        if (ends or _has_read_padding(kwargs.get(CACHE_NAME))) and kwargs.get("attention_mask") is None:
+        if (ends or _has_read_padding(cache)) and kwargs.get("attention_mask") is None:
             length = kwargs["generation_config"]._mask_length  # transformers leaves out a mask of ones
             kwargs["attention_mask"] = input_ids.new_ones(len(input_ids), length)
+        if state_layer(cache) is not None and kwargs["generation_config"].is_assistant:
+            self._read_ahead(input_ids, kwargs)
         found = super()._sample(input_ids, stopping_criteria=ended, **kwargs)
-        cache = kwargs.get(CACHE_NAME)
-        layer = state_layer(cache)
-        if layer is not None:
-            first = getattr(cache, "goes_on_after", 0)
-            last = (found if isinstance(found, torch.Tensor) else found.sequences)[:, layer.seen - first :]
-            ended_before = ended.before if ended.padded else None
-            real = (
-                torch.ones_like(last)
-                if ended_before is None
-                else (~ended_before).long()[:, None].expand_as(last)
-            )
-            layer.unread = (last.clone(), real.clone())
+        if state_layer(cache) is not None:
+            _note_unread(found, cache, ended.before if ended.padded else None)
         return found
+
+    def _assisted_decoding(self, input_ids: torch.Tensor, *args, **kwargs):
+        cache = kwargs.get(CACHE_NAME)
+        if state_layer(cache) is None:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+        # transformers takes the mask for one of ``input_ids``. Without any, an assistant takes tokens that it
+        # drafted itself for padding in its next turn, where they are those.
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask[:, mask.shape[1] - input_ids.shape[1] :]
+        kwargs["attention_mask"] = mask
+        self._read_ahead(input_ids, kwargs)
+        cache.is_drafting = True
+        try:
+            found = super()._assisted_decoding(input_ids, *args, **kwargs)
+        finally:
+            del cache.is_drafting
+        cache.read_pending(self.base_model)
+        cache.end_recording()
+        _note_unread(found, cache, None)
+        return found
+
+    def _read_ahead(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Read a long prompt but for its last token, and record from there.
+
+        Otherwise all of it would be read again whenever a draft is taken back.
+        """
+        cache = kwargs[CACHE_NAME]
+        new = input_ids.shape[1] - _columns_read(cache)
+        if new > _SHORT and kwargs.get("inputs_embeds") is None:
+            given = {"input_ids": input_ids[:, -new:-1]}
+            for name in ("attention_mask", "position_ids"):
+                if kwargs.get(name) is not None:
+                    given[name] = kwargs[name][:, -new:-1]
+            self.base_model(**given, cache=cache, use_cache=True)
+        cache.read_pending(self.base_model)
+        cache.activate_past_recording()
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict[str, Any], *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
@@ -138,6 +178,9 @@ class StatefulGeneration:
             mask[:, -1].masked_fill_(ended.rows.to(mask.device), 0)  # the column that was just added
         return model_kwargs
 
+
+_SHORT = 32
+"""Tokens that may as well be read again."""
 
 _generate = either_cache_name(GenerationMixin.generate, CACHE_NAME)
 
@@ -148,9 +191,24 @@ def state_layer(cache: Cache | None) -> StateCacheLayer | None:
     return next((layer for layer in layers if isinstance(layer, StateCacheLayer)), None)
 
 
-def _only_new(ids: torch.Tensor, layer: StateCacheLayer) -> bool:
-    """Whether ``ids`` are new tokens, and not all since the beginning."""
-    if ids.shape[1] <= layer.seen:
+def _columns_read(cache: Cache) -> int:
+    """How many columns of its input ids a call of ``generate`` has read."""
+    return cache.get_seq_length() - getattr(cache, "goes_on_after", 0)
+
+
+def _note_unread(found: Any, cache: Cache, ended_before: torch.Tensor | None) -> None:
+    """Keep the tokens in the cache that were written and not read; rows that had ended wrote padding."""
+    sequences = found if isinstance(found, torch.Tensor) else found.sequences
+    last = sequences[:, _columns_read(cache) :]
+    real = torch.ones_like(last)
+    if ended_before is not None:
+        real = (~ended_before).long()[:, None].expand_as(last)
+    state_layer(cache).unread = (last.clone(), real.clone())
+
+
+def _only_new(ids: torch.Tensor, layer: StateCacheLayer, length: int) -> bool:
+    """Whether ``ids`` are new tokens, and not all since the beginning; ``length`` columns were read."""
+    if ids.shape[1] <= length:
         return True
     if layer.tokens is not None:
         read = token_digest(ids[:, : layer.seen])

@@ -43,14 +43,12 @@ class PrefixStore:
     """
 
     def __init__(self, model: nn.Module, max_bytes: int, folder: str | os.PathLike | None = None):
-        if not isinstance(model, (HopeForCausalLM, ContinuumCausalLM)):
-            raise TypeError(f"model: expected a Hope or a converted model, got {type(model).__name__}")
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
             raise ValueError(f"max_bytes: expected an integer of at least 1, got {max_bytes!r}")
         self.model = model
         self.max_bytes = max_bytes
         self.folder = None if folder is None else Path(folder)
-        self._kind = HopeCache if isinstance(model, HopeForCausalLM) else ContinuumCache
+        self._kind = cache_class(model)
         self._held: dict[Key, StatefulCache] = {}  # least recently used first
         if self.folder is not None:
             make_folder(self.folder)
@@ -135,6 +133,19 @@ class PrefixStore:
 
     def _path(self, key: Key) -> Path:
         return self.folder / f"{self._name}-{key[0]}-{key[1]}.safetensors"
+
+
+def cache_class(model: nn.Module) -> type[StatefulCache]:
+    """The cache that ``model`` takes.
+
+    Raises:
+        TypeError: it is neither a Hope nor a converted model.
+    """
+    if isinstance(model, HopeForCausalLM):
+        return HopeCache
+    if isinstance(model, ContinuumCausalLM):
+        return ContinuumCache
+    raise TypeError(f"model: expected a Hope or a converted model, got {type(model).__name__}")
 
 
 def _one_row(ids: torch.Tensor | Sequence[int]) -> torch.Tensor:

@@ -1,13 +1,15 @@
-"""What every cache with states can do: it is saved and copied; rows join a batch, leave it and start over."""
+"""What every cache with states can do: it is saved and copied; rows join a batch, leave it and start over;
+tokens are taken back.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -34,6 +36,9 @@ class StatefulCache:
 
     file_format: ClassVar[str]
     fingerprint: str
+    _checkpoint: StatefulCache | None = None  # where `crop` goes back to
+    _pieces: tuple[dict[str, Any], ...] = ()  # arguments of the calls since then
+    _pending: tuple[dict[str, Any], ...] = ()  # those that were taken back with others, to be read again
 
     def copy(self: Self) -> Self:
         """Another cache that goes on from here by itself.
@@ -43,6 +48,108 @@ class StatefulCache:
         other = copy.copy(self)
         other.layers = [copy.copy(layer) for layer in self.layers]
         return other
+
+    def activate_past_recording(self) -> None:
+        """From here on :meth:`crop` can take back what is read.
+
+        That costs the tokens and one state, the one here, whatever is read; ``crop`` moves it on.
+        """
+        if self._has_states():
+            self._check_nothing_pends()
+            self._checkpoint, self._pieces = None, ()
+            self._checkpoint = self.copy()
+        elif hasattr(super(), "activate_past_recording"):
+            super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last columns back: ``-n`` removes n of them; a positive number is how many stay.
+
+        The state goes back to where :meth:`activate_past_recording` or the last ``crop`` was; what came
+        between and stays is read again with the next call of the model.
+
+        Raises:
+            ValueError: more than was recorded.
+        """
+        if not self._has_states():
+            super().crop(tokens_to_remove)
+            return
+        length = self.get_seq_length()
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
+        if not remove:
+            if self._checkpoint is not None and not self._pending:
+                self.activate_past_recording()
+            return
+        checkpoint, pieces = self._checkpoint, self._pending or self._pieces
+        recorded = sum(map(_columns, pieces))
+        if checkpoint is None or remove > recorded:
+            raise ValueError(
+                f"crop: a state cannot forget its last {remove} tokens, of which {recorded} were recorded; "
+                "call activate_past_recording() before what may be taken back is read, or keep a copy()"
+            )
+        vars(self).update(vars(checkpoint.copy()))
+        self._checkpoint, self._pieces = checkpoint, ()
+        self._pending = _first_columns(pieces, recorded - remove)
+        if self._pending:
+            for layer in self.layers:
+                if isinstance(layer, StateCacheLayer):
+                    layer.unread = None  # it is among the first of those
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether :meth:`crop` can take back what is read next."""
+        return self._checkpoint is not None if self._has_states() else super().is_croppable
+
+    def read_pending(self, model: torch.nn.Module) -> None:
+        """Read again what :meth:`crop` took back with other tokens; every call of the model begins with it.
+
+        Args:
+            model: the model without its output layer.
+        """
+        if self._pending:
+            pieces, self._pending, self._checkpoint = self._pending, (), None
+            for piece in pieces:
+                model(**piece, cache=self, use_cache=True)
+            self.activate_past_recording()
+
+    def record(self, arguments: Mapping[str, Any]) -> None:
+        """Keep the arguments of a call of the model, so that a part of it can be read again."""
+        if self._checkpoint is not None:
+            given = {name: value for name, value in arguments.items() if value is not None}
+            self._pieces = (*self._pieces, given)
+
+    def end_recording(self) -> None:
+        """Forget what :meth:`crop` could have gone back to."""
+        self._check_nothing_pends()
+        self._checkpoint, self._pieces = None, ()
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        """Number of columns that were read, those included that are to be read again."""
+        return super().get_seq_length(*args, **kwargs) + sum(map(_columns, self._pending))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes the row ``beam_idx[i]`` of before."""
+        self.end_recording()
+        super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self.end_recording()
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes ``repeats`` that follow one another."""
+        self.end_recording()
+        super().batch_repeat_interleave(repeats)
+
+    def _has_states(self) -> bool:
+        return any(isinstance(layer, StateCacheLayer) for layer in self.layers)
+
+    def _check_nothing_pends(self) -> None:
+        if self._pending:
+            raise ValueError(
+                f"cache: {sum(map(_columns, self._pending))} tokens wait to be read again after crop; call "
+                "read_pending(model.base_model) first"
+            )
 
     @classmethod
     def initial(cls: type[Self], model: torch.nn.Module, batch_size: int = 1) -> Self:
@@ -72,7 +179,10 @@ class StatefulCache:
             raise ValueError(
                 f"caches: one has no rows yet; begin it with {cls.__name__}.initial(model), or leave it out"
             )
+        for cache in caches:
+            cache._check_nothing_pends()
         joined = caches[0].copy()
+        joined.end_recording()
         joined._join(caches)
         return joined
 
@@ -109,6 +219,7 @@ class StatefulCache:
             ValueError: no such rows, or rows without a model.
         """
         if rows is None:
+            self._checkpoint, self._pieces, self._pending = None, (), ()
             super().reset()
             return
         if model is None:
@@ -121,6 +232,7 @@ class StatefulCache:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to a safetensors file; the file appears whole or not at all."""
+        self._check_nothing_pends()
         tensors: dict[str, torch.Tensor] = {}
         described = {name: json.dumps(value) for name, value in self._describe(tensors).items()}
         metadata = {"format": self.file_format, "fingerprint": self.fingerprint, **described}
@@ -177,3 +289,30 @@ def layer_tensors(layer: CacheLayerMixin) -> list[torch.Tensor]:
     if isinstance(layer, StateCacheLayer):
         return list(state_tensors(layer.state))
     return [layer.keys, layer.values] if layer.is_initialized else []
+
+
+def _columns(piece: Mapping[str, Any]) -> int:
+    ids = piece.get("input_ids")
+    return (piece["inputs_embeds"] if ids is None else ids).shape[1]
+
+
+def _first_columns(pieces: Sequence[dict[str, Any]], count: int) -> tuple[dict[str, Any], ...]:
+    """The first ``count`` columns of what was read, in as few pieces as there can be."""
+    joined: list[dict[str, Any]] = []
+    for piece in pieces:
+        kept = min(count, _columns(piece))
+        if not kept:
+            break
+        count -= kept
+        cut = {n: x[:, :kept] if isinstance(x, torch.Tensor) else x for n, x in piece.items()}
+        if joined and joined[-1].keys() == cut.keys():
+            before = joined.pop()
+            if all(isinstance(x, torch.Tensor) or before[n] is x for n, x in cut.items()):
+                cut = {
+                    n: torch.cat([before[n], x], 1) if isinstance(x, torch.Tensor) else x
+                    for n, x in cut.items()
+                }
+            else:
+                joined.append(before)
+        joined.append(cut)
+    return tuple(joined)

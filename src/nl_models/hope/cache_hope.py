@@ -72,12 +72,14 @@ class HopeCache(StatefulCache, Cache):
 
     def detach(self) -> HopeCache:
         """Cut the graph behind every state (in place), as truncated backpropagation does between segments."""
+        self.end_recording()
         for layer in self.layers:
             layer.map(torch.Tensor.detach)
         return self
 
     def to(self, device: torch.device | str) -> HopeCache:
         """Move every state to ``device`` (in place)."""
+        self.end_recording()
         for layer in self.layers:
             layer.map(lambda t: t.to(device))
         return self

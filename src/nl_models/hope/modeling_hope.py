@@ -154,7 +154,7 @@ class HopePreTrainedModel(OwnClasses, PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["HopeBlock"]
     _skip_keys_device_placement: ClassVar[list[str]] = list(CACHE_NAMES)
     _supports_sdpa = True
-    _is_stateful = True
+    keeps_states = True
     counts_tokens = True
 
     @torch.no_grad()
@@ -248,6 +248,8 @@ class HopeModel(HopePreTrainedModel):
             )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = hidden_states.shape
+        if cache is not None:
+            cache.read_pending(self)
         past = cache.get_seq_length() if cache is not None else 0
         if cache is not None and cache.batch_size not in (-1, B):
             raise ValueError(f"cache: holds {cache.batch_size} sequences, the input has {B}")
@@ -261,6 +263,9 @@ class HopeModel(HopePreTrainedModel):
             if position_ids is not None:
                 position_ids = packing.unpack(position_ids[..., None])[..., 0]
 
+        if cache is not None:
+            given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+            cache.record({**given, "attention_mask": mask, "position_ids": position_ids})
         keep_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
         all_hidden_states = []
         cache_layers = [None] * len(self.layers) if cache is None else cache.layers

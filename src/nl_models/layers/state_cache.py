@@ -154,4 +154,4 @@ class StateCacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
-            raise ValueError("a recurrent state cannot forget its last tokens; keep a copy of the cache")
+            raise ValueError("crop: a state cannot forget its last tokens by itself; crop the whole cache")

@@ -76,7 +76,9 @@ class ContinuumCache(StatefulCache, DynamicCache):
             attention_mask = self.mask.new_ones(B, T)
         if attention_mask.shape[1] != T or not past:
             return attention_mask
-        before = attention_mask.new_ones(B, past) if self.mask is None else self.mask.to(attention_mask)
+        before = (
+            attention_mask.new_ones(B, past) if self.mask is None else self.mask[:, :past].to(attention_mask)
+        )
         return torch.cat([before, attention_mask], 1)
 
     def reset(
@@ -94,11 +96,13 @@ class ContinuumCache(StatefulCache, DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes the row ``beam_idx[i]`` of before."""
+        self.end_recording()
         self._follow(beam_idx)
         super().reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``."""
+        self.end_recording()
         self._follow(indices)
         super().batch_select_indices(indices)
         if self.is_ragged:

@@ -174,10 +174,12 @@ class ContinuumBackbone(OwnClasses):
         if fast_weights is not None:
             self._check(fast_weights, inputs)
             kwargs["fast_weights"] = fast_weights
+        if isinstance(cache, ContinuumCache):
+            cache.read_pending(self)
         whole = cache.whole_mask(attention_mask, inputs) if isinstance(cache, ContinuumCache) else None
-        if whole is not None and cache.is_ragged:
+        if whole is not None:
             attention_mask = whole
-            if kwargs.get("position_ids") is None:
+            if cache.is_ragged and kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = (whole.long().cumsum(1) - 1).clamp_min(0)[:, -inputs.shape[1] :]
         bounds = self._packed_bounds(inputs, attention_mask, cache, use_cache, kwargs)
         if bounds is not None:
@@ -195,7 +197,10 @@ class ContinuumBackbone(OwnClasses):
             wants_cache = self.config.use_cache if use_cache is None else use_cache
             if wants_cache and not checkpointing:
                 cache = ContinuumCache(self.config, fast_weights)
-        if whole is not None:
+        if isinstance(cache, ContinuumCache):
+            given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "fast_weights": fast_weights}
+            now = None if whole is None else whole[:, -inputs.shape[1] :]
+            cache.record({**given, "attention_mask": now, "position_ids": kwargs.get("position_ids")})
             cache.mask = whole
         return super().forward(
             input_ids=input_ids,
@@ -283,8 +288,7 @@ class ContinuumCausalLM(OwnClasses, StatefulGeneration):
         # transformers notes at construction which outputs of a model it can record: no class swap here.
         setattr(self, self.base_model_prefix, self.backbone_class(config))
         self.post_init()
-        # A memory cannot take back a token: no assisted generation.
-        self._is_stateful = bool(config.memory_layers)
+        self.keeps_states = bool(config.memory_layers)
 
     def _prepare_cache_for_generation(
         self,
