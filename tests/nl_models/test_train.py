@@ -226,7 +226,7 @@ def test_options_of_a_continued_run_are_checked_with_its_own(corpus, tmp_path):
 
 def test_a_finished_run_is_given_more_steps(corpus, tmp_path):
     """The first steps stay as they were, the schedule too; the model is that of the last step."""
-    options = ["--corpus", corpus, *TINY, "--steps", "4", "--model-option", "rope_theta=7.0"]
+    options = ["--corpus", corpus, *TINY, "--steps", "4", "--warmup-steps", "1"]
     assert call("--output", tmp_path / "run", *options).exit_code == 0
     before, position = curve(tmp_path / "run"), (tmp_path / "run" / "position.json").read_bytes()
     weights = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
