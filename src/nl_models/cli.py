@@ -47,6 +47,9 @@ Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so 
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest.")]
 TopP = Annotated[float, typer.Option(help="Share of the probability that is sampled from.")]
 Seed = Annotated[int | None, typer.Option(help="Of what is sampled.")]
+Threads = Annotated[
+    int, typer.Option(min=1, help="CPU threads. More are faster for a large model on an idle machine.")
+]
 Rates = Annotated[
     list[float] | None,
     typer.Option(
@@ -55,7 +58,10 @@ Rates = Annotated[
 ]
 
 
-def _open(model: Path, memory: Path | None, device: str, rates: list[float] | None) -> Conversation:
+def _open(
+    model: Path, memory: Path | None, device: str, rates: list[float] | None, threads: int
+) -> Conversation:
+    torch.set_num_threads(threads)
     return begin_conversation(open_model(model, choose_device(device)), memory, rates or ())
 
 
@@ -69,6 +75,7 @@ def generate(
     top_p: TopP = 0.95,
     seed: Seed = None,
     device: Device = "auto",
+    threads: Threads = 1,
 ) -> None:
     """Write on from a prompt; with --memory after all that the file remembers, which stays as it is."""
     with explained_errors(NotImplementedError):
@@ -77,7 +84,7 @@ def generate(
         text = sys.stdin.read() if prompt is None else prompt
         if memory is not None and not memory.exists():
             raise ValueError(f"memory: no such file: {memory}")
-        conversation = _open(model, memory, device, None)
+        conversation = _open(model, memory, device, None, threads)
         _seed(seed)
         typer.echo(text, nl=False)
         conversation.reply(text, sampling, _show)
@@ -97,6 +104,7 @@ def chat(
     seed: Seed = None,
     rate: Rates = None,
     device: Device = "auto",
+    threads: Threads = 1,
 ) -> None:
     """Talk line by line; with --memory it knows tomorrow what it was told today.
 
@@ -107,7 +115,7 @@ def chat(
         sampling = Sampling(max_new_tokens, temperature, top_p, stop.replace(r"\n", "\n") or None)
         sampling.check()
         remembered = memory is not None and memory.exists()
-        conversation = _open(model, memory, device, rate)
+        conversation = _open(model, memory, device, rate, threads)
         _seed(seed)
         if sys.stdin.isatty():
             kept = "" if memory is None else f"; {memory} {'goes on' if remembered else 'begins'}"
@@ -126,12 +134,13 @@ def learn(
     memory: Annotated[Path, typer.Option(help="File of what the model remembers; made or continued.")],
     rate: Rates = None,
     device: Device = "auto",
+    threads: Threads = 1,
 ) -> None:
     """Read documents into a memory file: the loss of reading them, and of reading them again."""
     console = Console()
     with explained_errors(NotImplementedError):
         texts = [text for path in documents for text in _texts(path)]
-        conversation = _open(model, memory, device, rate)
+        conversation = _open(model, memory, device, rate, threads)
         began = time.monotonic()
         found = conversation.learn(texts, console)
         conversation.save()

@@ -101,6 +101,17 @@ def test_a_chat_knows_in_the_next_process_what_it_was_told(hope, tmp_path):
     assert alone != together
 
 
+def test_one_cpu_thread_unless_more_are_asked_for(hope):
+    before = torch.get_num_threads()
+    try:
+        for options, expected in (((), 1), (("--threads", 2), 2), ((), 1)):
+            call("generate", hope, "the", *GREEDY, *options)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+    assert "--threads" in call("chat", hope, "--threads", 0, code=2)
+
+
 def test_what_was_learned_is_of_one_size_and_is_read_from(hope, corpus, tmp_path):
     memory = tmp_path / "memory.safetensors"
     said = call("learn", hope, corpus / "0.txt", "--memory", memory)
