@@ -123,6 +123,7 @@ def test_conversations_saved_before_an_option_existed_still_fit():
             {"hidden_size": 14},
         ],
         memory_rule={"error_at": "snapshot"},
+        memory_values="unit",
     )
     assert config.fingerprint() == "a82e203867fe341d529f67bd6c3a552f55d965b110732fa341b7e2c1e069b08b"
 
@@ -162,11 +163,12 @@ def test_momentum_saved_before_the_average_existed_is_the_sum(tmp_path):
     learning = {"hidden_size": 16, "chunk_size": 64, "initial_retention": 1.0, "max_rate": 1.0}
     levels = [learning, {"hidden_size": 32}]
     rule = {"error_at": "snapshot"}
-    new = HopeConfig(**SMALL, memory_momentum=True, continuum_levels=levels, memory_rule=rule)
+    unit = {"memory_rule": rule, "memory_values": "unit"}
+    new = HopeConfig(**SMALL, memory_momentum=True, continuum_levels=levels, **unit)
     new.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     saved = json.loads(file.read_text())
-    del saved["memory_rule"]
+    del saved["memory_rule"], saved["memory_values"]
     file.write_text(json.dumps(saved))
     old = HopeConfig.from_pretrained(tmp_path)
     assert old.make_memory_rule().momentum == "sum"
@@ -202,14 +204,20 @@ def test_a_saved_config_says_where_errors_are_taken(tmp_path, options, expected)
     assert loaded.fingerprint() == config.fingerprint()
     assert loaded.to_dict() == config.to_dict()
     assert loaded.make_memory_rule().error_bound == config.make_memory_rule().error_bound
-    del saved["memory_rule"]["error_at"]
+    values = "unit" if config.memory_hidden_size else "scaled"
+    assert saved["memory_values"] == config.memory_values == values
+    del saved["memory_rule"]["error_at"], saved["memory_values"]
     file.write_text(json.dumps(saved))
     old = HopeConfig.from_pretrained(tmp_path)
-    assert old.make_memory_rule().error_at == "snapshot"
-    assert (old.fingerprint() == config.fingerprint()) is (expected == "snapshot")
+    assert (old.make_memory_rule().error_at, old.memory_values) == ("snapshot", "unit")
+    assert (old.fingerprint() == config.fingerprint()) is (expected == "snapshot" and values == "unit")
 
 
-def test_two_layers_have_no_errors_at_the_anchor():
+def test_two_layers_have_unit_values_and_no_errors_at_the_anchor():
+    with pytest.raises(ValueError, match="memory_values: memories of two layers have 'unit' values"):
+        HopeConfig(**SMALL, memory_hidden_size=8, memory_values="scaled")
+    with pytest.raises(ValueError, match="memory_values: expected one of"):
+        HopeConfig(**SMALL, memory_values="long")
     with pytest.raises(ValueError, match=r"memory_rule: .* two layers .* leave error_at out"):
         HopeConfig(**SMALL, memory_hidden_size=8, memory_rule={"error_at": "anchor"})
 
@@ -271,6 +279,7 @@ def test_a_model_of_version_0_1_still_loads(tmp_path, tokens, choices):
             layer_types=kinds,
             continuum_levels=[level, {"hidden_size": 32}],
             memory_rule={"error_at": "snapshot"},
+            memory_values="unit",
         )
     )
     model.eval().save_pretrained(tmp_path)

@@ -100,7 +100,8 @@ def inputs_of(
     """A call's tensors on no device; ``apart``: sequences that lie differently."""
     token = [unallocated(batch, tokens, heads, width, dtype=dtype) for _ in range(4 if self_made else 3)]
     if self_made:
-        given = [*token, None, None, *(unallocated(heads) for _ in range(3))]
+        scale = unallocated(batch, tokens, heads) if hidden is None else None
+        given = [*token, scale, None, *(unallocated(heads) for _ in range(3))]
     else:
         rates = [unallocated(batch, tokens, heads, dtype=dtype) for _ in range(2)]
         given = [*token, None, *rates, *[None] * 3]

@@ -35,6 +35,13 @@ CASES = {
     "rate kind": ({"rate_max": "1"}, TypeError, "rate_max: expected a float or a tensor"),
     "bias shape": ({"rate_bias": torch.zeros(3)}, ValueError, "rate_bias: expected shape"),
     "momentum": ({"momentum": torch.ones(2, 5, 2)}, ValueError, "momentum: expected values in"),
+    "scale shape": ({"write_scale": torch.ones(2, 5)}, ValueError, "write_scale: expected shape"),
+    "scale range": ({"write_scale": -torch.ones(2, 5, 2)}, ValueError, "write_scale: expected values in"),
+    "scale of two layers": (
+        {"write_scale": torch.ones(2, 5, 2)},
+        ValueError,
+        "write_scale: of linear memories",
+    ),
     "read": ({"read": "before"}, ValueError, "read: expected one of"),
     "mask": ({"mask": torch.ones(2, 5)}, TypeError, "mask: expected a bool tensor"),
     "state without a snapshot": (

@@ -66,6 +66,45 @@ def test_rates_up_to_two_equal_the_definition(rule, kind):
     compare(self_modifying_memory, inputs, tolerance=1e-8, rule=rule, read="running", chunk_size=4)
 
 
+def with_scale(inputs):
+    query = inputs["query"]
+    rng = torch.Generator().manual_seed(5)
+    scale = 3 * torch.rand(query.shape[:-1], generator=rng, dtype=torch.float64)
+    scale[:, 2] = 0
+    return {**inputs, "write_scale": scale.requires_grad_()}
+
+
+@pytest.mark.parametrize("momentum", [False, True], ids=["", "momentum"])
+@pytest.mark.parametrize("read", ["snapshot", "running"])
+@pytest.mark.parametrize("erase", ["per_layer", "none"])
+def test_a_scale_of_writes_equals_the_definition(erase, read, momentum):
+    inputs = with_scale(make(2, 9, hidden=None, momentum=momentum))
+    clocks = {"chunk_size": 2, "generator_chunk_size": 4}
+    compare(self_modifying_memory, inputs, tolerance=1e-9, rule=MemoryRule(erase=erase), read=read, **clocks)
+
+
+def test_a_scale_of_writes_scales_what_is_read_and_nothing_else():
+    """Of an empty memory without an erase: twice the scale, twice the answer; 0 answers nothing."""
+    inputs = make(1, 8, hidden=None)
+    inner = torch.zeros_like(inputs["weights"].memory.inner)
+    inputs["weights"] = inputs["weights"]._replace(memory=inputs["weights"].memory._replace(inner=inner))
+    options = {
+        "rule": MemoryRule(erase="none"),
+        "read": "running",
+        "chunk_size": 8,
+        "output_final_state": True,
+    }
+    found = {}
+    for scale in (0.0, 1.0, 2.0, None):
+        given = None if scale is None else torch.full(inputs["query"].shape[:-1], scale).double()
+        found[scale] = self_modifying_memory(**inputs, write_scale=given, **options)
+    assert found[0.0][0].abs().max() == 0
+    torch.testing.assert_close(found[2.0][0], 2 * found[1.0][0])
+    torch.testing.assert_close(found[None][0], found[1.0][0])
+    # The others, which the next chunk's keys and values come from, learn the same.
+    torch.testing.assert_close(found[2.0][1].running.gate, found[1.0][1].running.gate)
+
+
 def test_no_rate_is_above_one_plus_the_retention():
     """One key again and again: its content changes its sign with every token, and never grows."""
     inputs = at_rates_up_to_two(make(1, 40, heads=1, hidden=None))

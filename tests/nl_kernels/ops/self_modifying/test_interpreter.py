@@ -120,6 +120,15 @@ def test_rules(hidden, name, read):
     assert_kernels_within_budget(inputs, rule=rule, read=read, chunk_size=4)
 
 
+@pytest.mark.parametrize("read", ["running", "snapshot"])
+def test_a_scale_of_writes(read):
+    inputs = make(11, None, batch=2, heads=2)
+    scale = inputs["query"].detach()[..., 0].abs().contiguous()
+    inputs["write_scale"] = scale.requires_grad_()
+    clocks = {"chunk_size": 4, "generator_chunk_size": 8}
+    assert_kernels_within_budget(inputs, read=read, **clocks)
+
+
 def test_chunks_of_several_blocks_and_sequences():
     inputs = make(23, None, batch=2, heads=3, width=17)
     assert_kernels_within_budget(inputs, read="running", chunk_size=20)

@@ -44,6 +44,8 @@ def test_equals_the_definition(rule, hidden):
         chunk_size, generator_chunk_size = next(clocks)
         steps = 3 * max(chunk_size, generator_chunk_size) + 5
         inputs = make(3, steps + 4, hidden=hidden, momentum=momentum, seed=index)
+        if hidden is None and index % 2:
+            inputs["write_scale"] = inputs["query"][..., 0].abs()
         if rule.error_bound is None:
             inputs["rate_max"] = 0.05 * inputs["rate_max"]  # without a bound targets grow with the memory
         assert_steps_equal_the_definition(
