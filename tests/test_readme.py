@@ -91,6 +91,10 @@ def before_learning(names: dict) -> None:
     names["document_1"], names["document_2"] = "some text, read first", "and some that follows"
 
 
+def nothing(names: dict) -> None:
+    pass
+
+
 def before_optimisers(names: dict) -> None:
     names["model"] = llama()
 
@@ -110,7 +114,7 @@ def before_conversation(names: dict) -> None:
 
 # What each page takes for granted before its blocks, one after another in one namespace.
 ASSUMED = {
-    "docs/continual_learning.md": [before_learning],
+    "docs/continual_learning.md": [nothing, before_learning],
     "docs/conversation.md": [before_conversation],
     "docs/conversion.md": [before_conversion, after_conversion],
     "docs/layers.md": [],

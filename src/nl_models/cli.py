@@ -141,6 +141,8 @@ def learn(
     with explained_errors(NotImplementedError):
         texts = [text for path in documents for text in _texts(path)]
         conversation = _open(model, memory, device, rate, threads)
+        expected = conversation.num_bytes() / 2**20
+        console.print(f"{memory} will take about {expected:.2f} MiB", highlight=False, soft_wrap=True)
         began = time.monotonic()
         found = conversation.learn(texts, console)
         conversation.save()

@@ -59,6 +59,9 @@ class Conversation(Protocol):
     def reply(self, text: str, sampling: Sampling, write: Callable[[str], None]) -> str:
         """What the model says to a text; ``write`` gets each piece as it comes."""
 
+    def num_bytes(self) -> int:
+        """What the file will take, but for names, and for what grows with the text: its context."""
+
     def save(self) -> None:
         """Keep the memory in its file, whole or not at all."""
 
@@ -150,6 +153,10 @@ class HopeConversation:
             new_tokens_only=begun,
         )
 
+    @torch.no_grad()
+    def num_bytes(self) -> int:
+        return HopeCache.initial(self.model).num_bytes()
+
     def save(self) -> None:
         if self.memory is not None:
             self.cache.save(self.memory)
@@ -204,6 +211,9 @@ class LearnerConversation:
             self.learner.learn(text)
         return reply
 
+    def num_bytes(self) -> int:
+        return self.learner.num_bytes()
+
     def save(self) -> None:
         if self.memory is not None:
             self.learner.save(self.memory)
@@ -224,6 +234,9 @@ class PlainConversation:
         reply = _generate(self.model, self.said, self.tokenizer, sampling, write)
         self.said += self.tokenizer.encode(reply)
         return reply
+
+    def num_bytes(self) -> int:
+        return 0
 
     def save(self) -> None:
         pass

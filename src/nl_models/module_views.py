@@ -110,27 +110,36 @@ def input_device(model: nn.Module) -> torch.device | None:
     return device_of(model.get_input_embeddings()) or device_of(model)
 
 
-def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights by name, quantised ones as what they stand for."""
+def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """All weights by name, quantised ones as what they stand for; ``None`` where that cannot be said."""
     weights = dict(model.named_parameters())
     for name, module in model.named_modules():
         if callable(getattr(module, "weight", None)):  # a quantised module of torch, which has no parameters
             weights[f"{name}.weight"] = module.weight()
     for name, weight in weights.items():
         if hasattr(weight, "quant_state"):  # bitsandbytes packs its 4 bits anew when it is called
-            yield name, torch.empty(0)
+            yield name, None
             continue
         quantised = weight.is_quantized or is_traceable_wrapper_subclass(weight)
         yield name, (weight.dequantize() if quantised else weight).detach()
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of every value of all weights, with names, shapes and dtypes: equal on every device.
+    """A digest of every value of all weights and saved buffers, with names, shapes and dtypes.
 
-    Of weights that bitsandbytes has packed in 4 bits the names alone count.
+    It is equal on every device. Of weights that bitsandbytes has packed in 4 bits the names alone count.
     """
     digest = hashlib.sha256()
-    for name, weight in named_weights(model):
+    buffers = (
+        (f"{name}.{key}", buffer)
+        for name, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    )
+    for name, weight in itertools.chain(named_weights(model), buffers):
+        if weight is None:
+            digest.update(f"{name}\n".encode())
+            continue
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
         digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from nl_models.continual.fast_parameters import Context, FastParameter, FastParameters, ModelOutput
 from nl_models.layers.state_cache import StateCacheLayer
@@ -49,6 +50,19 @@ class ConvertedParameters(FastParameters):
         weight = matrix_of(mlp.get_submodule(mlp.parts[part]), width, model_dtype, model_device)
         rows = weight[:, units.start : units.stop] if part == "down" else weight[units.start : units.stop]
         return rows.to(self.dtype)
+
+    def own_weight(self, parameter: FastParameter) -> torch.Tensor:
+        layer, level, part = self._places[parameter.name]
+        units, mlp = self.units[level], self._mlps[layer]
+        module = mlp.get_submodule(mlp.parts[part])
+        weight = getattr(module, "weight", None)
+        if type(module) not in (nn.Linear, Conv1D) or type(weight) is not nn.Parameter:
+            raise TypeError(
+                f"model: its {mlp.parts[part]} of layer {layer} is a {type(module).__name__}, to whose "
+                "weight nothing can be added; unload adapters, or merge into a model that is not quantised"
+            )
+        weight = weight.detach().mT if isinstance(module, Conv1D) else weight.detach()
+        return weight[:, units.start : units.stop] if part == "down" else weight[units.start : units.stop]
 
     def fast_weights(
         self,

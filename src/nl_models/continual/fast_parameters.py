@@ -59,6 +59,14 @@ class FastParameters(ABC):
         """The model's own weight ``[out, in]`` in the dtype of fast weights, differentiable."""
 
     @abstractmethod
+    def own_weight(self, parameter: FastParameter) -> torch.Tensor:
+        """The model's own weight ``[out, in]`` as a view of the parameter, to be written to.
+
+        Raises:
+            TypeError: there is no parameter that is the weight.
+        """
+
+    @abstractmethod
     def run(
         self,
         changes: Mapping[str, torch.Tensor],

@@ -26,8 +26,9 @@ class HopeParameters(FastParameters):
         places = [i for i, level in enumerate(levels) if level.chunk_size is not None and not level.steps]
         if not places:
             raise ValueError(
-                "model: every level of its continuum memory is static or steps by itself; "
-                "give those that the learner shall step a chunk_size and max_rate=0"
+                "model: every level of its continuum memory is static or steps by itself, as by default; "
+                "give those that the learner shall step a chunk_size and max_rate=0, or let the model read "
+                "into a HopeCache, where it learns without a learner (docs/continual_learning.md)"
             )
         self.chunk_sizes = tuple(levels[place].chunk_size for place in places)
         self.nested = model.config.continuum_variant == "nested"
@@ -47,6 +48,9 @@ class HopeParameters(FastParameters):
 
     def weight(self, parameter: FastParameter) -> torch.Tensor:
         return self.model.get_parameter(self._names[parameter.name]).to(self.dtype)
+
+    def own_weight(self, parameter: FastParameter) -> torch.Tensor:
+        return self.model.get_parameter(self._names[parameter.name]).detach()
 
     def _weights(self, changes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The weights of every level with the changes ``[B, out, in]``; of one sequence ``[out, in]``, as the

@@ -22,7 +22,7 @@ from nl_models.continual.rules import StepRule, rules_of_levels
 from nl_models.continual.stream import StreamState, advance, begin_context, token_losses
 from nl_models.hope import HopeForCausalLM
 from nl_models.layers.state import row_indices
-from nl_models.module_views import device_of, dtype_of, in_evaluation
+from nl_models.module_views import device_of, dtype_of, in_evaluation, weights_digest
 from nl_models.surgery import FastWeights
 from nl_models.surgery.modules import ContinuumCausalLM
 
@@ -101,6 +101,7 @@ class ContinuumLearner:
         self.tokenizer = tokenizer
         self.state = StreamState(changes=self.parameters.zeros(batch_size))
         self._before: StreamState | None = None
+        self._digest: tuple[list, str] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -238,44 +239,102 @@ class ContinuumLearner:
         return self.tokenizer.decode(generated[0].tolist()) if isinstance(text, str) else generated
 
     @torch.inference_mode(False)
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, **options: Any) -> dict[str, Any]:
         """All that was learned, and where in the stream and in every chunk it stands.
 
-        ``{"header": JSON, "tensors": by name}``, on the CPU; a copy.
+        ``{"header": JSON, "tensors": by name}``, on the CPU; a copy. ``options`` are those of :meth:`save`.
         """
-        fingerprint = memory_file.model_fingerprint(self.model)
-        return memory_file.pack(self.state, self.parameters, self._options(), fingerprint)
+        keep = memory_file.FileOptions(**options)
+        keep.check()
+        return memory_file.pack(self.state, self.parameters, self._options(), self._model_digest(), keep)
 
     @torch.inference_mode(False)
-    def load_state_dict(self, packed: dict[str, Any], *, source: str = "state_dict") -> None:
-        """Take over what :meth:`state_dict` gave.
+    def load_state_dict(
+        self, packed: dict[str, Any], *, source: str = "state_dict", allow_other_model: bool = False
+    ) -> None:
+        """Take over what :meth:`state_dict` gave; ``allow_other_model`` as for :meth:`load`.
 
         Raises:
             MemoryFileError: of another model, other levels or rules; nothing has changed.
         """
-        fingerprint = memory_file.model_fingerprint(self.model)
         self.state = memory_file.unpack(
-            packed, self.state, self.parameters, self._options(), fingerprint, source
+            packed,
+            self.state,
+            self.parameters,
+            self._options(),
+            self._model_digest,
+            source,
+            allow_other_model,
         )
         self._before = None
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, **options: Any) -> None:
         """Write the memory to a safetensors file: a few MB, not the model.
 
         The file appears whole, in place of the one before, or not at all, whatever kills the process. Its
         header has the format version, a digest of the model, and the tokens that each level learned from.
-        """
-        memory_file.write(path, self.state_dict())
+        By default reading on after :meth:`load` is exact; each option makes the file smaller.
 
-    def load(self, path: str | os.PathLike) -> ContinuumLearner:
+        Args:
+            path: the file.
+            dtype: of what was learned: ``torch.bfloat16``, ``float16`` or ``float32``; ``None``: as it is.
+            rank: keep the change of each matrix as its best approximation of this rank (truncated SVD), where
+                that is smaller.
+            momenta: whether to keep those of rules that have one; without, they begin at zero.
+            chunks: whether to keep chunks that are not full, and the context. Without, their tokens take part
+                in no step, and the next text begins a new context.
+
+        Raises:
+            TypeError, ValueError: another option, or a ``dtype`` or ``rank`` that cannot be.
+        """
+        memory_file.write(path, self.state_dict(**options))
+
+    def num_bytes(self, **options: Any) -> int:
+        """Bytes, at most, of what :meth:`save` keeps with these options, before anything was read or after.
+
+        Every level has stepped then, and stands in the midst of a chunk. With ``chunks`` the context is
+        added to them, whose size is the model's; names and header are some kilobytes.
+        """
+        keep = memory_file.FileOptions(**options)
+        keep.check()
+        return keep.num_bytes(self.parameters, self.rules, self.state.changes)
+
+    def load(self, path: str | os.PathLike, *, allow_other_model: bool = False) -> ContinuumLearner:
         """Take over what :meth:`save` wrote; reading on gives bit for bit what it would have given then.
+
+        Args:
+            path: the file.
+            allow_other_model: also if any value of the model's weights is not what it was when the memory was
+                learned (fine-tuned, in another dtype, with another vocabulary). What the other model made of
+                the text is left out then: the memory goes on with a new context.
 
         Raises:
             FileNotFoundError: there is no such file.
             MemoryFileError: truncated, damaged, foreign, or of another model; nothing has changed.
         """
-        self.load_state_dict(memory_file.read(path), source=str(Path(path)))
+        packed = memory_file.read(path)
+        self.load_state_dict(packed, source=str(Path(path)), allow_other_model=allow_other_model)
         return self
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def merge_into_model(self, row: int = 0) -> None:
+        """Add what the sequence ``row`` learned to the model's own weights, for good, and begin anew.
+
+        The one method that changes the model. Memories that were saved before are then of another model.
+
+        Raises:
+            TypeError: weights to which nothing can be added (quantised, or with adapters on them).
+            ValueError: no such sequence.
+        """
+        row = int(row_indices([row], self.batch_size))
+        weights = [self.parameters.own_weight(parameter) for parameter in self.parameters.parameters]
+        for parameter, weight in zip(self.parameters.parameters, weights):
+            change = self.state.changes[parameter.name][row]
+            weight.copy_(weight.to(change) + change)
+        vars(self.parameters).pop("level_norms", None)  # measured once
+        self.reset()
+        self._before = None
 
     def rollback(self) -> None:
         """Undo the last :meth:`learn`.
@@ -383,6 +442,13 @@ class ContinuumLearner:
             LevelDistance(size, square.sqrt(), square.sqrt() / norm)
             for size, square, norm in zip(self.chunk_sizes, squares, norms, strict=True)
         ]
+
+    def _model_digest(self) -> str:
+        """The digest of the model, taken again only when a weight is another or was written to."""
+        now = [(name, id(weight), weight._version) for name, weight in self.model.named_parameters()]
+        if self._digest is None or self._digest[0] != now:
+            self._digest = (now, weights_digest(self.model))
+        return self._digest[1]
 
     def _options(self) -> dict[str, Any]:
         """What a saved memory depends on beside the model."""

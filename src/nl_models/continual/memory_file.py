@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nl_kernels.checks import check_positive_int
 from nl_models.continual.fast_parameters import FastParameters
-from nl_models.continual.stream import GROUPS, StreamState
+from nl_models.continual.rules import StepRule
+from nl_models.continual.stream import GROUPS, StreamState, gram_name
 from nl_models.files import write_bytes
+from nl_models.module_views import named_weights
 
-FORMAT = "nl_models.ContinuumLearner.2"
+FORMAT = "nl_models.ContinuumLearner.3"
+_SAMPLED = "nl_models.ContinuumLearner.2"  # whose digest of the model saw a few values of each weight
 _SAMPLES = 16
 _COUNTERS = ("learned", "read", "documents", "context_tokens")
 
@@ -28,16 +31,71 @@ class MemoryFileError(ValueError):
     """A saved memory is truncated, damaged, foreign, or of another model or other options."""
 
 
+class FileOptions(NamedTuple):
+    """What of a memory a file keeps, and how; see :meth:`nl_models.continual.ContinuumLearner.save`."""
+
+    dtype: torch.dtype | None = None
+    rank: int | None = None
+    momenta: bool = True
+    chunks: bool = True
+
+    def check(self) -> None:
+        """Raise ``TypeError`` or ``ValueError`` for what cannot be."""
+        if self.dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"dtype: expected torch.bfloat16, float16, float32 or None, got {self.dtype}")
+        if self.rank is not None:
+            check_positive_int("rank", self.rank)
+
+    def low_rank(self, shape: torch.Size) -> bool:
+        """Whether a change of this shape ``[B, out, in]`` is kept as two factors, which are smaller."""
+        return self.rank is not None and self.rank * (shape[1] + shape[2]) < shape[1] * shape[2]
+
+    def changes(self, changes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors that stand for ``changes`` in a file, by name."""
+        found = {}
+        for name, change in changes.items():
+            if not self.low_rank(change.shape):
+                found[f"changes/{name}"] = change
+                continue
+            left, sizes, right = torch.linalg.svd(change.detach(), full_matrices=False)
+            found[f"left/{name}"] = left[..., : self.rank] * sizes[:, None, : self.rank]
+            found[f"right/{name}"] = right[:, : self.rank]
+        return found
+
+    def num_bytes(
+        self, model: FastParameters, rules: Sequence[StepRule], changes: Mapping[str, torch.Tensor]
+    ) -> int:
+        """Bytes of what is learned in a file, once every level has stepped and stands within a chunk."""
+        numbers, grams = 0, {}
+        for parameter in model.parameters:
+            shape, rule = changes[parameter.name].shape, rules[parameter.level]
+            low = self.low_rank(shape)
+            numbers += shape[0] * self.rank * (shape[1] + shape[2]) if low else shape.numel()
+            numbers += shape.numel() * ((self.momenta and rule.has_momentum) + self.chunks) * rule.steps
+            if self.chunks and rule.rule == "dgd":
+                grams[gram_name(parameter)] = shape[0] * shape[2] ** 2
+        itemsize = (model.dtype if self.dtype is None else self.dtype).itemsize
+        return itemsize * (numbers + sum(grams.values()))
+
+
 def pack(
-    state: StreamState, model: FastParameters, options: Mapping[str, Any], fingerprint: str
+    state: StreamState,
+    model: FastParameters,
+    options: Mapping[str, Any],
+    fingerprint: str,
+    keep: FileOptions,
 ) -> dict[str, Any]:
     """The state as ``{"header": JSON, "tensors": by name}``."""
-    tensors = {f"{group}/{name}": t for group in GROUPS for name, t in getattr(state, group).items()}
+    tensors = keep.changes(state.changes)
+    groups = ["momenta"] * keep.momenta + ["gradients", "grams"] * keep.chunks
+    tensors |= {f"{group}/{name}": t for group in groups for name, t in getattr(state, group).items()}
+    if keep.dtype is not None:
+        tensors = {name: tensor.to(keep.dtype) for name, tensor in tensors.items()}
     description = None
-    if state.context is not None:
+    if keep.chunks and state.context is not None:
         description, context = model.describe_context(state.context)
         tensors |= {f"context/{name}": tensor for name, tensor in context.items()}
-    if state.waiting is not None:
+    if keep.chunks and state.waiting is not None:
         tensors["waiting"] = state.waiting
     header = {
         "format": FORMAT,
@@ -47,6 +105,8 @@ def pack(
         "counters": {name: getattr(state, name) for name in _COUNTERS},
         "context": description,
     }
+    if not keep.chunks:
+        header["counters"]["context_tokens"] = 0
     # Copies: safetensors writes no views, and no two names for the same memory.
     return {
         "header": header,
@@ -61,8 +121,9 @@ def unpack(
     state: StreamState,
     model: FastParameters,
     options: Mapping[str, Any],
-    fingerprint: str,
+    fingerprint: Callable[[], str],
     source: str,
+    allow_other_model: bool = False,
 ) -> StreamState:
     """The inverse of :func:`pack`; ``state`` is any state of the same learner, for its shapes.
 
@@ -73,7 +134,7 @@ def unpack(
         header = packed["header"]
         # Read inside of torch.inference_mode(), they could have no gradient.
         tensors = {n: t.clone() if t.is_inference() else t for n, t in packed["tensors"].items()}
-        if header["format"] != FORMAT:
+        if header["format"] not in (FORMAT, _SAMPLED):
             raise MemoryFileError(f"{source}: format {header['format']!r}, expected {FORMAT!r}")
         for name, value in options.items():
             if header["options"].get(name) != value:
@@ -81,28 +142,40 @@ def unpack(
                     f"{source}: saved with {name} = {header['options'].get(name)!r}, "
                     f"this learner has {value!r}"
                 )
-        if header["config"] != fingerprint:
-            raise MemoryFileError(f"{source}: was learned with another model, or other values of its weights")
-        groups: dict[str, dict[str, torch.Tensor]] = {name: {} for name in (*GROUPS, "context")}
+        found = sampled_digest(model.model) if header["format"] == _SAMPLED else fingerprint()
+        foreign = header["config"] != found
+        if foreign and not allow_other_model:
+            raise MemoryFileError(
+                f"{source}: was learned with another model, or other values of its weights; "
+                "allow_other_model=True uses it with this one all the same"
+            )
+        groups: dict[str, dict[str, torch.Tensor]] = {
+            name: {} for name in (*GROUPS, "context", "left", "right")
+        }
         waiting = tensors.pop("waiting", None)
         for name, tensor in tensors.items():
             group, rest = name.split("/", 1)
             groups[group][rest] = tensor
-        context = groups.pop("context")
+        left, right = groups.pop("left"), groups.pop("right")
+        for name, factor in left.items():
+            groups["changes"][name] = factor.to(model.dtype) @ right[name].to(model.dtype)
+        context, described = groups.pop("context"), header["context"]
+        counters = {name: int(header["counters"][name]) for name in _COUNTERS}
+        if foreign:  # what another model made of the text says nothing to this one
+            groups["gradients"], groups["grams"], described, waiting = {}, {}, None, None
+            counters["context_tokens"] = 0
         _check_changes(groups["changes"], state.changes, source)
         for group in groups.values():
             for name in group:
                 like = state.changes.get(name)
-                group[name] = group[name].to(model.device if like is None else like.device)
-        counters = {name: int(header["counters"][name]) for name in _COUNTERS}
+                device = model.device if like is None else like.device
+                group[name] = group[name].to(device, model.dtype)
         return StreamState(
             **groups,
             **counters,
             context=None
-            if header["context"] is None
-            else model.rebuild_context(
-                header["context"], {n: t.to(model.device) for n, t in context.items()}
-            ),
+            if described is None
+            else model.rebuild_context(described, {n: t.to(model.device) for n, t in context.items()}),
             waiting=None if waiting is None else waiting.to(model.device),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -147,19 +220,14 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     return packed
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """A digest of the names, shapes and a few values of all weights: equal on every device."""
+def sampled_digest(model: nn.Module) -> str:
+    """The digest in older files: of names, shapes and a few values of all weights."""
     digest = hashlib.sha256()
-    weights = dict(model.named_parameters())
-    for name, module in model.named_modules():
-        if callable(getattr(module, "weight", None)):  # a quantised module of torch, which has no parameters
-            weights[f"{name}.weight"] = module.weight()
-    for name, weight in weights.items():
-        if hasattr(weight, "quant_state"):  # bitsandbytes packs its 4 bits anew when it is called
+    for name, weight in named_weights(model):
+        if weight is None:
             digest.update(f"{name}\n".encode())
             continue
-        quantised = weight.is_quantized or is_traceable_wrapper_subclass(weight)
-        values = (weight.dequantize() if quantised else weight).detach().flatten()
+        values = weight.flatten()
         places = torch.linspace(0, values.numel() - 1, min(_SAMPLES, values.numel()), dtype=torch.float64)
         sample = values[places.long().to(values.device)].to("cpu", torch.float32)
         digest.update(f"{name} {tuple(weight.shape)} {sample.tolist()}\n".encode())
@@ -180,7 +248,7 @@ def _check_changes(
     for name in sorted(found.keys() ^ expected.keys()):
         raise MemoryFileError(f"{source}: has other fast weights than this learner, such as {name}")
     for name, tensor in found.items():
-        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
             raise MemoryFileError(
                 f"{source}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected "
                 f"{expected[name].dtype} {tuple(expected[name].shape)}"

@@ -11,7 +11,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from nl_models.continual import ContinuumLearner, MemoryFileError, StepRule
+from nl_models.continual import ContinuumLearner, MemoryFileError, StepRule, memory_file
 from nl_models.surgery import convert_mlp_to_continuum
 from tests.nl_models.surgery.models import CONFIGS, LEVELS, VOCABULARY, make_model
 
@@ -90,7 +90,7 @@ def test_the_header_says_what_is_inside(tmp_path):
     learner.save(tmp_path / "memory.safetensors")
     with safetensors.safe_open(tmp_path / "memory.safetensors", framework="pt") as file:
         header = json.loads(file.metadata()["header"])
-    assert header["format"] == "nl_models.ContinuumLearner.2"
+    assert header["format"] == "nl_models.ContinuumLearner.3"
     assert header["tokens_per_level"] == list(learner.tokens_per_level) == [28, 24]
     assert len(header["config"]) == 64
 
@@ -245,3 +245,147 @@ def test_a_killed_reader_loses_nothing_that_was_saved(kills, tmp_path):
     uninterrupted.learn(documents)
     assert_same_state(learner, uninterrupted)
     assert os.listdir(tmp_path) == [path.name]
+
+
+def changes_of(learner):
+    return [change for _, change in sorted(learner.state.changes.items())]
+
+
+@pytest.mark.parametrize("rule", ["momentum", "dgd"])
+def test_the_size_is_said_before_the_file_is_made(rule, tmp_path):
+    path, learner = tmp_path / "memory.safetensors", make_learner(rules=StepRule(rule=rule, rate=0.02))
+    every = [{}, {"chunks": False}, {"momenta": False, "chunks": False}, {"dtype": torch.bfloat16, "rank": 2}]
+    expected = [learner.num_bytes(**options) for options in every]
+    assert expected[0] > expected[1] >= expected[2]
+    learner.learn(stream(31))  # in the midst of a chunk of 8
+    for options, size in zip(every, expected):
+        learner.save(path, **options)
+        held = load_file(path)
+        context = sum(t.nbytes for n, t in held.items() if n.startswith(("context/", "waiting")))
+        found = sum(t.nbytes for t in held.values()) - context
+        # The fastest level has gradients only where a context ends within its chunk.
+        assert 0.5 * size < found <= size if options.get("chunks", True) else found == size
+        assert path.stat().st_size - size - context < 300 * len(held) + 3000
+        assert not any(name.startswith("momenta/") for name in held) or options.get("momenta", True)
+    full = sum(change.nbytes for change in changes_of(learner))
+    assert learner.num_bytes(dtype=torch.bfloat16, momenta=False, chunks=False) * 2 == full
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_memory_in_16_bits_is_near(dtype, tmp_path):
+    path, learner, loaded = tmp_path / "memory.safetensors", make_learner(), make_learner()
+    learner.learn(stream(40))
+    learner.save(path, dtype=dtype)
+    loaded.load(path)
+    for found, change in zip(changes_of(loaded), changes_of(learner)):
+        assert found.dtype == change.dtype
+        torch.testing.assert_close(found, change, rtol=2**-8, atol=1e-6)
+    text = stream(30).flip(1)
+    torch.testing.assert_close(loaded.loss(text), learner.loss(text), rtol=1e-2, atol=0)
+
+
+def test_a_memory_of_low_rank_is_the_best_of_its_rank(tmp_path):
+    path, learner, loaded = (
+        tmp_path / "memory.safetensors",
+        make_learner(batch_size=2),
+        make_learner(batch_size=2),
+    )
+    learner.learn(stream(40, rows=2))
+    for rank in (1, 2, 3):
+        learner.save(path, rank=rank)
+        loaded.load(path)
+        for found, change in zip(changes_of(loaded), changes_of(learner)):
+            small = rank * sum(change.shape[1:]) < change[0].numel()
+            lost = torch.linalg.svdvals(change)[:, rank:] if small else change.new_zeros(2, 1)
+            distance = (found - change).flatten(1).norm(dim=1)
+            torch.testing.assert_close(distance, lost.norm(dim=1), rtol=1e-3, atol=1e-6)
+
+
+def test_what_was_left_out_begins_anew(tmp_path):
+    path, learner, loaded = tmp_path / "memory.safetensors", make_learner(), make_learner()
+    learner.learn(stream(31))
+    learner.save(path, momenta=False, chunks=False)
+    loaded.load(path)
+    assert all(torch.equal(*pair) for pair in zip(changes_of(loaded), changes_of(learner)))
+    assert not loaded.state.momenta
+    assert loaded.state.context is None
+    assert loaded.tokens_per_level == learner.tokens_per_level
+    loaded.learn(stream(20))
+    assert loaded.tokens_per_level == (44, 40)  # of 28 and 19 tokens: steps stay where they were
+    for options, message in (
+        ({"rank": 0}, "rank"),
+        ({"dtype": torch.int8}, "dtype: expected torch.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            learner.save(path, **options)
+
+
+def test_a_memory_on_another_model_needs_consent(tmp_path):
+    path, learner = tmp_path / "memory.safetensors", make_learner()
+    learner.learn(stream(31))
+    learner.save(path)
+    tuned, half = make_model("llama"), make_model("llama").bfloat16()
+    with torch.no_grad():
+        tuned.model.layers[1].self_attn.v_proj.weight[3, 5] += 1e-3  # one value
+    larger = make_model("llama")
+    larger.resize_token_embeddings(VOCABULARY + 3)
+    for model in (tuned, half, larger):
+        other = ContinuumLearner(convert_mlp_to_continuum(model, LEVELS), RULE)
+        with pytest.raises(MemoryFileError, match="values of its weights; allow_other_model=True"):
+            other.load(path)
+        assert other.tokens_read == 0
+        other.load(path, allow_other_model=True)
+        assert all(torch.equal(*pair) for pair in zip(changes_of(other), changes_of(learner)))
+        other.learn(stream(12))
+
+
+def test_files_of_before_are_read(tmp_path):
+    learner, loaded = make_learner(), make_learner()
+    learner.learn(stream(31))
+    packed = learner.state_dict()
+    packed["header"] |= {
+        "format": "nl_models.ContinuumLearner.2",
+        "config": memory_file.sampled_digest(learner.model),
+    }
+    memory_file.write(tmp_path / "memory.safetensors", packed)
+    assert_same_state(loaded.load(tmp_path / "memory.safetensors"), learner)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_memory_becomes_the_model(family, tmp_path):
+    learner, text = make_learner(family, batch_size=2), stream(30).flip(1)
+    learner.learn(stream(31, rows=2))
+    learner.save(tmp_path / "memory.safetensors")
+    expected = learner.predict(text.expand(2, -1))[1:]
+    learner.merge_into_model(1)
+    torch.testing.assert_close(learner.model(text).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(learner.predict(text.expand(2, -1))[1:], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(MemoryFileError, match="was learned with another model"):
+        learner.load(tmp_path / "memory.safetensors")
+    with pytest.raises(ValueError, match="rows: expected"):
+        learner.merge_into_model(2)
+
+
+def test_what_cannot_take_a_memory_is_not_changed():
+    learner = make_learner()
+    learner.learn(stream(31))
+    last = learner.model.model.layers[1].mlp
+    last.down_proj = torch.nn.Sequential(last.down_proj)
+    last.down_proj.in_features, last.down_proj.weight = 24, None
+    before = {name: weight.clone() for name, weight in learner.model.named_parameters()}
+    with pytest.raises(TypeError, match="its down_proj of layer 1 is a Sequential"):
+        learner.merge_into_model()
+    assert all(torch.equal(before[name], weight) for name, weight in learner.model.named_parameters())
+
+
+def test_a_document_is_forgotten_by_going_back():
+    learner, known = make_learner(), []
+    for document in (stream(20), stream(25).flip(1), stream(22)):
+        known.append(learner.fork())
+        learner.learn([document])
+    without = known[1]
+    without.learn([stream(22)])
+    never = make_learner()
+    never.learn([stream(20)])
+    never.learn([stream(22)])
+    assert all(torch.equal(*pair) for pair in zip(changes_of(without), changes_of(never)))

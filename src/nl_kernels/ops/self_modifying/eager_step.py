@@ -60,6 +60,7 @@ def self_modifying_memory_step(
     inputs = [x.to(dtype) for x in (key_input, value_input, query, gate_input)]
     if mask is not None:
         inputs = [x.masked_fill(~mask[:, None, None], 0) for x in inputs]
+        write_scale = None if write_scale is None else write_scale.masked_fill(~mask[:, None], 0)
     inputs[2] = l2_normalize(inputs[2])
     base = _base(snapshot, weights, rule)
     key, value, o, gate = _serve(inputs, base, rows, rule)
