@@ -24,7 +24,7 @@ from rich.table import Table
 
 from nl_models import HopeConfig, HopeForCausalLM
 from nl_models.data.associative_recall import AssociativeRecall, recall_accuracy
-from nl_models.training.plots import save_figure
+from nl_models.training.plots import model_looks, new_figure, save_figure
 
 console = Console()
 DEFAULT_OUTPUT = Path("benchmarks/results/recall.jsonl")
@@ -122,26 +122,20 @@ def newest(rows: list[dict]) -> list[dict]:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Accuracy against steps, one panel for each number of pairs, one line for each run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     sizes = sorted({row["pairs"] for row in rows})
     models = list(dict.fromkeys(row["model"] for row in rows))
-    colors = {model: plt.get_cmap("tab10")(i % 10) for i, model in enumerate(models)}
-    figure, panels = plt.subplots(1, len(sizes), figsize=(4.2 * len(sizes), 3.6), sharey=True, squeeze=False)
-    for panel, pairs in zip(panels[0], sizes):
+    looks = model_looks(models)
+    figure, panels = new_figure(len(sizes), width=4.2, height=3.6)
+    for panel, pairs in zip(panels, sizes):
         for row in (row for row in rows if row["pairs"] == pairs):
             steps, _, accuracy = zip(*row["curve"])
-            panel.plot((0, *steps), (0, *accuracy), color=colors[row["model"]], label=row["model"])
+            color = looks[row["model"]]["color"]
+            panel.plot((0, *steps), (0, *accuracy), color=color, label=row["model"])
         panel.axhline(1 / pairs, color="0.5", linestyle=":", label="chance among the values seen")
         panel.set(title=f"{pairs} pairs", xlabel="training step", ylim=(0, 1.02))
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("accuracy on fresh sequences")
-    handles = {label: line for p in panels[0] for line, label in zip(*p.get_legend_handles_labels())}
+    panels[0].set_ylabel("accuracy on fresh sequences")
+    handles = {label: line for p in panels for line, label in zip(*p.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=8)
-    figure.tight_layout()
     save_figure(figure, path, tight=True)
     console.print(f"plot: {path}")
 

@@ -28,15 +28,25 @@ _LOOKS = {
     "hope-two-layer": {"color": "#56B4E9", "marker": "P"},
     "lstm": {"color": "#000000", "marker": "X"},
 }
+# Of what has no name here: Tol's muted palette, none of which looks like one of these.
+_OTHERS = [
+    {"color": color, "marker": marker}
+    for color, marker in (
+        ("#882255", "x"),
+        ("#332288", "*"),
+        ("#999933", "<"),
+        ("#AA4499", ">"),
+        ("#888888", "+"),
+    )
+]
 _LAYERS = {"self-modifying-titans": "hope", "attention": "hope-attention", "mlp": "transformer"}
 
 
 def model_looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Colour and marker of each model or layer, as keywords of ``plot``; unknown names get what is left."""
+    """Colour and marker of each model or layer, as keywords of ``plot``; others get looks of their own."""
     known = {name: name.replace("_", "-") for name in names}
     known = {name: _LAYERS.get(key, key) for name, key in known.items()}
-    left = [look for key, look in _LOOKS.items() if key not in known.values()]
-    others = itertools.cycle(left or [{"color": "#888888", "marker": "x"}])
+    others = itertools.cycle(_OTHERS)
     return {name: _LOOKS.get(key) or next(others) for name, key in known.items()}
 
 

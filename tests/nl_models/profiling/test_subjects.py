@@ -207,6 +207,7 @@ def test_a_model_looks_the_same_in_every_picture():
     assert len({look["color"] for look in study.values()}) == len(study)
     others = model_looks(["hope", "mine", "theirs"])
     assert len({look["color"] for look in others.values()}) == 3
+    assert not {others["mine"]["color"], others["theirs"]["color"]} & {x["color"] for x in study.values()}
 
 
 def test_the_ceiling_is_that_of_this_machine():
