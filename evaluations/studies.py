@@ -16,10 +16,13 @@ COUNTS = {
     "memory_retention_bias": 14.0,
     "memory_rule": {"erase": "none"},
 }
-TO_TWO = {"memory_rate_max": 2.0}
+NEARLY_FLIPS = {"memory_rate_max": 2.0, "memory_rate_bias": 6.0, "memory_retention_bias": 14.0}
 
 RATES = [{"learning_rate": rate} for rate in (5e-3, 2e-3, 1e-2)]
-MEMORIES = [{"learning_rate": 5e-3, "options": options} for options in (COUNTS, FLIPS, TO_TWO)]
+MEMORIES = [  # what a state is needs no lengths
+    {"learning_rate": 5e-3, "options": {**options, "memory_values": "unit"}}
+    for options in (COUNTS, FLIPS, NEARLY_FLIPS)
+]
 
 FORMAL_LANGUAGES = Study(
     name="formal_languages",
