@@ -136,7 +136,7 @@ def draw(rows: list[dict], study: Study, path: Path) -> Path:
     for panel in panels[len(tasks) :]:
         panel.set_visible(False)
     handles = {label: line for p in panels for line, label in zip(*p.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     return save_figure(figure, path)
 
 

@@ -125,8 +125,6 @@ def test_a_full_disk_is_the_same_error_whoever_writes(tmp_path):
 OTHERS = {
     ("data/tokenizer.py", "write_text"),
     ("data/prepare.py", "write_text"),
-    ("training/checkpoint.py", "write_text"),
-    ("training/checkpoint.py", "save_file"),
     ("profiling/memory.py", "write_text"),
     ("measure.py", "write_text"),
     # Programs that run where the models cannot be imported.

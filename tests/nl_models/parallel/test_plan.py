@@ -54,6 +54,7 @@ def sent_and_waited(mesh, name, micro_batches, pause):
     return parallel.ranks.sent, share, parallel.ranks.report()
 
 
+@pytest.mark.slow  # waits are measured: on a machine that does other work they are longer
 @pytest.mark.parametrize(
     ("name", "size", "micro_batches"), [("hope", 2, 2), ("titans", 4, 1), ("gated_delta_net", 4, 1)]
 )

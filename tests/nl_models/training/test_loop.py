@@ -177,10 +177,12 @@ def test_a_continued_run_keeps_its_form_of_momentum(tmp_path, config):
     given = {"memory_momentum": True}
     create_run(tmp_path / "run", dataclasses.replace(config, model_options=given))
     options = continued_config(tmp_path / "run", {"model_options": given}).model_options
-    assert options["memory_rule"] == {"momentum": "average"}
+    assert options["memory_rule"] == {"error_at": "anchor", "momentum": "average"}
     file = tmp_path / "run" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_options": given}))
-    assert continued_config(tmp_path / "run", {}).model_options["memory_rule"] == {"momentum": "sum"}
+    older = continued_config(tmp_path / "run", {}).model_options
+    assert older["memory_rule"] == {"error_at": "snapshot", "momentum": "sum"}
+    assert older["memory_values"] == "unit"
     with pytest.raises(RunError, match="model_options"):
         continued_config(tmp_path / "run", {"model_options": given})
 
@@ -191,7 +193,8 @@ def test_a_run_of_version_0_1_is_continued_by_todays_names(tmp_path, config):
     old = {"memory_implementation": "auto", "continuum_implementation": "eager"}
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_options": old}))
     options = continued_config(tmp_path / "run", {}).model_options
-    assert options == {"memory_impl": None, "continuum_impl": "eager"}
+    older = {"memory_rule": {"error_at": "snapshot"}, "memory_values": "unit"}
+    assert options == {"memory_impl": None, "continuum_impl": "eager", **older}
     with pytest.raises(ValueError, match=r"has no continuum_implementation \(now continuum_impl\)"):
         hope_config(dataclasses.replace(config, model_options=old), 256, 0)
 
