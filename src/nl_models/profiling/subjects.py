@@ -31,6 +31,7 @@ from nl_models.layers import (
 from nl_models.layers.state import state_tensors
 from nl_models.layers.state_cache import StateCacheLayer
 from nl_models.open_model import open_model
+from nl_models.stateful_cache import layer_tensors
 
 MIXERS = {
     "self_modifying_titans": SelfModifyingTitans,
@@ -115,13 +116,7 @@ class LanguageModel(Subject):
         return self.module(input_ids=inputs, labels=inputs, use_cache=False).loss
 
     def state_tensors(self, state: Cache) -> list[torch.Tensor]:
-        return [
-            tensor
-            for layer in state.layers
-            for tensor in state_tensors(
-                layer.state if isinstance(layer, StateCacheLayer) else (layer.keys, layer.values)
-            )
-        ]
+        return [tensor for layer in state.layers for tensor in layer_tensors(layer)]
 
     @property
     def only_attention(self) -> bool:

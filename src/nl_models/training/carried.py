@@ -6,11 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from nl_models.hope import HopeCache, HopeForCausalLM
 from nl_models.hope.cache_hope import STATE_TYPES
-from nl_models.layers.state import State, describe_state, map_state, rebuild_state
+from nl_models.layers.state import (
+    State,
+    describe_state,
+    join_states,
+    map_state,
+    rebuild_state,
+    select_state,
+)
 
 
 class CarriedStates:
@@ -45,7 +51,9 @@ class CarriedStates:
             fresh = HopeCache(self._model.config)
             column = torch.zeros(len(begins), 1, dtype=torch.int64, device=begins.device)
             self._model(input_ids=column, attention_mask=column, cache=fresh, use_cache=True)
-            states = [_choose(begins, new.state, old) for new, old in zip(fresh.layers, states)]
+            rows = torch.arange(len(begins), device=begins.device) + len(begins) * begins
+            both = (join_states([old, new.state]) for new, old in zip(fresh.layers, states))
+            states = [select_state(state, rows) for state in both]
         for layer, state in zip(cache.layers, states):
             layer.commit(state, 1)
         return cache
@@ -77,35 +85,5 @@ class CarriedStates:
                 rebuild_state(structure, lambda name, s=stream: tensors[f"carried/{s}{name}"], STATE_TYPES)
                 for stream in streams
             ]
-            joined = [_join(blocks) for blocks in zip(*rows)]
+            joined = [join_states(blocks) for blocks in zip(*rows)]
             self._states[part] = [map_state(lambda x: x.to(self._model.device), state) for state in joined]
-
-
-def _choose(begins: torch.Tensor, new: State, old: State) -> State:
-    """Rows of ``new`` where ``begins``, of ``old`` elsewhere."""
-    if new is None:
-        return None
-    if isinstance(new, torch.Tensor):
-        new, old = _padded([new, old])
-        return torch.where(begins.view(-1, *[1] * (new.ndim - 1)), new, old)
-    parts = [_choose(begins, *pair) for pair in zip(new, old)]
-    return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
-
-
-def _join(states: Sequence[State]) -> State:
-    """The states of several streams as those of one batch."""
-    first = states[0]
-    if first is None:
-        return None
-    if isinstance(first, torch.Tensor):
-        return torch.cat(_padded(states))
-    parts = [_join(each) for each in zip(*states)]
-    return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
-
-
-def _padded(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tokens that wait for a step of the continuum are padded to the longest list of them, ``[B, P, …]``."""
-    if tensors[0].ndim < 2 or len({x.shape[1] for x in tensors}) == 1:
-        return list(tensors)
-    longest = max(x.shape[1] for x in tensors)
-    return [F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in tensors]
