@@ -74,9 +74,8 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
             trainer = Trainer(folder, config, model, data)
             start = trainer.resume() if resume else 0
         except (ValueError, OSError):
-            if (
-                not resume and rank() == 0
-            ):  # refused after all: the folder would stand in the way of the next try
+            # Refused after all: the folder would stand in the way of the next try.
+            if not resume and rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         _print_summary(console, folder, trainer, data.description, start)
