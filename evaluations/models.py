@@ -10,6 +10,8 @@ from torch import nn
 from nl_models import HopeConfig, HopeForCausalLM, HopeModel
 
 LEARNING_CHUNK = 16
+# A level that learns; of the keys' projection its width has more.
+LEARNING = {"chunk_size": 32, "initial_rate": 1.0, "key_projection": False}
 
 # What each is, as fields of HopeConfig; an LSTM is not Hope's. `hope` sets the number of parameters.
 MODELS: dict[str, dict[str, object]] = {
@@ -18,6 +20,12 @@ MODELS: dict[str, dict[str, object]] = {
     "hope_two_layer": {"memory_hidden_size": 16},
     "hope_attention": {"layer_types": "full_attention"},
     "hope_writes_nothing": {"memory_rate_max": 0.0},
+    "hope_without_erase": {"memory_rule": {"erase": "none", "error_at": "snapshot"}},
+    "hope_with_momentum": {"memory_momentum": True},
+    "hope_without_decay": {"memory_retention_bias": 14.0},
+    "hope_fixed_generators": {"memory_generator_chunk_size": 2**14},
+    "hope_snapshot_errors": {"memory_rule": {"error_at": "snapshot"}},
+    "hope_unit_values": {"memory_values": "unit"},
     "titans": {"layer_types": "titans"},
     "gated_delta_net": {"layer_types": "gated_delta_net"},
     "gated_delta_net_continuum": {"layer_types": "gated_delta_net"},
@@ -32,6 +40,12 @@ TITLES = {
     "hope": "Hope, linear memories",
     "hope_continuum": "Hope, linear memories and continuum",
     "hope_writes_nothing": "Hope, nothing written",
+    "hope_without_erase": "Hope without DGD (no erase)",
+    "hope_with_momentum": "Hope with momentum",
+    "hope_without_decay": "Hope without weight decay",
+    "hope_fixed_generators": "Hope, only the memory that is read learns",
+    "hope_snapshot_errors": "Hope, errors as printed (at the snapshot)",
+    "hope_unit_values": "Hope, values of unit length",
     "hope_two_layer": "Hope, two-layer memories",
     "hope_attention": "Hope-Attention",
     "titans": "Titans",
@@ -124,8 +138,8 @@ def make(
             raise ValueError(f"options, head: an LSTM has none of these, got {options}, {head!r}")
         return Reader(_LSTM(vocabulary, width, layers, inner), width, outputs, head)
     levels = [{"hidden_size": inner}]
-    if name.endswith("continuum"):  # as by default: a third learns
-        levels = [{"hidden_size": inner // 3, "chunk_size": 64}, {"hidden_size": inner - inner // 3}]
+    if name.endswith("continuum"):
+        levels = [{**LEARNING, "hidden_size": inner}]
     if name == "hope_attention":  # without memories its continuum is all that learns in context
         levels = [
             {"hidden_size": inner // 2, "chunk_size": LEARNING_CHUNK},

@@ -168,7 +168,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
                 {"hidden_size": 2 * self.hidden_size},
             ]
         self._check(kwargs)
-        defaults = {name: getattr(LevelConfig, name) for name in _BEFORE_RETENTION}
+        defaults = {name: getattr(LevelConfig, name) for name in _OLDER_LEVELS}
         self.continuum_levels = _filled_in(self.continuum_levels, defaults)
         super().__post_init__(**kwargs)
 
@@ -208,7 +208,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         config_dict = current_names(config_dict)
         levels = config_dict.get("continuum_levels")
         if levels is not None:
-            config_dict = {**config_dict, "continuum_levels": _filled_in(levels, _BEFORE_RETENTION)}
+            config_dict = {**config_dict, "continuum_levels": _filled_in(levels, _OLDER_LEVELS)}
         return super().from_dict(name_rule(config_dict, older=True), **kwargs)
 
     @classmethod
@@ -247,7 +247,7 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         if self.continuum_variant != "sequential":
             shaping["continuum_variant"] = self.continuum_variant
         shaping["continuum_levels"] = [
-            {name: value for name, value in level.items() if _BEFORE_RETENTION.get(name) != value}
+            {name: value for name, value in level.items() if _OLDER_LEVELS.get(name) != value}
             for level in self.continuum_levels
         ]
         rule = {n: value for n, value in self.memory_rule.items() if n not in ("momentum", "error_at")}
@@ -334,8 +334,8 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         check_chunk_sizes([level.chunk_size for level in levels], "continuum_levels")
 
 
-_BEFORE_RETENTION = {"max_rate": 1.0, "initial_rate": 0.5, "initial_retention": 1.0}
-"""What was so, and not in files, before levels had a retention."""
+_OLDER_LEVELS = {"max_rate": 1.0, "initial_rate": 0.5, "initial_retention": 1.0, "predict_next": False}
+"""What was so, and not in files, before levels had a retention, and before they predicted what comes next."""
 
 
 def _filled_in(levels: list[dict], options: dict) -> list[dict]:

@@ -46,6 +46,8 @@ class LevelConfig:
         error_bound, momentum_decay, restore_norms: see :class:`nl_kernels.ContinuumLevel`.
         key_projection: keys are learned projections of what the block reads; False: they are what it reads,
             which costs the least.
+        predict_next: the level learns to say, of each token, what comes next; False: a map of the token
+            itself. See :class:`nl_kernels.ContinuumLevel`.
     """
 
     hidden_size: int
@@ -60,6 +62,7 @@ class LevelConfig:
     momentum_decay: float = 0.9
     restore_norms: bool = False
     key_projection: bool = True
+    predict_next: bool = True
 
     def __post_init__(self) -> None:
         check_positive_int("hidden_size", self.hidden_size)
@@ -79,6 +82,8 @@ class LevelConfig:
             )
         if self.error_bound is not None and not self.error_bound > 0:
             raise ValueError(f"error_bound: expected more than 0 or None, got {self.error_bound}")
+        if self.predict_next and self.chunk_size == 1:
+            raise ValueError("chunk_size: expected at least 2, or predict_next=False, got 1")
         if not 0 <= self.momentum_decay < 1:
             raise ValueError(f"momentum_decay: expected a number in [0, 1), got {self.momentum_decay}")
 
@@ -265,6 +270,7 @@ class ContinuumBlock(nn.Module):
             retention=self.retention(),
             restore_norms=self.config.restore_norms,
             error_bound=self.config.error_bound,
+            predict_next=self.config.predict_next,
         )
 
 

@@ -119,7 +119,13 @@ def test_conversations_saved_before_an_option_existed_still_fit():
         num_hidden_layers=2,
         num_attention_heads=2,
         continuum_levels=[
-            {"hidden_size": 12, "chunk_size": 3, "initial_retention": 1.0, "max_rate": 1.0},
+            {
+                "hidden_size": 12,
+                "chunk_size": 3,
+                "initial_retention": 1.0,
+                "max_rate": 1.0,
+                "predict_next": False,
+            },
             {"hidden_size": 14},
         ],
         memory_rule={"error_at": "snapshot"},
@@ -160,7 +166,13 @@ def test_a_saved_config_names_the_form_of_momentum(tmp_path, momentum):
 
 
 def test_momentum_saved_before_the_average_existed_is_the_sum(tmp_path):
-    learning = {"hidden_size": 16, "chunk_size": 64, "initial_retention": 1.0, "max_rate": 1.0}
+    learning = {
+        "hidden_size": 16,
+        "chunk_size": 64,
+        "initial_retention": 1.0,
+        "max_rate": 1.0,
+        "predict_next": False,
+    }
     levels = [learning, {"hidden_size": 32}]
     rule = {"error_at": "snapshot"}
     unit = {"memory_rule": rule, "memory_values": "unit"}
@@ -271,7 +283,13 @@ OF_VERSION_0_1 = {
 
 @pytest.mark.parametrize("choices", [("auto", "auto", "auto"), ("eager", "reference", "sdpa")])
 def test_a_model_of_version_0_1_still_loads(tmp_path, tokens, choices):
-    level = {"hidden_size": 16, "chunk_size": 64, "initial_retention": 1.0, "max_rate": 1.0}
+    level = {
+        "hidden_size": 16,
+        "chunk_size": 64,
+        "initial_retention": 1.0,
+        "max_rate": 1.0,
+        "predict_next": False,
+    }
     kinds = ["self_modifying_titans", "full_attention"]
     model = HopeForCausalLM(
         HopeConfig(

@@ -209,6 +209,7 @@ def test_rates_are_bounded_and_start_where_they_should():
     [
         ({"hidden_size": 0}, "hidden_size"),
         ({"hidden_size": 4, "chunk_size": 0}, "chunk_size"),
+        ({"hidden_size": 4, "chunk_size": 1}, "chunk_size: expected at least 2, or predict_next=False"),
         ({"hidden_size": 4, "rule": "adam"}, "rule"),
         ({"hidden_size": 4, "max_rate": -1.0}, "max_rate"),
         ({"hidden_size": 4, "chunk_size": 2, "initial_rate": 7.0}, "initial_rate"),

@@ -56,6 +56,7 @@ def continuum_memory(
     After every ``chunk_size`` tokens of a sequence a level takes one step on those tokens, all gradients at
     the weights that read them (Eq. 71), on the regression loss ``½‖f_θ(k_t) − v_t‖²`` with
     ``k_t = n(key n(x_t))`` and ``v_t = value n(x_t)``, by its rule: see :func:`nl_kernels.continuum_update`.
+    A level that predicts has ``v_t = value n(x_{t+1})`` within a chunk: what came next.
 
     Between steps it is an ordinary MLP. Fast weights belong to one sequence. Gradients flow through the
     steps into everything that a level holds, and into the state.

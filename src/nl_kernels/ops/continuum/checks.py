@@ -81,6 +81,11 @@ def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor, rates_of_tok
             check_range(f"{name}.rate", level.rate, 0.0, math.inf, closed_high=False)
     check_retention(f"{name}.retention", level.retention, x)
     check_bool(f"{name}.restore_norms", level.restore_norms)
+    check_bool(f"{name}.predict_next", level.predict_next)
+    if level.predict_next and level.chunk_size == 1:
+        raise ValueError(
+            f"{name}.chunk_size: no token of a chunk of 1 has a next one; expected at least 2 with predict_next"
+        )
     check_decay(f"{name}.momentum_decay", level.momentum_decay)
     for part in ("key", "value"):
         matrix = getattr(level, part)

@@ -117,11 +117,13 @@ def run_flush(state: ContinuumState, levels: Sequence[ContinuumLevel], options: 
             if pending:
                 taken = torch.arange(pending, device=before.position.device) < before.position[:, None]
                 inputs = before.pending_inputs * taken[..., None]
-                keys = eager.keys_of(level, inputs, options.norm_eps)
+                keys, rates = eager.keys_of(level, inputs, options.norm_eps), before.pending_rates * taken
+                if level.predict_next:
+                    inputs, rates = _ahead(inputs, pending), _ahead(rates, pending)
                 targets = inputs if options.products.IN_PLACE else _targets(level, inputs)
                 call = LevelCall(level, None, before.position, 0, inputs.dtype, options.products)
                 walks[index] = call.walk(*fast_part(before, not options.through), False)
-                chunk = Chunk(keys, targets, before.pending_rates * taken, 0, 1)
+                chunk = Chunk(keys, targets, rates, 0, 1)
                 steps.append(walks[index].advance(chunk, None))
         take([step for step in steps if step is not None], options.products)
     flushed = []
@@ -175,8 +177,14 @@ def _placed(
             inputs = (grid.inputs if head else grid.reads)[:, : steps * size].to(dtype)
         as_read = level.key is None and inputs.dtype == dtype
         keys = eager.keys_of(level, inputs[:, :head] if as_read else inputs, options.norm_eps)
-        targets = _targets(level, inputs) if exact else inputs[:, :head]
-        parts = [in_chunks(t, 0, size) for t in (keys, targets, grid.rates[:, : steps * size])]
+        rates = grid.rates[:, : steps * size]
+        if level.predict_next:
+            inputs, rates = _ahead(inputs, size), _ahead(rates, size)
+        if exact:
+            targets = _targets(level, inputs)
+        else:  # made of inputs, which are what is read where there are none
+            targets = inputs if level.predict_next else inputs[:, :head]
+        parts = [in_chunks(t, 0, size) for t in (keys, targets, rates)]
     stops = [*range(size, length, size), length]
     chunks = [Chunk(*each) for each in itertools.zip_longest(*parts, range(len(stops)), stops)]
     resets = Resets.of(levels, index, options.variant, state, counts.positions)
@@ -302,6 +310,12 @@ def _read_dtype(inner: torch.Tensor) -> torch.dtype:
     device = inner.device.type
     rounds = autocasting(device) and inner.dtype != torch.float64
     return torch.get_autocast_dtype(device) if rounds else inner.dtype
+
+
+def _ahead(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Of each token of x [B, n · size, ..] the next one of its chunk; zeros behind the last."""
+    chunks = x.unflatten(1, (-1, size))
+    return torch.cat((chunks[:, :, 1:], torch.zeros_like(chunks[:, :, :1])), 2).flatten(1, 2)
 
 
 def _targets(level: ContinuumLevel, inputs: torch.Tensor) -> torch.Tensor:

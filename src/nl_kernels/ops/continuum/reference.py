@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -202,8 +203,8 @@ def _step(
     """Weights and momenta after one step on the tokens of a chunk, all gradients at ``weights`` (Eq. 71)."""
     sums = [None if w is None else torch.zeros_like(w) for w in weights]
     grams = [None if w is None else torch.eye(w.shape[1], dtype=w.dtype, device=w.device) for w in weights]
-    for inner, rate in pending:
-        for i, (signal, layer_input) in enumerate(_signals(level, weights, inner, norm_eps)):
+    for key_of, target_of, rate in _pairs(level, pending):
+        for i, (signal, layer_input) in enumerate(_signals(level, weights, key_of, target_of, norm_eps)):
             sums[i] = sums[i] + rate * torch.outer(signal, layer_input)
             grams[i] = grams[i] + rate * torch.outer(layer_input, layer_input)
     stepped, after = [], []
@@ -235,6 +236,15 @@ def _step(
     return Weights(*stepped), Weights(*after)
 
 
+def _pairs(
+    level: ContinuumLevel, pending: list[tuple[torch.Tensor, torch.Tensor]]
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What is learned from a chunk: the input of a key, that of its target, and the rate."""
+    if not level.predict_next:
+        return [(inner, inner, rate) for inner, rate in pending]
+    return [(inner, following, rate) for (inner, _), (following, rate) in itertools.pairwise(pending)]
+
+
 def _evened_out(momentum: torch.Tensor) -> torch.Tensor:
     """Five of Muon's quintics on M / ‖M‖_F, then scaled to the norm of M."""
     if not momentum.any():
@@ -247,13 +257,17 @@ def _evened_out(momentum: torch.Tensor) -> torch.Tensor:
 
 
 def _signals(
-    level: ContinuumLevel, weights: Weights, inner: torch.Tensor, norm_eps: float
+    level: ContinuumLevel,
+    weights: Weights,
+    inner: torch.Tensor,
+    target_of: torch.Tensor,
+    norm_eps: float,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For up, down and gate: the loss's gradient at the layer's output, bounded, and the input."""
     key = inner
     if level.key is not None:
         key = F.rms_norm(level.key.to(inner.dtype) @ inner, inner.shape, None, norm_eps)
-    target = level.value.to(inner.dtype) @ inner
+    target = level.value.to(inner.dtype) @ target_of
     with torch.enable_grad():
         shifts = [torch.zeros_like(w[:, 0]).requires_grad_() for w in weights if w is not None]
         loss = _loss(_mlp(key, weights, shifts) - target, level.error_bound)

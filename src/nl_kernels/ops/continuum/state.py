@@ -41,6 +41,9 @@ class ContinuumLevel:
             weights, W_0 the level's own. Below 1 they stay near what they were trained for, however long a
             sequence is. 1: nothing pulls them back. May need a gradient.
         value: [D, D], makes the targets ``value n(x)``. Needed unless the level never steps.
+        predict_next: a token's target is made of the *next* token of its chunk, at that token's rate; the
+            last one of a chunk has none. What a level reads at the next occurrence of a token is then what
+            came after it. False: of the token itself.
         rule: ``"sgd"``, ``"dgd"`` (delta gradient descent, in its exact mini-batch form), ``"momentum"`` or
             ``"muon"``; see :func:`nl_kernels.continuum_update`.
         momentum_decay: of ``"momentum"`` and ``"muon"``, in [0, 1).
@@ -63,6 +66,7 @@ class ContinuumLevel:
     retention: torch.Tensor | float = 1.0
     restore_norms: bool = False
     error_bound: float | None = 1.0
+    predict_next: bool = False
 
     @property
     def retains_all(self) -> bool:

@@ -1,10 +1,12 @@
 """The definition against closed forms: what a step is, before anything is batched."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from nl_kernels import ContinuumLevel, continuum_memory
+from nl_kernels import ContinuumLevel, continuum_flush, continuum_memory
 
 WIDTH, HIDDEN = 5, 7
 
@@ -54,6 +56,46 @@ def test_a_step_of_sgd_is_the_gradient_of_the_inner_loss(gated):
     state = state_after(x, level)
     for name, part, gradient in zip(("up", "down", "gate"), parts, gradients):
         torch.testing.assert_close(getattr(state, name)[0], part - 0.3 * gradient, rtol=0, atol=1e-12)
+
+
+def test_a_step_that_predicts_has_the_next_tokens_as_targets():
+    """At their rates; the last token of a chunk has none, also where the chunk is cut short by a flush."""
+    level = make_level(chunk_size=4, rate=tokens(1, 4)[..., 0].abs(), error_bound=None, predict_next=True)
+    x = tokens(1, 4)
+    inner = F.rms_norm(x[0], (WIDTH,), level.norm, 1e-6)
+    for count, state in (
+        (4, state_after(x, level)),
+        (3, continuum_flush((state_after(x[:, :3], cut(level, 3)),), [level], impl="reference")[0]),
+    ):
+        key = F.rms_norm(inner[: count - 1] @ level.key.mT, (WIDTH,), None, 1e-6)
+        error = F.gelu(key @ level.up.mT) @ level.down.mT - inner[1:count] @ level.value.mT
+        loss = 0.5 * (level.rate[0, 1:count, None] * error.square()).sum()
+        gradients = torch.autograd.grad(loss, [level.up, level.down], retain_graph=True)
+        for found, part, gradient in zip((state.up, state.down), (level.up, level.down), gradients):
+            torch.testing.assert_close(found[0], part - gradient, rtol=0, atol=1e-12)
+
+
+def cut(level, length):
+    """The level with the rates of the first tokens."""
+    return dataclasses.replace(level, rate=level.rate[:, :length])
+
+
+def test_a_level_that_predicts_answers_with_what_came_next():
+    """a b a b … then a: nearer to the value of b than to that of a; without, the other way round."""
+    pair = tokens(2)
+    x = pair[None, torch.arange(9) % 2]
+
+    def likeness(predict_next):
+        level = make_level(chunk_size=8, rate=0.1, predict_next=predict_next)
+        level = dataclasses.replace(level, key=None, down=torch.zeros_like(level.down))
+        answer = (continuum_memory(x, [level], impl="reference")[0] - x)[0, -1]
+        values = F.rms_norm(pair, (WIDTH,), level.norm, 1e-6) @ level.value.mT
+        return torch.cosine_similarity(answer, values)
+
+    of_a, of_b = likeness(True)
+    assert of_b > 0.5 > of_a
+    of_a, of_b = likeness(False)
+    assert of_a > 0.5 > of_b
 
 
 @pytest.mark.parametrize("gated", [False, True])

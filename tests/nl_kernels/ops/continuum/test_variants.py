@@ -40,7 +40,10 @@ TOLERANCE = {"muon": 1e-8}
 
 
 def levels_of(rule, *, batch=2, length=13, gated=False, key=True, **options):
-    """Periods 2, 4, 8 and a level that never steps; what a step retains is a tensor, a number, and all."""
+    """Periods 2, 4, 8 and a level that never steps; what a step retains is a tensor, a number, and all.
+
+    The second one predicts what comes next.
+    """
     retention, rate = torch.tensor([0.7, 0.03]).double()
     made = [
         make_level(
@@ -52,7 +55,16 @@ def levels_of(rule, *, batch=2, length=13, gated=False, key=True, **options):
             error_bound=0.3,
             retention=retention,
         ),
-        make_level(2, rule=rule, gated=not gated, chunk_size=4, rate=0.04, hidden=3, retention=0.6),
+        make_level(
+            2,
+            rule=rule,
+            gated=not gated,
+            chunk_size=4,
+            rate=0.04,
+            hidden=3,
+            retention=0.6,
+            predict_next=True,
+        ),
         make_level(4, rule=rule, gated=gated, chunk_size=8, rate=rate, hidden=8),
         make_level(3),
     ]
