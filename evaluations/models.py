@@ -9,9 +9,8 @@ from torch import nn
 
 from nl_models import HopeConfig, HopeForCausalLM, HopeModel
 
-LEARNING_CHUNK = 16
-# A level that learns; of the keys' projection its width has more.
-LEARNING = {"chunk_size": 32, "initial_rate": 1.0, "key_projection": False}
+# A continuum of one level; what a projection of keys would cost goes into its width.
+LEARNING = {"chunk_size": 16, "initial_rate": 1.0, "key_projection": False}
 
 # What each is, as fields of HopeConfig; an LSTM is not Hope's. `hope` sets the number of parameters.
 MODELS: dict[str, dict[str, object]] = {
@@ -137,14 +136,8 @@ def make(
         if options or head == "tied":
             raise ValueError(f"options, head: an LSTM has none of these, got {options}, {head!r}")
         return Reader(_LSTM(vocabulary, width, layers, inner), width, outputs, head)
-    levels = [{"hidden_size": inner}]
-    if name.endswith("continuum"):
-        levels = [{**LEARNING, "hidden_size": inner}]
-    if name == "hope_attention":  # without memories its continuum is all that learns in context
-        levels = [
-            {"hidden_size": inner // 2, "chunk_size": LEARNING_CHUNK},
-            {"hidden_size": inner - inner // 2},
-        ]
+    learns = name.endswith("continuum") or name == "hope_attention"
+    levels = [{"hidden_size": inner, **(LEARNING if learns else {})}]
     config = HopeConfig(
         vocab_size=vocabulary,
         hidden_size=width,
