@@ -1,4 +1,4 @@
-"""Hope beside softmax attention on real text, in a few minutes: ``python -m nl_models.demo``."""
+"""Hope beside attention and Gated DeltaNet on real text, in some minutes: ``python -m nl_models.demo``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nl_models.profiling.choose import config_arguments
 from nl_models.profiling.report import describe_machine, plot_profile, profile_table, save_profile
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.profiling.subjects import ConfiguredModel
-from nl_models.training.baseline import attention_baseline, parameter_count
+from nl_models.training.baseline import mixer_baseline, parameter_count
 from nl_models.training.command_line import explained_errors, fail
 from nl_models.training.config import TrainConfig
 from nl_models.training.console import duration, without_progress_bars
@@ -39,8 +39,8 @@ from nl_models.training.several import Job, train_several
 PROMPT = 'def read(self, size=-1):\n    """'
 
 
-MODELS = ("hope", "transformer", "hope-attention")
-"""A plain transformer, and Hope's own blocks with softmax attention in the place of the memory."""
+MODELS = ("hope", "transformer", "hope-attention", "gated-delta-net")
+"""A plain transformer, and Hope's own blocks with softmax attention, or with Gated DeltaNet, as the mixer."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class DemoSettings:
         hidden_size, layers, heads: of all models.
         initializer_range: of all; smaller than HopeConfig's default, which is slow with so few tokens.
         steps, batch_size, sequence_length: all models see the same windows in the same order.
-        hope_learning_rate, transformer_learning_rate, attention_learning_rate: peaks; the best of those tried
-            for each (docs/demo.md).
+        hope_learning_rate, transformer_learning_rate, attention_learning_rate,
+            gated_delta_net_learning_rate: peaks; the best of those tried for each (docs/demo.md).
         warmup_steps: of all.
         evaluations: how often the validation loss is taken in training.
         validation_windows: windows of the validation set.
@@ -80,6 +80,7 @@ class DemoSettings:
     hope_learning_rate: float = 6e-3
     transformer_learning_rate: float = 4e-3
     attention_learning_rate: float = 4e-3
+    gated_delta_net_learning_rate: float = 8e-3
     warmup_steps: int = 30
     evaluations: int = 8
     validation_windows: int = 48
@@ -92,20 +93,13 @@ class DemoSettings:
     device: str = "auto"
     seed: int = 0
 
-    @property
-    def hope_options(self) -> dict[str, object]:
-        """Where Hope differs from the defaults: a continuum of one level, which learns every 32 tokens.
-
-        A chain of two narrower levels learns more slowly from so few tokens; docs/demo.md has the comparison.
-        """
-        return {"continuum_levels": [{"hidden_size": 7 * self.hidden_size // 2, "chunk_size": 32}]}
-
     def train_config(self, model: str) -> TrainConfig:
         """The options of a run of one of :data:`MODELS`; what makes a baseline is not in yet."""
         learning_rates = {
             "hope": self.hope_learning_rate,
             "transformer": self.transformer_learning_rate,
             "hope-attention": self.attention_learning_rate,
+            "gated-delta-net": self.gated_delta_net_learning_rate,
         }
         return TrainConfig(
             corpus=self.corpus,
@@ -114,10 +108,7 @@ class DemoSettings:
             hidden_size=self.hidden_size,
             layers=self.layers,
             heads=self.heads,
-            model_options={
-                "initializer_range": self.initializer_range,
-                **(self.hope_options if model == "hope" else {}),
-            },
+            model_options={"initializer_range": self.initializer_range},
             steps=self.steps,
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
@@ -154,8 +145,9 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
     hope = hope_config(hope_run, data.tokenizer.vocab_size, data.tokenizer.separator_id)
     configs = {
         "hope": hope,
-        "transformer": attention_baseline(hope, same_blocks=False),
-        "hope-attention": attention_baseline(hope),
+        "transformer": mixer_baseline(hope, same_blocks=False),
+        "hope-attention": mixer_baseline(hope),
+        "gated-delta-net": mixer_baseline(hope, "gated_delta_net"),
     }
     console.rule("[bold]2/5 training", align="left")
     jobs = []
@@ -265,6 +257,9 @@ def main(
     attention_learning_rate: Annotated[
         float, typer.Option(help="The peak of attention in Hope's blocks.")
     ] = _DEFAULT.attention_learning_rate,
+    gated_delta_net_learning_rate: Annotated[
+        float, typer.Option(help="Gated DeltaNet's peak.")
+    ] = _DEFAULT.gated_delta_net_learning_rate,
     longest: Annotated[int, typer.Option(help="Longest context of the profile.")] = max(_DEFAULT.lengths),
     longest_decode: Annotated[int, typer.Option(help="Longest context to decode after.")] = max(
         _DEFAULT.decode_after
@@ -276,7 +271,7 @@ def main(
     ] = _DEFAULT.device,
     seed: Annotated[int, typer.Option(help="Of weights, data order and sampling.")] = _DEFAULT.seed,
 ) -> None:
-    """Train a small Hope and attention models of equal size on real text, generate, and compare them.
+    """Train a small Hope and baselines of equal size on real text, generate, and compare them.
 
     Some four minutes on two cores with the defaults. Writes plots and a report (Markdown and HTML).
     """
@@ -296,6 +291,7 @@ def main(
             hope_learning_rate=hope_learning_rate,
             transformer_learning_rate=transformer_learning_rate,
             attention_learning_rate=attention_learning_rate,
+            gated_delta_net_learning_rate=gated_delta_net_learning_rate,
             warmup_steps=min(_DEFAULT.warmup_steps, steps - 1),
             lengths=(*tuple(n for n in _DEFAULT.lengths if n < longest), longest),
             decode_after=(*tuple(n for n in _DEFAULT.decode_after if n < longest_decode), longest_decode),

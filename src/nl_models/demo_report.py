@@ -123,9 +123,10 @@ def _content(result: DemoResult, folder: Path) -> list[_Block]:
     buckets = [PositionBucket(**bucket) for bucket in result.position["buckets"]]
     verdict = (
         f"Hope's validation loss is {hope.validation_loss:.4f} nats per token: "
-        f"{_against(hope, by_name['transformer'])} a plain transformer's, and "
+        f"{_against(hope, by_name['transformer'])} a plain transformer's, "
         f"{_against(hope, by_name['hope-attention'])} that of its own blocks with softmax attention in the "
-        "place of the memory. One seed each: a difference of about a hundredth may be chance."
+        f"place of the memory, and {_against(hope, by_name['gated-delta-net'])} that with Gated DeltaNet "
+        "there. One seed each: a difference of about a hundredth may be chance."
     )
     corpus = (
         settings["corpus"] or f"the sources and documentation topics of Python {result.machine['python']}"
@@ -157,10 +158,11 @@ def _content(result: DemoResult, folder: Path) -> list[_Block]:
             f"All models have {settings['layers']} layer(s) of width {settings['hidden_size']} with "
             f"{settings['heads']} heads. Hope's blocks have a short convolution, a self-modifying Titans "
             "memory (linear memories) with norm and gate, and a continuum of one MLP whose weights take a "
-            "step on what they read after every 32 tokens. The transformer has softmax attention (rotary "
-            "positions) and an MLP, without convolution and gate; hope-attention has Hope's blocks, "
-            "convolution and gate included, with the same attention in the place of the memory and a plain "
-            "MLP in that of the continuum. Their MLPs are as wide as it takes for an equal number of "
+            "step on what they read after every 32 tokens, towards what came next. The transformer has "
+            "softmax attention (rotary positions) and an MLP, without convolution and gate; hope-attention "
+            "has Hope's blocks, convolution and gate included, with the same attention in the place of the "
+            "memory and a plain MLP in that of the continuum; gated-delta-net has that memory there. Their "
+            "MLPs are as wide as it takes for an equal number of "
             "parameters (within 1 %)."
         ),
         _Text(

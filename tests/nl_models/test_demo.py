@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from nl_models.demo import fresh_folder, main
 from nl_models.hope import HopeConfig
-from nl_models.training.baseline import attention_baseline, parameter_count
+from nl_models.training.baseline import mixer_baseline, parameter_count
 
 APP = typer.Typer()
 APP.command()(main)
@@ -34,7 +34,12 @@ def demo(tmp_path_factory):
 def test_all_models_are_trained_on_the_same_tokens_with_as_many_parameters(demo):
     output, printed = demo
     result = json.loads((output / "demo.json").read_text())
-    assert [model["name"] for model in result["models"]] == ["hope-attention", "transformer", "hope"]
+    assert [model["name"] for model in result["models"]] == [
+        "gated-delta-net",
+        "hope-attention",
+        "transformer",
+        "hope",
+    ]
     hope = result["models"][-1]
     for model in result["models"]:
         assert model["tokens"] == 2 * 32
@@ -87,7 +92,7 @@ def test_the_baseline_has_as_many_parameters_over_many_sizes():
             memory_hidden_size=16,
         )  # fmt: skip
         for same_blocks in (True, False):
-            baseline = attention_baseline(config, same_blocks=same_blocks)
+            baseline = mixer_baseline(config, same_blocks=same_blocks)
             assert set(baseline.layer_types) == {"full_attention"}
             assert baseline.use_short_convolution == baseline.attention_output_gate == same_blocks
             assert abs(parameter_count(baseline) / parameter_count(config) - 1) < 0.01

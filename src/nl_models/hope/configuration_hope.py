@@ -84,8 +84,8 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
             ``None``: Triton kernels on CUDA where they serve the options, eager elsewhere.
         memory_initializer_range: standard deviation of the initial last layer of every memory.
         continuum_levels: the levels of the continuum memory system, fast to slow, as options of
-            :class:`nl_models.layers.continuum.LevelConfig`. By default a level of width ``hidden_size`` that
-            learns every 64 tokens, and a plain one twice as wide. A single level without ``chunk_size``
+            :class:`nl_models.layers.continuum.LevelConfig`. By default one level of width
+            3.5 ``hidden_size``, which learns every 32 tokens. A single level without ``chunk_size``
             is the MLP of a transformer. Rates and retention are filled in where they are not given.
         continuum_variant: how the levels are put together: ``"sequential"``, ``"nested"`` or
             ``"independent"``; see :func:`nl_kernels.continuum_memory`.
@@ -163,10 +163,8 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         if self.memory_rule is None:
             self.memory_rule = {}
         if self.continuum_levels is None:
-            self.continuum_levels = [
-                {"hidden_size": self.hidden_size, "chunk_size": 64},
-                {"hidden_size": 2 * self.hidden_size},
-            ]
+            width = 7 * self.hidden_size // 2
+            self.continuum_levels = [{"hidden_size": width, "chunk_size": 32, "key_projection": False}]
         self._check(kwargs)
         defaults = {name: getattr(LevelConfig, name) for name in _OLDER_LEVELS}
         self.continuum_levels = _filled_in(self.continuum_levels, defaults)

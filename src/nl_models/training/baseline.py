@@ -1,4 +1,4 @@
-"""The attention baselines of a Hope model: softmax attention, as many parameters."""
+"""The baselines of a Hope model: another mixer and a plain MLP, as many parameters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ def parameter_count(config: HopeConfig) -> int:
         return sum(parameter.numel() for parameter in HopeForCausalLM(config).parameters())
 
 
-def attention_baseline(config: HopeConfig, *, same_blocks: bool = True) -> HopeConfig:
-    """Softmax attention in the place of every memory, one plain MLP in the place of the continuum.
+def mixer_baseline(
+    config: HopeConfig, mixer: str = "full_attention", *, same_blocks: bool = True
+) -> HopeConfig:
+    """Another mixer in the place of every memory, one plain MLP in the place of the continuum.
 
     The MLP's width is what makes the parameter counts equal (within 1 %), so that the parameters of the
     memories buy the baseline a wider MLP.
 
     Args:
+        mixer: of ``HopeConfig.layer_types``: softmax attention by default.
         same_blocks: everything else stays, short convolution and output gate included (Hope-Attention with a
             static continuum). Otherwise the blocks are those of a plain transformer, without either.
 
@@ -36,7 +39,7 @@ def attention_baseline(config: HopeConfig, *, same_blocks: bool = True) -> HopeC
             values |= {"use_short_convolution": False, "attention_output_gate": False}
         return HopeConfig(
             **values,
-            layer_types="full_attention",
+            layer_types=mixer,
             continuum_levels=[{"hidden_size": width, "chunk_size": None}],
         )
 
@@ -47,7 +50,7 @@ def attention_baseline(config: HopeConfig, *, same_blocks: bool = True) -> HopeC
     count = parameter_count(baseline)
     if abs(count - wanted) > TOLERANCE * wanted:
         raise ValueError(
-            f"no attention baseline of {wanted:,} parameters: the nearest has {count:,}, more than 1 % away"
+            f"no {mixer} baseline of {wanted:,} parameters: the nearest has {count:,}, more than 1 % away"
         )
     return baseline
 

@@ -84,7 +84,7 @@ def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor, rates_of_tok
     check_bool(f"{name}.predict_next", level.predict_next)
     if level.predict_next and level.chunk_size == 1:
         raise ValueError(
-            f"{name}.chunk_size: no token of a chunk of 1 has a next one; expected at least 2 with predict_next"
+            f"{name}.chunk_size: expected at least 2 with predict_next, got 1: no token has a next one"
         )
     check_decay(f"{name}.momentum_decay", level.momentum_decay)
     for part in ("key", "value"):

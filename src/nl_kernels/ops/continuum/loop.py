@@ -180,10 +180,9 @@ def _placed(
         rates = grid.rates[:, : steps * size]
         if level.predict_next:
             inputs, rates = _ahead(inputs, size), _ahead(rates, size)
-        if exact:
-            targets = _targets(level, inputs)
-        else:  # made of inputs, which are what is read where there are none
-            targets = inputs if level.predict_next else inputs[:, :head]
+        elif not exact:
+            inputs = inputs[:, :head]  # the others are what is read
+        targets = _targets(level, inputs) if exact else inputs
         parts = [in_chunks(t, 0, size) for t in (keys, targets, rates)]
     stops = [*range(size, length, size), length]
     chunks = [Chunk(*each) for each in itertools.zip_longest(*parts, range(len(stops)), stops)]

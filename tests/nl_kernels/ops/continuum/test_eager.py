@@ -423,7 +423,10 @@ BAD_CALLS = {
     r"levels\[0\].retention: expected shape": (ValueError, with_level(retention=torch.ones(2))),
     r"levels\[0\].restore_norms": (TypeError, with_level(restore_norms=1)),
     r"levels\[0\].predict_next": (TypeError, with_level(predict_next=1)),
-    r"levels\[0\].chunk_size: no token": (ValueError, with_level(chunk_size=1, predict_next=True)),
+    r"levels\[0\].chunk_size: expected at least 2 with predict": (
+        ValueError,
+        with_level(chunk_size=1, predict_next=True),
+    ),
     "variant": (ValueError, lambda c: c.update(variant="parallel")),
     "level_weights: of variant": (ValueError, lambda c: c.update(level_weights=torch.ones(2))),
     "level_weights: expected shape": (
