@@ -9,8 +9,8 @@ from torch import nn
 
 from nl_models import HopeConfig, HopeForCausalLM, HopeModel
 
-# A continuum of one level; what a projection of keys would cost goes into its width.
-LEARNING = {"chunk_size": 16, "initial_rate": 1.0, "key_projection": False}
+# A continuum as by default: of one level, all of which learns.
+LEARNING = {"chunk_size": 32, "key_projection": False}
 
 # What each is, as fields of HopeConfig; an LSTM is not Hope's. `hope` sets the number of parameters.
 MODELS: dict[str, dict[str, object]] = {
