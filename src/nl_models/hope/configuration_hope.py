@@ -175,8 +175,8 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         """A config of one of the :data:`PRESETS`: "tiny", "340m", "760m" or "1.3b".
 
         The paper has no table of Hope's sizes; these are the depths, widths, heads and vocabulary of its
-        family's. Everything else is the default, save that from "340m" on both levels of the continuum are as
-        wide as the model, which makes the parameter counts what the names say.
+        family's. Everything else is the default, save that from "340m" on the continuum is 2.5 times as wide
+        as the model, which makes the parameter counts what the names say, and learns every 64 tokens.
 
         Args:
             name: of the preset.
@@ -188,8 +188,8 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         check_choice("name", name, tuple(PRESETS))
         fields = {**PRESETS[name], **overrides}
         if name != "tiny":
-            width = fields["hidden_size"]
-            levels = [{"hidden_size": width, "chunk_size": 64}, {"hidden_size": width}]
+            width = 5 * fields["hidden_size"] // 2
+            levels = [{"hidden_size": width, "chunk_size": 64, "key_projection": False}]
             fields.setdefault("continuum_levels", levels)
         return cls(**fields)
 
