@@ -8,6 +8,7 @@ the RMS norm. Level ℓ takes one step after every C_ℓ tokens, on the tokens o
 
 δ is the error signal at a layer's output and x its input. The loss is the level's own: ½‖f(k_t) − v_t‖² with
 keys k_t = n(key u_t) and targets v_t = value u_t: trained projections of what the MLP reads, u_t = n(x_t).
+A level that predicts has v_t = value u_{t+1}: what a key finds later is what came after it.
 Between two steps a level is an ordinary MLP, so a whole chunk goes through it at once. What it learned in a
 sequence belongs to that sequence, and each step pulls it back a little to the trained weights W_0. In the
 nested variant (Eq. 72) a level starts anew whenever the next slower one steps.
@@ -41,7 +42,8 @@ def gradients(up, down, k, v):
 def run_level(x, level, weights, restart_every=None):
     """f(n(x)) [B, T, D] of one level, and its fast weights (up [B, H, D], down [B, D, H]) after x.
 
-    A level is a dict: norm [D], up [H, D], down [D, H], key and value [D, D], chunk_size, rate, retention.
+    A level is a dict: norm [D], up [H, D], down [D, H], key and value [D, D], chunk_size, rate, retention,
+    predict_next.
     """
     up, down = weights
     outputs, tokens = [], 0
@@ -50,7 +52,8 @@ def run_level(x, level, weights, restart_every=None):
         outputs.append(F.gelu(u @ up.mT) @ down.mT)
         if chunk.shape[1] < level["chunk_size"]:
             break  # the last tokens do not fill a chunk: no step
-        d_up, d_down = gradients(up, down, rms_norm(u @ level["key"].mT), u @ level["value"].mT)
+        k, v = rms_norm(u @ level["key"].mT), u @ level["value"].mT
+        d_up, d_down = gradients(up, down, *((k[:, :-1], v[:, 1:]) if level["predict_next"] else (k, v)))
         forget = 1 - level["retention"]
         up = up - level["rate"] * d_up - forget * (up - level["up"])  # Eq. 71
         down = down - level["rate"] * d_down - forget * (down - level["down"])
@@ -89,6 +92,7 @@ def main():
             "chunk_size": size,
             "rate": 0.5 / (D * size),  # a step of 0.5 on a chunk of one repeated token, whatever its size
             "retention": retention,
+            "predict_next": False,  # the words of a subject come in any order
         }
         for size, retention in zip(sizes, (0.7, 0.95))
     ]

@@ -127,6 +127,7 @@ def test_continuum_memory(nested):
             "chunk_size": size,
             "rate": draw(of=lambda r: 0.02 * r.exp()),
             "retention": draw(of=torch.sigmoid),
+            "predict_next": size == 4,
         }
         for size in (4, 12)
     ]
