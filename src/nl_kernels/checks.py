@@ -106,18 +106,21 @@ def check_mask(mask: object, shape: tuple[int, ...], like: torch.Tensor) -> None
         raise ValueError(f"mask: expected a tensor on {like.device}, got one on {mask.device}")
 
 
-def check_sequences(mask: object, cu_seqlens: object, like: torch.Tensor) -> int:
-    """Check how the tokens of ``like`` [B, T, ..] are sequences; the number of sequences."""
-    batch, length = like.shape[:2]
+def check_sequences(mask: object, cu_seqlens: object, like: torch.Tensor, *, one: bool = False) -> int:
+    """Check how the tokens of ``like`` [B, T, ..] are sequences, or ``one`` token of each, [B, ..].
+
+    Returns the number of sequences.
+    """
+    batch, *length = like.shape[: 1 if one else 2]
     if cu_seqlens is not None:
         if batch != 1:
             raise ValueError(f"cu_seqlens: packed input needs B = 1, got {batch}")
         if mask is not None:
             raise ValueError("mask: not together with cu_seqlens; packed input has no padding")
-        check_cu_seqlens(cu_seqlens, length, like)
+        check_cu_seqlens(cu_seqlens, *length, like)
         return len(cu_seqlens) - 1
     if mask is not None:
-        check_mask(mask, (batch, length), like)
+        check_mask(mask, (batch, *length), like)
     return batch
 
 

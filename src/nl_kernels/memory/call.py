@@ -22,7 +22,6 @@ from nl_kernels.memory.state import (
     beginning,
     cast,
     map_tensors,
-    overwritten,
     tensors_in,
     weights_in,
 )
@@ -146,7 +145,7 @@ def run_step(
             raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
         (*tokens, momentum), mask = one_token(tensors, mask)
         o, after = op(*tokens, momentum=momentum, mask=mask, initial_state=state, output_final_state=True)
-        return o.squeeze(1), overwritten(state, after) if inplace else after
+        return o.squeeze(1), map_tensors(torch.Tensor.copy_, state, after) if inplace else after
     check_step_dtype(state, tensors, leaves)
     if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
         mask = None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from nl_kernels.checks import state_dtype
 from nl_kernels.chunk_alignment import ChunkGrid
+from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.bank import Bank, Call
 from nl_kernels.memory.kernels.launch import Inputs, Options, checkpoint_interval, limits_of, precision_of
 from nl_kernels.memory.kernels.operator import learn
-from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.memory.state import tensors_in, weights_in
+from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.triton_support.targets import architecture_of
 
 
@@ -58,6 +61,42 @@ def unsupported(
                 f"{what} of {kind} memories up to {widest} wide, got {size}"
             )
     return None
+
+
+def choose(
+    op: str,
+    impl: str | None,
+    name: str,
+    tokens: tuple[torch.Tensor | None, ...],
+    weights: tuple,
+    state: tuple | None,
+    rule: MemoryRule,
+    chunk: int,
+) -> str:
+    """The implementation of a checked call of ``op``.
+
+    Args:
+        name: of the tokens, in messages.
+        tokens: of the op, the first three with widths, the last one its momentum.
+        weights: of a memory that is given its targets, or of several that make them.
+    """
+    memory = weights if isinstance(weights, DeepMemoryWeights) else weights[0]
+    device = tokens[0].device
+
+    def refused() -> str | None:
+        return unsupported(
+            name,
+            rule=rule,
+            dtype=state_dtype(*tokens, *tensors_in(weights), *weights_in(state)),
+            width=max(x.shape[-1] for x in tokens[:3]),
+            hidden=None if memory.outer is None else memory.inner.shape[-2],
+            chunk=chunk,
+            momentum=tokens[-1] is not None,
+            self_made=memory is not weights,
+            architecture=architecture_of(device),
+        )
+
+    return choose_implementation(op, impl, device, unsupported=refused)
 
 
 def learn_on_grid(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 
 from nl_kernels.memory.hidden import Activated, activated, error_signal, length_factor
+from nl_kernels.memory.state import map_tensors
 from nl_kernels.memory.step import Gates, advance, refreshed, write_token
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule, l2_normalize
 from nl_kernels.ops.self_modifying.state import (
     MemoryStack,
     SelfModifyingState,
     SelfModifyingWeights,
-    map_stack,
     stack_memories,
 )
 
@@ -95,7 +95,7 @@ def _base(snapshot: MemoryStack, weights: SelfModifyingWeights, rule: MemoryRule
                     for m in weights
                 )
             )
-        snapshot = map_stack(_add, stack_memories(weights), snapshot)
+        snapshot = map_tensors(_add, stack_memories(weights), snapshot)
     return _rows(snapshot)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from nl_kernels import MemoryRule, self_modifying_memory
 from nl_kernels.memory.kernels.launch import Inputs
-from nl_kernels.ops.self_modifying.state import map_stack
+from nl_kernels.memory.state import map_tensors
 from nl_kernels.testing import relative_error, self_modifying_inputs, tensors_of
 from tests.nl_kernels.bank_calls import assert_calls_fill_their_buffers, assert_operators_pass_opcheck
 from tests.nl_kernels.budgets import RoundedProducts
@@ -151,7 +151,7 @@ def test_padding_resumed_apart(hidden, clocks):
         **tokens(inputs, 0, 4, SHARED), **options, mask=MASK[:, :4], output_final_state=True, impl="eager"
     )
     # A snapshot of its own also where a clock has just struck: there it is the running state otherwise.
-    state = state._replace(snapshot=map_stack(lambda x: 1.25 * x, state.snapshot))
+    state = state._replace(snapshot=map_tensors(lambda x: 1.25 * x, state.snapshot))
     inputs["initial_state"] = leaves_like(state)
     assert_kernels_within_budget(inputs, mask=MASK, **options)
     if clocks == (4, 2):
