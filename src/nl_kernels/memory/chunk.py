@@ -283,7 +283,7 @@ def _layer_inputs(
         erase = erase_matrices(erased, rate, each(prepared.coefficients.decay.strict))
         gram = None if tokens.momentum is None else gram
     whole = LayerInput(keys.value, None, rate, coefficients, erase, gram, share)
-    return [first, *(part._replace(signal=e) for part, e in zip(_split_input(layout, whole), errors))]
+    return [first, *(part._replace(signal=e) for part, e in zip(_by_last_layer(whole, layout), errors))]
 
 
 def _each_coefficients(layout: Layout, coefficients: Coefficients) -> Coefficients:
@@ -297,29 +297,11 @@ def _each_coefficients(layout: Layout, coefficients: Coefficients) -> Coefficien
     )
 
 
-def _split_input(layout: Layout, whole: LayerInput) -> list[LayerInput]:
-    """By last layer."""
-    count = len(layout.split(whole.x))
-    if count == 1:
-        return [whole]
-
-    def cut(x: torch.Tensor | None) -> list:
-        return [None] * count if x is None else layout.split(x)
-
-    coefficients = whole.coefficients.map(cut)
-    erases = [None] * count if whole.erase is None else [Erase(*p) for p in zip(*map(cut, whole.erase))]
-    return [
-        LayerInput(
-            cut(whole.x)[i],
-            None,
-            cut(whole.rate)[i],
-            coefficients.map(lambda part, i=i: part[i]),
-            erases[i],
-            cut(whole.gram)[i],
-            cut(whole.share)[i],
-        )
-        for i in range(count)
-    ]
+def _by_last_layer(value, layout: Layout) -> list:
+    """Nested tuples of tensors, of all memories along the batch, by last layer."""
+    if value is None or isinstance(value, torch.Tensor):
+        return [None] * (1 + layout.self_made) if value is None else layout.split(value)
+    return [type(value)(*parts) for parts in zip(*(_by_last_layer(part, layout) for part in value))]
 
 
 def read_layers(

@@ -10,7 +10,7 @@ from nl_kernels import (
     deep_memory,
     self_modifying_memory,
 )
-from nl_kernels.testing import deep_memory_inputs, self_modifying_inputs
+from tools.op_inputs import deep_memory_inputs, self_modifying_inputs
 
 INPUTS = deep_memory_inputs(2, 5, 2, 3, 4)
 _, STATE = deep_memory(**INPUTS, chunk_size=4, output_final_state=True)

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory
+from nl_kernels.doctor import tensors_of
 from nl_kernels.memory.kernels.launch import Inputs
 from nl_kernels.ops.deep_memory import DeepMemoryState
-from nl_kernels.testing import deep_memory_inputs, tensors_of
 from tests.nl_kernels.bank_calls import assert_calls_fill_their_buffers, assert_operators_pass_opcheck
 from tests.nl_kernels.budgets import RoundedProducts, assert_within_budget
 from tools.catalogue.memories import options_of
+from tools.op_inputs import deep_memory_inputs
 
 pytestmark = pytest.mark.interpreter
 

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nl_kernels import MemoryRule, SelfModifyingWeights, self_modifying_memory
+from nl_kernels.doctor import tensors_of
 from nl_kernels.memory import chunk_adjoint, generate
-from nl_kernels.testing import self_modifying_inputs, tensors_of
 from tests.nl_kernels.chunked_memories import (
     assert_autocast_changes_no_backward_pass,
     assert_same,
@@ -21,6 +21,7 @@ from tests.nl_kernels.chunked_memories import (
     results,
     tokens,
 )
+from tools.op_inputs import self_modifying_inputs
 
 DEFAULT, LITERAL = MemoryRule(), MemoryRule.literal()
 RULES = {

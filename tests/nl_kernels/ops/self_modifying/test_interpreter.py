@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from nl_kernels import MemoryRule, self_modifying_memory
+from nl_kernels.doctor import relative_error, tensors_of
 from nl_kernels.memory.kernels.launch import Inputs
 from nl_kernels.memory.state import map_tensors
-from nl_kernels.testing import relative_error, self_modifying_inputs, tensors_of
 from tests.nl_kernels.bank_calls import assert_calls_fill_their_buffers, assert_operators_pass_opcheck
 from tests.nl_kernels.budgets import RoundedProducts
 from tests.nl_kernels.chunked_memories import at_rates_up_to_two, leaves_like, tokens
 from tools.catalogue.memories import options_of
+from tools.op_inputs import self_modifying_inputs
 
 pytestmark = pytest.mark.interpreter
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from nl_kernels import MemoryRule, SelfModifyingWeights, self_modifying_memory
 from nl_kernels.ops.self_modifying.state import unstack_memories
-from nl_kernels.testing import self_modifying_inputs
+from tools.op_inputs import self_modifying_inputs
 
 PLAIN = MemoryRule(anchored=False, error_bound=None, erase="none")
 NAMES = SelfModifyingWeights._fields
