@@ -100,7 +100,6 @@ def _self_modifying_memory(length: int, width: int, hidden: int | None) -> dict:
         "rate_bias": draw.normal(2),
         "retention_bias": 2 + draw.uniform(2),
     }
-    inputs["retention_bias"] = 2 + draw.uniform(2)
     outs = (width, width, width, 1, 1)
     return inputs | {"weights": SelfModifyingWeights(*(draw.memory(width, hidden, out) for out in outs))}
 
