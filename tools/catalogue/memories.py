@@ -110,7 +110,8 @@ def inputs_of(
     first = None if hidden is None else unallocated(banks, memories * hidden, width)
     bank = first, unallocated(banks, outputs, hidden or width)
     spans = unallocated(batch, 3, dtype=torch.int64) if apart else None
-    return Inputs(*given, spans, *bank, *bank, *(bank if rule.anchored else (None, None)))
+    anchor = bank if rule.anchored else (None, None)
+    return Inputs.of((*given, spans, *bank, *bank, *anchor))
 
 
 def calls_of(inputs: Inputs, options: Options) -> list[KernelCall]:

@@ -8,8 +8,9 @@ from nl_kernels.checks import state_dtype
 from nl_kernels.chunk_alignment import ChunkGrid
 from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.bank import Bank, Call
+from nl_kernels.memory.kernels.arguments import Tokens
 from nl_kernels.memory.kernels.launch import Inputs, Options, checkpoint_interval, limits_of, precision_of
-from nl_kernels.memory.kernels.operator import learn
+from nl_kernels.memory.kernels.operator import Learn
 from nl_kernels.memory.state import tensors_in, weights_in
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.triton_support.targets import architecture_of
@@ -121,7 +122,7 @@ def learn_on_grid(
         tokens = [None if x is None else grid.alignment.gather(x) for x in tokens]
         spans = torch.stack([torch.zeros_like(grid.begin), grid.begin, grid.stop], 1)
         offset, slots = 0, tokens[0].shape[1]
-    inputs = Inputs(*tokens, *call.gates, spans, *call.running, *call.snapshot, *call.anchor)
+    inputs = Inputs(Tokens(*tokens, *call.gates, spans), call.running, call.snapshot, call.anchor)
     architecture = architecture_of(call.query.device)
     options = Options.of(
         rule,
@@ -135,7 +136,15 @@ def learn_on_grid(
         slots=slots,
         architecture=architecture,
     )
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.tensors):
         numbers = sum(x.numel() for x in call.running if x is not None)
         options = options._replace(checkpoint_every=checkpoint_interval(options, checkpoint_every, numbers))
-    return *learn(inputs, options), None
+        found = Learn.apply(*inputs.tensors, *options)
+    else:
+        found = torch.ops.nl_kernels.memory_forward(*inputs.tensors, *options)
+    o, *weights = found
+    running, snapshot = (
+        Bank(None if call.running.first is None else first, last)
+        for first, last in (weights[:2], weights[2:4])
+    )
+    return o, running, snapshot, None

@@ -202,7 +202,7 @@ def bank_inputs(hidden):
     bank = layers if hidden else [None, layers[0]]
     banks = [None if w is None else w.clone() for w in (*bank, *bank, *bank)]
     options = options_of(torch.float32, MemoryRule(), C, 9, "sm_90", read="running", offset=2)
-    return Inputs(*tokens, *[None] * 4, *banks), options._replace(checkpoint_every=2)
+    return Inputs.of((*tokens, *[None] * 4, *banks)), options._replace(checkpoint_every=2)
 
 
 @pytest.mark.parametrize("hidden", [12, None], ids=["two layers", "linear"])
