@@ -50,12 +50,12 @@ def check_positive_int(name: str, value: object) -> None:
 def check_range(name: str, value: torch.Tensor, low: float, high: float, *, closed_high: bool = True) -> None:
     """Check that every element is in [low, high] (or [low, high)); NaN never is.
 
-    Reads the values, so on an accelerator it waits for the device: callers run it on CPU tensors, or when
-    the user asks for it. Skipped for tensors without data (fake or functorch tensors).
+    On the CPU alone, as reading values elsewhere waits for the device; not of tensors without data (fake or
+    functorch tensors).
     """
-    if not has_readable_data(value) or value.numel() == 0:
+    if value.device.type != "cpu" or not has_readable_data(value) or value.numel() == 0:
         return
-    if value.numel() <= 16 and value.device.type == "cpu":  # one pass in Python costs less than two kernels
+    if value.numel() <= 16:  # one pass in Python costs less than two kernels
         values = value.flatten().tolist()
         if all(low <= x <= high and (closed_high or x < high) for x in values):
             return

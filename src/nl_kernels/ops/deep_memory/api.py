@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
 from nl_kernels.checks import (
     check_positive_int,
+    check_range,
     check_sequences,
     check_tensor,
     check_tokens,
@@ -17,7 +19,6 @@ from nl_kernels.memory.kernels.call import choose
 from nl_kernels.memory.state import check_state
 from nl_kernels.memory_checks import (
     check_error_at,
-    check_gates,
     check_memory,
     check_own_memory,
     check_rule,
@@ -178,15 +179,16 @@ def _check(tokens, weights, rule, read, chunk_size, state_name, state, mask, cu_
     check_tensor("k", k, q.shape, like=q)
     out = v.shape[-1] if isinstance(v, torch.Tensor) and v.ndim == q.ndim else width
     check_tensor("v", v, (*lead, out), like=q)
-    for name, x in (("rate", rate), ("log_decay", log_decay), ("momentum", momentum)):
+    numbers = (("rate", rate, 0.0, math.inf), ("log_decay", log_decay, -math.inf, 0.0))
+    for name, x, low, high in (*numbers, ("momentum", momentum, 0.0, 1.0)):
         if x is not None or name != "momentum":
             check_tensor(name, x, lead, like=q)
+            if not one:
+                check_range(name, x, low, high, closed_high=name == "log_decay")
     check_rule(rule, read)
     if rule.residual and out != width:
         raise ValueError(f"v: a rule with a residual needs width {width} as the keys, got {out}")
     check_positive_int("chunk_size", chunk_size)
-    if not one:
-        check_gates(rate, log_decay, momentum)
     batch = check_sequences(mask, cu_seqlens, q, one=one)
     heads = lead[-1]
     check_memory("weights", weights, batch, heads, width, out, q)

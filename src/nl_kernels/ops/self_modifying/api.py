@@ -124,8 +124,7 @@ def self_modifying_memory(
     parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
     _check(tokens, weights, rule, read, clocks, parameters, "initial_state", initial_state, mask, cu_seqlens)
     parameters = {name: head_parameter(value, query) for name, value in parameters.items()}
-    if query.device.type == "cpu":
-        check_range("rate_max", parameters["rate_max"], 0.0, 2.0)
+    check_range("rate_max", parameters["rate_max"], 0.0, 2.0)
     options = {
         "rule": rule,
         "read": read,

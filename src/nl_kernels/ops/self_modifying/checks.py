@@ -36,7 +36,7 @@ def check_inputs(inputs: tuple, one: bool) -> None:
     for name, x, most in (("write_scale", write_scale, math.inf), ("momentum", momentum, 1.0)):
         if x is not None:
             check_tensor(name, x, query.shape[:-1], like=query)
-            if not one and x.device.type == "cpu":
+            if not one:
                 check_range(name, x, 0.0, most, closed_high=False)
 
 
