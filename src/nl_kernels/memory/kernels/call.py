@@ -43,8 +43,6 @@ def unsupported(
         return "rule.erase: the Triton kernels take 'per_layer' and 'none', got 'input'"
     if rule.proximal and rule.erase != "none":
         return "rule.proximal: the Triton kernels take η as the rate alone"
-    if self_made and not (rule.projection_residual and rule.target_residual):
-        return "rule: the Triton kernels have projection_residual and target_residual always"
     longest, widest = limits_of(
         self_made=self_made, linear=hidden is None, chunk=chunk, architecture=architecture
     )

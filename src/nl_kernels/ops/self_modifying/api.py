@@ -76,7 +76,7 @@ def self_modifying_memory(
     Args:
         query, key_input, value_input, gate_input: [B, T, H, D]; the query is l2-normalised here.
         weights: initial states of the five memories, [H, ..] shared or [B, H, ..] by sequence, which are also
-            the anchor of an anchored rule. They must not be zero for a linear memory to learn anything.
+            the anchor of an anchored rule.
         chunk_size: tokens between boundaries of ``weights.memory``.
         generator_chunk_size: the same for the other four; default ``chunk_size``. One of the two must be a
             multiple of the other.

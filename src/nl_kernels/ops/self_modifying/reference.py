@@ -66,7 +66,7 @@ def self_modifying_memory_reference(
         base = unstack_memories(map_tensors(torch.add, anchor, snapshot))
 
         def project(memory: DeepMemoryWeights, x: torch.Tensor) -> torch.Tensor:
-            return memory_output(memory, x, rule) + (x if rule.projection_residual else 0)
+            return memory_output(memory, x, rule) + x
 
         k = l2_normalize(project(base.key, key_input[:, t]))
         v = project(base.value, value_input[:, t])
@@ -81,9 +81,9 @@ def self_modifying_memory_reference(
         for name, memory, fixed, layers in parts:
             is_gate = name in ("rate", "retention")
             target = memory_output(memory, v, rule)
-            if rule.target_residual and not is_gate:
+            if not is_gate:
                 target = target + v
-            residual = not is_gate and (rule.residual if name == "memory" else rule.projection_residual)
+            residual = not is_gate and (name != "memory" or rule.residual)
             error = memory_error(memory, fixed, k, target, rule, residual)
             if write_scale is not None and name == "memory":
                 error = error * write_scale[:, t, :, None]

@@ -130,7 +130,7 @@ def test_memories_of_two_layers_have_no_errors_at_the_anchor():
             op(**inputs, chunk_size=2, rule=MemoryRule(error_at="anchor"))
 
 
-@pytest.mark.parametrize("name", ["anchored", "proximal", "residual", "normalize_hidden", "target_residual"])
+@pytest.mark.parametrize("name", ["anchored", "proximal", "residual", "normalize_hidden"])
 def test_what_is_true_or_false_is_a_bool(name):
     with pytest.raises(TypeError, match=f"{name}: expected a bool, got str"):
         MemoryRule(**{name: "false"})

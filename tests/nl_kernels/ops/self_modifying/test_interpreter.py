@@ -212,7 +212,6 @@ def test_16_bit_inputs():
         ({"momentum": 0.5 * torch.ones(1, 2, 1)}, "momentum: .* have none; use impl='eager'"),
         ({"rule": MemoryRule(erase="input")}, "rule.erase: .* got 'input'"),
         ({"rule": MemoryRule.literal()}, "rule.proximal"),
-        ({"rule": MemoryRule(target_residual=False)}, "target_residual always"),
         ({"detach_targets": False}, "the reference alone"),
         ({"chunk_size": 33}, "of linear memories take chunks up to 32, got 33; use impl='eager'"),
         ({**make(2, 5), "chunk_size": 17}, "of two-layer memories take chunks up to 16, got 17"),

@@ -23,7 +23,7 @@ RULES = {
     "literal": MemoryRule.literal(),
     "gelu, not anchored, not bounded": MemoryRule(activation="gelu", anchored=False, error_bound=None),
     "input": MemoryRule(erase="input", proximal=True, residual=True, error_bound=0.3),
-    "titans": MemoryRule(erase="none", projection_residual=False, target_residual=False, momentum="sum"),
+    "titans": MemoryRule(erase="none", momentum="sum"),
 }
 SHARED = ("weights", "rate_max", "rate_bias", "retention_bias")
 
