@@ -97,13 +97,21 @@ def check_tokens(name: str, x: object, axes: str) -> None:
 
 def check_mask(mask: object, shape: tuple[int, ...], like: torch.Tensor) -> None:
     """Check that ``mask`` is bool, of ``shape`` ([B, T], or [B] for one token), on the device of ``like``."""
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        came = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise TypeError(f"mask: expected a bool tensor (True = real token), got {came}")
-    if mask.shape != shape:
-        raise ValueError(f"mask: expected shape {tuple(shape)}, got {tuple(mask.shape)}")
-    if mask.device != like.device:
-        raise ValueError(f"mask: expected a tensor on {like.device}, got one on {mask.device}")
+    check_exact("mask", mask, "a bool tensor (True = real token)", torch.bool, shape, like)
+
+
+def check_exact(
+    name: str, value: object, kind: str, dtype: torch.dtype, shape: Sequence[int], like: torch.Tensor
+) -> None:
+    """Check that ``value`` is a tensor of no other ``dtype``; ``kind``: what messages call that."""
+    if not isinstance(value, torch.Tensor) or value.dtype != dtype:
+        came = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected {kind}, got {came}")
+    if value.shape != tuple(shape) or value.device != like.device:
+        raise ValueError(
+            f"{name}: expected shape {tuple(shape)} on {like.device}, "
+            f"got {tuple(value.shape)} on {value.device}"
+        )
 
 
 def check_sequences(mask: object, cu_seqlens: object, like: torch.Tensor, *, one: bool = False) -> int:
@@ -126,14 +134,7 @@ def check_sequences(mask: object, cu_seqlens: object, like: torch.Tensor, *, one
 
 def check_position(name: str, position: object, batch: int, period: int, like: torch.Tensor) -> None:
     """Check the tokens since the last boundary: [B] int64, below ``period``."""
-    if not isinstance(position, torch.Tensor) or position.dtype != torch.int64:
-        came = position.dtype if isinstance(position, torch.Tensor) else type(position).__name__
-        raise TypeError(f"{name}: expected an int64 tensor, got {came}")
-    if position.shape != (batch,) or position.device != like.device:
-        raise ValueError(
-            f"{name}: expected shape {(batch,)} on {like.device}, "
-            f"got {tuple(position.shape)} on {position.device}"
-        )
+    check_exact(name, position, "an int64 tensor", torch.int64, (batch,), like)
     if position.device.type != "cpu" or not has_readable_data(position):
         return
     for place in position.tolist():

@@ -112,16 +112,15 @@ def learn_on_grid(
 ) -> tuple[torch.Tensor, Bank, Bank, None]:
     """As :func:`nl_kernels.memory.call.learn_on_grid`, by the kernels; they have no velocity."""
     period, chunk = max(chunk_size, generator_chunk_size), min(chunk_size, generator_chunk_size)
-    tokens = call[:6]
-    spans, offset, slots = None, grid.offset, grid.offset + call.query.shape[1]
+    length = call.tokens.query.shape[1]
+    spans, offset, slots = None, grid.offset, grid.offset + length
     if grid.single:
         spans, offset, slots = torch.stack([grid.begin, grid.begin, grid.stop], 1), 0, period
     elif grid.alignment is not None:
-        tokens = [None if x is None else grid.alignment.gather(x) for x in tokens]
         spans = torch.stack([torch.zeros_like(grid.begin), grid.begin, grid.stop], 1)
-        offset, slots = 0, tokens[0].shape[1]
-    inputs = Inputs(Tokens(*tokens, *call.gates, spans), call.running, call.snapshot, call.anchor)
-    architecture = architecture_of(call.query.device)
+        offset, slots = 0, length
+    inputs = Inputs(Tokens(*call.tokens[:6], *call.gates, spans), call.running, call.snapshot, call.anchor)
+    architecture = architecture_of(call.tokens.query.device)
     options = Options.of(
         rule,
         read=read,
