@@ -19,9 +19,10 @@ from benchmarks import peers
 from benchmarks.baselines import decode_case, forward_backward, stream_of
 from benchmarks.harness import Case, Factories, Provider
 from benchmarks.measure import Work, random_tensors
+from nl_kernels.doctor import tensors_of
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory import DeepMemoryState, deep_memory, deep_memory_step
-from nl_kernels.testing import deep_memory_inputs, tensors_of
+from tools.op_inputs import deep_memory_inputs
 
 EAGER_LIMIT = 8192  # beyond, its loop over chunks takes seconds for the launches of its kernels alone
 KERNEL_CHUNK = 16  # the cases with larger ones are too large for the kernels, so that their default is eager

@@ -20,7 +20,7 @@ from benchmarks.baselines import (
 from benchmarks.harness import COMPILED, Case, Factories, Provider
 from benchmarks.measure import Work, random_tensors
 from nl_kernels.ops.delta_memory import delta_memory, delta_memory_step, eager
-from nl_kernels.testing import delta_memory_inputs, to_float64
+from tools.op_inputs import delta_memory_inputs, to_float64
 
 TOKENS = ("q", "k", "v", "log_decay", "erase")
 CHUNK = 64

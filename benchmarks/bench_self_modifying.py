@@ -20,6 +20,7 @@ from benchmarks import peers
 from benchmarks.baselines import decode_case, forward_backward, stream_of
 from benchmarks.harness import Case, Factories, Provider
 from benchmarks.measure import Work, random_tensors
+from nl_kernels.doctor import tensors_of
 from nl_kernels.memory_rule import DeepMemoryWeights
 from nl_kernels.ops.self_modifying import (
     SelfModifyingState,
@@ -27,7 +28,7 @@ from nl_kernels.ops.self_modifying import (
     self_modifying_memory,
     self_modifying_memory_step,
 )
-from nl_kernels.testing import self_modifying_inputs, tensors_of
+from tools.op_inputs import self_modifying_inputs
 
 EAGER_LIMIT = 8192  # beyond, its loop over chunks takes seconds for the launches of its kernels alone
 KERNEL_CHUNK = 16  # the cases with larger ones are too large for the kernels, so that their default is eager

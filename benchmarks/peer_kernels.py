@@ -16,9 +16,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nl_kernels.ops.delta_memory.catalogue import catalogue
-from nl_kernels.triton_support.ahead_of_time import compile_call, unallocated
 from nl_kernels.triton_support.kernel_call import KernelCall
+from tools.ahead_of_time import compile_call
+from tools.catalogue import unallocated
+from tools.catalogue.delta_memory import catalogue
 from tools.kernel_resources import Resources, resources_of
 
 _TARGET = "sm_90"

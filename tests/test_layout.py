@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tools.catalogue import CATALOGUES
+
 ROOT = Path(__file__).parent.parent
 OPS = sorted(p for p in (ROOT / "src/nl_kernels/ops").iterdir() if p.is_dir() and p.name != "__pycache__")
 REQUIRED = {"__init__.py", "api.py", "reference.py", "README.md"}
 # The roles that ops share. What an op has beside them is named on its own page.
-ROLES = REQUIRED | {"eager.py", "launch.py", "registration.py", "catalogue.py", "state.py", "checks.py"}
+ROLES = REQUIRED | {"eager.py", "launch.py", "registration.py", "state.py", "checks.py"}
 PREFIXES = ("eager_", "triton_")  # a part of the PyTorch path, and of the kernels
 MEMORIES = ("deep_memory", "self_modifying")  # their PyTorch path and their kernels are the engine's
 
@@ -45,6 +47,10 @@ def test_each_op_has_tests_and_a_benchmark(op):
     assert (tests / "test_reference.py").is_file()
     assert (tests / "test_eager.py").is_file()
     assert (ROOT / "benchmarks" / f"bench_{op.name}.py").is_file()
+
+
+def test_kernels_of_each_op_are_compiled_ahead_of_time():
+    assert set(CATALOGUES) == {op.name for op in OPS}
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda p: p.name)
@@ -111,7 +117,7 @@ def test_the_map_names_every_folder_and_module_of_the_packages_and_every_example
     assert tested >= {f"test_{path.name}" for path in (ROOT / "evaluations/tasks").glob("[!_]*.py")}
 
 
-LINES = {"nl_kernels": 16_600, "the two memories and their engine": 7_600}
+LINES = {"nl_kernels": 15_800, "the two memories and their engine": 7_320}
 LONGEST = {"file": 400, "function": 120, "kernel parameters": 30}
 # delta_memory's, older than the budget and good: not cut up for a number.
 EXCEPTED = {"state_gradients_kernel"}

@@ -16,8 +16,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, collect_catalogue, compile_call
 from nl_kernels.triton_support.targets import TARGETS, TENSOR_MEMORY
+from tools.ahead_of_time import compile_call
+from tools.catalogue import CatalogueEntry, collect_catalogue
 from tools.kernel_resources import Resources, resources_of
 
 _FILE_WIDTH = 180  # of a table in a file or pipe

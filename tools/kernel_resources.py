@@ -49,7 +49,7 @@ class Resources:
 
 
 def resources_of(compiled: Any) -> Resources:
-    """Read the resources of what :func:`ahead_of_time.compile_call` returned."""
+    """Read the resources of what :func:`tools.ahead_of_time.compile_call` returned."""
     asm = compiled.asm
     products, scalar = _count_products(asm["ttgir"])
     shared = compiled.metadata.shared

@@ -50,12 +50,12 @@ def check_positive_int(name: str, value: object) -> None:
 def check_range(name: str, value: torch.Tensor, low: float, high: float, *, closed_high: bool = True) -> None:
     """Check that every element is in [low, high] (or [low, high)); NaN never is.
 
-    Reads the values, so on an accelerator it waits for the device: callers run it on CPU tensors, or when
-    the user asks for it. Skipped for tensors without data (fake or functorch tensors).
+    On the CPU alone, as reading values elsewhere waits for the device; not of tensors without data (fake or
+    functorch tensors).
     """
-    if not has_readable_data(value) or value.numel() == 0:
+    if value.device.type != "cpu" or not has_readable_data(value) or value.numel() == 0:
         return
-    if value.numel() <= 16 and value.device.type == "cpu":  # one pass in Python costs less than two kernels
+    if value.numel() <= 16:  # one pass in Python costs less than two kernels
         values = value.flatten().tolist()
         if all(low <= x <= high and (closed_high or x < high) for x in values):
             return
@@ -97,40 +97,44 @@ def check_tokens(name: str, x: object, axes: str) -> None:
 
 def check_mask(mask: object, shape: tuple[int, ...], like: torch.Tensor) -> None:
     """Check that ``mask`` is bool, of ``shape`` ([B, T], or [B] for one token), on the device of ``like``."""
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        came = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise TypeError(f"mask: expected a bool tensor (True = real token), got {came}")
-    if mask.shape != shape:
-        raise ValueError(f"mask: expected shape {tuple(shape)}, got {tuple(mask.shape)}")
-    if mask.device != like.device:
-        raise ValueError(f"mask: expected a tensor on {like.device}, got one on {mask.device}")
+    check_exact("mask", mask, "a bool tensor (True = real token)", torch.bool, shape, like)
 
 
-def check_sequences(mask: object, cu_seqlens: object, like: torch.Tensor) -> int:
-    """Check how the tokens of ``like`` [B, T, ..] are sequences; the number of sequences."""
-    batch, length = like.shape[:2]
+def check_exact(
+    name: str, value: object, kind: str, dtype: torch.dtype, shape: Sequence[int], like: torch.Tensor
+) -> None:
+    """Check that ``value`` is a tensor of no other ``dtype``; ``kind``: what messages call that."""
+    if not isinstance(value, torch.Tensor) or value.dtype != dtype:
+        came = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected {kind}, got {came}")
+    if value.shape != tuple(shape) or value.device != like.device:
+        raise ValueError(
+            f"{name}: expected shape {tuple(shape)} on {like.device}, "
+            f"got {tuple(value.shape)} on {value.device}"
+        )
+
+
+def check_sequences(mask: object, cu_seqlens: object, like: torch.Tensor, *, one: bool = False) -> int:
+    """Check how the tokens of ``like`` [B, T, ..] are sequences, or ``one`` token of each, [B, ..].
+
+    Returns the number of sequences.
+    """
+    batch, *length = like.shape[: 1 if one else 2]
     if cu_seqlens is not None:
         if batch != 1:
             raise ValueError(f"cu_seqlens: packed input needs B = 1, got {batch}")
         if mask is not None:
             raise ValueError("mask: not together with cu_seqlens; packed input has no padding")
-        check_cu_seqlens(cu_seqlens, length, like)
+        check_cu_seqlens(cu_seqlens, *length, like)
         return len(cu_seqlens) - 1
     if mask is not None:
-        check_mask(mask, (batch, length), like)
+        check_mask(mask, (batch, *length), like)
     return batch
 
 
 def check_position(name: str, position: object, batch: int, period: int, like: torch.Tensor) -> None:
     """Check the tokens since the last boundary: [B] int64, below ``period``."""
-    if not isinstance(position, torch.Tensor) or position.dtype != torch.int64:
-        came = position.dtype if isinstance(position, torch.Tensor) else type(position).__name__
-        raise TypeError(f"{name}: expected an int64 tensor, got {came}")
-    if position.shape != (batch,) or position.device != like.device:
-        raise ValueError(
-            f"{name}: expected shape {(batch,)} on {like.device}, "
-            f"got {tuple(position.shape)} on {position.device}"
-        )
+    check_exact(name, position, "an int64 tensor", torch.int64, (batch,), like)
     if position.device.type != "cpu" or not has_readable_data(position):
         return
     for place in position.tolist():

@@ -8,6 +8,7 @@ is compiled wrong errs by as much as its result is long; rounding by a hundredth
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import logging
@@ -20,10 +21,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nl_kernels import (
     ContinuumLevel,
+    DeepMemoryWeights,
+    SelfModifyingWeights,
     __version__,
     continuum_memory,
     deep_memory,
@@ -31,13 +35,6 @@ from nl_kernels import (
     dispatch,
     newton_schulz,
     self_modifying_memory,
-)
-from nl_kernels.testing import (
-    deep_memory_inputs,
-    delta_memory_inputs,
-    relative_error,
-    self_modifying_inputs,
-    tensors_of,
 )
 from nl_kernels.triton_support.hazards import hazards_here
 
@@ -53,18 +50,67 @@ class Case(NamedTuple):
     call: Callable[..., Any]
 
 
+class _Draw:
+    """Draws for a call on two sequences, of two heads; the same for the same length."""
+
+    def __init__(self, length: int) -> None:
+        self.tokens = (2, length, 2)
+        rng = torch.Generator().manual_seed(length)
+        self.normal, self.uniform = (functools.partial(f, generator=rng) for f in (torch.randn, torch.rand))
+
+    def unit(self, width: int) -> torch.Tensor:
+        return F.normalize(self.normal(*self.tokens, width), dim=-1)
+
+    def rate(self) -> torch.Tensor:
+        return 0.05 + 0.9 * self.uniform(self.tokens)
+
+    def log_decay(self) -> torch.Tensor:
+        return (1 - 0.4 * self.uniform(self.tokens) ** 2).log()
+
+    def matrix(self, *shape: int) -> torch.Tensor:
+        return self.normal(*shape) * shape[-1] ** -0.5
+
+    def memory(self, width: int, hidden: int | None, out: int) -> DeepMemoryWeights:
+        if hidden is None:
+            return DeepMemoryWeights(self.matrix(2, out, width), None)
+        return DeepMemoryWeights(self.matrix(2, hidden, width), self.matrix(2, out, hidden))
+
+
+def _delta_memory(length: int) -> dict:
+    draw, width = _Draw(length), 64
+    write = draw.rate()
+    inputs = {"q": draw.unit(width), "k": draw.unit(width), "v": write[..., None] * draw.unit(width)}
+    inputs |= {"log_decay": draw.log_decay(), "erase": write}
+    return inputs | {"initial_state": draw.normal(2, 2, width, width)}
+
+
+def _deep_memory(length: int, hidden: int | None) -> dict:
+    draw, width = _Draw(length), 64
+    inputs = {name: draw.unit(width) for name in ("q", "k", "v")}
+    inputs |= {"rate": draw.rate(), "log_decay": draw.log_decay()}
+    return inputs | {"weights": draw.memory(width, hidden, width)}
+
+
+def _self_modifying_memory(length: int, width: int, hidden: int | None) -> dict:
+    draw = _Draw(length)
+    names = ("query", "key_input", "value_input", "gate_input")
+    inputs = {name: draw.normal(*draw.tokens, width) for name in names}
+    inputs |= {
+        "rate_max": draw.uniform(2),
+        "rate_bias": draw.normal(2),
+        "retention_bias": 2 + draw.uniform(2),
+    }
+    outs = (width, width, width, 1, 1)
+    return inputs | {"weights": SelfModifyingWeights(*(draw.memory(width, hidden, out) for out in outs))}
+
+
 def _levels(length: int) -> dict:
-    rng = torch.Generator().manual_seed(length)
-    width, sizes = 64, ((16, 96), (32, 128))
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=rng) * shape[-1] ** -0.5
-
+    draw, width = _Draw(length), 64
     levels = [
-        (torch.ones(width), normal(hidden, width), normal(width, hidden), normal(width, width))
-        for _, hidden in sizes
+        (torch.ones(width), draw.matrix(hidden, width), draw.matrix(width, hidden), draw.matrix(width, width))
+        for hidden in (96, 128)
     ]
-    return {"x": torch.randn(2, length, width, generator=rng), "levels": levels}
+    return {"x": draw.normal(2, length, width), "levels": levels}
 
 
 def _continuum(x: torch.Tensor, levels: list[tuple], impl: str | None) -> tuple:
@@ -83,20 +129,20 @@ def _chunked(op: Callable) -> Callable:
 
 CASES = {
     "delta_memory": Case(
-        lambda n: delta_memory_inputs(2, n, 2, 64, initial_state=True),
+        _delta_memory,
         lambda impl, **x: delta_memory(**x, output_final_state=True, impl=impl),
     ),
-    "deep_memory, linear": Case(lambda n: deep_memory_inputs(2, n, 2, 64, None), _chunked(deep_memory)),
-    "deep_memory, two layers": Case(lambda n: deep_memory_inputs(2, n, 2, 64, 64), _chunked(deep_memory)),
+    "deep_memory, linear": Case(lambda n: _deep_memory(n, None), _chunked(deep_memory)),
+    "deep_memory, two layers": Case(lambda n: _deep_memory(n, 64), _chunked(deep_memory)),
     "self_modifying_memory, linear": Case(
-        lambda n: self_modifying_inputs(2, n, 2, 64, None), _chunked(self_modifying_memory)
+        lambda n: _self_modifying_memory(n, 64, None), _chunked(self_modifying_memory)
     ),
     "self_modifying_memory, two layers": Case(
-        lambda n: self_modifying_inputs(2, n, 2, 32, 32), _chunked(self_modifying_memory)
+        lambda n: _self_modifying_memory(n, 32, 32), _chunked(self_modifying_memory)
     ),
     "continuum_memory": Case(_levels, lambda impl, **x: _continuum(**x, impl=impl)),
     "newton_schulz": Case(
-        lambda n: {"x": torch.randn(2, n, 64, generator=torch.Generator().manual_seed(n))},
+        lambda n: {"x": _Draw(n).normal(2, n, 64)},
         lambda impl, x: newton_schulz(x.detach(), impl=impl),
     ),
 }
@@ -116,6 +162,18 @@ class Finding(NamedTuple):
     @property
     def right(self) -> bool:
         return self.error is not None and self.error <= self.limit
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """All floating tensors in nested tuples, lists and dicts, in order."""
+    return [x for x in tree_leaves(value) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """``‖actual − expected‖ / ‖expected‖`` in fp64 (the plain norm where ``expected`` is zero)."""
+    difference = (actual.double() - expected.double()).norm().item()
+    norm = expected.double().norm().item()
+    return difference / norm if norm > 0 else difference
 
 
 def _leaves(value: Any, dtype: torch.dtype, device: torch.device | str) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 
-from nl_kernels.checks import check_choice, check_range, check_tensor
+from nl_kernels.checks import check_choice, check_tensor
 from nl_kernels.chunk_alignment import ChunkAlignment, align_packed
 from nl_kernels.memory.state import named_tensors, tensors_in, weights_in
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
@@ -73,16 +72,6 @@ def check_own_memory(state: tuple, weights: tuple) -> None:
                 "start from state.clone()"
             )
         seen.add(x.data_ptr())
-
-
-def check_gates(rate: torch.Tensor, log_decay: torch.Tensor, momentum: torch.Tensor | None) -> None:
-    """Check the values of rate (finite, >= 0), log decay (<= 0) and momentum (in [0, 1)), on the CPU only."""
-    if rate.device.type != "cpu":
-        return
-    check_range("rate", rate, 0.0, math.inf, closed_high=False)
-    check_range("log_decay", log_decay, -math.inf, 0.0)
-    if momentum is not None:
-        check_range("momentum", momentum, 0.0, 1.0, closed_high=False)
 
 
 def per_sequence(weights: torch.Tensor, batch: int, dtype: torch.dtype) -> torch.Tensor:

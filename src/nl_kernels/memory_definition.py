@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from nl_kernels.memory.state import State, map_tensors
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule, activate, bound_length, inverse_norm
 
 
@@ -57,7 +58,39 @@ def memory_gradients(
     return [(bound_length(back * slope, rule.error_bound), x), (error, hidden)]
 
 
-def memory_write(
+def write_memory(
+    weights: DeepMemoryWeights,
+    velocity: DeepMemoryWeights | None,
+    gradients: list[list[tuple[torch.Tensor, torch.Tensor]]],
+    rate: torch.Tensor,
+    log_decay: torch.Tensor,
+    momentum_decay: torch.Tensor | None,
+    rule: MemoryRule,
+) -> tuple[DeepMemoryWeights, DeepMemoryWeights]:
+    """One step of all layers by :func:`write_layer`, from the pairs of each."""
+    written = [
+        write_layer(
+            weight,
+            None if velocity is None else velocity[i],
+            pairs,
+            rate,
+            log_decay,
+            momentum_decay,
+            rule,
+            first_layer=i == 0,
+        )
+        for i, (weight, pairs) in enumerate(zip(weights, gradients))
+    ]
+    written += [(None, None)] * (2 - len(written))
+    return tuple(map(DeepMemoryWeights, *written))
+
+
+def choose(here: torch.Tensor, new: State, old: State) -> State:
+    """A state with ``new`` for the sequences ``here`` [B], else ``old``."""
+    return map_tensors(lambda x, y: torch.where(here.view(-1, *(1,) * (x.ndim - 1)), y, x), old, new)
+
+
+def write_layer(
     state: torch.Tensor,
     momentum: torch.Tensor | None,
     gradients: list[tuple[torch.Tensor, torch.Tensor]],

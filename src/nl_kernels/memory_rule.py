@@ -45,10 +45,8 @@ class MemoryRule:
         normalize_hidden: ``n`` is the l2 norm of the hidden layer (then one rate suits both layers);
             otherwise ``n`` is the identity.
         residual: ``M(x) = x + f(x)`` for the memory that is read, in its read and in its objective.
-        projection_residual: the same for the memories that make keys and values; only for
-            ``self_modifying_memory``.
-        target_residual: a self-made target is ``v + f(v)`` rather than ``f(v)``; only for
-            ``self_modifying_memory`` (its gates never have a residual).
+            The memories that make keys and values always have it, gates never; a self-made target is
+            ``v + f(v)``, of gates ``f(v)``.
         erase: which layers forget along the input they write to (delta gradient descent): all of them
             with their own input ("per_layer"), the first ("input"), or none ("none": decay alone, as Titans).
         proximal: the effective rate of a layer that erases is ``η/(1 + η‖x‖²)``, the exact proximal step
@@ -79,8 +77,6 @@ class MemoryRule:
     activation: str = "silu"
     normalize_hidden: bool = True
     residual: bool = False
-    projection_residual: bool = True
-    target_residual: bool = True
     erase: str = "per_layer"
     proximal: bool = False
     anchored: bool = True

@@ -46,7 +46,7 @@ def _run_guarded(call: KernelCall, unwritten: list[torch.Tensor]) -> None:
 def assert_calls_fill_their_buffers(inputs, options):
     """Every element of every result of both passes is written, and nothing outside of them."""
     calls, (o, first, last, first_snapshot, last_snapshot, *kept) = plan_forward(inputs, options)
-    given = [x.clone() for x in inputs if x is not None]
+    given = [x.clone() for x in inputs.tensors if x is not None]
     (forward,) = calls
     _run_guarded(forward, [o, *(x for x in kept if x is not None)])
     weights = Bank(first, last), Bank(first_snapshot, last_snapshot)
@@ -59,14 +59,16 @@ def assert_calls_fill_their_buffers(inputs, options):
         else:
             assert all(torch.isfinite(x).all() for x in item.tokens if x is not None)
     assert count == 2 * len(range(0, options.chunks, options.checkpoint_every))
-    assert all(torch.equal(a, b) for a, b in zip(given, (x for x in inputs if x is not None), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(given, (x for x in inputs.tensors if x is not None), strict=True)
+    )
 
 
 def assert_operators_pass_opcheck(inputs, options):
     tests = ("test_schema", "test_faketensor")
     forward = torch.ops.nl_kernels.memory_forward
-    torch.library.opcheck(forward, (*inputs, *options), test_utils=tests)
-    made = forward(*inputs, *options)
+    torch.library.opcheck(forward, (*inputs.tensors, *options), test_utils=tests)
+    made = forward(*inputs.tensors, *options)
     gradients = [torch.ones_like(x) for x in made[1:5]]
-    backward = (torch.ones_like(made[0]), *gradients, *inputs, *made[5:], *options)
+    backward = (torch.ones_like(made[0]), *gradients, *inputs.tensors, *made[5:], *options)
     torch.library.opcheck(torch.ops.nl_kernels.memory_backward, backward, test_utils=tests)

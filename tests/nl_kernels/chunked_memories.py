@@ -2,7 +2,7 @@
 
 import torch
 
-from nl_kernels.testing import relative_error, tensors_of
+from nl_kernels.doctor import relative_error, tensors_of
 
 
 def results(op, inputs, seed=0, **options):

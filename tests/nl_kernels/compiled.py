@@ -2,8 +2,8 @@
 
 import triton
 
-from nl_kernels.triton_support.ahead_of_time import compile_call
 from nl_kernels.triton_support.targets import TARGETS, TENSOR_MEMORY
+from tools.ahead_of_time import compile_call
 from tools.kernel_resources import resources_of
 
 # The compiler of Triton 3.6 spills more of the memories' backward kernels.

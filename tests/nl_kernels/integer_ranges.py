@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from nl_kernels.triton_support.ahead_of_time import intermediate_code
 from nl_kernels.triton_support.kernel_call import KernelCall
+from tools.ahead_of_time import intermediate_code
 
 Range = tuple[int, int] | None  # lowest and highest value; None: unknown
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from nl_kernels.memory_rule import MemoryRule
-from nl_kernels.triton_support.ahead_of_time import unallocated
 from nl_kernels.triton_support.kernel_call import KernelCall
+from tools.catalogue import unallocated
 
 DEFAULT = MemoryRule()
 TITANS = dataclasses.replace(DEFAULT, erase="none")
@@ -51,7 +51,7 @@ def memory_calls(
     packed: bool = False,
 ) -> list[KernelCall]:
     """Forward and backward of a bank of memories; ``packed``: sequences lie differently."""
-    from nl_kernels.memory.kernels.catalogue import calls_of, inputs_of, options_of
+    from tools.catalogue.memories import calls_of, inputs_of, options_of
 
     inputs = inputs_of(
         batch, tokens, heads, width, hidden, rule, self_made=self_made, dtype=BF16, apart=packed
@@ -108,7 +108,7 @@ def step_calls(batch: int, heads: int, width: int, hidden: int | None) -> Iterat
 
 def kind_of(call: KernelCall) -> tuple:
     """What two calls that run the same compiled code have in common."""
-    from nl_kernels.triton_support.ahead_of_time import signature_of
+    from tools.ahead_of_time import signature_of
 
     signature = tuple(signature_of(call).items())
     return call.kernel.__name__, signature, tuple(call.constants.items()), call.num_warps, call.num_stages

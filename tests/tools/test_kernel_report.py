@@ -10,9 +10,10 @@ import triton.language as tl
 import typer
 from typer.testing import CliRunner
 
-from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, compile_call, signature_of
 from nl_kernels.triton_support.kernel_call import KernelCall
 from tools import kernel_report as report
+from tools.ahead_of_time import compile_call, signature_of
+from tools.catalogue import CatalogueEntry
 from tools.kernel_resources import resources_of
 
 pytestmark = pytest.mark.aot

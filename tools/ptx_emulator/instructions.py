@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 
 import nl_kernels
-from nl_kernels import testing
+from nl_kernels.doctor import tensors_of
 from nl_models.files import write_bytes
+from tools import op_inputs
 from tools.environment import ROOT
 from tools.ptx_emulator.driver import emulated
 
@@ -26,14 +27,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _with_gradients(op: Callable, inputs: dict, **options) -> None:
-    leaves = [x for x in testing.tensors_of(inputs) if x.requires_grad]
+    leaves = [x for x in tensors_of(inputs) if x.requires_grad]
     o, state = op(**inputs, **options, output_final_state=True, impl="triton")
-    loss = sum(x.float().square().sum() for x in (o, *testing.tensors_of(state)))
+    loss = sum(x.float().square().sum() for x in (o, *tensors_of(state)))
     torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
 def _delta_memory(dtype: torch.dtype, momentum: bool) -> None:
-    made = testing.delta_memory_inputs(1, 128, 1, 64, momentum=momentum, initial_state=True, dtype=dtype)
+    made = op_inputs.delta_memory_inputs(1, 128, 1, 64, momentum=momentum, initial_state=True, dtype=dtype)
     _with_gradients(
         nl_kernels.delta_memory, {n: None if x is None else x.requires_grad_() for n, x in made.items()}
     )
@@ -49,17 +50,17 @@ def _delta_memory(dtype: torch.dtype, momentum: bool) -> None:
 
 def _long_delta_memory(dtype: torch.dtype) -> None:
     """Of few heads: its scan may be cut into parts."""
-    made = testing.delta_memory_inputs(1, 3072, 1, 16, dtype=dtype)
+    made = op_inputs.delta_memory_inputs(1, 3072, 1, 16, dtype=dtype)
     nl_kernels.delta_memory(**made, chunk_size=16, impl="triton")
 
 
 def _deep_memory(dtype: torch.dtype, width: int, hidden: int | None) -> None:
-    made = testing.deep_memory_inputs(1, 32, 1, width, hidden, dtype=dtype, requires_grad=True)
+    made = op_inputs.deep_memory_inputs(1, 32, 1, width, hidden, dtype=dtype, requires_grad=True)
     _with_gradients(nl_kernels.deep_memory, made, chunk_size=16, read="running")
 
 
 def _self_modifying(dtype: torch.dtype, width: int, hidden: int | None) -> None:
-    made = testing.self_modifying_inputs(
+    made = op_inputs.self_modifying_inputs(
         1, 32, 1, width, hidden, outer_scale=0.1, dtype=dtype, requires_grad=True
     )
     _with_gradients(nl_kernels.self_modifying_memory, made, chunk_size=16, read="running")

@@ -31,17 +31,9 @@ class Bank(NamedTuple):
     last: torch.Tensor | None
 
 
-class Call(NamedTuple):
-    """A call of an op: its tokens [B, T, H, ..] and the banks of N = B · H heads.
-
-    Attributes:
-        query, key, value, gate, rate, log_decay: of :class:`nl_kernels.memory.kernels.arguments.Tokens`.
-            ``rate`` of a bank that makes its own rates is the scale of what the memory that is read writes.
-        gates: largest rate and both biases [H], ``None`` where rates are given.
-        running, snapshot, anchor: banks; no anchor for a rule that has none.
-        position: [B], tokens since each sequence's last boundary.
-        momentum: [B, T, H], and velocity, a bank; the kernels have none.
-    """
+class Sequences(NamedTuple):
+    """Tokens [B, T, H, ..] of a call, as :class:`nl_kernels.memory.kernels.arguments.Tokens` says; of the
+    momentum, which the kernels have not, the decay [B, T, H]."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -49,13 +41,25 @@ class Call(NamedTuple):
     gate: torch.Tensor | None
     rate: torch.Tensor | None
     log_decay: torch.Tensor | None
+    momentum: torch.Tensor | None
+
+
+class Call(NamedTuple):
+    """A call of an op: its tokens and the banks of N = B · H heads.
+
+    Attributes:
+        gates: largest rate and both biases [H], ``None`` where rates are given.
+        running, snapshot, anchor, velocity: banks; absent without an anchor, or without momentum.
+        position: [B], tokens since each sequence's last boundary.
+    """
+
+    tokens: Sequences
     gates: tuple[torch.Tensor | None, ...]
     running: Bank
     snapshot: Bank
     anchor: Bank
+    velocity: Bank
     position: torch.Tensor
-    momentum: torch.Tensor | None = None
-    velocity: Bank = Bank(None, None)
 
 
 class ReadMet(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from nl_kernels.checks import has_readable_data, state_dtype
 from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
 from nl_kernels.dispatch import compiler_at_work, needs_gradient, without_autocast
-from nl_kernels.memory.bank import Bank, Call, Layout
+from nl_kernels.memory.bank import Bank, Call, Layout, Sequences
 from nl_kernels.memory.chunk import BankRule
 from nl_kernels.memory.generate import GeneratedTokens, GivenTokens
 from nl_kernels.memory.kernels import call as kernels_call
@@ -22,7 +22,6 @@ from nl_kernels.memory.state import (
     beginning,
     cast,
     map_tensors,
-    overwritten,
     tensors_in,
     weights_in,
 )
@@ -43,7 +42,7 @@ class Op(NamedTuple):
         state: the named tuple of its states.
         weights: what a state has of initial weights [B, H, ..]. bank_of, weights_of: that as a
             :class:`~nl_kernels.memory.bank.Bank`, and of a bank and B back.
-        given: which of the tokens of :class:`~nl_kernels.memory.bank.Call` the reference takes.
+        given: which of the tokens of :class:`~nl_kernels.memory.bank.Sequences` the reference takes.
     """
 
     state: type
@@ -71,7 +70,7 @@ def run(
     """Reads [B, T, H, Dv] in the dtype of the queries, and the final state, of checked arguments.
 
     Args:
-        tokens: query, key, value, gate, rate and log decay of :class:`~nl_kernels.memory.bank.Call`.
+        tokens: query, key, value, gate, rate and log decay of :class:`~nl_kernels.memory.bank.Sequences`.
         parameters: by head, of memories that make their own gates.
         weights: the op's initial ones, shared or by sequence.
         reference: the op's definition, of tokens, momentum, anchor, state, mask and ``parameters``.
@@ -106,7 +105,7 @@ def run(
             banks = (state.running, state.snapshot, anchor if rule.anchored else None, state.momentum)
             banks = [Bank(None, None) if x is None else op.bank_of(x) for x in banks]
             gates = tuple(parameters.values()) or (None,) * 3
-            call = Call(*inputs[:-1], gates, *banks[:3], state.position, inputs[-1], banks[3])
+            call = Call(Sequences(*inputs), gates, *banks, state.position)
             options |= {"rule": rule, "at_boundary": initial_state is None, "dtype": operands}
             learn_here = learn
             if implementation == "eager" and compiler_at_work():
@@ -146,7 +145,7 @@ def run_step(
             raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
         (*tokens, momentum), mask = one_token(tensors, mask)
         o, after = op(*tokens, momentum=momentum, mask=mask, initial_state=state, output_final_state=True)
-        return o.squeeze(1), overwritten(state, after) if inplace else after
+        return o.squeeze(1), map_tensors(torch.Tensor.copy_, state, after) if inplace else after
     check_step_dtype(state, tensors, leaves)
     if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
         mask = None
@@ -167,8 +166,11 @@ def learn(
 ) -> tuple[torch.Tensor, Bank, Bank, Bank | None, torch.Tensor]:
     """Reads [B, T, H, Dv], running weights, snapshot and velocities after the call, and positions."""
     period = max(chunk_size, generator_chunk_size)
-    length = call.query.shape[1]
+    length = call.tokens.query.shape[1]
     grid = place_on_grid(call.position, mask, length, period, at_boundary)
+    if grid.alignment is not None:
+        call = call._replace(tokens=map_tensors(grid.alignment.gather, call.tokens))
+        mask = grid.alignment.valid
     options |= {"chunk_size": chunk_size, "generator_chunk_size": generator_chunk_size}
     if implementation == "triton":
         o, *banks = kernels_call.learn_on_grid(call, grid, **options)
@@ -203,24 +205,21 @@ def learn_on_grid(
         checkpoint_every: chunks between the states kept for the backward pass.
         dtype: of the caller's tokens: it sets the precision of products.
     """
-    batch, _, heads, _ = call.query.shape
+    query, key, value, gate, *numbers = call.tokens
+    batch, _, heads, _ = query.shape
     chunk = min(chunk_size, generator_chunk_size)
-    self_made = call.gate is not None
-    gates = (call.rate, call.log_decay, call.momentum)
-    rate, log_decay, momentum = (None if x is None else x[..., None] for x in gates)
+    self_made = gate is not None
+    rate, log_decay, momentum = (None if x is None else x[..., None] for x in numbers)
     if self_made:
-        sequences = (call.key, call.value, l2_normalize(call.query), call.gate, momentum, rate)
+        sequences = (key, value, l2_normalize(query), gate, momentum, rate)
     else:
-        sequences = (call.query, call.key, call.value, rate, log_decay, momentum)
+        sequences = (query, key, value, rate, log_decay, momentum)
     applied = mask
-    if grid.alignment is not None:
-        sequences = [None if x is None else grid.alignment.gather(x) for x in sequences]
-        applied = grid.alignment.valid
     if applied is not None:
-        applied = applied[:, :, None, None].expand(*applied.shape, heads, 1).to(call.query.dtype)
+        applied = applied[:, :, None, None].expand(*applied.shape, heads, 1).to(query.dtype)
     sequences = tuple(None if x is None else x.transpose(1, 2).flatten(0, 1) for x in (*sequences, applied))
 
-    layout = Layout(batch * heads, call.value.shape[-1], self_made, call.running.first is None)
+    layout = Layout(batch * heads, value.shape[-1], self_made, call.running.first is None)
     snapshot = Bank(None, None) if at_boundary else call.snapshot
     running, velocity, snapshot, anchor = (
         layout.layers_of(bank) for bank in (call.running, call.velocity, snapshot, call.anchor)
@@ -241,7 +240,7 @@ def learn_on_grid(
         grid.for_heads(heads),
         dtype,
     )
-    size = footprint(layout, running, chunk, call.key.shape[-1])
+    size = footprint(layout, running, chunk, key.shape[-1])
     block = source.block if self_made else 1
     segments = plan_segments(sequences[0].shape[1], chunk, grid.offset, checkpoint_every, size, block)
     banks = (*running, *velocity, *snapshot)

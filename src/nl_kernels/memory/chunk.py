@@ -120,9 +120,8 @@ class BankRule:
     @property
     def residuals(self) -> tuple[int, int] | None:
         """The first and the number of the projections that add their input."""
-        rule, count = self.rule, self.layout.projections
-        start, stop = 0 if rule.residual else 1, count if rule.projection_residual else int(rule.residual)
-        return (start, stop - start) if start < stop else None
+        start, count = 0 if self.rule.residual else 1, self.layout.projections
+        return (start, count - start) if start < count else None
 
     @property
     def reads_inputs(self) -> bool:
@@ -148,11 +147,6 @@ class BankRule:
     def errs_at_anchor(self) -> bool:
         """Whether errors at keys are taken at the anchor."""
         return self.rule.errs_at_anchor(self.layout.linear)
-
-    @property
-    def targets_add_value(self) -> bool:
-        """Whether a projection's target has v itself; the target is v where it is given."""
-        return self.rule.target_residual or not self.layout.self_made
 
 
 def learn(
@@ -226,8 +220,7 @@ def _finish_errors(bank: BankRule, errors: list[torch.Tensor], k, v) -> torch.Te
     """Targets, residuals and bound, in place; what scaled the errors of projections."""
     by_projection, gates = bank.layout.by_projection(errors), bank.layout.gates(errors)
     axis = bank.layout.axis
-    if bank.targets_add_value:
-        by_projection -= v.unsqueeze(axis)
+    by_projection -= v.unsqueeze(axis)  # given targets, or of self-made ones v in v + f(v)
     if bank.residuals is not None:
         by_projection.narrow(axis, *bank.residuals).add_(k.unsqueeze(axis))
     bound = bank.rule.error_bound
@@ -283,7 +276,7 @@ def _layer_inputs(
         erase = erase_matrices(erased, rate, each(prepared.coefficients.decay.strict))
         gram = None if tokens.momentum is None else gram
     whole = LayerInput(keys.value, None, rate, coefficients, erase, gram, share)
-    return [first, *(part._replace(signal=e) for part, e in zip(_split_input(layout, whole), errors))]
+    return [first, *(part._replace(signal=e) for part, e in zip(_by_last_layer(whole, layout), errors))]
 
 
 def _each_coefficients(layout: Layout, coefficients: Coefficients) -> Coefficients:
@@ -297,29 +290,11 @@ def _each_coefficients(layout: Layout, coefficients: Coefficients) -> Coefficien
     )
 
 
-def _split_input(layout: Layout, whole: LayerInput) -> list[LayerInput]:
-    """By last layer."""
-    count = len(layout.split(whole.x))
-    if count == 1:
-        return [whole]
-
-    def cut(x: torch.Tensor | None) -> list:
-        return [None] * count if x is None else layout.split(x)
-
-    coefficients = whole.coefficients.map(cut)
-    erases = [None] * count if whole.erase is None else [Erase(*p) for p in zip(*map(cut, whole.erase))]
-    return [
-        LayerInput(
-            cut(whole.x)[i],
-            None,
-            cut(whole.rate)[i],
-            coefficients.map(lambda part, i=i: part[i]),
-            erases[i],
-            cut(whole.gram)[i],
-            cut(whole.share)[i],
-        )
-        for i in range(count)
-    ]
+def _by_last_layer(value, layout: Layout) -> list:
+    """Nested tuples of tensors, of all memories along the batch, by last layer."""
+    if value is None or isinstance(value, torch.Tensor):
+        return [None] * (1 + layout.self_made) if value is None else layout.split(value)
+    return [type(value)(*parts) for parts in zip(*(_by_last_layer(part, layout) for part in value))]
 
 
 def read_layers(

@@ -289,9 +289,8 @@ def _errors_adjoint(
     by_projection, axis = layout.by_projection(d_errors), layout.axis
     if bank.residuals is not None:
         d_k += by_projection.narrow(axis, *bank.residuals).sum(axis)
-    if bank.targets_add_value:
-        total = by_projection[0] if layout.projections == 1 else by_projection.sum(axis)
-        d_v = total.neg() if d_v is None else d_v.sub_(total)
+    total = by_projection[0] if layout.projections == 1 else by_projection.sum(axis)
+    d_v = total.neg() if d_v is None else d_v.sub_(total)
     return d_k, d_v, d_query if bank.reads_inputs else None, (*d_first, *d_lasts), d_anchor
 
 

@@ -70,14 +70,14 @@ class GeneratedTokens:
         inputs = hidden = None
         if self.layout.linear:
             key, value, gate = self._linear(base)
-            k, v = self._project(key_in, key_in, key.mT), self._project(value_in, value_in, value.mT)
+            k, v = torch.baddbmm(key_in, key_in, key.mT), torch.baddbmm(value_in, value_in, value.mT)
             gates = torch.baddbmm(bias, gate_in, gate.mT)
         else:
             rows = len(query)
             inputs = torch.cat([key_in, value_in, gate_in, gate_in])
             hidden = activated(torch.bmm(inputs, base[0][rows:].mT), self.rule, sloped=keep, curved=False)
             last = base[1][rows:].mT
-            k, v = self._project(inputs[: 2 * rows], hidden.value[: 2 * rows], last).split(rows)
+            k, v = torch.baddbmm(inputs[: 2 * rows], hidden.value[: 2 * rows], last).split(rows)
             gates = torch.cat(torch.bmm(hidden.value[2 * rows :], base[2].mT).split(rows), -1).add_(bias)
         key_scale = inverse_norm(k)
         k = k.mul_(key_scale)
@@ -107,10 +107,6 @@ class GeneratedTokens:
         d_key, d_value, d_gate = adjoint(base, sequences, made, d_k, d_v, d_gates, d_base)
         return (d_key, d_value, d_query, d_gate, d_momentum, d_scale, None), (d_limit - by_decay, d_gates)
 
-    def _project(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """a b, and x itself where projections have a residual."""
-        return torch.baddbmm(x, a, b) if self.rule.projection_residual else torch.bmm(a, b)
-
     def _linear(self, base: Layers) -> tuple[torch.Tensor, ...]:
         """The outputs that make keys, values and gates, of a layer of linear memories."""
         width = self.layout.width
@@ -122,7 +118,7 @@ class GeneratedTokens:
         for d, x, into in zip((d_k, d_v, d_gates), inputs, self._linear(d_base)):
             into.baddbmm_(d.mT, x)
         key, value, gate = self._linear(base)
-        return self._project(d_k, d_k, key), self._project(d_v, d_v, value), torch.bmm(d_gates, gate)
+        return torch.baddbmm(d_k, d_k, key), torch.baddbmm(d_v, d_v, value), torch.bmm(d_gates, gate)
 
     def _two_layer_adjoint(self, base, sequences, made, d_k, d_v, d_gates, d_base):
         rows, hidden = len(d_k), made.hidden
@@ -135,6 +131,4 @@ class GeneratedTokens:
         d_z = hidden_adjoint(d_hidden, hidden)
         d_first[rows:].baddbmm_(d_z.mT, made.inputs)
         d_key, d_value, d_rate, d_retention = torch.bmm(d_z, first[rows:]).split(rows)
-        if self.rule.projection_residual:
-            d_key, d_value = d_key.add_(d_k), d_value.add_(d_v)
-        return d_key, d_value, d_rate.add_(d_retention)
+        return d_key.add_(d_k), d_value.add_(d_v), d_rate.add_(d_retention)

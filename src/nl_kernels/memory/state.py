@@ -7,16 +7,16 @@ from typing import TypeVar
 
 import torch
 
-from nl_kernels.checks import check_tensor
+from nl_kernels.checks import check_position, check_tensor
 
 State = TypeVar("State", bound=tuple)
 
 
-def map_tensors(function: Callable, state: State) -> State:
-    """The same named tuple with ``function`` of every tensor; what is absent stays absent."""
+def map_tensors(function: Callable, state: State, *others: State) -> State:
+    """``function`` of the tensors in the same place of each named tuple; what is absent stays absent."""
     if state is None or isinstance(state, torch.Tensor):
-        return state if state is None else function(state)
-    return type(state)(*(map_tensors(function, part) for part in state))
+        return state if state is None else function(state, *others)
+    return type(state)(*(map_tensors(function, *parts) for parts in zip(state, *others, strict=True)))
 
 
 def named_tensors(name: str, state: tuple | torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -51,16 +51,6 @@ def own_memory(state: State) -> State:
     return map_tensors(lambda x: x.clone(memory_format=torch.contiguous_format), state)
 
 
-def overwritten(state: State, after: State) -> State:
-    """``state`` with the tensors of ``after`` written into its own."""
-    for held, new in zip(state, after, strict=True):
-        if isinstance(held, torch.Tensor):
-            held.copy_(new)
-        elif held is not None:
-            overwritten(held, new)
-    return state
-
-
 def beginning(kind: type[State], initial: tuple, anchored: bool, batch: int, momentum: bool) -> State:
     """The state before the first token, from the initial weights [B, H, ..] that are its anchor or itself."""
     zeros = map_tensors(torch.zeros_like, initial)
@@ -71,13 +61,14 @@ def beginning(kind: type[State], initial: tuple, anchored: bool, batch: int, mom
 
 
 def check_state(
-    name: str, state: object, kind: type, shapes: tuple, momentum: bool, like: torch.Tensor
+    name: str, state: object, kind: type, shapes: tuple, momentum: bool, period: int, like: torch.Tensor
 ) -> None:
-    """Check that a state fits the weights and the options of a call; its position apart.
+    """Check that a state fits the weights and the options of a call.
 
     Args:
         shapes: of its weights, in the named tuple that holds them; ``None`` for layers that there are not.
         momentum: whether the call has it.
+        period: tokens between the boundaries that the position is counted from.
     """
     if not isinstance(state, kind):
         raise TypeError(f"{name}: expected {kind.__name__}, got {type(state).__name__}")
@@ -98,3 +89,5 @@ def check_state(
                 raise ValueError(f"{field}: made by {'linear' if held is None else 'two-layer'} memories")
             if shape is not None:
                 check_tensor(field, held, shape, like=like)
+    lead = next(shape for shape in shapes if shape is not None)
+    check_position(f"{name}.position", state.position, lead[0], period, like)

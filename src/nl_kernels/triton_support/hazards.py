@@ -1,7 +1,7 @@
 """Versions of Triton and of its assembler that are known to compute wrongly on some GPU, by name.
 
 Not here: products of transposed accumulators, which Triton 3.4 to 3.7.0 computes wrongly on Hopper. No kernel
-of this package has one; a test over the catalogue holds it.
+of this package has one; a test over all kernels holds it.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ import torch
 
 from nl_kernels import MemoryRule
 from nl_kernels.dispatch import products_for
+from nl_kernels.doctor import relative_error, tensors_of
 from nl_kernels.memory.bank import Layout
 from nl_kernels.memory.chunk import BankRule, Tokens, learn, prepare
 from nl_kernels.memory.chunk_adjoint import learn_adjoint
-from nl_kernels.testing import relative_error, tensors_of
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

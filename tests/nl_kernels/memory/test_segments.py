@@ -7,7 +7,7 @@ import torch
 
 from nl_kernels import deep_memory
 from nl_kernels.memory.segments import Footprint, plan_segments
-from nl_kernels.testing import deep_memory_inputs
+from tools.op_inputs import deep_memory_inputs
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100])

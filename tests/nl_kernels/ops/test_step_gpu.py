@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import nl_kernels
-from nl_kernels.testing import deep_memory_inputs, self_modifying_inputs, tensors_of
+from nl_kernels.doctor import tensors_of
 from tests.nl_kernels.chunked_memories import assert_same, cast, tokens
+from tools.op_inputs import deep_memory_inputs, self_modifying_inputs
 
 pytestmark = pytest.mark.gpu
 

@@ -6,10 +6,10 @@ import pytest
 import triton
 import triton.language as tl
 
-from nl_kernels.triton_support.ahead_of_time import unallocated
 from nl_kernels.triton_support.kernel_call import KernelCall
 from tests.nl_kernels import planned_calls as planned
 from tests.nl_kernels.integer_ranges import overflows
+from tools.catalogue import unallocated
 
 pytestmark = pytest.mark.aot
 

@@ -2,7 +2,6 @@
 
 import pytest
 
-from nl_kernels.triton_support.ahead_of_time import collect_catalogue, compile_call
 from tests.nl_kernels.planned_calls import kind_of
 from tests.nl_kernels.triton_support.machine_code import (
     ASSEMBLERS,
@@ -11,6 +10,8 @@ from tests.nl_kernels.triton_support.machine_code import (
     unordered_stores,
     written,
 )
+from tools.ahead_of_time import compile_call
+from tools.catalogue import collect_catalogue
 
 pytestmark = pytest.mark.aot
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nl_kernels.triton_support.ahead_of_time import compile_call
 from nl_kernels.triton_support.targets import TARGETS, architecture_of
 from tests.nl_kernels import planned_calls as planned
+from tools.ahead_of_time import compile_call
 
 CAPABILITIES = {
     (8, 0): "sm_80",

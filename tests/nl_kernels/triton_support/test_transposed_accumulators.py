@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from nl_kernels.triton_support.ahead_of_time import collect_catalogue, intermediate_code
 from nl_kernels.triton_support.kernel_call import KernelCall
 from tests.nl_kernels.planned_calls import kind_of
+from tools.ahead_of_time import intermediate_code
+from tools.catalogue import collect_catalogue
 
 pytestmark = pytest.mark.aot
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nl_kernels.testing import relative_error
+from nl_kernels.doctor import relative_error
 from nl_models.optim import M3, DeepMomentum, DeltaMomentum, Muon
 from tests.nl_models.optim.problems import PLAIN, PlainAdamW, groups_of, parameters, set_gradients
 

@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from nl_kernels import delta_memory
-from nl_kernels.testing import delta_memory_inputs
 from nl_models import HopeConfig
 from nl_models.data.tokenizer import ByteTokenizer
 from nl_models.profile import main
@@ -22,6 +21,7 @@ from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.profiling.subjects import LAYERS, ConfiguredModel, LayerAlone, SavedModel, count_parameters
 from nl_models.surgery import convert_mlp_to_continuum
 from nl_models.training.plots import model_looks
+from tools.op_inputs import delta_memory_inputs
 
 CPU = torch.device("cpu")
 

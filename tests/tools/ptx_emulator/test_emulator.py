@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nl_kernels.testing import relative_error
+from nl_kernels.doctor import relative_error
 from tests.tools.ptx_emulator import kernels
 from tools.ptx_emulator.driver import emulated
 from tools.ptx_emulator.memory import Fault

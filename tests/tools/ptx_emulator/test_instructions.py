@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nl_kernels.triton_support.ahead_of_time import collect_catalogue
+from tools.catalogue import collect_catalogue
 from tools.ptx_emulator import instructions
 
 pytestmark = pytest.mark.compiled

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nl_kernels import delta_memory, newton_schulz
-from nl_kernels.testing import delta_memory_inputs
+from tools.op_inputs import delta_memory_inputs
 from tools.ptx_emulator import driver
 from tools.ptx_emulator.launch import Launch
 

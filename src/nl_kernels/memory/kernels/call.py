@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from nl_kernels.checks import state_dtype
 from nl_kernels.chunk_alignment import ChunkGrid
+from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.bank import Bank, Call
+from nl_kernels.memory.kernels.arguments import Tokens
 from nl_kernels.memory.kernels.launch import Inputs, Options, checkpoint_interval, limits_of, precision_of
-from nl_kernels.memory.kernels.operator import learn
-from nl_kernels.memory_rule import MemoryRule
+from nl_kernels.memory.kernels.operator import Learn
+from nl_kernels.memory.state import tensors_in, weights_in
+from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.triton_support.targets import architecture_of
 
 
@@ -39,8 +43,6 @@ def unsupported(
         return "rule.erase: the Triton kernels take 'per_layer' and 'none', got 'input'"
     if rule.proximal and rule.erase != "none":
         return "rule.proximal: the Triton kernels take η as the rate alone"
-    if self_made and not (rule.projection_residual and rule.target_residual):
-        return "rule: the Triton kernels have projection_residual and target_residual always"
     longest, widest = limits_of(
         self_made=self_made, linear=hidden is None, chunk=chunk, architecture=architecture
     )
@@ -60,6 +62,42 @@ def unsupported(
     return None
 
 
+def choose(
+    op: str,
+    impl: str | None,
+    name: str,
+    tokens: tuple[torch.Tensor | None, ...],
+    weights: tuple,
+    state: tuple | None,
+    rule: MemoryRule,
+    chunk: int,
+) -> str:
+    """The implementation of a checked call of ``op``.
+
+    Args:
+        name: of the tokens, in messages.
+        tokens: of the op, the first three with widths, the last one its momentum.
+        weights: of a memory that is given its targets, or of several that make them.
+    """
+    memory = weights if isinstance(weights, DeepMemoryWeights) else weights[0]
+    device = tokens[0].device
+
+    def refused() -> str | None:
+        return unsupported(
+            name,
+            rule=rule,
+            dtype=state_dtype(*tokens, *tensors_in(weights), *weights_in(state)),
+            width=max(x.shape[-1] for x in tokens[:3]),
+            hidden=None if memory.outer is None else memory.inner.shape[-2],
+            chunk=chunk,
+            momentum=tokens[-1] is not None,
+            self_made=memory is not weights,
+            architecture=architecture_of(device),
+        )
+
+    return choose_implementation(op, impl, device, unsupported=refused)
+
+
 def learn_on_grid(
     call: Call,
     grid: ChunkGrid,
@@ -74,16 +112,15 @@ def learn_on_grid(
 ) -> tuple[torch.Tensor, Bank, Bank, None]:
     """As :func:`nl_kernels.memory.call.learn_on_grid`, by the kernels; they have no velocity."""
     period, chunk = max(chunk_size, generator_chunk_size), min(chunk_size, generator_chunk_size)
-    tokens = call[:6]
-    spans, offset, slots = None, grid.offset, grid.offset + call.query.shape[1]
+    length = call.tokens.query.shape[1]
+    spans, offset, slots = None, grid.offset, grid.offset + length
     if grid.single:
         spans, offset, slots = torch.stack([grid.begin, grid.begin, grid.stop], 1), 0, period
     elif grid.alignment is not None:
-        tokens = [None if x is None else grid.alignment.gather(x) for x in tokens]
         spans = torch.stack([torch.zeros_like(grid.begin), grid.begin, grid.stop], 1)
-        offset, slots = 0, tokens[0].shape[1]
-    inputs = Inputs(*tokens, *call.gates, spans, *call.running, *call.snapshot, *call.anchor)
-    architecture = architecture_of(call.query.device)
+        offset, slots = 0, length
+    inputs = Inputs(Tokens(*call.tokens[:6], *call.gates, spans), call.running, call.snapshot, call.anchor)
+    architecture = architecture_of(call.tokens.query.device)
     options = Options.of(
         rule,
         read=read,
@@ -96,7 +133,15 @@ def learn_on_grid(
         slots=slots,
         architecture=architecture,
     )
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.tensors):
         numbers = sum(x.numel() for x in call.running if x is not None)
         options = options._replace(checkpoint_every=checkpoint_interval(options, checkpoint_every, numbers))
-    return *learn(inputs, options), None
+        found = Learn.apply(*inputs.tensors, *options)
+    else:
+        found = torch.ops.nl_kernels.memory_forward(*inputs.tensors, *options)
+    o, *weights = found
+    running, snapshot = (
+        Bank(None if call.running.first is None else first, last)
+        for first, last in (weights[:2], weights[2:4])
+    )
+    return o, running, snapshot, None

@@ -7,6 +7,7 @@ architecture's limits), not from timings.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 
 from nl_kernels.memory.bank import Bank
 from nl_kernels.memory.kernels.arguments import Shape, Tokens, compiled_of
+from nl_kernels.memory.state import map_tensors
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support import targets
 from nl_kernels.triton_support.kernel_call import KernelCall
@@ -96,35 +98,24 @@ class Options(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A call's tensors, contiguous.
+    """A call's tensors, contiguous; also their gradients. A bank is absent where there is no anchor."""
 
-    Attributes:
-        query … spans: of :class:`~nl_kernels.memory.kernels.arguments.Tokens`.
-        first, last: running weights [N, M · h, D] (``None``: linear) and [N, rows, in].
-        first_snapshot, last_snapshot: of the same shapes.
-        first_anchor, last_anchor: likewise, ``None`` for a rule that is not anchored.
-    """
+    tokens: Tokens
+    running: Bank
+    snapshot: Bank
+    anchor: Bank
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    gate: torch.Tensor | None
-    rate: torch.Tensor | None
-    log_decay: torch.Tensor | None
-    rate_max: torch.Tensor | None
-    rate_bias: torch.Tensor | None
-    retention_bias: torch.Tensor | None
-    spans: torch.Tensor | None
-    first: torch.Tensor | None
-    last: torch.Tensor
-    first_snapshot: torch.Tensor | None
-    last_snapshot: torch.Tensor
-    first_anchor: torch.Tensor | None
-    last_anchor: torch.Tensor | None
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor | None]) -> Inputs:
+        """The inverse of :attr:`tensors`."""
+        count = len(Tokens._fields)
+        banks = (Bank(*tensors[i : i + 2]) for i in range(count, len(tensors), 2))
+        return cls(Tokens(*tensors[:count]), *banks)
 
     @property
-    def tokens(self) -> Tokens:
-        return Tokens(*self[: len(Tokens._fields)])
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """One after the other."""
+        return tuple(x for part in self for x in part)
 
 
 def shape_of(*, generates: bool, key_dim: int, value_dim: int, hidden: int, options: Options) -> Shape:
@@ -183,24 +174,25 @@ class Plan:
 
     @classmethod
     def of(cls, inputs: Inputs, options: Options) -> Plan:
-        generates = inputs.gate is not None
+        tokens, weights = inputs.tokens, inputs.running
+        generates = tokens.gate is not None
         shape = shape_of(
             generates=generates,
-            key_dim=inputs.key.shape[-1],
-            value_dim=inputs.value.shape[-1],
-            hidden=0 if inputs.first is None else inputs.last.shape[-1],
+            key_dim=tokens.key.shape[-1],
+            value_dim=tokens.value.shape[-1],
+            hidden=0 if weights.first is None else weights.last.shape[-1],
             options=options,
         )
         rule = {
             "GENERATES": generates,
             "RUNNING": options.read == "running",
-            "ANCHORED": inputs.last_anchor is not None,
+            "ANCHORED": inputs.anchor.last is not None,
             "ACTIVATION": options.activation,
             "NORMALIZED": options.normalize_hidden,
             "RESIDUAL": options.residual,
             "ERASES": options.erases,
-            "AT_ANCHOR": options.at_anchor and inputs.first is None,  # linear memories' errors at keys
-            "SCALED": generates and inputs.rate is not None,
+            "AT_ANCHOR": options.at_anchor and weights.first is None,  # linear memories' errors at keys
+            "SCALED": generates and tokens.rate is not None,
             "BOUND": options.error_bound,
             "PRECISION": options.precision,
         }
@@ -209,7 +201,7 @@ class Plan:
     @property
     def heads(self) -> int:
         """N, of all sequences."""
-        return self.inputs.last.shape[0]
+        return self.inputs.running.last.shape[0]
 
     def segments(self) -> list[tuple[int, int]]:
         """First and stop of the chunks between kept states."""
@@ -218,29 +210,29 @@ class Plan:
 
     def own_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Which rows of both layers are of the memory that is read, [rows, 1] bool."""
-        shape, device = self.shape, self.inputs.last.device
+        shape, last = self.shape, self.inputs.running.last
         found = []
         for width, count in (
             (shape.HIDDEN, shape.MEMORIES * shape.HIDDEN),
-            (shape.VALUE_DIM, self.inputs.last.shape[1]),
+            (shape.VALUE_DIM, last.shape[1]),
         ):
-            row = torch.arange(count, device=device)[:, None]
+            row = torch.arange(count, device=last.device)[:, None]
             found.append((row >= shape.OWN * width) & (row < (shape.OWN + 1) * width))
         return found[0], found[1]
 
     def first_slots(self) -> torch.Tensor | None:
         """The slot of each head's first token [N, 1, 1], or ``None`` where all have the same."""
-        spans = self.inputs.spans
+        spans = self.inputs.tokens.spans
         if spans is None:
             return None
-        return spans[:, 1].repeat_interleave(self.inputs.query.shape[2])[:, None, None]
+        return spans[:, 1].repeat_interleave(self.inputs.tokens.query.shape[2])[:, None, None]
 
     def at_segment(self, kept: Bank, index: int, start: int, begin: torch.Tensor | None) -> tuple[Bank, Bank]:
         """Running weights and snapshot before the chunk at slot ``start``, in memory of their own."""
         if index == 0:
-            return copies(*self.inputs[10:12]), copies(*self.inputs[12:14])
+            return copies(self.inputs.running), copies(self.inputs.snapshot)
         pairs = []
-        for states, running, snapshot in zip(kept, self.inputs[10:12], self.inputs[12:14], strict=True):
+        for states, running, snapshot in zip(kept, self.inputs.running, self.inputs.snapshot, strict=True):
             if states is None:
                 pairs.append((None, None))
                 continue
@@ -256,7 +248,7 @@ class Plan:
     def rows_of(self, kept: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """A layer's weights as rows, ``like`` the caller's, from a copy that a kernel has kept."""
         shape, (count, width) = self.shape, like.shape[1:]
-        first = like is self.inputs.first
+        first = like is self.inputs.running.first
         out, wide = (shape.BLOCK_H, shape.MEMORIES) if first else (shape.BLOCK_V, shape.WIDE)
         size = shape.HIDDEN if first else shape.VALUE_DIM
         # The order of kernels/fragments.py: tiles of 16 × 16, of which a lane has two rows of two numbers.
@@ -267,17 +259,17 @@ class Plan:
 
     def call(self, kernel: Any, shape: Shape, arguments: dict[str, Any], *, backward: bool) -> KernelCall:
         """The call of ``kernel``, one program a head."""
-        inputs, options = self.inputs, self.options
+        tokens, options = self.inputs.tokens, self.options
         compiled = compiled_of(shape, self.rule, backward=backward)
-        scratch = inputs.last.new_empty(self.heads, compiled.SIZE)
+        scratch = self.inputs.running.last.new_empty(self.heads, compiled.SIZE)
         return KernelCall(
             kernel=kernel,
             grid=(self.heads,),
             arguments={
-                "tokens": inputs.tokens,
+                "tokens": tokens,
                 "scratch": scratch,
-                "T": inputs.query.shape[1],
-                "H": inputs.query.shape[2],
+                "T": tokens.query.shape[1],
+                "H": tokens.query.shape[2],
                 "offset": options.offset,
                 **arguments,
             },
@@ -292,14 +284,14 @@ class Plan:
         """The call that lets ``running`` and ``snapshot`` learn in place; ``span``: the integers."""
         from nl_kernels.memory.kernels.forward import learn_kernel
 
-        banks = {"running": running, "snapshot": snapshot, "anchor": Bank(*self.inputs[14:]), "kept": kept}
+        banks = {"running": running, "snapshot": snapshot, "anchor": self.inputs.anchor, "kept": kept}
         return self.call(learn_kernel, self.shape, {**banks, "o": o, **span}, backward=False)
 
     def adjoint(self, arguments: dict[str, Any], **span: int) -> KernelCall:
         """The call that takes the gradients of some chunks back."""
         from nl_kernels.memory.kernels.adjoint import learn_adjoint_kernel
 
-        given = {"resumed": Bank(*self.inputs[12:14]), "anchor": Bank(*self.inputs[14:])}
+        given = {"resumed": self.inputs.snapshot, "anchor": self.inputs.anchor}
         wide = self.shape.BLOCKS == MOST_WARPS and self.shape.BLOCK_K > 64  # shared memory
         shape = self.shape._replace(SLICE=16) if wide else self.shape
         return self.call(learn_adjoint_kernel, shape, {**given, **arguments, **span}, backward=True)
@@ -311,15 +303,15 @@ def limits_of(*, self_made: bool, linear: bool, chunk: int, architecture: str) -
     return max(table), next((width for most, width in sorted(table.items()) if padded(chunk) <= most), 0)
 
 
-def copies(*tensors: torch.Tensor | None) -> Bank:
-    """Both layers of a bank in memory of their own."""
-    return Bank(*(None if x is None else x.clone() for x in tensors))
+def copies(bank: Bank) -> Bank:
+    """Both layers in memory of their own."""
+    return map_tensors(torch.clone, bank)
 
 
 def kept_states(plan: Plan, slots: int) -> Bank:
     """Room for ``slots`` states of each head, [N, slots, ..], in the kernels' order."""
     sizes = (plan.shape.FIRST_KEPT, plan.shape.LAST_KEPT)
-    return Bank(*(plan.inputs.last.new_empty(plan.heads, slots, n) if n else None for n in sizes))
+    return Bank(*(plan.inputs.running.last.new_empty(plan.heads, slots, n) if n else None for n in sizes))
 
 
 def plan_forward(
@@ -328,9 +320,9 @@ def plan_forward(
     """The call of the forward pass and what it fills: reads, weights after the call, their snapshot, and kept
     weights. Meta tensors will do."""
     plan = Plan.of(inputs, options)
-    running, snapshot = copies(*inputs[10:12]), copies(*inputs[12:14])
-    like = torch.empty_like if inputs.spans is None else torch.zeros_like
-    o = like(inputs.value)
+    running, snapshot = copies(inputs.running), copies(inputs.snapshot)
+    like = torch.empty_like if inputs.tokens.spans is None else torch.zeros_like
+    o = like(inputs.tokens.value)
     kept, slots = Bank(None, None), 0
     if options.checkpoint_every:
         slots = len(plan.segments())

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
 from nl_kernels.memory.bank import Bank
-from nl_kernels.memory.kernels.arguments import Tokens
 from nl_kernels.memory.kernels.launch import Inputs, Options, Plan, copies, kept_states
+from nl_kernels.memory.state import map_tensors
 from nl_kernels.triton_support.kernel_call import KernelCall
 
 
-class Gradients(NamedTuple):
-    """Of :class:`Inputs`: of tokens, of the gates by head [N, 3], and of weights."""
-
-    tokens: Tokens
-    gates: torch.Tensor | None
-    running: Bank
-    snapshot: Bank
-    anchor: Bank
-
-
-def final_gradients(grads: list[torch.Tensor | None], inputs: Inputs, options: Options) -> tuple[Bank, Bank]:
+def final_gradients(d_running: Bank, d_snapshot: Bank, inputs: Inputs, options: Options) -> tuple[Bank, Bank]:
     """Gradients of weights and snapshot after the call, in memory of their own, from those of the results.
 
     A memory that ends at a boundary has taken its snapshot from the weights after the last token.
     """
     plan = Plan.of(inputs, options)
-    d_running, d_snapshot = copies(*grads[:2]), copies(*grads[2:])
-    shape = plan.shape
-    stop = options.offset + inputs.query.shape[1]
+    d_running, d_snapshot = copies(d_running), copies(d_snapshot)
+    shape, (query, *_, spans) = plan.shape, inputs.tokens
+    stop = options.offset + query.shape[1]
     has_tokens: torch.Tensor | bool = True
-    if inputs.spans is not None:
-        begin, stop = (
-            inputs.spans[:, i].repeat_interleave(inputs.query.shape[2])[:, None, None] for i in (1, 2)
-        )
+    if spans is not None:
+        begin, stop = (spans[:, i].repeat_interleave(query.shape[2])[:, None, None] for i in (1, 2))
         has_tokens = stop > begin
     for at_running, at_snapshot, own in zip(d_running, d_snapshot, plan.own_rows(), strict=True):
         if at_running is None:
@@ -50,7 +37,7 @@ def final_gradients(grads: list[torch.Tensor | None], inputs: Inputs, options: O
 
 def plan_backward(
     d_o: torch.Tensor, d_running: Bank, d_snapshot: Bank, inputs: Inputs, kept: Bank, options: Options
-) -> Iterator[KernelCall | Gradients]:
+) -> Iterator[KernelCall | Inputs]:
     """The calls of the backward pass, each to be run before the next is planned; then the gradients.
 
     The forward pass has ``kept`` the running weights before every n-th chunk. Segment by segment, the last
@@ -59,11 +46,12 @@ def plan_backward(
     """
     plan = Plan.of(inputs, options)
     every, segments = options.checkpoint_every, plan.segments()
-    like = torch.empty_like if inputs.spans is None else torch.zeros_like
-    d_tokens = [None if x is None else like(x) for x in inputs[:6]]
-    d_gates = None if inputs.gate is None else inputs.last.new_zeros(plan.heads, 3)
-    d_anchor = Bank(*(None if x is None else torch.zeros_like(x) for x in inputs[14:]))
-    d_tokens = Tokens(*d_tokens, None, None, None, None)
+    tokens = inputs.tokens
+    like = torch.empty_like if tokens.spans is None else torch.zeros_like
+    gates = ("rate_max", "rate_bias", "retention_bias")
+    d_tokens = map_tensors(like, tokens._replace(**dict.fromkeys((*gates, "spans"))))
+    d_gates = None if tokens.gate is None else inputs.running.last.new_zeros(plan.heads, 3)
+    d_anchor = map_tensors(torch.zeros_like, inputs.anchor)
     begin = plan.first_slots()
     states, slots = kept, options.chunks
     if every == 1:  # nothing to run again: one launch for all chunks
@@ -85,4 +73,8 @@ def plan_backward(
             "d_gates": d_gates,
         }
         yield plan.adjoint(arguments, **span)
-    yield Gradients(d_tokens, d_gates, d_running, d_snapshot, d_anchor)
+    if d_gates is not None:
+        by_head = d_gates.unflatten(0, (-1, tokens.query.shape[2])).sum(0).unbind(1)
+        by_gate = {name: x.to(getattr(tokens, name).dtype, copy=True) for name, x in zip(gates, by_head)}
+        d_tokens = d_tokens._replace(**by_gate)
+    yield Inputs(d_tokens, d_running, d_snapshot, d_anchor)

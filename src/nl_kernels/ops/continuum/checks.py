@@ -77,8 +77,7 @@ def _check_level(name: str, level: ContinuumLevel, x: torch.Tensor, rates_of_tok
         if rates_of_tokens:  # those of an earlier call, which are in its state
             shape = level.rate.shape
         check_tensor(f"{name}.rate", level.rate, shape, like=x)
-        if x.device.type == "cpu":  # reading it on an accelerator would wait for the device
-            check_range(f"{name}.rate", level.rate, 0.0, math.inf, closed_high=False)
+        check_range(f"{name}.rate", level.rate, 0.0, math.inf, closed_high=False)
     check_retention(f"{name}.retention", level.retention, x)
     check_bool(f"{name}.restore_norms", level.restore_norms)
     check_bool(f"{name}.predict_next", level.predict_next)
@@ -187,8 +186,7 @@ def check_retention(name: str, value: object, like: torch.Tensor) -> None:
     """A number in [0, 1], or a tensor of one."""
     if isinstance(value, torch.Tensor):
         check_tensor(name, value, value.shape if value.numel() == 1 else (), like=like)
-        if value.device.type == "cpu":  # reading it on an accelerator would wait for the device
-            check_range(name, value, 0.0, 1.0)
+        check_range(name, value, 0.0, 1.0)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number or a tensor of one, got {type(value).__name__}")
     elif not 0 <= value <= 1:

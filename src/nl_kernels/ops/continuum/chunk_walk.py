@@ -6,11 +6,12 @@ place, and several levels' at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from nl_kernels.memory.state import map_tensors, own_memory
 from nl_kernels.ops.continuum import eager
 from nl_kernels.ops.continuum.registration import Update
 from nl_kernels.ops.continuum.schedule import Owner, Resets, chosen, either
@@ -223,14 +224,10 @@ class InPlaceWalk(LevelWalk):
         if new:
             self.weights = sums  # which the step reads before it writes
         if copied and (self.copies is None or self.records):
-            self.copies = _like(sums, lambda w, _: torch.empty_like(w, dtype=call.dtype))
+            self.copies = map_tensors(lambda w: torch.empty_like(w, dtype=call.dtype), sums)
         if not self.stepped and level.rule in RULES_WITH_MOMENTUM:
-            self.momenta = _like(
-                sums,
-                lambda w, m: (
-                    torch.zeros_like(w) if m is None else m.clone(memory_format=torch.contiguous_format)
-                ),
-                self.momenta,
+            self.momenta = map_tensors(
+                lambda w, m: torch.zeros_like(w) if m is None else own_memory(m), sums, self.momenta
             )
         matrices = len(_present(sums))
         update = Update(
@@ -286,11 +283,7 @@ def in_chunks(x: torch.Tensor, first: int, size: int) -> list[torch.Tensor]:
 
 def contiguous(weights: Sequence[torch.Tensor | None]) -> Weights:
     """The weights as kernels read them."""
-    return Weights(*(None if w is None else w.contiguous() for w in weights))
-
-
-def _like(weights: Weights, make: Callable, others: Weights = NO_MOMENTA) -> Weights:
-    return Weights(*(None if w is None else make(w, other) for w, other in zip(weights, others)))
+    return map_tensors(torch.Tensor.contiguous, Weights(*weights))
 
 
 def _present(parts: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:

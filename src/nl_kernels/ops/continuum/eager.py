@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from nl_kernels.memory.state import map_tensors
 from nl_kernels.ops.continuum.state import (
     NO_MOMENTA,
     RULES_WITH_MOMENTUM,
@@ -179,7 +180,7 @@ def row_norms(level: ContinuumLevel) -> Weights | None:
     if not level.restore_norms:
         return None
     weights = cast(initial_weights(level), state_dtype(level.up.dtype))
-    return Weights(*(None if w is None else torch.linalg.vector_norm(w, dim=-1) for w in weights))
+    return map_tensors(lambda w: torch.linalg.vector_norm(w, dim=-1), weights)
 
 
 def step_factors(
@@ -236,7 +237,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
-    return Weights(*(None if w is None else w.to(dtype) for w in weights))
+    return map_tensors(lambda w: w.to(dtype), weights)
 
 
 def _bounding(signal: torch.Tensor, bound: float | None) -> torch.Tensor | None:

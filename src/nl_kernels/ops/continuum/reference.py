@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
+from nl_kernels.memory.state import map_tensors
 from nl_kernels.ops.continuum.state import (
     RULES_WITH_MOMENTUM,
     ContinuumClock,
@@ -17,6 +19,8 @@ from nl_kernels.ops.continuum.state import (
     ContinuumState,
     Weights,
     entry_type,
+    fast_part,
+    initial_weights,
     state_dtype,
 )
 from nl_kernels.ops.newton_schulz import MUON_COEFFICIENTS
@@ -101,7 +105,7 @@ def mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gate: torch.Tenso
     """See :func:`nl_kernels.continuum_mlp`: token by token in fp64; gradients by autograd."""
     rows = []
     for b in range(x.shape[0]):
-        weights = Weights(*(None if w is None else w[b].double() for w in (up, down, gate)))
+        weights = map_tensors(lambda w, b=b: w[b].double(), Weights(up, down, gate))
         rows.append(torch.stack([_mlp(token, weights) for token in x[b].double()]))
     return torch.stack(rows).to(x.dtype)
 
@@ -114,10 +118,9 @@ def _reset_period(levels: Sequence[ContinuumLevel], index: int, variant: str) ->
 
 
 def _initial(level: ContinuumLevel, dtype: torch.dtype, b: int = 0) -> tuple[Weights, Weights]:
-    given = (level.up, level.down, level.gate)
-    given = (w[b] if w is not None and w.ndim == 3 else w for w in given)
-    weights = Weights(*(None if w is None else w.to(dtype) for w in given))
-    return weights, Weights(*(None if w is None else torch.zeros_like(w) for w in weights))
+    given = initial_weights(level)
+    weights = map_tensors(lambda w: (w[b] if w.ndim == 3 else w).to(dtype), given)
+    return weights, map_tensors(torch.zeros_like, weights)
 
 
 def _start(
@@ -133,12 +136,8 @@ def _start(
     before = None if state is None else state[index]
     if not isinstance(before, ContinuumLevelState):
         return _Sequence(weights, momenta, [], 0, 0 if before is None else int(before.position[b]))
-    weights = Weights(before.up[b], before.down[b], None if before.gate is None else before.gate[b])
-    if level.rule in RULES_WITH_MOMENTUM:
-        given = (before.up_momentum, before.down_momentum, before.gate_momentum)
-        momenta = Weights(*(None if m is None else m[b] for m in given))
-        if detach_updates:
-            momenta = Weights(*(None if m is None else m.detach() for m in momenta))
+    weights, given = (map_tensors(lambda w: w[b], part) for part in fast_part(before, detach_updates))
+    momenta = given if level.rule in RULES_WITH_MOMENTUM else momenta
     pending = [
         (before.pending_inputs[b, p], before.pending_rates[b, p]) for p in range(int(before.position[b]))
     ]
@@ -224,11 +223,8 @@ def _step(
         new = new - (1 - level.retention) * (w - start.to(w.dtype))
         if level.restore_norms:
             lengths = start.to(new.dtype).norm(dim=1, keepdim=True)
-            new = (
-                lengths
-                * new
-                / torch.where(new.norm(dim=1, keepdim=True) > 0, new.norm(dim=1, keepdim=True), 1)
-            )
+            now = new.norm(dim=1, keepdim=True)
+            new = lengths * new / torch.where(now > 0, now, 1)
         if detach_updates:
             new, m = new.detach() + (w - w.detach()), m.detach()
         stepped.append(new)
@@ -294,25 +290,16 @@ def _bounded(signal: torch.Tensor, bound: float | None) -> torch.Tensor:
 
 
 def _stack_states(level: ContinuumLevel, rows: list[_Sequence], x: torch.Tensor) -> ContinuumLevelState:
-    longest = max(len(row.pending) for row in rows)
-    empty = x.new_zeros(x.shape[-1], dtype=state_dtype(x.dtype))
-    padded = [row.pending + [(empty, empty[0])] * (longest - len(row.pending)) for row in rows]
-
-    def stack(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
-        return None if parts[0] is None else torch.stack(parts)
-
-    fast = [stack(list(parts)) for parts in zip(*(row.weights for row in rows))]
-    momenta = [stack(list(parts)) for parts in zip(*(row.momenta for row in rows))]
-    return ContinuumLevelState(
-        *fast,
-        pending_inputs=torch.stack(
-            [torch.stack([i for i, _ in p]) if p else empty[None, :][:0] for p in padded]
-        ),
-        pending_rates=torch.stack([torch.stack([r for _, r in p]) if p else empty[:0] for p in padded]),
-        position=torch.tensor([len(row.pending) for row in rows], device=x.device),
-        **(
-            dict(zip(("up_momentum", "down_momentum", "gate_momentum"), momenta))
-            if level.rule in RULES_WITH_MOMENTUM
-            else {}
-        ),
+    empty = x.new_zeros(0, x.shape[-1], dtype=state_dtype(x.dtype))
+    pending = [zip(*row.pending) if row.pending else (empty, empty[:, 0]) for row in rows]
+    inputs, rates = (
+        pad_sequence([torch.stack(p) if isinstance(p, tuple) else p for p in parts], batch_first=True)
+        for parts in zip(*pending)
     )
+    fast, momenta = (
+        [None if parts[0] is None else torch.stack(parts) for parts in zip(*of)]
+        for of in ([row.weights for row in rows], [row.momenta for row in rows])
+    )
+    position = torch.tensor([len(row.pending) for row in rows], device=x.device)
+    momenta = momenta if level.rule in RULES_WITH_MOMENTUM else ()
+    return ContinuumLevelState(*fast, inputs, rates, position, *momenta)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
 
-from nl_kernels.checks import has_readable_data
+from nl_kernels.checks import check_exact, has_readable_data
+from nl_kernels.memory.state import map_tensors
 from nl_kernels.renamed import renamed_arguments
 
 RULES = ("sgd", "dgd", "momentum", "muon")
@@ -158,7 +159,7 @@ def fast_part(state: ContinuumLevelState, detached: bool) -> tuple[Weights, Weig
     """Weights and momenta of a state; ``detached``: momenta are constants."""
     momenta = Weights(state.up_momentum, state.down_momentum, state.gate_momentum)
     if detached:
-        momenta = Weights(*(None if m is None else m.detach() for m in momenta))
+        momenta = map_tensors(torch.Tensor.detach, momenta)
     return Weights(state.up, state.down, state.gate), momenta
 
 
@@ -184,12 +185,12 @@ def level_state(
 
 def continuum_detach(state: ContinuumState) -> ContinuumState:
     """The state cut from the graph that made it, as truncated backpropagation does between segments."""
-    return _map(torch.Tensor.detach, state)
+    return tuple(map_tensors(torch.Tensor.detach, level) for level in state)
 
 
 def continuum_clone(state: ContinuumState) -> ContinuumState:
     """A copy that shares no memory with the state; gradients flow through it."""
-    return _map(torch.clone, state)
+    return tuple(map_tensors(torch.clone, level) for level in state)
 
 
 @renamed_arguments(rows="sequences")
@@ -217,33 +218,16 @@ def _reset_level(
     position = state.position
     if sequences is None:
         sequences = torch.ones_like(position, dtype=torch.bool)
-    if not isinstance(sequences, torch.Tensor) or sequences.dtype != torch.bool:
-        raise TypeError(f"sequences: expected a tensor of torch.bool or None, got {sequences!r:.100}")
-    if sequences.shape != position.shape or sequences.device != position.device:
-        raise ValueError(
-            f"sequences: expected shape {tuple(position.shape)} on {position.device}, "
-            f"got {tuple(sequences.shape)} on {sequences.device}"
-        )
-    changed = {"position": position.masked_fill(sequences, 0)}
-    if isinstance(state, ContinuumClock):
-        return state._replace(**changed)
-    for name in ("up", "down", "gate"):
-        fast, momentum = getattr(state, name), getattr(state, f"{name}_momentum")
-        if fast is not None:
-            initial = getattr(level, name).to(fast.dtype)
-            changed[name] = torch.where(sequences[:, None, None], initial, fast)
-        if momentum is not None:
-            changed[f"{name}_momentum"] = momentum.masked_fill(sequences[:, None, None], 0.0)
-    changed["pending_inputs"] = state.pending_inputs.masked_fill(sequences[:, None, None], 0.0)
-    changed["pending_rates"] = state.pending_rates.masked_fill(sequences[:, None], 0.0)
-    return state._replace(**changed)
+    check_exact("sequences", sequences, "a bool tensor or None", torch.bool, position.shape, position)
+    start = initial_weights(level)._asdict()  # all else begins with zeros
 
+    def reset(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
+        if x is None:
+            return None
+        again = sequences.view(-1, *(1,) * (x.ndim - 1))
+        return torch.where(again, start[name].to(x.dtype), x) if name in start else x.masked_fill(again, 0)
 
-def _map(function: Callable[[torch.Tensor], torch.Tensor], state: ContinuumState) -> ContinuumState:
-    return tuple(
-        None if level is None else level._make(None if x is None else function(x) for x in level)
-        for level in state
-    )
+    return state._make(map(reset, state._fields, state))
 
 
 def check_chunk_sizes(sizes: Sequence[int | None], name: str = "levels") -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nl_kernels.checks import check_choice, check_range, check_tensor
+from nl_kernels.checks import check_choice, check_tensor
 from nl_kernels.ops.continuum.checks import check_decay, check_retention
 from nl_kernels.ops.continuum.orthogonal import orthogonalised
 from nl_kernels.ops.continuum.state import RULES, RULES_WITH_MOMENTUM
@@ -18,8 +18,6 @@ def continuum_update(
     *,
     rule: str,
     gram: torch.Tensor | None = None,
-    inputs: torch.Tensor | None = None,
-    rates: torch.Tensor | None = None,
     momentum: torch.Tensor | None = None,
     momentum_decay: float = 0.9,
     initial: torch.Tensor | None = None,
@@ -45,8 +43,7 @@ def continuum_update(
             they broadcast to them.
         gradient: G [.., out, in], rates included.
         rule: ``"sgd"``, ``"dgd"``, ``"momentum"`` or ``"muon"``.
-        gram: of dgd: Σ_t η_t x_t x_tᵀ [.., in, in]; or
-        inputs, rates: of dgd: x_t [.., N, in] and η_t [.., N], ≥ 0, which take the smaller of the two solves.
+        gram: of dgd: Σ_t η_t x_t x_tᵀ [.., in, in].
         momentum: M [.., out, in] of ``momentum`` and ``muon`` from the step before; None: zero.
         momentum_decay: in [0, 1).
         initial: W_0 [.., out, in], of a dtype and shape that go with the weight's; needed below retention 1.
@@ -61,18 +58,14 @@ def continuum_update(
         TypeError: an argument that is no tensor, or of another dtype than ``weight``.
         ValueError: another shape, device or value than said, or an argument that the rule does not take.
     """
-    _check(weight, gradient, rule, gram, inputs, rates, momentum, momentum_decay, initial, retention, norms)
+    _check(weight, gradient, rule, gram, momentum, momentum_decay, initial, retention, norms)
     if rule in RULES_WITH_MOMENTUM:
         momentum = gradient if momentum is None else torch.add(gradient, momentum, alpha=momentum_decay)
     step = momentum if rule == "momentum" else evened_out(momentum) if rule == "muon" else gradient
     new = weight - step
     if rule == "dgd":
-        if gram is None and inputs.shape[-2] < inputs.shape[-1]:  # A (I + Xᵀ D X)⁻¹ = A − A Xᵀ R
-            new = new - new @ inputs.mT @ erasing(inputs, rates)
-        else:  # nothing is subtracted from what it is close to
-            gram = inputs.mT @ (inputs * rates[..., None]) if gram is None else gram
-            eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-            new = torch.linalg.solve(eye + gram, new, left=False)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        new = torch.linalg.solve(eye + gram, new, left=False)
     if isinstance(retention, torch.Tensor) or retention < 1:
         new = new - (1 - retention) * (weight - initial.to(weight.dtype))
     return new if norms is None else with_row_norms(new, norms), momentum
@@ -105,9 +98,7 @@ def erasing(inputs: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
     return rated @ torch.linalg.inv(eye + inputs.mT @ rated)
 
 
-def _check(
-    weight, gradient, rule, gram, inputs, rates, momentum, momentum_decay, initial, retention, norms
-) -> None:
+def _check(weight, gradient, rule, gram, momentum, momentum_decay, initial, retention, norms) -> None:
     check_choice("rule", rule, RULES)
     _check_matrix("gradient", gradient)
     _check_matrix("weight", weight)
@@ -118,22 +109,10 @@ def _check(
             f"got {tuple(weight.shape)}"
         )
     _check_like("gradient", gradient, gradient.shape, weight)
-    given = [name for name, x in (("gram", gram), ("inputs", inputs), ("rates", rates)) if x is not None]
     if rule == "dgd":
-        if given not in (["gram"], ["inputs", "rates"]):
-            raise ValueError(f"gram: dgd needs either gram, or inputs with rates, got {given or None}")
-    elif given:
-        raise ValueError(f"{given[0]}: of rule 'dgd' only, got it with {rule!r}")
-    if gram is not None:
         _check_like("gram", gram, (*leading, width, width), weight)
-    if inputs is not None:
-        if not isinstance(inputs, torch.Tensor) or inputs.ndim < 2:
-            raise ValueError(f"inputs: expected a tensor of shape {(*leading, 'N', width)}")
-        tokens = inputs.shape[-2]
-        _check_like("inputs", inputs, (*leading, tokens, width), weight)
-        _check_like("rates", rates, (*leading, tokens), weight)
-        if rates.device.type == "cpu":  # reading them on an accelerator would wait for the device
-            check_range("rates", rates, 0.0, float("inf"), closed_high=False)
+    elif gram is not None:
+        raise ValueError(f"gram: of rule 'dgd' only, got it with {rule!r}")
     if momentum is not None:
         if rule not in RULES_WITH_MOMENTUM:
             raise ValueError(f"momentum: of rules {RULES_WITH_MOMENTUM} only, got it with {rule!r}")

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
 from nl_kernels.checks import (
-    check_mask,
-    check_position,
     check_positive_int,
+    check_range,
     check_sequences,
     check_tensor,
     check_tokens,
-    state_dtype,
 )
-from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.call import Op, run, run_step
-from nl_kernels.memory.kernels.call import unsupported
-from nl_kernels.memory.state import check_state, weights_in
+from nl_kernels.memory.kernels.call import choose
+from nl_kernels.memory.state import check_state
 from nl_kernels.memory_checks import (
     check_error_at,
-    check_gates,
     check_memory,
     check_own_memory,
     check_rule,
@@ -30,7 +27,6 @@ from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory import eager_step
 from nl_kernels.ops.deep_memory.reference import deep_memory_reference
 from nl_kernels.ops.deep_memory.state import DeepMemoryState, bank_of, weights_of
-from nl_kernels.triton_support.targets import architecture_of
 
 _DEFAULT_RULE = MemoryRule()
 _OP = Op(DeepMemoryState, lambda weights: weights, bank_of, weights_of, (0, 1, 2, 4, 5))
@@ -99,10 +95,9 @@ def deep_memory(
     _check(tokens, weights, rule, read, chunk_size, "initial_state", initial_state, mask, cu_seqlens)
     if checkpoint_every is not None:
         check_positive_int("checkpoint_every", checkpoint_every)
-    refused = functools.partial(_unsupported, tokens, weights, initial_state, rule, chunk_size)
     o, final = run(
         _OP,
-        choose_implementation("deep_memory", impl, q.device, unsupported=refused),
+        choose("deep_memory", impl, "q, k, v", tokens, weights, initial_state, rule, chunk_size),
         [q, k, v, None, rate, log_decay],
         momentum,
         {},
@@ -162,10 +157,9 @@ def deep_memory_step(
     _check(tensors, weights, rule, read, chunk_size, "state", state, mask)
     if inplace:
         check_own_memory(state, weights)
-    refused = functools.partial(_unsupported, tensors, weights, state, rule, chunk_size)
     options = {"weights": weights, "rule": rule, "read": read, "chunk_size": chunk_size}
     return run_step(
-        choose_implementation("deep_memory_step", impl, q.device, unsupported=refused),
+        choose("deep_memory_step", impl, "q, k, v", tensors, weights, state, rule, chunk_size),
         tensors,
         (weights, state),
         state,
@@ -173,22 +167,6 @@ def deep_memory_step(
         inplace=inplace,
         op=functools.partial(deep_memory, impl=impl, **options),
         eager_step=functools.partial(eager_step.deep_memory_step, **options),
-    )
-
-
-def _unsupported(tokens, weights, state, rule, chunk_size) -> str | None:
-    """Why the kernels do not take a call, or ``None``."""
-    q, _, v, *_, momentum = tokens
-    return unsupported(
-        "q, k, v",
-        rule=rule,
-        dtype=state_dtype(*tokens, *weights, *weights_in(state)),
-        width=max(q.shape[-1], v.shape[-1]),
-        hidden=None if weights.outer is None else weights.inner.shape[-2],
-        chunk=chunk_size,
-        momentum=momentum is not None,
-        self_made=False,
-        architecture=architecture_of(q.device),
     )
 
 
@@ -201,23 +179,20 @@ def _check(tokens, weights, rule, read, chunk_size, state_name, state, mask, cu_
     check_tensor("k", k, q.shape, like=q)
     out = v.shape[-1] if isinstance(v, torch.Tensor) and v.ndim == q.ndim else width
     check_tensor("v", v, (*lead, out), like=q)
-    for name, x in (("rate", rate), ("log_decay", log_decay), ("momentum", momentum)):
+    numbers = (("rate", rate, 0.0, math.inf), ("log_decay", log_decay, -math.inf, 0.0))
+    for name, x, low, high in (*numbers, ("momentum", momentum, 0.0, 1.0)):
         if x is not None or name != "momentum":
             check_tensor(name, x, lead, like=q)
+            if not one:
+                check_range(name, x, low, high, closed_high=name == "log_decay")
     check_rule(rule, read)
     if rule.residual and out != width:
         raise ValueError(f"v: a rule with a residual needs width {width} as the keys, got {out}")
     check_positive_int("chunk_size", chunk_size)
-    batch = len(q)
-    if not one:
-        check_gates(rate, log_decay, momentum)
-        batch = check_sequences(mask, cu_seqlens, q)
-    elif mask is not None:
-        check_mask(mask, (batch,), q)
+    batch = check_sequences(mask, cu_seqlens, q, one=one)
     heads = lead[-1]
     check_memory("weights", weights, batch, heads, width, out, q)
     check_error_at(rule, weights)
     if one or state is not None:
         shapes = DeepMemoryWeights(*(None if w is None else (batch, heads, *w.shape[-2:]) for w in weights))
-        check_state(state_name, state, DeepMemoryState, shapes, momentum is not None, q)
-        check_position(f"{state_name}.position", state.position, batch, chunk_size, q)
+        check_state(state_name, state, DeepMemoryState, shapes, momentum is not None, chunk_size, q)

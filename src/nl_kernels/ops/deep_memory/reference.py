@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from nl_kernels.memory_definition import memory_error, memory_gradients, memory_output, memory_write
+from nl_kernels.memory.state import map_tensors
+from nl_kernels.memory_definition import (
+    choose,
+    memory_error,
+    memory_gradients,
+    memory_output,
+    write_memory,
+)
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
 
@@ -35,43 +42,20 @@ def deep_memory_reference(
     outputs = []
     for t in range(q.shape[1]):
         here = torch.ones_like(position, dtype=torch.bool) if mask is None else mask[:, t]
-        base = _add(anchor, snapshot)
+        base = map_tensors(torch.add, anchor, snapshot)
         error = memory_error(base, anchor, k[:, t], v[:, t], rule, rule.residual)
-        written = [
-            memory_write(
-                weight,
-                None if velocity is None else velocity[layer],
-                [pair],
-                rate[:, t],
-                log_decay[:, t],
-                None if momentum is None else momentum[:, t],
-                rule,
-                first_layer=layer == 0,
-            )
-            for layer, (weight, pair) in enumerate(zip(running, memory_gradients(base, k[:, t], error, rule)))
-        ]
-        running = _where(here, _weights([w for w, _ in written]), running)
-        if velocity is not None:
-            velocity = _where(here, _weights([u for _, u in written]), velocity)
+        gradients = [[pair] for pair in memory_gradients(base, k[:, t], error, rule)]
+        decay = None if momentum is None else momentum[:, t]
+        now, new_velocity = write_memory(
+            running, velocity, gradients, rate[:, t], log_decay[:, t], decay, rule
+        )
+        running, velocity = choose(here, now, running), choose(here, new_velocity, velocity)
 
-        source = base if read == "snapshot" else _add(anchor, running)
+        source = base if read == "snapshot" else map_tensors(torch.add, anchor, running)
         y = memory_output(source, q[:, t], rule) + (q[:, t] if rule.residual else 0)
         outputs.append(torch.where(here[:, None, None], y, 0))
 
         position = position + here
-        snapshot = _where(position == chunk_size, running, snapshot)
+        snapshot = choose(position == chunk_size, running, snapshot)
         position = position % chunk_size
     return torch.stack(outputs, 1), DeepMemoryState(snapshot, running, position, velocity)
-
-
-def _weights(layers: list[torch.Tensor]) -> DeepMemoryWeights:
-    return DeepMemoryWeights(layers[0], layers[1] if len(layers) == 2 else None)
-
-
-def _add(a: DeepMemoryWeights, b: DeepMemoryWeights) -> DeepMemoryWeights:
-    return DeepMemoryWeights(*(None if x is None else x + y for x, y in zip(a, b)))
-
-
-def _where(here: torch.Tensor, a: DeepMemoryWeights, b: DeepMemoryWeights) -> DeepMemoryWeights:
-    here = here[:, None, None, None]
-    return DeepMemoryWeights(*(None if x is None else torch.where(here, x, y) for x, y in zip(a, b)))

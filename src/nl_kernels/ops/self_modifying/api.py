@@ -6,11 +6,10 @@ import functools
 
 import torch
 
-from nl_kernels.checks import check_position, check_positive_int, check_range, state_dtype
+from nl_kernels.checks import check_positive_int, check_range, check_sequences
 from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.call import Op, run, run_step
-from nl_kernels.memory.kernels.call import unsupported
-from nl_kernels.memory.state import tensors_in, weights_in
+from nl_kernels.memory.kernels.call import choose
 from nl_kernels.memory_checks import check_error_at, check_own_memory, check_rule
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.self_modifying import eager_step
@@ -30,7 +29,6 @@ from nl_kernels.ops.self_modifying.state import (
     stack_memories,
     stack_of,
 )
-from nl_kernels.triton_support.targets import architecture_of
 
 _DEFAULT_RULE = MemoryRule()
 _OP = Op(SelfModifyingState, stack_memories, bank_of, stack_of, (0, 1, 2, 3, 4))
@@ -78,7 +76,7 @@ def self_modifying_memory(
     Args:
         query, key_input, value_input, gate_input: [B, T, H, D]; the query is l2-normalised here.
         weights: initial states of the five memories, [H, ..] shared or [B, H, ..] by sequence, which are also
-            the anchor of an anchored rule. They must not be zero for a linear memory to learn anything.
+            the anchor of an anchored rule.
         chunk_size: tokens between boundaries of ``weights.memory``.
         generator_chunk_size: the same for the other four; default ``chunk_size``. One of the two must be a
             multiple of the other.
@@ -126,8 +124,7 @@ def self_modifying_memory(
     parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
     _check(tokens, weights, rule, read, clocks, parameters, "initial_state", initial_state, mask, cu_seqlens)
     parameters = {name: head_parameter(value, query) for name, value in parameters.items()}
-    if query.device.type == "cpu":
-        check_range("rate_max", parameters["rate_max"], 0.0, 2.0)
+    check_range("rate_max", parameters["rate_max"], 0.0, 2.0)
     options = {
         "rule": rule,
         "read": read,
@@ -234,15 +231,16 @@ def _check(tokens, weights, rule, read, clocks, parameters, state_name, state, m
     check_rule(rule, read)
     check_clocks(*clocks)
     query, one = tokens[0], state_name == "state"
-    batch = check_inputs(tokens, mask, cu_seqlens, "[B, H, D]" if one else "[B, T, H, D]")
+    check_inputs(tokens, one)
+    batch = check_sequences(mask, cu_seqlens, query, one=one)
     heads, width = query.shape[-2:]
     check_weights(weights, batch, heads, width, query)
     check_error_at(rule, weights.key)
     if tokens[4] is not None and weights.key.outer is not None:
         raise ValueError("write_scale: of linear memories alone, got memories of two layers")
     if one or state is not None:
-        check_state(state_name, state, weights, batch, (heads, width), tokens[-1] is not None, query)
-        check_position(f"{state_name}.position", state.position, batch, max(clocks), query)
+        momentum = tokens[-1] is not None
+        check_state(state_name, state, weights, batch, (heads, width), momentum, max(clocks), query)
     for name, value in parameters.items():
         check_head_parameter(name, value, heads, query)
 
@@ -255,18 +253,4 @@ def _choose(op, impl, tokens, weights, state, rule, clocks, detach_targets) -> s
                 "detach_targets: the reference alone has targets that learn; use impl='reference' or None"
             )
         return choose_implementation(op, impl, tokens[0].device, ("reference",))
-
-    def refused() -> str | None:
-        return unsupported(
-            "query",
-            rule=rule,
-            dtype=state_dtype(*tokens, *tensors_in(weights), *weights_in(state)),
-            width=tokens[0].shape[-1],
-            hidden=None if weights.key.outer is None else weights.key.inner.shape[-2],
-            chunk=min(clocks),
-            momentum=tokens[-1] is not None,
-            self_made=True,
-            architecture=architecture_of(tokens[0].device),
-        )
-
-    return choose_implementation(op, impl, tokens[0].device, unsupported=refused)
+    return choose(op, impl, "query", tokens, weights, state, rule, min(clocks))

@@ -7,10 +7,8 @@ import math
 import torch
 
 from nl_kernels.checks import (
-    check_mask,
     check_positive_int,
     check_range,
-    check_sequences,
     check_tensor,
     check_tokens,
 )
@@ -29,24 +27,17 @@ def check_clocks(chunk_size: object, generator_chunk_size: object) -> None:
         )
 
 
-def check_inputs(inputs: tuple, mask: object, cu_seqlens: object, axes: str) -> int:
-    """Check the tensors over time, or of one token; the number of sequences."""
+def check_inputs(inputs: tuple, one: bool) -> None:
+    """Check the tensors over time, or of ``one`` token."""
     query, *others, write_scale, momentum = inputs
-    check_tokens("query", query, axes)
+    check_tokens("query", query, "[B, H, D]" if one else "[B, T, H, D]")
     for name, x in zip(("key_input", "value_input", "gate_input"), others):
         check_tensor(name, x, query.shape, like=query)
-    for name, x in (("write_scale", write_scale), ("momentum", momentum)):
+    for name, x, most in (("write_scale", write_scale, math.inf), ("momentum", momentum, 1.0)):
         if x is not None:
             check_tensor(name, x, query.shape[:-1], like=query)
-    if query.ndim == 4:
-        if write_scale is not None and write_scale.device.type == "cpu":
-            check_range("write_scale", write_scale, 0.0, math.inf, closed_high=False)
-        if momentum is not None and momentum.device.type == "cpu":
-            check_range("momentum", momentum, 0.0, 1.0, closed_high=False)
-        return check_sequences(mask, cu_seqlens, query)
-    if mask is not None:
-        check_mask(mask, tuple(query.shape[:1]), query)
-    return len(query)
+            if not one:
+                check_range(name, x, 0.0, most, closed_high=False)
 
 
 def check_weights(weights: object, batch: int, heads: int, width: int, like: torch.Tensor) -> None:
@@ -66,14 +57,14 @@ def check_weights(weights: object, batch: int, heads: int, width: int, like: tor
             )
 
 
-def check_state(name, state, weights, batch, sizes, has_momentum, like) -> None:
+def check_state(name, state, weights, batch, sizes, has_momentum, period, like) -> None:
     heads, width = sizes
     hidden = weights.key.inner.shape[-2]
     shapes = MemoryStack((5, hidden, width), (3, width, hidden), (2, hidden))
     if weights.key.outer is None:
         shapes = MemoryStack(None, (3, width, width), (2, width))
     shapes = MemoryStack(*(None if shape is None else (batch, heads, *shape) for shape in shapes))
-    check_memory_state(name, state, SelfModifyingState, shapes, has_momentum, like)
+    check_memory_state(name, state, SelfModifyingState, shapes, has_momentum, period, like)
 
 
 def check_head_parameter(name: str, value: object, heads: int, like: torch.Tensor) -> None:

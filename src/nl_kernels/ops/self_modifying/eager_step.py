@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 
 from nl_kernels.memory.hidden import Activated, activated, error_signal, length_factor
+from nl_kernels.memory.state import map_tensors
 from nl_kernels.memory.step import Gates, advance, refreshed, write_token
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule, l2_normalize
 from nl_kernels.ops.self_modifying.state import (
     MemoryStack,
     SelfModifyingState,
     SelfModifyingWeights,
-    map_stack,
     stack_memories,
 )
 
@@ -95,7 +95,7 @@ def _base(snapshot: MemoryStack, weights: SelfModifyingWeights, rule: MemoryRule
                     for m in weights
                 )
             )
-        snapshot = map_stack(_add, stack_memories(weights), snapshot)
+        snapshot = map_tensors(_add, stack_memories(weights), snapshot)
     return _rows(snapshot)
 
 
@@ -128,9 +128,8 @@ def _serve(inputs: list[torch.Tensor], base: MemoryStack, rows: int, rule: Memor
         wide, narrow = hidden[:, :3].reshape(rows * 3, 1, -1), hidden[:, 3:]
     key_value_read = torch.bmm(wide, base.last.view(rows * 3, width, -1).mT).view(rows, 3, 1, width).unbind(1)
     key_out, value_out, o = key_value_read
-    if rule.projection_residual:
-        key_out = key_out + key.reshape(rows, 1, width)
-        value_out = value_out + value.reshape(rows, 1, width)
+    key_out = key_out + key.reshape(rows, 1, width)
+    value_out = value_out + value.reshape(rows, 1, width)
     return key_out, value_out, o, (base.gate * narrow).sum(-1)
 
 
@@ -179,10 +178,8 @@ def _pairs(
     if rule.errs_at_anchor(linear):
         wide -= torch.bmm(k, change.last.mT).view(rows, 3, width)
         gate -= (change.gate * k).sum(-1)
-    if rule.target_residual:
-        wide -= v
-    if rule.projection_residual:
-        wide[:, :2] += k
+    wide -= v
+    wide[:, :2] += k
     if rule.residual:
         wide[:, 2:] += k
     factor = length_factor(wide, rule.error_bound)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from nl_kernels.memory_definition import memory_error, memory_gradients, memory_output, memory_write
+from nl_kernels.memory.state import map_tensors
+from nl_kernels.memory_definition import (
+    choose,
+    memory_error,
+    memory_gradients,
+    memory_output,
+    write_memory,
+)
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule, l2_normalize
 from nl_kernels.ops.self_modifying.state import (
     MemoryStack,
     SelfModifyingState,
     SelfModifyingWeights,
-    map_stack,
     stack_memories,
     unstack_memories,
 )
@@ -57,10 +63,10 @@ def self_modifying_memory_reference(
     outputs = []
     for t in range(query.shape[1]):
         here = torch.ones_like(position, dtype=torch.bool) if mask is None else mask[:, t]
-        base = unstack_memories(map_stack(torch.add, anchor, snapshot))
+        base = unstack_memories(map_tensors(torch.add, anchor, snapshot))
 
         def project(memory: DeepMemoryWeights, x: torch.Tensor) -> torch.Tensor:
-            return memory_output(memory, x, rule) + (x if rule.projection_residual else 0)
+            return memory_output(memory, x, rule) + x
 
         k = l2_normalize(project(base.key, key_input[:, t]))
         v = project(base.value, value_input[:, t])
@@ -75,9 +81,9 @@ def self_modifying_memory_reference(
         for name, memory, fixed, layers in parts:
             is_gate = name in ("rate", "retention")
             target = memory_output(memory, v, rule)
-            if rule.target_residual and not is_gate:
+            if not is_gate:
                 target = target + v
-            residual = not is_gate and (rule.residual if name == "memory" else rule.projection_residual)
+            residual = not is_gate and (name != "memory" or rule.residual)
             error = memory_error(memory, fixed, k, target, rule, residual)
             if write_scale is not None and name == "memory":
                 error = error * write_scale[:, t, :, None]
@@ -85,57 +91,31 @@ def self_modifying_memory_reference(
             if not detach_targets:
                 for pairs, pair in zip(gradients, memory_gradients(memory, v, -error, rule)):
                     pairs.append(pair)
-            momenta = (None, None) if velocity is None else getattr(unstack_memories(velocity), name)
-            written = [
-                memory_write(
-                    weight,
-                    momenta[layer],
-                    pairs,
-                    rate,
-                    log_decay,
-                    None if momentum is None else momentum[:, t],
-                    rule,
-                    first_layer=layer == 0,
-                )
-                for layer, (weight, pairs) in enumerate(zip(layers, gradients))
-            ]
-            now[name] = _weights([weight for weight, _ in written])
-            new_velocity[name] = _weights([u for _, u in written])
-        running = _where(here, stack_memories(SelfModifyingWeights(**now)), running)
+            before = None if velocity is None else getattr(unstack_memories(velocity), name)
+            decay = None if momentum is None else momentum[:, t]
+            now[name], new_velocity[name] = write_memory(
+                layers, before, gradients, rate, log_decay, decay, rule
+            )
+        running = choose(here, stack_memories(SelfModifyingWeights(**now)), running)
         if velocity is not None:
-            velocity = _where(here, stack_memories(SelfModifyingWeights(**new_velocity)), velocity)
+            velocity = choose(here, stack_memories(SelfModifyingWeights(**new_velocity)), velocity)
 
         q = l2_normalize(query[:, t])
-        source = base if read == "snapshot" else unstack_memories(map_stack(torch.add, anchor, running))
+        source = base if read == "snapshot" else unstack_memories(map_tensors(torch.add, anchor, running))
         y = memory_output(source.memory, q, rule) + (q if rule.residual else 0)
         outputs.append(torch.where(here[:, None, None], y, 0))
 
         seen = seen + here
         if truncate_every is not None:
             cut = here & (seen % (fast * truncate_every) == 0)
-            running = _where(cut, map_stack(torch.Tensor.detach, running), running)
-            snapshot = _where(cut, map_stack(torch.Tensor.detach, snapshot), snapshot)
-            if velocity is not None:
-                velocity = _where(cut, map_stack(torch.Tensor.detach, velocity), velocity)
+            running, snapshot, velocity = (
+                choose(cut, map_tensors(torch.Tensor.detach, x), x) for x in (running, snapshot, velocity)
+            )
         position = position + here
         refreshed = [
-            DeepMemoryWeights(
-                *(_where_tensor(here & (position % clock == 0), a, b) for a, b in zip(new, old))
-            )
+            choose(here & (position % clock == 0), new, old)
             for clock, new, old in zip(clocks, unstack_memories(running), unstack_memories(snapshot))
         ]
         snapshot = stack_memories(SelfModifyingWeights(*refreshed))
         position = position % slow
     return torch.stack(outputs, 1), SelfModifyingState(snapshot, running, position, velocity)
-
-
-def _weights(layers: list[torch.Tensor]) -> DeepMemoryWeights:
-    return DeepMemoryWeights(layers[0], layers[1] if len(layers) == 2 else None)
-
-
-def _where(here: torch.Tensor, a: MemoryStack, b: MemoryStack) -> MemoryStack:
-    return map_stack(lambda x, y: _where_tensor(here, x, y), a, b)
-
-
-def _where_tensor(here: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-    return None if a is None else torch.where(here.view(-1, *(1,) * (a.ndim - 1)), a, b)

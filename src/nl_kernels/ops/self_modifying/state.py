@@ -78,11 +78,6 @@ def unstack_memories(stack: MemoryStack) -> SelfModifyingWeights:
     return SelfModifyingWeights(*map(DeepMemoryWeights, stack.first.unbind(-3), lasts))
 
 
-def map_stack(function, *stacks: MemoryStack) -> MemoryStack:
-    """``function`` of the tensors in the same place of each stack; absent places stay absent."""
-    return MemoryStack(*(None if parts[0] is None else function(*parts) for parts in zip(*stacks)))
-
-
 def bank_of(stack: MemoryStack) -> Bank:
     """[B, H, m, out, in] as a bank of five memories, one memory below the other and the gates last."""
     first = None if stack.first is None else stack.first.flatten(2, 3).flatten(0, 1)

@@ -213,7 +213,7 @@ def test_a_step_is_the_update_of_its_rule(rule):
         ):
             extra = {"momentum": momentum} if rule in ("momentum", "muon") else {}
             if rule == "dgd":
-                extra = {"inputs": inputs, "rates": torch.full((3,), 0.05).double()}
+                extra = {"gram": 0.05 * inputs.mT @ inputs}
             gradient = 0.05 * delta.mT @ inputs
             new.append(continuum_update(weight, gradient, rule=rule, norms=start.norm(dim=1), **extra))
         (up, m_up), (down, m_down) = new

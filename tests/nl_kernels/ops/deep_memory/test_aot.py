@@ -6,11 +6,13 @@ import torch
 from nl_kernels import MemoryRule
 from nl_kernels.memory.kernels.call import unsupported
 from nl_kernels.memory.kernels.launch import limits_of
-from nl_kernels.ops.deep_memory.catalogue import catalogue
 from nl_kernels.triton_support.targets import TARGETS
 from tests.nl_kernels.compiled import BEFORE_3_7, compiled, within_limits
+from tools.catalogue import CATALOGUES
 
 pytestmark = pytest.mark.aot
+
+catalogue = CATALOGUES["deep_memory"]
 
 # Bytes a thread may spill, forward and backward.
 SPILLS = {"64xlinear C16 running": (0, 0), "64x64 C16 running": (0, 1200 if BEFORE_3_7 else 800)}

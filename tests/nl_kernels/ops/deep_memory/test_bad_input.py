@@ -10,7 +10,7 @@ from nl_kernels import (
     deep_memory,
     self_modifying_memory,
 )
-from nl_kernels.testing import deep_memory_inputs, self_modifying_inputs
+from tools.op_inputs import deep_memory_inputs, self_modifying_inputs
 
 INPUTS = deep_memory_inputs(2, 5, 2, 3, 4)
 _, STATE = deep_memory(**INPUTS, chunk_size=4, output_final_state=True)
@@ -130,7 +130,7 @@ def test_memories_of_two_layers_have_no_errors_at_the_anchor():
             op(**inputs, chunk_size=2, rule=MemoryRule(error_at="anchor"))
 
 
-@pytest.mark.parametrize("name", ["anchored", "proximal", "residual", "normalize_hidden", "target_residual"])
+@pytest.mark.parametrize("name", ["anchored", "proximal", "residual", "normalize_hidden"])
 def test_what_is_true_or_false_is_a_bool(name):
     with pytest.raises(TypeError, match=f"{name}: expected a bool, got str"):
         MemoryRule(**{name: "false"})

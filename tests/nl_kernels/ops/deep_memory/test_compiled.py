@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from nl_kernels import deep_memory, deep_memory_step
-from nl_kernels.testing import deep_memory_inputs
 from tests.nl_kernels.chunked_memories import assert_steps_equal_the_definition
 from tests.nl_kernels.emulation import FACTORS, cases, every_dtype, marks
 from tests.nl_kernels.ops.deep_memory.test_interpreter import (
@@ -14,6 +13,7 @@ from tests.nl_kernels.ops.deep_memory.test_interpreter import (
     assert_kernels_within_budget,
     inputs,
 )
+from tools.op_inputs import deep_memory_inputs
 
 pytestmark = marks
 QUICK = {("default", "running", 12), ("literal", "snapshot", None)}

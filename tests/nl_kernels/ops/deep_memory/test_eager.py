@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory
+from nl_kernels.doctor import relative_error, tensors_of
 from nl_kernels.memory import chunk_adjoint
-from nl_kernels.testing import deep_memory_inputs, relative_error, tensors_of
 from tests.nl_kernels.chunked_memories import (
     assert_autocast_changes_no_backward_pass,
     assert_same,
@@ -21,6 +21,7 @@ from tests.nl_kernels.chunked_memories import (
     results,
     tokens,
 )
+from tools.op_inputs import deep_memory_inputs
 
 DEFAULT, LITERAL, SUM = MemoryRule(), MemoryRule.literal(), MemoryRule(momentum="sum")
 RULES = {

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory, dispatch
-from nl_kernels.testing import deep_memory_inputs, tensors_of
+from nl_kernels.doctor import tensors_of
 from tests.nl_kernels.budgets import RoundedProducts, assert_within_budget
+from tools.op_inputs import deep_memory_inputs
 
 pytestmark = pytest.mark.gpu
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory
-from nl_kernels.memory.kernels.catalogue import options_of
+from nl_kernels.doctor import tensors_of
 from nl_kernels.memory.kernels.launch import Inputs
 from nl_kernels.ops.deep_memory import DeepMemoryState
-from nl_kernels.testing import deep_memory_inputs, tensors_of
 from tests.nl_kernels.bank_calls import assert_calls_fill_their_buffers, assert_operators_pass_opcheck
 from tests.nl_kernels.budgets import RoundedProducts, assert_within_budget
+from tools.catalogue.memories import options_of
+from tools.op_inputs import deep_memory_inputs
 
 pytestmark = pytest.mark.interpreter
 
@@ -201,7 +202,7 @@ def bank_inputs(hidden):
     bank = layers if hidden else [None, layers[0]]
     banks = [None if w is None else w.clone() for w in (*bank, *bank, *bank)]
     options = options_of(torch.float32, MemoryRule(), C, 9, "sm_90", read="running", offset=2)
-    return Inputs(*tokens, *[None] * 4, *banks), options._replace(checkpoint_every=2)
+    return Inputs.of((*tokens, *[None] * 4, *banks)), options._replace(checkpoint_every=2)
 
 
 @pytest.mark.parametrize("hidden", [12, None], ids=["two layers", "linear"])

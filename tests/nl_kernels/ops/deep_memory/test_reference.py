@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory, delta_memory
-from nl_kernels.testing import deep_memory_inputs
+from tools.op_inputs import deep_memory_inputs
 
 LITERAL = MemoryRule.literal()
 PLAIN = MemoryRule(anchored=False, error_bound=None)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory, deep_memory_step
-from nl_kernels.testing import deep_memory_inputs, tensors_of
+from nl_kernels.doctor import tensors_of
 from tests.nl_kernels.chunked_memories import assert_same, assert_steps_equal_the_definition, tokens
+from tools.op_inputs import deep_memory_inputs
 
 RULES = {
     "default": MemoryRule(),

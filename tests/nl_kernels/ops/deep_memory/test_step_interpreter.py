@@ -8,8 +8,9 @@ import torch
 from nl_kernels import MemoryRule
 from nl_kernels import deep_memory as op
 from nl_kernels import deep_memory_step as step
-from nl_kernels.testing import deep_memory_inputs, tensors_of
+from nl_kernels.doctor import tensors_of
 from tests.nl_kernels.chunked_memories import assert_same, assert_steps_equal_the_definition, tokens
+from tools.op_inputs import deep_memory_inputs
 
 pytestmark = pytest.mark.interpreter
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nl_kernels import chunk_gated_delta_rule, delta_memory, delta_memory_step
-from nl_kernels.testing import delta_memory_inputs
+from tools.op_inputs import delta_memory_inputs
 
 NAN = float("nan")
 

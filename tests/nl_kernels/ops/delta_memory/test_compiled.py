@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from nl_kernels import delta_memory, delta_memory_step
-from nl_kernels.testing import to_float64
 from tests.nl_kernels.budgets import RoundedProducts, assert_within_budget
 from tests.nl_kernels.emulation import FACTORS, cases, every_dtype, marks
 from tests.nl_kernels.ops.delta_memory.test_interpreter import LENGTHS, assert_kernels_within_budget, inputs
+from tools.op_inputs import to_float64
 from tools.ptx_emulator.instructions import LANES
 
 pytestmark = [pytest.mark.compiled(but=LANES), *marks]

@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nl_kernels import delta_memory, delta_memory_step
+from nl_kernels.doctor import relative_error
 from nl_kernels.ops.delta_memory import eager, rows
-from nl_kernels.testing import delta_memory_inputs, relative_error, to_float64
 from tests.nl_kernels.budgets import assert_within_budget
+from tools.op_inputs import delta_memory_inputs, to_float64
 
 TENSORS = ("q", "k", "v", "log_decay", "erase", "momentum", "initial_state", "initial_momentum")
 

@@ -5,8 +5,8 @@ import torch
 
 from nl_kernels import delta_memory, delta_memory_step
 from nl_kernels.ops.delta_memory.triton_step import delta_memory_step as triton_step
-from nl_kernels.testing import delta_memory_inputs, to_float64
 from tests.nl_kernels.budgets import RoundedProducts, assert_within_budget
+from tools.op_inputs import delta_memory_inputs, to_float64
 
 pytestmark = pytest.mark.gpu
 

@@ -9,8 +9,8 @@ import torch
 
 from nl_kernels import delta_memory, delta_memory_step
 from nl_kernels.ops.delta_memory import launch
-from nl_kernels.testing import delta_memory_inputs, to_float64
 from tests.nl_kernels.budgets import GuardedBuffer, RoundedProducts, assert_within_budget
+from tools.op_inputs import delta_memory_inputs, to_float64
 
 pytestmark = pytest.mark.interpreter
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nl_kernels import chunk_gated_delta_rule, delta_memory
-from nl_kernels.testing import delta_memory_inputs
+from tools.op_inputs import delta_memory_inputs
 
 
 def float64_inputs(length=9, heads=2, key_width=4, value_width=3, **options):

@@ -7,8 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from nl_kernels import delta_memory, delta_memory_step
-from nl_kernels.testing import delta_memory_inputs, relative_error
+from nl_kernels.doctor import relative_error
 from tests.nl_kernels.budgets import RoundedProducts
+from tools.op_inputs import delta_memory_inputs
 
 OPTIONS = (0.5, "running", 8, "eager")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from nl_kernels.ops.newton_schulz import launch
-from nl_kernels.ops.newton_schulz.catalogue import catalogue
-from nl_kernels.triton_support.ahead_of_time import compile_call
 from nl_kernels.triton_support.targets import TARGETS
+from tools.ahead_of_time import compile_call
+from tools.catalogue.newton_schulz import catalogue
 from tools.kernel_resources import resources_of
 
 pytestmark = pytest.mark.aot

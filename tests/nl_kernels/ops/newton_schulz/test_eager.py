@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nl_kernels import newton_schulz, optimal_coefficients
+from nl_kernels.doctor import relative_error
 from nl_kernels.ops.newton_schulz import MUON_COEFFICIENTS, eager
-from nl_kernels.testing import relative_error
 
 SHAPES = [
     (1, 1),

@@ -2,11 +2,13 @@
 
 import pytest
 
-from nl_kernels.ops.self_modifying.catalogue import catalogue
 from nl_kernels.triton_support.targets import TARGETS
 from tests.nl_kernels.compiled import BEFORE_3_7, compiled, within_limits
+from tools.catalogue import CATALOGUES
 
 pytestmark = pytest.mark.aot
+
+catalogue = CATALOGUES["self_modifying"]
 
 DEFAULT = "bfloat16 64xlinear C16 running default"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nl_kernels import DeepMemoryWeights, SelfModifyingState, self_modifying_memory
-from nl_kernels.testing import self_modifying_inputs
+from tools.op_inputs import self_modifying_inputs
 
 INPUTS = self_modifying_inputs(2, 5, 2, 3, 4)
 WEIGHTS = INPUTS["weights"]

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from nl_kernels import self_modifying_memory, self_modifying_memory_step
-from nl_kernels.testing import self_modifying_inputs
 from tests.nl_kernels.chunked_memories import assert_steps_equal_the_definition
 from tests.nl_kernels.emulation import FACTORS, cases, every_dtype, marks
 from tests.nl_kernels.ops.self_modifying.test_interpreter import (
@@ -13,6 +12,7 @@ from tests.nl_kernels.ops.self_modifying.test_interpreter import (
     assert_kernels_within_budget,
     make,
 )
+from tools.op_inputs import self_modifying_inputs
 
 pytestmark = marks
 QUICK = {(None, "literal", "running"), (5, "default", "snapshot")}

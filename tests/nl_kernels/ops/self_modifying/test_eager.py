@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nl_kernels import MemoryRule, SelfModifyingWeights, self_modifying_memory
+from nl_kernels.doctor import tensors_of
 from nl_kernels.memory import chunk_adjoint, generate
-from nl_kernels.testing import self_modifying_inputs, tensors_of
 from tests.nl_kernels.chunked_memories import (
     assert_autocast_changes_no_backward_pass,
     assert_same,
@@ -21,6 +21,7 @@ from tests.nl_kernels.chunked_memories import (
     results,
     tokens,
 )
+from tools.op_inputs import self_modifying_inputs
 
 DEFAULT, LITERAL = MemoryRule(), MemoryRule.literal()
 RULES = {
@@ -29,7 +30,7 @@ RULES = {
     "errors at the snapshot": MemoryRule(error_at="snapshot"),
     "gelu, not anchored, not bounded": MemoryRule(activation="gelu", anchored=False, error_bound=None),
     "input": MemoryRule(erase="input", proximal=True, residual=True, error_bound=0.3),
-    "titans": MemoryRule(erase="none", projection_residual=False, target_residual=False, momentum="sum"),
+    "titans": MemoryRule(erase="none", momentum="sum"),
 }
 # Kinds of memory that take other ways through the engine.
 KINDS = pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_any_shape_equals_the_definition(
 ):
     inputs = make(1, length, 1, width, hidden, seed=seed, momentum=seed % 2 == 1)
     # Tiny widths come near kinks and poles of the norms: what matters here is shape.
-    rule = MemoryRule(error_bound=None, activation="gelu", normalize_hidden=False, projection_residual=True)
+    rule = MemoryRule(error_bound=None, activation="gelu", normalize_hidden=False)
     clocks = (chunk_size, chunk_size * factor)[:: 1 if seed % 2 else -1]
     compare(
         self_modifying_memory,
@@ -395,10 +396,9 @@ def test_every_leaf_gets_a_gradient_that_a_finite_difference_confirms():
     [
         {},
         {"error_bound": 0.4, "activation": "gelu", "residual": True},
-        {"anchored": False, "error_bound": None, "target_residual": False},
-        {"projection_residual": False, "residual": True},
+        {"anchored": False, "error_bound": None},
     ],
-    ids=["default", "gelu, residual", "not anchored, not bounded", "no projection residual"],
+    ids=["default", "gelu, residual", "not anchored, not bounded"],
 )
 def test_the_written_out_derivative_equals_the_definition(options, read):
     rule = MemoryRule(**options)
@@ -470,16 +470,3 @@ def test_one_token_that_is_padding_behind_a_state(hidden):
     _, after = self_modifying_memory(**inputs, **options, output_final_state=True)
     assert after.position.tolist() == [1, 2]
     compare(self_modifying_memory, inputs, tolerance=1e-9, **options)
-
-
-@pytest.mark.parametrize("impl", ["eager", "reference"])
-def test_targets_have_a_residual_by_default(impl):
-    """As the definition says of a call without a rule, ``v + f(v)``, and not as with ``f(v)``."""
-    inputs = make(1, 3, hidden=None)
-
-    def state(**rule):
-        options = {"rule": MemoryRule(**rule)} if rule else {}
-        return self_modifying_memory(**inputs, chunk_size=2, output_final_state=True, impl=impl, **options)[1]
-
-    assert_same(list(tensors_of(state())), list(tensors_of(state(target_residual=True))), 0.0)
-    assert not torch.allclose(state().running.last, state(target_residual=False).running.last, atol=1e-3)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nl_kernels import MemoryRule, self_modifying_memory
-from nl_kernels.testing import relative_error, self_modifying_inputs, tensors_of
+from nl_kernels.doctor import relative_error, tensors_of
 from tests.nl_kernels.budgets import RoundedProducts
+from tools.op_inputs import self_modifying_inputs
 
 pytestmark = pytest.mark.gpu
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from nl_kernels import MemoryRule, self_modifying_memory
-from nl_kernels.memory.kernels.catalogue import options_of
+from nl_kernels.doctor import relative_error, tensors_of
 from nl_kernels.memory.kernels.launch import Inputs
-from nl_kernels.ops.self_modifying.state import map_stack
-from nl_kernels.testing import relative_error, self_modifying_inputs, tensors_of
+from nl_kernels.memory.state import map_tensors
 from tests.nl_kernels.bank_calls import assert_calls_fill_their_buffers, assert_operators_pass_opcheck
 from tests.nl_kernels.budgets import RoundedProducts
 from tests.nl_kernels.chunked_memories import at_rates_up_to_two, leaves_like, tokens
+from tools.catalogue.memories import options_of
+from tools.op_inputs import self_modifying_inputs
 
 pytestmark = pytest.mark.interpreter
 
@@ -151,7 +152,7 @@ def test_padding_resumed_apart(hidden, clocks):
         **tokens(inputs, 0, 4, SHARED), **options, mask=MASK[:, :4], output_final_state=True, impl="eager"
     )
     # A snapshot of its own also where a clock has just struck: there it is the running state otherwise.
-    state = state._replace(snapshot=map_stack(lambda x: 1.25 * x, state.snapshot))
+    state = state._replace(snapshot=map_tensors(lambda x: 1.25 * x, state.snapshot))
     inputs["initial_state"] = leaves_like(state)
     assert_kernels_within_budget(inputs, mask=MASK, **options)
     if clocks == (4, 2):
@@ -211,7 +212,6 @@ def test_16_bit_inputs():
         ({"momentum": 0.5 * torch.ones(1, 2, 1)}, "momentum: .* have none; use impl='eager'"),
         ({"rule": MemoryRule(erase="input")}, "rule.erase: .* got 'input'"),
         ({"rule": MemoryRule.literal()}, "rule.proximal"),
-        ({"rule": MemoryRule(target_residual=False)}, "target_residual always"),
         ({"detach_targets": False}, "the reference alone"),
         ({"chunk_size": 33}, "of linear memories take chunks up to 32, got 33; use impl='eager'"),
         ({**make(2, 5), "chunk_size": 17}, "of two-layer memories take chunks up to 16, got 17"),
@@ -246,16 +246,15 @@ def bank_inputs(hidden):
         return [first, 0.5 * torch.randn(2, 17, hidden or 5, generator=generator)]
 
     options = options_of(torch.float32, MemoryRule(), 4, 7, "sm_90", read="running")
-    inputs = Inputs(
-        *tokens, None, None, *gates, torch.tensor([[0, 1, 7], [0, 2, 5]]), *bank(), *bank(), *bank()
-    )
+    spans = torch.tensor([[0, 1, 7], [0, 2, 5]])
+    inputs = Inputs.of((*tokens, None, None, *gates, spans, *bank(), *bank(), *bank()))
     return inputs, options._replace(checkpoint_every=2)
 
 
 @pytest.mark.parametrize("hidden", KINDS)
 def test_every_element_is_written_and_nothing_else(hidden):
     inputs, options = bank_inputs(hidden)
-    assert_calls_fill_their_buffers(inputs._replace(spans=None), options)
+    assert_calls_fill_their_buffers(inputs._replace(tokens=inputs.tokens._replace(spans=None)), options)
 
 
 @pytest.mark.parametrize("hidden", [KINDS[0], pytest.param(5, id="two layers", marks=SLOW)])

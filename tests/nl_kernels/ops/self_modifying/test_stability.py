@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nl_kernels import DeepMemoryWeights, MemoryRule, SelfModifyingWeights, self_modifying_memory
-from nl_kernels.testing import tensors_of
+from nl_kernels.doctor import tensors_of
 
 WIDTH = 16
 

@@ -8,13 +8,14 @@ import torch
 from nl_kernels import DeepMemoryWeights, MemoryRule, SelfModifyingWeights
 from nl_kernels import self_modifying_memory as op
 from nl_kernels import self_modifying_memory_step as step
-from nl_kernels.testing import self_modifying_inputs, tensors_of
+from nl_kernels.doctor import tensors_of
 from tests.nl_kernels.chunked_memories import (
     assert_same,
     assert_steps_equal_the_definition,
     at_rates_up_to_two,
     tokens,
 )
+from tools.op_inputs import self_modifying_inputs
 
 RULES = {
     "default": MemoryRule(),
@@ -22,7 +23,7 @@ RULES = {
     "literal": MemoryRule.literal(),
     "gelu, not anchored, not bounded": MemoryRule(activation="gelu", anchored=False, error_bound=None),
     "input": MemoryRule(erase="input", proximal=True, residual=True, error_bound=0.3),
-    "titans": MemoryRule(erase="none", projection_residual=False, target_residual=False, momentum="sum"),
+    "titans": MemoryRule(erase="none", momentum="sum"),
 }
 SHARED = ("weights", "rate_max", "rate_bias", "retention_bias")
 

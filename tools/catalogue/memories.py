@@ -11,8 +11,8 @@ from nl_kernels.memory.bank import Bank
 from nl_kernels.memory.kernels.launch import Inputs, Options, limits_of, plan_forward, precision_of
 from nl_kernels.memory.kernels.launch_backward import plan_backward
 from nl_kernels.memory_rule import MemoryRule
-from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, unallocated
 from nl_kernels.triton_support.kernel_call import KernelCall
+from tools.catalogue.entry import CatalogueEntry, unallocated
 
 _DEFAULT = MemoryRule()
 _LITERAL = dataclasses.replace(MemoryRule.literal(), proximal=False)
@@ -36,7 +36,7 @@ _CASES = [
 ]
 
 
-def entries(op: str, architecture: str, *, self_made: bool) -> Iterator[CatalogueEntry]:
+def catalogue(op: str, architecture: str, *, self_made: bool) -> Iterator[CatalogueEntry]:
     """Both passes at the widths models use, with each rule and read."""
     for dtype, width, hidden, chunk, read, name in _CASES:
         sizes = {"self_made": self_made, "linear": hidden is None, "architecture": architecture}
@@ -110,7 +110,8 @@ def inputs_of(
     first = None if hidden is None else unallocated(banks, memories * hidden, width)
     bank = first, unallocated(banks, outputs, hidden or width)
     spans = unallocated(batch, 3, dtype=torch.int64) if apart else None
-    return Inputs(*given, spans, *bank, *bank, *(bank if rule.anchored else (None, None)))
+    anchor = bank if rule.anchored else (None, None)
+    return Inputs.of((*given, spans, *bank, *bank, *anchor))
 
 
 def calls_of(inputs: Inputs, options: Options) -> list[KernelCall]:

@@ -5,52 +5,13 @@ Cannot share a process with the Triton interpreter, which replaces the language 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nl_kernels.triton_support.kernel_call import Argument, KernelCall
 from nl_kernels.triton_support.targets import TARGETS
-
-
-@dataclass(frozen=True)
-class CatalogueEntry:
-    """A kernel call to compile ahead of time.
-
-    Attributes:
-        op: the op's folder.
-        variant: dtype, widths and options, in words, for tables and test names.
-        call: the planned call, on meta tensors.
-    """
-
-    op: str
-    variant: str
-    call: KernelCall
-
-    @property
-    def kernel(self) -> str:
-        return self.call.kernel.__name__.removesuffix("_kernel")
-
-
-def unallocated(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor to plan calls with: it takes no memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def collect_catalogue(architecture: str) -> Iterator[CatalogueEntry]:
-    """What every op that has a ``catalogue.py`` wants compiled for ``architecture``."""
-    package = importlib.import_module("nl_kernels.ops")
-    for info in pkgutil.iter_modules(package.__path__):
-        name = f"{package.__name__}.{info.name}.catalogue"
-        if importlib.util.find_spec(name) is None:
-            continue
-        catalogue: Callable[[str], Iterator[CatalogueEntry]] = importlib.import_module(name).catalogue
-        yield from catalogue(architecture)
 
 
 def signature_of(call: KernelCall) -> dict[str, str | tuple[str, ...]]:

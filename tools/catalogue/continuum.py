@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nl_kernels.triton_support.ahead_of_time import CatalogueEntry, unallocated
+from tools.catalogue.entry import CatalogueEntry, unallocated
 
 
 def catalogue(architecture: str) -> Iterator[CatalogueEntry]:

@@ -1,10 +1,9 @@
-"""Inputs of the ops, and errors of their results: for the doctor, the benchmarks and the tests."""
+"""Inputs of the ops, as a trained layer would produce them, for the tests and the benchmarks."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_leaves
 
 from nl_kernels.memory_rule import DeepMemoryWeights
 from nl_kernels.ops.self_modifying import SelfModifyingWeights
@@ -151,11 +150,6 @@ def _memory(draw, heads, width, hidden, out, scale, dtype, requires_grad) -> Dee
     )
 
 
-def tensors_of(value: object) -> list[torch.Tensor]:
-    """All floating tensors in nested tuples, lists and dicts, in order."""
-    return [x for x in tree_leaves(value) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-
-
 def to_float64(inputs: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
     """The same numbers in fp64, as new leaves: what the reference is evaluated on."""
     return {
@@ -164,10 +158,3 @@ def to_float64(inputs: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor
         else x
         for name, x in inputs.items()
     }
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """``‖actual − expected‖ / ‖expected‖`` in fp64 (the plain norm where ``expected`` is zero)."""
-    difference = (actual.double() - expected.double()).norm().item()
-    norm = expected.double().norm().item()
-    return difference / norm if norm > 0 else difference
