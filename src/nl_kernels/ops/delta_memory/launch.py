@@ -126,6 +126,7 @@ class ChunkPlan:
     Attributes:
         chunks: programs along the chunk axis; with packed sequences an upper bound, so that planning need
             not wait for the device to read the lengths.
+        heads, group: heads of values, and how many of them share a head of keys.
         sequences: states, B or N.
         segments: parts of each sequence that the forward scan takes side by side.
         chunk_table: packed: first token and number of tokens (0: unused) of each chunk, int64 [chunks, 2].
@@ -135,6 +136,7 @@ class ChunkPlan:
     batch: int
     tokens: int
     heads: int
+    group: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
@@ -182,6 +184,7 @@ class ChunkPlan:
         *,
         tiles: str | None = None,
         scan: bool = False,
+        of_keys: bool = False,
         read: str = "after",
         key_tiles: int = 1,
         segments: int = 1,
@@ -192,13 +195,15 @@ class ChunkPlan:
         Args:
             tiles: the width ("key" or "value") that the second grid axis tiles; None for no such axis.
             scan: one program a sequence instead of one a chunk.
+            of_keys: one program a head of keys instead of one a head of values.
             read: the op's option, for the kernels that have it.
             key_tiles: how many tiles another kernel has cut the key width into.
             segments: programs a sequence of a scan.
             summary: whether a scan computes what its segments do to any state.
         """
         config = self.config(kernel)
-        programs = (self.sequences * segments if scan else self.chunks) * self.heads
+        heads = self.heads // self.group if of_keys else self.heads
+        programs = (self.sequences * segments if scan else self.chunks) * heads
         maps = -(-self.key_dim // config.block_v) if summary else 0
         run_time = {
             **arguments,
@@ -212,6 +217,7 @@ class ChunkPlan:
         constants = {
             "KEY_DIM": self.key_dim,
             "VALUE_DIM": self.value_dim,
+            "GROUP": self.group,
             "MOMENTUM": self.has_momentum,
             "BEFORE": read == "before",
             "KEY_TILES": key_tiles,
@@ -247,8 +253,8 @@ def plan_chunks(
         NotImplementedError: a head wider than :data:`MAX_HEAD_DIM`, or fp64.
     """
     q, k, v, momentum = (inputs[name] for name in ("q", "k", "v", "momentum"))
-    batch, tokens, heads, key_dim = k.shape
-    value_dim = v.shape[-1]
+    batch, tokens, heads, value_dim = v.shape
+    key_dim = k.shape[-1]
     dtype = operand_dtype(q, k, v)
     check_head_dims(key_dim, value_dim)
     block_c = chunk_rows(chunk_size, dtype)
@@ -270,6 +276,7 @@ def plan_chunks(
         batch=batch,
         tokens=tokens,
         heads=heads,
+        group=heads // k.shape[2],
         key_dim=key_dim,
         value_dim=value_dim,
         dtype=dtype,

@@ -78,7 +78,7 @@ def plan_backward(
         plan.call(read_gradients_kernel, tensors, read=read),
         plan.call(scan_gradients_kernel, tensors, tiles="value", scan=True, read=read),
         plan.call(solve_gradients_kernel, tensors),
-        plan.call(state_gradients_kernel, tensors, tiles="key", read=read),
+        plan.call(state_gradients_kernel, tensors, tiles="key", of_keys=True, read=read),
         plan.call(rate_gradients_kernel, tensors, read=read, key_tiles=key_tiles),
     ]
     return calls, tuple(gradients.values())

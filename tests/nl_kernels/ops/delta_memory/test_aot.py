@@ -51,6 +51,13 @@ def test_hopper_uses_tensor_cores_spills_nothing_and_holds_two_programs(kernel, 
     assert set(found.tensor_core) == kinds
 
 
+@pytest.mark.parametrize("kernel", ["state_gradients", "step"])
+def test_kernels_of_shared_keys_spill_nothing_and_hold_two_programs(kernel):
+    found = compiled("sm_90", "bfloat16 128x128 after shared", kernel)
+    assert found.spill_bytes == 0
+    assert found.resident >= 2
+
+
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_value_tiles_are_smaller_when_states_are_few(architecture):
     """A scan has a program for each state and tile: with few states, more tiles use more multiprocessors."""
@@ -95,6 +102,7 @@ def test_catalogue_has_every_kernel_option_and_dtype():
         "momentum",
         "before",
         "packed",
+        "shared",
         "long",
         "256x256",
         "40x24",

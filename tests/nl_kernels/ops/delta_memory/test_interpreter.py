@@ -112,6 +112,12 @@ def test_segments_of_a_sequence_side_by_side(segments, bounds, monkeypatch):
 
 
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
+def test_heads_that_share_keys_and_queries(momentum):
+    x = inputs(19, momentum=momentum, heads=6, key_heads=2, batch=2)
+    assert_kernels_within_budget(x, chunk_size=16)
+
+
+@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
 def test_fp16(momentum):
     x = inputs(20, momentum=momentum, dtype=torch.float16)
     assert_kernels_within_budget(x, chunk_size=16)
@@ -120,7 +126,7 @@ def test_fp16(momentum):
 @pytest.mark.parametrize("read", ["running", "before"])
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
 def test_steps_equal_the_token_loop(momentum, read):
-    x = inputs(7, momentum=momentum, batch=2, value=40)
+    x = inputs(7, momentum=momentum, batch=2, heads=3, key_heads=1, value=40)
     expected, final = delta_memory(
         **to_float64(x), read=read, scale=0.7, output_final_state=True, impl="reference"
     )
@@ -169,7 +175,7 @@ def test_every_element_is_written_and_nothing_else(momentum, packed):
 
     # Two sequences whose chunks fill the table exactly: an unused chunk's buffers stay unwritten.
     x = delta_memory_inputs(
-        1, 34, 1, 12, 20, momentum=momentum, initial_state=True, sequences=2 if packed else None
+        1, 34, 2, 12, 20, key_heads=1, momentum=momentum, initial_state=True, sequences=2 if packed else None
     )
     cu_seqlens = torch.tensor([0, 17, 34]) if packed else None
     tensors = [*x.values(), cu_seqlens]
