@@ -71,8 +71,8 @@ def delta_memory(
     Args:
         q: queries ``[B, T, G, Dk]``, fp16, bf16, fp32 or fp64.
         k: keys ``[B, T, G, Dk]`` of q's dtype. Erasing is stable for ``β‖k‖² < 2``: give keys unit norm.
-        v: writes ``[B, T, H, Dv]`` of q's dtype, already scaled by their rate. H is a multiple of G: each head
-            of q and k serves H / G heads of v that follow one another, without a copy.
+        v: writes ``[B, T, H, Dv]`` of q's dtype, already scaled by their rate. H is a multiple of G: each
+            head of q and k serves H / G heads of v that follow one another, without a copy.
         log_decay: log α ``[B, T, H]``, at most 0; ``-inf`` forgets everything, exactly.
         erase: β ``[B, T, H]`` in [0, 2).
         momentum: μ ``[B, T, H]`` in [0, 1), or None for no momentum.

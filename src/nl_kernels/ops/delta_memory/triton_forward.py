@@ -323,8 +323,8 @@ def plan_forward(
     Takes the tensors named by :data:`launch.INPUTS`, then ``cu_seqlens``.
     """
     inputs, cu_seqlens = dict(zip(launch.INPUTS, tensors)), tensors[-1]
-    plan = launch.plan_chunks(inputs, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
-    calls, found = plan_states(plan, inputs, keep_inverse=False)
+    plan, given = launch.plan_chunks(inputs, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
+    calls, found = plan_states(plan, given, keep_inverse=False)
     o = torch.empty_like(inputs["v"])
     found |= {"o": o, "scale": scale}
     calls.append(plan.call(read_chunks_kernel, found, tiles="value", read=read))
@@ -332,22 +332,22 @@ def plan_forward(
 
 
 def plan_states(
-    plan: launch.ChunkPlan, inputs: dict[str, torch.Tensor | None], *, keep_inverse: bool
-) -> tuple[list[KernelCall], dict[str, torch.Tensor | None]]:
+    plan: launch.ChunkPlan, given: dict[str, torch.Tensor | int | None], *, keep_inverse: bool
+) -> tuple[list[KernelCall], dict[str, torch.Tensor | int | None]]:
     """The calls up to the chunk states, which backward repeats; returns calls, and all tensors by name."""
-    k, work = inputs["k"], plan.precision.workspace
+    k, work = given["k"], plan.precision.workspace
     per_key = (plan.batch, plan.tokens, plan.heads, plan.key_dim)
     state = (plan.sequences, plan.heads, plan.value_dim, plan.key_dim)
     chunk_state = (plan.chunks, plan.heads, plan.key_dim, plan.value_dim)
     inverse = (plan.chunks, plan.heads, plan.block_c, plan.block_c)
     pairs = (plan.chunks, plan.heads, 2, plan.block_c, plan.block_c)
     has = plan.has_momentum
-    tensors = inputs | {
+    tensors = given | {
         "pairs": k.new_empty(pairs, dtype=torch.float32) if has else None,
         "decays": k.new_empty((plan.chunks, plan.heads, 6 if has else 2, plan.block_c), dtype=torch.float32),
         "key_transform": k.new_empty(per_key, dtype=work),
         "momentum_key_transform": k.new_empty(per_key, dtype=work) if has else None,
-        "pseudo_values": torch.empty_like(inputs["v"], dtype=work),
+        "pseudo_values": torch.empty_like(given["v"], dtype=work),
         "inverse": k.new_empty(inverse, dtype=work) if keep_inverse else None,
         "chunk_states": k.new_empty(chunk_state, dtype=work),
         "chunk_momenta": k.new_empty(chunk_state, dtype=work) if has else None,
