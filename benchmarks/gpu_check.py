@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -120,7 +121,8 @@ def run_stage(stage: Stage, output: Path, device: str, seconds: float) -> Outcom
             log.flush()
             sys.stdout.write(line)
         code = process.wait()
-    state = "passed" if code == 0 else "out of time" if code in (124, 137) else "failed"
+    # Killed at last, timeout goes with it.
+    state = "passed" if code == 0 else "out of time" if code in (124, 137, -signal.SIGKILL) else "failed"
     return Outcome(stage.name, state, time.monotonic() - began)
 
 
@@ -154,7 +156,8 @@ def main(
         left = end - time.monotonic()
         if (only and stage.name not in only) or left < 1:
             continue
-        outcomes.append(run_stage(stage, output, device, min(left, stage.limit)))
+        limit = min(left, stage.limit) if device == "cuda" else left
+        outcomes.append(run_stage(stage, output, device, limit))
         with (output / "outcomes.jsonl").open("a") as file:
             file.write(json.dumps(asdict(outcomes[-1])) + "\n")
 

@@ -1,7 +1,7 @@
 """What kernels take beside what the compiled code predicts: ``python -m benchmarks.model_factor``.
 
 A prediction is a floor, the longer of two times. One is that of the bytes of the call's tensors, each once,
-at the copy bandwidth measured here. The other is that of issuing instructions, one a cycle on each of the four
+at the copy bandwidth measured here. The other is that of issuing instructions, one a cycle on each of four
 schedulers of a multiprocessor; how many a kernel executes is of docs/compiled_kernels.md, counted without a
 GPU at a small call of one head, and taken in proportion to tokens and heads. A kernel's factor is the time
 measured over the prediction: about the same factor everywhere says that predictions order kernels rightly, a

@@ -64,10 +64,11 @@ def precision_of(dtype: torch.dtype, architecture: str) -> Precision:
     return Precision(full, full, full, torch.float32)
 
 
-def chunk_rows(chunk_size: int, dtype: torch.dtype) -> int:
+def chunk_rows(chunk_size: int, dtype: torch.dtype, has_momentum: bool) -> int:
     """Tokens a kernel takes at once. The result does not depend on it, so ``chunk_size`` is a hint here:
-    rounded up to a power of two from 16, and capped by what fits."""
-    cap = 64 if dtype == torch.bfloat16 else 32
+    rounded up to a power of two from 16, and capped by what fits. With momentum there are so many matrices of
+    pairs of tokens that with 64 only one program would fit a multiprocessor."""
+    cap = 64 if dtype == torch.bfloat16 and not has_momentum else 32
     return max(MIN_TILE, min(cap, power_of_two(chunk_size)))
 
 
@@ -94,17 +95,21 @@ def config_of(
         carried = key * (2 if has_momentum else 1) * (2 if kernel == "scan_gradients" else 1)
         few = rows * -(-value_dim // 32) < TARGETS[architecture].multiprocessors
         block_v = 16 if carried > 128 or wide or amd or few else 32
-        warps = 8 if carried > 256 or (dtype == torch.float32 and key > 64) else 4
+        large = carried > 256 and (wide or key > 128)
+        warps = 8 if large or (dtype == torch.float32 and key > 64) else 4
         return Config(key, min(block_v, value), warps, 1 if wide or amd or key > 128 else 2)
-    # With momentum these hold so many matrices of pairs of tokens that it takes 8 warps not to spill.
-    warps = 8 if has_momentum and kernel not in ("read_chunks", "state_gradients") else 4
     if wide:
+        # Where matrices of pairs of tokens are many, it takes 8 warps not to spill.
+        warps = 8 if has_momentum and kernel not in ("read_chunks", "state_gradients") else 4
         block_k = 16 if kernel == "state_gradients" and has_momentum else 32
         block_v = 16 if kernel == "state_gradients" or has_momentum else 32
         return Config(min(block_k, key), min(block_v, value), warps, 1)
     block_k = 32 if kernel == "state_gradients" or has_momentum else 64
-    block_v = 64 if kernel in ("solve_chunks", "read_chunks") and not has_momentum else 32
-    return Config(min(block_k, key), min(block_v, value), warps, 2)
+    if has_momentum:
+        block_v = 16 if kernel == "state_gradients" else 32
+    else:
+        block_v = 64 if kernel in ("solve_chunks", "read_chunks") else 32
+    return Config(min(block_k, key), min(block_v, value), 4, 2)
 
 
 def segments_of(rows: int, chunks: int, key_dim: int, value_dim: int, architecture: str) -> int:
@@ -292,7 +297,7 @@ def _plan(
     batch, tokens, heads, value_dim = values
     key_dim = keys[-1]
     check_head_dims(key_dim, value_dim)
-    block_c = chunk_rows(chunk_size, dtype)
+    block_c = chunk_rows(chunk_size, dtype, has_momentum)
     if packed is None:
         chunks, sequences = batch * -(-tokens // block_c), batch
     else:

@@ -70,11 +70,13 @@ def test_value_tiles_are_smaller_when_states_are_few(architecture):
         assert (few, many) == ((16, 16) if architecture == "gfx942" else (16, 32))
 
 
-@pytest.mark.parametrize("kernel", ["scan_chunks", "scan_gradients"])
-def test_hopper_carries_momentum_without_spilling(kernel):
-    found = compiled("sm_90", "bfloat16 128x128 momentum after", kernel)
+@pytest.mark.parametrize("kernel", PLAIN)
+@pytest.mark.parametrize("width", ["64x64", "128x128"])
+def test_hopper_with_momentum_spills_nothing_and_holds_two_programs(kernel, width):
+    found = compiled("sm_90", f"bfloat16 {width} momentum after", kernel)
     assert found.spill_bytes == 0
-    assert set(found.tensor_core) == {"wgmma"}
+    assert found.resident >= 2
+    assert bool(found.tensor_core) == (kernel != "step")
 
 
 @pytest.mark.parametrize("kernel", ["scan_chunks", "solve_gradients"])
@@ -142,6 +144,7 @@ def test_launch_parameters_are_tiles_the_compiler_takes(architecture, dim, dtype
                 assert block & (block - 1) == 0
             if kernel.startswith("scan") or kernel == "step":
                 assert config.block_k >= dim
-    assert launch.chunk_rows(1, dtype) == 16
-    assert launch.chunk_rows(20, dtype) == 32
-    assert launch.chunk_rows(1000, dtype) <= 64
+    for has_momentum in (False, True):
+        assert launch.chunk_rows(1, dtype, has_momentum) == 16
+        assert launch.chunk_rows(20, dtype, has_momentum) == 32
+        assert launch.chunk_rows(1000, dtype, has_momentum) <= 64
