@@ -5,7 +5,8 @@ import torch
 
 from nl_kernels.ops.delta_memory import launch
 from nl_kernels.ops.delta_memory.catalogue import catalogue
-from nl_kernels.triton_support.ahead_of_time import compile_call
+from nl_kernels.ops.delta_memory.triton_forward import plan_forward
+from nl_kernels.triton_support.ahead_of_time import compile_call, unallocated
 from nl_kernels.triton_support.targets import TARGETS
 from tools.kernel_resources import resources_of
 
@@ -109,6 +110,28 @@ def test_catalogue_has_every_kernel_option_and_dtype():
         "256x256",
         "40x24",
     }
+
+
+def test_what_is_planned_once_is_of_one_signature():
+    """The same call again takes its numbers from the first; another length, option or dtype has its own."""
+
+    def planned(tokens=96, read="running", dtype=torch.bfloat16, chunk_size=64):
+        token = unallocated(1, tokens, 2, 32, dtype=dtype)
+        inputs = [token] * 3 + [unallocated(1, tokens, 2)] * 2 + [None] * 4
+        options = {"scale": 1.0, "read": read, "chunk_size": chunk_size, "architecture": "sm_90"}
+        return plan_forward(*inputs, **options)[0]
+
+    first = planned()
+    for before, call in zip(first, planned(), strict=True):
+        assert call.constants is before.constants
+        assert call.grid == before.grid
+        assert call.arguments.keys() == before.arguments.keys()
+    solve, _, read = planned(tokens=160)
+    assert (solve.grid, first[0].grid) == ((3 * 2, 1), (2 * 2, 1))
+    assert (read.arguments["T"], first[2].arguments["T"]) == (160, 96)
+    assert (planned(read="before")[2].constants["BEFORE"], first[2].constants["BEFORE"]) == (True, False)
+    assert planned(dtype=torch.float16)[0].constants["STATE"] == "rounded tf32"
+    assert planned(chunk_size=16)[0].constants["BLOCK_C"] == 16
 
 
 @pytest.mark.slow
