@@ -71,17 +71,14 @@ def _entries(
     step, _ = plan_step(*inputs(batch, heads), *states(batch), **options)
 
     words = [str(dtype).removeprefix("torch."), f"{key_dim}x{value_dim}"]
-    words += [
-        word
-        for word, on in (
-            ("momentum", has_momentum),
-            (read, True),
-            ("packed", packed),
-            ("shared", key_heads),
-            ("long", tokens > 512),
-        )
-        if on
-    ]
+    given = {
+        "momentum": has_momentum,
+        read: True,
+        "packed": packed,
+        "shared": key_heads,
+        "long": tokens > 512,
+    }
+    words += [word for word, on in given.items() if on]
     # Of the recomputed forward, only the solve differs (it keeps the inverse).
     for call in (*forward, backward[0], *backward[len(forward) - 1 :], step):
         yield CatalogueEntry("delta_memory", " ".join(words), call)

@@ -105,10 +105,8 @@ def config_of(
         block_v = 16 if kernel == "state_gradients" or has_momentum else 32
         return Config(min(block_k, key), min(block_v, value), warps, 1)
     block_k = 32 if kernel == "state_gradients" or has_momentum else 64
-    if has_momentum:
-        block_v = 16 if kernel == "state_gradients" else 32
-    else:
-        block_v = 64 if kernel in ("solve_chunks", "read_chunks") else 32
+    block_v = 64 if kernel in ("solve_chunks", "read_chunks") and not has_momentum else 32
+    block_v = 16 if kernel == "state_gradients" and has_momentum else block_v
     return Config(min(block_k, key), min(block_v, value), 4, 2)
 
 
