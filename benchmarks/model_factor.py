@@ -21,14 +21,14 @@ from unittest.mock import patch
 
 import torch
 import typer
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import nl_kernels
 from benchmarks.harness import environment
 from benchmarks.measure import measure_ceilings
 from benchmarks.run import Device, append_rows
-from nl_kernels import testing
 from nl_kernels.dispatch import kernels_planned
+from nl_kernels.testing import delta_memory_inputs, self_modifying_inputs
 from nl_kernels.triton_support import kernel_call
 from nl_kernels.triton_support.kernel_call import KernelCall
 from tools.environment import ROOT
@@ -48,11 +48,11 @@ def counted_instructions() -> dict[tuple[str, str], int]:
 
 
 def _delta_memory(tokens: int, heads: int, device: torch.device) -> Callable[[], object]:
-    return _work(nl_kernels.delta_memory, testing.delta_memory_inputs(1, tokens, heads, 64, **_BF16), device)
+    return _work(nl_kernels.delta_memory, delta_memory_inputs(1, tokens, heads, 64, **_BF16), device)
 
 
 def _self_modifying(tokens: int, heads: int, device: torch.device) -> Callable[[], object]:
-    made = testing.self_modifying_inputs(1, tokens, heads, 64, None, outer_scale=0.1, **_BF16)
+    made = self_modifying_inputs(1, tokens, heads, 64, None, outer_scale=0.1, **_BF16)
     return _work(functools.partial(nl_kernels.self_modifying_memory, chunk_size=16), made, device)
 
 
@@ -146,7 +146,7 @@ def _name(call: KernelCall) -> str:
 
 def _bytes(call: KernelCall) -> int:
     """Of the tensors that a launch takes, each once."""
-    tensors = {x.data_ptr(): x for x in testing.tensors_of(call.arguments)}
+    tensors = {x.data_ptr(): x for x in tree_leaves(call.arguments) if isinstance(x, torch.Tensor)}
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
