@@ -2,7 +2,8 @@
 
 Each stage is a process of its own with a time limit, the most telling first: the doctor; error budgets and
 determinism of every kernel; their times beside flash-linear-attention (where installed), attention and plain
-PyTorch; decoding; long contexts; the other GPU tests. A stage that fails or runs out of time does not stop
+PyTorch; a training step of the 340m preset beside its plan; each kernel's time over its predicted one;
+decoding; long contexts; the other GPU tests. A stage that fails or runs out of time does not stop
 the others. Logs and rows are written as they come, so that a run that is cut short leaves what it had. Needs
 torch with CUDA, triton, transformers, typer, rich, matplotlib and pytest; it installs nothing.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -62,28 +64,40 @@ STAGES = (
     Stage(
         "doctor",
         ("-m", "nl_kernels.doctor", "--device", "{device}", "--json", "{output}/doctor.jsonl"),
-        70,
+        60,
     ),
-    Stage("budgets", (*_TESTS, "-k", _FIRST), 150, ("--collect-only", "-q")),
+    Stage("budgets", (*_TESTS, "-k", _FIRST), 130, ("--collect-only", "-q")),
     Stage(
         "speed",
         ("-m", "benchmarks.run", "--device", "{device}", "--quick", "--output", "{output}/speed.jsonl"),
-        130,
+        100,
         ("--op", "newton_schulz", "--no-memory"),
+    ),
+    Stage(
+        "step",
+        ("-m", "benchmarks.training_step", "--device", "{device}", "--output", "{output}/step.jsonl"),
+        90,
+        ("--preset", "tiny", "--layers", "1", "--batch", "2", "--length", "64", "--steps", "1"),
+    ),
+    Stage(
+        "factor",
+        ("-m", "benchmarks.model_factor", "--device", "{device}", "--output", "{output}/factor.jsonl"),
+        50,
+        ("--tokens", "64", "--heads", "1"),
     ),
     Stage(
         "decode",
         (*_PROFILE, "{output}/decode", "--modes", "decode", "--precision", "bf16", "--time-limit", "15"),
-        50,
+        40,
         ("--decode-after", "1,16", "--hidden-size", "32", "--layers", "1", "--heads", "2"),
     ),
     Stage(
         "context",
         (*_PROFILE, "{output}/context", "--modes", "prefill,training", "--time-limit", "15"),
-        80,
+        60,
         ("--lengths", "64,128", "--hidden-size", "32", "--layers", "1", "--heads", "2"),
     ),
-    Stage("tests", (*_TESTS, "-k", f"not ({_FIRST})"), 120, ("--collect-only", "-q")),
+    Stage("tests", (*_TESTS, "-k", f"not ({_FIRST})"), 70, ("--collect-only", "-q")),
 )
 
 
@@ -107,7 +121,8 @@ def run_stage(stage: Stage, output: Path, device: str, seconds: float) -> Outcom
             log.flush()
             sys.stdout.write(line)
         code = process.wait()
-    state = "passed" if code == 0 else "out of time" if code in (124, 137) else "failed"
+    # Killed at last, timeout goes with it.
+    state = "passed" if code == 0 else "out of time" if code in (124, 137, -signal.SIGKILL) else "failed"
     return Outcome(stage.name, state, time.monotonic() - began)
 
 
@@ -141,7 +156,8 @@ def main(
         left = end - time.monotonic()
         if (only and stage.name not in only) or left < 1:
             continue
-        outcomes.append(run_stage(stage, output, device, min(left, stage.limit)))
+        limit = min(left, stage.limit) if device == "cuda" else left
+        outcomes.append(run_stage(stage, output, device, limit))
         with (output / "outcomes.jsonl").open("a") as file:
             file.write(json.dumps(asdict(outcomes[-1])) + "\n")
 

@@ -16,6 +16,7 @@ def delta_memory_inputs(
     key_width: int,
     value_width: int | None = None,
     *,
+    key_heads: int | None = None,
     momentum: bool = False,
     initial_state: bool = False,
     sequences: int | None = None,
@@ -32,6 +33,7 @@ def delta_memory_inputs(
     that the same seed gives the same problem in every dtype; rates and states are fp32 for 16-bit inputs.
 
     Args:
+        key_heads: heads of q and k, a divisor of ``heads``; ``None`` for as many.
         sequences: number of packed sequences, whose states have that leading size (cu_seqlens is the
             caller's to choose); ``None`` for one sequence per batch row.
     """
@@ -46,11 +48,12 @@ def delta_memory_inputs(
         return torch.rand(*shape, generator=rng, dtype=torch.float64)
 
     rates = (batch, length, heads)
+    keys = (batch, length, key_heads or heads, key_width)
     states = (batch if sequences is None else sequences, heads, value_width, key_width)
     erase = 0.05 + 0.9 * uniform(*rates)
     inputs = {
-        "q": F.normalize(normal(*rates, key_width), dim=-1).to(dtype),
-        "k": F.normalize(normal(*rates, key_width), dim=-1).to(dtype),
+        "q": F.normalize(normal(*keys), dim=-1).to(dtype),
+        "k": F.normalize(normal(*keys), dim=-1).to(dtype),
         "v": (erase[..., None] * normal(*rates, value_width)).to(dtype),
         "log_decay": (1 - (1 - slowest_decay / 2) * uniform(*rates) ** 4).log().to(rates_dtype),
         "erase": erase.to(rates_dtype),

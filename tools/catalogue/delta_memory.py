@@ -23,6 +23,8 @@ def catalogue(architecture: str) -> Iterator[CatalogueEntry]:
     options = {"read": "before", "packed": True, "heads": 4}
     yield from _entries(architecture, torch.bfloat16, 64, 128, has_momentum=True, **options)
     yield from _entries(architecture, torch.float32, 40, 24, has_momentum=False, **options)
+    # Two heads of values to one of keys.
+    yield from _entries(architecture, torch.bfloat16, 128, 128, has_momentum=False, key_heads=80)
     # Long sequences of few heads: the scan goes by segments.
     for dim in (64, 128):
         for entry in _entries(
@@ -42,6 +44,7 @@ def _entries(
     read: str = "after",
     packed: bool = False,
     heads: int = 160,
+    key_heads: int | None = None,
     tokens: int = 512,
 ) -> Iterator[CatalogueEntry]:
     from nl_kernels.ops.delta_memory.triton_backward import plan_backward
@@ -51,7 +54,7 @@ def _entries(
     batch = 1 if packed else 2
 
     def inputs(*leading: int) -> list[torch.Tensor | None]:
-        q, k = unallocated(*leading, key_dim, dtype=dtype), unallocated(*leading, key_dim, dtype=dtype)
+        q = k = unallocated(*leading[:-1], key_heads or heads, key_dim, dtype=dtype)
         v = unallocated(*leading, value_dim, dtype=dtype)
         rates = [unallocated(*leading) for _ in range(3 if has_momentum else 2)]
         return [q, k, v, *rates, *([] if has_momentum else [None])]
@@ -68,11 +71,14 @@ def _entries(
     step, _ = plan_step(*inputs(batch, heads), *states(batch), **options)
 
     words = [str(dtype).removeprefix("torch."), f"{key_dim}x{value_dim}"]
-    words += [
-        word
-        for word, on in (("momentum", has_momentum), (read, True), ("packed", packed), ("long", tokens > 512))
-        if on
-    ]
+    given = {
+        "momentum": has_momentum,
+        read: True,
+        "packed": packed,
+        "shared": key_heads,
+        "long": tokens > 512,
+    }
+    words += [word for word, on in given.items() if on]
     # Of the recomputed forward, only the solve differs (it keeps the inverse).
     for call in (*forward, backward[0], *backward[len(forward) - 1 :], step):
         yield CatalogueEntry("delta_memory", " ".join(words), call)

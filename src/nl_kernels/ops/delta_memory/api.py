@@ -69,9 +69,10 @@ def delta_memory(
     argument and through the final states, once (no double backward, except with ``impl="reference"``).
 
     Args:
-        q: queries ``[B, T, H, Dk]``, fp16, bf16, fp32 or fp64.
-        k: keys ``[B, T, H, Dk]`` of q's dtype. Erasing is stable for ``β‖k‖² < 2``: give keys unit norm.
-        v: writes ``[B, T, H, Dv]`` of q's dtype, already scaled by their rate.
+        q: queries ``[B, T, G, Dk]``, fp16, bf16, fp32 or fp64.
+        k: keys ``[B, T, G, Dk]`` of q's dtype. Erasing is stable for ``β‖k‖² < 2``: give keys unit norm.
+        v: writes ``[B, T, H, Dv]`` of q's dtype, already scaled by their rate. H is a multiple of G: each
+            head of q and k serves H / G heads of v that follow one another, without a copy.
         log_decay: log α ``[B, T, H]``, at most 0; ``-inf`` forgets everything, exactly.
         erase: β ``[B, T, H]`` in [0, 2).
         momentum: μ ``[B, T, H]`` in [0, 1), or None for no momentum.
@@ -102,9 +103,7 @@ def delta_memory(
     check_positive_int("chunk_size", chunk_size)
     scale = _check_scale(scale)
     sequences = check_sequences(None, cu_seqlens, q)
-    _check_states(
-        initial_state, initial_momentum, momentum, (sequences, q.shape[2], v.shape[3], k.shape[3]), q
-    )
+    _check_states(initial_state, initial_momentum, momentum, (sequences, *v.shape[2:], k.shape[3]), q)
     impl = choose_implementation("delta_memory", impl, q.device)
 
     tensors = (q, k, v, log_decay, erase, momentum, initial_state, initial_momentum, cu_seqlens)
@@ -144,7 +143,7 @@ def delta_memory_step(
     Where gradients are needed this is ``delta_memory`` with T = 1; otherwise one pass over the state.
 
     Args:
-        q, k: ``[B, H, Dk]``. v: ``[B, H, Dv]``. log_decay, erase, momentum: ``[B, H]``.
+        q, k: ``[B, G, Dk]``. v: ``[B, H, Dv]``. log_decay, erase, momentum: ``[B, H]``.
         state: S before the token ``[B, H, Dv, Dk]``; not changed.
         momentum_state: U before the token, required with ``momentum``; not changed.
 
@@ -159,7 +158,7 @@ def delta_memory_step(
     check_renamed_value("read", read, _RENAMED_READS)
     check_choice("read", read, READS)
     scale = _check_scale(scale)
-    shape = (q.shape[0], q.shape[1], v.shape[2], k.shape[2])
+    shape = (*v.shape, k.shape[2])
     check_tensor("state", state, shape, like=q)
     if (momentum is None) != (momentum_state is None):
         raise ValueError("momentum_state: give it with momentum, and only then")
@@ -205,7 +204,7 @@ def chunk_gated_delta_rule(
 
     Args:
         q, k: ``[B, T, G, Dk]``. v: ``[B, T, H, Dv]``, unscaled. H is a multiple of G: each head of q and k
-            serves H / G heads of v that follow one another. It is repeated for them, a copy.
+            serves H / G heads of v that follow one another.
         g: log decay ``[B, T, H]``, at most 0. beta: ``[B, T, H]`` in [0, 2).
         scale: of the outputs; ``Dk ** -0.5`` if None.
         initial_state: ``[N, H, Dk, Dv]``: keys first, the transpose of :func:`delta_memory`'s.
@@ -228,11 +227,10 @@ def chunk_gated_delta_rule(
     unknown = [name for name, value in others.items() if name not in _OF_CALLERS and value is not None]
     if unknown:
         raise TypeError(f"{unknown[0]}: chunk_gated_delta_rule has no such option; leave it out or at None")
-    q, k = _for_each_value_head(q, k, v)
     _check_tokens(q, k, v, g, beta, None, leading=4, names=("g", "beta"))
     if initial_state is not None:
         sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        check_tensor("initial_state", initial_state, (sequences, q.shape[2], k.shape[3], v.shape[3]), like=q)
+        check_tensor("initial_state", initial_state, (sequences, v.shape[2], k.shape[3], v.shape[3]), like=q)
     if use_qk_l2norm_in_kernel:
         q, k = _l2norm(q), _l2norm(k)
     g, beta = (rate.to(state_dtype(q)) for rate in (g, beta))
@@ -249,21 +247,6 @@ def chunk_gated_delta_rule(
         chunk_size=chunk_size,
     )
     return o, None if state is None else state.mT.contiguous()
-
-
-def _for_each_value_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """q and k ``[B, T, H, Dk]``, where several heads of v share one of theirs."""
-    if not all(isinstance(x, torch.Tensor) and x.ndim == 4 and x.numel() for x in (q, k, v)):
-        return q, k  # refused by the checks that follow
-    heads = v.shape[2]
-    for name, x in (("q", q), ("k", k)):
-        if heads % x.shape[2]:
-            raise ValueError(f"{name}: expected a divisor of v's {heads} heads, got {x.shape[2]} heads")
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(f"k: expected q's {q.shape[2]} heads, got {k.shape[2]}")
-    if q.shape[2] == heads:
-        return q, k
-    return tuple(x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
 
 
 def _l2norm(x: torch.Tensor) -> torch.Tensor:
@@ -285,8 +268,11 @@ def _check_tokens(q, k, v, log_decay, erase, momentum, *, leading: int, names=("
     axes = "[B, T, H, D]" if leading == 4 else "[B, H, D]"
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tokens(name, x, axes)
-    rates = q.shape[:-1]
     check_tensor("k", k, q.shape, like=q)
+    *tokens, heads, _ = q.shape
+    if v.shape[-2] % heads:
+        raise ValueError(f"v: expected a multiple of q's {heads} heads, got {v.shape[-2]} heads")
+    rates = (*tokens, v.shape[-2])
     check_tensor("v", v, (*rates, v.shape[-1]), like=q)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:

@@ -20,13 +20,15 @@ def delta_memory_step(
     scale: float,
     read: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """One token: q, k ``[B, H, Dk]``, v ``[B, H, Dv]``, rates ``[B, H]``, states ``[B, H, Dv, Dk]``.
+    """One token: q, k ``[B, G, Dk]``, v ``[B, H, Dv]``, rates ``[B, H]``, states ``[B, H, Dv, Dk]``.
 
     Returns ``(o, state, momentum_state)``; the states are new tensors.
     """
     dtype = state_dtype(q)
     # Batch and heads as one axis of matrices and columns.
     before = state.to(dtype).flatten(0, 1)
+    if k.shape[1] != v.shape[1]:
+        q, k = (x.repeat_interleave(v.shape[1] // x.shape[1], dim=1) for x in (q, k))
     q, k, writes = (x.to(dtype).flatten(0, 1).unsqueeze(-1) for x in (q, k, v))
     decay, erase = (x.to(dtype).flatten()[:, None, None] for x in (log_decay, erase))
     recalled = torch.bmm(before, k)

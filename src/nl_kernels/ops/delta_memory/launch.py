@@ -6,6 +6,7 @@ architecture's limits), not from timings.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +64,11 @@ def precision_of(dtype: torch.dtype, architecture: str) -> Precision:
     return Precision(full, full, full, torch.float32)
 
 
-def chunk_rows(chunk_size: int, dtype: torch.dtype) -> int:
+def chunk_rows(chunk_size: int, dtype: torch.dtype, has_momentum: bool) -> int:
     """Tokens a kernel takes at once. The result does not depend on it, so ``chunk_size`` is a hint here:
-    rounded up to a power of two from 16, and capped by what fits."""
-    cap = 64 if dtype == torch.bfloat16 else 32
+    rounded up to a power of two from 16, and capped by what fits. With momentum there are so many matrices of
+    pairs of tokens that with 64 only one program would fit a multiprocessor."""
+    cap = 64 if dtype == torch.bfloat16 and not has_momentum else 32
     return max(MIN_TILE, min(cap, power_of_two(chunk_size)))
 
 
@@ -93,17 +95,19 @@ def config_of(
         carried = key * (2 if has_momentum else 1) * (2 if kernel == "scan_gradients" else 1)
         few = rows * -(-value_dim // 32) < TARGETS[architecture].multiprocessors
         block_v = 16 if carried > 128 or wide or amd or few else 32
-        warps = 8 if carried > 256 or (dtype == torch.float32 and key > 64) else 4
+        large = carried > 256 and (wide or key > 128)
+        warps = 8 if large or (dtype == torch.float32 and key > 64) else 4
         return Config(key, min(block_v, value), warps, 1 if wide or amd or key > 128 else 2)
-    # With momentum these hold so many matrices of pairs of tokens that it takes 8 warps not to spill.
-    warps = 8 if has_momentum and kernel not in ("read_chunks", "state_gradients") else 4
     if wide:
+        # Where matrices of pairs of tokens are many, it takes 8 warps not to spill.
+        warps = 8 if has_momentum and kernel not in ("read_chunks", "state_gradients") else 4
         block_k = 16 if kernel == "state_gradients" and has_momentum else 32
         block_v = 16 if kernel == "state_gradients" or has_momentum else 32
         return Config(min(block_k, key), min(block_v, value), warps, 1)
     block_k = 32 if kernel == "state_gradients" or has_momentum else 64
     block_v = 64 if kernel in ("solve_chunks", "read_chunks") and not has_momentum else 32
-    return Config(min(block_k, key), min(block_v, value), warps, 2)
+    block_v = 16 if kernel == "state_gradients" and has_momentum else block_v
+    return Config(min(block_k, key), min(block_v, value), 4, 2)
 
 
 def segments_of(rows: int, chunks: int, key_dim: int, value_dim: int, architecture: str) -> int:
@@ -119,22 +123,22 @@ def segments_of(rows: int, chunks: int, key_dim: int, value_dim: int, architectu
     return segments if segments >= 6 else 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChunkPlan:
-    """How one call is cut into chunks, and what all of its kernels share.
+    """How calls of one kind are cut into chunks, and what all of their kernels share.
 
     Attributes:
         chunks: programs along the chunk axis; with packed sequences an upper bound, so that planning need
             not wait for the device to read the lengths.
+        heads, group: heads of values, and how many of them share a head of keys.
         sequences: states, B or N.
         segments: parts of each sequence that the forward scan takes side by side.
-        chunk_table: packed: first token and number of tokens (0: unused) of each chunk, int64 [chunks, 2].
-        cu_seqlens, chunk_offsets: packed: first token and first chunk of each sequence, int64 [N + 1].
     """
 
     batch: int
     tokens: int
     heads: int
+    group: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
@@ -144,9 +148,6 @@ class ChunkPlan:
     chunks: int
     sequences: int
     segments: int
-    chunk_table: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
-    chunk_offsets: torch.Tensor | None
 
     @property
     def precision(self) -> Precision:
@@ -169,69 +170,68 @@ class ChunkPlan:
     def tiles(self, kernel: Any, width: str | None) -> int:
         """How many tiles ``kernel`` cuts the "key" or "value" width into; one if ``None``."""
         config = self.config(kernel)
-        if width is None:
-            return 1
         if width == "key":
             return -(-self.key_dim // config.block_k)
-        return -(-self.value_dim // config.block_v)
+        return -(-self.value_dim // config.block_v) if width else 1
 
     def call(
-        self,
-        kernel: Any,
-        arguments: dict[str, torch.Tensor | float | None],
-        *,
-        tiles: str | None = None,
-        scan: bool = False,
-        read: str = "after",
-        key_tiles: int = 1,
-        segments: int = 1,
-        summary: bool = False,
+        self, kernel: Any, arguments: dict[str, torch.Tensor | float | None], **options: Any
     ) -> KernelCall:
-        """The call of ``kernel``: what it takes of ``arguments``, sizes, tables, tiles and precisions.
+        """The call of ``kernel``: what it takes of ``arguments``; for the options see :func:`_launch`."""
+        names, *launch = _launch(self, kernel, **options)
+        return KernelCall(kernel, launch[0], {name: arguments[name] for name in names}, *launch[1:])
 
-        Args:
-            tiles: the width ("key" or "value") that the second grid axis tiles; None for no such axis.
-            scan: one program a sequence instead of one a chunk.
-            read: the op's option, for the kernels that have it.
-            key_tiles: how many tiles another kernel has cut the key width into.
-            segments: programs a sequence of a scan.
-            summary: whether a scan computes what its segments do to any state.
-        """
-        config = self.config(kernel)
-        programs = (self.sequences * segments if scan else self.chunks) * self.heads
-        maps = -(-self.key_dim // config.block_v) if summary else 0
-        run_time = {
-            **arguments,
-            "T": self.tokens,
-            "H": self.heads,
-            "segments": self.segments,
-            "chunk_table": self.chunk_table,
-            "cu_seqlens": self.cu_seqlens,
-            "chunk_offsets": self.chunk_offsets,
-        }
-        constants = {
-            "KEY_DIM": self.key_dim,
-            "VALUE_DIM": self.value_dim,
-            "MOMENTUM": self.has_momentum,
-            "BEFORE": read == "before",
-            "KEY_TILES": key_tiles,
-            "SUMMARY": summary,
-            "BLOCK_C": self.block_c,
-            "BLOCK_K": config.block_k,
-            "BLOCK_V": config.block_v,
-            "INPUTS": self.precision.inputs,
-            "STATE": self.precision.state,
-            "SOLVE": self.precision.solve,
-        }
-        names = kernel.arg_names
-        return KernelCall(
-            kernel,
-            (programs, self.tiles(kernel, tiles) + maps),
-            {name: value for name, value in run_time.items() if name in names},
-            {name: value for name, value in constants.items() if name in names},
-            config.num_warps,
-            config.num_stages,
-        )
+
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    plan: ChunkPlan,
+    kernel: Any,
+    *,
+    tiles: str | None = None,
+    scan: bool = False,
+    of_keys: bool = False,
+    read: str = "after",
+    key_tiles: int = 1,
+    segments: int = 1,
+    summary: bool = False,
+) -> tuple[tuple[str, ...], tuple[int, int], dict[str, Any], int, int]:
+    """Names of the arguments that ``kernel`` takes at run time, its grid, constants, warps and stages.
+
+    Args:
+        tiles: the width ("key" or "value") that the second grid axis tiles; None for no such axis.
+        scan: one program a sequence instead of one a chunk.
+        of_keys: one program a head of keys instead of one a head of values.
+        read: the op's option, for the kernels that have it.
+        key_tiles: how many tiles another kernel has cut the key width into.
+        segments: programs a sequence of a scan.
+        summary: whether a scan computes what its segments do to any state.
+    """
+    config = plan.config(kernel)
+    heads = plan.heads // plan.group if of_keys else plan.heads
+    programs = (plan.sequences * segments if scan else plan.chunks) * heads
+    maps = -(-plan.key_dim // config.block_v) if summary else 0
+    constants = {
+        "KEY_DIM": plan.key_dim,
+        "VALUE_DIM": plan.value_dim,
+        "GROUP": plan.group,
+        "MOMENTUM": plan.has_momentum,
+        "BEFORE": read == "before",
+        "KEY_TILES": key_tiles,
+        "SUMMARY": summary,
+        "BLOCK_C": plan.block_c,
+        "BLOCK_K": config.block_k,
+        "BLOCK_V": config.block_v,
+        "INPUTS": plan.precision.inputs,
+        "STATE": plan.precision.state,
+        "SOLVE": plan.precision.solve,
+    }
+    return (
+        tuple(name for name in kernel.arg_names if name not in constants),
+        (programs, plan.tiles(kernel, tiles) + maps),
+        {name: value for name, value in constants.items() if name in kernel.arg_names},
+        config.num_warps,
+        config.num_stages,
+    )
 
 
 def plan_chunks(
@@ -240,50 +240,81 @@ def plan_chunks(
     *,
     chunk_size: int,
     architecture: str,
-) -> ChunkPlan:
-    """Cut a call into chunks. Packed sequences get index tables, made on the device without waiting for it.
+) -> tuple[ChunkPlan, dict[str, torch.Tensor | int | None]]:
+    """Cut a call into chunks: the plan of its kind, and the arguments that its kernels start from.
+
+    Packed sequences get index tables, made on the device without waiting for it: ``chunk_table``, first token
+    and number of tokens (0: unused) of each chunk, int64 [chunks, 2]; ``cu_seqlens`` and ``chunk_offsets``,
+    first token and first chunk of each sequence, int64 [N + 1].
 
     Raises:
         NotImplementedError: a head wider than :data:`MAX_HEAD_DIM`, or fp64.
     """
-    q, k, v, momentum = (inputs[name] for name in ("q", "k", "v", "momentum"))
-    batch, tokens, heads, key_dim = k.shape
-    value_dim = v.shape[-1]
-    dtype = operand_dtype(q, k, v)
-    check_head_dims(key_dim, value_dim)
-    block_c = chunk_rows(chunk_size, dtype)
+    q, k, v = (inputs[name] for name in ("q", "k", "v"))
+    plan = _plan(
+        v.shape,
+        k.shape,
+        None if cu_seqlens is None else cu_seqlens.numel() - 1,
+        operand_dtype(q, k, v),
+        architecture,
+        inputs["momentum"] is not None,
+        chunk_size,
+    )
     chunk_table = chunk_offsets = None
-    chunks, sequences = batch * -(-tokens // block_c), batch
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int64)
-        sequences = cu_seqlens.numel() - 1
-        chunks = tokens // block_c + sequences
-        per_sequence = (cu_seqlens.diff() + block_c - 1) // block_c
+        per_sequence = (cu_seqlens.diff() + plan.block_c - 1) // plan.block_c
         chunk_offsets = torch.nn.functional.pad(per_sequence.cumsum(0), (1, 0))
-        chunk = torch.arange(chunks, device=k.device)
+        chunk = torch.arange(plan.chunks, device=k.device)
         sequence = torch.searchsorted(chunk_offsets, chunk, right=True) - 1
-        sequence = sequence.clamp(max=sequences - 1)
-        start = cu_seqlens[sequence] + (chunk - chunk_offsets[sequence]) * block_c
-        count = (cu_seqlens[sequence + 1] - start).clamp(0, block_c)
+        sequence = sequence.clamp(max=plan.sequences - 1)
+        start = cu_seqlens[sequence] + (chunk - chunk_offsets[sequence]) * plan.block_c
+        count = (cu_seqlens[sequence + 1] - start).clamp(0, plan.block_c)
         chunk_table = torch.stack((start, count), dim=1)
+    return plan, inputs | {
+        "T": plan.tokens,
+        "H": plan.heads,
+        "segments": plan.segments,
+        "chunk_table": chunk_table,
+        "cu_seqlens": cu_seqlens,
+        "chunk_offsets": chunk_offsets,
+    }
+
+
+@functools.lru_cache(maxsize=512)
+def _plan(
+    values: torch.Size,
+    keys: torch.Size,
+    packed: int | None,
+    dtype: torch.dtype,
+    architecture: str,
+    has_momentum: bool,
+    chunk_size: int,
+) -> ChunkPlan:
+    """The plan for v and k of these shapes, of ``packed`` sequences or of one a row."""
+    batch, tokens, heads, value_dim = values
+    key_dim = keys[-1]
+    check_head_dims(key_dim, value_dim)
+    block_c = chunk_rows(chunk_size, dtype, has_momentum)
+    if packed is None:
+        chunks, sequences = batch * -(-tokens // block_c), batch
+    else:
+        chunks, sequences = tokens // block_c + packed, packed
+    segments = segments_of(sequences * heads, chunks // sequences, key_dim, value_dim, architecture)
     return ChunkPlan(
         batch=batch,
         tokens=tokens,
         heads=heads,
+        group=heads // keys[2],
         key_dim=key_dim,
         value_dim=value_dim,
         dtype=dtype,
         architecture=architecture,
-        has_momentum=momentum is not None,
+        has_momentum=has_momentum,
         block_c=block_c,
         chunks=chunks,
         sequences=sequences,
-        segments=1
-        if momentum is not None
-        else segments_of(sequences * heads, chunks // sequences, key_dim, value_dim, architecture),
-        chunk_table=chunk_table,
-        cu_seqlens=cu_seqlens,
-        chunk_offsets=chunk_offsets,
+        segments=1 if has_momentum else segments,
     )
 
 

@@ -31,6 +31,7 @@ def delta_memory_forward(
     Returns:
         ``(o, S, U)`` after the last token of each sequence; ``U`` is None without momentum.
     """
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
     bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     results = []
     for n, (start, end) in enumerate(itertools.pairwise(bounds)):

@@ -119,7 +119,7 @@ def _step(*args):
 
 def _state(q, k, v, cu_seqlens) -> torch.Tensor:
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return q.new_empty((sequences, q.shape[2], v.shape[3], k.shape[3]), dtype=state_dtype(q))
+    return q.new_empty((sequences, v.shape[2], v.shape[3], k.shape[3]), dtype=state_dtype(q))
 
 
 @torch.library.register_fake(_FORWARD)

@@ -34,10 +34,11 @@ class Grid:
 
     @classmethod
     def of(cls, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, chunk_size: int) -> Grid:
-        batch, length, heads, width = k.shape
+        batch, length, heads, value_width = v.shape
+        width = k.shape[-1]
         elements = SEGMENT_ELEMENTS.get(k.device.type, SEGMENT_ELEMENTS_ELSEWHERE)
         like = k.new_empty(0, dtype=state_dtype(k))
-        state_shape = (heads, v.shape[-1], width)
+        state_shape = (heads, value_width, width)
         if cu_seqlens is None:
             chunk = min(chunk_size, length)
             together = max(1, elements // (batch * heads * chunk * max(chunk, width))) * chunk
@@ -99,7 +100,10 @@ class Segment:
             self.padded = self.missing > 0
 
     def to_chunks(self, x: torch.Tensor, dtype: torch.dtype, fill: float = 0.0) -> torch.Tensor:
-        """``[B, T, H, …]`` to contiguous ``[R, C, …]``, with ``fill`` where a chunk has no token."""
+        """``[B, T, H, …]`` to contiguous ``[R, C, …]``, with ``fill`` where a chunk has no token.
+
+        Heads of keys that serve several heads of values are repeated for them, in this segment alone.
+        """
         if self.packed:
             x = F.pad(x[0], (0, 0) * (x.ndim - 2) + (0, 1), value=fill).index_select(0, self.tokens)
             x = x.unflatten(0, (-1, self.chunk))
@@ -108,11 +112,20 @@ class Segment:
             if self.missing:
                 x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.missing), value=fill)
             x = x.unflatten(1, (-1, self.chunk)).transpose(0, 1).flatten(0, 1)
-        return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+        x = x.transpose(1, 2)
+        if x.shape[1] != self.heads:
+            x = x.repeat_interleave(self.heads // x.shape[1], dim=1)
+        return x.to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
 
     def write(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """Put ``[R, C, …]`` into its place in ``[B, T, H, …]``; padding is dropped."""
-        x = x.unflatten(0, (-1, self.heads)).transpose(1, 2)
+        """Put ``[R, C, …]`` into its place in ``[B, T, H, …]``; padding is dropped.
+
+        What is of several heads of values, and of one head of keys in ``out``, is summed.
+        """
+        x = x.unflatten(0, (-1, self.heads))
+        if out.shape[2] != self.heads:
+            x = x.unflatten(1, (out.shape[2], -1)).sum(2)
+        x = x.transpose(1, 2)
         if self.packed:
             x = x.flatten(0, 1)
             out[0, self.tokens[self.is_token]] = (x[self.is_token] if self.padded else x).to(out.dtype)

@@ -39,8 +39,8 @@ def plan_backward(
     (do, d_final_state, d_final_momentum), cu_seqlens = tensors[:3], tensors[-1]
     inputs = dict(zip(launch.INPUTS, tensors[3:]))
     q, k, v, log_decay, erase, momentum, *_ = inputs.values()
-    plan = launch.plan_chunks(inputs, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
-    calls, tensors = plan_states(plan, inputs, keep_inverse=True)
+    plan, given = launch.plan_chunks(inputs, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
+    calls, tensors = plan_states(plan, given, keep_inverse=True)
     work = plan.precision.workspace
     has = plan.has_momentum
     key_tiles = plan.tiles(state_gradients_kernel, "key")
@@ -78,7 +78,7 @@ def plan_backward(
         plan.call(read_gradients_kernel, tensors, read=read),
         plan.call(scan_gradients_kernel, tensors, tiles="value", scan=True, read=read),
         plan.call(solve_gradients_kernel, tensors),
-        plan.call(state_gradients_kernel, tensors, tiles="key", read=read),
+        plan.call(state_gradients_kernel, tensors, tiles="key", of_keys=True, read=read),
         plan.call(rate_gradients_kernel, tensors, read=read, key_tiles=key_tiles),
     ]
     return calls, tuple(gradients.values())

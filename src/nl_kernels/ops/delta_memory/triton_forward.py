@@ -59,6 +59,7 @@ def solve_chunks_kernel(
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,13 +82,14 @@ def solve_chunks_kernel(
     row = tl.arange(0, BLOCK_C)
     valid = row < count
     token = (start + row) * H + head
+    key_token = token // GROUP
     alpha, mu, carried_before, momentum_tail = decays_of(decays, program, BLOCK_C, MOMENTUM)
     store_cumulated(alpha, row, tl.load(log_decay + token, mask=valid, other=-float("inf")), BLOCK_C)
     if MOMENTUM:
         store_cumulated(mu, row, safe_log(tl.load(momentum + token, mask=valid, other=0.0)), BLOCK_C)
     tl.debug_barrier()
 
-    key_products = products_of_rows(k, k, token, valid, KEY_DIM, BLOCK_K, INPUTS)
+    key_products = products_of_rows(k, k, key_token, valid, KEY_DIM, BLOCK_K, INPUTS)
     beta = tl.load(erase + token, mask=valid, other=0.0)
     key_products *= beta[:, None]
     decay_before = decay_between(alpha, row[:, None] - 1, row[None, :], BLOCK_C)
@@ -116,13 +118,13 @@ def solve_chunks_kernel(
     if MOMENTUM:
         momentum_key_mixing = inverted * (erased * tl.load(carried_before + row))[None, :]
         # A second time, so that they need no registers in between.
-        key_products = products_of_rows(k, k, token, valid, KEY_DIM, BLOCK_K, INPUTS)
+        key_products = products_of_rows(k, k, key_token, valid, KEY_DIM, BLOCK_K, INPUTS)
         key_products *= beta[:, None] * load_pairs(mixed, row[:, None], row[None, :], BLOCK_C)
         value_transform = -matmul(inverted, key_products, SOLVE)
 
     for first in range(0, KEY_DIM, BLOCK_K):
         column = first + tl.arange(0, BLOCK_K)
-        key = load_tile(k, token, valid, column, KEY_DIM)
+        key = load_tile(k, key_token, valid, column, KEY_DIM)
         store_tile(key_transform, token, valid, column, KEY_DIM, matmul(key_mixing, key, STATE))
         if MOMENTUM:
             product = matmul(momentum_key_mixing, key, STATE)
@@ -156,6 +158,7 @@ def scan_chunks_kernel(
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     MOMENTUM: tl.constexpr,
     SUMMARY: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -207,7 +210,7 @@ def scan_chunks_kernel(
         valid = index * BLOCK_C + row < length
         last = tl.minimum(length - index * BLOCK_C, BLOCK_C) - 1
         token = (start + index * BLOCK_C + row) * H + head
-        key = load_tile(k, token, valid, key_column, KEY_DIM)
+        key = load_tile(k, token // GROUP, valid, key_column, KEY_DIM)
         transform = load_tile(key_transform, token, valid, key_column, KEY_DIM)
         pseudo = load_tile(pseudo_values, token, valid, value_column, VALUE_DIM).to(tl.float32)
         pseudo -= matmul(transform, state, STATE)
@@ -256,6 +259,7 @@ def read_chunks_kernel(
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BEFORE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -274,6 +278,7 @@ def read_chunks_kernel(
     row = tl.arange(0, BLOCK_C)
     valid = row < count
     token = (start + row) * H + head
+    key_token = token // GROUP
     value_column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
 
     query_key = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
@@ -281,8 +286,8 @@ def read_chunks_kernel(
     from_velocity = tl.zeros([BLOCK_C, BLOCK_V], tl.float32)
     for first in range(0, KEY_DIM, BLOCK_K):
         column = first + tl.arange(0, BLOCK_K)
-        query = load_tile(q, token, valid, column, KEY_DIM)
-        key = load_tile(k, token, valid, column, KEY_DIM)
+        query = load_tile(q, key_token, valid, column, KEY_DIM)
+        key = load_tile(k, key_token, valid, column, KEY_DIM)
         query_key += matmul(query, tl.trans(key), INPUTS)
         state_row = program * KEY_DIM + column
         state = load_tile(chunk_states, state_row, column < KEY_DIM, value_column, VALUE_DIM)
@@ -318,8 +323,8 @@ def plan_forward(
     Takes the tensors named by :data:`launch.INPUTS`, then ``cu_seqlens``.
     """
     inputs, cu_seqlens = dict(zip(launch.INPUTS, tensors)), tensors[-1]
-    plan = launch.plan_chunks(inputs, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
-    calls, found = plan_states(plan, inputs, keep_inverse=False)
+    plan, given = launch.plan_chunks(inputs, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
+    calls, found = plan_states(plan, given, keep_inverse=False)
     o = torch.empty_like(inputs["v"])
     found |= {"o": o, "scale": scale}
     calls.append(plan.call(read_chunks_kernel, found, tiles="value", read=read))
@@ -327,22 +332,22 @@ def plan_forward(
 
 
 def plan_states(
-    plan: launch.ChunkPlan, inputs: dict[str, torch.Tensor | None], *, keep_inverse: bool
-) -> tuple[list[KernelCall], dict[str, torch.Tensor | None]]:
+    plan: launch.ChunkPlan, given: dict[str, torch.Tensor | int | None], *, keep_inverse: bool
+) -> tuple[list[KernelCall], dict[str, torch.Tensor | int | None]]:
     """The calls up to the chunk states, which backward repeats; returns calls, and all tensors by name."""
-    k, work = inputs["k"], plan.precision.workspace
+    k, work = given["k"], plan.precision.workspace
     per_key = (plan.batch, plan.tokens, plan.heads, plan.key_dim)
     state = (plan.sequences, plan.heads, plan.value_dim, plan.key_dim)
     chunk_state = (plan.chunks, plan.heads, plan.key_dim, plan.value_dim)
     inverse = (plan.chunks, plan.heads, plan.block_c, plan.block_c)
     pairs = (plan.chunks, plan.heads, 2, plan.block_c, plan.block_c)
     has = plan.has_momentum
-    tensors = inputs | {
+    tensors = given | {
         "pairs": k.new_empty(pairs, dtype=torch.float32) if has else None,
         "decays": k.new_empty((plan.chunks, plan.heads, 6 if has else 2, plan.block_c), dtype=torch.float32),
         "key_transform": k.new_empty(per_key, dtype=work),
         "momentum_key_transform": k.new_empty(per_key, dtype=work) if has else None,
-        "pseudo_values": torch.empty_like(inputs["v"], dtype=work),
+        "pseudo_values": torch.empty_like(given["v"], dtype=work),
         "inverse": k.new_empty(inverse, dtype=work) if keep_inverse else None,
         "chunk_states": k.new_empty(chunk_state, dtype=work),
         "chunk_momenta": k.new_empty(chunk_state, dtype=work) if has else None,

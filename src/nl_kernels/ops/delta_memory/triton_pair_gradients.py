@@ -44,6 +44,7 @@ def read_gradients_kernel(
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BEFORE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -70,7 +71,7 @@ def read_gradients_kernel(
     write = row[:, None]
     seen = row[None, :] - BEFORE  # the row whose state is read
 
-    key_query = scale * products_of_rows(k, q, token, valid, KEY_DIM, BLOCK_K, INPUTS)
+    key_query = scale * products_of_rows(k, q, token // GROUP, valid, KEY_DIM, BLOCK_K, INPUTS)
     decay = decay_between(alpha, seen, write, BLOCK_C)
     attention = decay * key_query
     d_attention = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
@@ -135,6 +136,7 @@ def solve_gradients_kernel(
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -160,7 +162,7 @@ def solve_gradients_kernel(
     chunk_row = program * BLOCK_C + row
     alpha, _, _, _ = decays_of(decays, program, BLOCK_C, MOMENTUM)
 
-    key_key = products_of_rows(k, k, token, valid, KEY_DIM, BLOCK_K, INPUTS)
+    key_key = products_of_rows(k, k, token // GROUP, valid, KEY_DIM, BLOCK_K, INPUTS)
     beta = tl.load(erase + token, mask=valid, other=0.0)
     decay = decay_between(alpha, row[:, None] - 1, row[None, :], BLOCK_C)
     inverse_transposed = tl.load(inverse + chunk_row[None, :] * BLOCK_C + row[:, None])

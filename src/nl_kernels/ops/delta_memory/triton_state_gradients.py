@@ -35,6 +35,7 @@ def scan_gradients_kernel(
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BEFORE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -75,8 +76,8 @@ def scan_gradients_kernel(
         valid = index * BLOCK_C + row < length
         last = tl.minimum(length - index * BLOCK_C, BLOCK_C) - 1
         token = (start + index * BLOCK_C + row) * H + head
-        query = load_tile(q, token, valid, key_column, KEY_DIM)
-        key = load_tile(k, token, valid, key_column, KEY_DIM)
+        query = load_tile(q, token // GROUP, valid, key_column, KEY_DIM)
+        key = load_tile(k, token // GROUP, valid, key_column, KEY_DIM)
         transform = load_tile(key_transform, token, valid, key_column, KEY_DIM)
         d_output = load_tile(do, token, valid, value_column, VALUE_DIM)
         d_pseudo_tile = load_tile(d_pseudo, token, valid, value_column, VALUE_DIM).to(tl.float32)
@@ -135,6 +136,7 @@ def state_gradients_kernel(
     H,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BEFORE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -142,113 +144,119 @@ def state_gradients_kernel(
     BLOCK_V: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    """One program a chunk, head and tile of the key width: gradients that are products with a state.
+    """One program a chunk, head of keys and tile of their width: gradients that are products with a state.
 
-    Writes dQ and dK, and for each tile the scalar products from which ``rate_gradients_kernel`` makes the
-    gradients of the rates: ``token_terms`` [tiles, 3 or 7, B·T·H], ``chunk_terms``
-    [tiles, 1 or 3, chunks·H].
+    Writes dQ and dK, summed over the GROUP heads of values that share them, and for each of these and each
+    tile the scalar products from which ``rate_gradients_kernel`` makes the gradients of the rates:
+    ``token_terms`` [tiles, 3 or 7, B·T·H], ``chunk_terms`` [tiles, 1 or 3, chunks·H].
     """
-    program = tl.program_id(0)
+    key_program = tl.program_id(0)
     tile = tl.program_id(1)
-    start, count = locate_chunk(program // H, chunk_table, T, BLOCK_C)
+    key_heads = H // GROUP
+    start, count = locate_chunk(key_program // key_heads, chunk_table, T, BLOCK_C)
     if count == 0:
         return
     row = tl.arange(0, BLOCK_C)
     valid = row < count
-    token = (start + row) * H + program % H
-    program = program.to(tl.int64)
-    chunk_row = program * BLOCK_C + row
+    key_token = (start + row) * key_heads + key_program % key_heads
     column = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    state_row = program * KEY_DIM + column
     in_key = column < KEY_DIM
-
-    beta = tl.load(erase + token, mask=valid, other=0.0)
-    alpha, mu, carried_before, momentum_tail = decays_of(decays, program, BLOCK_C, MOMENTUM)
-    tail = decay_between(alpha, count - 1, row, BLOCK_C)
-    read_decay = decay_from_start(alpha, row - BEFORE)
-    erased = beta * decay_from_start(alpha, row - 1)
-    if MOMENTUM:
-        mixed_tail = tl.load(momentum_tail + row)
-        mu_tail = decay_between(mu, count - 1, row, BLOCK_C)
-        carried = carried_from_start(alpha, mu, carried_before, row, BLOCK_C, BEFORE)
-        carried_erased = beta * tl.load(carried_before + row)
-
-    query = load_tile(q, token, valid, column, KEY_DIM)
-    key = load_tile(k, token, valid, column, KEY_DIM)
+    token_count = tokens.to(tl.int64) * H
+    chunk_count = tl.num_programs(0) * GROUP
+    query = load_tile(q, key_token, valid, column, KEY_DIM)
+    key = load_tile(k, key_token, valid, column, KEY_DIM)
     query_fp32 = query.to(tl.float32)
     key_fp32 = key.to(tl.float32)
-    dk_tile = matmul(load_tile(d_key_query, chunk_row, row < BLOCK_C, row, BLOCK_C), query, STATE)
-    d_query_key = tl.load(d_key_query + chunk_row[None, :] * BLOCK_C + row[:, None])
-    dq_tile = matmul(d_query_key, key, STATE)
-    dk_tile += matmul(load_tile(d_key_key, chunk_row, row < BLOCK_C, row, BLOCK_C), key, STATE)
+    dq_tile = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+    dk_tile = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
 
-    read_term = tl.zeros([BLOCK_C], tl.float32)
-    erase_term = tl.zeros([BLOCK_C], tl.float32)
-    tail_term = tl.zeros([BLOCK_C], tl.float32)
-    kept_term = 0.0
-    if MOMENTUM:
-        carried_read_term = tl.zeros([BLOCK_C], tl.float32)
-        carried_erase_term = tl.zeros([BLOCK_C], tl.float32)
-        mixed_tail_term = tl.zeros([BLOCK_C], tl.float32)
-        mu_tail_term = tl.zeros([BLOCK_C], tl.float32)
-        carried_term = 0.0
-        mu_kept_term = 0.0
-    for first in range(0, VALUE_DIM, BLOCK_V):
-        value_column = first + tl.arange(0, BLOCK_V)
-        d_output = load_tile(do, token, valid, value_column, VALUE_DIM)
-        d_right_tile = load_tile(d_right, token, valid, value_column, VALUE_DIM)
-        pseudo = load_tile(pseudo_values, token, valid, value_column, VALUE_DIM)
-        state = load_tile(chunk_states, state_row, in_key, value_column, VALUE_DIM)
-        d_state = load_tile(d_chunk_states, state_row, in_key, value_column, VALUE_DIM)
-
-        product = scale * matmul(d_output, tl.trans(state), STATE)
-        dq_tile += read_decay[:, None] * product
-        read_term += tl.sum(query_fp32 * product, 1)
-        product = matmul(d_right_tile, tl.trans(state), STATE)
-        dk_tile -= erased[:, None] * product
-        erase_term -= tl.sum(key_fp32 * product, 1)
-        product = matmul(pseudo, tl.trans(d_state), STATE)
-        dk_tile += tail[:, None] * product
-        tail_term += tl.sum(key_fp32 * product, 1)
-        d_state_fp32 = d_state.to(tl.float32)
-        kept_term += tl.sum(state.to(tl.float32) * d_state_fp32)
+    for member in range(0, GROUP):
+        program = key_program.to(tl.int64) * GROUP + member
+        token = key_token * GROUP + member
+        chunk_row = program * BLOCK_C + row
+        state_row = program * KEY_DIM + column
+        beta = tl.load(erase + token, mask=valid, other=0.0)
+        alpha, mu, carried_before, momentum_tail = decays_of(decays, program, BLOCK_C, MOMENTUM)
+        tail = decay_between(alpha, count - 1, row, BLOCK_C)
+        read_decay = decay_from_start(alpha, row - BEFORE)
+        erased = beta * decay_from_start(alpha, row - 1)
         if MOMENTUM:
-            value = load_tile(v, token, valid, value_column, VALUE_DIM)
-            velocity = load_tile(chunk_momenta, state_row, in_key, value_column, VALUE_DIM)
-            d_velocity = load_tile(d_chunk_momenta, state_row, in_key, value_column, VALUE_DIM)
-            product = scale * matmul(d_output, tl.trans(velocity), STATE)
-            dq_tile += carried[:, None] * product
-            carried_read_term += tl.sum(query_fp32 * product, 1)
-            product = matmul(d_right_tile, tl.trans(velocity), STATE)
-            dk_tile -= carried_erased[:, None] * product
-            carried_erase_term -= tl.sum(key_fp32 * product, 1)
-            product = matmul(value, tl.trans(d_state), STATE)
-            dk_tile += mixed_tail[:, None] * product
-            mixed_tail_term += tl.sum(key_fp32 * product, 1)
-            product = matmul(value, tl.trans(d_velocity), STATE)
-            dk_tile += mu_tail[:, None] * product
-            mu_tail_term += tl.sum(key_fp32 * product, 1)
-            velocity_fp32 = velocity.to(tl.float32)
-            carried_term += tl.sum(velocity_fp32 * d_state_fp32)
-            mu_kept_term += tl.sum(velocity_fp32 * d_velocity.to(tl.float32))
+            mixed_tail = tl.load(momentum_tail + row)
+            mu_tail = decay_between(mu, count - 1, row, BLOCK_C)
+            carried = carried_from_start(alpha, mu, carried_before, row, BLOCK_C, BEFORE)
+            carried_erased = beta * tl.load(carried_before + row)
 
-    store_tile(dq, token, valid, column, KEY_DIM, dq_tile)
-    store_tile(dk, token, valid, column, KEY_DIM, dk_tile)
-    token_count = tokens.to(tl.int64) * H
-    chunk_count = tl.num_programs(0)
-    if not MOMENTUM:
-        terms = token_terms + tile * 3 * token_count + token
-        tl.store(chunk_terms + tile * chunk_count + program, kept_term)
-    else:
-        terms = token_terms + tile * 7 * token_count + token
-        tl.store(terms + 3 * token_count, carried_read_term, mask=valid)
-        tl.store(terms + 4 * token_count, carried_erase_term, mask=valid)
-        tl.store(terms + 5 * token_count, mixed_tail_term, mask=valid)
-        tl.store(terms + 6 * token_count, mu_tail_term, mask=valid)
-        chunk_terms += tile * 3 * chunk_count + program
-        tl.store(chunk_terms, kept_term)
-        tl.store(chunk_terms + chunk_count, carried_term)
-        tl.store(chunk_terms + 2 * chunk_count, mu_kept_term)
-    tl.store(terms, read_term, mask=valid)
-    tl.store(terms + token_count, erase_term, mask=valid)
-    tl.store(terms + 2 * token_count, tail_term, mask=valid)
+        dk_tile += matmul(load_tile(d_key_query, chunk_row, row < BLOCK_C, row, BLOCK_C), query, STATE)
+        d_query_key = tl.load(d_key_query + chunk_row[None, :] * BLOCK_C + row[:, None])
+        dq_tile += matmul(d_query_key, key, STATE)
+        dk_tile += matmul(load_tile(d_key_key, chunk_row, row < BLOCK_C, row, BLOCK_C), key, STATE)
+
+        read_term = tl.zeros([BLOCK_C], tl.float32)
+        erase_term = tl.zeros([BLOCK_C], tl.float32)
+        tail_term = tl.zeros([BLOCK_C], tl.float32)
+        kept_term = 0.0
+        if MOMENTUM:
+            carried_read_term = tl.zeros([BLOCK_C], tl.float32)
+            carried_erase_term = tl.zeros([BLOCK_C], tl.float32)
+            mixed_tail_term = tl.zeros([BLOCK_C], tl.float32)
+            mu_tail_term = tl.zeros([BLOCK_C], tl.float32)
+            carried_term = 0.0
+            mu_kept_term = 0.0
+        for first in range(0, VALUE_DIM, BLOCK_V):
+            value_column = first + tl.arange(0, BLOCK_V)
+            d_output = load_tile(do, token, valid, value_column, VALUE_DIM)
+            d_right_tile = load_tile(d_right, token, valid, value_column, VALUE_DIM)
+            pseudo = load_tile(pseudo_values, token, valid, value_column, VALUE_DIM)
+            state = load_tile(chunk_states, state_row, in_key, value_column, VALUE_DIM)
+            d_state = load_tile(d_chunk_states, state_row, in_key, value_column, VALUE_DIM)
+
+            product = scale * matmul(d_output, tl.trans(state), STATE)
+            dq_tile += read_decay[:, None] * product
+            read_term += tl.sum(query_fp32 * product, 1)
+            product = matmul(d_right_tile, tl.trans(state), STATE)
+            dk_tile -= erased[:, None] * product
+            erase_term -= tl.sum(key_fp32 * product, 1)
+            product = matmul(pseudo, tl.trans(d_state), STATE)
+            dk_tile += tail[:, None] * product
+            tail_term += tl.sum(key_fp32 * product, 1)
+            d_state_fp32 = d_state.to(tl.float32)
+            kept_term += tl.sum(state.to(tl.float32) * d_state_fp32)
+            if MOMENTUM:
+                value = load_tile(v, token, valid, value_column, VALUE_DIM)
+                velocity = load_tile(chunk_momenta, state_row, in_key, value_column, VALUE_DIM)
+                d_velocity = load_tile(d_chunk_momenta, state_row, in_key, value_column, VALUE_DIM)
+                product = scale * matmul(d_output, tl.trans(velocity), STATE)
+                dq_tile += carried[:, None] * product
+                carried_read_term += tl.sum(query_fp32 * product, 1)
+                product = matmul(d_right_tile, tl.trans(velocity), STATE)
+                dk_tile -= carried_erased[:, None] * product
+                carried_erase_term -= tl.sum(key_fp32 * product, 1)
+                product = matmul(value, tl.trans(d_state), STATE)
+                dk_tile += mixed_tail[:, None] * product
+                mixed_tail_term += tl.sum(key_fp32 * product, 1)
+                product = matmul(value, tl.trans(d_velocity), STATE)
+                dk_tile += mu_tail[:, None] * product
+                mu_tail_term += tl.sum(key_fp32 * product, 1)
+                velocity_fp32 = velocity.to(tl.float32)
+                carried_term += tl.sum(velocity_fp32 * d_state_fp32)
+                mu_kept_term += tl.sum(velocity_fp32 * d_velocity.to(tl.float32))
+
+        if member == GROUP - 1:
+            store_tile(dq, key_token, valid, column, KEY_DIM, dq_tile)
+            store_tile(dk, key_token, valid, column, KEY_DIM, dk_tile)
+        if not MOMENTUM:
+            terms = token_terms + tile * 3 * token_count + token
+            tl.store(chunk_terms + tile * chunk_count + program, kept_term)
+        else:
+            terms = token_terms + tile * 7 * token_count + token
+            tl.store(terms + 3 * token_count, carried_read_term, mask=valid)
+            tl.store(terms + 4 * token_count, carried_erase_term, mask=valid)
+            tl.store(terms + 5 * token_count, mixed_tail_term, mask=valid)
+            tl.store(terms + 6 * token_count, mu_tail_term, mask=valid)
+            kept_terms = chunk_terms + tile * 3 * chunk_count + program
+            tl.store(kept_terms, kept_term)
+            tl.store(kept_terms + chunk_count, carried_term)
+            tl.store(kept_terms + 2 * chunk_count, mu_kept_term)
+        tl.store(terms, read_term, mask=valid)
+        tl.store(terms + token_count, erase_term, mask=valid)
+        tl.store(terms + 2 * token_count, tail_term, mask=valid)

@@ -28,6 +28,7 @@ def step_kernel(
     scale,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     READ_BEFORE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -38,8 +39,9 @@ def step_kernel(
     row = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_value = row < VALUE_DIM
     state_row = program * VALUE_DIM + row
-    query = tl.load(q + program * KEY_DIM + column, mask=column < KEY_DIM, other=0.0).to(tl.float32)
-    key = tl.load(k + program * KEY_DIM + column, mask=column < KEY_DIM, other=0.0).to(tl.float32)
+    key_program = program // GROUP
+    query = tl.load(q + key_program * KEY_DIM + column, mask=column < KEY_DIM, other=0.0).to(tl.float32)
+    key = tl.load(k + key_program * KEY_DIM + column, mask=column < KEY_DIM, other=0.0).to(tl.float32)
     value = tl.load(v + state_row, mask=in_value, other=0.0).to(tl.float32)
     decay = tl.exp(tl.load(log_decay + program))
     beta = tl.load(erase + program)
@@ -63,8 +65,8 @@ def plan_step(
     """The call of the step and the tensors it fills; runs nothing (meta tensors will do)."""
     inputs = dict(zip(launch.INPUTS, tensors))
     q, k, v, _, _, momentum, state, _ = tensors
-    batch, heads, key_dim = k.shape
-    value_dim = v.shape[-1]
+    batch, heads, value_dim = v.shape
+    key_dim = k.shape[-1]
     launch.check_head_dims(key_dim, value_dim)
     config = launch.config_of(
         "step",
@@ -85,6 +87,7 @@ def plan_step(
         {
             "KEY_DIM": key_dim,
             "VALUE_DIM": value_dim,
+            "GROUP": heads // k.shape[1],
             "READ_BEFORE": read == "before",
             "BLOCK_K": config.block_k,
             "BLOCK_V": config.block_v,
@@ -98,7 +101,7 @@ def plan_step(
 def delta_memory_step(
     *tensors: torch.Tensor | None, scale: float, read: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """One token: q, k [B, H, Dk], v [B, H, Dv], rates [B, H] fp32, states fp32 [B, H, Dv, Dk].
+    """One token: q, k [B, G, Dk], v [B, H, Dv], rates [B, H] fp32, states fp32 [B, H, Dv, Dk].
 
     In the order of :data:`launch.INPUTS`.
 

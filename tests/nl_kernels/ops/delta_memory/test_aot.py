@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from nl_kernels.ops.delta_memory import launch
+from nl_kernels.ops.delta_memory.triton_forward import plan_forward
 from nl_kernels.triton_support.targets import TARGETS
 from tools.ahead_of_time import compile_call
 from tools.catalogue.delta_memory import catalogue
+from tools.catalogue.entry import unallocated
 from tools.kernel_resources import resources_of
 
 pytestmark = pytest.mark.aot
@@ -51,6 +53,13 @@ def test_hopper_uses_tensor_cores_spills_nothing_and_holds_two_programs(kernel, 
     assert set(found.tensor_core) == kinds
 
 
+@pytest.mark.parametrize("kernel", ["state_gradients", "step"])
+def test_kernels_of_shared_keys_spill_nothing_and_hold_two_programs(kernel):
+    found = compiled("sm_90", "bfloat16 128x128 after shared", kernel)
+    assert found.spill_bytes == 0
+    assert found.resident >= 2
+
+
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_value_tiles_are_smaller_when_states_are_few(architecture):
     """A scan has a program for each state and tile: with few states, more tiles use more multiprocessors."""
@@ -63,11 +72,13 @@ def test_value_tiles_are_smaller_when_states_are_few(architecture):
         assert (few, many) == ((16, 16) if architecture == "gfx942" else (16, 32))
 
 
-@pytest.mark.parametrize("kernel", ["scan_chunks", "scan_gradients"])
-def test_hopper_carries_momentum_without_spilling(kernel):
-    found = compiled("sm_90", "bfloat16 128x128 momentum after", kernel)
+@pytest.mark.parametrize("kernel", PLAIN)
+@pytest.mark.parametrize("width", ["64x64", "128x128"])
+def test_hopper_with_momentum_spills_nothing_and_holds_two_programs(kernel, width):
+    found = compiled("sm_90", f"bfloat16 {width} momentum after", kernel)
     assert found.spill_bytes == 0
-    assert set(found.tensor_core) == {"wgmma"}
+    assert found.resident >= 2
+    assert bool(found.tensor_core) == (kernel != "step")
 
 
 @pytest.mark.parametrize("kernel", ["scan_chunks", "solve_gradients"])
@@ -95,10 +106,33 @@ def test_catalogue_has_every_kernel_option_and_dtype():
         "momentum",
         "before",
         "packed",
+        "shared",
         "long",
         "256x256",
         "40x24",
     }
+
+
+def test_what_is_planned_once_is_of_one_signature():
+    """The same call again takes its numbers from the first; another length, option or dtype has its own."""
+
+    def planned(tokens=96, read="running", dtype=torch.bfloat16, chunk_size=64):
+        token = unallocated(1, tokens, 2, 32, dtype=dtype)
+        inputs = [token] * 3 + [unallocated(1, tokens, 2)] * 2 + [None] * 4
+        options = {"scale": 1.0, "read": read, "chunk_size": chunk_size, "architecture": "sm_90"}
+        return plan_forward(*inputs, **options)[0]
+
+    first = planned()
+    for before, call in zip(first, planned(), strict=True):
+        assert call.constants is before.constants
+        assert call.grid == before.grid
+        assert call.arguments.keys() == before.arguments.keys()
+    solve, _, read = planned(tokens=160)
+    assert (solve.grid, first[0].grid) == ((3 * 2, 1), (2 * 2, 1))
+    assert (read.arguments["T"], first[2].arguments["T"]) == (160, 96)
+    assert (planned(read="before")[2].constants["BEFORE"], first[2].constants["BEFORE"]) == (True, False)
+    assert planned(dtype=torch.float16)[0].constants["STATE"] == "rounded tf32"
+    assert planned(chunk_size=16)[0].constants["BLOCK_C"] == 16
 
 
 @pytest.mark.slow
@@ -134,6 +168,7 @@ def test_launch_parameters_are_tiles_the_compiler_takes(architecture, dim, dtype
                 assert block & (block - 1) == 0
             if kernel.startswith("scan") or kernel == "step":
                 assert config.block_k >= dim
-    assert launch.chunk_rows(1, dtype) == 16
-    assert launch.chunk_rows(20, dtype) == 32
-    assert launch.chunk_rows(1000, dtype) <= 64
+    for has_momentum in (False, True):
+        assert launch.chunk_rows(1, dtype, has_momentum) == 16
+        assert launch.chunk_rows(20, dtype, has_momentum) == 32
+        assert launch.chunk_rows(1000, dtype, has_momentum) <= 64

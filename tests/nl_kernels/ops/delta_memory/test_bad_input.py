@@ -33,7 +33,7 @@ def with_value(value):
         ("q", lambda x: x.tolist(), TypeError, "q: expected a tensor, got list"),
         ("k", lambda x: x[:, :4], ValueError, r"k: expected shape \(2, 5, 2, 4\), got \(2, 4, 2, 4\)"),
         ("k", lambda x: x.half(), TypeError, "k: expected q's dtype torch.float32, got torch.float16"),
-        ("v", lambda x: x[:, :, :1], ValueError, r"v: expected shape \(2, 5, 2, 3\), got \(2, 5, 1, 3\)"),
+        ("v", lambda x: x[:, :, :1], ValueError, "v: expected a multiple of q's 2 heads, got 1"),
         ("v", lambda x: x.double(), TypeError, "v: expected q's dtype"),
         ("v", lambda x: x.to("meta"), ValueError, "v: expected a tensor on cpu, got one on meta"),
         ("log_decay", lambda x: x[..., None], ValueError, r"log_decay: expected shape \(2, 5, 2\)"),

@@ -51,6 +51,12 @@ def test_packed_sequences(momentum, dtype):
     assert_within(x, cu_seqlens=cu_seqlens, chunk_size=16, scale=0.7, read="before")
 
 
+@pytest.mark.parametrize("momentum", [False, pytest.param(True, marks=pytest.mark.slow)])
+@every_dtype
+def test_heads_that_share_keys_and_queries(momentum, dtype):
+    assert_within(inputs(20, momentum=momentum, heads=4, key_heads=2, dtype=dtype), chunk_size=16)
+
+
 @every_dtype
 @pytest.mark.slow
 def test_a_long_sequence_of_one_head(dtype):
@@ -70,7 +76,7 @@ def test_a_long_sequence_of_one_head(dtype):
 @pytest.mark.parametrize("momentum", [False, True])
 @every_dtype
 def test_steps_equal_the_token_loop(momentum, read, dtype):
-    x = inputs(4, momentum=momentum, batch=2, value=40, dtype=dtype)
+    x = inputs(4, momentum=momentum, batch=2, heads=2, key_heads=1, value=40, dtype=dtype)
     expected, final = delta_memory(
         **to_float64(x), read=read, scale=0.7, output_final_state=True, impl="reference"
     )

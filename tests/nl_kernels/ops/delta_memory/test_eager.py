@@ -50,12 +50,14 @@ def test_chunks_equal_the_token_loop(data, monkeypatch):
     lengths = draw(st.lists(st.integers(1, 20), min_size=1, max_size=4), label="lengths") if packed else None
     length = sum(lengths) if packed else draw(st.integers(1, 40), label="T")
     batch = 1 if packed else draw(st.integers(1, 2), label="B")
+    heads = draw(st.integers(1, 4), label="H")
     x = delta_memory_inputs(
         batch,
         length,
-        draw(st.integers(1, 3), label="H"),
+        heads,
         draw(st.integers(1, 7), label="Dk"),
         draw(st.integers(1, 7), label="Dv"),
+        key_heads=draw(st.sampled_from([n for n in (1, 2, 3, 4) if heads % n == 0]), label="G"),
         momentum=draw(st.booleans(), label="momentum"),
         initial_state=draw(st.booleans(), label="initial state"),
         sequences=len(lengths) if packed else None,
@@ -148,7 +150,8 @@ def test_a_sequence_cut_anywhere_and_resumed_equals_the_whole(momentum, cut):
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("read", ["running", "before"])
 def test_token_by_token_equals_the_whole(momentum, read):
-    x = delta_memory_inputs(2, 12, 2, 4, 3, momentum=momentum, initial_state=True, dtype=torch.float64)
+    options = {"key_heads": 2, "momentum": momentum, "initial_state": True}
+    x = delta_memory_inputs(2, 12, 4, 4, 3, dtype=torch.float64, **options)
     whole = run(x, chunk_size=4, read=read, scale=0.5)
     state, momentum_state = x["initial_state"], x["initial_momentum"]
     given = [s if s is None else s.clone() for s in (state, momentum_state)]
@@ -260,8 +263,8 @@ def test_repeated_keys_do_not_amplify_rounding():
 
 
 def test_nothing_is_saved_but_the_inputs():
-    """Nothing but the inputs is kept between forward and backward."""
-    x = delta_memory_inputs(1, 64, 1, 16, requires_grad=True)
+    """Nothing but the inputs is kept between forward and backward, shared keys once."""
+    x = delta_memory_inputs(1, 64, 2, 16, key_heads=1, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         delta_memory(**x, impl="eager")

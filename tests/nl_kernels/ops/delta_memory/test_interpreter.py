@@ -106,9 +106,16 @@ def test_packed_sequences(momentum):
 def test_segments_of_a_sequence_side_by_side(segments, bounds, monkeypatch):
     """Also where a sequence has fewer chunks than segments, and from no initial state."""
     monkeypatch.setattr(launch, "segments_of", lambda *sizes: segments)
+    monkeypatch.setattr(launch, "_plan", launch._plan.__wrapped__)  # plans are kept
     x = inputs(70, momentum=False, heads=2, sequences=bounds and 2, initial_state=bounds is not None)
     cu_seqlens = bounds and torch.tensor(bounds)
     assert_kernels_within_budget(x, chunk_size=16, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
+def test_heads_that_share_keys_and_queries(momentum):
+    x = inputs(19, momentum=momentum, heads=6, key_heads=2, batch=2)
+    assert_kernels_within_budget(x, chunk_size=16)
 
 
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
@@ -120,7 +127,7 @@ def test_fp16(momentum):
 @pytest.mark.parametrize("read", ["running", "before"])
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
 def test_steps_equal_the_token_loop(momentum, read):
-    x = inputs(7, momentum=momentum, batch=2, value=40)
+    x = inputs(7, momentum=momentum, batch=2, heads=3, key_heads=1, value=40)
     expected, final = delta_memory(
         **to_float64(x), read=read, scale=0.7, output_final_state=True, impl="reference"
     )
@@ -169,7 +176,7 @@ def test_every_element_is_written_and_nothing_else(momentum, packed):
 
     # Two sequences whose chunks fill the table exactly: an unused chunk's buffers stay unwritten.
     x = delta_memory_inputs(
-        1, 34, 1, 12, 20, momentum=momentum, initial_state=True, sequences=2 if packed else None
+        1, 34, 2, 12, 20, key_heads=1, momentum=momentum, initial_state=True, sequences=2 if packed else None
     )
     cu_seqlens = torch.tensor([0, 17, 34]) if packed else None
     tensors = [*x.values(), cu_seqlens]

@@ -15,7 +15,7 @@ OPTIONS = (0.5, "running", 8, "eager")
 
 
 def inputs(**options):
-    defaults = {"momentum": True, "initial_state": True, "requires_grad": True}
+    defaults = {"key_heads": 1, "momentum": True, "initial_state": True, "requires_grad": True}
     return delta_memory_inputs(2, 11, 2, 4, 3, **defaults | options)
 
 
@@ -44,9 +44,10 @@ def test_opcheck(momentum, packed, dtype):
     x = delta_memory_inputs(
         1,
         11,
-        2,
+        4,
         4,
         3,
+        key_heads=2,
         momentum=momentum,
         initial_state=momentum,
         sequences=2 if packed else None,
@@ -54,14 +55,14 @@ def test_opcheck(momentum, packed, dtype):
     )
     tensors = (*x.values(), torch.tensor([0, 4, 11]) if packed else None)
     torch.library.opcheck(torch.ops.nl_kernels.delta_memory_forward, (*tensors, *OPTIONS))
-    state = torch.randn(2 if packed else 1, 2, 3, 4)
+    state = torch.randn(2 if packed else 1, 4, 3, 4)
     cotangents = (torch.randn_like(x["v"]), state, state if momentum else None)
     torch.library.opcheck(torch.ops.nl_kernels.delta_memory_backward, (*cotangents, *tensors, *OPTIONS))
 
 
 @pytest.mark.parametrize("momentum", [False, True])
 def test_opcheck_of_the_step(momentum):
-    x = delta_memory_inputs(2, 1, 2, 4, 3, momentum=momentum, initial_state=True)
+    x = delta_memory_inputs(2, 1, 2, 4, 3, key_heads=1, momentum=momentum, initial_state=True)
     tokens = tuple(value if value is None else value[:, 0] for value in list(x.values())[:6])
     states = (x["initial_state"], x["initial_momentum"])
     torch.library.opcheck(torch.ops.nl_kernels.delta_memory_step, (*tokens, *states, 0.5, "running", "eager"))
