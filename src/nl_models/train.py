@@ -19,7 +19,7 @@ from nl_models.files import write_json
 from nl_models.hope.configuration_hope import PRESETS
 from nl_models.open_model import copy_weights, open_model
 from nl_models.profiling.dry_run import Mesh, described, plan_run
-from nl_models.training.checkpoint import best_checkpoint
+from nl_models.training.checkpoint import best_checkpoint, list_checkpoints
 from nl_models.training.command_line import explained_errors, with_config_options
 from nl_models.training.config import (
     TrainConfig,
@@ -29,7 +29,7 @@ from nl_models.training.config import (
     typed_options,
 )
 from nl_models.training.console import TrainingDisplay
-from nl_models.training.distributed import choose_device, joined_processes, on_first, rank
+from nl_models.training.distributed import choose_device, joined_processes, on_first, rank, restartable
 from nl_models.training.loop import (
     DivergedError,
     Outcome,
@@ -77,7 +77,7 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
             on_first(lambda: prepare_data(config.data_options, folder / "data"))
             data = prepare_data(config.data_options, folder / "data")
             model = build_model(config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
-            if config.init_from is not None and not resume:
+            if config.init_from is not None and not list_checkpoints(folder / "checkpoints"):
                 copy_weights(config.init_from, model, data)
             trainer = Trainer(folder, config, model, data)
             start = trainer.resume() if resume else 0
@@ -168,6 +168,8 @@ def main(
         file = typed_options(read_options(config), source=str(config)) if config else {}
         options = merged_options(preset_options(preset) if preset else {}, file, overrides)
         source = str(config) if config else "options"
+        # All look before they join, so that none sees what another has just begun.
+        resume |= restartable() and (output / "config.json").is_file()
         steps = options.get("steps")
         if not resume and isinstance(steps, int) and "warmup_steps" not in options:
             options["warmup_steps"] = min(TrainConfig.warmup_steps, steps // 10)

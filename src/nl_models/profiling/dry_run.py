@@ -74,11 +74,11 @@ class RunPlan:
     idle: float
 
 
-def plan_run(config: TrainConfig, mesh: Mesh) -> RunPlan:
+def plan_run(config: TrainConfig, mesh: Mesh, flops: float | None = None) -> RunPlan:
     """Plan a step of a run on tensors without data; nothing is trained, read or allocated.
 
     ``device="cpu"`` is planned for CPUs, everything else for GPUs with the kernels. Ranks that share a window
-    work as :class:`nl_models.parallel.SequenceParallel` does.
+    work as :class:`nl_models.parallel.SequenceParallel` does. ``flops``: of a token, if they are known.
 
     Raises:
         ValueError: windows or tokens do not share out equally, or sharded weights with shared windows.
@@ -112,14 +112,15 @@ def plan_run(config: TrainConfig, mesh: Mesh) -> RunPlan:
             whole = HopeForCausalLM(model)
         idle = idle_share(whole, mesh.sequence)
         plan = _with_messages(plan, whole, mesh, batch, length, config.gradient_accumulation, 2 if low else 4)
-    flops = count_token_flops(model, config.sequence_length, config.gradient_checkpointing)
+    if flops is None:
+        flops = count_token_flops(model, config.sequence_length, config.gradient_checkpointing)
     return RunPlan(config, mesh, parameter_count(model), plan, flops, idle)
 
 
 def _with_messages(
     plan: Plan, model: HopeForCausalLM, mesh: Mesh, batch: int, length: int, passes: int, element: int
 ) -> Plan:
-    """What ranks that share a window send and hold besides: states, both ways, and all gradients in a ring."""
+    """What ranks that share a window send and hold besides: states, both ways; gradients in a ring."""
     layers = [layer for block in model.model.layers for layer in layers_of(block)]
     lengths = [length] * mesh.sequence
     each = [
@@ -191,8 +192,9 @@ def described(found: RunPlan) -> dict[str, str]:
         "model": f"{config.model}, {found.parameters:,} parameters, on {kind}",
         "step": f"{config.tokens_per_step:,} tokens, a rank {passes}{tokens:,}{recomputed}",
         "memory": ", ".join(f"{name} {decimal(size)}" for name, size in parts.items()),
-        "peak": f"{decimal(rank.peak)} a rank, {decimal(rank.activations)} of it activations and the gradients so far",
-        "compute": f"{found.flops / 1e9:.3g} GFLOP a token, {found.flops / found.parameters:.1f} a parameter; "
-        f"{rank.calls:,} operators a step",
+        "peak": f"{decimal(rank.peak)} a rank, of it activations and the gradients so far "
+        f"{decimal(rank.activations)}",
+        "compute": f"{found.flops / 1e9:.3g} GFLOP a token, {found.flops / found.parameters:.1f} FLOP a "
+        f"parameter; {rank.calls:,} operators a step",
         "sent": f"a rank sends {decimal(rank.sent)} a step{waits}",
     }

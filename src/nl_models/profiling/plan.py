@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch import nn
@@ -84,6 +85,10 @@ class Allocations(TorchDispatchMode):
         self._storages[key] = weakref.ref(storage, freed)
         self._sizes[key] = 0
         self._resized(storage)
+
+    def counts(self) -> np.ndarray:
+        """Calls, bytes moved and bytes gathered so far."""
+        return np.array([self.calls, self.moved, self.gathered])
 
     @contextlib.contextmanager
     def resizes(self) -> Iterator[None]:
@@ -232,19 +237,20 @@ def follow_training_step(
         gradients = allocations.live - parameters
         made.step()
         moments = allocations.live - parameters - gradients
-        whole = ranks > 1 and mesh is None  # DDP, whose buckets stay and take up each gradient
-        made.zero_grad(set_to_none=not whole)
-        allocations.peak, allocations.calls, allocations.moved = allocations.live, 0, 0
-        for _ in range(passes):
-            with autocast:
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            del loss
+        whole = ranks > 1 and mesh is None  # DDP
+        # What takes up gradients stays where there are several passes, and in DDP's buckets.
+        made.zero_grad(set_to_none=passes == 1 and not whole)
+        allocations.peak = allocations.live
+        before = allocations.counts()
+        with autocast:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        del loss
+        once = allocations.counts()
         made.step()
-        sent = (allocations.gathered + 2 * gradients * whole) * (ranks - 1) // ranks
-        return Plan(
-            parameters, gradients, moments, allocations.peak, allocations.calls, allocations.moved, sent
-        )
+        calls, moved, gathered = (int(n) for n in passes * (once - before) + allocations.counts() - once)
+        sent = (gathered + 2 * gradients * whole) * (ranks - 1) // ranks
+        return Plan(parameters, gradients, moments, allocations.peak, calls, moved, sent)
 
 
 def plan_table(plans: Mapping[str, Plan], title: str) -> Table:

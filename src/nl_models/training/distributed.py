@@ -42,6 +42,14 @@ def launched() -> bool:
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
+def restartable() -> bool:
+    """Whether torchrun starts all processes anew, with the same arguments, when one ends before its time.
+
+    Which start this is it does not tell all nodes alike.
+    """
+    return launched() and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0
+
+
 @contextlib.contextmanager
 def joined_processes(device: torch.device) -> Iterator[None]:
     """Within the block this process is in a group with those that a launcher started beside it, if any."""
