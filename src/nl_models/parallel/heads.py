@@ -77,7 +77,7 @@ def parallelize_heads(model: HopeForCausalLM, mesh: DeviceMesh) -> HopeForCausal
 
 
 def _compute_locally(unit: nn.Module, places: list[tuple[nn.Module, str, Any]]) -> None:
-    """Let layers see the local parts of their parameters while ``unit`` computes, or a checkpoint does anew."""
+    """Let layers see the local parts of their parameters while ``unit`` computes, a checkpoint's too."""
     forward = unit.forward
 
     @functools.wraps(forward)
