@@ -36,6 +36,7 @@ setup(
         "rich>=13,<16",
         "matplotlib>=3.8,<4",
         "pyyaml>=6,<7",
+        "filelock>=3.12,<5",
     ],
     extras_require={
         "attn": ["flash-attn>=2.7"],

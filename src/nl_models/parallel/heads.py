@@ -6,7 +6,6 @@ Parameters become DTensors on the mesh, so that optimisers, gradient clipping an
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import nn
@@ -45,10 +44,9 @@ def parallelize_heads(model: HopeForCausalLM, mesh: DeviceMesh) -> HopeForCausal
         raise ValueError(f"mesh: expected a divisor of the {heads} heads as its size, got {mesh.size()}")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("model: expected whole weights on every rank, got sharded ones")
-    blocks = list(model.model.layers)
     split: dict[nn.Parameter, Placement] = {}
     summed: set[nn.Parameter] = set()
-    for block in blocks:
+    for block in model.model.layers:
         for name, parameter in block.mixer.named_parameters():
             if "norm" in name.split("."):
                 summed.add(parameter)  # all heads have it, and each rank the gradient of its own heads
@@ -57,41 +55,26 @@ def parallelize_heads(model: HopeForCausalLM, mesh: DeviceMesh) -> HopeForCausal
         block.mixer.num_heads //= mesh.size()
         block.mixer.register_forward_pre_hook(lambda _, args: (_enter(args[0], mesh), *args[1:]))
         block.mixer.register_forward_hook(lambda _, args, output: (_leave(output[0], mesh), *output[1:]))
-    within = {id(module) for block in blocks for module in block.modules()}
     made: dict[nn.Parameter, nn.Parameter] = {}  # a tied one stays one
-    for unit in (*blocks, model):
-        own = [module for module in unit.modules() if unit is not model or id(module) not in within]
-        places = []
-        for module in own:
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter not in made:
-                    placement = split.get(parameter, Replicate())
-                    tensor = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
-                    made[parameter] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-                    if parameter in summed and parameter.requires_grad:
-                        made[parameter].register_hook(lambda g: g.redistribute(placements=[Replicate()]))
-                module.register_parameter(name, made[parameter])
-                places.append((module, name, [Partial()] if parameter in summed else None))
-        _compute_locally(unit, places)
+    for module in model.modules():
+        parts = {}
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                placement = split.get(parameter, Replicate())
+                tensor = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+                made[parameter] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+                if parameter in summed and parameter.requires_grad:
+                    made[parameter].register_hook(lambda g: g.redistribute(placements=[Replicate()]))
+            module.register_parameter(name, made[parameter])
+            parts[name] = _local_part(name, [Partial()] if parameter in summed else None)
+        if parts:  # as FSDP2 does, a class of its own
+            module.__class__ = type(type(module).__name__, (type(module),), parts)
     return model
 
 
-def _compute_locally(unit: nn.Module, places: list[tuple[nn.Module, str, Any]]) -> None:
-    """Let layers see the local parts of their parameters while ``unit`` computes, a checkpoint's too."""
-    forward = unit.forward
-
-    @functools.wraps(forward)
-    def local(*args: Any, **kwargs: Any) -> Any:
-        try:
-            for module, name, gradients in places:
-                # An instance's own attributes come before what it has registered, which stays the DTensor.
-                module.__dict__[name] = module._parameters[name].to_local(grad_placements=gradients)
-            return forward(*args, **kwargs)
-        finally:
-            for module, name, _ in places:
-                module.__dict__.pop(name, None)
-
-    unit.forward = local
+def _local_part(name: str, gradients: list[Placement] | None) -> property:
+    """What a layer sees where it has a DTensor as a parameter."""
+    return property(lambda layer: layer._parameters[name].to_local(grad_placements=gradients))
 
 
 def _enter(x: Any, mesh: DeviceMesh) -> Any:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -128,6 +127,8 @@ def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
     A block is gathered at a time: what ``gradient_checkpointing_enable`` takes for one.
     """
+    from torch.distributed.fsdp import fully_shard
+
     # Nothing here works in place on what a block returns.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

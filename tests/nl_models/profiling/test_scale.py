@@ -47,8 +47,9 @@ def test_the_bounds():
 def test_the_command(tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(
-        '{"hidden_size": 32, "layers": 1, "heads": 2, "batch_size": 2, "sequence_length": 32, "vocab_size": 300,'
-        '"model": "gated_delta_net", "model_options": {"continuum_levels": [{"hidden_size": 16}]}}'
+        '{"hidden_size": 32, "layers": 1, "heads": 2, "batch_size": 2,'
+        '"sequence_length": 32, "vocab_size": 99, "model": "gated_delta_net",'
+        '"model_options": {"continuum_levels": [{"hidden_size": 9}]}}'
     )
     app = typer.Typer()
     app.command()(main)
