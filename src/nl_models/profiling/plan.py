@@ -237,8 +237,9 @@ def follow_training_step(
         gradients = allocations.live - parameters
         made.step()
         moments = allocations.live - parameters - gradients
-        whole = ranks > 1 and mesh is None  # DDP
-        # What takes up gradients stays where there are several passes, and in DDP's buckets.
+        whole = ranks > 1 and mesh is None
+        # DDP's buckets stay and take up gradients. Of several passes only the last one syncs, and fills them.
+        buckets = [torch.zeros_like(p) for p in model.parameters()] if whole and passes > 1 else []
         made.zero_grad(set_to_none=passes == 1 and not whole)
         allocations.peak = allocations.live
         before = allocations.counts()
@@ -248,6 +249,7 @@ def follow_training_step(
         del loss
         once = allocations.counts()
         made.step()
+        del buckets
         calls, moved, gathered = (int(n) for n in passes * (once - before) + allocations.counts() - once)
         sent = (gathered + 2 * gradients * whole) * (ranks - 1) // ranks
         return Plan(parameters, gradients, moments, allocations.peak, calls, moved, sent)

@@ -104,7 +104,7 @@ def main(
 
 
 def _thousands(rate: float) -> str:
-    return "–" if rate == float("inf") else f"{rate / 1e3:,.3g}K"
+    return "–" if rate == float("inf") else f"{float(f'{rate / 1e3:.3g}'):,g}K"
 
 
 if __name__ == "__main__":

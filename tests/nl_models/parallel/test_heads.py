@@ -35,7 +35,7 @@ def run(mesh, name, options, ids, mask):
     if options.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     parallelize_heads(model, mesh)
-    shard = model.model.layers[0].mixer.q_proj.weight.to_local().numel()
+    shard = model.model.layers[0].mixer.q_proj.weight.numel()  # as the layer sees it
     return {**step(model, ids, mask), "shard": shard}
 
 
