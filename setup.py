@@ -35,6 +35,8 @@ setup(
         "typer>=0.15,<1",
         "rich>=13,<16",
         "matplotlib>=3.8,<4",
+        "pyyaml>=6,<7",
+        "filelock>=3.12,<5",
     ],
     extras_require={
         "attn": ["flash-attn>=2.7"],

@@ -123,6 +123,7 @@ ASSUMED = {
     "docs/sequence_parallelism.md": [],
     "docs/state.md": [],
     "docs/training.md": [before_measuring],
+    "docs/training_at_scale.md": [],
 }
 
 
@@ -136,7 +137,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page != "docs/conversation.md":  # whose model is a saved one
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", llama)
-    if page == "docs/sequence_parallelism.md":  # a world of one; tests/nl_models/parallel has larger ones
+    # A world of one; tests/nl_models/parallel has larger ones.
+    if page in ("docs/sequence_parallelism.md", "docs/training_at_scale.md"):
         for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
             monkeypatch.setenv(name, str(value))
     names = {}

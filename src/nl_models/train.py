@@ -16,12 +16,20 @@ from nl_models.data.corpus import check_folder
 from nl_models.data.prepare import PreparedData, check_tokenizer, prepare_data
 from nl_models.evaluation.held_out import measure_held_out
 from nl_models.files import write_json
+from nl_models.hope.configuration_hope import PRESETS
 from nl_models.open_model import copy_weights, open_model
-from nl_models.training.checkpoint import best_checkpoint
+from nl_models.profiling.dry_run import Mesh, described, plan_run
+from nl_models.training.checkpoint import best_checkpoint, list_checkpoints
 from nl_models.training.command_line import explained_errors, with_config_options
-from nl_models.training.config import TrainConfig, config_from_dict, read_options, typed_options
+from nl_models.training.config import (
+    TrainConfig,
+    config_from_dict,
+    merged_options,
+    read_options,
+    typed_options,
+)
 from nl_models.training.console import TrainingDisplay
-from nl_models.training.distributed import choose_device, joined_processes, on_first, rank
+from nl_models.training.distributed import choose_device, joined_processes, on_first, rank, restartable
 from nl_models.training.loop import (
     DivergedError,
     Outcome,
@@ -34,7 +42,7 @@ from nl_models.training.loop import (
     only_process,
 )
 from nl_models.training.metrics import read_metrics, tracker_class
-from nl_models.training.model import build_model, hope_config, levels_hardly_trained
+from nl_models.training.model import build_model, hope_config, levels_hardly_trained, preset_options
 
 _POSITION_WINDOWS = 16
 _POSITION_STREAMS = 8
@@ -69,7 +77,7 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
             on_first(lambda: prepare_data(config.data_options, folder / "data"))
             data = prepare_data(config.data_options, folder / "data")
             model = build_model(config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
-            if config.init_from is not None and not resume:
+            if config.init_from is not None and not list_checkpoints(folder / "checkpoints"):
                 copy_weights(config.init_from, model, data)
             trainer = Trainer(folder, config, model, data)
             start = trainer.resume() if resume else 0
@@ -122,11 +130,29 @@ def _measure_position(
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/train"),
     config: Annotated[
-        Path | None, typer.Option(help="JSON file of options; those on the command line win.")
+        Path | None, typer.Option(help="JSON or YAML file of options; those on the command line win.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --output from its newest checkpoint.")
     ] = False,
+    preset: Annotated[
+        str | None, typer.Option(help=f"Sizes of a Hope, under all other options: {', '.join(PRESETS)}.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Train nothing: print memory, operations and communication of a step, planned on tensors "
+            "without data, for a GPU unless --device is cpu. Takes minutes for a large model.",
+        ),
+    ] = False,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            help="Ranks to plan for, such as data=8,sequence=4: data shares out the windows (nl train under "
+            "torchrun), sequence each window (nl_models.parallel). Default: one process."
+        ),
+    ] = None,
     *,
     overrides: dict[str, object],
 ) -> None:
@@ -135,8 +161,15 @@ def main(
     A killed run continues with --resume to the same loss curve. Ctrl-C saves a checkpoint first.
     """
     with explained_errors(DivergedError):
-        options = {**(read_options(config) if config else {}), **overrides}
+        if mesh is not None and not dry_run:
+            raise ValueError(
+                "mesh: is of --dry-run; in training a launcher says how many processes there are"
+            )
+        file = typed_options(read_options(config), source=str(config)) if config else {}
+        options = merged_options(preset_options(preset) if preset else {}, file, overrides)
         source = str(config) if config else "options"
+        # All look before they join, so that none sees what another has just begun.
+        resume |= restartable() and (output / "config.json").is_file()
         steps = options.get("steps")
         if not resume and isinstance(steps, int) and "warmup_steps" not in options:
             options["warmup_steps"] = min(TrainConfig.warmup_steps, steps // 10)
@@ -144,6 +177,9 @@ def main(
             checked = continued_config(output, typed_options(options, source=source))
         else:
             checked = config_from_dict(options, source=source)
+        if dry_run:
+            _print_pairs(Console(), **described(plan_run(checked, Mesh.parse(mesh or "data=1"))))
+            return
         with joined_processes(choose_device(checked.device)):
             console = Console(quiet=rank() > 0)
             outcome = train(output, checked, resume=resume, console=console)

@@ -304,14 +304,15 @@ def test_lines_have_80_columns_but_for_paths(corpus, tmp_path):
     assert max(map(len, lines)) <= 80
 
 
-def test_it_trains_where_there_are_no_file_locks(corpus, tmp_path):
-    """As on Windows: the module cannot be imported, and the one who starts it is told."""
-    script = (
-        "import sys, typer; sys.modules['fcntl'] = None; from nl_models import train; typer.run(train.main)"
-    )
-    command = [sys.executable, "-c", script, "--output", tmp_path / "run", "--corpus", corpus, *TINY]
-    done = subprocess.run(
-        [*command, "--steps", "4"], env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert done.returncode == 0, done.stderr
-    assert "start no second process in this folder" in done.stderr
+def test_weights_to_begin_with_outlast_a_kill_before_the_first_checkpoint(corpus, tmp_path):
+    given = ["--corpus", corpus, *TINY, "--steps", "3", "--warmup-steps", "0"]
+    assert call("--output", tmp_path / "old", *given).exit_code == 0
+    new = [*given, "--init-from", tmp_path / "old", "--tokenizer", tmp_path / "old" / "model"]
+    assert call("--output", tmp_path / "whole", *new).exit_code == 0
+    command = [sys.executable, "-c", DYING, "5", "--output", tmp_path / "killed", *new]
+    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, timeout=PATIENCE)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "killed" / "config.json").is_file()
+    assert not list(tmp_path.glob("killed/checkpoints/step-*"))
+    assert call("--output", tmp_path / "killed", "--resume").exit_code == 0
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")

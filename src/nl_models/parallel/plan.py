@@ -78,7 +78,7 @@ def idle_share(model: nn.Module, ranks: int, micro_batches: int = 1) -> float:
     """
     blocks = [module for module in model.modules() if isinstance(module, HopeBlock)]
     agreement = Agreement((2**31,) * ranks, padded=False, resumed=False, others=())
-    if not any(form_of(layer, agreement) is relayed for block in blocks for layer in _layers(block)):
+    if not any(form_of(layer, agreement) is relayed for block in blocks for layer in layers_of(block)):
         return 0.0
     return (ranks - 1) / (len(blocks) * micro_batches + ranks - 1)
 
@@ -104,7 +104,7 @@ def main(
             model = HopeForCausalLM(HopeConfig.preset(preset, layer_types=layer_types))
     sums: dict[str, list[Counter]] = {}
     for block in model.model.layers:
-        for layer in _layers(block):
+        for layer in layers_of(block):
             counters = sums.setdefault(type(layer).__name__, [Counter(), Counter()])
             for rank in range(ranks):
                 for counter, n in zip(counters, sent_bytes(layer, batch, [tokens] * ranks, rank)):
@@ -118,7 +118,8 @@ def main(
     console.print(f"idle: {idle_share(model, ranks, micro_batches):.1%}")
 
 
-def _layers(block: HopeBlock) -> list[nn.Module]:
+def layers_of(block: HopeBlock) -> list[nn.Module]:
+    """The layers of a block that know other tokens, in their order."""
     return [layer for layer in (block.convolution, block.mixer, block.continuum) if layer is not None]
 
 

@@ -10,6 +10,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+
 from nl_models.data.prepare import DataOptions
 
 OPTIMIZERS = ("adamw", "muon", "m3", "delta_momentum", "deep_momentum")
@@ -231,16 +233,27 @@ def load_config(path: str | Path) -> TrainConfig:
 
 
 def read_options(path: str | Path) -> dict[str, typing.Any]:
-    """The JSON object in a file of options, unchecked."""
+    """The options in a file, JSON or, by its name, YAML; unchecked."""
+    is_yaml = Path(path).suffix in (".yaml", ".yml")
     try:
-        values = json.loads(Path(path).read_text())
+        text = Path(path).read_text()
+        values = yaml.safe_load(text) if is_yaml else json.loads(text)
     except OSError as error:
         raise ValueError(f"config: cannot read {path} ({error.strerror})") from error
-    except ValueError as error:
-        raise ValueError(f"config: {path} is not JSON ({error})") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"config: {path} is not {'YAML' if is_yaml else 'JSON'} ({error})") from error
     if not isinstance(values, dict):
-        raise ValueError(f"config: {path}: expected a JSON object of options, got {type(values).__name__}")
+        raise ValueError(f"config: {path}: expected names and values, got {type(values).__name__}")
     return values
+
+
+def merged_options(*sources: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    """Options of which those of later sources win; ``model_options`` do so one by one."""
+    merged: dict[str, typing.Any] = {}
+    for options in sources:
+        both = {**merged.get("model_options", {}), **options.get("model_options", {})}
+        merged |= {**options, **({"model_options": both} if both else {})}
+    return merged
 
 
 def _at_least(name: str, value: float, low: float) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -38,6 +39,14 @@ def choose_device(name: str) -> torch.device:
 def launched() -> bool:
     """Whether a launcher started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def restartable() -> bool:
+    """Whether torchrun starts all processes anew, with the same arguments, when one ends before its time.
+
+    Which start this is it does not tell all nodes alike.
+    """
+    return launched() and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0
 
 
 @contextlib.contextmanager
@@ -98,8 +107,6 @@ def summed(*values: float) -> list[float]:
 def parallel_model(model: nn.Module, device: torch.device, *, fsdp: bool) -> nn.Module:
     """What to call in training: the model itself, DDP around it, or the model sharded in place (FSDP2).
 
-    FSDP2 gathers a block at a time: what ``gradient_checkpointing_enable`` takes for one.
-
     Raises:
         ValueError: ``fsdp`` where no launcher has started the processes.
     """
@@ -109,16 +116,22 @@ def parallel_model(model: nn.Module, device: torch.device, *, fsdp: bool) -> nn.
                 "fsdp: needs processes to shard over; start them with "
                 "torchrun --nproc-per-node N -m nl_models.train"
             )
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        # Nothing here works in place on what a block returns.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        mesh = init_device_mesh(device.type, (world_size(),))
-        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for module in (*blocks, model):
-            fully_shard(module, mesh=mesh)
-        return model
+        return shard_blocks(model, init_device_mesh(device.type, (world_size(),)))
     if world_size() == 1:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Shard the model in place (FSDP2) and return it.
+
+    A block is gathered at a time: what ``gradient_checkpointing_enable`` takes for one.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    # Nothing here works in place on what a block returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh)
+    return model

@@ -21,7 +21,6 @@ import math
 import shutil
 import signal
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +28,13 @@ from types import FrameType
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 from nl_models.data.batches import DocumentStreams, StreamBatch, TrainingBatches, validation_windows
 from nl_models.data.prepare import PreparedData
@@ -165,20 +160,14 @@ def continued_config(folder: Path, overrides: dict[str, object]) -> TrainConfig:
 def only_process(folder: Path) -> Iterator[None]:
     """Hold the run's lock; it goes with the process, however that ends.
 
-    Where the system has no such locks (Windows), there is none, and a warning says so.
-
     Raises:
         RunError: another process trains in this folder.
     """
-    if fcntl is None:
-        warnings.warn(f"{folder}: no locks here; start no second process in this folder", stacklevel=3)
-        yield
-        return
-    with (Path(folder) / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"{folder}: another process is training in this folder") from error
+    try:
+        lock = FileLock(Path(folder) / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(f"{folder}: another process is training in this folder") from error
+    with lock:
         yield
 
 

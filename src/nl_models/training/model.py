@@ -17,6 +17,22 @@ _LAYER_TYPES = {
 }
 
 
+def preset_options(name: str) -> dict[str, object]:
+    """The options of a run that train a Hope of the size :meth:`HopeConfig.preset` gives that name.
+
+    Raises:
+        ValueError: another name.
+    """
+    preset = HopeConfig.preset(name)
+    return {
+        "vocab_size": preset.vocab_size,
+        "hidden_size": preset.hidden_size,
+        "layers": preset.num_hidden_layers,
+        "heads": preset.num_attention_heads,
+        "model_options": {"continuum_levels": preset.continuum_levels},
+    }
+
+
 def hope_config(config: TrainConfig, vocab_size: int, separator_id: int) -> HopeConfig:
     """The model's own config.
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nl_models.training.config import TrainConfig, config_from_dict, load_config
+from nl_models.training.config import TrainConfig, config_from_dict, load_config, merged_options
 
 
 def test_a_config_survives_json(tmp_path):
@@ -66,3 +66,19 @@ def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         load_config(tmp_path / "bad.json")
+
+
+def test_options_in_yaml_and_what_lies_over_them(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "steps: 9  # few\nwarmup_steps: 1\nmodel_options: {memory_chunk_size: 8, rope_theta: 5.0}\n"
+    )
+    assert load_config(path).model_options == {"memory_chunk_size": 8, "rope_theta": 5.0}
+    over = {"steps": 7, "model_options": {"rope_theta": 6.0}}
+    merged = merged_options({"seed": 3, "steps": 1}, load_config(path).to_dict(), over)
+    assert (merged["steps"], merged["seed"]) == (7, 0)
+    assert merged["model_options"] == {"memory_chunk_size": 8, "rope_theta": 6.0}
+    assert merged_options({"seed": 3}) == {"seed": 3}
+    path.write_text("steps: [")
+    with pytest.raises(ValueError, match="is not YAML"):
+        load_config(path)

@@ -3,11 +3,13 @@
 import dataclasses
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -127,28 +129,57 @@ def test_a_killed_process_of_two_loses_nothing_behind_the_checkpoint(sharing, tm
     assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+OPTIONS = [
+    "--tokenizer", "bytes", "--model", "titans", "--hidden-size", "16", "--layers", "1", "--heads", "2",
+    "--sequence-length", "16", "--position-length", "32", "--device", "cpu", "--threads", "1",
+]  # fmt: skip
+ENVIRONMENT = {
+    **os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1",
+    # Otherwise a rank that starts anew may read the address that another had before, from the old store.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}  # fmt: skip
+
+
+def launch(*arguments, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), "-m", "nl_models.train", *OPTIONS, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+
+
 @pytest.mark.slow
 def test_the_command_under_torchrun(corpus, tmp_path):
-    options = [
-        "--corpus", corpus, "--tokenizer", "bytes", "--model", "titans", "--hidden-size", "16",
-        "--layers", "1", "--heads", "2", "--sequence-length", "16", "--steps", "3", "--warmup-steps", "1",
-        "--position-length", "32", "--device", "cpu",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-
-    def call(*arguments):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*launch, "-m", "nl_models.train", *options, *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    done = call("--output", tmp_path / "run", "--batch-size", 2, "--fsdp")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("3/3  validation") == 1  # one of them speaks
+    options = ["--corpus", corpus, "--steps", 3, "--warmup-steps", 1]
+    done = launch(*options, "--output", tmp_path / "run", "--batch-size", 2, "--fsdp")
+    output, error = done.communicate()
+    assert done.returncode == 0, error
+    assert output.count("3/3  validation") == 1  # one of them speaks
     assert (tmp_path / "run" / "position.json").is_file()
-    refused = call("--output", tmp_path / "odd", "--batch-size", 3)
+    refused = launch(*options, "--output", tmp_path / "odd", "--batch-size", 3)
+    error = " ".join(refused.communicate()[1].split())
     assert refused.returncode != 0
-    assert "batch_size: expected a multiple of the 2 processes" in " ".join(refused.stderr.split())
+    assert "batch_size: expected a multiple of the 2 processes" in error
     assert not (tmp_path / "odd").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_anew_what_was_killed_and_nothing_behind_the_checkpoint_is_lost(corpus, tmp_path):
+    options = ["--corpus", corpus, "--steps", 40, "--batch-size", 2, "--checkpoint-every", 4]
+    killed = launch(*options, "--output", tmp_path / "killed", restarts=1)
+    folder = tmp_path / "killed" / "checkpoints"
+    while not (newest := sorted(folder.glob("step-*"))):
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.02)
+    workers = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    output, error = killed.communicate()
+    assert killed.returncode == 0, error
+    begun = int(re.search(r"continued after step (\d+)", output)[1])
+    assert int(newest[-1].name.removeprefix("step-")) <= begun < 40
+    whole = launch(*options, "--output", tmp_path / "whole")
+    error = whole.communicate()[1]
+    assert whole.returncode == 0, error
+    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
 def test_an_error_of_the_first_process_is_raised_by_all(tmp_path):
