@@ -77,7 +77,9 @@ class Learner(abc.ABC):
     def loss(self, documents: Sequence[torch.Tensor]) -> float:
         """Nats per token of new documents; nothing is learned."""
         with torch.no_grad():
-            losses = [F.cross_entropy(self.logits(d[None])[0, :-1], d[1:], reduction="sum") for d in documents]
+            losses = [
+                F.cross_entropy(self.logits(d[None])[0, :-1], d[1:], reduction="sum") for d in documents
+            ]
         return torch.stack(losses).sum().item() / sum(len(d) - 1 for d in documents)
 
 
@@ -277,7 +279,9 @@ class Levels(Learner):
         return self.learner.generate(ids, **options)
 
 
-def make_learner(method: str, base: LlamaForCausalLM, setting: dict[str, object], seed: int, classes: bool) -> Learner:
+def make_learner(
+    method: str, base: LlamaForCausalLM, setting: dict[str, object], seed: int, classes: bool
+) -> Learner:
     """The learner of a method of :data:`METHODS`; ``classes`` as for :class:`InContext`."""
     kind = METHODS[method]
     if kind is InContext:
@@ -298,6 +302,6 @@ METHODS: dict[str, type[Learner]] = {
     "hope_2_levels": Levels,
     "hope_3_levels": Levels,
     "hope_small_file": Levels,
-    "hope_starts_over": Levels,
-    "hope_other": Levels,
+    "starts_over": Levels,
+    "other_project": Levels,
 }

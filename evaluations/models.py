@@ -50,8 +50,8 @@ TITLES = {
     "hope_2_levels": "Continuum, 2 levels",
     "hope_3_levels": "Continuum, 3 levels",
     "hope_small_file": "Continuum, 2 levels, small file",
-    "hope_starts_over": "Continuum, 2 levels, starts over",
-    "hope_other": "Continuum, 2 levels, other project",
+    "starts_over": "Continuum, 2 levels, starts over",
+    "other_project": "Continuum, 2 levels, other project",
 }
 
 

@@ -53,7 +53,7 @@ class Course(abc.ABC):
     vocabulary: int
     width: int = 64
     context: int = 256
-    base_steps: int = 400
+    base_steps: int = 200
     classes: bool = False
 
     @abc.abstractmethod
@@ -140,9 +140,7 @@ def measures(matrix: Sequence[Sequence[float]]) -> dict[str, float]:
         "average": statistics.mean(last),
         "backward": statistics.mean(last[j] - matrix[j + 1][j] for j in learned),
         "forward": statistics.mean(matrix[j][j] - matrix[0][j] for j in range(1, count)),
-        "forgetting": statistics.mean(
-            max(matrix[i][j] for i in range(1, count)) - last[j] for j in learned
-        ),
+        "forgetting": statistics.mean(max(matrix[i][j] for i in range(1, count)) - last[j] for j in learned),
     }
 
 
@@ -151,7 +149,6 @@ class StreamStudy(Study):
     """Methods of :data:`~evaluations.learners.METHODS` in the place of models, courses in that of tasks."""
 
     known = METHODS
-    axis = "parts learned"
 
     def require(self, task: str) -> None:
         _ = self.tasks[task](task).vocabulary

@@ -115,7 +115,7 @@ def _rates(levels: int, *rates: list[float], **options: object) -> list[dict[str
 
 
 NOTHING: list[dict[str, object]] = [{}]
-FINE_TUNING = [{"rate": rate} for rate in (3e-4, 1e-3, 3e-3)]
+FINE_TUNING = [{"rate": rate} for rate in (1e-3, 3e-3)]
 CLASSES = StreamStudy(
     name="class_incremental",
     tasks=class_incremental.TASKS,
@@ -125,13 +125,13 @@ CLASSES = StreamStudy(
         "frozen": NOTHING,
         "in_context": NOTHING,
         "fine_tuning": FINE_TUNING,
-        "ewc": [{"rate": 1e-3, "penalty": penalty} for penalty in (1.0, 10.0, 100.0)],
-        "replay": [{"rate": rate, "replayed": 100} for rate in (3e-4, 1e-3, 3e-3)],
+        "ewc": [{"rate": 1e-3, "penalty": penalty} for penalty in (1.0, 100.0)],
+        "replay": [{"rate": rate, "replayed": 100} for rate in (1e-3, 3e-3)],
         "joint": FINE_TUNING,
-        "hope_1_level": _rates(1, [1e-3], [3e-3], [1e-2]),
-        "hope_2_levels": _rates(2, [1e-2, 1e-3], [1e-2, 3e-3], [1e-2, 1e-2]),
-        "hope_3_levels": _rates(3, [1e-2, 1e-3, 1e-3], [1e-2, 3e-3, 3e-3], [1e-2, 1e-2, 1e-2]),
-        "hope_starts_over": _rates(2, [1e-2, 1e-3], [1e-2, 3e-3], [1e-2, 1e-2], starts_over=True),
+        "hope_1_level": _rates(1, [1e-3], [3e-3]),
+        "hope_2_levels": _rates(2, [1e-2, 1e-3], [1e-2, 3e-3]),
+        "hope_3_levels": _rates(3, [1e-2, 1e-3, 1e-3], [1e-2, 3e-3, 3e-3]),
+        "starts_over": _rates(2, [1e-2, 1e-3], [1e-2, 3e-3], starts_over=True),
     },
 )
 LANGUAGES = StreamStudy(
@@ -159,8 +159,8 @@ PERSONALISATION = StreamStudy(
             **DAILY,
             file={"dtype": "bfloat16", "rank": 4, "momenta": False, "chunks": False},
         ),
-        "hope_starts_over": _rates(2, [1e-2, 6e-4], [1e-2, 2e-3], **DAILY, starts_over=True),
-        "hope_other": _rates(2, [1e-2, 6e-4], [1e-2, 2e-3], **DAILY, elsewhere=True),
+        "starts_over": _rates(2, [1e-2, 6e-4], [1e-2, 2e-3], **DAILY, starts_over=True),
+        "other_project": _rates(2, [1e-2, 6e-4], [1e-2, 2e-3], **DAILY, elsewhere=True),
     },
     unit="nats",
 )
@@ -178,7 +178,11 @@ STUDIES = {
         PERSONALISATION,
     )
 }
-PUBLISHED = {"formal_languages": formal_languages.PUBLISHED, "mad": mad.PUBLISHED}
+PUBLISHED = {
+    "formal_languages": formal_languages.PUBLISHED,
+    "mad": mad.PUBLISHED,
+    "long_context": long_context.PUBLISHED,
+}
 
 
 def _quick(study: Study, tasks: list[str], models: list[str], steps: int, setting: int = 0) -> Study:
@@ -221,4 +225,11 @@ CLAIMS = [
     *(Claim("MAD", "mad", task, "accuracy") for task in mad.GENERATORS),
     *(Claim("models language", "language_modelling", t, "windows") for t in language_modelling.CORPORA),
     *(Claim("reads on", "language_modelling", t, "carried") for t in language_modelling.CORPORA),
+    *(Claim("finds far back", "long_context", t, "8K") for t in long_context.GENERATORS),
+    *(Claim("learns class after class", "class_incremental", t, "average") for t in class_incremental.SIZES),
+    *(
+        Claim("learns one language after the other", "two_languages", t, "average")
+        for t in two_languages.TASKS
+    ),
+    *(Claim("learns from day to day", "personalisation", t, "next day") for t in personalisation.PROJECTS),
 ]

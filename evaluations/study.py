@@ -43,12 +43,9 @@ class Study:
             ``options`` of HopeConfig; as many for each.
         seeds: the first is that of the search.
         unit: of scores: "%" of what is right, or "nats", of which fewer are better.
-
-    Class attributes: ``known``, what may be compared; ``axis``, what the steps of curves count.
     """
 
-    known: ClassVar[Mapping[str, object]] = MODELS
-    axis: ClassVar[str] = "steps"
+    known: ClassVar[Mapping[str, object]] = MODELS  # what may be compared
 
     name: str
     tasks: dict[str, Callable[[str], Task]]

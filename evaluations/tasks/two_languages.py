@@ -101,7 +101,9 @@ def load() -> Data:
     def encode(texts: list[str]) -> list[torch.Tensor]:
         return [torch.tensor(ids) for ids in tokenizer.encode_batch(texts)]
 
-    short = [v for v in encode([text for place, text in english.items() if place[0] < new]) if len(v) <= TARGET]
+    short = [
+        v for v in encode([text for place, text in english.items() if place[0] < new]) if len(v) <= TARGET
+    ]
     parts: tuple[list[list[Pair]], ...] = ([], [], [])
     for texts in sources:
         rng = torch.Generator().manual_seed(0)
