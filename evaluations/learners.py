@@ -56,7 +56,7 @@ class Learner(abc.ABC):
         self.seconds, self.tokens = 0.0, 0
 
     def read(self, documents: Sequence[torch.Tensor]) -> float:
-        """Learn a part of the stream, documents ``[T]``; nats per token, each as it was before a step on it."""
+        """Learn a part of the stream, documents ``[T]``; nats per token, each before a step on it."""
         began = time.perf_counter()
         loss = self._read(documents)
         self.seconds += time.perf_counter() - began

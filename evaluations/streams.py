@@ -98,8 +98,8 @@ class Course(abc.ABC):
         """Learn all parts in order (``joint``: shuffled, as one), and test every part after each.
 
         Returns:
-            ``scores`` and ``curve`` as of a training, and ``matrix``: test scores ``[parts + 1][parts]``, before
-            the first part and after each.
+            ``scores`` and ``curve`` as of a training, and ``matrix``: test scores ``[parts + 1][parts]``,
+            before the first part and after each.
         """
         parts = range(len(self.parts))
 
@@ -127,10 +127,10 @@ def measures(matrix: Sequence[Sequence[float]]) -> dict[str, float]:
     """Average, backward and forward transfer (Lopez-Paz and Ranzato, arXiv 1706.08840), and forgetting
     (Chaudhry et al., arXiv 1801.10112).
 
-    ``matrix[i][j]`` is the score of part j after i parts. With N parts: the mean of the last row; what came of
-    later parts, ``mean_j<N (matrix[N][j] − matrix[j][j])``; of earlier ones, ``mean_j>1 (matrix[j−1][j] −
-    matrix[0][j])``; and how far the last score of a part is below its best, ``mean_j<N (max_i<N matrix[i][j] −
-    matrix[N][j])``, j from 1.
+    ``matrix[i][j]`` is the score of part j after i parts. With N parts: the mean of the last row; what came
+    of later parts, ``mean_j<N (matrix[N][j] − matrix[j][j])``; of earlier ones, ``mean_j>1 (matrix[j−1][j] −
+    matrix[0][j])``; and how far the last score of a part is below its best, ``mean_j<N (max_i<N matrix[i][j]
+    − matrix[N][j])``, j from 1.
     """
     last, count = matrix[-1], len(matrix) - 1
     if count < 2 or any(len(row) != count for row in matrix):

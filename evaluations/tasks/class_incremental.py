@@ -1,15 +1,16 @@
 """Class-incremental learning: digits in five parts of two classes, intents in seven of three.
 
-Nested Learning (arXiv 2512.24695, figure 6) has CLINC, Banking and DBpedia for transformers of 3 and 8 billion
-parameters; the scores that were read off it stand below. Here a transformer of 0.1 million parameters learns
+Nested Learning (arXiv 2512.24695, figure 6) has CLINC, Banking and DBpedia for transformers of 3 and 8
+billion parameters; the scores that were read off it stand below. Here a transformer of 0.1 million
+parameters learns
 
 - digits (scikit-learn, 1,797 images), pooled to 4 × 4 pixels of 17 levels: 16 tokens and the class;
 - intents (``chatterbot-corpus``, English): lines of 21 topics, at most 60 a topic, and the topic.
 
 The base knows the domain and what classes are, but none of these: it is trained on other texts of the same
-source (600 images, the other lines) in whose context groups found by k-means have class tokens that are drawn anew
-for every context. Then documents are read once, part by part; every class may be answered at any time. Each
-score is the mean over classes.
+source (600 images, the other lines) in whose context groups found by k-means have class tokens that are
+drawn anew for every context. Then documents are read once, part by part; every class may be answered at any
+time. Each score is the mean over classes.
 """
 
 from __future__ import annotations

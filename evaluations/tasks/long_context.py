@@ -1,20 +1,20 @@
 """Long context in a small vocabulary: needles, variable tracking, and facts that change, in noise.
 
-RULER's needles and variable tracking (Hsieh et al., arXiv 2404.06654) and BABILong's facts in noise (Kuratov et
-al., arXiv 2406.10149), as in table 1 and figure 9 of Nested Learning (arXiv 2512.24695), which has models of
-760M parameters and English text: its scores are not on one scale with ours.
+RULER's needles and variable tracking (Hsieh et al., arXiv 2404.06654) and BABILong's facts in noise (Kuratov
+et al., arXiv 2406.10149), as in table 1 and figure 9 of Nested Learning (arXiv 2512.24695), which has models
+of 760M parameters and English text: its scores are not on one scale with ours.
 
-A statement is a pair of tokens, ``key value``, among random noise tokens; a question is ``ASK key``. In training
-four or six statements are in the first half of a sequence, and questions to each key in the second, answers
-never shown: 250 steps with 64 tokens, one question to a key, in which recall is learned, then as many tokens a
-step in sequences of 512, eight questions to a key, in which it has to last. Tested on streams of up to 256 times
-that length, statements at evenly spaced depths from the first token to just before the end, read in pieces with
-the state carried; questions are put to copies of the state at the end of a stream, so that none changes it.
-Lengths beyond one at which less than a tenth is right are not read.
+A statement is a pair of tokens, ``key value``, among random noise tokens; a question is ``ASK key``. In
+training four or six statements are in the first half of a sequence, and questions to each key in the second,
+answers never shown: 250 steps with 64 tokens, one question to a key, in which recall is learned, then as
+many tokens a step in sequences of 512, eight questions to a key, in which it has to last. Tested on streams
+of up to 256 times that length, statements at evenly spaced depths from the first token to just before the
+end, read in pieces with the state carried; questions are put to copies of the state at the end of a stream,
+so that none changes it. Lengths beyond one at which less than a tenth is right are not read.
 
 - needle: four keys with a value each, one is asked for; "single": one key in the whole stream.
-- multi-value: two keys with three values each, all of which are asked for. A value is right if it is among the
-  three that the model holds most likely.
+- multi-value: two keys with three values each, all of which are asked for. A value is right if it is among
+  the three that the model holds most likely.
 - tracking: two chains of three variables, ``X value``, ``Y X``, ``Z Y``: which value has each?
 - changing facts: three keys with two values, one after the other: the last one counts.
 
@@ -69,7 +69,7 @@ def _distinct(count: int, size: int, of: range, rng: torch.Generator) -> torch.T
 def _owned(count: int, owners: int, each: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Owners [count, owners · each] of statements in random order, and the statements of each in order."""
     owner = torch.rand(count, owners * each, generator=rng).argsort(1) // each
-    return owner, owner.argsort(1, stable=True).view(count, owners, each)
+    return owner, owner.argsort(dim=1, stable=True).view(count, owners, each)
 
 
 def needle(count: int, rng: torch.Generator, needles: int = 4) -> Facts:

@@ -2,14 +2,14 @@
 
 The stream is the source of a package that is installed with this project (NetworkX, BSD; Rich, MIT), its
 modules in order of dependency: one that imports another comes after it. A day is 2,048 tokens of it, cut into
-documents of at most 256. The base is a transformer of 0.4 million parameters that knows the standard library.
+documents of at most 256. The base is a transformer of 0.5 million parameters that knows the standard library.
 
-"as read": nats per token of a day, each token before anything is learned from it. "next day": nats of day n + 1
-with what was learned by the end of day n, and nothing of day n + 1. Days 2 to 4 choose the setting, days 5 to 8
-are the test. The same without memory is the method "frozen"; "starts over" forgets every night; "other" has
-learned another project's days instead, so that what it gains is no memory of this one. With "small file" the
-memory between two days is a file of 16 bits and rank 4. What a token costs is in the rows
-(``microseconds_per_token``), as is the file's size.
+"as read": nats per token of a day, each token before anything is learned from it. "next day": nats of day n
++ 1 with what was learned by the end of day n, and nothing of day n + 1. Days 2 to 4 choose the setting, days
+5 to 8 are the test. The same without memory is the method "frozen"; "starts over" forgets every night;
+"other project" has learned another project's days instead, so that what it gains is no memory of this one.
+With "small file" the memory between two days is a file of 16 bits and rank 4. What a token costs is in the
+rows (``microseconds_per_token``), as is the file's size.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BASE_BATCH = 8
 
 
 def in_order(folder: Path) -> list[Path]:
-    """The modules of a package, none before those of the package that it imports, but for circles; no tests."""
+    """The modules of a package, none before those of it that it imports, but for circles; no tests."""
     paths = {}
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder.parent).with_suffix("").parts

