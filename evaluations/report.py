@@ -116,8 +116,8 @@ def _markdown(lines: list[list[str]]) -> str:
 def draw(rows: list[dict], study: Study, path: Path) -> Path:
     """A study's own picture, or the last of a task's scores on validation data against steps: mean and range
     of the seeds."""
-    if study.name in PICTURES:
-        return PICTURES[study.name](lambda task, model: chosen(rows, study, task, model), study, path)
+    if (own := study.name.removesuffix("_quick")) in PICTURES:
+        return PICTURES[own](lambda task, model: chosen(rows, study, task, model), study, path)
     tasks = [task for task in study.tasks if any(chosen(rows, study, task, m) for m in study.settings)]
     columns = min(3, len(tasks))
     figure, panels = new_figure(columns, rows=-(-len(tasks) // columns), width=3.6, height=2.7)

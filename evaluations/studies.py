@@ -199,6 +199,7 @@ def _quick(study: Study, tasks: list[str], models: list[str], steps: int, settin
 QUICK = {  # recall is still at chance after minutes
     "formal_languages": _quick(FORMAL_LANGUAGES, ["(aa)*"], ["hope", "gated_delta_net", "lstm"], 300, 1),
     "mad": _quick(MAD, ["memorisation", "in-context recall"], ["hope", "attention"], 300),
+    "class_incremental": _quick(CLASSES, ["digits"], ["frozen", "fine_tuning", "hope_2_levels"], 5),
 }
 
 
