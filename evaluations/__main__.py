@@ -67,7 +67,9 @@ def _alone(study: Study, setting: int) -> Study:
     count = max(map(len, study.settings.values()))
     if not 0 <= setting < count:
         raise typer.BadParameter(f"expected 0 to {count - 1}, got {setting}", param_hint="--setting")
-    return dataclasses.replace(study, settings={n: [s[min(setting, len(s) - 1)]] for n, s in study.settings.items()})
+    return dataclasses.replace(
+        study, settings={n: [s[min(setting, len(s) - 1)]] for n, s in study.settings.items()}
+    )
 
 
 def _run(study: Study, path: Path, only: list[str] | None, models: list[str] | None, left: TimeLeft) -> None:
