@@ -112,9 +112,11 @@ class InContext(Transformer):
         self.classes, self.documents = classes, []
 
     def _read(self, documents: Sequence[torch.Tensor]) -> float:
-        loss = self.loss(documents)
-        self.documents = [*documents[::-1], *self.documents]
-        return loss
+        losses = 0.0
+        for document in documents:
+            losses += self.loss([document]) * (len(document) - 1)
+            self.documents.insert(0, document)
+        return losses / sum(len(document) - 1 for document in documents)
 
     def prefix(self, room: int) -> torch.Tensor:
         """At most ``room`` tokens, the newest document last."""
@@ -146,23 +148,29 @@ class InContext(Transformer):
 
 
 class FineTuning(Transformer):
-    """AdamW on all parameters, a step on the mean loss of every eight documents.
+    """AdamW on all parameters.
 
     Args:
+        batch_size: documents of a step, on their mean loss.
         penalty: of elastic weight consolidation (Kirkpatrick et al., arXiv 1612.00796): λ/2 Σ F (θ − θ*)²,
             F summed over the parts, from 64 documents of each; 0: none.
         replayed: documents kept of all that was read, each as likely (reservoir sampling), of which every
             step takes as many as of new ones; 0: none.
     """
 
-    batch_size = 8
     fisher_documents = 64
 
     def __init__(
-        self, base: LlamaForCausalLM, rate: float, penalty: float = 0.0, replayed: int = 0, seed: int = 0
+        self,
+        base: LlamaForCausalLM,
+        rate: float,
+        batch_size: int = 8,
+        penalty: float = 0.0,
+        replayed: int = 0,
+        seed: int = 0,
     ) -> None:
         super().__init__(base)
-        self.penalty, self.replayed = penalty, replayed
+        self.batch_size, self.penalty, self.replayed = batch_size, penalty, replayed
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=0.0)
         self.rng = torch.Generator().manual_seed(seed)
         self.memory: list[torch.Tensor] = []

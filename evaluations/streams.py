@@ -103,10 +103,10 @@ class Course(abc.ABC):
         """
         parts = range(len(self.parts))
 
-        def test(final: bool) -> list[float]:
-            return [self.score(learner, part, final) for part in parts]
+        def test() -> list[float]:
+            return [self.score(learner, part, True) for part in parts]
 
-        matrix, curve = [test(True)], []
+        matrix, curve = [test()], []
         streams = [self.documents(part, seed) for part in parts]
         if joint:
             everything = [document for stream in streams for document in stream]
@@ -114,9 +114,9 @@ class Course(abc.ABC):
             streams = [[everything[index] for index in order]]
         for part, stream in enumerate(streams):
             loss = learner.read(stream)
-            matrix.append(test(True))
+            matrix.append(test())
             seen = len(parts) if joint else part + 1
-            validation = statistics.mean(test(False)[:seen])
+            validation = statistics.mean(self.score(learner, part, False) for part in range(seen))
             curve.append((seen, loss, {"average": validation}))
             progress(part + 1, loss, sum(map(len, stream)))
         scores = {"average": statistics.mean(matrix[-1])} if joint else measures(matrix)

@@ -141,7 +141,7 @@ LANGUAGES = StreamStudy(
     training={"steps": 2},
     settings=CLASSES.settings,
 )
-DAILY = {"chunks": [32, 2048]}
+DAILY = {"chunks": [32, 512]}
 PERSONALISATION = StreamStudy(
     name="personalisation",
     tasks=personalisation.TASKS,
@@ -150,7 +150,7 @@ PERSONALISATION = StreamStudy(
     settings={
         "frozen": NOTHING,
         "in_context": NOTHING,
-        "fine_tuning": [{"rate": rate} for rate in (3e-4, 1e-3)],
+        "fine_tuning": [{"rate": rate, "batch_size": 1} for rate in (1e-4, 3e-4)],
         "hope_2_levels": _rates(2, [1e-2, 6e-4], [1e-2, 2e-3], **DAILY),
         "hope_small_file": _rates(
             2,
