@@ -172,6 +172,26 @@ def test_days_are_one_project_in_order_of_imports(monkeypatch):
     assert max(len(d) for day in found for d in day) == personalisation.DOCUMENT
 
 
+def test_what_is_scored_is_not_learned_yet_and_the_other_project_is_read(monkeypatch, base):
+    def rows(seed):
+        return [documents(3, seed=seed) for _ in range(personalisation.DAYS)]
+
+    own, other = rows(1), rows(2)
+    monkeypatch.setattr(personalisation, "days", {"rich": own, "networkx": other}.get)
+    course = personalisation.Personalisation("rich")
+    outcome = course.outcome(Transformer(base), 0, False, lambda *_: None)
+    assert outcome["days"]["as read"] == outcome["days"]["next day"]
+    assert outcome["scores"]["next day"] == pytest.approx(sum(outcome["days"]["next day"][4:]) / 4)
+    assert outcome["curve"][-1][2]["next day"] == pytest.approx(sum(outcome["days"]["next day"][1:4]) / 3)
+    gains = {}
+    for elsewhere in (False, True):
+        learner = Levels(base, 1, [1e-2], elsewhere=elsewhere, chunks=[16])
+        found = course.outcome(learner, 0, False, lambda *_: None)
+        gains[elsewhere] = outcome["scores"]["next day"] - found["scores"]["next day"]
+        assert found["days"]["next day"][0] == pytest.approx(outcome["days"]["next day"][0], rel=1e-5)
+    assert gains[False] > gains[True]
+
+
 def test_modules_come_after_those_that_they_import(tmp_path):
     package = tmp_path / "pack"
     (package / "sub").mkdir(parents=True)
@@ -196,6 +216,9 @@ def test_verses_are_aligned_and_languages_told_apart():
     assert "{" not in english[first]
     assert chichewa[first].startswith("Pachiyambi Mulungu")
     assert japanese[first].startswith("元始")
+    assert "Jesus" in english[40, 1, 1]
+    assert "Yesu" in chichewa[40, 1, 1]
+    assert "イエス" in japanese[40, 1, 1]
     assert len(chichewa.keys() & english.keys()) > 25_000
     assert len(japanese.keys() & english.keys()) > 25_000
 
