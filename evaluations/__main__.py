@@ -15,6 +15,7 @@ from evaluations.studies import QUICK, STUDIES
 from evaluations.study import (
     RESULTS,
     ROOT,
+    DataNotInstalledError,
     Run,
     Study,
     TimeLeft,
@@ -63,16 +64,19 @@ def main(
 
 
 def _alone(study: Study, setting: int) -> Study:
-    count = len(next(iter(study.settings.values())))
+    count = max(map(len, study.settings.values()))
     if not 0 <= setting < count:
         raise typer.BadParameter(f"expected 0 to {count - 1}, got {setting}", param_hint="--setting")
-    return dataclasses.replace(study, settings={name: [s[setting]] for name, s in study.settings.items()})
+    return dataclasses.replace(
+        study, settings={n: [s[min(setting, len(s) - 1)]] for n, s in study.settings.items()}
+    )
 
 
 def _run(study: Study, path: Path, only: list[str] | None, models: list[str] | None, left: TimeLeft) -> None:
     tasks, models = only or list(study.tasks), models or list(study.settings)
     _refuse("--only", set(tasks) - study.tasks.keys(), study.tasks)
     _refuse("--model", set(models) - study.settings.keys(), study.settings)
+    tasks = [task for task in tasks if _there(study, task)]
     try:
         found = read_rows(path)
     except ValueError as error:
@@ -91,6 +95,16 @@ def _run(study: Study, path: Path, only: list[str] | None, models: list[str] | N
         console.print(f"  {scores}  in {row['steps']} steps, {duration(row['seconds'])}", highlight=False)
         console.print(f"  {study.name}: at most {duration(60 * behind)} left", highlight=False)
     console.print(f"{study.name}: {count} runs are there", highlight=False)
+
+
+def _there(study: Study, task: str) -> bool:
+    """Whether a task's data are installed; says what is skipped."""
+    try:
+        study.require(task)
+    except DataNotInstalledError as error:
+        console.print(f"{study.name}, {task}: skipped; {error}", highlight=False)
+        return False
+    return True
 
 
 def _perform(study: Study, run: Run) -> dict:

@@ -52,6 +52,19 @@ TITLES = {
     "gated_delta_net_continuum": "Gated DeltaNet and continuum",
     "attention": "Transformer",
     "lstm": "LSTM",
+    # Ways to learn from a stream, of evaluations.learners.
+    "frozen": "Transformer, learns nothing",
+    "in_context": "Transformer, in context",
+    "fine_tuning": "Fine-tuning (AdamW)",
+    "ewc": "EWC",
+    "replay": "Replay",
+    "joint": "Fine-tuning, all parts at once",
+    "hope_1_level": "Continuum, 1 level",
+    "hope_2_levels": "Continuum, 2 levels",
+    "hope_3_levels": "Continuum, 3 levels",
+    "hope_small_file": "Continuum, 2 levels, small file",
+    "starts_over": "Continuum, 2 levels, starts over",
+    "other_project": "Continuum, 2 levels, other project",
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluations.models import TITLES
+from evaluations.pictures import PICTURES
 from evaluations.studies import CLAIMS, PUBLISHED, QUICK, STUDIES, Claim
 from evaluations.study import ROOT, Run, Study, best_setting, find, read_rows, tried
 from nl_models.files import make_folder
@@ -19,6 +20,7 @@ OURS = tuple(model for model in TITLES if model.startswith("hope"))
 # With a continuum a model's line is dashed, without writes dotted.
 DASHES = {"_continuum": "--", "_writes_nothing": ":"}
 NONE = "–"
+CEILING = "joint"  # it has all parts at once: no baseline
 
 
 def chosen(rows: list[dict], study: Study, task: str, model: str) -> list[dict]:
@@ -78,7 +80,7 @@ def claims(rows: dict[str, list[dict]]) -> str:
         study = STUDIES[claim.study]
         by_model = {model: chosen(rows[claim.study], study, claim.task, model) for model in study.settings}
         ours, others = (
-            _best(by_model, (model for model in study.settings if (model in OURS) == own), claim)
+            _best(by_model, (m for m in study.settings if (m in OURS) == own and m != CEILING), claim)
             for own in (True, False)
         )
         published = PUBLISHED.get(claim.study, {}).get("Hope", {}).get(claim.task)
@@ -112,7 +114,10 @@ def _markdown(lines: list[list[str]]) -> str:
 
 
 def draw(rows: list[dict], study: Study, path: Path) -> Path:
-    """The last of a task's scores on validation data against steps: mean and range of the seeds."""
+    """A study's own picture, or the last of a task's scores on validation data against steps: mean and range
+    of the seeds."""
+    if (own := study.name.removesuffix("_quick")) in PICTURES:
+        return PICTURES[own](lambda task, model: chosen(rows, study, task, model), study, path)
     tasks = [task for task in study.tasks if any(chosen(rows, study, task, m) for m in study.settings)]
     columns = min(3, len(tasks))
     figure, panels = new_figure(columns, rows=-(-len(tasks) // columns), width=3.6, height=2.7)

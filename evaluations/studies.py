@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
+from evaluations.streams import StreamStudy
 from evaluations.study import Study
-from evaluations.tasks import formal_languages, language_modelling, mad, recall
+from evaluations.tasks import (
+    class_incremental,
+    formal_languages,
+    language_modelling,
+    long_context,
+    mad,
+    personalisation,
+    recall,
+    two_languages,
+)
 
 # Rates up to 2, near it: an erase turns the sign of what its key holds.
 FLIPS = {"memory_rate_max": 2.0, "memory_rate_bias": 3.0, "memory_retention_bias": 10.0}
@@ -81,8 +91,98 @@ LANGUAGE_MODELLING = Study(
     unit="nats",
 )
 
-STUDIES = {study.name: study for study in (FORMAL_LANGUAGES, RECALL, MAD, LANGUAGE_MODELLING)}
-PUBLISHED = {"formal_languages": formal_languages.PUBLISHED, "mad": mad.PUBLISHED}
+# Retentions within 10⁻⁴ of 1 at the start; Gated DeltaNet's start from 0.9 to 0.999, whatever the options.
+KEEPS = [*ONE_RATE, {**ONE_RATE[0], "options": {"memory_retention_bias": 9.0}}]
+TWO_RATES = [*ONE_RATE, {"learning_rate": 6e-3}]
+LONG_CONTEXT = Study(
+    name="long_context",
+    tasks=long_context.TASKS,
+    shape={"width": 64, "layers": 2, "heads": 2},
+    training={"steps": 400, "batch_size": 32, "weight_decay": 0.01, "every": 50},
+    settings={
+        "hope": KEEPS,
+        "titans": KEEPS,
+        "gated_delta_net": TWO_RATES,
+        "attention": TWO_RATES,
+        "hope_writes_nothing": KEEPS,
+    },
+)
+
+
+def _rates(levels: int, *rates: list[float], **options: object) -> list[dict[str, object]]:
+    """Settings of a continuum: rates per token of each level."""
+    return [{"levels": levels, "rates": each, **options} for each in rates]
+
+
+NOTHING: list[dict[str, object]] = [{}]
+FINE_TUNING = [{"rate": rate} for rate in (1e-3, 3e-3)]
+CLASSES = StreamStudy(
+    name="class_incremental",
+    tasks=class_incremental.TASKS,
+    shape={},
+    training={"steps": 5},
+    settings={
+        "frozen": NOTHING,
+        "in_context": NOTHING,
+        "fine_tuning": FINE_TUNING,
+        "ewc": [{"rate": 1e-3, "penalty": penalty} for penalty in (1.0, 100.0)],
+        "replay": [{"rate": rate, "replayed": 100} for rate in (1e-3, 3e-3)],
+        "joint": FINE_TUNING,
+        "hope_1_level": _rates(1, [1e-3], [3e-3]),
+        "hope_2_levels": _rates(2, [1e-2, 1e-3], [1e-2, 3e-3]),
+        "hope_3_levels": _rates(3, [1e-2, 1e-3, 1e-3], [1e-2, 3e-3, 3e-3]),
+        "starts_over": _rates(2, [1e-2, 1e-3], [1e-2, 3e-3], starts_over=True),
+    },
+)
+LANGUAGES = StreamStudy(
+    name="two_languages",
+    tasks=two_languages.TASKS,
+    shape={},
+    training={"steps": 2},
+    settings=CLASSES.settings,
+)
+DAILY = {"chunks": [32, 512]}
+PERSONALISATION = StreamStudy(
+    name="personalisation",
+    tasks=personalisation.TASKS,
+    shape={},
+    training={"steps": personalisation.DAYS},
+    settings={
+        "frozen": NOTHING,
+        "in_context": NOTHING,
+        "fine_tuning": [{"rate": rate, "batch_size": 1} for rate in (1e-4, 3e-4)],
+        "hope_2_levels": _rates(2, [1e-2, 6e-4], [1e-2, 2e-3], **DAILY),
+        "hope_small_file": _rates(
+            2,
+            [1e-2, 6e-4],
+            [1e-2, 2e-3],
+            **DAILY,
+            file={"dtype": "bfloat16", "rank": 4, "momenta": False, "chunks": False},
+        ),
+        "starts_over": _rates(2, [1e-2, 6e-4], [1e-2, 2e-3], **DAILY, starts_over=True),
+        "other_project": _rates(2, [1e-2, 6e-4], [1e-2, 2e-3], **DAILY, elsewhere=True),
+    },
+    unit="nats",
+)
+
+STUDIES = {
+    study.name: study
+    for study in (
+        FORMAL_LANGUAGES,
+        RECALL,
+        MAD,
+        LANGUAGE_MODELLING,
+        LONG_CONTEXT,
+        CLASSES,
+        LANGUAGES,
+        PERSONALISATION,
+    )
+}
+PUBLISHED = {
+    "formal_languages": formal_languages.PUBLISHED,
+    "mad": mad.PUBLISHED,
+    "long_context": long_context.PUBLISHED,
+}
 
 
 def _quick(study: Study, tasks: list[str], models: list[str], steps: int, setting: int = 0) -> Study:
@@ -99,6 +199,7 @@ def _quick(study: Study, tasks: list[str], models: list[str], steps: int, settin
 QUICK = {  # recall is still at chance after minutes
     "formal_languages": _quick(FORMAL_LANGUAGES, ["(aa)*"], ["hope", "gated_delta_net", "lstm"], 300, 1),
     "mad": _quick(MAD, ["memorisation", "in-context recall"], ["hope", "attention"], 300),
+    "class_incremental": _quick(CLASSES, ["digits"], ["frozen", "fine_tuning", "hope_2_levels"], 5),
 }
 
 
@@ -125,4 +226,11 @@ CLAIMS = [
     *(Claim("MAD", "mad", task, "accuracy") for task in mad.GENERATORS),
     *(Claim("models language", "language_modelling", t, "windows") for t in language_modelling.CORPORA),
     *(Claim("reads on", "language_modelling", t, "carried") for t in language_modelling.CORPORA),
+    *(Claim("finds far back", "long_context", t, "8K") for t in long_context.GENERATORS),
+    *(Claim("learns class after class", "class_incremental", t, "average") for t in class_incremental.SIZES),
+    *(
+        Claim("learns one language after the other", "two_languages", t, "average")
+        for t in two_languages.TASKS
+    ),
+    *(Claim("learns from day to day", "personalisation", t, "next day") for t in personalisation.PROJECTS),
 ]

@@ -11,9 +11,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -23,6 +24,10 @@ from evaluations.training import train
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
+
+
+class DataNotInstalledError(RuntimeError):
+    """A package that has a task's data is not installed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Study:
         unit: of scores: "%" of what is right, or "nats", of which fewer are better.
     """
 
+    known: ClassVar[Mapping[str, object]] = MODELS  # what may be compared
+
     name: str
     tasks: dict[str, Callable[[str], Task]]
     shape: dict[str, int]
@@ -53,12 +60,27 @@ class Study:
         return sum(scores) if self.unit == "%" else -sum(scores)
 
     def __post_init__(self) -> None:
-        unknown = self.settings.keys() - MODELS.keys()
+        unknown = self.settings.keys() - self.known.keys()
         if unknown:
-            raise ValueError(f"settings: expected models of {', '.join(MODELS)}, got {sorted(unknown)}")
-        counts = {model: len(settings) for model, settings in self.settings.items()}
+            raise ValueError(f"settings: expected models of {', '.join(self.known)}, got {sorted(unknown)}")
+        # What learns nothing has nothing to search.
+        counts = {model: len(settings) for model, settings in self.settings.items() if settings != [{}]}
         if len(set(counts.values())) > 1:
             raise ValueError(f"settings: every model is searched with as many, got {counts}")
+
+    def require(self, task: str) -> None:
+        """Raise ``DataNotInstalledError`` where a task's data are not there."""
+
+    def perform(self, run: Run, progress: Callable[..., None]) -> dict[str, object]:
+        """Train and score: ``parameters``, and what :func:`evaluations.training.train` returns."""
+        task = self.tasks[run.task](run.task)
+        torch.manual_seed(run.seed)
+        options = run.setting.get("options")
+        sizes = (task.vocabulary, task.outputs)
+        model = at_equal_parameters(run.model, *sizes, options=options, head=task.head, **self.shape)
+        rate = run.setting["learning_rate"]
+        outcome = train(model, task, learning_rate=rate, seed=run.seed, progress=progress, **self.training)
+        return {"parameters": parameters(model), **outcome}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +160,9 @@ def total(study: Study, tasks: list[str], models: list[str]) -> int:
 
 def perform(study: Study, run: Run, progress: Callable[..., None] = lambda *_: None) -> dict:
     """Train and score; the row."""
-    task = study.tasks[run.task](run.task)
-    torch.manual_seed(run.seed)
-    options = run.setting.get("options")
-    sizes = (task.vocabulary, task.outputs)
-    model = at_equal_parameters(run.model, *sizes, options=options, head=task.head, **study.shape)
-    rate = run.setting["learning_rate"]
-    outcome = train(model, task, learning_rate=rate, seed=run.seed, progress=progress, **study.training)
     return {
         **run.key(study),
-        "parameters": parameters(model),
-        **outcome,
+        **study.perform(run, progress),
         "command": " ".join(["python -m evaluations", *sys.argv[1:]]),
         "commit": commit(),
         "torch": torch.__version__,
