@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich import box
 from rich.table import Table
@@ -64,5 +65,6 @@ def documents_table(found: list[DocumentLoss]) -> Table:
             figures = (f"{remembering:.3f}", f"{remembering - nats:+.3f}")
         else:
             figures = (f"{each.nats / each.size / math.log(2):.3f}", f"{math.exp(min(nats, 700)):,.1f}")
-        table.add_row(each.name, f"{each.tokens:,}", f"{nats:.3f}", *figures)
+        name = "/".join(Path(each.name).parts[-2:])  # a line has 80 columns
+        table.add_row(name, f"{each.tokens:,}", f"{nats:.3f}", *figures)
     return table
