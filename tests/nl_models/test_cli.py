@@ -157,6 +157,21 @@ def test_what_a_hope_was_taught_is_there_in_a_chat_and_in_the_next(hope, corpus,
     assert ours.tokens_per_level[0] > 0
 
 
+def test_what_was_learned_before_ctrl_c_is_kept(hope, corpus, tmp_path, monkeypatch):
+    memory, learn = tmp_path / "memory.safetensors", ContinuumLearner.learn
+
+    def stopped(learner, stream, **options):
+        learn(learner, stream[:1], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ContinuumLearner, "learn", stopped)
+    said = call("learn", hope, corpus / "0.txt", corpus / "1.txt", "--memory", memory, code=2)
+    assert f"stopped; {memory} has what was learned so far" in said
+    text = (corpus / "1.txt").read_text()
+    losses = [begin_conversation(open_model(hope), path).loss(text)[0] for path in (None, memory)]
+    assert losses[1] < 0.95 * losses[0]
+
+
 def test_a_smaller_file_is_said_and_stays_small(hope, llama, corpus, tmp_path):
     converted = tmp_path / "converted"
     call("convert", llama, converted, "--level", "0.5:8")
