@@ -28,10 +28,10 @@ from benchmarks.harness import environment
 from benchmarks.measure import measure_ceilings
 from benchmarks.run import Device, append_rows
 from nl_kernels.dispatch import kernels_planned
-from nl_kernels.testing import delta_memory_inputs, self_modifying_inputs
 from nl_kernels.triton_support import kernel_call
 from nl_kernels.triton_support.kernel_call import KernelCall
 from tools.environment import ROOT
+from tools.op_inputs import delta_memory_inputs, self_modifying_inputs
 
 _SCHEDULERS = 4  # of a multiprocessor
 _ASSUMED = {"multi_processor_count": 132, "clock_rate": 1_755_000}  # of an H200, kHz, where torch has none

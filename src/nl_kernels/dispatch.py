@@ -23,6 +23,7 @@ WITH_COMPILED = ("triton", "compiled", "eager", "reference")
 
 
 _planning = False
+_plain = False
 
 
 @contextlib.contextmanager
@@ -42,6 +43,17 @@ def kernels_planned() -> Iterator[None]:
 def planning() -> bool:
     """Whether within :func:`kernels_planned`."""
     return _planning
+
+
+@contextlib.contextmanager
+def plain_pytorch() -> Iterator[None]:
+    """Calls run eager that kernels or compiled code would serve, whatever was asked for."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
 
 
 def check_implementation(impl: object, accepted: Sequence[str] = IMPLEMENTATIONS) -> None:
@@ -74,6 +86,8 @@ def choose_implementation(
         NotImplementedError: ``impl="triton"`` for a call that the kernels do not take.
         RuntimeError: ``impl="triton"`` cannot run here; the message names the remedy.
     """
+    if _plain and impl != "reference" and "eager" in available:
+        return "eager"
     if impl is None:
         chosen, reason = next(x for x in WITH_COMPILED if x in available), None
         if chosen == "triton":

@@ -11,16 +11,19 @@ from typing import Annotated
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from nl_kernels import doctor as doctor_command
 from nl_models import demo, position, profile, train
-from nl_models.conversation import Conversation, Sampling, begin_conversation
-from nl_models.data.corpus import read_folder
+from nl_models.continual.memory_file import DTYPES, FileOptions
+from nl_models.conversation import Conversation, Sampling, begin_conversation, other_text
+from nl_models.data.corpus import read_documents
 from nl_models.files import new_directory
 from nl_models.open_model import open_model
 from nl_models.surgery import convert_attention, convert_mlp_to_continuum
-from nl_models.training.command_line import explained_errors
+from nl_models.training.command_line import explained_errors, fail
 from nl_models.training.distributed import choose_device
 
 app = typer.Typer(
@@ -53,9 +56,12 @@ Threads = Annotated[
 Rates = Annotated[
     list[float] | None,
     typer.Option(
-        "--rate", help="Of a converted model's levels, fast to slow, one option each. Default: 0.01, 0.0006 …"
+        "--rate",
+        help="Of the levels that learn, fast to slow, one option each. Default: 0.001 for a Hope (0: it "
+        "only reads), 0.01, 0.0006 … for a converted model.",
     ),
 ]
+_SMALLER = {"rich_help_panel": "A smaller file, without chunks that no level has stepped on yet"}
 
 
 def _open(
@@ -133,27 +139,56 @@ def learn(
     documents: Annotated[list[Path], typer.Argument(help="Text files (UTF-8), or folders of them.")],
     memory: Annotated[Path, typer.Option(help="File of what the model remembers; made or continued.")],
     rate: Rates = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"What was learned in {', '.join(DTYPES)}.", **_SMALLER)
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="The change of each matrix as two factors of this rank.", **_SMALLER)
+    ] = None,
     device: Device = "auto",
     threads: Threads = 1,
 ) -> None:
-    """Read documents into a memory file: the loss of reading them, and of reading them again."""
+    """Read documents into a memory file, and say what it is worth.
+
+    In nats per token: of the documents with the memory as it was, as they
+    were read (each token predicted before anything was learned from it), and
+    read again; and of other text, which should not get much worse. A file
+    that was made smaller stays so, until other options are given.
+    """
     console = Console()
     with explained_errors(NotImplementedError):
-        texts = [text for path in documents for text in _texts(path)]
-        conversation = _open(model, memory, device, rate, threads)
-        expected = conversation.num_bytes() / 2**20
-        console.print(f"{memory} will take about {expected:.2f} MiB", highlight=False, soft_wrap=True)
-        began = time.monotonic()
-        found = conversation.learn(texts, console)
-        conversation.save()
-        speed = 2 * found.tokens / (time.monotonic() - began)
-        console.print(
-            f"{found.documents:,} documents, {found.tokens:,} tokens, {speed:,.0f} a second\n"
-            f"nats per token: {found.before:.3f} as they were read, {found.after:.3f} read again\n"
-            f"{memory}: {memory.stat().st_size / 2**20:.2f} MiB",
-            highlight=False,
-            soft_wrap=True,
+        texts = [document.text for path in documents for document in read_documents(path)]
+        torch.set_num_threads(threads)
+        opened = open_model(model, choose_device(device))
+        conversation = begin_conversation(opened, memory, rate or ())
+        smaller = {"--dtype bf16": _smaller("bf16", None), "--rank 8": _smaller(None, 8)}
+        if dtype is not None or rank is not None:
+            conversation.keep, smaller = _smaller(dtype, rank), {}
+        name, other = other_text(opened)
+        sizes = [f"{option}: {_mib(conversation.num_bytes(keep))}" for option, keep in smaller.items()]
+        _print(
+            console,
+            f"{memory} will take about {_mib(conversation.num_bytes())}"
+            + (f" ({', '.join(sizes)})" if sizes else ""),
         )
+        other_before = conversation.loss(other)
+        began = time.monotonic()
+        try:
+            found = conversation.learn(texts, console)
+        except KeyboardInterrupt:
+            conversation.save()
+            fail(f"stopped; {memory} has what was learned so far")
+        seconds = time.monotonic() - began
+        conversation.save()
+        other_after = conversation.loss(other)
+        count = f"{found.documents:,} document{'s' * (found.documents != 1)}"
+        _print(console, f"{count}, {found.tokens:,} tokens, {seconds:,.0f} s")
+        table = Table("nats per token", "before", "as read", "after", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_row("the documents", *(f"{x:.3f}" for x in (found.before, found.read, found.after)))
+        losses = [f"{nats / max(count, 1):.3f}" for nats, count in (other_before, other_after)]
+        table.add_row(name, losses[0], "–", losses[1])
+        console.print(table)
+        _print(console, f"{memory}: {_mib(memory.stat().st_size)}")
 
 
 @app.command()
@@ -206,6 +241,22 @@ def _show(text: str) -> None:
     sys.stdout.flush()
 
 
+def _print(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
+
+
+def _smaller(dtype: str | None, rank: int | None) -> FileOptions:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    keep = FileOptions(DTYPES.get(dtype), rank, momenta=False, chunks=False)
+    keep.check()
+    return keep
+
+
 def _seed(seed: int | None) -> None:
     if seed is not None:
         torch.manual_seed(seed)
@@ -222,17 +273,6 @@ def _lines() -> Iterator[str]:
         if not line.strip():
             return
         yield line
-
-
-def _texts(path: Path) -> list[str]:
-    if path.is_dir():
-        return [document.text for document in read_folder(path)]
-    try:
-        return [path.read_text(encoding="utf-8")]
-    except FileNotFoundError as error:
-        raise ValueError(f"documents: no such file or folder: {path}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"documents: {path} is not UTF-8 text ({error})") from error
 
 
 def _level(text: str) -> dict[str, object]:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+import pydoc_data.topics
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import safetensors
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from nl_kernels.checks import check_positive_int
-from nl_models.continual import ContinuumLearner, StepRule
-from nl_models.continual.memory_file import read as read_memory_file
+from nl_models.continual import ContinuumLearner, StepRule, memory_file
+from nl_models.continual.memory_file import FileOptions
+from nl_models.continual.stream import token_losses as losses_of_logits
+from nl_models.data.prepare import data_folder
 from nl_models.evaluation.token_losses import token_losses
 from nl_models.hope import HopeCache, HopeForCausalLM
 from nl_models.open_model import OpenedModel
 from nl_models.surgery.modules import ContinuumCausalLM
+from nl_models.training.console import ReadingDisplay
 
 _PIECE = 512  # tokens that are read at once
 
@@ -42,11 +48,19 @@ class Sampling(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What came of reading documents: nats a token as they were read, and when they are read again."""
+    """What came of reading documents, in nats a token.
+
+    Attributes:
+        documents, tokens: how many.
+        before: with the memory as it was.
+        read: as they were read, each token predicted before anything was learned from it.
+        after: read again, with all that was learned.
+    """
 
     documents: int
     tokens: int
     before: float
+    read: float
     after: float
 
 
@@ -56,23 +70,33 @@ class Conversation(Protocol):
     def learn(self, documents: Sequence[str], console: Console) -> Learned:
         """Read documents and remember them."""
 
+    def loss(self, text: str) -> tuple[float, int]:
+        """Nats of a new text, summed, and of how many tokens; nothing is remembered of it."""
+
     def reply(self, text: str, sampling: Sampling, write: Callable[[str], None]) -> str:
         """What the model says to a text; ``write`` gets each piece as it comes."""
 
-    def num_bytes(self) -> int:
-        """What the file will take, but for names, and for what grows with the text: its context."""
+    def num_bytes(self, keep: FileOptions | None = None) -> int:
+        """What the file will take, but for names, and for what grows with the text: its context.
+
+        ``keep``: by these options instead of the conversation's own.
+        """
 
     def save(self) -> None:
         """Keep the memory in its file, whole or not at all."""
 
 
 def begin_conversation(
-    opened: OpenedModel, memory: str | os.PathLike | None, rates: Sequence[float] = ()
+    opened: OpenedModel,
+    memory: str | os.PathLike | None,
+    rates: Sequence[float] = (),
+    keep: FileOptions | None = None,
 ) -> Conversation:
     """A conversation that goes on from the file ``memory``, if there is one already.
 
     Args:
-        rates: of a converted model, one for each of its levels; see ``DEFAULT_RATES``.
+        rates: one for each level that learns; see ``DEFAULT_RATES`` and ``HOPE_RATE``.
+        keep: how the file is written; ``None``: as it was, and whole in a new one.
 
     Raises:
         ValueError: a file of another model, or a model that has no memory to keep in one.
@@ -81,13 +105,9 @@ def begin_conversation(
     if memory is not None and not memory.absolute().parent.is_dir():
         raise ValueError(f"memory: {memory} has no folder to lie in; make it first")
     if isinstance(opened.model, HopeForCausalLM):
-        if rates:
-            raise ValueError(
-                "rates: a Hope makes the rates of its memories itself; they are of converted models"
-            )
-        return HopeConversation(opened, memory)
+        return HopeConversation(opened, memory, rates, keep)
     if isinstance(opened.model, ContinuumCausalLM) and opened.model.config.level_units():
-        return LearnerConversation(opened, memory, rates)
+        return LearnerConversation(opened, memory, rates, keep)
     if memory is not None:
         raise ValueError(
             f"memory: {type(opened.model).__name__} has no memory to keep in a file; convert it first: "
@@ -96,55 +116,117 @@ def begin_conversation(
     return PlainConversation(opened)
 
 
-class HopeConversation:
-    """With a Hope, whose memories learn whatever they read: the file is its cache, of one size for ever."""
+_OTHER_TOKENS = 4096
 
-    def __init__(self, opened: OpenedModel, memory: Path | None):
+
+def other_text(opened: OpenedModel) -> tuple[str, str]:
+    """Text that is not to get worse by what is learned, behind its name.
+
+    Of a training run its held-out text; else what comes with Python, the topics of its language reference.
+    """
+    folder = data_folder(opened.source.parent if opened.source.name == "model" else opened.source)
+    if folder is not None and (folder / "validation.npy").is_file():
+        ids = np.load(folder / "validation.npy", mmap_mode="r")[:_OTHER_TOKENS]
+        return "held-out text of its training", opened.tokenizer.decode(ids.tolist())
+    topics = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    ids = opened.tokenizer.encode(topics[: 8 * _OTHER_TOKENS])[:_OTHER_TOKENS]
+    return "prose of Python's manual", opened.tokenizer.decode(ids)
+
+
+HOPE_RATE = 1e-3
+"""Of the weights that a Hope's levels start from; see docs/conversation.md."""
+
+
+class HopeConversation:
+    """With a Hope, whose memories learn whatever they read, and whose weights learn what it is taught.
+
+    The file is its cache, of one size for ever. Once :meth:`learn` has moved the weights that its continuum
+    starts from, these changes come to it.
+    """
+
+    def __init__(
+        self, opened: OpenedModel, memory: Path | None, rates: Sequence[float], keep: FileOptions | None
+    ):
         self.model, self.tokenizer, _ = opened
-        self.memory = memory
+        self.memory, self.keep = memory, keep or FileOptions()
         self.cache = HopeCache(self.model.config)
+        count = len(ContinuumLearner(self.model, StepRule(rate=0.0)).chunk_sizes)
+        rates = list(rates) or [HOPE_RATE] * count
+        _check_rates(rates, count)
+        self.learner = ContinuumLearner(
+            self.model,
+            [StepRule(rule="muon", rate=rate, momentum_decay=0.0) for rate in rates],
+            tokenizer=self.tokenizer,
+        )
         if memory is not None and memory.exists():
+            self._load(memory, keep)
+
+    def _load(self, memory: Path, keep: FileOptions | None) -> None:
+        if not _is_learned(memory):
             self.cache = HopeCache.load(memory, self.model.config, self.model.device)
+            return
+        packed = memory_file.read(memory)
+        self.learner.load_state_dict(packed, source=str(memory))
+        if keep is None:
+            self.keep = FileOptions.of_file(packed["header"])
+        said = packed["header"].get(memory_file.CONVERSATION)
+        if said is not None:
+            prefix = f"{memory_file.CONVERSATION}/"
+            self.cache.rebuild(said, lambda name: packed["tensors"][prefix + name].to(self.model.device))
+
+    def _reader(self) -> nn.Module:
+        """The model with what was learned."""
+        return self.learner.parameters.view(self.learner.state.changes)
 
     def learn(self, documents: Sequence[str], console: Console) -> Learned:
         ids = [[*self.tokenizer.encode(text), self.tokenizer.separator_id] for text in documents]
         total = sum(map(len, ids))
-        with _progress(console) as bar:
-            task = bar.add_task("reading", total=total, note="")
-            before = self._read(ids, lambda n: bar.update(task, advance=n))
-            task = bar.add_task("again", total=total, note="")
-            remembered, self.cache = self.cache, copy.deepcopy(self.cache)
-            after = self._read(ids, lambda n: bar.update(task, advance=n))
-            self.cache = remembered
-        return Learned(len(documents), total, before, after)
+        with ReadingDisplay(console, total=total, label="before") as display:
+            before, _ = self._read(ids, copy.deepcopy(self.cache), display.advance)
+        parameters, state = self.learner.parameters, self.learner.state
+        rows = [torch.tensor([self.tokenizer.separator_id, *document]) for document in ids]
+        try:
+            report = self.learner.learn(rows, progress=not console.quiet)
+        finally:  # stopped by Ctrl-C: what was learned so far holds in the conversation, too
+            parameters.move_levels(self.cache, parameters.weights(state.changes), -1)
+            parameters.move_levels(self.cache, parameters.weights(self.learner.state.changes), 1)
+        with ReadingDisplay(console, total=total, label="again") as display:
+            after, _ = self._read(ids, self.cache, display.advance)
+        return Learned(len(documents), total, before / total, float(report.loss), after / total)
+
+    def loss(self, text: str) -> tuple[float, int]:
+        ids = [*self.tokenizer.encode(text), self.tokenizer.separator_id]
+        return self._read([ids], copy.deepcopy(self.cache), lambda n: None)
 
     @torch.no_grad()
-    def _read(self, documents: list[list[int]], advance: Callable[[int], None]) -> float:
-        """Nats a token of all documents, read one after another into the cache."""
-        losses, count = 0.0, 0
+    def _read(
+        self, documents: list[list[int]], cache: HopeCache, advance: Callable[[int], None]
+    ) -> tuple[float, int]:
+        """Nats of all documents, read one after another into the cache, and of how many tokens."""
+        model, losses, count = self._reader(), 0.0, 0
         for document in documents:
-            rows = torch.tensor([[*self._unread(), *document]])
+            rows = torch.tensor([[*self._unread(cache), *document]])
             for start in range(0, rows.shape[1] - 1, _PIECE):
                 piece = rows[:, start : start + _PIECE + 1]
-                found = token_losses(self.model, piece, self.cache)
+                found = token_losses(model, piece, cache)
                 losses, count = losses + float(found.double().sum()), count + found.numel()
                 advance(found.numel())
             last = rows[:, -1:].to(self.model.device)
-            self.cache.layers[0].unread = (last, torch.ones_like(last))
-        return losses / max(count, 1)
+            cache.layers[0].unread = (last, torch.ones_like(last))
+        return losses, count
 
-    def _unread(self) -> list[int]:
+    def _unread(self, cache: HopeCache) -> list[int]:
         """What comes before the next token: the last one that was written, or the beginning of a text."""
-        layer = self.cache.layers[0]
+        layer = cache.layers[0]
         if layer.unread is not None:
             return layer.unread[0][0].tolist()
         return [] if layer.seen else [self.tokenizer.separator_id]
 
     def reply(self, text: str, sampling: Sampling, write: Callable[[str], None]) -> str:
         begun = self.cache.get_seq_length() > 0
-        ids = [*([] if begun else self._unread()), *self.tokenizer.encode(text)]
+        ids = [*([] if begun else self._unread(self.cache)), *self.tokenizer.encode(text)]
         return _generate(
-            self.model,
+            self._reader(),
             ids,
             self.tokenizer,
             sampling,
@@ -154,12 +236,41 @@ class HopeConversation:
         )
 
     @torch.no_grad()
-    def num_bytes(self) -> int:
-        return HopeCache.initial(self.model).num_bytes()
+    def num_bytes(self, keep: FileOptions | None = None) -> int:
+        keep = _without_rest(keep or self.keep)
+        return HopeCache.initial(self.model).num_bytes() + self.learner.num_bytes(**keep._asdict())
 
     def save(self) -> None:
-        if self.memory is not None:
+        if self.memory is None:
+            return
+        if not any(change.any() for change in self.learner.state.changes.values()):
             self.cache.save(self.memory)
+            return
+        packed = self.learner.state_dict(**_without_rest(self.keep)._asdict())
+        tensors: dict[str, torch.Tensor] = {}
+        packed["header"][memory_file.CONVERSATION] = self.cache.describe(tensors)
+        for name, tensor in tensors.items():
+            packed["tensors"][f"{memory_file.CONVERSATION}/{name}"] = tensor.detach().cpu().contiguous()
+        memory_file.write(self.memory, packed)
+
+
+def _without_rest(keep: FileOptions | None) -> FileOptions:
+    """A Hope's next text begins a new context, and of a chunk that is not full it keeps the reading alone."""
+    return (keep or FileOptions())._replace(momenta=False, chunks=False)
+
+
+def _is_learned(path: Path) -> bool:
+    """Whether a file was written by a learner; what is no file of safetensors is not."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return "header" in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
+def _check_rates(rates: Sequence[float], count: int) -> None:
+    if len(rates) != count:
+        raise ValueError(f"rates: expected one for each of {count} levels, got {len(rates)}")
 
 
 DEFAULT_RATES = (1e-2, 6e-4)
@@ -169,19 +280,21 @@ DEFAULT_RATES = (1e-2, 6e-4)
 class LearnerConversation:
     """With a converted model, whose levels learn what they are told by its own loss."""
 
-    def __init__(self, opened: OpenedModel, memory: Path | None, rates: Sequence[float]):
+    def __init__(
+        self, opened: OpenedModel, memory: Path | None, rates: Sequence[float], keep: FileOptions | None
+    ):
         self.model, self.tokenizer, _ = opened
-        self.memory = memory
+        self.memory, self.keep = memory, keep or FileOptions()
         count = len(self.model.config.level_units())
         rates = list(rates) or [DEFAULT_RATES[0], *[DEFAULT_RATES[1]] * (count - 1)]
-        if len(rates) != count:
-            raise ValueError(f"rates: expected one for each of {count} levels, got {len(rates)}")
+        _check_rates(rates, count)
         rules = [StepRule(rate=rates[0])]
         rules += [StepRule(rule="muon", rate=rate, momentum_decay=0.0) for rate in rates[1:]]
         nested = count > 1
         if memory is not None and memory.exists():
-            saved = read_memory_file(memory)["header"]["options"]
-            nested, kinds = saved["nested"], saved["rules"]
+            header = memory_file.read(memory)["header"]
+            nested, kinds = header["options"]["nested"], header["options"]["rules"]
+            self.keep = keep or FileOptions.of_file(header)
             if len(kinds) == count:
                 rules = [
                     StepRule(rate=rate, **{k: v for k, v in kind.items() if v is not None})
@@ -193,11 +306,14 @@ class LearnerConversation:
         self.said: list[int] = []
 
     def learn(self, documents: Sequence[str], console: Console) -> Learned:
-        report = self.learner.learn(list(documents), progress=console.is_terminal)
-        lengths = [len(self.tokenizer.encode(text)) for text in documents]
-        again = [float(self.learner.loss(text)) * n for text, n in zip(documents, lengths) if n > 1]
-        total = sum(n for n in lengths if n > 1)
-        return Learned(len(documents), sum(report.tokens), float(report.loss), sum(again) / max(total, 1))
+        before = _mean(map(self.loss, documents))
+        report = self.learner.learn(list(documents), progress=not console.quiet)
+        after = _mean(map(self.loss, documents))
+        return Learned(len(documents), sum(report.tokens), before, float(report.loss), after)
+
+    def loss(self, text: str) -> tuple[float, int]:
+        count = len(self.tokenizer.encode(text)) - 1
+        return (float(self.learner.loss(text)) * count, count) if count > 0 else (0.0, 0)
 
     def reply(self, text: str, sampling: Sampling, write: Callable[[str], None]) -> str:
         told = self.tokenizer.encode(text)
@@ -211,12 +327,18 @@ class LearnerConversation:
             self.learner.learn(text)
         return reply
 
-    def num_bytes(self) -> int:
-        return self.learner.num_bytes()
+    def num_bytes(self, keep: FileOptions | None = None) -> int:
+        return self.learner.num_bytes(**(keep or self.keep)._asdict())
 
     def save(self) -> None:
         if self.memory is not None:
-            self.learner.save(self.memory)
+            self.learner.save(self.memory, **self.keep._asdict())
+
+
+def _mean(losses: Iterable[tuple[float, int]]) -> float:
+    """Nats a token of several texts."""
+    nats, counts = zip(*losses)
+    return sum(nats) / max(sum(counts), 1)
 
 
 class PlainConversation:
@@ -235,7 +357,15 @@ class PlainConversation:
         self.said += self.tokenizer.encode(reply)
         return reply
 
-    def num_bytes(self) -> int:
+    @torch.no_grad()
+    def loss(self, text: str) -> tuple[float, int]:
+        ids = torch.tensor([self.tokenizer.encode(text)], device=self.model.device)
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        window = getattr(self.model.config, "max_position_embeddings", None) or _PIECE
+        pieces = zip(inputs.split(window, dim=1), targets.split(window, dim=1))
+        return sum(float(losses_of_logits(self.model(x).logits, y).sum()) for x, y in pieces), targets.numel()
+
+    def num_bytes(self, keep: FileOptions | None = None) -> int:
         return 0
 
     def save(self) -> None:
@@ -289,12 +419,3 @@ def _until(text: str, stop: str | None) -> str:
     start = len(text) - len(text.lstrip())
     place = -1 if stop is None else text.find(stop, start)
     return text if place < 0 or start == len(text) else text[:place]
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
-    )
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)

@@ -1,4 +1,4 @@
-"""Loss by position of a trained run: ``python -m nl_models.position``."""
+"""Loss of a model on documents, and by position of a trained run: ``python -m nl_models.position``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from nl_kernels.checks import check_positive_int
-from nl_models.data.corpus import read_folder
+from nl_models.conversation import begin_conversation
+from nl_models.data.corpus import read_documents, read_folder
 from nl_models.data.prepare import data_folder, pack, prepare_data
 from nl_models.data.tokenizer import Tokenizer, open_tokenizer
+from nl_models.evaluation.documents import document_losses, documents_table
 from nl_models.evaluation.generation import check_sampling, conversation_by_turn, generation_by_position
 from nl_models.evaluation.position import loss_by_position
 from nl_models.evaluation.report import (
@@ -27,6 +30,7 @@ from nl_models.evaluation.report import (
 )
 from nl_models.files import make_folder
 from nl_models.hope import HopeForCausalLM
+from nl_models.open_model import open_model
 from nl_models.profiling.report import describe_machine
 from nl_models.training.command_line import explained_errors, token_count
 from nl_models.training.config import TrainConfig, load_config
@@ -50,7 +54,21 @@ class _Run:
 
 
 def main(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished training run.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder of a finished training run; with documents also a checkpoint, or a saved or "
+            "converted model.",
+        ),
+    ],
+    documents: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Text files or folders: the loss of each, instead of the loss by position."),
+    ] = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="File of what the model remembers: the documents with it and without.")
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -86,12 +104,24 @@ def main(
     ] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
 ) -> None:
-    """Measure a trained model's loss by its distance from the start of a text.
+    """Measure a model's loss on documents, or by the distance from the start of a text.
 
-    Three losses: one state carried from the first token on; a fresh state every window; the same without
-    writes. Reading on should not make the first worse than the second. Writes position.json and plots.
+    With documents: nats per token, bits per byte and perplexity of each, or
+    the loss with --memory and without; nothing is learned from them.
+
+    Without: three losses, by position: one state carried from the first
+    token on; a fresh state every window; the same without writes. Reading on
+    should not make the first worse than the second. Writes position.json and
+    plots.
     """
     console = Console()
+    if documents or memory is not None:
+        with explained_errors(NotImplementedError):
+            if not documents:
+                raise ValueError("documents: give some, of which the loss is measured with the memory")
+            torch.set_num_threads(1 if threads is None else threads)
+            console.print(_of_documents(run, documents, memory, device))
+        return
     output = run / "position" if output is None else output
     target = output / "position.json"
     with explained_errors():
@@ -149,6 +179,17 @@ def main(
             about |= {"temperature": temperature, "seed": seed}
         save_position(target, about=about, **measured)
     console.print("\n".join(map(str, files)), highlight=False, soft_wrap=True)
+
+
+def _of_documents(model: Path, paths: list[Path], memory: Path | None, device: str) -> Table:
+    """The table of their losses."""
+    if memory is not None and not memory.exists():
+        raise ValueError(f"memory: no such file: {memory}")
+    opened = open_model(model, choose_device(device))
+    documents = {document.name: document.text for path in paths for document in read_documents(path)}
+    plain = begin_conversation(opened, None)
+    remembering = None if memory is None else begin_conversation(opened, memory)
+    return documents_table(document_losses(documents, plain, remembering))
 
 
 def _open_run(folder: Path, device: torch.device) -> _Run:

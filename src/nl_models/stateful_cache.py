@@ -234,7 +234,7 @@ class StatefulCache:
         """Write the cache to a safetensors file; the file appears whole or not at all."""
         self._check_nothing_pends()
         tensors: dict[str, torch.Tensor] = {}
-        described = {name: json.dumps(value) for name, value in self._describe(tensors).items()}
+        described = {name: json.dumps(value) for name, value in self.describe(tensors).items()}
         metadata = {"format": self.file_format, "fingerprint": self.fingerprint, **described}
         write_bytes(path, safetensors.torch.save(tensors, metadata))
 
@@ -268,7 +268,7 @@ class StatefulCache:
                 if metadata.pop("fingerprint") != cache.fingerprint:
                     raise ValueError(f"path: {path} was saved from a model of another config")
                 described = {name: json.loads(value) for name, value in metadata.items()}
-                cache._rebuild(described, file.get_tensor)
+                cache.rebuild(described, file.get_tensor)
         except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"path: {path} is truncated or no saved {kind}: {error}") from error
         return cache

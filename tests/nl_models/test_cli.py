@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from nl_models import HopeCache, HopeConfig, HopeForCausalLM
 from nl_models.cli import app
+from nl_models.continual import ContinuumLearner, StepRule
+from nl_models.conversation import begin_conversation
 from nl_models.data.tokenizer import ByteTokenizer
 from nl_models.open_model import open_model
 from nl_models.training.checkpoint import list_checkpoints
@@ -81,6 +83,13 @@ def _byte_characters():
     }
 
 
+def figures(said):
+    """The losses in the table of ``nl learn``: of the documents, and of other text."""
+    rows = re.findall(r"^ *(the documents|held-out|prose of).*?((?: +(?:\d+\.\d+|–))+)", said, re.M)
+    assert [name != "the documents" for name, _ in rows] == [False, True], said
+    return [[float(x) for x in numbers.split() if x != "–"] for _, numbers in rows]
+
+
 GREEDY = ("--temperature", 0, "-n", 12)
 
 
@@ -115,25 +124,95 @@ def test_one_cpu_thread_unless_more_are_asked_for(hope):
 def test_what_was_learned_is_of_one_size_and_is_read_from(hope, corpus, tmp_path):
     memory = tmp_path / "memory.safetensors"
     said = call("learn", hope, corpus / "0.txt", "--memory", memory)
-    found = re.search(r"nats per token: ([\d.]+) as they were read, ([\d.]+) read again", said)
-    assert found
-    assert all(0 < float(x) < 50 for x in found.groups())
-    before = memory.read_bytes()
+    (before, _, after), other = figures(said)
+    assert after < before - 0.1
+    assert all(0 < x < 50 for x in other)
+    first = memory.read_bytes()
     plain, with_memory = (
         call("generate", hope, "the quick", *GREEDY, *options) for options in ((), ("--memory", memory))
     )
     assert plain.startswith("the quick")
     assert plain != with_memory
-    assert memory.read_bytes() == before  # to write with it changes nothing
+    assert memory.read_bytes() == first  # to write with it changes nothing
     call("learn", hope, corpus, "--memory", memory)
     # It does not grow with the tokens; what waits for a level's chunk to be full differs.
-    assert memory.stat().st_size < 1.3 * len(before)
+    assert memory.stat().st_size < 1.3 * len(first)
+
+
+def test_what_a_hope_was_taught_is_there_in_a_chat_and_in_the_next(hope, corpus, tmp_path):
+    """Losses of a text that was learned and of what follows, in processes that have nothing but the file."""
+    memory = tmp_path / "memory.safetensors"
+    call("learn", hope, corpus / "0.txt", "--memory", memory)
+
+    def loss():
+        return begin_conversation(open_model(hope), memory).loss((corpus / "1.txt").read_text())[0]
+
+    plain = begin_conversation(open_model(hope), None).loss((corpus / "1.txt").read_text())[0]
+    learned = loss()
+    assert learned < 0.95 * plain
+    assert call("chat", hope, *GREEDY, "--memory", memory, text="the quick brown")
+    assert abs(loss() - learned) < 0.2 * (plain - learned)
+    ours = ContinuumLearner(open_model(hope).model, StepRule(rule="muon", rate=0.1, momentum_decay=0.0))
+    ours.load(memory)  # the file is a learner's, too
+    assert ours.tokens_per_level[0] > 0
+
+
+def test_what_was_learned_before_ctrl_c_is_kept(hope, corpus, tmp_path, monkeypatch):
+    memory, learn = tmp_path / "memory.safetensors", ContinuumLearner.learn
+
+    def stopped(learner, stream, **options):
+        learn(learner, stream[:1], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ContinuumLearner, "learn", stopped)
+    said = call("learn", hope, corpus / "0.txt", corpus / "1.txt", "--memory", memory, code=2)
+    assert f"stopped; {memory} has what was learned so far" in said
+    text = (corpus / "1.txt").read_text()
+    losses = [begin_conversation(open_model(hope), path).loss(text)[0] for path in (None, memory)]
+    assert losses[1] < 0.95 * losses[0]
+
+
+def test_a_smaller_file_is_said_and_stays_small(hope, llama, corpus, tmp_path):
+    converted = tmp_path / "converted"
+    call("convert", llama, converted, "--level", "0.5:8")
+    for model in (hope, converted):
+        sizes, losses = [], []
+        for options in ((), ("--dtype", "bf16"), ("--rank", 4), ("--rank", 4, "--dtype", "bf16")):
+            memory = tmp_path / f"{model.name}{len(sizes)}.safetensors"
+            said = call("learn", model, corpus / "0.txt", "--memory", memory, *options)
+            sizes.append(memory.stat().st_size)
+            about = float(re.search(r"will take about ([\d.]+) MiB", said).group(1)) * 2**20
+            assert about - 10_000 < sizes[-1] < about + 300_000
+            losses.append(begin_conversation(open_model(model), memory).loss("the quick brown fox")[0])
+            call("learn", model, corpus / "0.txt", "--memory", memory)
+            assert memory.stat().st_size == pytest.approx(sizes[-1], rel=0.2)
+        assert sorted(sizes, reverse=True) == sizes
+        assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    said = call("learn", hope, corpus / "0.txt", "--memory", tmp_path / "m", "--dtype", "int8", code=2)
+    assert "dtype: expected one of fp32, bf16, fp16, got 'int8'" in said
+
+
+def test_documents_are_evaluated_with_a_memory_and_without(hope, llama, run, corpus, tmp_path):
+    memory, files = tmp_path / "memory.safetensors", [corpus / f"{i}.txt" for i in (1, 2)]
+    call("learn", hope, corpus / "0.txt", "--memory", memory)
+    for model in (hope, llama, run):
+        said = call("evaluate", model, *files)
+        assert "perplexity" in said
+        assert len(re.findall(r"\d\.\d{3} +\d\.\d{3}", said)) == 3  # and all of them
+    rows = re.findall(
+        r"([\d.]+) +([\d.]+) +(-[\d.]+) *$", call("evaluate", hope, *files, "--memory", memory), re.M
+    )
+    assert len(rows) == 3
+    for plain, remembering, difference in rows:
+        assert float(remembering) - float(plain) == pytest.approx(float(difference), abs=2e-3)
+    assert "documents: give some" in call("evaluate", hope, "--memory", memory, code=2)
+    assert "no such file or folder: x" in call("evaluate", hope, "x", code=2)
 
 
 def test_learning_reads_as_the_model_does(hope, corpus, tmp_path):
     """Cut into pieces and documents, the state is that of one forward pass, and the loss its loss."""
     memory, tokenizer = tmp_path / "memory.safetensors", ByteTokenizer()
-    said = call("learn", hope, corpus / "1.txt", corpus / "2.txt", "--memory", memory)
+    said = call("learn", hope, corpus / "1.txt", corpus / "2.txt", "--memory", memory, "--rate", 0)
     model, _, _ = open_model(hope)
     ids = [tokenizer.separator_id]
     for name in ("1.txt", "2.txt"):
@@ -142,7 +221,7 @@ def test_learning_reads_as_the_model_does(hope, corpus, tmp_path):
     with torch.no_grad():
         out = model(ids[:, :-1], cache=HopeCache(model.config), labels=None)
         loss = torch.nn.functional.cross_entropy(out.logits[0], ids[0, 1:])
-    assert f"nats per token: {loss:.3f} as they were read" in said
+    assert figures(said)[0][0] == pytest.approx(float(loss), abs=1e-3)
     cache = HopeCache.load(memory, model.config)
     assert cache.get_seq_length() == ids.shape[1] - 1
     with torch.no_grad():
@@ -173,12 +252,13 @@ def test_a_converted_model_learns_what_it_is_told(llama, tmp_path):
     document.write_text("abcabcabc " * 40)
     options = ("--memory", memory, "--rate", 0.3, "--rate", 0.1)
     said = call("learn", converted, document, *options)
-    before, after = map(float, re.search(r"token: ([\d.]+) as .*, ([\d.]+) read", said).groups())
+    (before, read, after), _ = figures(said)
     model, tokenizer, _ = open_model(llama)
     ids = torch.tensor([tokenizer.encode(document.read_text())])[:, :200]
     with torch.no_grad():
         frozen = float(model(ids, labels=ids).loss)
-    assert after < before - 0.05 < frozen - 0.3
+    assert after < read - 0.05 < frozen - 0.3
+    assert before == pytest.approx(frozen, abs=0.1)
     size = memory.stat().st_size
     first = call("chat", converted, *options, *GREEDY, text="abc")
     again = call("chat", converted, *options, *GREEDY, text="abc")  # from the file
@@ -210,7 +290,7 @@ def test_a_reply_ends_where_it_is_told_to(hope):
         (("generate", "{hope}", "x", "--temperature", -1), "temperature: expected at least 0"),
         (("learn", "{hope}", "no.txt", "--memory", "m"), "documents: no such file or folder: no.txt"),
         (("learn", "{hope}", "{corpus}", "--memory", "no/m"), "memory: no/m has no folder to lie in"),
-        (("learn", "{hope}", "{corpus}", "--memory", "m", "--rate", 1), "a Hope makes the rates"),
+        (("learn", "{hope}", "{corpus}", "--memory", "m", "--rate", 1, "--rate", 1), "for each of 1 levels"),
         (("learn", "{hope}", "{corpus}", "--memory", "{corpus}/0.txt"), "no saved HopeCache"),
         (("convert", "{hope}", "new"), "model: expected one of"),
         (("convert", "{llama}", "{corpus}"), "exists; choose another folder"),

@@ -101,7 +101,8 @@ class FastParameters(ABC):
     def on(self, model: nn.Module) -> FastParameters:
         """The same, of a view of the model (:mod:`nl_models.module_views`)."""
         other = type(self)(model)
-        other.nested, other.level_norms = self.nested, self.level_norms
+        for name in ("nested", "level_norms", "chunk_sizes"):
+            setattr(other, name, getattr(self, name))
         return other
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 from torch import nn
 
 from nl_models.continual import memory_file
@@ -25,6 +25,7 @@ from nl_models.layers.state import row_indices
 from nl_models.module_views import device_of, dtype_of, in_evaluation, weights_digest
 from nl_models.surgery import FastWeights
 from nl_models.surgery.modules import ContinuumCausalLM
+from nl_models.training.console import ReadingDisplay
 
 Text = str | torch.Tensor
 """A text, for a learner with a tokenizer, or tokens ``[T]`` or ``[B, T]`` (int64)."""
@@ -58,11 +59,15 @@ class ContinuumLearner:
 
     Args:
         model: what :func:`nl_models.surgery.convert_mlp_to_continuum` gave, with or without adapters of PEFT
-            on it, or a :class:`nl_models.HopeForCausalLM` with levels of ``max_rate=0`` and a chunk size.
+            on it, or a :class:`nl_models.HopeForCausalLM`. Of a Hope whose levels learn by themselves, as by
+            default, the weights that they start from are what learns, as one level; of one with levels of
+            ``max_rate=0`` and a chunk size, these levels.
         rules: one :class:`StepRule` for all levels, or one for each.
         nested: whether a step of a level puts the faster ones back to the model's own weights (Eq. 72): what
             they learned serves their own context, and the slower level's step is what stays of it. ``None``:
             as the model says, a Hope of the nested variant yes and all others no.
+        chunk_size: tokens between two steps of a default Hope's one level; ``None``: 64. Other models say
+            it themselves.
         batch_size: streams that are read side by side, each with fast weights of its own.
         context_length: tokens after which the context starts anew, as between documents; fast weights stay.
             ``None``: the positions that the model knows, and no limit for Hope.
@@ -81,14 +86,16 @@ class ContinuumLearner:
         rules: StepRule | Sequence[StepRule],
         *,
         nested: bool | None = None,
+        chunk_size: int | None = None,
         batch_size: int = 1,
         context_length: int | None = None,
         tokenizer: Tokenizer | None = None,
     ):
-        self.parameters = find_fast_parameters(model, nested)
-        for name, value in (("batch_size", batch_size), ("context_length", context_length)):
+        sizes = {"chunk_size": chunk_size, "batch_size": batch_size, "context_length": context_length}
+        for name, value in sizes.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        self.parameters = find_fast_parameters(model, nested, chunk_size)
         self.rules = rules_of_levels(rules, len(self.parameters.chunk_sizes), batch_size)
         if context_length is None:
             context_length = getattr(self.model.config, "max_position_embeddings", None)
@@ -96,6 +103,7 @@ class ContinuumLearner:
             raise TypeError(
                 f"tokenizer: expected an object with encode and decode, got {type(tokenizer).__name__}"
             )
+        self._chunk_size = chunk_size
         self.batch_size = batch_size
         self.context_length = context_length
         self.tokenizer = tokenizer
@@ -149,7 +157,7 @@ class ContinuumLearner:
                 load; the document in which they end is continued.
             save_to: file that is kept up to date (see :meth:`save`), at the end and
             save_every: after this many tokens at least.
-            progress: whether to show a progress bar on the terminal.
+            progress: whether to show how much of the whole stream is read: a bar on a terminal, else lines.
 
         Returns:
             Losses before learning, and how often and how far each level stepped.
@@ -171,7 +179,8 @@ class ContinuumLearner:
         parameters = self._evaluating()
         saved = self.state.read
         self._before = self.state
-        with _bar(progress) as bar:
+        total = sum(tokens.shape[1] for tokens in documents) - skip if isinstance(documents, list) else 0
+        with ReadingDisplay(Console() if progress else None, total=total, label="learning") as display:
             for tokens in documents:
                 if not tokens.shape[1]:
                     report.empty_documents += 1
@@ -182,7 +191,8 @@ class ContinuumLearner:
                 if fresh and not skip:
                     self.state = begin_context(parameters, self.rules, self.state)
                 tokens, skip = tokens[:, skip:].to(self.parameters.device), 0
-                task = bar.add_task("learning", total=tokens.shape[1], loss="")
+                if not isinstance(documents, list):
+                    display.expect(tokens.shape[1])
                 pieces = advance(
                     parameters, self.rules, self.state, tokens, context_length=self.context_length
                 )
@@ -192,8 +202,8 @@ class ContinuumLearner:
                         continue
                     report.add(*piece)
                     if progress:
-                        shown = f"{float(piece.loss.mean()) / piece.tokens:.3f}"
-                        bar.update(task, advance=piece.tokens, loss=shown)
+                        loss = float(piece.loss.mean()) / piece.tokens
+                        display.advance(piece.tokens, status=f"loss {loss:.3f}")
                     if save_every is not None and state.read - saved >= save_every:
                         self.save(save_to)
                         saved = state.read
@@ -417,6 +427,7 @@ class ContinuumLearner:
             self.model,
             rules,
             nested=self.parameters.nested,
+            chunk_size=self._chunk_size,
             batch_size=batch_size,
             context_length=self.context_length,
             tokenizer=self.tokenizer,
@@ -510,8 +521,10 @@ class ContinuumLearner:
         return tokens.clone() if tokens.is_inference() else tokens  # autograd keeps them
 
 
-def find_fast_parameters(model: nn.Module, nested: bool | None = None) -> FastParameters:
-    """The fast parameters of a model, whatever kind it is; ``nested`` as for :class:`ContinuumLearner`.
+def find_fast_parameters(
+    model: nn.Module, nested: bool | None = None, chunk_size: int | None = None
+) -> FastParameters:
+    """The fast parameters of a model, whatever kind it is; options as for :class:`ContinuumLearner`.
 
     Raises:
         TypeError: a model of a kind that has none, or ``nested`` of another type.
@@ -523,9 +536,11 @@ def find_fast_parameters(model: nn.Module, nested: bool | None = None) -> FastPa
     # A model with adapters (PEFT) is a wrapper round the model that has the levels.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(inner, ContinuumCausalLM):
+        if chunk_size is not None:
+            raise ValueError("chunk_size: the levels of a converted model have chunk sizes of their own")
         parameters: FastParameters = ConvertedParameters(inner)
     elif isinstance(inner, HopeForCausalLM):
-        parameters = HopeParameters(inner)
+        parameters = HopeParameters(inner, chunk_size)
     else:
         raise TypeError(
             f"model: expected a converted model (convert_mlp_to_continuum) or a HopeForCausalLM, "
@@ -598,15 +613,4 @@ def _no_text(name: str, value: object) -> TypeError:
         remedy = "pass torch.from_numpy(...)"
     return TypeError(
         f"{name}: expected text, a tensor of integer tokens, or documents of these, got {got}; {remedy}"
-    )
-
-
-def _bar(show: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TimeRemainingColumn(),
-        disable=not show,
     )

@@ -24,11 +24,16 @@ from nl_models.module_views import named_weights
 FORMAT = "nl_models.ContinuumLearner.3"
 _SAMPLED = "nl_models.ContinuumLearner.2"  # whose digest of the model saw a few values of each weight
 _SAMPLES = 16
+CONVERSATION = "conversation"
+"""Of a file, what :mod:`nl_models.conversation` adds: the state of what was said, which no learner reads."""
 _COUNTERS = ("learned", "read", "documents", "context_tokens")
 
 
 class MemoryFileError(ValueError):
     """A saved memory is truncated, damaged, foreign, or of another model or other options."""
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FileOptions(NamedTuple):
@@ -41,10 +46,21 @@ class FileOptions(NamedTuple):
 
     def check(self) -> None:
         """Raise ``TypeError`` or ``ValueError`` for what cannot be."""
-        if self.dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+        if self.dtype not in (None, *DTYPES.values()):
             raise ValueError(f"dtype: expected torch.bfloat16, float16, float32 or None, got {self.dtype}")
         if self.rank is not None:
             check_positive_int("rank", self.rank)
+
+    def description(self) -> dict[str, Any]:
+        """These options as JSON; :meth:`of_file` reads them."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return {**self._asdict(), "dtype": names.get(self.dtype)}
+
+    @classmethod
+    def of_file(cls, header: Mapping[str, Any]) -> FileOptions:
+        """The options by which a file was written; those of older files are not known, and the defaults."""
+        kept = header.get("kept", {})
+        return cls(**{**kept, "dtype": DTYPES.get(kept.get("dtype"))})
 
     def low_rank(self, shape: torch.Size) -> bool:
         """Whether a change of this shape ``[B, out, in]`` is kept as two factors, which are smaller."""
@@ -104,6 +120,7 @@ def pack(
         "options": dict(options),
         "counters": {name: getattr(state, name) for name in _COUNTERS},
         "context": description,
+        "kept": keep.description(),
     }
     if not keep.chunks:
         header["counters"]["context_tokens"] = 0
@@ -150,13 +167,13 @@ def unpack(
                 "allow_other_model=True uses it with this one all the same"
             )
         groups: dict[str, dict[str, torch.Tensor]] = {
-            name: {} for name in (*GROUPS, "context", "left", "right")
+            name: {} for name in (*GROUPS, "context", "left", "right", CONVERSATION)
         }
         waiting = tensors.pop("waiting", None)
         for name, tensor in tensors.items():
             group, rest = name.split("/", 1)
             groups[group][rest] = tensor
-        left, right = groups.pop("left"), groups.pop("right")
+        left, right, _ = groups.pop("left"), groups.pop("right"), groups.pop(CONVERSATION)
         for name, factor in left.items():
             groups["changes"][name] = factor.to(model.dtype) @ right[name].to(model.dtype)
         context, described = groups.pop("context"), header["context"]

@@ -67,6 +67,23 @@ def read_folder(folder: str | Path) -> list[Document]:
     return documents
 
 
+def read_documents(path: str | Path) -> list[Document]:
+    """Read a text file, or all of a folder as :func:`read_folder` does.
+
+    Raises:
+        CorpusError: there is no such file or folder, or no UTF-8 text in it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_folder(path)
+    try:
+        return [Document(str(path), path.read_text(encoding="utf-8"))]
+    except FileNotFoundError as error:
+        raise CorpusError(f"documents: no such file or folder: {path}") from error
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"documents: {path} is not UTF-8 text ({error})") from error
+
+
 def stream_dataset(path: str, column: str) -> Iterator[Document]:
     """Read the rows that Hugging Face ``datasets`` finds at ``path`` one after the other, as a stream.
 

@@ -84,7 +84,8 @@ class HopeCache(StatefulCache, Cache):
             layer.map(lambda t: t.to(device))
         return self
 
-    def _describe(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def describe(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """All that a file of it says, as JSON by name; tensors go into ``tensors``, by names of their own."""
         first = self.layers[0]  # all have read the same columns
         return {
             "seen": [layer.seen for layer in self.layers],
@@ -94,7 +95,8 @@ class HopeCache(StatefulCache, Cache):
             **{name: describe_state(getattr(first, name), name, tensors) for name in COLUMNS},
         }
 
-    def _rebuild(self, described: Mapping[str, Any], get_tensor: Callable[[str], torch.Tensor]) -> None:
+    def rebuild(self, described: Mapping[str, Any], get_tensor: Callable[[str], torch.Tensor]) -> None:
+        """Take over, as an empty cache, what :meth:`describe` gave."""
         # Files of earlier versions say nothing of padding, then there is none, nor of tokens.
         columns = {name: rebuild_state(described.get(name), get_tensor, {}) for name in COLUMNS}
         for layer, seen, state in zip(self.layers, described["seen"], described["structure"], strict=True):

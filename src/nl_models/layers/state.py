@@ -59,6 +59,9 @@ LAYER_STATES = {
 }
 """The named tuples that the state of a layer may hold, by name."""
 
+# torch.load(weights_only=True) takes classes that are said to be data.
+torch.serialization.add_safe_globals([*LAYER_STATES.values()])
+
 
 def map_state(function: Callable[[torch.Tensor], torch.Tensor], state: State) -> State:
     """Apply ``function`` to every tensor of ``state``; the structure, and every ``None`` in it, stays."""

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop, sdpa_backward_flop, sdpa_flop
 
+from nl_kernels.dispatch import plain_pytorch
+
 _aten = torch.ops.aten
 # Operators that PyTorch's counter does not know, by the formulas of those that it does.
 _MORE = {
@@ -17,43 +19,31 @@ _MORE = {
     _aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop.__wrapped__,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop.__wrapped__,
 }
-_KERNELS = ("memory_forward", "memory_backward")  # operators that have no other implementation
 
 
 class _InsideOperators(TorchDispatchMode):
-    """Shows a counter the products inside of this package's operators.
-
-    Attributes:
-        hidden: whether a Triton kernel ran, into which nothing sees.
-    """
-
-    hidden = False
+    """Shows a counter the products inside of this package's operators."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace != "nl_kernels":
             return func(*args, **kwargs)
-        if "triton" in (*(a for a in args if isinstance(a, str)), *kwargs.values()) or (
-            func._schema.name.split("::")[1] in _KERNELS
-        ):
-            self.hidden = True
-            return func(*args, **kwargs)
         with self:
             return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
 
 
-def count_flops(action: Callable[[], object]) -> int | None:
+def count_flops(action: Callable[[], object]) -> int:
     """Operations of the matrix products, convolutions and attention in ``action``, which is run once.
 
     A multiply-add counts two. As :class:`torch.utils.flop_counter.FlopCounterMode` counts: of causal
     attention the whole square, and nothing of what works element by element or solves triangular systems.
-
-    Returns:
-        ``None`` where a Triton kernel of this package ran, whose products PyTorch does not see.
+    What Triton kernels of this package compute counts as what plain PyTorch does in their place, which runs
+    for the count: the same work has the same operations, whatever does it.
     """
-    with FlopCounterMode(display=False, custom_mapping=_MORE) as counter, _InsideOperators() as inside:
+    counter = FlopCounterMode(display=False, custom_mapping=_MORE)
+    with plain_pytorch(), counter, _InsideOperators():
         action()
-    return None if inside.hidden else counter.get_total_flops()
+    return counter.get_total_flops()
 
 
 def matmul_ceiling(device: str, precision: str, threads: int) -> float:

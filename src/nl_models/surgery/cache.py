@@ -151,7 +151,8 @@ class ContinuumCache(StatefulCache, DynamicCache):
             if layer.is_sliding:
                 layer.cumulative_length = seen
 
-    def _describe(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def describe(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """All that a file of it says, as JSON by name; tensors go into ``tensors``, by names of their own."""
         if self.batch_size < 0:
             raise ValueError("cache: it has read nothing that could be saved")
         memory = next((layer for layer in self.layers if isinstance(layer, StateCacheLayer)), None)
@@ -160,7 +161,8 @@ class ContinuumCache(StatefulCache, DynamicCache):
         described = {name: describe_state(value, name, tensors) for name, value in held.items()}
         return {"layers": self.describe_layers(tensors), "is_ragged": self.is_ragged, **described}
 
-    def _rebuild(self, described: Mapping[str, Any], get_tensor: Callable[[str], torch.Tensor]) -> None:
+    def rebuild(self, described: Mapping[str, Any], get_tensor: Callable[[str], torch.Tensor]) -> None:
+        """Take over, as an empty cache, what :meth:`describe` gave."""
         self.rebuild_layers(described["layers"], get_tensor)
         held = {
             name: rebuild_state(described[name], get_tensor, _TYPES) for name in (*COLUMNS, "mask", "fast")

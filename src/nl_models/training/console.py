@@ -56,7 +56,7 @@ class _Display:
         """``status`` of what is done in a second; ``line``: one now, however short ago the last was."""
         self._done, now = done, self._clock()
         rate = (done - self._first) / max(now - self._began, 1e-9)
-        text = f"{status(rate)}  {duration((self._total - done) / rate)} left".strip()
+        text = f"{status(rate)}  {duration(max(self._total - done, 0) / rate)} left".strip()
         if self._bars:
             self._bars.update(self._task, completed=done, status=text)
         elif self._console is not None and (line or now - self._last_line >= _LINE_EVERY_SECONDS):
@@ -91,7 +91,17 @@ class ReadingDisplay(_Display):
     def advance(self, tokens: int, *, status: str = "") -> None:
         """Report that ``tokens`` more have been read."""
         done = self._done + tokens
-        self._update(done, f"{done:,}/{self._total:,} tokens", lambda _: status)
+        self._update(
+            done,
+            f"{done:,}/{self._total:,} tokens",
+            lambda rate: f"{status}  {rate:,.0f} tokens/s".strip(),
+        )
+
+    def expect(self, tokens: int) -> None:
+        """Report that ``tokens`` more are to be read."""
+        self._total += tokens
+        if self._bars:
+            self._bars.update(self._task, total=self._total)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from nl_models import HopeCache, HopeConfig, HopeForCausalLM
 from nl_models.continual import ContinuumLearner, StepRule
-from nl_models.continual.hope import HopeParameters
 from tests.nl_models.continual.token_loop import Matrix, read
 
 VOCABULARY = 43
@@ -200,7 +199,81 @@ def test_levels_that_step_by_themselves_are_left_alone():
     assert all(change.abs().sum() > 0 for change in learner.state.changes.values())
     with pytest.raises(ValueError, match="steps by itself stands among the learner's"):
         ContinuumLearner(make_model(own), StepRule(rule="dgd", rate=0.1)).learn(stream(1, 30))
-    with pytest.raises(ValueError, match="give those that the learner shall step"):
-        HopeParameters(make_model([{"hidden_size": 12, "chunk_size": 4}]))
     with pytest.raises(TypeError, match="only converted models take them"):
         learner.fast_weights()
+
+
+OWN = [
+    {"hidden_size": 12, "chunk_size": 4, "gated": True},
+    {"hidden_size": 10, "chunk_size": 8},
+    {"hidden_size": 8},
+]
+
+
+def test_of_a_default_hope_the_weights_that_levels_start_from_learn():
+    """A loop that changes a copy of the model, with what levels learned in the text on top of the change."""
+    model, tokens, chunk, rate = make_model(OWN), stream(1, 25), 8, 0.05
+    learner = ContinuumLearner(model, StepRule(rate=rate), chunk_size=chunk)
+    report = learner.learn(tokens)
+    assert report.steps == [3]
+    copy, cache, losses = make_model(OWN), HopeCache(model.config), []
+    learning = {n: p for n, p in copy.named_parameters() if n.split(".")[-1] in ("up", "down", "gate")}
+    for start in range(0, 24, chunk):
+        piece = tokens[:, start : start + chunk + 1]
+        before = {name: p.detach().clone() for name, p in learning.items()}
+        for layer in cache.layers:  # every level: its own weights, and what it has learned, a constant
+            if layer.state is not None:
+                layer.state = layer.state._replace(continuum=_on_top(copy, cache, layer, before))
+        logits = copy(input_ids=piece[:, :-1], cache=cache).logits
+        loss = F.cross_entropy(logits[0], piece[0, 1:], reduction="sum")
+        losses.append(loss.detach())
+        gradients = torch.autograd.grad(loss, list(learning.values()))
+        cache.detach()
+        with torch.no_grad():
+            for p, gradient in zip(learning.values(), gradients, strict=True):
+                p -= rate * gradient
+        cache.started_from = before
+    torch.testing.assert_close(report.loss[0], sum(losses) / 24, atol=1e-9, rtol=0)
+    assert len(learner.state.changes) == len(learning)
+    for name, p in learning.items():
+        _, _, layer, _, _, level, part = name.split(".")
+        change = learner.state.changes[f"layers.{layer}.levels.{level}.{part}"][0]
+        torch.testing.assert_close(change, (p - model.get_parameter(name)).detach(), atol=1e-9, rtol=0)
+
+
+def _on_top(copy, cache, layer, now):
+    index = next(i for i, other in enumerate(cache.layers) if other is layer)
+    entries = []
+    for place, entry in enumerate(layer.state.continuum):
+        if entry is not None:
+            path = f"model.layers.{index}.continuum.levels.{place}."
+            moved = {}
+            for part in ("up", "down", "gate"):
+                if getattr(entry, part) is not None:
+                    learned = getattr(entry, part) - cache.started_from[path + part]
+                    moved[part] = copy.get_parameter(path + part) + learned
+            entry = entry._replace(**moved)
+        entries.append(entry)
+    return tuple(entries)
+
+
+def test_rows_of_a_default_hope_learn_apart_and_are_saved(tmp_path):
+    model, tokens = make_model(OWN, layer_types=("self_modifying_titans",) * 2), stream(2, 45)
+    learner = ContinuumLearner(model, RULES["muon"], batch_size=2, chunk_size=8)
+    loss = learner.learn(tokens[:, :30]).loss
+    for row in range(2):
+        alone = ContinuumLearner(model, RULES["muon"], chunk_size=8)
+        torch.testing.assert_close(alone.learn(tokens[row, :30]).loss[0], loss[row], atol=1e-9, rtol=0)
+        torch.testing.assert_close(alone.loss(tokens[row]), learner.loss(tokens)[row : row + 1])
+    learner.save(tmp_path / "memory")
+    again = ContinuumLearner(model, RULES["muon"], batch_size=2, chunk_size=8).load(tmp_path / "memory")
+    assert torch.equal(learner.learn(tokens[:, 30:]).loss, again.learn(tokens[:, 30:]).loss)
+    assert torch.equal(learner.fork([1]).loss(tokens[1:]), again.loss(tokens)[1:])
+    assert learner.generate(tokens[:, :5], max_new_tokens=3).shape == (2, 8)
+
+
+def test_a_chunk_size_is_of_models_that_have_none():
+    with pytest.raises(ValueError, match="have chunk sizes of their own"):
+        ContinuumLearner(make_model(), StepRule(rate=0.1), chunk_size=8)
+    with pytest.raises(ValueError, match="chunk_size: expected an integer of at least 1, got 0"):
+        ContinuumLearner(make_model(OWN), StepRule(rate=0.1), chunk_size=0)

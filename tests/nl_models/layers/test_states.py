@@ -57,6 +57,14 @@ def test_a_saved_state_goes_on(read, tmp_path):
     assert torch.equal(layer(x, loaded)[0], layer(x, state)[0])
 
 
+def test_a_state_in_a_checkpoint_is_loaded_as_data(read, tmp_path):
+    layer, state, x = read
+    torch.save({"state": detach_state(state)}, tmp_path / "checkpoint.pt")
+    loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]
+    assert type(loaded) is type(state)
+    assert torch.equal(layer(x, loaded)[0], layer(x, state)[0])
+
+
 def test_selected_and_joined_sequences_go_on(read):
     layer, state, x = read
     expected = layer(x, state)[0]

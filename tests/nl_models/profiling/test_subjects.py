@@ -9,9 +9,10 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from nl_kernels import delta_memory
+from nl_kernels import delta_memory, newton_schulz
 from nl_models import HopeConfig
 from nl_models.data.tokenizer import ByteTokenizer
+from nl_models.layers import ContinuumMemory, LevelConfig, SelfModifyingTitans, Titans
 from nl_models.profile import main
 from nl_models.profiling.choose import Sizes, choose_sources
 from nl_models.profiling.flops import count_flops, matmul_ceiling
@@ -82,9 +83,33 @@ def test_operations_inside_our_operators_are_seen():
 
 
 @pytest.mark.interpreter
-def test_operations_of_kernels_are_said_to_be_unknown():
-    inputs = delta_memory_inputs(1, 16, 1, 16)
-    assert count_flops(lambda: delta_memory(**inputs, impl="triton")) is None
+def test_operations_of_kernels_are_those_of_plain_pytorch():
+    """Forward and backward, of each op that has kernels; no kernel runs for the count."""
+
+    def delta(impl):
+        inputs = delta_memory_inputs(1, 32, 1, 16)
+        inputs["q"].requires_grad_()
+        delta_memory(**inputs, impl=impl)[0].sum().backward()
+
+    def titans(impl):
+        layer = Titans(32, 2, chunk_size=16, impl=impl)
+        layer(torch.randn(1, 32, 32, requires_grad=True))[0].sum().backward()
+
+    def self_modifying(impl):
+        layer = SelfModifyingTitans(32, 2, chunk_size=16, impl=impl)
+        layer(torch.randn(1, 32, 32, requires_grad=True))[0].sum().backward()
+
+    def continuum(impl):
+        levels = [LevelConfig(hidden_size=32, chunk_size=16)]
+        with torch.no_grad():
+            ContinuumMemory(32, levels, impl=impl)(torch.randn(1, 40, 32))
+
+    def orthogonal(impl):
+        newton_schulz(torch.randn(2, 32, 48), impl=impl)
+
+    for action in (delta, titans, self_modifying, continuum, orthogonal):
+        counted = [count_flops(lambda action=action, impl=impl: action(impl)) for impl in ("triton", "eager")]
+        assert counted[0] == counted[1] > 10_000, action
 
 
 @pytest.mark.parametrize("layer", LAYERS)
