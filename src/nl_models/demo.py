@@ -77,7 +77,7 @@ class DemoSettings:
     steps: int = 400
     batch_size: int = 4
     sequence_length: int = 256
-    hope_learning_rate: float = 6e-3
+    hope_learning_rate: float = 8e-3
     transformer_learning_rate: float = 4e-3
     attention_learning_rate: float = 4e-3
     gated_delta_net_learning_rate: float = 8e-3
