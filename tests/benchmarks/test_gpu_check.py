@@ -70,7 +70,7 @@ def test_a_step_takes_the_first_way_whose_planned_peak_fits(monkeypatch):
     """Checkpointing before fewer sequences."""
 
     def plan(config, *, batch, length, block_checkpoints, kernels):
-        return Plan(0, 0, 0, peak=batch * (2 if block_checkpoints else 10), calls=1)
+        return Plan(0, 0, 0, peak=batch * (2 if block_checkpoints else 10), calls=1, moved=0, sent=0)
 
     monkeypatch.setattr(training_step, "plan_training_step", plan)
     found = [training_step.fitting_step(None, 8, 64, memory, kernels=True) for memory in (81, 80, 16, 11, 3)]
