@@ -20,7 +20,8 @@ OURS = tuple(model for model in TITLES if model.startswith("hope"))
 # With a continuum a model's line is dashed, without writes dotted.
 DASHES = {"_continuum": "--", "_writes_nothing": ":"}
 NONE = "–"
-CEILING = "joint"  # it has all parts at once: no baseline
+# No baselines: one has all parts at once, one has Hope's continuum beside another memory.
+CONTROLS = ("joint", "gated_delta_net_continuum")
 
 
 def chosen(rows: list[dict], study: Study, task: str, model: str) -> list[dict]:
@@ -80,7 +81,7 @@ def claims(rows: dict[str, list[dict]]) -> str:
         study = STUDIES[claim.study]
         by_model = {model: chosen(rows[claim.study], study, claim.task, model) for model in study.settings}
         ours, others = (
-            _best(by_model, (m for m in study.settings if (m in OURS) == own and m != CEILING), claim)
+            _best(by_model, (m for m in study.settings if (m in OURS) == own and m not in CONTROLS), claim)
             for own in (True, False)
         )
         published = PUBLISHED.get(claim.study, {}).get("Hope", {}).get(claim.task)
