@@ -34,6 +34,7 @@ def test_the_stages_fit_ten_minutes():
     assert sum(stage.limit for stage in STAGES) <= 600
 
 
+@pytest.mark.slow
 def test_a_dry_run_on_the_cpu_passes_every_stage(tmp_path):
     app = typer.Typer()
     app.command()(gpu_check.main)

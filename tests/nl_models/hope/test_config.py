@@ -67,7 +67,7 @@ def test_presets_have_as_many_parameters_as_their_names_say(name, millions):
 def test_a_preset_takes_any_field():
     config = HopeConfig.preset("340m", hidden_size=512, num_heads=8, memory_hidden_size=64)
     assert (config.num_hidden_layers, config.num_attention_heads, config.memory_hidden_size) == (24, 8, 64)
-    assert [level["hidden_size"] for level in config.continuum_levels] == [512, 512]
+    assert [level["hidden_size"] for level in config.continuum_levels] == [1280]
     mlp = [{"hidden_size": 64}]
     assert HopeConfig.preset("760m", continuum_levels=mlp).continuum_levels == mlp
     assert HopeConfig.preset("tiny").continuum_levels == HopeConfig(hidden_size=128).continuum_levels

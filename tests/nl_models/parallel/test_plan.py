@@ -72,11 +72,11 @@ def test_the_command(capsys):
     plan.main("340m", "self_modifying_titans", 8, 1, "128K", 1)
     printed = " ".join(capsys.readouterr().out.split())
     # 24 blocks: a convolution's 3 tokens of 1,024 channels; snapshot and running weights of five memories of
-    # 16 heads of 64, three square and two of one row; a level of two matrices of 1,024 x 1,024; all in fp32.
+    # 16 heads of 64, three square and two of one row; a level of two matrices of 1,024 x 2,560; all in fp32.
     memory = 24 * (2 * 16 * (3 * 64 * 64 + 2 * 64) * 4 + 8) / 1e6
     assert f"ShortConvolution {24 * 3 * 1024 * 4 / 1e6:.2f}" in printed
     assert f"SelfModifyingTitans {memory:.2f}" in printed
-    assert f"ContinuumMemory {24 * 2 * 1024 * 1024 * 4 / 1e6:.2f}" in printed
+    assert f"ContinuumMemory {24 * 2 * 1024 * 2560 * 4 / 1e6:.2f}" in printed
     assert f"idle: {7 / 31:.1%}" in printed
 
 
