@@ -410,8 +410,9 @@ def _generate(model, ids: list[int], tokenizer, sampling: Sampling, write, **opt
         **chosen,
         **options,
     )
-    text = tokenizer.decode(found[0, len(ids) :].tolist())
-    return _until(text, sampling.stop)
+    text = _until(tokenizer.decode(found[0, len(ids) :].tolist()), sampling.stop)
+    write(text[len(written.shown) :])  # bytes that nothing completes any more
+    return text
 
 
 def _until(text: str, stop: str | None) -> str:
