@@ -176,8 +176,8 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
 
         The paper has no table of Hope's sizes; these are the depths, widths, heads and vocabulary of its
         family's. Everything else is the default, save that from "340m" on the continuum is 2.5 times as wide
-        as the model, which makes the parameter counts what the names say, and learns every 128 tokens: windows
-        of 4,096 hold as many chunks as those of the trials (docs/defaults.md), and a GPU half the traffic.
+        as the model, which makes the parameter counts what the names say, and learns every 128 tokens, so
+        that windows of 4,096 hold as many chunks as those of the trials (docs/defaults.md).
 
         Args:
             name: of the preset.

@@ -42,7 +42,7 @@ def run(mesh, name, options, ids, mask):
 CALLS = [(name, {}) for name in MODELS] + [("hybrid", {"checkpointing": True})]
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_training_step_is_that_of_one_process(size, tmp_path):
     ids = text(2, 14)
     mask = (text(2, 14, seed=1) > 8).long()

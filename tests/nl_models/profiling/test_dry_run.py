@@ -129,7 +129,9 @@ def test_what_a_rank_sends():
     assert plan_run(config, Mesh()).rank.sent == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"model": "attention"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=pytest.mark.slow), {"model": "attention"}], ids=str
+)
 def test_operations_of_a_long_window_and_a_deep_model_come_from_small_ones(options):
     levels = [{"hidden_size": 24, "chunk_size": 16}, {"hidden_size": 24}]
     config = TrainConfig(**{**COMMON, "layers": 4, **options, "model_options": {"continuum_levels": levels}})

@@ -56,6 +56,7 @@ def test_the_plan_is_the_peak_of_the_allocator(case):
     assert plan.parameters < plan.parameters + plan.optimizer < plan.peak
 
 
+@pytest.mark.slow
 def test_a_deep_model_is_planned_from_two_shallow_ones():
     config = HopeConfig(**{**SMALL, "num_hidden_layers": 7})
     sizes = {"batch": 1, "length": 64}
