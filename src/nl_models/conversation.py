@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import pydoc_data.topics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -20,6 +19,7 @@ from nl_kernels.checks import check_positive_int
 from nl_models.continual import ContinuumLearner, StepRule, memory_file
 from nl_models.continual.memory_file import FileOptions
 from nl_models.continual.stream import token_losses as losses_of_logits
+from nl_models.data.corpus import read_topics
 from nl_models.data.prepare import data_folder
 from nl_models.evaluation.token_losses import token_losses
 from nl_models.hope import HopeCache, HopeForCausalLM
@@ -128,7 +128,7 @@ def other_text(opened: OpenedModel) -> tuple[str, str]:
     if folder is not None and (folder / "validation.npy").is_file():
         ids = np.load(folder / "validation.npy", mmap_mode="r")[:_OTHER_TOKENS]
         return "held-out text of its training", opened.tokenizer.decode(ids.tolist())
-    topics = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    topics = "\n".join(topic.text for topic in read_topics())
     ids = opened.tokenizer.encode(topics[: 8 * _OTHER_TOKENS])[:_OTHER_TOKENS]
     return "prose of Python's manual", opened.tokenizer.decode(ids)
 

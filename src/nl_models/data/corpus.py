@@ -128,8 +128,7 @@ def read_standard_library() -> list[Document]:
     """Read the running interpreter's standard library (``*.py``) and its language reference topics.
 
     About 10 MB of real text on any machine, without a network; what exactly depends on the Python version.
-    Tests, installed packages and the character tables of ``encodings`` are left out. The topics are those
-    that ``help("topics")`` prints; they are named ``topics/<TOPIC>.rst``.
+    Tests, installed packages and the character tables of ``encodings`` are left out.
 
     Raises:
         CorpusError: this installation has no sources (some are shipped as bytecode only).
@@ -140,12 +139,16 @@ def read_standard_library() -> list[Document]:
     documents = [document for document in documents if not document.name.startswith("pydoc_data/")]
     if not documents:
         raise CorpusError(f"corpus: no Python sources in {library}; give a folder of text files instead")
+    return _without_duplicates([*documents, *read_topics()])
+
+
+def read_topics() -> list[Document]:
+    """What ``help("topics")`` lists of the language reference, as ``topics/<TOPIC>.rst``; maybe nothing."""
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:  # some distributions package the documentation separately
         topics = {}
-    documents += [Document(f"topics/{name}.rst", text) for name, text in sorted(topics.items())]
-    return _without_duplicates(documents)
+    return [Document(f"topics/{name}.rst", text) for name, text in sorted(topics.items())]
 
 
 def split_by_file(documents: Iterable[Document], *, validation_fraction: float) -> Split:
