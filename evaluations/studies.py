@@ -101,8 +101,10 @@ LONG_CONTEXT = Study(
     training={"steps": 400, "batch_size": 32, "weight_decay": 0.01, "every": 50},
     settings={
         "hope": KEEPS,
+        "hope_continuum": KEEPS,
         "titans": KEEPS,
         "gated_delta_net": TWO_RATES,
+        "gated_delta_net_continuum": TWO_RATES,
         "attention": TWO_RATES,
         "hope_writes_nothing": KEEPS,
     },
