@@ -91,6 +91,21 @@ LANGUAGE_MODELLING = Study(
     unit="nats",
 )
 
+# 3 million tokens, 0.8 of the standard library once; rates as found with 1.2 million, one seed.
+LONGER_TRAINING = dataclasses.replace(
+    LANGUAGE_MODELLING,
+    name="longer_training",
+    tasks={"standard library": language_modelling.LanguageModelling},
+    training={**LANGUAGE_MODELLING.training, "steps": 1500},
+    settings={
+        "hope_continuum": FAST[1:],
+        "gated_delta_net_continuum": FAST[1:],
+        "gated_delta_net": FAST[:1],
+        "attention": SLOW[:1],
+    },
+    seeds=(0,),
+)
+
 # Retentions within 10⁻⁴ of 1 at the start; Gated DeltaNet's start from 0.9 to 0.999, whatever the options.
 KEEPS = [*ONE_RATE, {**ONE_RATE[0], "options": {"memory_retention_bias": 9.0}}]
 TWO_RATES = [*ONE_RATE, {"learning_rate": 6e-3}]
@@ -174,6 +189,7 @@ STUDIES = {
         RECALL,
         MAD,
         LANGUAGE_MODELLING,
+        LONGER_TRAINING,
         LONG_CONTEXT,
         CLASSES,
         LANGUAGES,
@@ -228,6 +244,7 @@ CLAIMS = [
     *(Claim("MAD", "mad", task, "accuracy") for task in mad.GENERATORS),
     *(Claim("models language", "language_modelling", t, "windows") for t in language_modelling.CORPORA),
     *(Claim("reads on", "language_modelling", t, "carried") for t in language_modelling.CORPORA),
+    Claim("models language after 3M tokens", "longer_training", "standard library", "windows"),
     *(Claim("finds far back", "long_context", t, "8K") for t in long_context.GENERATORS),
     *(Claim("learns class after class", "class_incremental", t, "average") for t in class_incremental.SIZES),
     *(
