@@ -38,7 +38,7 @@ def heat_maps(chosen: Chosen, study: Study, path: Path) -> Path:
         panel.set_xticks(range(len(lengths)), lengths, fontsize=7)
         panel.set_yticks(range(len(depths)), depths, fontsize=7)
         panel.set_title(f"{task}\n{TITLES[model]}", fontsize=8)
-    figure.supxlabel("tokens of the stream (trained on 64)", fontsize=9)
+    figure.supxlabel("tokens of the stream (trained on 512)", fontsize=9)
     figure.supylabel("where in it the statement stands: 0 its begin, 1 its end", fontsize=9)
     figure.colorbar(image, ax=panels, label="right, %", shrink=0.6)
     return save_figure(figure, path)
