@@ -25,7 +25,7 @@ from nl_models.evaluation.token_losses import token_losses
 from nl_models.hope import HopeCache, HopeForCausalLM
 from nl_models.open_model import OpenedModel
 from nl_models.surgery.modules import ContinuumCausalLM
-from nl_models.training.console import ReadingDisplay
+from nl_models.training.console import Display
 
 _PIECE = 512  # tokens that are read at once
 
@@ -181,7 +181,7 @@ class HopeConversation:
     def learn(self, documents: Sequence[str], console: Console) -> Learned:
         ids = [[*self.tokenizer.encode(text), self.tokenizer.separator_id] for text in documents]
         total = sum(map(len, ids))
-        with ReadingDisplay(console, total=total, label="before") as display:
+        with Display(console, total=total, label="before") as display:
             before, _ = self._read(ids, copy.deepcopy(self.cache), display.advance)
         parameters, state = self.learner.parameters, self.learner.state
         rows = [torch.tensor([self.tokenizer.separator_id, *document]) for document in ids]
@@ -190,7 +190,7 @@ class HopeConversation:
         finally:  # stopped by Ctrl-C: what was learned so far holds in the conversation, too
             parameters.move_levels(self.cache, parameters.weights(state.changes), -1)
             parameters.move_levels(self.cache, parameters.weights(self.learner.state.changes), 1)
-        with ReadingDisplay(console, total=total, label="again") as display:
+        with Display(console, total=total, label="again") as display:
             after, _ = self._read(ids, self.cache, display.advance)
         return Learned(len(documents), total, before / total, float(report.loss), after / total)
 

@@ -14,7 +14,6 @@ import typer
 from typer.testing import CliRunner
 
 from nl_models.train import main
-from nl_models.training.loop import Outcome
 from nl_models.training.metrics import read_metrics
 from tests.nl_models.full_disk import small_files
 
@@ -55,22 +54,22 @@ def test_help_lists_every_option_with_its_default():
         assert expected in words
 
 
-# Runs the command, and kills its own process at the n-th record written or file flushed.
+# Runs the command, and kills its own process at the n-th step recorded or file flushed.
 DYING = """
 import os, signal, sys, typer
 from nl_models import files, train
-from nl_models.training.metrics import MetricsLog
+from nl_models.training.console import Display
 left = int(sys.argv.pop(1))
 def dying(function):
-    def wrapped(*arguments):
+    def wrapped(*arguments, **options):
         global left
         left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
+        return function(*arguments, **options)
     return wrapped
 files._flush = dying(files._flush)
-MetricsLog.write = dying(MetricsLog.write)
+Display.advance = dying(Display.advance)
 typer.run(train.main)
 """
 
@@ -156,7 +155,7 @@ def test_a_short_run_warms_up_for_a_tenth_of_it(options, expected, tmp_path, mon
 
     def stopped(folder, config, **_):
         seen.append(config.warmup_steps)
-        return Outcome(0, finished=False)
+        return 0
 
     monkeypatch.setattr("nl_models.train.train", stopped)
     call("--output", tmp_path / "run", "--steps", *options)

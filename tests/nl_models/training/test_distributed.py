@@ -16,13 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from safetensors.torch import load_file
 
 from nl_models.data.prepare import prepare_data
+from nl_models.parallel.mesh import Mesh
 from nl_models.processes import fork_server
 from nl_models.training.config import TrainConfig
-from nl_models.training.console import TrainingDisplay
-from nl_models.training.distributed import on_first, rank
-from nl_models.training.loop import Trainer, check_processes, create_run
+from nl_models.training.console import Display
+from nl_models.training.distributed import on_first, rank, run_mesh
+from nl_models.training.loop import Trainer, create_run
 from nl_models.training.metrics import read_metrics
 from nl_models.training.model import build_model
 
@@ -67,7 +69,7 @@ def train(folder, config, stop_at=None, number=signal.SIGTERM):
     trainer = Trainer(folder, config, build_model(config, 257, 256), data)
     if resumed:
         trainer.resume()
-    display = TrainingDisplay(Console(file=io.StringIO()), total=config.steps, start=trainer.step, label="x")
+    display = Display(Console(file=io.StringIO()), total=config.steps, start=trainer.step, label="x")
     return trainer.run(display, StopAt(stop_at, trainer, number))
 
 
@@ -118,6 +120,29 @@ def test_one_two_and_four_processes_continue_each_others_runs(sharing, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["hope", "attention"])
+def test_ranks_that_share_windows_or_heads_train_as_one_process(model, sharing, tmp_path):
+    """Started on two ranks, continued on four; then what four of another form began, by one."""
+    config = dataclasses.replace(sharing, model=model, carry_state=False)
+    train(tmp_path / "one", config)
+    whole = losses(tmp_path / "one")
+    weights = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    meshes = {"sequence": ("sequence=2", "data=2,sequence=2"), "heads": ("heads=2", "data=2,heads=2")}
+    two, four = (
+        {kind: dataclasses.replace(config, mesh=pair[i]) for kind, pair in meshes.items()} for i in (0, 1)
+    )
+    on(2, tmp_path, *((tmp_path / kind, mesh, 3) for kind, mesh in two.items()))
+    on(4, tmp_path, *((tmp_path / kind, mesh) for kind, mesh in four.items()))
+    on(4, tmp_path, *((tmp_path / f"{kind} first", mesh, 3) for kind, mesh in four.items()))
+    for kind in meshes:
+        train(tmp_path / f"{kind} first", config)
+        for run in (kind, f"{kind} first"):
+            assert losses(tmp_path / run) == pytest.approx(whole, rel=1e-6)
+            found = load_file(tmp_path / run / "model" / "model.safetensors")
+            torch.testing.assert_close(found, weights, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_killed_process_of_two_loses_nothing_behind_the_checkpoint(sharing, tmp_path):
     train(tmp_path / "one", sharing)
     ends = (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)
@@ -158,7 +183,7 @@ def test_the_command_under_torchrun(corpus, tmp_path):
     refused = launch(*options, "--output", tmp_path / "odd", "--batch-size", 3)
     error = " ".join(refused.communicate()[1].split())
     assert refused.returncode != 0
-    assert "batch_size: expected a multiple of the 2 processes" in error
+    assert "batch_size: expected a multiple of the ranks" in error
     assert not (tmp_path / "odd").exists()
 
 
@@ -197,6 +222,16 @@ def fail(number, file):
     with pytest.raises(FileNotFoundError, match="/nowhere"):
         on_first(refuse)
     assert called == [0] * (number == 0)
-    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 2 processes"):
-        check_processes(TrainConfig(batch_size=3))
+    for options, message in (
+        ({"batch_size": 3}, r"batch_size: expected a multiple of the ranks that share it \(data=2\), got 3"),
+        ({"mesh": "sequence=4"}, "mesh: data=1,sequence=4 has 4 ranks, but the number of processes is 2"),
+        ({"mesh": "sequence=2", "sequence_length": 9}, "sequence_length: expected a multiple"),
+        ({"mesh": "heads=2", "hidden_size": 12, "heads": 3}, "heads: expected a multiple"),
+        ({"mesh": "sequence=2", "fsdp": True}, "fsdp: goes with data ranks alone"),
+        ({"mesh": "heads=2", "carry_state": True}, "carry_state: goes with data ranks alone"),
+        ({"mesh": "sequence=2", "compile": True}, "compile: goes with data ranks alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_mesh(TrainConfig(**options))
+    assert run_mesh(TrainConfig()) == Mesh(data=2)
     dist.destroy_process_group()

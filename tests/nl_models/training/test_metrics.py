@@ -2,19 +2,19 @@
 
 import pytest
 
-from nl_models.training.metrics import MetricsLog, read_metrics
+from nl_models.training.metrics import metrics_log, read_metrics
 
 
 def test_reopening_drops_later_steps_and_half_a_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path, last_step=0) as log:
+    with metrics_log(path, last_step=0) as write:
         for step in (1, 2, 3):
-            log.write({"step": step, "loss": 1 / 3})
+            write({"step": step, "loss": 1 / 3})
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
-    with MetricsLog(path, last_step=2) as log:
-        log.write({"step": 3, "loss": 0.5})
+    with metrics_log(path, last_step=2) as write:
+        write({"step": 3, "loss": 0.5})
     assert read_metrics(path) == [
         {"step": 1, "loss": 1 / 3},
         {"step": 2, "loss": 1 / 3},
