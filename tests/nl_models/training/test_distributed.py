@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -143,6 +144,27 @@ def test_ranks_that_share_windows_or_heads_train_as_one_process(model, sharing, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_options_that_go_with_several_processes(fsdp, sharing, tmp_path):
+    config = dataclasses.replace(
+        sharing, fsdp=fsdp, precision="bf16", gradient_checkpointing=True, compile=True, optimizer="muon"
+    )
+    alone = dataclasses.replace(config, fsdp=False)
+    start(compiled_by_aot, 1, tempfile.mktemp(dir=tmp_path), 1, ((tmp_path / "one", alone),))
+    start(compiled_by_aot, 2, tempfile.mktemp(dir=tmp_path), 2, ((tmp_path / "two", config),))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-2)
+    weights = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def compiled_by_aot(number, file, processes, calls):
+    """``torch.compile`` traces and splits graphs as ever, and writes no machine code, which takes minutes."""
+    compiled = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda module: compiled(module, backend="aot_eager")
+    work(number, processes, file, calls)
+
+
+@pytest.mark.slow
 def test_a_killed_process_of_two_loses_nothing_behind_the_checkpoint(sharing, tmp_path):
     train(tmp_path / "one", sharing)
     ends = (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)
@@ -165,9 +187,12 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def launch(*arguments, restarts=0):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", str(restarts), "-m", "nl_models.train", *OPTIONS, *map(str, arguments)]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def launch(*arguments, launcher=TORCHRUN, fresh=True):
+    command = [sys.executable, "-m", *launcher, "-m", "nl_models.train"]
+    command += [*(OPTIONS if fresh else ()), *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
 
@@ -180,6 +205,12 @@ def test_the_command_under_torchrun(corpus, tmp_path):
     assert done.returncode == 0, error
     assert output.count("3/3  validation") == 1  # one of them speaks
     assert (tmp_path / "run" / "position.json").is_file()
+    for mesh in ("sequence=2", "heads=2"):
+        more = [*("--output", tmp_path / "run"), "--resume", "--mesh", mesh]
+        done = launch(*more, "--steps", {"sequence=2": 4, "heads=2": 5}[mesh], fresh=False)
+        error = done.communicate()[1]
+        assert done.returncode == 0, error
+    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 3, 4, 4, 5, 5]
     refused = launch(*options, "--output", tmp_path / "odd", "--batch-size", 3)
     error = " ".join(refused.communicate()[1].split())
     assert refused.returncode != 0
@@ -188,9 +219,30 @@ def test_the_command_under_torchrun(corpus, tmp_path):
 
 
 @pytest.mark.slow
+def test_accelerate_and_several_nodes_start_the_same_run(corpus, tmp_path):
+    pytest.importorskip("accelerate")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    node = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *address, "--node-rank"]
+    launchers = {
+        "torchrun": [TORCHRUN],
+        "accelerate": [["accelerate.commands.launch", "--cpu", "--num_processes", "2"]],
+        "nodes": [[*node, "0"], [*node, "1"]],
+    }
+    for name, launched in launchers.items():
+        options = ["--corpus", corpus, "--steps", 3, "--batch-size", 2, "--output", tmp_path / name]
+        for process in [launch(*options, launcher=launcher) for launcher in launched]:
+            error = process.communicate()[1]
+            assert process.returncode == 0, error
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "torchrun"), rel=1e-6)
+
+
+@pytest.mark.slow
 def test_torchrun_starts_anew_what_was_killed_and_nothing_behind_the_checkpoint_is_lost(corpus, tmp_path):
     options = ["--corpus", corpus, "--steps", 40, "--batch-size", 2, "--checkpoint-every", 4]
-    killed = launch(*options, "--output", tmp_path / "killed", restarts=1)
+    elastic = [*TORCHRUN, "--max-restarts", "1"]
+    killed = launch(*options, "--output", tmp_path / "killed", launcher=elastic)
     folder = tmp_path / "killed" / "checkpoints"
     while not (newest := sorted(folder.glob("step-*"))):
         assert killed.poll() is None, killed.communicate()[1]
