@@ -63,6 +63,15 @@ class Mesh:
         return f"data={self.data},sequence={self.sequence}{heads}"
 
 
+def parts_in_turn(windows: int, ranks: int) -> int:
+    """Into how many parts ranks that share windows cut a batch, which they work on in turn.
+
+    With as many parts as ranks they wait for less than one part in L + 1 of a step of L blocks
+    (:func:`~nl_models.parallel.plan.idle_share`); more parts would make smaller products for little.
+    """
+    return min(windows, ranks)
+
+
 class ParallelModel:
     """A model that the processes train together; each calls it with its own windows.
 
@@ -92,6 +101,7 @@ class ParallelModel:
         """The loss of these windows, or of this rank's piece of them, as the model's ``forward`` has it."""
         if isinstance(self._called, SequenceParallel):
             ranks = self._called.ranks
+            self._called.micro_batches = parts_in_turn(len(input_ids), ranks.size)
             input_ids, labels = (x.chunk(ranks.size, 1)[ranks.rank] for x in (input_ids, labels))
         else:
             options["use_cache"] = "cache" in options

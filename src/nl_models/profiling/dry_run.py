@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nl_models.data.tokenizer import ByteTokenizer, open_tokenizer
 from nl_models.hope import HopeConfig, HopeForCausalLM
-from nl_models.parallel.mesh import Mesh
+from nl_models.parallel.mesh import Mesh, parts_in_turn
 from nl_models.parallel.plan import idle_share, layers_of, sent_bytes
 from nl_models.profiling.flops import count_flops
 from nl_models.profiling.plan import Plan, of_depth, plan_training_step
@@ -76,7 +76,9 @@ def plan_run(config: TrainConfig, mesh: Mesh, flops: float | None = None) -> Run
     if mesh.sequence > 1:
         with torch.device("meta"):
             whole = HopeForCausalLM(model)
-        idle = idle_share(whole, mesh.sequence)
+        parts = parts_in_turn(batch, mesh.sequence)
+        idle = idle_share(whole, mesh.sequence, parts)
+        plan = replace(plan, calls=plan.calls * parts)
         plan = _with_messages(plan, whole, mesh, batch, length, config.gradient_accumulation, 2 if low else 4)
     if flops is None:
         flops = count_token_flops(model, config.sequence_length, config.gradient_checkpointing)
