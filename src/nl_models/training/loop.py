@@ -176,6 +176,7 @@ class Trainer:
     def __init__(self, folder: Path, config: TrainConfig, model: PreTrainedModel, data: PreparedData) -> None:
         self._mesh = run_mesh(config)
         self.folder = Path(folder)
+        self.checkpoints, self.metrics = self.folder / "checkpoints", self.folder / "metrics.jsonl"
         self.config = config
         self.device = choose_device(config.device)
         self.model = model.to(self.device)
@@ -206,14 +207,6 @@ class Trainer:
         self._optimizer = build_optimizer(self.model, config)
         self._lowest = math.inf  # of the validation losses
         self.step = 0
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
 
     def resume(self) -> int:
         """Continue from the newest checkpoint, or from the start if none was written yet; returns the step.
