@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from nl_kernels.memory.bank import Layers, Layout
-from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, back, read_layers
+from nl_kernels.memory.chunk import BankRule, Errors, Learned, Prepared, Tokens, back, read_layers
 from nl_kernels.memory.decays import Coefficients, Parts, coefficient_adjoint
 from nl_kernels.memory.hidden import bound_adjoint, hidden_adjoint, row_dot, signal_adjoint
 from nl_kernels.memory.layer import (
@@ -139,11 +139,13 @@ def learn_adjoint(
     )
     d_scale = None
     if tokens.scale is not None:
-        errors, d_errors = (layout.read_outputs(x) for x in (learned.errors[0], writes[0].signal))
-        d_scale = row_dot(d_errors, learned.unscaled)
+        errors, d_errors = (layout.read_outputs(x) for x in (learned.made.errors[0], writes[0].signal))
+        d_scale = row_dot(d_errors, learned.made.unscaled)
         d_errors *= tokens.scale
-        errors.copy_(learned.unscaled)
-    d_k, d_v, d_query, d_base, d_anchor = _errors_adjoint(bank, base, anchor, learned, writes, d_keys, d_o)
+        errors.copy_(learned.made.unscaled)
+    d_k, d_v, d_query, d_base, d_anchor = _errors_adjoint(
+        bank, base, anchor, learned.made, writes, d_keys, d_o
+    )
     if reads:
         d_query = reads[0].queries
     elif d_o is not None and not bank.reads_inputs:
@@ -236,26 +238,25 @@ def _for_layers(layout: Layout, strict: torch.Tensor, like: torch.Tensor) -> tor
 
 
 def _errors_adjoint(
-    bank: BankRule, base: Layers, anchor: Layers, learned: Learned, writes: list[WriteAdjoint], d_keys, d_o
+    bank: BankRule, base: Layers, anchor: Layers, made: Errors, writes: list[WriteAdjoint], d_keys, d_o
 ):
     """Adjoints of k, v, of queries that went with the keys, of the snapshot, and of the anchor from errors.
 
     ``d_keys``: of the keys' hidden layers from the writes.
     """
-    rule, layout, hidden = bank.rule, bank.layout, learned.hidden
+    rule, layout, hidden = bank.rule, bank.layout, made.hidden
     size = writes[0].x.shape[1]
     d_errors = [part.signal for part in (writes if layout.linear else writes[1:])]
     lasts, d_lasts, radial, d_slope = layout.lasts(base), [], None, None
     if hidden is not None:
-        keys = hidden.rows(slice(None, size))
-        d_back, d_value, d_slope, radial = signal_adjoint(writes[0].signal, learned.signal, keys, rule)
+        d_back, d_value, d_slope, radial = signal_adjoint(writes[0].signal, made.signal, made.keys, rule)
         if d_value is not None:
             d_keys += d_value
-        for part, d_error, error, w in zip(layout.split(d_back), d_errors, learned.errors, lasts):
+        for part, d_error, error, w in zip(layout.split(d_back), d_errors, made.errors, lasts):
             d_error.baddbmm_(part, w.mT)
             d_lasts.append(torch.bmm(error.mT, part))
-    _unbound_errors(bank, d_errors, learned)
-    features, d_outputs, d_anchor = layout.split(learned.features), d_errors, None
+    _unbound_errors(bank, d_errors, made)
+    features, d_outputs, d_anchor = layout.split(made.features), d_errors, None
     d_reads = torch.zeros_like(d_errors[0]) if d_o is None and bank.reads_inputs else d_o
     if bank.errs_at_anchor:
         (d_error,), (x,) = d_errors, features
@@ -280,28 +281,28 @@ def _errors_adjoint(
         d_hidden[:, :size] += d_keys
         d_z = hidden_adjoint(d_hidden, hidden, radial)
         d_z[:, :size] += d_slope
-        d_first = (torch.bmm(d_z.mT, learned.x),)
+        d_first = (torch.bmm(d_z.mT, made.x),)
         d_x = torch.bmm(d_z, base[0])
         d_more = layout.total(d_x[:, size:])
     d_k = layout.total(writes[0].x.add_(d_x[:, :size]))
     d_v, d_query = (d_more, None) if layout.self_made else (None, d_more)
 
     by_projection, axis = layout.by_projection(d_errors), layout.axis
-    if bank.residuals is not None:
-        d_k += by_projection.narrow(axis, *bank.residuals).sum(axis)
+    if bank.residuals:
+        d_k += by_projection.narrow(axis, 0, bank.residuals).sum(axis)
     total = by_projection[0] if layout.projections == 1 else by_projection.sum(axis)
     d_v = total.neg() if d_v is None else d_v.sub_(total)
     return d_k, d_v, d_query if bank.reads_inputs else None, (*d_first, *d_lasts), d_anchor
 
 
-def _unbound_errors(bank: BankRule, d_errors: list[torch.Tensor], learned: Learned) -> None:
+def _unbound_errors(bank: BankRule, d_errors: list[torch.Tensor], made: Errors) -> None:
     """Adjoints of the errors before their bound, in place."""
-    if learned.factor is None:
+    if made.factor is None:
         return
     bound = bank.rule.error_bound
-    d_projection, projection = map(bank.layout.by_projection, (d_errors, learned.errors))
-    d_projection.copy_(bound_adjoint(d_projection, projection, learned.factor, bound))
-    gates = bank.layout.gates(learned.errors)
+    d_projection, projection = map(bank.layout.by_projection, (d_errors, made.errors))
+    d_projection.copy_(bound_adjoint(d_projection, projection, made.factor, bound))
+    gates = bank.layout.gates(made.errors)
     if gates is not None:
         d_gates = bank.layout.gates(d_errors)
         d_gates.copy_(torch.ops.aten.hardtanh_backward(d_gates, gates, -bound, bound))

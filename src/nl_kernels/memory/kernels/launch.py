@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nl_kernels.memory.bank import Bank
-from nl_kernels.memory.kernels.arguments import Shape, Tokens, compiled_of
+from nl_kernels.memory.kernels.arguments import Bank, Shape, Tokens, compiled_of
 from nl_kernels.memory.state import map_tensors
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support import targets

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nl_kernels.memory.bank import Bank
+from nl_kernels.memory.kernels.arguments import Bank
 from nl_kernels.memory.kernels.launch import Inputs, Options, Plan, copies, kept_states
 from nl_kernels.memory.state import map_tensors
 from nl_kernels.triton_support.kernel_call import KernelCall

@@ -12,9 +12,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nl_kernels.dispatch import without_autocast
-from nl_kernels.memory.bank import Bank
 from nl_kernels.memory.kernels import launch, launch_backward
-from nl_kernels.memory.kernels.arguments import Tokens
+from nl_kernels.memory.kernels.arguments import Bank, Tokens
 from nl_kernels.memory.kernels.launch import Inputs, Options
 from nl_kernels.memory.state import map_tensors
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls

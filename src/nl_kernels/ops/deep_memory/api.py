@@ -20,16 +20,14 @@ from nl_kernels.memory.state import check_state
 from nl_kernels.memory_checks import (
     check_error_at,
     check_memory,
-    check_own_memory,
     check_rule,
 )
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
-from nl_kernels.ops.deep_memory import eager_step
 from nl_kernels.ops.deep_memory.reference import deep_memory_reference
-from nl_kernels.ops.deep_memory.state import DeepMemoryState, bank_of, weights_of
+from nl_kernels.ops.deep_memory.state import DeepMemoryState
 
 _DEFAULT_RULE = MemoryRule()
-_OP = Op(DeepMemoryState, lambda weights: weights, bank_of, weights_of, (0, 1, 2, 4, 5))
+_OP = Op(DeepMemoryState, lambda weights: weights, ("query", "key", "value", "rate", "log_decay", "momentum"))
 
 
 def deep_memory(
@@ -98,8 +96,7 @@ def deep_memory(
     o, final = run(
         _OP,
         choose("deep_memory", impl, "q, k, v", tokens, weights, initial_state, rule, chunk_size),
-        [q, k, v, None, rate, log_decay],
-        momentum,
+        tokens,
         {},
         weights,
         initial_state,
@@ -155,18 +152,25 @@ def deep_memory_step(
     rule = _DEFAULT_RULE if rule is None else rule
     tensors = (q, k, v, rate, log_decay, momentum)
     _check(tensors, weights, rule, read, chunk_size, "state", state, mask)
-    if inplace:
-        check_own_memory(state, weights)
-    options = {"weights": weights, "rule": rule, "read": read, "chunk_size": chunk_size}
+
+    def whole(*tensors, **others):
+        *tokens, momentum = tensors
+        options = {"chunk_size": chunk_size, "momentum": momentum, "rule": rule, "read": read, "impl": impl}
+        return deep_memory(*tokens, weights, **options, **others)
+
     return run_step(
+        _OP,
         choose("deep_memory_step", impl, "q, k, v", tensors, weights, state, rule, chunk_size),
         tensors,
-        (weights, state),
+        {},
+        weights,
         state,
+        whole=whole,
+        rule=rule,
+        read=read,
+        clocks=(chunk_size, chunk_size),
         mask=mask,
         inplace=inplace,
-        op=functools.partial(deep_memory, impl=impl, **options),
-        eager_step=functools.partial(eager_step.deep_memory_step, **options),
     )
 
 

@@ -10,9 +10,8 @@ from nl_kernels.checks import check_positive_int, check_range, check_sequences
 from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.call import Op, run, run_step
 from nl_kernels.memory.kernels.call import choose
-from nl_kernels.memory_checks import check_error_at, check_own_memory, check_rule
+from nl_kernels.memory_checks import check_error_at, check_rule
 from nl_kernels.memory_rule import MemoryRule
-from nl_kernels.ops.self_modifying import eager_step
 from nl_kernels.ops.self_modifying.checks import (
     check_clocks,
     check_head_parameter,
@@ -25,13 +24,11 @@ from nl_kernels.ops.self_modifying.reference import self_modifying_memory_refere
 from nl_kernels.ops.self_modifying.state import (
     SelfModifyingState,
     SelfModifyingWeights,
-    bank_of,
     stack_memories,
-    stack_of,
 )
 
 _DEFAULT_RULE = MemoryRule()
-_OP = Op(SelfModifyingState, stack_memories, bank_of, stack_of, (0, 1, 2, 3, 4))
+_OP = Op(SelfModifyingState, stack_memories, ("query", "key", "value", "gate", "rate", "momentum"))
 
 
 def self_modifying_memory(
@@ -135,8 +132,7 @@ def self_modifying_memory(
     o, final = run(
         _OP,
         _choose("self_modifying_memory", impl, tokens, weights, initial_state, rule, clocks, detach_targets),
-        [query, key_input, value_input, gate_input, write_scale, None],
-        momentum,
+        tokens,
         parameters,
         weights,
         initial_state,
@@ -199,30 +195,34 @@ def self_modifying_memory_step(
     clocks = (chunk_size, generator_chunk_size)
     parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
     _check(inputs, weights, rule, read, clocks, parameters, "state", state, mask)
-    if inplace:
-        check_own_memory(state, weights)
-    options = {
-        "weights": weights,
-        "rule": rule,
-        "read": read,
-        "chunk_size": chunk_size,
-        "generator_chunk_size": generator_chunk_size,
-        **parameters,
-    }
 
-    def op(query, key_input, value_input, gate_input, write_scale, **others):
-        call = {"write_scale": write_scale, "detach_targets": detach_targets, "impl": impl, **options}
-        return self_modifying_memory(query, key_input, value_input, gate_input, **call, **others)
+    def whole(*tensors, **others):
+        *tokens, write_scale, momentum = tensors
+        options = {
+            "write_scale": write_scale,
+            "momentum": momentum,
+            "rule": rule,
+            "read": read,
+            "chunk_size": chunk_size,
+            "generator_chunk_size": generator_chunk_size,
+            "detach_targets": detach_targets,
+            "impl": impl,
+        }
+        return self_modifying_memory(*tokens, weights, **options, **parameters, **others)
 
     return run_step(
+        _OP,
         _choose("self_modifying_memory_step", impl, inputs, weights, state, rule, clocks, detach_targets),
         inputs,
-        (weights, state, tuple(x for x in parameters.values() if isinstance(x, torch.Tensor))),
+        parameters,
+        weights,
         state,
+        whole=whole,
+        rule=rule,
+        read=read,
+        clocks=clocks,
         mask=mask,
         inplace=inplace,
-        op=op,
-        eager_step=functools.partial(eager_step.self_modifying_memory_step, **options),
     )
 
 

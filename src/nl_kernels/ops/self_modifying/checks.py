@@ -77,7 +77,7 @@ def check_head_parameter(name: str, value: object, heads: int, like: torch.Tenso
 
 
 def head_parameter(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
-    """A float or a tensor [H] as a tensor [H], of the heads of ``like`` [B, T, H, D]."""
+    """A float or a tensor [H] as a tensor [H], of the heads of ``like`` [.., H, D]."""
     if isinstance(value, torch.Tensor):
         return value
-    return torch.full((like.shape[2],), float(value), device=like.device, dtype=torch.float64)
+    return torch.full((like.shape[-2],), float(value), device=like.device, dtype=torch.float64)
