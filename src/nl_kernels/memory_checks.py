@@ -72,6 +72,13 @@ def check_own_memory(state: tuple, held: list[torch.Tensor], weights: list[torch
         seen.add(x.data_ptr())
 
 
+def head_parameter(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """A float or a tensor [H] as a tensor [H], of the heads of ``like`` [.., H, D]."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.full((like.shape[-2],), float(value), device=like.device, dtype=torch.float64)
+
+
 def per_sequence(weights: torch.Tensor, batch: int, dtype: torch.dtype) -> torch.Tensor:
     """Weights [H, ..] or [B, H, ..] as [B, H, ..] in ``dtype`` (a view where they are shared)."""
     weights = weights.to(dtype)
@@ -81,17 +88,6 @@ def per_sequence(weights: torch.Tensor, batch: int, dtype: torch.dtype) -> torch
 def zero_padding(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Tokens [B, T, …], or [B, …], with zeros where ``mask`` is False, whatever padding holds."""
     return x.masked_fill(~mask.view(mask.shape + (1,) * (x.ndim - mask.ndim)), 0)
-
-
-def one_token(
-    inputs: Iterable[torch.Tensor | None], mask: torch.Tensor | None
-) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
-    """Inputs [B, ..] and a mask [B] as those of one token [B, 1, ..]; zero where there is no token."""
-    inputs = [None if x is None else x.unsqueeze(1) for x in inputs]
-    if mask is None:
-        return inputs, None
-    mask = mask[:, None]
-    return [None if x is None else zero_padding(x, mask) for x in inputs], mask
 
 
 def by_sequence(

@@ -30,7 +30,7 @@ from nl_kernels.memory_checks import (
     by_sequence,
     check_own_memory,
     check_step_dtype,
-    one_token,
+    head_parameter,
     per_sequence,
 )
 from nl_kernels.memory_rule import MemoryRule
@@ -58,7 +58,7 @@ def run(
     op: Op,
     implementation: str,
     tensors: tuple[torch.Tensor | None, ...],
-    gates: dict[str, torch.Tensor],
+    gates: dict[str, torch.Tensor | float],
     weights: tuple,
     initial_state: tuple | None,
     *,
@@ -72,7 +72,7 @@ def run(
 
     Args:
         tensors: the op's, of the tokens, the last one its momentum.
-        gates: parameters [H] of memories that make their own gates.
+        gates: parameters [H], or numbers, of memories that make their own gates.
         weights: the op's initial ones, shared or by sequence.
         reference: the op's definition, of tensors, anchor, state, mask and ``gates``.
         options: of :func:`learn_on_grid`.
@@ -84,7 +84,7 @@ def run(
     inner = state_dtype(*inputs, *leaves, *weights_in(initial_state))
     if implementation != "triton":  # the kernels take 16-bit tokens as they are
         inputs = [None if x is None else x.to(inner) for x in inputs]
-    gates = {name: x.to(inner) for name, x in gates.items()}
+    gates = {name: head_parameter(x, tensors[0]).to(inner) for name, x in gates.items()}
     tied = leaves if initial_state is not None and not rule.anchored else ()
     if implementation == "reference":  # its loop leaves out what the last tokens would write
         tied = [*inputs[1:], *gates.values(), *leaves]
@@ -126,22 +126,17 @@ def run_step(
     op: Op,
     implementation: str,
     tensors: tuple[torch.Tensor | None, ...],
-    gates: dict[str, torch.Tensor],
+    gates: dict[str, torch.Tensor | float],
     weights: tuple,
     state: tuple,
     *,
-    whole: Callable,
+    rule: MemoryRule,
+    read: str,
     mask: torch.Tensor | None,
     inplace: bool,
     **options: Any,
 ) -> tuple[torch.Tensor, tuple]:
-    """One token of an op, of checked arguments: by the op itself where gradients are needed, or by kernels.
-
-    Args:
-        tensors, gates, weights: as :func:`run` has them, without the time axis.
-        whole: the op, of tensors over time.
-        options: of :func:`~nl_kernels.memory.step.step_token`.
-    """
+    """One token of an op, as :func:`run` without the time axis, which does it for gradients and kernels."""
     held, own = tensors_in(state), tensors_in(weights)
     if inplace:
         check_own_memory(state, held, own)
@@ -152,17 +147,18 @@ def run_step(
     if differentiable or implementation == "triton":
         if inplace and differentiable:
             raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
-        inputs, mask = one_token(tensors, mask)
-        o, after = whole(*inputs, mask=mask, initial_state=state, output_final_state=True)
+        inputs = [None if x is None else x.unsqueeze(1) for x in tensors]
+        mask = None if mask is None else mask[:, None]
+        options |= {"rule": rule, "read": read, "mask": mask, "cu_seqlens": None, "checkpoint_every": None}
+        o, after = run(op, implementation, inputs, gates, weights, state, **options)
         return o.squeeze(1), map_tensors(torch.Tensor.copy_, state, after) if inplace else after
     check_step_dtype(held, (*tensors, *own))
     if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
         mask = None
     with without_autocast(tensors[0].device.type):
-        tokens = op.sequences(tensors)
-        o, state = step_token(
-            tokens, tuple(gates.values()), weights, state, mask=mask, inplace=inplace, **options
-        )
+        clocks, tokens = (options["chunk_size"], options["generator_chunk_size"]), op.sequences(tensors)
+        made = {"rule": rule, "read": read, "clocks": clocks, "mask": mask, "inplace": inplace}
+        o, state = step_token(tokens, tuple(gates.values()), weights, state, **made)
     return o.to(tensors[0].dtype), state
 
 

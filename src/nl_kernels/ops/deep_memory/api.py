@@ -100,12 +100,7 @@ def deep_memory(
         {},
         weights,
         initial_state,
-        reference=functools.partial(deep_memory_reference, rule=rule, read=read, chunk_size=chunk_size),
-        rule=rule,
-        read=read,
-        chunk_size=chunk_size,
-        generator_chunk_size=chunk_size,
-        truncate_every=None,
+        **_options(rule, read, chunk_size),
         mask=mask,
         cu_seqlens=cu_seqlens,
         checkpoint_every=checkpoint_every,
@@ -152,12 +147,6 @@ def deep_memory_step(
     rule = _DEFAULT_RULE if rule is None else rule
     tensors = (q, k, v, rate, log_decay, momentum)
     _check(tensors, weights, rule, read, chunk_size, "state", state, mask)
-
-    def whole(*tensors, **others):
-        *tokens, momentum = tensors
-        options = {"chunk_size": chunk_size, "momentum": momentum, "rule": rule, "read": read, "impl": impl}
-        return deep_memory(*tokens, weights, **options, **others)
-
     return run_step(
         _OP,
         choose("deep_memory_step", impl, "q, k, v", tensors, weights, state, rule, chunk_size),
@@ -165,13 +154,21 @@ def deep_memory_step(
         {},
         weights,
         state,
-        whole=whole,
-        rule=rule,
-        read=read,
-        clocks=(chunk_size, chunk_size),
+        **_options(rule, read, chunk_size),
         mask=mask,
         inplace=inplace,
     )
+
+
+def _options(rule: MemoryRule, read: str, chunk_size: int) -> dict:
+    return {
+        "reference": functools.partial(deep_memory_reference, rule=rule, read=read, chunk_size=chunk_size),
+        "rule": rule,
+        "read": read,
+        "chunk_size": chunk_size,
+        "generator_chunk_size": chunk_size,
+        "truncate_every": None,
+    }
 
 
 def _check(tokens, weights, rule, read, chunk_size, state_name, state, mask, cu_seqlens=None) -> None:

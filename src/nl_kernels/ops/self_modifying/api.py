@@ -10,7 +10,7 @@ from nl_kernels.checks import check_positive_int, check_range, check_sequences
 from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.call import Op, run, run_step
 from nl_kernels.memory.kernels.call import choose
-from nl_kernels.memory_checks import check_error_at, check_rule
+from nl_kernels.memory_checks import check_error_at, check_rule, head_parameter
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.self_modifying.checks import (
     check_clocks,
@@ -18,7 +18,6 @@ from nl_kernels.ops.self_modifying.checks import (
     check_inputs,
     check_state,
     check_weights,
-    head_parameter,
 )
 from nl_kernels.ops.self_modifying.reference import self_modifying_memory_reference
 from nl_kernels.ops.self_modifying.state import (
@@ -120,15 +119,7 @@ def self_modifying_memory(
     clocks = (chunk_size, generator_chunk_size)
     parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
     _check(tokens, weights, rule, read, clocks, parameters, "initial_state", initial_state, mask, cu_seqlens)
-    parameters = {name: head_parameter(value, query) for name, value in parameters.items()}
-    check_range("rate_max", parameters["rate_max"], 0.0, 2.0)
-    options = {
-        "rule": rule,
-        "read": read,
-        "chunk_size": chunk_size,
-        "generator_chunk_size": generator_chunk_size,
-        "truncate_every": truncate_every,
-    }
+    check_range("rate_max", head_parameter(rate_max, query), 0.0, 2.0)
     o, final = run(
         _OP,
         _choose("self_modifying_memory", impl, tokens, weights, initial_state, rule, clocks, detach_targets),
@@ -136,13 +127,10 @@ def self_modifying_memory(
         parameters,
         weights,
         initial_state,
-        reference=functools.partial(
-            self_modifying_memory_reference, detach_targets=detach_targets, **options
-        ),
+        **_options(rule, read, clocks, truncate_every, detach_targets),
         mask=mask,
         cu_seqlens=cu_seqlens,
         checkpoint_every=checkpoint_every,
-        **options,
     )
     return o, final if output_final_state else None
 
@@ -195,21 +183,6 @@ def self_modifying_memory_step(
     clocks = (chunk_size, generator_chunk_size)
     parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
     _check(inputs, weights, rule, read, clocks, parameters, "state", state, mask)
-
-    def whole(*tensors, **others):
-        *tokens, write_scale, momentum = tensors
-        options = {
-            "write_scale": write_scale,
-            "momentum": momentum,
-            "rule": rule,
-            "read": read,
-            "chunk_size": chunk_size,
-            "generator_chunk_size": generator_chunk_size,
-            "detach_targets": detach_targets,
-            "impl": impl,
-        }
-        return self_modifying_memory(*tokens, weights, **options, **parameters, **others)
-
     return run_step(
         _OP,
         _choose("self_modifying_memory_step", impl, inputs, weights, state, rule, clocks, detach_targets),
@@ -217,13 +190,22 @@ def self_modifying_memory_step(
         parameters,
         weights,
         state,
-        whole=whole,
-        rule=rule,
-        read=read,
-        clocks=clocks,
+        **_options(rule, read, clocks, None, detach_targets),
         mask=mask,
         inplace=inplace,
     )
+
+
+def _options(rule, read, clocks, truncate_every, detach_targets) -> dict:
+    options = {
+        "rule": rule,
+        "read": read,
+        "chunk_size": clocks[0],
+        "generator_chunk_size": clocks[1],
+        "truncate_every": truncate_every,
+    }
+    reference = functools.partial(self_modifying_memory_reference, detach_targets=detach_targets, **options)
+    return {"reference": reference, **options}
 
 
 def _check(tokens, weights, rule, read, clocks, parameters, state_name, state, mask, cu_seqlens=None) -> None:

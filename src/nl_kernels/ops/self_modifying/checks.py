@@ -74,10 +74,3 @@ def check_head_parameter(name: str, value: object, heads: int, like: torch.Tenso
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a float or a tensor [H], got {type(value).__name__}")
     check_tensor(name, value, (heads,), like=like)
-
-
-def head_parameter(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
-    """A float or a tensor [H] as a tensor [H], of the heads of ``like`` [.., H, D]."""
-    if isinstance(value, torch.Tensor):
-        return value
-    return torch.full((like.shape[-2],), float(value), device=like.device, dtype=torch.float64)
