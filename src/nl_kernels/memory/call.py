@@ -60,12 +60,13 @@ def run(
     tensors: tuple[torch.Tensor | None, ...],
     gates: dict[str, torch.Tensor | float],
     weights: tuple,
-    initial_state: tuple | None,
+    state: tuple | None,
     *,
     reference: Callable,
     rule: MemoryRule,
     mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None = None,
+    checkpoint_every: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, tuple]:
     """Reads [B, T, H, Dv] in the dtype of the queries, and the final state, of checked arguments.
@@ -74,18 +75,19 @@ def run(
         tensors: the op's, of the tokens, the last one its momentum.
         gates: parameters [H], or numbers, of memories that make their own gates.
         weights: the op's initial ones, shared or by sequence.
-        reference: the op's definition, of tensors, anchor, state, mask and ``gates``.
-        options: of :func:`learn_on_grid`.
+        state: to begin with; ``None``: of the weights.
+        reference: the op's definition, of tensors, anchor and state; all else by name.
+        options: of :func:`learn_on_grid`, those that the op has.
     """
     dtype, leaves = tensors[0].dtype, tensors_in(weights)
     operands = functools.reduce(torch.promote_types, (x.dtype for x in tensors[:3]))
     length, inputs = tensors[0].shape[1], list(tensors)
     batch = tensors[0].shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    inner = state_dtype(*inputs, *leaves, *weights_in(initial_state))
+    at_boundary, inner = state is None, state_dtype(*inputs, *leaves, *weights_in(state))
     if implementation != "triton":  # the kernels take 16-bit tokens as they are
         inputs = [None if x is None else x.to(inner) for x in inputs]
     gates = {name: head_parameter(x, tensors[0]).to(inner) for name, x in gates.items()}
-    tied = leaves if initial_state is not None and not rule.anchored else ()
+    tied = () if at_boundary or rule.anchored else leaves
     if implementation == "reference":  # its loop leaves out what the last tokens would write
         tied = [*inputs[1:], *gates.values(), *leaves]
     inputs[0] = with_zero_gradients(inputs[0], tied)
@@ -93,14 +95,14 @@ def run(
 
     initial = op.weights(map_tensors(lambda w: per_sequence(w, batch, inner), weights))
     anchor = initial if rule.anchored else map_tensors(torch.zeros_like, initial)
-    if initial_state is None:
+    if at_boundary:
         state = beginning(op.state, initial, rule.anchored, batch, tensors[-1] is not None)
     else:
-        state = cast(initial_state, inner)
+        state = cast(state, inner)
     # Autocast would round the products, and with them the state, to half precision.
     with without_autocast(tensors[0].device.type):
         if implementation == "reference":
-            o, final = reference(*inputs, anchor, state, mask=mask, **gates)
+            o, final = reference(*inputs, anchor, state, rule=rule, mask=mask, **gates, **options)
         else:
             tokens = op.sequences(inputs)
             heads, self_made = tokens.value.shape[2], tokens.gate is not None
@@ -109,11 +111,14 @@ def run(
             banks = (state.running, state.snapshot, anchor if rule.anchored else None, state.momentum)
             banks = (None if x is None else layout.blocks_of(x) for x in banks)
             call = Call(layout, tokens, tuple(gates.values()), *banks, state.position)
-            options |= {"rule": rule, "at_boundary": initial_state is None, "dtype": operands}
+            options = {"generator_chunk_size": options["chunk_size"], "truncate_every": None, **options}
+            options |= {"rule": rule, "at_boundary": at_boundary, "dtype": operands}
             learn_here = learn
             if implementation == "eager" and compiler_at_work():
                 from nl_kernels.untraced import learn as learn_here
-            o, *banks, position = learn_here(call, implementation, mask=mask, **options)
+            o, *banks, position = learn_here(
+                call, implementation, mask=mask, checkpoint_every=checkpoint_every, **options
+            )
             banks = (None if x is None else layout.weights_of(type(initial), x, batch) for x in banks)
             running, snapshot, velocity = banks
             final = op.state(snapshot, running, position, velocity)
@@ -131,7 +136,6 @@ def run_step(
     state: tuple,
     *,
     rule: MemoryRule,
-    read: str,
     mask: torch.Tensor | None,
     inplace: bool,
     **options: Any,
@@ -149,15 +153,15 @@ def run_step(
             raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
         inputs = [None if x is None else x.unsqueeze(1) for x in tensors]
         mask = None if mask is None else mask[:, None]
-        options |= {"rule": rule, "read": read, "mask": mask, "cu_seqlens": None, "checkpoint_every": None}
-        o, after = run(op, implementation, inputs, gates, weights, state, **options)
+        o, after = run(op, implementation, inputs, gates, weights, state, rule=rule, mask=mask, **options)
         return o.squeeze(1), map_tensors(torch.Tensor.copy_, state, after) if inplace else after
     check_step_dtype(held, (*tensors, *own))
     if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
         mask = None
     with without_autocast(tensors[0].device.type):
-        clocks, tokens = (options["chunk_size"], options["generator_chunk_size"]), op.sequences(tensors)
-        made = {"rule": rule, "read": read, "clocks": clocks, "mask": mask, "inplace": inplace}
+        clocks = (options["chunk_size"], options.get("generator_chunk_size", options["chunk_size"]))
+        made = {"rule": rule, "read": options["read"], "clocks": clocks, "mask": mask, "inplace": inplace}
+        tokens = op.sequences(tensors)
         o, state = step_token(tokens, tuple(gates.values()), weights, state, **made)
     return o.to(tensors[0].dtype), state
 

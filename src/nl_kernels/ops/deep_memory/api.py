@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -88,23 +87,12 @@ def deep_memory(
         NotImplementedError: ``impl="triton"`` for a call that the kernels do not serve.
         RuntimeError: ``impl="triton"`` where it cannot run.
     """
-    rule = _DEFAULT_RULE if rule is None else rule
-    tokens = (q, k, v, rate, log_decay, momentum)
-    _check(tokens, weights, rule, read, chunk_size, "initial_state", initial_state, mask, cu_seqlens)
     if checkpoint_every is not None:
         check_positive_int("checkpoint_every", checkpoint_every)
-    o, final = run(
-        _OP,
-        choose("deep_memory", impl, "q, k, v", tokens, weights, initial_state, rule, chunk_size),
-        tokens,
-        {},
-        weights,
-        initial_state,
-        **_options(rule, read, chunk_size),
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        checkpoint_every=checkpoint_every,
-    )
+    tokens = (q, k, v, rate, log_decay, momentum)
+    state = ("initial_state", initial_state)
+    call = _checked("deep_memory", impl, tokens, weights, state, chunk_size, rule, read, mask, cu_seqlens)
+    o, final = run(_OP, **call, cu_seqlens=cu_seqlens, checkpoint_every=checkpoint_every)
     return o, final if output_final_state else None
 
 
@@ -144,37 +132,19 @@ def deep_memory_step(
         TypeError, ValueError, RuntimeError: as :func:`deep_memory`; ``inplace`` where gradients are needed.
         NotImplementedError: ``impl="triton"`` for a call that the kernels do not serve.
     """
+    tokens = (q, k, v, rate, log_decay, momentum)
+    call = _checked("deep_memory_step", impl, tokens, weights, ("state", state), chunk_size, rule, read, mask)
+    return run_step(_OP, **call, inplace=inplace)
+
+
+def _checked(op, impl, tokens, weights, state, chunk_size, rule, read, mask, cu_seqlens=None) -> dict:
+    """What :func:`~nl_kernels.memory.call.run` takes of a call on tokens [B, T, ..], or on one token [B, ..].
+
+    ``state``: its name in messages, and itself.
+    """
     rule = _DEFAULT_RULE if rule is None else rule
-    tensors = (q, k, v, rate, log_decay, momentum)
-    _check(tensors, weights, rule, read, chunk_size, "state", state, mask)
-    return run_step(
-        _OP,
-        choose("deep_memory_step", impl, "q, k, v", tensors, weights, state, rule, chunk_size),
-        tensors,
-        {},
-        weights,
-        state,
-        **_options(rule, read, chunk_size),
-        mask=mask,
-        inplace=inplace,
-    )
-
-
-def _options(rule: MemoryRule, read: str, chunk_size: int) -> dict:
-    return {
-        "reference": functools.partial(deep_memory_reference, rule=rule, read=read, chunk_size=chunk_size),
-        "rule": rule,
-        "read": read,
-        "chunk_size": chunk_size,
-        "generator_chunk_size": chunk_size,
-        "truncate_every": None,
-    }
-
-
-def _check(tokens, weights, rule, read, chunk_size, state_name, state, mask, cu_seqlens=None) -> None:
-    """Check a call on tokens [B, T, ..], or on one token [B, ..]."""
     q, k, v, rate, log_decay, momentum = tokens
-    one = state_name == "state"
+    one = state[0] == "state"
     check_tokens("q", q, "[B, H, D]" if one else "[B, T, H, D]")
     *lead, width = q.shape
     check_tensor("k", k, q.shape, like=q)
@@ -194,6 +164,18 @@ def _check(tokens, weights, rule, read, chunk_size, state_name, state, mask, cu_
     heads = lead[-1]
     check_memory("weights", weights, batch, heads, width, out, q)
     check_error_at(rule, weights)
-    if one or state is not None:
+    if one or state[1] is not None:
         shapes = DeepMemoryWeights(*(None if w is None else (batch, heads, *w.shape[-2:]) for w in weights))
-        check_state(state_name, state, DeepMemoryState, shapes, momentum is not None, chunk_size, q)
+        check_state(*state, DeepMemoryState, shapes, momentum is not None, chunk_size, q)
+    return {
+        "implementation": choose(op, impl, "q, k, v", tokens, weights, state[1], rule, chunk_size),
+        "tensors": tokens,
+        "gates": {},
+        "weights": weights,
+        "state": state[1],
+        "reference": deep_memory_reference,
+        "rule": rule,
+        "read": read,
+        "chunk_size": chunk_size,
+        "mask": mask,
+    }
