@@ -24,8 +24,23 @@ Two-layer memories have their first layers [M · N, h, D], the last layers of th
 and those of the gates [2 · N, 1, h], if there are gates. Linear ones have one layer, [N, outputs, D].
 """
 
-Met = bool | torch.Tensor
-"""Where a boundary is met: everywhere, nowhere, or a bool tensor that broadcasts."""
+
+class ReadMet(NamedTuple):
+    """A boundary that the memory which is read meets, or all the others; ``size`` along ``dim``."""
+
+    read: bool
+    dim: int
+    size: int
+
+    def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The parts of a layer where the boundary is met; two of five memories come before the one read."""
+        rest = x.shape[self.dim] - 3 * self.size
+        before, own, after = x.split_with_sizes((2 * self.size, self.size, rest), self.dim)
+        return (own,) if self.read else (before, after)
+
+
+Met = bool | ReadMet | torch.Tensor
+"""Where a boundary is met: everywhere, nowhere, by some memories, or a bool tensor that broadcasts."""
 
 
 class Sequences(NamedTuple):
@@ -174,8 +189,9 @@ class Layout:
 
     def met(self, read: Met, others: Met, device: torch.device) -> list[Met]:
         """By layer, where a boundary is met that two clocks meet as given ([N] or a bool)."""
-        if isinstance(read, bool) and read is others:
-            return [read] * self.layers
+        if isinstance(read, bool) and isinstance(others, bool):
+            some = ReadMet(read, 1, self.width) if self.linear else ReadMet(read, 0, self.banks)
+            return [read] * self.layers if read is others else [some, some, others][: self.layers]
         if not self.self_made:
             return [read[:, None, None]] * self.layers
         read, others = (
@@ -219,6 +235,11 @@ def take_snapshot(
     old = before if snapshot is None else snapshot
     if isinstance(met, bool):
         return after if met else old
+    if isinstance(met, ReadMet):
+        old = old.clone()
+        for part, taken in zip(met.parts(old), met.parts(after)):
+            part.copy_(taken)
+        return old
     return torch.where(met, after, old)
 
 
@@ -233,5 +254,11 @@ def snapshot_adjoint(
         return d_after, d_snapshot
     if met is True:
         return d_snapshot if d_after is None else d_after.add_(d_snapshot), None
+    if isinstance(met, ReadMet):
+        d_after = torch.zeros_like(d_snapshot) if d_after is None else d_after
+        for part, taken in zip(met.parts(d_after), met.parts(d_snapshot)):
+            part.add_(taken)
+            taken.zero_()
+        return d_after, d_snapshot
     taken = d_snapshot.where(met, 0)
     return taken if d_after is None else d_after.add_(taken), d_snapshot.masked_fill_(met, 0)

@@ -187,25 +187,13 @@ def self_modifying_memory_step(
 
 
 def _checked(
-    op,
-    impl,
-    tokens,
-    weights,
-    state,
-    clocks,
-    gates,
-    rule,
-    read,
-    detach_targets,
-    truncate,
-    mask,
-    cu_seqlens=None,
+    op, impl, tokens, weights, state, clocks, gates, rule, read, detach, truncate, mask, cu_seqlens=None
 ) -> dict:
     """What :func:`~nl_kernels.memory.call.run` takes of a call, or of one token; ``state`` is named."""
     rule = _DEFAULT_RULE if rule is None else rule
     clocks = (clocks[0], clocks[0] if clocks[1] is None else clocks[1])
     check_call(tokens, weights, rule, read, clocks, gates, state, mask, cu_seqlens)
-    if detach_targets:
+    if detach:
         implementation = choose(op, impl, "query", tokens, weights, state[1], rule, min(clocks))
     elif impl in ("triton", "eager"):
         raise NotImplementedError(
@@ -219,7 +207,7 @@ def _checked(
         "gates": gates,
         "weights": weights,
         "state": state[1],
-        "reference": functools.partial(self_modifying_memory_reference, detach_targets=detach_targets),
+        "reference": functools.partial(self_modifying_memory_reference, detach_targets=detach),
         "rule": rule,
         "read": read,
         "chunk_size": clocks[0],
