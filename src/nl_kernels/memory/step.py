@@ -109,12 +109,11 @@ def _base(layout: Layout, anchor: tuple | None, snapshot: tuple) -> Layers:
     firsts, lasts = zip(*anchor)
     blocks = layout.blocks_of(snapshot)
     if not layout.linear:
-        stacked = (torch.stack(x).to(dtype) for x in (firsts, lasts[:3], lasts[3:]))
-        wholes = [w if w.ndim == 5 else w.unsqueeze(1) for w in stacked]
         changes = [x.unflatten(0, (batch, -1)).movedim(2, 0) for x in blocks]
-        sums = [w if w.shape == x.shape else w.new_empty(x.shape) for w, x in zip(wholes, changes)]
-        sums = (torch.add(*x, out=out) for *x, out in zip(wholes, changes, sums))
-        return tuple(x.reshape(-1, *x.shape[-2:]) for x in sums)
+        wholes = [torch.stack(x).to(dtype) for x in (firsts, lasts[:3], lasts[3:])]
+        wholes = [w if w.ndim == 5 else w.unsqueeze(1) for w in wholes]
+        parts = ((w.expand(x.shape).contiguous(), x) for w, x in zip(wholes, changes))
+        return tuple(w.add_(x).flatten(0, 2) for w, x in parts)
     rows = torch.cat(firsts, -2).to(dtype).expand(batch, -1, -1, -1).contiguous().flatten(0, 1)
     for part, change in zip(layout.rows_by_memory(rows), blocks):
         part.add_(change)
