@@ -143,9 +143,9 @@ class Layout:
         """[N, ..] for every memory that lies along the batch."""
         return torch.cat([x] * self.memories) if self.batched else x  # a fifth of the time of ``repeat``
 
-    def total(self, x: torch.Tensor) -> torch.Tensor:
+    def total(self, x: torch.Tensor | None) -> torch.Tensor | None:
         """[m · N, ..] summed over memories, [N, ..]."""
-        return x if len(x) == self.banks else x.view(-1, self.banks, *x.shape[1:]).sum(0)
+        return x if x is None or len(x) == self.banks else x.view(-1, self.banks, *x.shape[1:]).sum(0)
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[M · N, ..] as the parts that belong to each of :meth:`lasts`."""

@@ -165,24 +165,27 @@ class BankRule:
         return self.rule.errs_at_anchor(self.layout.linear)
 
 
-def learn(
-    bank: BankRule,
-    tokens: Tokens,
-    prepared: Prepared,
-    base: Layers,
-    running: Layers,
-    velocity: Layers,
-    anchor: Layers,
-    keep: bool,
-) -> tuple[torch.Tensor, Layers, Layers, Learned | None]:
-    """One chunk: reads [N, c, Dv], weights and velocities after it, and with ``keep`` what the adjoint needs.
+class Weights(NamedTuple):
+    """What a chunk meets.
 
-    Args:
+    Attributes:
         base: the snapshot's weights, with the anchor.
         running, velocity: before the chunk; ``velocity`` is absent without momentum.
         anchor: absent for a rule that is not anchored.
     """
+
+    base: Layers
+    running: Layers
+    velocity: Layers
+    anchor: Layers
+
+
+def learn(
+    bank: BankRule, tokens: Tokens, prepared: Prepared, weights: Weights, keep: bool
+) -> tuple[torch.Tensor, Layers, Layers, Learned | None]:
+    """Reads [N, c, Dv], weights and velocities after a chunk, and with ``keep`` what the adjoint needs."""
     rule, layout = bank.rule, bank.layout
+    base, running, velocity, anchor = weights
     made, others = errors_of(bank, tokens, base, anchor, keep)
     layers = _layer_inputs(bank, tokens, prepared, made)
     velocities = velocity or (None,) * len(layers)
@@ -190,7 +193,7 @@ def learn(
     if bank.reads_inputs:
         o, probe, reads = others[0], None, []
     elif bank.read == "running":
-        parts = read_layers(bank, running, velocity, anchor, layers, writes)
+        parts = read_layers(bank, weights, layers, writes)
         o, probe, reads = _running_read(bank, tokens.query, parts, prepared.coefficients, keep)
     else:
         o, probe = apply(rule, tokens.query, map(layout.read_weights, base[: layout.read_layers]), keep)
@@ -321,16 +324,13 @@ def _by_last_layer(value, layout: Layout) -> list:
     return [type(value)(*parts) for parts in zip(*(_by_last_layer(part, layout) for part in value))]
 
 
-def read_layers(
-    bank: BankRule, running: Layers, velocity: Layers, anchor: Layers, layers, writes
-) -> list[tuple]:
+def read_layers(bank: BankRule, weights: Weights, layers, writes) -> list[tuple]:
     """By layer of the memory that is read: weights, velocity, anchor, x, and what was written."""
     layout = bank.layout
     found = []
     for i in range(layout.read_layers):
-        weights = (layout.read_weights(each[i]) if each else None for each in (running, velocity, anchor))
-        written = map(layout.read_outputs, writes[i][:2])
-        found.append((*weights, layout.read_inputs(layers[i].x), *written))
+        read = (layout.read_weights(each[i]) if each else None for each in weights[1:])
+        found.append((*read, layout.read_inputs(layers[i].x), *map(layout.read_outputs, writes[i][:2])))
     return found
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from nl_kernels.memory.bank import Layers, Layout
-from nl_kernels.memory.chunk import BankRule, Errors, Learned, Prepared, Tokens, back, read_layers
+from nl_kernels.memory.chunk import BankRule, Errors, Learned, Prepared, Tokens, Weights, back, read_layers
 from nl_kernels.memory.decays import Coefficients, Parts, coefficient_adjoint
 from nl_kernels.memory.hidden import bound_adjoint, hidden_adjoint, row_dot, signal_adjoint
 from nl_kernels.memory.layer import (
@@ -100,21 +100,18 @@ def learn_adjoint(
     bank: BankRule,
     tokens: Tokens,
     prepared: Prepared,
-    base: Layers,
-    running: Layers,
-    velocity: Layers,
-    anchor: Layers,
+    weights: Weights,
     learned: Learned,
     d_o: torch.Tensor | None,
     d_after: Layers,
     d_velocity: Layers,
 ) -> ChunkAdjoint:
     """Adjoints of a chunk's arguments from those of its reads and of weights and velocities after it."""
-    rule, layout = bank.rule, bank.layout
-    count = len(learned.layers)
+    rule, layout, count = bank.rule, bank.layout, len(learned.layers)
+    base, running, velocity, anchor = weights
     reads: list[ReadAdjoint] = []
     if d_o is not None and bank.read == "running":
-        parts = read_layers(bank, running, velocity, anchor, learned.layers, learned.writes)
+        parts = read_layers(bank, weights, learned.layers, learned.writes)
         reads = _running_read_adjoint(bank, parts, prepared.coefficients, learned, d_o)
     writes = [
         write_adjoint(*x)
@@ -153,16 +150,15 @@ def learn_adjoint(
     if rule.residual and d_o is not None:
         d_query = d_query + d_o
     first = writes[0]
-    momenta = [part.momentum for part in writes if part.momentum is not None]
     adjoints = TokenAdjoints(
         d_query,
         d_k,
         d_v,
         d_rate,
         layout.total(first.rate),
-        _sum([layout.total(part) for part in momenta]),
-        None if first.gram is None else layout.total(first.gram),
-        None if first.mixed_gram is None else layout.total(first.mixed_gram),
+        _sum([layout.total(part.momentum) for part in writes]),
+        layout.total(first.gram),
+        layout.total(first.mixed_gram),
         _sum_parts(layout, [part.decay for part in (*writes, *reads)]),
         _sum_parts(layout, [part.mixed for part in (*writes, *reads)]),
         _sum_parts(layout, [part.carried for part in writes]),
@@ -308,11 +304,9 @@ def _unbound_errors(bank: BankRule, d_errors: list[torch.Tensor], made: Errors) 
         d_gates.copy_(torch.ops.aten.hardtanh_backward(d_gates, gates, -bound, bound))
 
 
-def _sum(parts: list[torch.Tensor]) -> torch.Tensor | None:
-    total = None
-    for part in parts:
-        total = part if total is None else total + part
-    return total
+def _sum(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [part for part in parts if part is not None]
+    return functools.reduce(torch.add, present) if present else None
 
 
 def _sum_parts(layout: Layout, layers: list[Parts]) -> Parts:

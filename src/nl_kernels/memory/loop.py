@@ -15,7 +15,7 @@ import torch
 from nl_kernels.chunk_alignment import ChunkGrid
 from nl_kernels.dispatch import products_for, without_autocast
 from nl_kernels.memory.bank import Layers, snapshot_adjoint, take_snapshot
-from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, learn, prepare
+from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, Weights, learn, prepare
 from nl_kernels.memory.chunk_adjoint import ChunkAdjoint, TokenAdjoints, learn_adjoint, prepare_adjoint
 from nl_kernels.memory.generate import GeneratedTokens, GivenTokens
 from nl_kernels.memory.segments import Segment, State, by_chunk, joined, shaped
@@ -76,9 +76,8 @@ class Loop:
             for i, (part, here) in enumerate(zip(by_chunk(tokens, count), by_chunk(prepared, count))):
                 if i:
                     base = _base(running, snapshot, anchor, scratch)
-                o, after, velocity_after, learned = learn(
-                    self.bank, part, here, base, running, velocity, anchor, keep
-                )
+                met = Weights(base, running, velocity, anchor)
+                o, after, velocity_after, learned = learn(self.bank, part, here, met, keep)
                 outputs.append(o)
                 if keep:
                     chunks.append(_Chunk(running, velocity, snapshot, learned))
@@ -118,19 +117,9 @@ class Loop:
                 chunk = block.chunks.pop()
                 d_running, d_velocity, d_snapshot = self._through_boundary(segment, start + i, carried, chunk)
                 base = _base(chunk.running, chunk.snapshot, anchor, scratch)
-                found_here = learn_adjoint(
-                    self.bank,
-                    parts[i],
-                    shared[i],
-                    base,
-                    chunk.running,
-                    chunk.velocity,
-                    anchor,
-                    chunk.learned,
-                    d_outputs[i][0],
-                    d_running,
-                    d_velocity,
-                )
+                met = Weights(base, chunk.running, chunk.velocity, anchor)
+                d_after = (d_outputs[i][0], d_running, d_velocity)
+                found_here = learn_adjoint(self.bank, parts[i], shared[i], met, chunk.learned, *d_after)
                 found.append(found_here.tokens)
                 if i == 0:
                     d_tokens = prepare_adjoint(
