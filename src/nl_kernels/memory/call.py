@@ -18,13 +18,7 @@ from nl_kernels.memory.generate import source_of
 from nl_kernels.memory.kernels import call as kernels_call
 from nl_kernels.memory.loop import Loop, run_segments
 from nl_kernels.memory.segments import footprint, plan_segments
-from nl_kernels.memory.state import (
-    beginning,
-    cast,
-    map_tensors,
-    tensors_in,
-    weights_in,
-)
+from nl_kernels.memory.state import beginning, cast, map_tensors, tensors_in, weights_in
 from nl_kernels.memory.step import step_token
 from nl_kernels.memory_checks import (
     by_sequence,

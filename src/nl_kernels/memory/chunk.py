@@ -150,10 +150,6 @@ class BankRule:
             return self.layout.each(torch.cat([tokens.k, tokens.v], 1))
         return torch.cat([tokens.k, tokens.query], 1) if self.reads_inputs else tokens.k
 
-    def curved(self, size: int) -> bool | slice:
-        """Of which of these the adjoint needs the hidden layer's curvature."""
-        return self.layout.self_made or slice(None, size)
-
     @property
     def subtracts_first(self) -> bool:
         """Whether errors are made of the difference of keys and values: f(k) − f(v) at the same weights."""
@@ -227,7 +223,8 @@ def errors_of(
     else:
         x = features = bank.inputs(tokens)
     if not layout.linear:
-        hidden = activated(torch.bmm(x, base[0].mT), rule, curved=keep and bank.curved(size))
+        curved = keep and (layout.self_made or slice(size))  # where the adjoint needs the curvature
+        hidden = activated(torch.bmm(x, base[0].mT), rule, curved=curved)
         features = hidden.value
         if subtracts_first:
             features = features[:, :size] - features[:, size:]

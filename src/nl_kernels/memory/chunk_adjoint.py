@@ -12,7 +12,7 @@ import torch
 
 from nl_kernels.memory.bank import Layers, Layout
 from nl_kernels.memory.chunk import BankRule, Errors, Learned, Prepared, Tokens, Weights, back, read_layers
-from nl_kernels.memory.decays import Coefficients, Parts, coefficient_adjoint
+from nl_kernels.memory.decays import Parts, coefficient_adjoint
 from nl_kernels.memory.hidden import bound_adjoint, hidden_adjoint, row_dot, signal_adjoint
 from nl_kernels.memory.layer import (
     ReadAdjoint,
@@ -111,20 +111,14 @@ def learn_adjoint(
     base, running, velocity, anchor = weights
     reads: list[ReadAdjoint] = []
     if d_o is not None and bank.read == "running":
-        parts = read_layers(bank, weights, learned.layers, learned.writes)
-        reads = _running_read_adjoint(bank, parts, prepared.coefficients, learned, d_o)
-    writes = [
-        write_adjoint(*x)
-        for x in zip(
-            d_after,
-            d_velocity or [None] * count,
-            [functools.partial(_add_reads, layout, x) for x in (*reads, *[None] * (count - len(reads)))],
-            running,
-            velocity or [None] * count,
-            learned.layers,
-            learned.writes,
-        )
-    ]
+        d_y, parts = d_o, read_layers(bank, weights, learned.layers, learned.writes)
+        for i in reversed(range(len(parts))):
+            reads.insert(0, read_adjoint(d_y, *parts[i], prepared.coefficients, learned.reads[i]))
+            d_y = hidden_adjoint(reads[0].queries, learned.probe) if i == 1 else None
+    none = [None] * count
+    by_reads = [*((part.decaying, part.written) for part in reads), *none][:count]
+    parts = (d_after, d_velocity or none, by_reads, running, velocity or none, learned.layers, learned.writes)
+    writes = [write_adjoint(*x, layout.read_outputs) for x in zip(*parts)]
     for part, found in zip(reads, writes):
         layout.read_inputs(found.x).add_(part.x)
         layout.read_weights(found.state).add_(part.state)
@@ -172,28 +166,6 @@ def learn_adjoint(
         [part.anchor for part in reads if part.anchor is not None],
         d_anchor,
     )
-
-
-def _running_read_adjoint(
-    bank: BankRule, parts: list[tuple], coefficients: Coefficients, learned: Learned, d_y: torch.Tensor
-) -> list[ReadAdjoint]:
-    """By layer, from the adjoint of the running reads."""
-    found = []
-    for i in reversed(range(len(parts))):
-        found.append(read_adjoint(d_y, *parts[i], coefficients, learned.reads[i]))
-        if i == 1:
-            d_y = hidden_adjoint(found[-1].queries, learned.probe)
-    return found[::-1]
-
-
-def _add_reads(
-    layout: Layout, part: ReadAdjoint | None, decaying: torch.Tensor | None, written: torch.Tensor | None
-) -> None:
-    """Add what running reads have of the adjoints of a layer's writes."""
-    if part is not None:
-        for whole, d in ((decaying, part.decaying), (written, part.written)):
-            if d is not None:
-                layout.read_outputs(whole).add_(d)
 
 
 def _snapshot_read_adjoint(bank: BankRule, query, base: Layers, learned: Learned, d_y, d_base: Layers):

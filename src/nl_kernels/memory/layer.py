@@ -147,16 +147,17 @@ class WriteAdjoint(NamedTuple):
 def write_adjoint(
     d_after: torch.Tensor,
     d_velocity: torch.Tensor | None,
-    add_reads: Callable[[torch.Tensor | None, torch.Tensor | None], None],
+    by_reads: tuple[torch.Tensor | None, torch.Tensor | None] | None,
     state: torch.Tensor,
     velocity: torch.Tensor | None,
     layer: LayerInput,
     done: Write,
+    part_read: Callable,
 ) -> WriteAdjoint:
     """Adjoints from those of S and U after the chunk.
 
-    ``add_reads(d_decaying, d_written)`` adds to the adjoints of what was written those that running reads
-    have.
+    ``by_reads``: what running reads add to the adjoints of ``done.decaying`` and ``written``, of the part of
+    them that is ``part_read``.
     """
     x, signal, rate, (decay, momentum, mixed), erase, gram, share = layer
     d_end = torch.bmm(x, d_after.mT)
@@ -174,7 +175,9 @@ def write_adjoint(
     if done.decaying is not None:
         d_decaying = d_end.mul_(decay.to_end)
         parts["to_end"] = row_dot(d_decaying, done.decaying)
-    add_reads(d_decaying, d_written)
+    for whole, d in zip((d_decaying, d_written), by_reads or ()):
+        if d is not None:
+            part_read(whole).add_(d)
     d_rate = torch.zeros_like(rate)
     if done.decaying is not None:
         d_rate = row_dot(d_decaying, done.surprise).neg_()

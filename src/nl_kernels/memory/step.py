@@ -61,7 +61,7 @@ def step_token(
     token, _ = source.tokens(base, gates, sequences, False)
     recalled = None
     if rule.errs_at_anchor(linear):
-        recalled = [torch.bmm(token.k, _rows(x).mT) for x in snapshot if x is not None]
+        recalled = [torch.bmm(token.k, x.flatten(0, 1).flatten(1, -2).mT) for x in snapshot if x is not None]
         recalled = torch.cat(recalled, -1) if self_made else recalled[0]
     made, others = errors_of(bank, token, base, (), False, recalled)
 
@@ -118,11 +118,6 @@ def _base(layout: Layout, anchor: tuple | None, snapshot: tuple) -> Layers:
     for part, change in zip(layout.rows_by_memory(rows), blocks):
         part.add_(change)
     return (rows,)
-
-
-def _rows(part: torch.Tensor) -> torch.Tensor:
-    """A state's [B, H, (m,) out, in] as [N, (m ·) out, in]."""
-    return part.flatten(0, 1).flatten(1, -2)
 
 
 def _pairs(layout: Layout, k: torch.Tensor, made: Errors) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:

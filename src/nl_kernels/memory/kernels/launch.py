@@ -208,7 +208,7 @@ class Plan:
         return [(first, min(first + every, chunks)) for first in range(0, chunks, every)]
 
     def bounds(self) -> tuple[torch.Tensor | None, torch.Tensor | int]:
-        """Slots of each head's first token and after its last one [N, 1, 1]; ``None`` and one number for all."""
+        """Slots of a head's first token and after its last one [N, 1, 1]; ``None`` and a number for all."""
         query, *_, spans = self.inputs.tokens
         if spans is None:
             return None, self.options.offset + query.shape[1]

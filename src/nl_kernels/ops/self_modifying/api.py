@@ -157,9 +157,7 @@ def self_modifying_memory_step(
     Args:
         query, key_input, value_input, gate_input: [B, H, D]. write_scale, momentum: [B, H]. mask: [B] bool.
         state: the state before the token, fp32 (fp64 for fp64 inputs).
-        inplace: write into the state's tensors and return them, so that memory stays where it is; they must
-            be contiguous and share no memory, as in :meth:`SelfModifyingState.clone`. Otherwise the state
-            stays as it is, and the new one may share tensors that did not change.
+        inplace: as in :func:`nl_kernels.deep_memory_step`.
 
     Returns:
         o [B, H, D] in the dtype of query, and the state after the token.
