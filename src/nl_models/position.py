@@ -69,6 +69,9 @@ def main(
     memory: Annotated[
         Path | None, typer.Option(help="File of what the model remembers: the documents with it and without.")
     ] = None,
+    allow_other_model: Annotated[
+        bool, typer.Option("--allow-other-model", help="Also a memory that was made with other weights.")
+    ] = False,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -120,7 +123,7 @@ def main(
             if not documents:
                 raise ValueError("documents: give some, of which the loss is measured with the memory")
             torch.set_num_threads(1 if threads is None else threads)
-            console.print(_of_documents(run, documents, memory, device))
+            console.print(_of_documents(run, documents, memory, device, allow_other_model))
         return
     output = run / "position" if output is None else output
     target = output / "position.json"
@@ -181,14 +184,18 @@ def main(
     console.print("\n".join(map(str, files)), highlight=False, soft_wrap=True)
 
 
-def _of_documents(model: Path, paths: list[Path], memory: Path | None, device: str) -> Table:
+def _of_documents(
+    model: Path, paths: list[Path], memory: Path | None, device: str, allow_other_model: bool
+) -> Table:
     """The table of their losses."""
     if memory is not None and not memory.exists():
         raise ValueError(f"memory: no such file: {memory}")
     opened = open_model(model, choose_device(device))
     documents = {document.name: document.text for path in paths for document in read_documents(path)}
     plain = begin_conversation(opened, None)
-    remembering = None if memory is None else begin_conversation(opened, memory)
+    remembering = None
+    if memory is not None:
+        remembering = begin_conversation(opened, memory, allow_other_model=allow_other_model)
     return documents_table(document_losses(documents, plain, remembering))
 
 
