@@ -13,7 +13,7 @@ import safetensors
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from nl_kernels.checks import check_positive_int
 from nl_models.continual import ContinuumLearner, StepRule, memory_file
@@ -21,6 +21,7 @@ from nl_models.continual.memory_file import FileOptions
 from nl_models.continual.stream import token_losses as losses_of_logits
 from nl_models.data.corpus import read_topics
 from nl_models.data.prepare import data_folder
+from nl_models.data.tokenizer import Tokenizer
 from nl_models.evaluation.token_losses import token_losses
 from nl_models.hope import HopeCache, HopeForCausalLM
 from nl_models.module_views import weights_digest
@@ -70,6 +71,8 @@ class Learned(NamedTuple):
 class Conversation(Protocol):
     """A model, what it remembers, and the file that keeps it."""
 
+    tokenizer: Tokenizer | PreTrainedTokenizerBase
+
     def learn(self, documents: Sequence[str], console: Console) -> Learned:
         """Read documents and remember them."""
 
@@ -87,6 +90,12 @@ class Conversation(Protocol):
 
     def save(self) -> None:
         """Keep the memory in its file, whole or not at all."""
+
+    def end(self) -> tuple[PreTrainedModel, HopeCache | None]:
+        """The model, in whose weights all that was learned then lies for good, and the state it has come to.
+
+        The state is ready for the next text; ``None``: the model keeps none.
+        """
 
 
 def begin_conversation(
@@ -270,6 +279,14 @@ class HopeConversation:
             packed["tensors"][f"{memory_file.CONVERSATION}/{name}"] = tensor.detach().cpu().contiguous()
         memory_file.write(self.memory, packed)
 
+    @torch.no_grad()
+    def end(self) -> tuple[PreTrainedModel, HopeCache | None]:
+        self.learner.merge_into_model()
+        cache, unread = self.cache.copy(), self._unread(self.cache)
+        if unread:
+            self.model(torch.tensor([unread], device=self.model.device), cache=cache)
+        return self.model, cache
+
 
 def _without_rest(keep: FileOptions | None) -> FileOptions:
     """A Hope's next text begins a new context, and of a chunk that is not full it keeps the reading alone."""
@@ -357,6 +374,10 @@ class LearnerConversation:
         if self.memory is not None:
             self.learner.save(self.memory, **self.keep._asdict())
 
+    def end(self) -> tuple[PreTrainedModel, HopeCache | None]:
+        self.learner.merge_into_model()
+        return self.model, None
+
 
 def _mean(losses: Iterable[tuple[float, int]]) -> float:
     """Nats a token of several texts."""
@@ -393,6 +414,9 @@ class PlainConversation:
 
     def save(self) -> None:
         pass
+
+    def end(self) -> tuple[PreTrainedModel, HopeCache | None]:
+        return self.model, None
 
 
 class _Written(StoppingCriteria):

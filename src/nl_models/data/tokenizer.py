@@ -83,7 +83,7 @@ class ByteTokenizer(BytePairTokenizer):
 
     def __init__(self) -> None:
         signs = {ord(sign) for sign in pre_tokenizers.ByteLevel.alphabet()}
-        # Byte-level BPE writes a byte as the character of its number, or where that is blank as one from 256 on.
+        # Byte-level BPE writes a byte as the character of its number, blank ones by one from 256 on.
         unseen = iter(sorted(signs - set(range(256))))
         vocabulary = {chr(byte if byte in signs else next(unseen)): byte for byte in range(256)}
         inner = tokenizers.Tokenizer(models.BPE(vocabulary, []))
