@@ -277,7 +277,7 @@ def test_what_the_disk_refuses_is_one_line(corpus, tmp_path):
     (tmp_path / "file").write_text("mine")
     below = call("--output", tmp_path / "file" / "run", "--corpus", corpus, *TINY)
     assert below.exit_code == 2
-    assert "a file stands where a folder should; choose another --output" in " ".join(below.output.split())
+    assert "a file stands where a folder should; choose another place" in " ".join(below.output.split())
     nowhere = call("--output", "/proc/nowhere/run", "--corpus", corpus, *TINY)
     assert nowhere.exit_code == 2
     assert "/proc/nowhere" in nowhere.output
@@ -286,9 +286,7 @@ def test_what_the_disk_refuses_is_one_line(corpus, tmp_path):
     with small_files(16_000):  # room for the tokens, and for no checkpoint
         full = call("--output", run, "--corpus", corpus, *TINY)
     assert full.exit_code == 2
-    assert "File too large; choose an --output on a disk that takes larger files" in " ".join(
-        full.output.split()
-    )
+    assert "File too large; choose a place on a disk that takes larger files" in " ".join(full.output.split())
     assert call("--output", run, "--resume").exit_code == 0
     with small_files(1_000):  # not even for the tokens
         assert call("--output", tmp_path / "second", "--corpus", corpus, *TINY).exit_code == 2

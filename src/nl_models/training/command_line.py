@@ -66,13 +66,13 @@ def _told(error: OSError) -> str:
     reason = error.strerror or str(error)
     where = f"{error.filename}: " if error.filename else ""
     remedies = {
-        errno.ENOSPC: "free some space, or choose an --output on another disk",
-        errno.EDQUOT: "free some space, or choose an --output on another disk",
-        errno.EFBIG: "choose an --output on a disk that takes larger files",
-        errno.ENOTDIR: "choose another --output",
-        errno.EACCES: "choose an --output that you may write to",
-        errno.EPERM: "choose an --output that you may write to",
-        errno.EROFS: "choose an --output that you may write to",
+        errno.ENOSPC: "free some space, or choose a place on another disk",
+        errno.EDQUOT: "free some space, or choose a place on another disk",
+        errno.EFBIG: "choose a place on a disk that takes larger files",
+        errno.ENOTDIR: "choose another place",
+        errno.EACCES: "choose a place that you may write to",
+        errno.EPERM: "choose a place that you may write to",
+        errno.EROFS: "choose a place that you may write to",
     }
     remedy = f"; {remedies[error.errno]}" if error.errno in remedies else ""
     return f"{where}{reason}{remedy}"
