@@ -14,8 +14,12 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from evaluations.models import LEARNING, parameters
 from evaluations.task import IGNORED
+from nl_models import HopeConfig, HopeForCausalLM
 from nl_models.continual import ContinuumLearner, StepRule
+from nl_models.evaluation.token_losses import token_losses
+from nl_models.hope import HopeCache
 from nl_models.surgery import convert_mlp_to_continuum
 
 FAST, SLOW, SLOWEST = 128, 1024, 4096  # tokens between steps
@@ -45,6 +49,27 @@ def make_base(vocabulary: int, width: int, context: int) -> LlamaForCausalLM:
             pad_token_id=None,
         )
     )
+
+
+def make_hope_base(vocabulary: int, width: int, context: int) -> HopeForCausalLM:
+    """A Hope of two layers with as many parameters, its continuum as by default."""
+
+    def make(inner: int) -> HopeForCausalLM:
+        levels = [{"hidden_size": inner, **LEARNING}]
+        return HopeForCausalLM(
+            HopeConfig(
+                vocab_size=vocabulary,
+                hidden_size=width,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                continuum_levels=levels,
+            )
+        )
+
+    with torch.device("meta"):
+        wanted = parameters(make_base(vocabulary, width, context))
+        least, more = parameters(make(8)), parameters(make(16))
+    return make(8 + 8 * round((wanted - least) / (more - least)))
 
 
 class Learner(abc.ABC):
@@ -233,6 +258,40 @@ def padded(documents: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
     return pad(documents, batch_first=True), pad(documents, batch_first=True, padding_value=IGNORED)
 
 
+class Reading(Learner):
+    """A Hope that reads on, its state carried from document to document; no weight of it is trained.
+
+    Args:
+        starts_over: every part begins with a fresh state (a control).
+    """
+
+    def __init__(self, base: HopeForCausalLM, starts_over: bool = False) -> None:
+        super().__init__()
+        self.model, self.starts_over, self.cache = base, starts_over, HopeCache(base.config)
+
+    @torch.no_grad()
+    def _read(self, documents: Sequence[torch.Tensor]) -> float:
+        if self.starts_over:
+            self.cache = HopeCache(self.model.config)
+        losses = 0.0
+        for document in documents:
+            losses += token_losses(self.model, document[None], self.cache).sum().item()
+            self.model(input_ids=document[None, -1:], cache=self.cache)
+        return losses / sum(len(document) - 1 for document in documents)
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, cache=self._copies(len(ids))).logits
+
+    def generate(self, ids: torch.Tensor, **options: object) -> torch.Tensor:
+        return self.model.generate(ids, cache=self._copies(len(ids)), **options)
+
+    def _copies(self, count: int) -> HopeCache:
+        if not self.cache.get_seq_length():
+            return HopeCache(self.model.config)
+        return self.cache.select([0] * count)
+
+
 class Levels(Learner):
     """A continuum of the transformer's own MLPs (:data:`LEVELS`) that learns as it reads.
 
@@ -288,7 +347,7 @@ class Levels(Learner):
 
 
 def make_learner(
-    method: str, base: LlamaForCausalLM, setting: dict[str, object], seed: int, classes: bool
+    method: str, base: LlamaForCausalLM | HopeForCausalLM, setting: dict[str, object], seed: int, classes: bool
 ) -> Learner:
     """The learner of a method of :data:`METHODS`; ``classes`` as for :class:`InContext`."""
     kind = METHODS[method]
@@ -312,4 +371,6 @@ METHODS: dict[str, type[Learner]] = {
     "hope_small_file": Levels,
     "starts_over": Levels,
     "other_project": Levels,
+    "hope_reads": Reading,
+    "hope_reads_anew": Reading,
 }

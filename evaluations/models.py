@@ -28,6 +28,12 @@ MODELS: dict[str, dict[str, object]] = {
         "attention_output_gate": False,
     },
     "lstm": {},
+    "titans_continuum": {"layer_types": "titans"},
+    # Parts of Hope's memories, each changed or left out, as in the paper's ablation.
+    "no_erase_continuum": {"memory_rule": {"erase": "none"}},
+    "no_decay_continuum": {"memory_retention_bias": 20.0},
+    "momentum_continuum": {"memory_momentum": True},
+    "writes_nothing_continuum": {"memory_rate_max": 0.0},
 }
 TITLES = {
     "hope": "Hope, linear memories",
@@ -40,6 +46,11 @@ TITLES = {
     "gated_delta_net_continuum": "Gated DeltaNet and continuum",
     "attention": "Transformer",
     "lstm": "LSTM",
+    "titans_continuum": "Titans and continuum (no inner projections)",
+    "no_erase_continuum": "no erase (no DGD)",
+    "no_decay_continuum": "no decay of the memories",
+    "momentum_continuum": "with momentum",
+    "writes_nothing_continuum": "nothing written by the memories",
     # Ways to learn from a stream, of evaluations.learners.
     "frozen": "Transformer, learns nothing",
     "in_context": "Transformer, in context",
@@ -53,6 +64,8 @@ TITLES = {
     "hope_small_file": "Continuum, 2 levels, small file",
     "starts_over": "Continuum, 2 levels, starts over",
     "other_project": "Continuum, 2 levels, other project",
+    "hope_reads": "Hope, reads on",
+    "hope_reads_anew": "Hope, a fresh state every part",
 }
 
 

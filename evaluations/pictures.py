@@ -5,6 +5,7 @@ Every function takes ``chosen``, which gives the rows of a task and a model, one
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def heat_maps(chosen: Chosen, study: Study, path: Path) -> Path:
     pairs = [(t, m) for t in study.tasks for m in study.settings if chosen(t, m)]
     tasks = [t for t in study.tasks if any(t == task for task, _ in pairs)]
     models = [m for m in study.settings if any(m == model for _, model in pairs)]
-    figure, panels = new_figure(len(models), rows=len(tasks), width=2.5, height=1.9)
+    figure, panels = new_figure(len(models), rows=len(tasks), width=2.5, height=2.0)
     for index, panel in enumerate(panels):
         task, model = tasks[index // len(models)], models[index % len(models)]
         rows = chosen(task, model)
@@ -37,9 +38,9 @@ def heat_maps(chosen: Chosen, study: Study, path: Path) -> Path:
         panel.grid(False)
         panel.set_xticks(range(len(lengths)), lengths, fontsize=7)
         panel.set_yticks(range(len(depths)), depths, fontsize=7)
-        panel.set_title(f"{task}\n{TITLES[model]}", fontsize=8)
-    figure.supxlabel("tokens of the stream (trained on 64)", fontsize=9)
-    figure.supylabel("where in it the statement stands: 0 its begin, 1 its end", fontsize=9)
+        panel.set_title(f"{task}\n" + textwrap.fill(TITLES[model], 24), fontsize=8)
+    figure.supxlabel("tokens of the stream (trained on 512)", fontsize=9)
+    figure.supylabel("depth of the statement", fontsize=9)
     figure.colorbar(image, ax=panels, label="right, %", shrink=0.6)
     return save_figure(figure, path)
 
@@ -56,7 +57,7 @@ def _cells(rows: list[dict]) -> tuple[list[str], list[str], np.ndarray]:
 def by_part(chosen: Chosen, study: Study, path: Path) -> Path:
     """What is right of all parts so far (of personalisation: what a day is easier than for the base)."""
     tasks = [task for task in study.tasks if any(chosen(task, m) for m in study.settings)]
-    figure, panels = new_figure(len(tasks), width=4.6, height=3.2)
+    figure, panels = new_figure(len(tasks), width=5.6, height=3.6)
     colours = matplotlib.colormaps["tab20"]
     for panel, task in zip(panels, tasks):
         base = chosen(task, "frozen")
@@ -72,10 +73,28 @@ def by_part(chosen: Chosen, study: Study, path: Path) -> Path:
                 parts, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0
             )
         nats = study.unit == "nats"
-        panel.set(title=task, xlabel="day" if nats else "parts learned")
+        panel.set(title=task, xlabel="day" if nats else "parts learned", xticks=range(1, len(parts) + 1))
         panel.set_ylabel("nats less than the base" if nats else "of what was learned, %")
     handles = {label: line for p in panels for line, label in zip(*p.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
+    look = {"ncols": 2 * len(tasks), "frameon": False, "fontsize": 8}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", **look)
+    return save_figure(figure, path)
+
+
+def differences(chosen: Chosen, study: Study, path: Path) -> Path:
+    """Bars: how much more the last score of a task is than that of the study's first model, mean and range."""
+    (task,), (first, *others) = study.tasks, study.settings
+    found = {model: chosen(task, model) for model in others if chosen(task, model)}
+    name = study.tasks[task](task).scores[-1]
+    whole = np.mean([row["scores"][name] for row in chosen(task, first)])
+    figure, (panel,) = new_figure(width=6.4, height=0.9 + 0.35 * len(found))
+    for model, rows in found.items():
+        values = np.array([row["scores"][name] for row in rows]) - whole
+        mean = values.mean()
+        panel.barh(TITLES[model], mean, xerr=[[mean - values.min()], [values.max() - mean]], color="#009E73")
+    panel.axvline(0, color="#444444", linewidth=0.8)
+    panel.invert_yaxis()
+    panel.set_xlabel(f"{study.unit} more than {TITLES[first]}")
     return save_figure(figure, path)
 
 
@@ -93,6 +112,7 @@ def _line(row: dict, base: list[dict]) -> list[float]:
 
 
 PICTURES = {
+    "ablation": differences,
     "long_context": heat_maps,
     "class_incremental": by_part,
     "two_languages": by_part,

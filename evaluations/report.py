@@ -114,11 +114,11 @@ def _markdown(lines: list[list[str]]) -> str:
     return "\n".join([head, "| " + " | ".join("---" for _ in lines[0]) + " |", *body])
 
 
-def draw(rows: list[dict], study: Study, path: Path) -> Path:
+def draw(name: str, rows: list[dict], study: Study, path: Path) -> Path:
     """A study's own picture, or the last of a task's scores on validation data against steps: mean and range
     of the seeds."""
-    if (own := study.name.removesuffix("_quick")) in PICTURES:
-        return PICTURES[own](lambda task, model: chosen(rows, study, task, model), study, path)
+    if name in PICTURES:
+        return PICTURES[name](lambda task, model: chosen(rows, study, task, model), study, path)
     tasks = [task for task in study.tasks if any(chosen(rows, study, task, m) for m in study.settings)]
     columns = min(3, len(tasks))
     figure, panels = new_figure(columns, rows=-(-len(tasks) // columns), width=3.6, height=2.7)
@@ -194,7 +194,7 @@ def write_report(folder: Path, *, quick: bool) -> list[Path]:
     pictures = folder if quick else ROOT / "docs/images"
     make_folder(pictures)
     written = [
-        draw(rows[name], study, pictures / f"evidence_{name}.png")
+        draw(name, rows[name], study, pictures / f"evidence_{name}.png")
         for name, study in studies.items()
         if any(chosen(rows[name], study, task, model) for task in study.tasks for model in study.settings)
     ]

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from evaluations.learners import METHODS, Learner, make_base, make_learner
+from evaluations.learners import METHODS, Learner, Reading, make_base, make_hope_base, make_learner
 from evaluations.study import ROOT, DataNotInstalledError, Run, Study
+from nl_models import HopeForCausalLM
 
 BASES = ROOT / "runs/evidence_data/bases"
+RATE, HOPE_RATE = 2e-3, 8e-3  # of the bases' training
 
 
 def require_package(name: str, package: str) -> Path:
@@ -68,21 +70,24 @@ class Course(abc.ABC):
     def score(self, learner: Learner, part: int, final: bool) -> float:
         """Of a part's test data (``final``) or validation data; more is better."""
 
-    def base(self, seed: int) -> LlamaForCausalLM:
-        """The transformer that every method starts from; trained on first use, and kept."""
-        what = json.dumps([self.name, seed, self.vocabulary, self.width, self.context, self.base_steps])
+    def base(self, seed: int, hope: bool = False) -> LlamaForCausalLM | HopeForCausalLM:
+        """The transformer that every method starts from, or the Hope that reads on; trained on first use, and
+        kept."""
+        what = [self.name, seed, self.vocabulary, self.width, self.context, self.base_steps]
+        what = json.dumps([*what, "hope"] if hope else what)
         folder = BASES / hashlib.sha256(what.encode()).hexdigest()[:12]
         if not (folder / "config.json").is_file():
-            self._train(seed).save_pretrained(folder)
-        return LlamaForCausalLM.from_pretrained(folder).eval()
+            self._train(seed, hope).save_pretrained(folder)
+        return (HopeForCausalLM if hope else LlamaForCausalLM).from_pretrained(folder).eval()
 
-    def _train(self, seed: int) -> LlamaForCausalLM:
+    def _train(self, seed: int, hope: bool) -> LlamaForCausalLM | HopeForCausalLM:
         torch.manual_seed(seed)
-        model = make_base(self.vocabulary, self.width, self.context)
+        make, rate = (make_hope_base, HOPE_RATE) if hope else (make_base, RATE)
+        model = make(self.vocabulary, self.width, self.context)
         rng = torch.Generator().manual_seed(seed)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, 2e-3, total_steps=self.base_steps, pct_start=0.1, cycle_momentum=False
+            optimizer, rate, total_steps=self.base_steps, pct_start=0.1, cycle_momentum=False
         )
         for _ in range(self.base_steps):
             batch = self.base_batch(rng)
@@ -155,7 +160,7 @@ class StreamStudy(Study):
 
     def perform(self, run: Run, progress: Callable[..., None]) -> dict[str, object]:
         course = self.tasks[run.task](run.task)
-        base = course.base(run.seed)
+        base = course.base(run.seed, hope=METHODS[run.model] is Reading)
         learner = make_learner(run.model, base, run.setting, run.seed, course.classes)
         outcome = course.outcome(learner, run.seed, run.model == "joint", progress)
         return {

@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from evaluations import learners, streams
-from evaluations.learners import FineTuning, InContext, Levels, Transformer, make_learner
+from evaluations.learners import (
+    METHODS,
+    FineTuning,
+    InContext,
+    Levels,
+    Reading,
+    Transformer,
+    make_base,
+    make_hope_base,
+    make_learner,
+)
+from evaluations.models import parameters
 from evaluations.streams import measures
 from evaluations.studies import CLASSES, LANGUAGES, PERSONALISATION, STUDIES
 from evaluations.study import DataNotInstalledError
@@ -27,6 +38,8 @@ def test_every_method_learns_what_it_reads_and_leaves_the_base_alone(base):
     stream = documents(1) * 24
     for study in (CLASSES, PERSONALISATION):
         for method, settings in study.settings.items():
+            if METHODS[method] is Reading:
+                continue  # starts from a Hope
             learner = make_learner(method, base, settings[0], 0, True)
             started = learner.loss(stream)
             learner.read(stream)
@@ -48,6 +61,33 @@ def test_losses_as_read_are_those_before_learning(base):
         started, rel=1e-5
     )  # one step, afterwards
     assert Levels(base, 1, [1e-9]).read(stream) == pytest.approx(started, rel=1e-4)
+
+
+def test_a_hope_that_reads_on_has_read_all_parts_as_one_text():
+    torch.manual_seed(0)
+    base = make_hope_base(20, 16, 64).eval()
+    assert parameters(base) == pytest.approx(parameters(make_base(20, 16, 64)), rel=0.05)
+    first, second, texts = documents(4), documents(5, seed=1), torch.randint(20, (3, 6))
+    for starts_over, stream in ((False, [*first, *second]), (True, second)):
+        learner = Reading(base, starts_over)
+        learner.read(first)
+        loss = learner.read(second)
+        whole = torch.cat(stream)
+        for row, text in enumerate(texts):
+            logits = base(torch.cat([whole, text])[None], use_cache=False).logits[0]
+            torch.testing.assert_close(learner.logits(texts)[row], logits[len(whole) :], rtol=1e-4, atol=1e-5)
+        skipped = len(whole) - sum(map(len, second))
+        logits = base(whole[None], use_cache=False).logits[0, skipped:]
+        losses, start = [], 0
+        for document in second:
+            rows = logits[start : start + len(document) - 1]
+            losses.append(torch.nn.functional.cross_entropy(rows, document[1:], reduction="none"))
+            start += len(document)
+        assert loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+        prompt = texts[:, :3]
+        assert learner.generate(prompt, max_new_tokens=2, do_sample=False)[:, :3].equal(prompt)
+    fresh = Reading(base)
+    torch.testing.assert_close(fresh.logits(texts), base(texts).logits)
 
 
 def test_a_level_starts_over_and_a_file_is_all_that_is_left(base, tmp_path):
