@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 if os.name != "nt":
     import fcntl
@@ -65,7 +64,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: ``path`` exists already.
-        OSError: it cannot be written; where safetensors could not, too.
+        OSError: it cannot be written; where safetensors or tokenizers could not, too.
     """
     path = Path(path)
     if path.exists():
@@ -85,7 +84,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        number = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        # Writers in Rust have errors of their own, tokenizers a bare Exception.
+        number = None if isinstance(error, OSError) else re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
