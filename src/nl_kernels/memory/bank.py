@@ -103,7 +103,7 @@ class Layout:
         return (*parts[:-1], parts[-1].unsqueeze(2))
 
     def weights_of(self, kind: type, blocks: Layers, batch: int) -> tuple:
-        """The inverse of :meth:`blocks_of`, in memory of their own if they are of several memories."""
+        """The inverse of :meth:`blocks_of`; contiguous if they are of several memories."""
         if self.self_made:
             *others, gate = (x.contiguous() for x in blocks)
             parts = (*[None] * self.linear, *others, gate.squeeze(2))
