@@ -103,7 +103,7 @@ class Layout:
         return (*parts[:-1], parts[-1].unsqueeze(2))
 
     def weights_of(self, kind: type, blocks: Layers, batch: int) -> tuple:
-        """The inverse of :meth:`blocks_of`, in memory of their own if they are of several memories."""
+        """The inverse of :meth:`blocks_of`; contiguous if they are of several memories."""
         if self.self_made:
             *others, gate = (x.contiguous() for x in blocks)
             parts = (*[None] * self.linear, *others, gate.squeeze(2))
@@ -169,16 +169,11 @@ class Layout:
         dim, size = (rows, self.width) if linear else (0, self.banks)
         return x.narrow(dim, 2 * size, size)
 
-    @property
-    def axis(self) -> int:
-        """The axis of the projections in :meth:`by_projection`."""
-        return 2 if self.linear and self.self_made else 0
-
     def by_projection(self, outputs: list[torch.Tensor]) -> torch.Tensor:
-        """Outputs of the last layers, those of the projections, a view [m, N, c, Dv] or [N, c, m, Dv]."""
+        """Outputs of the last layers, those of the projections, a view [m, N, c, Dv]."""
         wide = outputs[0]
-        if self.axis:
-            return wide[..., : 3 * self.width].unflatten(-1, (3, self.width))
+        if self.linear and self.self_made:
+            return wide[..., : 3 * self.width].unflatten(-1, (3, self.width)).movedim(-2, 0)
         return wide.view(self.projections, self.banks, *wide.shape[1:])
 
     def gates(self, outputs: list[torch.Tensor]) -> torch.Tensor | None:

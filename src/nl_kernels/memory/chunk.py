@@ -254,10 +254,9 @@ def errors_of(
 def _finish_errors(bank: BankRule, errors: list[torch.Tensor], k, v) -> torch.Tensor | None:
     """Targets, residuals and bound, in place; what scaled the errors of projections."""
     by_projection, gates = bank.layout.by_projection(errors), bank.layout.gates(errors)
-    axis = bank.layout.axis
-    by_projection -= v.unsqueeze(axis)  # given targets, or of self-made ones v in v + f(v)
+    by_projection -= v  # given targets, or of self-made ones v in v + f(v)
     if bank.residuals:
-        by_projection.narrow(axis, 0, bank.residuals).add_(k.unsqueeze(axis))
+        by_projection[: bank.residuals].add_(k)
     bound = bank.rule.error_bound
     factor = length_factor(by_projection, bound)
     if factor is not None:

@@ -255,10 +255,10 @@ def _errors_adjoint(
     d_k = layout.total(writes[0].x.add_(d_x[:, :size]))
     d_v, d_query = (d_more, None) if layout.self_made else (None, d_more)
 
-    by_projection, axis = layout.by_projection(d_errors), layout.axis
+    by_projection = layout.by_projection(d_errors)
     if bank.residuals:
-        d_k += by_projection.narrow(axis, 0, bank.residuals).sum(axis)
-    total = by_projection[0] if layout.projections == 1 else by_projection.sum(axis)
+        d_k += by_projection[: bank.residuals].sum(0)
+    total = by_projection[0] if layout.projections == 1 else by_projection.sum(0)
     d_v = total.neg() if d_v is None else d_v.sub_(total)
     return d_k, d_v, d_query if bank.reads_inputs else None, (*d_first, *d_lasts), d_anchor
 

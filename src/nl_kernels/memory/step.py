@@ -107,17 +107,21 @@ def _base(layout: Layout, anchor: tuple | None, snapshot: tuple) -> Layers:
     if len({memory.inner.ndim for memory in anchor}) > 1:  # some are by sequence, some shared
         anchor = map_tensors(lambda w: per_sequence(w, batch, dtype), anchor)
     firsts, lasts = zip(*anchor)
-    blocks = layout.blocks_of(snapshot)
-    if not layout.linear:
-        changes = [x.unflatten(0, (batch, -1)).movedim(2, 0) for x in blocks]
-        wholes = [torch.stack(x).to(dtype) for x in (firsts, lasts[:3], lasts[3:])]
-        wholes = [w if w.ndim == 5 else w.unsqueeze(1) for w in wholes]
-        parts = ((w.expand(x.shape).contiguous(), x) for w, x in zip(wholes, changes))
-        return tuple(w.add_(x).flatten(0, 2) for w, x in parts)
-    rows = torch.cat(firsts, -2).to(dtype).expand(batch, -1, -1, -1).contiguous().flatten(0, 1)
-    for part, change in zip(layout.rows_by_memory(rows), blocks):
-        part.add_(change)
-    return (rows,)
+
+    def own(fresh: torch.Tensor, axis: int) -> torch.Tensor:
+        """What was put together, for each sequence along ``axis``."""
+        fresh = fresh.to(dtype) if firsts[0].ndim == 4 else fresh.to(dtype).unsqueeze(axis)
+        return fresh if fresh.shape[axis] == batch else fresh.repeat_interleave(batch, axis)
+
+    if layout.linear:
+        rows = own(torch.cat(firsts, -2), 0)
+        last, gate = rows.split_with_sizes((3 * layout.width, 2), -2)
+        last.add_(snapshot.last.flatten(2, 3))
+        gate.add_(snapshot.gate)
+        return (rows.flatten(0, 1),)
+    changes = (snapshot.first, snapshot.last, snapshot.gate.unsqueeze(3))
+    parts = zip((firsts, lasts[:3], lasts[3:]), changes)
+    return tuple(own(torch.stack(w), 1).add_(x.movedim(2, 0)).flatten(0, 2) for w, x in parts)
 
 
 def _pairs(layout: Layout, k: torch.Tensor, made: Errors) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:

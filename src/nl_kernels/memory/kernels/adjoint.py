@@ -13,14 +13,12 @@ from nl_kernels.memory.kernels.fragments import (
     weights_at,
 )
 from nl_kernels.memory.kernels.generate import (
-    D_SCALE,
     GATE_INPUT,
     gates_of,
     given_tokens,
     locate_row,
     locate_tokens,
     make_tokens,
-    vectors_at,
 )
 from nl_kernels.memory.kernels.layer import first_rows, last_rows, memory_of, take_layer
 from nl_kernels.memory.kernels.layer_adjoint import vector_shares
@@ -42,7 +40,8 @@ from nl_kernels.memory.kernels.tokens_adjoint import (
     inputs_adjoint,
     made_adjoint,
     query_adjoint,
-    store_numbers,
+    store_rates,
+    store_scale,
     store_tokens,
     tokens_adjoint,
 )
@@ -291,13 +290,12 @@ def learn_adjoint_kernel(
             by_retention += more[2]
             d_key, d_value = made_adjoint(d_key, d_value, scratch, BANK)
             if BANK.SCALED:
-                store_numbers(d_tokens.rate, place, tl.load(vectors_at(scratch, D_SCALE, BANK)))
+                store_scale(d_tokens, place, scratch, BANK)
             inputs_adjoint(d_key, d_value, made_hidden, first_base, last_base, d_tokens, place, scratch, BANK)
         else:
             store_tokens(d_tokens.key, place, d_key, BANK.KEY_DIM)
             store_tokens(d_tokens.value, place, d_value, BANK.VALUE_DIM)
-            store_numbers(d_tokens.rate, place, d_rate)
-            store_numbers(d_tokens.log_decay, place, d_log)
+            store_rates(d_rate, d_log, d_tokens, place)
         store_tokens(d_tokens.query, place, d_query, BANK.KEY_DIM)
 
         # Weights.

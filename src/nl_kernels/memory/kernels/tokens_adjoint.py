@@ -19,6 +19,7 @@ from nl_kernels.memory.kernels.fragments import (
 from nl_kernels.memory.kernels.generate import (
     D_RATE_GATE,
     D_RETENTION_GATE,
+    D_SCALE,
     KEY_SCALE,
     QUERY_SCALE,
     RATE_GATE,
@@ -85,10 +86,19 @@ def store_tokens(base, place, x, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def store_numbers(base, place, x):
-    """A number a token [C] to the caller."""
+def store_rates(d_rate, d_log, d_tokens, place):
+    """Gradients of rates and log decays [C] of the caller."""
     token, exists = place
-    tl.store(base + token, x.to(base.dtype.element_ty), mask=exists)
+    tl.store(d_tokens.rate + token, d_rate.to(d_tokens.rate.dtype.element_ty), mask=exists)
+    tl.store(d_tokens.log_decay + token, d_log.to(d_tokens.log_decay.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def store_scale(d_tokens, place, scratch, BANK: tl.constexpr):
+    """The gradient of the scale of what the memory that is read writes."""
+    token, exists = place
+    d_scale = tl.load(vectors_at(scratch, D_SCALE, BANK))
+    tl.store(d_tokens.rate + token, d_scale.to(d_tokens.rate.dtype.element_ty), mask=exists)
 
 
 @triton.jit
