@@ -212,6 +212,17 @@ def test_an_existing_run_is_neither_overwritten_nor_changed(corpus, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_one_process_goes_on_with_a_run_that_was_begun_sharded(corpus, tmp_path):
+    run = tmp_path / "run"
+    assert call("--output", run, "--corpus", corpus, *TINY, "--steps", "4").exit_code == 0
+    options = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**options, "fsdp": True}))
+    refused = call("--output", run, "--resume", "--steps", "5")
+    assert refused.exit_code == 2
+    assert "or say --no-fsdp" in " ".join(refused.output.split())
+    assert call("--output", run, "--resume", "--steps", "5", "--no-fsdp").exit_code == 0
+
+
 def test_options_of_a_continued_run_are_checked_with_its_own(corpus, tmp_path):
     """Not with the defaults, whose warm-up is longer than this run."""
     run = tmp_path / "run"

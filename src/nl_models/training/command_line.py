@@ -102,11 +102,13 @@ def _escaped(message: object) -> str:
 
 
 def _parameter(field: dataclasses.Field, hint: typing.Any, panel: str) -> inspect.Parameter:
-    name = "model-option" if field.name == _MAPPING else field.name.replace("_", "-")
+    name = f"--{'model-option' if field.name == _MAPPING else field.name.replace('_', '-')}"
+    if hint is bool and panel == "Execution":
+        name += f"/--no-{field.name}"  # another machine may have to take back what the run was begun with
     text = field.metadata["help"]
     default = None if field.default is dataclasses.MISSING else field.default
     option = typer.Option(
-        f"--{name}",
+        name,
         help=text if default in (None, False) else f"{text} Default: {default}.",
         rich_help_panel=panel,
         # The real default is the config's; None here means "not given".

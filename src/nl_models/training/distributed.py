@@ -114,7 +114,7 @@ def run_mesh(config: TrainConfig) -> Mesh:
     if config.fsdp and not grouped():
         raise ValueError(
             "fsdp: needs processes to shard over; start them with "
-            "torchrun --nproc-per-node N -m nl_models.train"
+            "torchrun --nproc-per-node N -m nl_models.train, or say --no-fsdp"
         )
     check_shares(config, mesh)
     return mesh

@@ -206,7 +206,7 @@ def test_the_command_under_torchrun(corpus, tmp_path):
     assert output.count("3/3  validation") == 1  # one of them speaks
     assert (tmp_path / "run" / "position.json").is_file()
     for mesh in ("sequence=2", "heads=2"):
-        more = [*("--output", tmp_path / "run"), "--resume", "--mesh", mesh]
+        more = ["--output", tmp_path / "run", "--resume", "--no-fsdp", "--mesh", mesh]
         done = launch(*more, "--steps", {"sequence=2": 4, "heads=2": 5}[mesh], fresh=False)
         error = done.communicate()[1]
         assert done.returncode == 0, error
