@@ -138,8 +138,8 @@ def main(
     preset: Annotated[
         str | None,
         typer.Option(
-            help=f"Sizes of a Hope, under all other options: {', '.join(PRESETS)}. tiny is a whole first run, of "
-            "a minute on one core."
+            help=f"Sizes of a Hope, under all other options: {', '.join(PRESETS)}. tiny is a whole first run,"
+            " of a minute or two on one core."
         ),
     ] = None,
     dry_run: Annotated[

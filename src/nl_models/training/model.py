@@ -17,7 +17,7 @@ _LAYER_TYPES = {
 }
 
 
-# A run to begin with, of a minute on one core: a BPE, and the rate and initial weights of the demo's Hope.
+# A first run, of a minute or two on one core: a BPE, and the rate and initial weights of the demo's Hope.
 _FIRST_RUN = {
     "vocab_size": 1024,
     "model_options": {"initializer_range": 0.02},
