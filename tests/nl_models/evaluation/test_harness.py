@@ -43,12 +43,10 @@ def told(conversation):
 
 
 def write_task(folder, name, kind, more):
-    rows = folder / "rows.jsonl"
-    rows.write_text("\n".join(map(json.dumps, ROWS)))
     about = {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
         "test_split": "test",
         "output_type": kind,
         "doc_to_text": "{{question}}",
@@ -95,11 +93,13 @@ def chosen(model, state, row):
 def test_every_request_begins_with_the_memory(conversation, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="needs lm_eval: make lanes LANES=ecosystem")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    choices = {"doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"}
-    write_task(tmp_path, "choose", "multiple_choice", {**choices, "metric_list": [{"metric": "acc"}]})
     written = told(conversation()).reply("the quick brown", Sampling(6, temperature=0), lambda text: None)
+    choices = {"doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"}
+    rows = [{**row, "written": written} for row in ROWS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_task(tmp_path, "choose", "multiple_choice", {**choices, "metric_list": [{"metric": "acc"}]})
     options = {
-        "doc_to_target": json.dumps(written)[1:-1],
+        "doc_to_target": "{{written}}",
         "generation_kwargs": {"until": ["\0"], "max_gen_toks": 6},
         "metric_list": [{"metric": "exact_match"}],
     }
