@@ -149,7 +149,9 @@ class StateCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise TypeError("this layer commits its whole state; it has no keys and values to initialize")
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> NoReturn:
         raise TypeError("this layer commits its whole state with `commit`, not keys and values")
 
     def crop(self, tokens_to_remove: int) -> None:
