@@ -419,6 +419,9 @@ class PlainConversation:
         return self.model, None
 
 
+_EMPTY_STOPS = 2  # so many ends of nothing may come before a reply
+
+
 class _Written(StoppingCriteria):
     """Hands on what is written, and stops behind ``stop``."""
 
@@ -463,7 +466,11 @@ def _generate(model, ids: list[int], tokenizer, sampling: Sampling, write, **opt
 
 
 def _until(text: str, stop: str | None) -> str:
-    """What comes before ``stop``; a reply may begin with white space."""
+    """What comes before ``stop``; a reply may begin with white space, but not be nothing else for long."""
+    if stop is None:
+        return text
     start = len(text) - len(text.lstrip())
-    place = -1 if stop is None else text.find(stop, start)
-    return text if place < 0 or start == len(text) else text[:place]
+    if start == len(text):
+        return "" if text.count(stop) > _EMPTY_STOPS else text
+    place = text.find(stop, start)
+    return text if place < 0 else text[:place]

@@ -144,7 +144,11 @@ def main(
         bool, typer.Option("--resume", help="Continue the run in --output from its newest checkpoint.")
     ] = False,
     preset: Annotated[
-        str | None, typer.Option(help=f"Sizes of a Hope, under all other options: {', '.join(PRESETS)}.")
+        str | None,
+        typer.Option(
+            help=f"Sizes of a Hope, under all other options: {', '.join(PRESETS)}. tiny is a whole first run,"
+            " of a minute or two on one core."
+        ),
     ] = None,
     dry_run: Annotated[
         bool,

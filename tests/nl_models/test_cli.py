@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from nl_models import HopeCache, HopeConfig, HopeForCausalLM
 from nl_models.cli import app
 from nl_models.continual import ContinuumLearner, StepRule
-from nl_models.conversation import begin_conversation
+from nl_models.conversation import _until, begin_conversation
 from nl_models.data.tokenizer import ByteTokenizer
 from nl_models.files import only_writer
 from nl_models.open_model import open_model
@@ -356,6 +356,21 @@ def test_a_plain_transformer_talks_without_a_memory(llama, tmp_path):
     assert call("chat", llama, *GREEDY, text="abc")
     said = call("chat", llama, "--memory", tmp_path / "m.safetensors", text="abc", code=2)
     assert "has no memory to keep in a file; convert it first" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "reply"),
+    [
+        ("\n\n", "\n\n"),
+        ("\n\n\n", ""),
+        ("\n  so\nno", "\n  so"),
+        ("so\n", "so"),
+        (" so", " so"),
+    ],
+)
+def test_a_reply_may_begin_with_white_space_but_is_no_page_of_it(text, reply):
+    assert _until(text, "\n") == reply
+    assert _until(text, None) == text
 
 
 def test_a_reply_ends_where_it_is_told_to(hope):

@@ -162,6 +162,20 @@ def test_a_short_run_warms_up_for_a_tenth_of_it(options, expected, tmp_path, mon
     assert seen == [expected]
 
 
+def test_the_smallest_preset_is_a_whole_first_run(corpus, tmp_path, monkeypatch):
+    seen = []
+
+    def stopped(folder, config, **_):
+        seen.append(config)
+        return 0
+
+    monkeypatch.setattr("nl_models.train.train", stopped)
+    call("--output", tmp_path / "run", "--preset", "tiny", "--steps", 7)
+    (first,) = seen
+    assert (first.tokenizer, first.vocab_size, first.hidden_size, first.steps) == ("bpe", 1024, 128, 7)
+    assert first.model_options["initializer_range"] == 0.02
+
+
 @pytest.mark.parametrize(("chunk_size", "noted"), [(5, False), (6, True)])
 def test_a_level_that_windows_are_too_short_for_is_noted(chunk_size, noted, corpus, tmp_path):
     levels = json.dumps([{"hidden_size": 8, "chunk_size": chunk_size}])

@@ -150,7 +150,7 @@ def test_the_command_plans_a_preset_for_a_mesh(tmp_path):
     planned = CliRunner().invoke(app, [*call, *output, "--mesh", "data=4", "--fsdp"])
     assert planned.exit_code == 0, planned.output
     for said in (
-        "518,356 parameters",
+        "616,660 parameters",
         "4 ranks (data=4,sequence=1), weights sharded",
         "GFLOP a token",
         "a rank sends",
