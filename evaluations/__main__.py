@@ -25,7 +25,7 @@ from evaluations.study import (
     remaining,
     total,
 )
-from nl_models.training.console import TrainingDisplay, duration
+from nl_models.training.console import Display, duration
 
 console = Console()
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -110,9 +110,11 @@ def _there(study: Study, task: str) -> bool:
 def _perform(study: Study, run: Run) -> dict:
     label = f"{run.task} {run.model} seed {run.seed}"
     steps = study.training["steps"]
-    with TrainingDisplay(console, total=steps, start=0, label=label) as display:
+    with Display(console, total=steps, label=label) as display:
         return perform(
-            study, run, lambda step, loss, tokens: display.step(step, loss=loss, tokens_per_step=tokens)
+            study,
+            run,
+            lambda _, loss, tokens: display.advance(1, f"loss {loss:.3f}", tokens=tokens),
         )
 
 

@@ -347,7 +347,11 @@ class Levels(Learner):
 
 
 def make_learner(
-    method: str, base: LlamaForCausalLM | HopeForCausalLM, setting: dict[str, object], seed: int, classes: bool
+    method: str,
+    base: LlamaForCausalLM | HopeForCausalLM,
+    setting: dict[str, object],
+    seed: int,
+    classes: bool,
 ) -> Learner:
     """The learner of a method of :data:`METHODS`; ``classes`` as for :class:`InContext`."""
     kind = METHODS[method]

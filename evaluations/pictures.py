@@ -82,7 +82,7 @@ def by_part(chosen: Chosen, study: Study, path: Path) -> Path:
 
 
 def differences(chosen: Chosen, study: Study, path: Path) -> Path:
-    """Bars: how much more the last score of a task is than that of the study's first model, mean and range."""
+    """Bars: how much more the last score of a task is than the first model's, mean and range."""
     (task,), (first, *others) = study.tasks, study.settings
     found = {model: chosen(task, model) for model in others if chosen(task, model)}
     name = study.tasks[task](task).scores[-1]

@@ -86,10 +86,15 @@ def test_kernels_do_not_know_the_models_and_references_do_not_know_triton():
 
 def test_layers_import_neither_transformers_nor_the_compiler():
     """Each of them takes seconds, which somebody who wants one layer would wait for."""
-    code = "import sys, nl_models.layers; print(*{'transformers', 'torch._dynamo'} & set(sys.modules))"
+    code = (
+        "import sys, time, torch; began = time.process_time(); import nl_models.layers; "
+        "print(time.process_time() - began, *{'transformers', 'torch._dynamo'} & set(sys.modules))"
+    )
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == ""
+    seconds, *modules = found.stdout.split()
+    assert modules == []
+    assert float(seconds) < 0.6  # above torch: 0.15 where nothing else runs
 
 
 def test_class_variables_say_their_type():
@@ -117,7 +122,7 @@ def test_the_map_names_every_folder_and_module_of_the_packages_and_every_example
     assert tested >= {f"test_{path.name}" for path in (ROOT / "evaluations/tasks").glob("[!_]*.py")}
 
 
-LINES = {"nl_kernels": 15_900, "the two memories and their engine": 7_320}
+LINES = {"nl_kernels": 15_500, "the two memories and their engine": 6_895}
 LONGEST = {"file": 400, "function": 120, "kernel parameters": 30}
 # delta_memory's, older than the budget and good: not cut up for a number.
 EXCEPTED = {"state_gradients_kernel"}

@@ -29,6 +29,7 @@ MODELS = (
 # What uses other tools where they are installed.
 ECOSYSTEM = (
     "tests/test_ecosystem.py",
+    "tests/nl_models/evaluation/test_harness.py",
     "tests/nl_models/test_remote_code.py",
     "tests/nl_models/surgery/test_convert_mlp.py",
     "tests/nl_models/surgery/test_parts.py",

@@ -8,7 +8,7 @@ import torch
 
 from nl_kernels.checks import check_choice, check_tensor
 from nl_kernels.chunk_alignment import ChunkAlignment, align_packed
-from nl_kernels.memory.state import named_tensors, tensors_in, weights_in
+from nl_kernels.memory.state import named_tensors
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 
 READS = ("snapshot", "running")
@@ -49,22 +49,20 @@ def check_error_at(rule: MemoryRule, weights: DeepMemoryWeights) -> None:
         raise ValueError("rule.error_at: memories of two layers have errors at the 'snapshot', got 'anchor'")
 
 
-def check_step_dtype(state: tuple, *tensors: tuple) -> None:
-    """Check that a state is fp32, or fp64 where any of the other tensors is, as the ops return it."""
-    held = {x.dtype for x in weights_in(state)}
-    wide = torch.float64 in held or any(x.dtype == torch.float64 for x in tensors_in(tensors))
+def check_step_dtype(held: list[torch.Tensor], others: Iterable[torch.Tensor | None]) -> None:
+    """Check that a state's tensors are fp32, or fp64 where any of the others is, as the ops return it."""
+    dtypes = {x.dtype for x in held if x.is_floating_point()}
+    wide = torch.float64 in dtypes or any(x is not None and x.dtype == torch.float64 for x in others)
     expected = torch.float64 if wide else torch.float32
-    for dtype in held - {expected}:
+    for dtype in dtypes - {expected}:
         raise TypeError(f"state: expected {expected} for these inputs, got {dtype}; a state is fp32 or fp64")
 
 
-def check_own_memory(state: tuple, weights: tuple) -> None:
-    """Check that a step may write into a state: contiguous, and no memory of another tensor or of weights.
-
-    The state of a rule that is not anchored begins as the weights themselves.
-    """
-    seen = {x.data_ptr() for x in tensors_in(weights)}
-    for i, x in enumerate(tensors_in(state)):
+def check_own_memory(state: tuple, held: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
+    """Check that a step may write into the tensors of a state: contiguous, and no memory of another or of
+    weights, with which the state of a rule that is not anchored begins."""
+    seen = {x.data_ptr() for x in weights}
+    for i, x in enumerate(held):
         if not x.is_contiguous() or x.data_ptr() in seen:
             name = list(named_tensors("state", state))[i]
             raise ValueError(
@@ -74,6 +72,13 @@ def check_own_memory(state: tuple, weights: tuple) -> None:
         seen.add(x.data_ptr())
 
 
+def head_parameter(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """A float or a tensor [H] as a tensor [H], of the heads of ``like`` [.., H, D]."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.full((like.shape[-2],), float(value), device=like.device, dtype=torch.float64)
+
+
 def per_sequence(weights: torch.Tensor, batch: int, dtype: torch.dtype) -> torch.Tensor:
     """Weights [H, ..] or [B, H, ..] as [B, H, ..] in ``dtype`` (a view where they are shared)."""
     weights = weights.to(dtype)
@@ -81,19 +86,8 @@ def per_sequence(weights: torch.Tensor, batch: int, dtype: torch.dtype) -> torch
 
 
 def zero_padding(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Tokens [B, T, …] with zeros where ``mask`` is False, whatever padding holds."""
-    return x.masked_fill(~mask.view(mask.shape + (1,) * (x.ndim - 2)), 0)
-
-
-def one_token(
-    inputs: Iterable[torch.Tensor | None], mask: torch.Tensor | None
-) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
-    """Inputs [B, ..] and a mask [B] as those of one token [B, 1, ..]; zero where there is no token."""
-    inputs = [None if x is None else x.unsqueeze(1) for x in inputs]
-    if mask is None:
-        return inputs, None
-    mask = mask[:, None]
-    return [None if x is None else zero_padding(x, mask) for x in inputs], mask
+    """Tokens [B, T, …], or [B, …], with zeros where ``mask`` is False, whatever padding holds."""
+    return x.masked_fill(~mask.view(mask.shape + (1,) * (x.ndim - mask.ndim)), 0)
 
 
 def by_sequence(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from nl_models import demo, position, profile, train
 from nl_models.continual.memory_file import DTYPES, FileOptions
 from nl_models.conversation import Conversation, Sampling, begin_conversation, other_text
 from nl_models.data.corpus import read_documents
-from nl_models.files import new_directory
+from nl_models.files import new_directory, only_writer
 from nl_models.open_model import open_model
 from nl_models.surgery import convert_attention, convert_mlp_to_continuum
 from nl_models.training.command_line import explained_errors, fail
@@ -61,14 +62,24 @@ Rates = Annotated[
         "only reads), 0.01, 0.0006 … for a converted model.",
     ),
 ]
+OtherModel = Annotated[
+    bool,
+    typer.Option("--allow-other-model", help="Use a memory that was made with other weights of the model."),
+]
 _SMALLER = {"rich_help_panel": "A smaller file, without chunks that no level has stepped on yet"}
 
 
 def _open(
-    model: Path, memory: Path | None, device: str, rates: list[float] | None, threads: int
+    model: Path,
+    memory: Path | None,
+    device: str,
+    threads: int,
+    allow_other_model: bool,
+    rates: list[float] | None = None,
 ) -> Conversation:
     torch.set_num_threads(threads)
-    return begin_conversation(open_model(model, choose_device(device)), memory, rates or ())
+    opened = open_model(model, choose_device(device))
+    return begin_conversation(opened, memory, rates or (), allow_other_model=allow_other_model)
 
 
 @app.command()
@@ -80,6 +91,7 @@ def generate(
     temperature: Temperature = 0.8,
     top_p: TopP = 0.95,
     seed: Seed = None,
+    allow_other_model: OtherModel = False,
     device: Device = "auto",
     threads: Threads = 1,
 ) -> None:
@@ -90,7 +102,7 @@ def generate(
         text = sys.stdin.read() if prompt is None else prompt
         if memory is not None and not memory.exists():
             raise ValueError(f"memory: no such file: {memory}")
-        conversation = _open(model, memory, device, None, threads)
+        conversation = _open(model, memory, device, threads, allow_other_model)
         _seed(seed)
         typer.echo(text, nl=False)
         conversation.reply(text, sampling, _show)
@@ -109,6 +121,7 @@ def chat(
     ] = r"\n",
     seed: Seed = None,
     rate: Rates = None,
+    allow_other_model: OtherModel = False,
     device: Device = "auto",
     threads: Threads = 1,
 ) -> None:
@@ -117,11 +130,11 @@ def chat(
     An empty line or the end of input ends it. The file is kept up to date after every reply.
     """
     console = Console()
-    with explained_errors(NotImplementedError):
+    with explained_errors(NotImplementedError), _writing(memory):
         sampling = Sampling(max_new_tokens, temperature, top_p, stop.replace(r"\n", "\n") or None)
         sampling.check()
         remembered = memory is not None and memory.exists()
-        conversation = _open(model, memory, device, rate, threads)
+        conversation = _open(model, memory, device, threads, allow_other_model, rate)
         _seed(seed)
         if sys.stdin.isatty():
             kept = "" if memory is None else f"; {memory} {'goes on' if remembered else 'begins'}"
@@ -145,6 +158,7 @@ def learn(
     rank: Annotated[
         int | None, typer.Option(help="The change of each matrix as two factors of this rank.", **_SMALLER)
     ] = None,
+    allow_other_model: OtherModel = False,
     device: Device = "auto",
     threads: Threads = 1,
 ) -> None:
@@ -156,11 +170,13 @@ def learn(
     that was made smaller stays so, until other options are given.
     """
     console = Console()
-    with explained_errors(NotImplementedError):
-        texts = [document.text for path in documents for document in read_documents(path)]
+    with explained_errors(NotImplementedError), _writing(memory):
+        texts = [document.text for path in documents for document in read_documents(path) if document.text]
+        if not texts:
+            raise ValueError("documents: all of them are empty; give some text")
         torch.set_num_threads(threads)
         opened = open_model(model, choose_device(device))
-        conversation = begin_conversation(opened, memory, rate or ())
+        conversation = begin_conversation(opened, memory, rate or (), allow_other_model=allow_other_model)
         smaller = {"--dtype bf16": _smaller("bf16", None), "--rank 8": _smaller(None, 8)}
         if dtype is not None or rank is not None:
             conversation.keep, smaller = _smaller(dtype, rank), {}
@@ -171,6 +187,8 @@ def learn(
             f"{memory} will take about {_mib(conversation.num_bytes())}"
             + (f" ({', '.join(sizes)})" if sizes else ""),
         )
+        if conversation.num_bytes() > shutil.disk_usage(memory.absolute().parent).free:
+            raise ValueError(f"memory: the disk has no room for it; free some, or name another than {memory}")
         other_before = conversation.loss(other)
         began = time.monotonic()
         try:
@@ -188,6 +206,8 @@ def learn(
         losses = [f"{nats / max(count, 1):.3f}" for nats, count in (other_before, other_after)]
         table.add_row(name, losses[0], "–", losses[1])
         console.print(table)
+        if not found.steps:
+            _print(console, "nothing was learned: too short a text for a single step; it was only read")
         _print(console, f"{memory}: {_mib(memory.stat().st_size)}")
 
 
@@ -234,6 +254,11 @@ def doctor(
 ) -> None:
     """Show what this machine runs, by which implementation, and whether every op is right on it."""
     raise typer.Exit(doctor_command.main([] if device is None else ["--device", device]))
+
+
+def _writing(memory: Path | None) -> contextlib.AbstractContextManager[None]:
+    """What is done with a memory that is kept up to date, which no other process may do meanwhile."""
+    return contextlib.nullcontext() if memory is None else only_writer(memory)
 
 
 def _show(text: str) -> None:

@@ -13,7 +13,7 @@ import safetensors
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from nl_kernels.checks import check_positive_int
 from nl_models.continual import ContinuumLearner, StepRule, memory_file
@@ -21,11 +21,13 @@ from nl_models.continual.memory_file import FileOptions
 from nl_models.continual.stream import token_losses as losses_of_logits
 from nl_models.data.corpus import read_topics
 from nl_models.data.prepare import data_folder
+from nl_models.data.tokenizer import Tokenizer
 from nl_models.evaluation.token_losses import token_losses
 from nl_models.hope import HopeCache, HopeForCausalLM
+from nl_models.module_views import weights_digest
 from nl_models.open_model import OpenedModel
 from nl_models.surgery.modules import ContinuumCausalLM
-from nl_models.training.console import ReadingDisplay
+from nl_models.training.console import Display
 
 _PIECE = 512  # tokens that are read at once
 
@@ -52,6 +54,7 @@ class Learned(NamedTuple):
 
     Attributes:
         documents, tokens: how many.
+        steps: of the levels, all together.
         before: with the memory as it was.
         read: as they were read, each token predicted before anything was learned from it.
         after: read again, with all that was learned.
@@ -59,6 +62,7 @@ class Learned(NamedTuple):
 
     documents: int
     tokens: int
+    steps: int
     before: float
     read: float
     after: float
@@ -66,6 +70,8 @@ class Learned(NamedTuple):
 
 class Conversation(Protocol):
     """A model, what it remembers, and the file that keeps it."""
+
+    tokenizer: Tokenizer | PreTrainedTokenizerBase
 
     def learn(self, documents: Sequence[str], console: Console) -> Learned:
         """Read documents and remember them."""
@@ -85,18 +91,27 @@ class Conversation(Protocol):
     def save(self) -> None:
         """Keep the memory in its file, whole or not at all."""
 
+    def end(self) -> tuple[PreTrainedModel, HopeCache | None]:
+        """The model, in whose weights all that was learned then lies for good, and the state it has come to.
+
+        The state is ready for the next text; ``None``: the model keeps none.
+        """
+
 
 def begin_conversation(
     opened: OpenedModel,
     memory: str | os.PathLike | None,
     rates: Sequence[float] = (),
     keep: FileOptions | None = None,
+    *,
+    allow_other_model: bool = False,
 ) -> Conversation:
     """A conversation that goes on from the file ``memory``, if there is one already.
 
     Args:
         rates: one for each level that learns; see ``DEFAULT_RATES`` and ``HOPE_RATE``.
         keep: how the file is written; ``None``: as it was, and whole in a new one.
+        allow_other_model: also a file that was made with other weights of such a model.
 
     Raises:
         ValueError: a file of another model, or a model that has no memory to keep in one.
@@ -104,10 +119,12 @@ def begin_conversation(
     memory = None if memory is None else Path(memory)
     if memory is not None and not memory.absolute().parent.is_dir():
         raise ValueError(f"memory: {memory} has no folder to lie in; make it first")
+    if memory is not None and memory.exists() and not memory.is_file():
+        raise ValueError(f"memory: {memory} is no file; name one, which is made if it is not there")
     if isinstance(opened.model, HopeForCausalLM):
-        return HopeConversation(opened, memory, rates, keep)
+        return HopeConversation(opened, memory, rates, keep, allow_other_model)
     if isinstance(opened.model, ContinuumCausalLM) and opened.model.config.level_units():
-        return LearnerConversation(opened, memory, rates, keep)
+        return LearnerConversation(opened, memory, rates, keep, allow_other_model)
     if memory is not None:
         raise ValueError(
             f"memory: {type(opened.model).__name__} has no memory to keep in a file; convert it first: "
@@ -145,10 +162,16 @@ class HopeConversation:
     """
 
     def __init__(
-        self, opened: OpenedModel, memory: Path | None, rates: Sequence[float], keep: FileOptions | None
+        self,
+        opened: OpenedModel,
+        memory: Path | None,
+        rates: Sequence[float],
+        keep: FileOptions | None,
+        allow_other_model: bool,
     ):
         self.model, self.tokenizer, _ = opened
         self.memory, self.keep = memory, keep or FileOptions()
+        self.weights = None if memory is None else weights_digest(self.model)
         self.cache = HopeCache(self.model.config)
         count = len(ContinuumLearner(self.model, StepRule(rate=0.0)).chunk_sizes)
         rates = list(rates) or [HOPE_RATE] * count
@@ -159,18 +182,19 @@ class HopeConversation:
             tokenizer=self.tokenizer,
         )
         if memory is not None and memory.exists():
-            self._load(memory, keep)
+            self._load(memory, keep, allow_other_model)
 
-    def _load(self, memory: Path, keep: FileOptions | None) -> None:
+    def _load(self, memory: Path, keep: FileOptions | None, allow_other_model: bool) -> None:
         if not _is_learned(memory):
-            self.cache = HopeCache.load(memory, self.model.config, self.model.device)
+            weights = None if allow_other_model else self.weights
+            self.cache = HopeCache.load(memory, self.model.config, self.model.device, weights=weights)
             return
         packed = memory_file.read(memory)
-        self.learner.load_state_dict(packed, source=str(memory))
+        self.learner.load_state_dict(packed, source=str(memory), allow_other_model=allow_other_model)
         if keep is None:
             self.keep = FileOptions.of_file(packed["header"])
         said = packed["header"].get(memory_file.CONVERSATION)
-        if said is not None:
+        if said is not None and packed["header"]["config"] == self.weights:  # not what another model has read
             prefix = f"{memory_file.CONVERSATION}/"
             self.cache.rebuild(said, lambda name: packed["tensors"][prefix + name].to(self.model.device))
 
@@ -181,18 +205,20 @@ class HopeConversation:
     def learn(self, documents: Sequence[str], console: Console) -> Learned:
         ids = [[*self.tokenizer.encode(text), self.tokenizer.separator_id] for text in documents]
         total = sum(map(len, ids))
-        with ReadingDisplay(console, total=total, label="before") as display:
+        with Display(console, total=total, label="before") as display:
             before, _ = self._read(ids, copy.deepcopy(self.cache), display.advance)
         parameters, state = self.learner.parameters, self.learner.state
         rows = [torch.tensor([self.tokenizer.separator_id, *document]) for document in ids]
         try:
             report = self.learner.learn(rows, progress=not console.quiet)
         finally:  # stopped by Ctrl-C: what was learned so far holds in the conversation, too
-            parameters.move_levels(self.cache, parameters.weights(state.changes), -1)
-            parameters.move_levels(self.cache, parameters.weights(self.learner.state.changes), 1)
-        with ReadingDisplay(console, total=total, label="again") as display:
+            with torch.no_grad():
+                parameters.move_levels(self.cache, parameters.weights(state.changes), -1)
+                parameters.move_levels(self.cache, parameters.weights(self.learner.state.changes), 1)
+        with Display(console, total=total, label="again") as display:
             after, _ = self._read(ids, self.cache, display.advance)
-        return Learned(len(documents), total, before / total, float(report.loss), after / total)
+        steps = sum(report.steps)
+        return Learned(len(documents), total, steps, before / total, float(report.loss), after / total)
 
     def loss(self, text: str) -> tuple[float, int]:
         ids = [*self.tokenizer.encode(text), self.tokenizer.separator_id]
@@ -244,7 +270,7 @@ class HopeConversation:
         if self.memory is None:
             return
         if not any(change.any() for change in self.learner.state.changes.values()):
-            self.cache.save(self.memory)
+            self.cache.save(self.memory, weights=self.weights)
             return
         packed = self.learner.state_dict(**_without_rest(self.keep)._asdict())
         tensors: dict[str, torch.Tensor] = {}
@@ -252,6 +278,14 @@ class HopeConversation:
         for name, tensor in tensors.items():
             packed["tensors"][f"{memory_file.CONVERSATION}/{name}"] = tensor.detach().cpu().contiguous()
         memory_file.write(self.memory, packed)
+
+    @torch.no_grad()
+    def end(self) -> tuple[PreTrainedModel, HopeCache | None]:
+        self.learner.merge_into_model()
+        cache, unread = self.cache.copy(), self._unread(self.cache)
+        if unread:
+            self.model(torch.tensor([unread], device=self.model.device), cache=cache)
+        return self.model, cache
 
 
 def _without_rest(keep: FileOptions | None) -> FileOptions:
@@ -281,7 +315,12 @@ class LearnerConversation:
     """With a converted model, whose levels learn what they are told by its own loss."""
 
     def __init__(
-        self, opened: OpenedModel, memory: Path | None, rates: Sequence[float], keep: FileOptions | None
+        self,
+        opened: OpenedModel,
+        memory: Path | None,
+        rates: Sequence[float],
+        keep: FileOptions | None,
+        allow_other_model: bool,
     ):
         self.model, self.tokenizer, _ = opened
         self.memory, self.keep = memory, keep or FileOptions()
@@ -302,14 +341,15 @@ class LearnerConversation:
                 ]
         self.learner = ContinuumLearner(self.model, rules, nested=nested, tokenizer=self.tokenizer)
         if memory is not None and memory.exists():
-            self.learner.load(memory)
+            self.learner.load(memory, allow_other_model=allow_other_model)
         self.said: list[int] = []
 
     def learn(self, documents: Sequence[str], console: Console) -> Learned:
         before = _mean(map(self.loss, documents))
         report = self.learner.learn(list(documents), progress=not console.quiet)
         after = _mean(map(self.loss, documents))
-        return Learned(len(documents), sum(report.tokens), before, float(report.loss), after)
+        steps = sum(report.steps)
+        return Learned(len(documents), sum(report.tokens), steps, before, float(report.loss), after)
 
     def loss(self, text: str) -> tuple[float, int]:
         count = len(self.tokenizer.encode(text)) - 1
@@ -333,6 +373,10 @@ class LearnerConversation:
     def save(self) -> None:
         if self.memory is not None:
             self.learner.save(self.memory, **self.keep._asdict())
+
+    def end(self) -> tuple[PreTrainedModel, HopeCache | None]:
+        self.learner.merge_into_model()
+        return self.model, None
 
 
 def _mean(losses: Iterable[tuple[float, int]]) -> float:
@@ -370,6 +414,12 @@ class PlainConversation:
 
     def save(self) -> None:
         pass
+
+    def end(self) -> tuple[PreTrainedModel, HopeCache | None]:
+        return self.model, None
+
+
+_EMPTY_STOPS = 2  # so many ends of nothing may come before a reply
 
 
 class _Written(StoppingCriteria):
@@ -416,7 +466,11 @@ def _generate(model, ids: list[int], tokenizer, sampling: Sampling, write, **opt
 
 
 def _until(text: str, stop: str | None) -> str:
-    """What comes before ``stop``; a reply may begin with white space."""
+    """What comes before ``stop``; a reply may begin with white space, but not be nothing else for long."""
+    if stop is None:
+        return text
     start = len(text) - len(text.lstrip())
-    place = -1 if stop is None else text.find(stop, start)
-    return text if place < 0 or start == len(text) else text[:place]
+    if start == len(text):
+        return "" if text.count(stop) > _EMPTY_STOPS else text
+    place = text.find(stop, start)
+    return text if place < 0 else text[:place]

@@ -13,9 +13,45 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
+from filelock import FileLock, Timeout
+
+if os.name != "nt":
+    import fcntl
 
 _TEMPORARY_PREFIX = ".incomplete-"
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Within the block no other process enters one of the same memory. A hidden file beside it is locked.
+
+    It goes with the process, however that ends.
+
+    Raises:
+        FileNotFoundError: there is no folder for it.
+        ValueError: another process is within such a block.
+        OSError: its folder cannot be written.
+    """
+    named, path = path, Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"memory: {named} has no folder to lie in; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    place = path.with_name(f".{path.name}.lock")
+    try:
+        lock = FileLock(place).acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"memory: {named} is kept up to date by another process; end that one, or go on with a copy"
+        ) from error
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    with lock:
+        try:
+            yield
+        finally:
+            if not path.exists():  # nothing came of it
+                place.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -28,7 +64,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: ``path`` exists already.
-        OSError: it cannot be written; where safetensors could not, too.
+        OSError: it cannot be written; where safetensors or tokenizers could not, too.
     """
     path = Path(path)
     if path.exists():
@@ -48,7 +84,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        number = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        # Writers in Rust have errors of their own, tokenizers a bare Exception.
+        number = None if isinstance(error, OSError) else re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
@@ -66,14 +103,38 @@ def make_folder(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, "a file stands where a folder should", str(path)) from error
 
 
-def remove_incomplete(folder: Path, *, name: str | None = None) -> None:
-    """Remove what killed processes left half written in ``folder``: all, or only of the file ``name``."""
-    of_name = "" if name is None else f"{glob.escape(name)}-"
-    for left_over in Path(folder).glob(f"{_TEMPORARY_PREFIX}{of_name}*"):
+def remove_incomplete(folder: Path) -> None:
+    """Remove what killed processes left half written in ``folder``, in which nobody else writes."""
+    for left_over in Path(folder).glob(f"{_TEMPORARY_PREFIX}*"):
         if left_over.is_dir():
             shutil.rmtree(left_over, ignore_errors=True)
         else:
             left_over.unlink(missing_ok=True)
+
+
+def _remove_left_overs(path: Path) -> None:
+    """Remove what killed processes left of the file ``path``, but nothing that a living one is writing."""
+    for left_over in path.parent.glob(f"{_TEMPORARY_PREFIX}{glob.escape(path.name)}-*"):
+        with contextlib.suppress(OSError), left_over.open("rb") as file:
+            _lock(file.fileno(), wait=False)
+            left_over.unlink()
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """A file beside ``path`` that is open for writing, and its name; locked for as long as it is open."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f"{_TEMPORARY_PREFIX}{path.name}-", dir=path.parent)
+        with contextlib.suppress(OSError):  # a file system without locks
+            _lock(handle, wait=True)
+        if os.fstat(handle).st_nlink:  # else it was taken for a left-over before it was locked
+            return handle, name
+        os.close(handle)
+
+
+def _lock(handle: int, *, wait: bool) -> None:
+    """Lock an open file, which Windows does by itself; ``OSError`` if another process has done so."""
+    if os.name != "nt":
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
@@ -91,15 +152,17 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     if path.exists() and not path.is_file():  # root could replace a device
         kind = "a folder" if path.is_dir() else "no ordinary file (a device, a pipe)"
         raise FileExistsError(f"path: '{path}' is {kind}; name a file that can be replaced")
-    remove_incomplete(path.parent, name=path.name)
-    handle, name = tempfile.mkstemp(prefix=f"{_TEMPORARY_PREFIX}{path.name}-", dir=path.parent)
+    _remove_left_overs(path)
+    handle, name = _temporary(path)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+            if os.name == "nt":  # which moves no open file, and lets nobody remove one
+                file.close()
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
         _flush(path.parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

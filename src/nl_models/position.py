@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from nl_kernels.checks import check_positive_int
-from nl_models.conversation import begin_conversation
+from nl_models.conversation import Conversation, begin_conversation
 from nl_models.data.corpus import read_documents, read_folder
 from nl_models.data.prepare import data_folder, pack, prepare_data
 from nl_models.data.tokenizer import Tokenizer, open_tokenizer
 from nl_models.evaluation.documents import document_losses, documents_table
 from nl_models.evaluation.generation import check_sampling, conversation_by_turn, generation_by_position
+from nl_models.evaluation.harness import run_tasks, tasks_table
 from nl_models.evaluation.position import loss_by_position
 from nl_models.evaluation.report import (
     conversation_table,
@@ -41,6 +42,7 @@ from nl_models.training.loop import autocast
 _WINDOWS = 64  # of the text, unless told otherwise
 _TURN_TOKENS = 32
 _REPLY_TOKENS = 64
+_TASKS = {"rich_help_panel": "Tasks of lm-eval instead"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,18 @@ def main(
     memory: Annotated[
         Path | None, typer.Option(help="File of what the model remembers: the documents with it and without.")
     ] = None,
+    allow_other_model: Annotated[
+        bool, typer.Option("--allow-other-model", help="Also a memory that was made with other weights.")
+    ] = False,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Task, group or tag of lm-eval, which is to be installed; repeatable.", **_TASKS),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder of YAML files with tasks of one's own.", **_TASKS)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Requests of each task.", **_TASKS)] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Requests at a time.", **_TASKS)] = 8,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -107,7 +121,8 @@ def main(
     """Measure a model's loss on documents, or by the distance from the start of a text.
 
     With documents: nats per token, bits per byte and perplexity of each, or
-    the loss with --memory and without; nothing is learned from them.
+    the loss with --memory and without; nothing is learned from them. With
+    --task: scores of tasks of lm-eval, with --memory and without.
 
     Without: three losses, by position: one state carried from the first
     token on; a fresh state every window; the same without writes. Reading on
@@ -115,12 +130,19 @@ def main(
     plots.
     """
     console = Console()
-    if documents or memory is not None:
+    if documents or memory is not None or task:
         with explained_errors(NotImplementedError):
-            if not documents:
-                raise ValueError("documents: give some, of which the loss is measured with the memory")
+            if not documents and not task:
+                raise ValueError("documents: give some, or a --task, to measure the memory with")
+            if documents and task:
+                raise ValueError("task: give documents or tasks, not both")
             torch.set_num_threads(1 if threads is None else threads)
-            console.print(_of_documents(run, documents, memory, device))
+            opened = _opened(run, memory, device, allow_other_model)
+            if task:
+                about = {"folder": task_folder, "limit": limit, "batch_size": batch}
+                console.print(tasks_table(*(run_tasks(each, task, **about) for each in opened)))
+            else:
+                console.print(_of_documents(documents, *opened))
         return
     output = run / "position" if output is None else output
     target = output / "position.json"
@@ -181,14 +203,20 @@ def main(
     console.print("\n".join(map(str, files)), highlight=False, soft_wrap=True)
 
 
-def _of_documents(model: Path, paths: list[Path], memory: Path | None, device: str) -> Table:
-    """The table of their losses."""
+def _opened(model: Path, memory: Path | None, device: str, allow_other_model: bool) -> list[Conversation]:
+    """The model, and with a memory the same once more with it."""
     if memory is not None and not memory.exists():
         raise ValueError(f"memory: no such file: {memory}")
     opened = open_model(model, choose_device(device))
+    conversations = [begin_conversation(opened, None)]
+    if memory is not None:
+        conversations += [begin_conversation(opened, memory, allow_other_model=allow_other_model)]
+    return conversations
+
+
+def _of_documents(paths: list[Path], plain: Conversation, remembering: Conversation | None = None) -> Table:
+    """The table of their losses."""
     documents = {document.name: document.text for path in paths for document in read_documents(path)}
-    plain = begin_conversation(opened, None)
-    remembering = None if memory is None else begin_conversation(opened, memory)
     return documents_table(document_losses(documents, plain, remembering))
 
 

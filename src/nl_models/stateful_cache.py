@@ -230,12 +230,18 @@ class StatefulCache:
         order[rows] = self.batch_size + torch.arange(len(rows))
         vars(self).update(vars(type(self).join([self, begun]).select(order)))
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the cache to a safetensors file; the file appears whole or not at all."""
+    def save(self, path: str | os.PathLike, *, weights: str | None = None) -> None:
+        """Write the cache to a safetensors file; the file appears whole or not at all.
+
+        ``weights``: what tells the model's weights from others, such as ``module_views.weights_digest``, for
+        :meth:`load` to ask for.
+        """
         self._check_nothing_pends()
         tensors: dict[str, torch.Tensor] = {}
         described = {name: json.dumps(value) for name, value in self.describe(tensors).items()}
         metadata = {"format": self.file_format, "fingerprint": self.fingerprint, **described}
+        if weights is not None:
+            metadata["weights"] = weights
         write_bytes(path, safetensors.torch.save(tensors, metadata))
 
     @classmethod
@@ -244,6 +250,8 @@ class StatefulCache:
         path: str | os.PathLike,
         config: PreTrainedConfig,
         device: torch.device | str = "cpu",
+        *,
+        weights: str | None = None,
     ) -> Self:
         """Read a cache that :meth:`save` wrote.
 
@@ -251,10 +259,11 @@ class StatefulCache:
             path: the file.
             config: of the model that will use the cache.
             device: where its tensors go.
+            weights: of that model, as :meth:`save` got them; ``None``, and where it got none: not compared.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, is no saved cache, or was made for another config.
+            ValueError: the file is truncated, is no saved cache, or is of another config or other weights.
         """
         path, kind = Path(path), cls.__name__
         if not path.is_file():
@@ -267,6 +276,9 @@ class StatefulCache:
                     raise ValueError(f"path: {path} is no saved {kind}")
                 if metadata.pop("fingerprint") != cache.fingerprint:
                     raise ValueError(f"path: {path} was saved from a model of another config")
+                saved = metadata.pop("weights", None)
+                if weights is not None and saved not in (None, weights):
+                    raise ValueError(f"path: {path} was saved from a model with other weights")
                 described = {name: json.loads(value) for name, value in metadata.items()}
                 cache.rebuild(described, file.get_tensor)
         except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:

@@ -18,7 +18,8 @@ from nl_models.evaluation.held_out import measure_held_out
 from nl_models.files import write_json
 from nl_models.hope.configuration_hope import PRESETS
 from nl_models.open_model import copy_weights, open_model
-from nl_models.profiling.dry_run import Mesh, described, plan_run
+from nl_models.parallel.mesh import Mesh
+from nl_models.profiling.dry_run import described, plan_run
 from nl_models.training.checkpoint import best_checkpoint, list_checkpoints
 from nl_models.training.command_line import explained_errors, with_config_options
 from nl_models.training.config import (
@@ -28,15 +29,20 @@ from nl_models.training.config import (
     read_options,
     typed_options,
 )
-from nl_models.training.console import TrainingDisplay
-from nl_models.training.distributed import choose_device, joined_processes, on_first, rank, restartable
+from nl_models.training.console import Display
+from nl_models.training.distributed import (
+    choose_device,
+    joined_processes,
+    on_first,
+    rank,
+    restartable,
+    run_mesh,
+)
 from nl_models.training.loop import (
     DivergedError,
-    Outcome,
     StopSignal,
     Trainer,
     autocast,
-    check_processes,
     continued_config,
     create_run,
     only_process,
@@ -49,8 +55,8 @@ _POSITION_STREAMS = 8
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 
 
-def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) -> Outcome:
-    """Run or continue the training in ``folder`` and report on ``console``.
+def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) -> int:
+    """Run or continue the training in ``folder`` and report on ``console``; returns the step it ends after.
 
     In a group of processes all call this together; the first one alone writes to the folder.
 
@@ -60,7 +66,7 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    check_processes(config)
+    run_mesh(config)
     if config.track is not None:
         tracker_class(config.track)
     if not resume:
@@ -91,15 +97,17 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
             console.print(
                 f"{folder} is complete: all {config.steps} steps are done", highlight=False, soft_wrap=True
             )
-            outcome = Outcome(start, finished=True)
+            ended = start
         else:
             on_first(lambda: _save_steps(folder, config))
-            display = TrainingDisplay(console, total=config.steps, start=start, label=config.model)
-            with StopSignal() as stop:
-                outcome = trainer.run(display, stop)
-        if outcome.finished and rank() == 0:
+            with (
+                Display(console, total=config.steps, start=start, label=config.model) as display,
+                StopSignal() as stop,
+            ):
+                ended = trainer.run(display, stop)
+        if ended >= config.steps and rank() == 0:
             _measure_position(folder, config, data, console, trainer.device)
-        return outcome
+        return ended
 
 
 def _save_steps(folder: Path, config: TrainConfig) -> None:
@@ -136,7 +144,11 @@ def main(
         bool, typer.Option("--resume", help="Continue the run in --output from its newest checkpoint.")
     ] = False,
     preset: Annotated[
-        str | None, typer.Option(help=f"Sizes of a Hope, under all other options: {', '.join(PRESETS)}.")
+        str | None,
+        typer.Option(
+            help=f"Sizes of a Hope, under all other options: {', '.join(PRESETS)}. tiny is a whole first run,"
+            " of a minute or two on one core."
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -146,13 +158,6 @@ def main(
             "without data, for a GPU unless --device is cpu. Takes minutes for a large model.",
         ),
     ] = False,
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            help="Ranks to plan for, such as data=8,sequence=4: data shares out the windows (nl train under "
-            "torchrun), sequence each window (nl_models.parallel). Default: one process."
-        ),
-    ] = None,
     *,
     overrides: dict[str, object],
 ) -> None:
@@ -161,10 +166,6 @@ def main(
     A killed run continues with --resume to the same loss curve. Ctrl-C saves a checkpoint first.
     """
     with explained_errors(DivergedError):
-        if mesh is not None and not dry_run:
-            raise ValueError(
-                "mesh: is of --dry-run; in training a launcher says how many processes there are"
-            )
         file = typed_options(read_options(config), source=str(config)) if config else {}
         options = merged_options(preset_options(preset) if preset else {}, file, overrides)
         source = str(config) if config else "options"
@@ -178,17 +179,17 @@ def main(
         else:
             checked = config_from_dict(options, source=source)
         if dry_run:
-            _print_pairs(Console(), **described(plan_run(checked, Mesh.parse(mesh or "data=1"))))
+            _print_pairs(Console(), **described(plan_run(checked, Mesh.parse(checked.mesh or "data=1"))))
             return
         with joined_processes(choose_device(checked.device)):
             console = Console(quiet=rank() > 0)
-            outcome = train(output, checked, resume=resume, console=console)
-    if outcome.finished:
+            ended = train(output, checked, resume=resume, console=console)
+    if ended >= checked.steps:
         _print_results(console, output)
     else:
         again = shlex.join(["python", "-m", "nl_models.train", "--output", str(output), "--resume"])
         console.print(
-            f"Stopped after step {outcome.step}; a checkpoint is saved. Continue with:\n  {again}",
+            f"Stopped after step {ended}; a checkpoint is saved. Continue with:\n  {again}",
             highlight=False,
             soft_wrap=True,
         )

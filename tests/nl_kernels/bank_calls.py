@@ -2,7 +2,7 @@
 
 import torch
 
-from nl_kernels.memory.bank import Bank
+from nl_kernels.memory.kernels.arguments import Bank
 from nl_kernels.memory.kernels.launch import plan_forward
 from nl_kernels.memory.kernels.launch_backward import plan_backward
 from nl_kernels.triton_support.kernel_call import KernelCall

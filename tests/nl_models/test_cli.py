@@ -1,21 +1,26 @@
 """The commands of ``nl``, as a user calls them, on models of seconds."""
 
 import json
+import os
 import re
+import shutil
 
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from nl_models import HopeCache, HopeConfig, HopeForCausalLM
 from nl_models.cli import app
 from nl_models.continual import ContinuumLearner, StepRule
-from nl_models.conversation import begin_conversation
+from nl_models.conversation import _until, begin_conversation
 from nl_models.data.tokenizer import ByteTokenizer
+from nl_models.files import only_writer
 from nl_models.open_model import open_model
 from nl_models.training.checkpoint import list_checkpoints
+from tests.nl_models.full_disk import small_files
 
 
 def call(*arguments, text=None, code=0):
@@ -172,6 +177,85 @@ def test_what_was_learned_before_ctrl_c_is_kept(hope, corpus, tmp_path, monkeypa
     assert losses[1] < 0.95 * losses[0]
 
 
+def test_a_text_that_is_too_short_to_learn_from_is_read(hope, corpus, tmp_path):
+    """Into a state, too: what waits for a chunk to be full is in it."""
+    memory, short, empty = (tmp_path / name for name in ("m.safetensors", "short.txt", "empty.txt"))
+    short.write_text("a")
+    empty.write_text("")
+    assert "all of them are empty" in call("learn", hope, empty, "--memory", memory, code=2)
+    assert not memory.exists()
+    call("chat", hope, *GREEDY, "--memory", memory, text="hello")
+    assert "too short a text for a single step" in call("learn", hope, short, empty, "--memory", memory)
+    assert "nothing was learned" not in call("learn", hope, corpus / "0.txt", "--memory", memory)
+    plain, taught = (begin_conversation(open_model(hope), path) for path in (None, memory))
+    assert taught.loss("the quick brown")[0] < plain.loss("the quick brown")[0]
+    said = call("evaluate", hope, short, empty)
+    assert "short.txt" in said
+    assert "empty.txt" not in said
+    assert "none has a token that is predicted" in call("evaluate", hope, empty, code=2)
+
+
+def test_a_memory_that_was_made_with_other_weights_needs_consent(hope, corpus, tmp_path):
+    """Of what was read, and of what was learned; the state of another model is not gone on with then."""
+    other = tmp_path / "other"
+    shutil.copytree(hope, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.embed_tokens.weight"][3] *= 1.01
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    read, learned = tmp_path / "read", tmp_path / "learned"
+    call("chat", hope, *GREEDY, "--memory", read, text="hello")
+    call("learn", hope, corpus / "0.txt", "--memory", learned)
+    for memory, message in ((read, "a model with other weights"), (learned, "other values of its weights")):
+        before = memory.read_bytes()
+        for command, text in (("chat", "hi"), ("generate", None), ("evaluate", None), ("learn", None)):
+            what = {"chat": (), "generate": ("hi",)}.get(command, (corpus / "1.txt",))
+            said = call(command, other, *what, "--memory", memory, text=text, code=2)
+            assert message in " ".join(said.split())
+            assert memory.read_bytes() == before
+        assert call("generate", other, "hi", *GREEDY, "--memory", memory, "--allow-other-model")
+    cache = begin_conversation(open_model(other), learned, allow_other_model=True).cache
+    assert cache.get_seq_length() == 0
+    text = (corpus / "1.txt").read_text()
+    losses = [
+        begin_conversation(open_model(other), path, allow_other_model=True).loss(text)[0]
+        for path in (None, learned)
+    ]
+    assert losses[1] < 0.95 * losses[0]
+
+
+def test_one_process_at_a_time_keeps_a_memory_up_to_date(hope, corpus, tmp_path):
+    memory = tmp_path / "memory.safetensors"
+    call("chat", hope, *GREEDY, "--memory", memory, text="hello")
+    before = memory.read_bytes()
+    with only_writer(memory):
+        for arguments in (("chat", hope), ("learn", hope, corpus / "0.txt")):
+            said = call(*arguments, "--memory", memory, text="hello", code=2)
+            assert "is kept up to date by another process" in " ".join(said.split())
+        assert call("generate", hope, "x", *GREEDY, "--memory", memory)  # which only reads it
+    assert memory.read_bytes() == before
+    call("chat", hope, *GREEDY, "--memory", memory, text="hello")
+    assert memory.read_bytes() != before
+
+
+def test_a_memory_for_which_the_disk_has_no_room_loses_nothing(hope, tmp_path, monkeypatch):
+    memory, text = tmp_path / "memory.safetensors", tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps. " * 4)
+    call("learn", hope, text, "--memory", memory)
+    before = memory.read_bytes()
+    with small_files(1 << 12):
+        said = call("learn", hope, text, "--memory", memory, code=2)
+    assert "File too large; choose a place on a disk that takes larger files" in " ".join(said.split())
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    said = call("learn", hope, text, "--memory", memory, code=2)
+    assert "memory: the disk has no room for it" in said
+    assert "as read" not in said  # before anything is learned
+    assert memory.read_bytes() == before
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    said = call("chat", hope, "--memory", memory, text="hello", code=2)
+    assert "Permission denied; choose a place that you may write to" in " ".join(said.split())
+
+
 def test_a_smaller_file_is_said_and_stays_small(hope, llama, corpus, tmp_path):
     converted = tmp_path / "converted"
     call("convert", llama, converted, "--level", "0.5:8")
@@ -274,6 +358,21 @@ def test_a_plain_transformer_talks_without_a_memory(llama, tmp_path):
     assert "has no memory to keep in a file; convert it first" in said
 
 
+@pytest.mark.parametrize(
+    ("text", "reply"),
+    [
+        ("\n\n", "\n\n"),
+        ("\n\n\n", ""),
+        ("\n  so\nno", "\n  so"),
+        ("so\n", "so"),
+        (" so", " so"),
+    ],
+)
+def test_a_reply_may_begin_with_white_space_but_is_no_page_of_it(text, reply):
+    assert _until(text, "\n") == reply
+    assert _until(text, None) == text
+
+
 def test_a_reply_ends_where_it_is_told_to(hope):
     whole = call("chat", hope, "--stop", "", *GREEDY, text="hello")
     stop = whole[4]
@@ -292,6 +391,8 @@ def test_a_reply_ends_where_it_is_told_to(hope):
         (("learn", "{hope}", "{corpus}", "--memory", "no/m"), "memory: no/m has no folder to lie in"),
         (("learn", "{hope}", "{corpus}", "--memory", "m", "--rate", 1, "--rate", 1), "for each of 1 levels"),
         (("learn", "{hope}", "{corpus}", "--memory", "{corpus}/0.txt"), "no saved HopeCache"),
+        (("learn", "{hope}", "{corpus}", "--memory", "{corpus}"), "is no file; name one"),
+        (("chat", "{hope}", "--memory", "/dev/null"), "is no file; name one"),
         (("convert", "{hope}", "new"), "model: expected one of"),
         (("convert", "{llama}", "{corpus}"), "exists; choose another folder"),
         (("convert", "{llama}", "new", "--level", "x"), "level: expected FRACTION:CHUNK"),

@@ -2,13 +2,14 @@
 
 import ast
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from nl_models.files import new_directory, remove_incomplete, write_bytes, write_json
+from nl_models.files import new_directory, only_writer, remove_incomplete, write_bytes, write_json
 from nl_models.hope import HopeConfig, HopeForCausalLM
 from tests.nl_models.full_disk import small_files
 
@@ -77,6 +78,55 @@ def test_left_overs_are_removed_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_what_another_process_is_writing_stays(tmp_path):
+    """The last one's file is there, and neither takes the other's half for a left-over."""
+    path, (begun, go_on) = tmp_path / "memory", os.pipe()
+    (tmp_path / ".incomplete-memory-of-a-killed-one").write_text("half")
+    child = os.fork()
+    if child == 0:
+        os.close(begun)
+        flush, failed = os.fsync, 1
+
+        def slowly(descriptor):
+            flush(descriptor)
+            os.write(go_on, b"x")
+            time.sleep(0.5)
+
+        os.fsync = slowly
+        try:
+            write_bytes(path, b"theirs")
+            failed = 0
+        finally:
+            os._exit(failed)
+    os.close(go_on)
+    assert os.read(begun, 1) == b"x"  # its half is on the disk
+    write_bytes(path, b"ours")
+    assert path.read_bytes() == b"ours"
+    assert os.waitpid(child, 0)[1] == 0
+    assert path.read_bytes() == b"theirs"
+    assert os.listdir(tmp_path) == ["memory"]
+
+
+def test_one_process_at_a_time_keeps_a_file_up_to_date(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "memory")
+    with only_writer(tmp_path / "memory"):
+        for name in ("memory", "link"):
+            with (
+                pytest.raises(ValueError, match="kept up to date by another process"),
+                only_writer(tmp_path / name),
+            ):
+                pass
+        with only_writer(tmp_path / "other"):
+            pass
+    with only_writer(tmp_path / "link"):
+        pass
+    with (
+        pytest.raises(FileNotFoundError, match="has no folder to lie in"),
+        only_writer(tmp_path / "no/memory"),
+    ):
+        pass
+
+
 def test_a_file_has_the_rights_of_any_new_file_and_is_on_the_disk_first(tmp_path, monkeypatch):
     flushed = []
     real = os.fsync
@@ -123,7 +173,6 @@ def test_a_full_disk_is_the_same_error_whoever_writes(tmp_path):
 
 # What writes within `new_directory`, which flushes it and gives it its rights; the kernel's own files.
 OTHERS = {
-    ("data/tokenizer.py", "write_text"),
     ("data/prepare.py", "write_text"),
     ("profiling/memory.py", "write_text"),
     ("measure.py", "write_text"),

@@ -14,7 +14,6 @@ import typer
 from typer.testing import CliRunner
 
 from nl_models.train import main
-from nl_models.training.loop import Outcome
 from nl_models.training.metrics import read_metrics
 from tests.nl_models.full_disk import small_files
 
@@ -55,22 +54,22 @@ def test_help_lists_every_option_with_its_default():
         assert expected in words
 
 
-# Runs the command, and kills its own process at the n-th record written or file flushed.
+# Runs the command, and kills its own process at the n-th step recorded or file flushed.
 DYING = """
 import os, signal, sys, typer
 from nl_models import files, train
-from nl_models.training.metrics import MetricsLog
+from nl_models.training.console import Display
 left = int(sys.argv.pop(1))
 def dying(function):
-    def wrapped(*arguments):
+    def wrapped(*arguments, **options):
         global left
         left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
+        return function(*arguments, **options)
     return wrapped
 files._flush = dying(files._flush)
-MetricsLog.write = dying(MetricsLog.write)
+Display.advance = dying(Display.advance)
 typer.run(train.main)
 """
 
@@ -156,11 +155,25 @@ def test_a_short_run_warms_up_for_a_tenth_of_it(options, expected, tmp_path, mon
 
     def stopped(folder, config, **_):
         seen.append(config.warmup_steps)
-        return Outcome(0, finished=False)
+        return 0
 
     monkeypatch.setattr("nl_models.train.train", stopped)
     call("--output", tmp_path / "run", "--steps", *options)
     assert seen == [expected]
+
+
+def test_the_smallest_preset_is_a_whole_first_run(corpus, tmp_path, monkeypatch):
+    seen = []
+
+    def stopped(folder, config, **_):
+        seen.append(config)
+        return 0
+
+    monkeypatch.setattr("nl_models.train.train", stopped)
+    call("--output", tmp_path / "run", "--preset", "tiny", "--steps", 7)
+    (first,) = seen
+    assert (first.tokenizer, first.vocab_size, first.hidden_size, first.steps) == ("bpe", 1024, 128, 7)
+    assert first.model_options["initializer_range"] == 0.02
 
 
 @pytest.mark.parametrize(("chunk_size", "noted"), [(5, False), (6, True)])
@@ -211,6 +224,17 @@ def test_an_existing_run_is_neither_overwritten_nor_changed(corpus, tmp_path):
     assert changed.exit_code == 2
     assert "learning_rate (0.002 → 0.5)" in " ".join(changed.output.split())
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_one_process_goes_on_with_a_run_that_was_begun_sharded(corpus, tmp_path):
+    run = tmp_path / "run"
+    assert call("--output", run, "--corpus", corpus, *TINY, "--steps", "4").exit_code == 0
+    options = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**options, "fsdp": True}))
+    refused = call("--output", run, "--resume", "--steps", "5")
+    assert refused.exit_code == 2
+    assert "or say --no-fsdp" in " ".join(refused.output.split())
+    assert call("--output", run, "--resume", "--steps", "5", "--no-fsdp").exit_code == 0
 
 
 def test_options_of_a_continued_run_are_checked_with_its_own(corpus, tmp_path):
@@ -278,7 +302,7 @@ def test_what_the_disk_refuses_is_one_line(corpus, tmp_path):
     (tmp_path / "file").write_text("mine")
     below = call("--output", tmp_path / "file" / "run", "--corpus", corpus, *TINY)
     assert below.exit_code == 2
-    assert "a file stands where a folder should; choose another --output" in " ".join(below.output.split())
+    assert "a file stands where a folder should; choose another place" in " ".join(below.output.split())
     nowhere = call("--output", "/proc/nowhere/run", "--corpus", corpus, *TINY)
     assert nowhere.exit_code == 2
     assert "/proc/nowhere" in nowhere.output
@@ -287,9 +311,7 @@ def test_what_the_disk_refuses_is_one_line(corpus, tmp_path):
     with small_files(16_000):  # room for the tokens, and for no checkpoint
         full = call("--output", run, "--corpus", corpus, *TINY)
     assert full.exit_code == 2
-    assert "File too large; choose an --output on a disk that takes larger files" in " ".join(
-        full.output.split()
-    )
+    assert "File too large; choose a place on a disk that takes larger files" in " ".join(full.output.split())
     assert call("--output", run, "--resume").exit_code == 0
     with small_files(1_000):  # not even for the tokens
         assert call("--output", tmp_path / "second", "--corpus", corpus, *TINY).exit_code == 2

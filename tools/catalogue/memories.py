@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nl_kernels.memory.bank import Bank
+from nl_kernels.memory.kernels.arguments import Bank
 from nl_kernels.memory.kernels.launch import Inputs, Options, limits_of, plan_forward, precision_of
 from nl_kernels.memory.kernels.launch_backward import plan_backward
 from nl_kernels.memory_rule import MemoryRule

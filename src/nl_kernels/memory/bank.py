@@ -1,14 +1,13 @@
 """A bank: the memories of one head, and how the memories of N banks lie in tensors.
 
 ``deep_memory`` has a bank of one memory, which is given its targets. ``self_modifying_memory`` has a bank of
-five: the memory that is read, those that make keys and values (the projections are these three), and those
+five: those that make keys and values, the memory that is read (the projections are these three), and those
 that make rates and retentions (the gates). All memories of a bank learn the same keys at the same rates and
 retentions.
 
 With M memories, of which m are projections, and N = sequences × heads, the memory axis comes first: a layer
-of all memories is [M · N, out, in]. The memory that is read is the first one. Linear memories take in the
-same keys, so that a bank of them is a single layer whose outputs are those of all memories, one below the
-other.
+of all memories is [M · N, out, in]. Linear memories take in the same keys, so that a bank of them is a single
+layer whose outputs are those of all memories, one below the other.
 """
 
 from __future__ import annotations
@@ -18,17 +17,30 @@ from typing import NamedTuple
 
 import torch
 
+Layers = tuple[torch.Tensor, ...]
+"""The layers of N banks: weights, changes, velocities, or adjoints of them. Empty where there is none.
 
-class Bank(NamedTuple):
-    """Weights of all memories of N = B · H heads, as kernels have them, and states but for their axes.
+Two-layer memories have their first layers [M · N, h, D], the last layers of the projections [m · N, Dv, h],
+and those of the gates [2 · N, 1, h], if there are gates. Linear ones have one layer, [N, outputs, D].
+"""
 
-    First layers are [N, M · h, D], last layers [N, rows, in].
-    The rows of last layers lie one memory below the other, those of gates last. Linear memories have last
-    layers alone.
-    """
 
-    first: torch.Tensor | None
-    last: torch.Tensor | None
+class ReadMet(NamedTuple):
+    """A boundary that the memory which is read meets, or all the others; ``size`` along ``dim``."""
+
+    read: bool
+    dim: int
+    size: int
+
+    def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The parts of a layer where the boundary is met; two of five memories come before the one read."""
+        rest = x.shape[self.dim] - 3 * self.size
+        before, own, after = x.split_with_sizes((2 * self.size, self.size, rest), self.dim)
+        return (own,) if self.read else (before, after)
+
+
+Met = bool | ReadMet | torch.Tensor
+"""Where a boundary is met: everywhere, nowhere, by some memories, or a bool tensor that broadcasts."""
 
 
 class Sequences(NamedTuple):
@@ -38,56 +50,10 @@ class Sequences(NamedTuple):
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    gate: torch.Tensor | None
-    rate: torch.Tensor | None
-    log_decay: torch.Tensor | None
-    momentum: torch.Tensor | None
-
-
-class Call(NamedTuple):
-    """A call of an op: its tokens and the banks of N = B · H heads.
-
-    Attributes:
-        gates: largest rate and both biases [H], ``None`` where rates are given.
-        running, snapshot, anchor, velocity: banks; absent without an anchor, or without momentum.
-        position: [B], tokens since each sequence's last boundary.
-    """
-
-    tokens: Sequences
-    gates: tuple[torch.Tensor | None, ...]
-    running: Bank
-    snapshot: Bank
-    anchor: Bank
-    velocity: Bank
-    position: torch.Tensor
-
-
-class ReadMet(NamedTuple):
-    """A boundary that the memory which is read meets, or all the others: the first ``size`` along ``dim``."""
-
-    read: bool
-    dim: int
-    size: int
-
-    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The parts of a layer where the boundary is met and where it is not."""
-        parts = x.split_with_sizes((self.size, x.shape[self.dim] - self.size), self.dim)
-        return parts if self.read else parts[::-1]
-
-
-Met = bool | ReadMet | torch.Tensor
-"""Where a boundary is met: everywhere, nowhere, by some memories, or a bool tensor that broadcasts."""
-
-Layers = tuple[torch.Tensor, ...]
-"""The layers of N banks: weights, changes, velocities, or adjoints of them. Empty where there is none.
-
-Two-layer memories have their first layers [M · N, h, D], the last layers of the projections [m · N, Dv, h],
-and those of the gates [2 · N, 1, h], if there are gates. Linear ones have one layer, [N, outputs, D].
-"""
-
-
-_READ_FIRST = [2, 0, 1, 3, 4]  # of a state's key, value, memory, rate, retention
-_READ_THIRD = [1, 2, 0, 3, 4]
+    gate: torch.Tensor | None = None
+    rate: torch.Tensor | None = None
+    log_decay: torch.Tensor | None = None
+    momentum: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,33 +95,45 @@ class Layout:
         """Whether several memories lie along the batch."""
         return self.self_made and not self.linear
 
-    def layers_of(self, bank: Bank) -> tuple[torch.Tensor | None, ...]:
-        """The layers of weights as states have them; as many ``None`` where there are none."""
-        if bank.last is None:
-            return (None,) * self.layers
+    def blocks_of(self, weights: tuple) -> Layers:
+        """A state's weights [B, H, ..] as blocks [N, m, out, in] of m memories, by layer: views."""
+        parts = [x.flatten(0, 1) for x in weights if x is not None]
         if not self.self_made:
-            return tuple(x for x in bank if x is not None)
-        last, gate = bank.last.split_with_sizes((3 * self.width, 2), 1)
-        last = last.unflatten(1, (3, self.width))[:, _READ_FIRST[:3]]
-        if self.linear:
-            return (torch.cat([last.flatten(1, 2), gate], 1),)
-        first = bank.first.unflatten(1, (5, -1))[:, _READ_FIRST]
-        return tuple(x.transpose(0, 1).flatten(0, 1) for x in (first, last, gate.unsqueeze(2)))
+            return tuple(x.unsqueeze(1) for x in parts)
+        return (*parts[:-1], parts[-1].unsqueeze(2))
 
-    def bank_of(self, layers: tuple[torch.Tensor | None, ...]) -> Bank | None:
-        """The inverse of :meth:`layers_of`; ``None`` where there are none."""
+    def weights_of(self, kind: type, blocks: Layers, batch: int) -> tuple:
+        """The inverse of :meth:`blocks_of`; contiguous if they are of several memories."""
+        if self.self_made:
+            *others, gate = (x.contiguous() for x in blocks)
+            parts = (*[None] * self.linear, *others, gate.squeeze(2))
+        else:
+            parts = (*(x.squeeze(1) for x in blocks), *[None] * self.linear)
+        return kind(*(None if x is None else x.unflatten(0, (batch, -1)) for x in parts))
+
+    def layers_of(self, blocks: Layers | None) -> tuple[torch.Tensor | None, ...]:
+        """Blocks as :data:`Layers`; as many ``None`` where there are none."""
+        if blocks is None:
+            return (None,) * self.layers
+        if self.linear:
+            rows = [x.flatten(1, 2) for x in blocks]
+            return (torch.cat(rows, 1) if self.self_made else rows[0],)
+        return tuple(x.transpose(0, 1).flatten(0, 1) for x in blocks)
+
+    def as_blocks(self, layers: tuple[torch.Tensor | None, ...]) -> Layers | None:
+        """The inverse of :meth:`layers_of`, views."""
         if layers[0] is None:
             return None
+        if not self.linear:
+            return tuple(x.view(-1, self.banks, *x.shape[1:]).transpose(0, 1) for x in layers)
+        return self.rows_by_memory(layers[0])
+
+    def rows_by_memory(self, rows: torch.Tensor) -> Layers:
+        """Rows [N, outputs, ..] of all last layers of a bank as blocks, views."""
         if not self.self_made:
-            return Bank(None, *layers) if self.linear else Bank(*layers)
-        if self.linear:
-            first = None
-            last, gate = layers[0].split_with_sizes((3 * self.width, 2), 1)
-            last = last.unflatten(1, (3, self.width))
-        else:
-            first, last, gate = (x.unflatten(0, (-1, self.banks)).transpose(0, 1) for x in layers)
-            first, gate = first[:, _READ_THIRD].flatten(1, 2), gate.squeeze(2)
-        return Bank(first, torch.cat([last[:, _READ_THIRD[:3]].flatten(1, 2), gate], 1))
+            return (rows.unsqueeze(1),)
+        last, gate = rows.split_with_sizes((3 * self.width, 2), 1)
+        return last.unflatten(1, (3, self.width)), gate.unsqueeze(2)
 
     def lasts(self, bank: Layers) -> Layers:
         """The last layers."""
@@ -165,40 +143,37 @@ class Layout:
         """[N, ..] for every memory that lies along the batch."""
         return torch.cat([x] * self.memories) if self.batched else x  # a fifth of the time of ``repeat``
 
-    def total(self, x: torch.Tensor) -> torch.Tensor:
+    def total(self, x: torch.Tensor | None) -> torch.Tensor | None:
         """[m · N, ..] summed over memories, [N, ..]."""
-        return x if len(x) == self.banks else x.view(-1, self.banks, *x.shape[1:]).sum(0)
+        return x if x is None or len(x) == self.banks else x.view(-1, self.banks, *x.shape[1:]).sum(0)
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[M · N, ..] as the parts that belong to each of :meth:`lasts`."""
-        return x.split((3 * self.banks, 2 * self.banks)) if self.batched else (x,)
+        return x.split_with_sizes((3 * self.banks, 2 * self.banks)) if self.batched else (x,)
 
     def read_weights(self, weights: torch.Tensor) -> torch.Tensor:
         """Of a layer [.., out, in] the part of the memory that is read."""
-        if not self.self_made:
-            return weights
-        return weights[:, : self.width] if self.linear else weights[: self.banks]
+        return self._read_part(weights, 1, self.linear)
 
     def read_outputs(self, y: torch.Tensor | None) -> torch.Tensor | None:
         """Of a layer's outputs [.., c, out] the part of the memory that is read."""
-        if not self.self_made or y is None:
-            return y
-        return y[..., : self.width] if self.linear else y[: self.banks]
+        return None if y is None else self._read_part(y, -1, self.linear)
 
     def read_inputs(self, x: torch.Tensor) -> torch.Tensor:
         """Of a layer's inputs [.., c, in] the part of the memory that is read."""
-        return x[: self.banks] if self.batched else x
+        return x if self.linear else self._read_part(x, 0, False)
 
-    @property
-    def axis(self) -> int:
-        """The axis of the projections in :meth:`by_projection`."""
-        return 2 if self.linear and self.self_made else 0
+    def _read_part(self, x: torch.Tensor, rows: int, linear: bool) -> torch.Tensor:
+        if not self.self_made:
+            return x
+        dim, size = (rows, self.width) if linear else (0, self.banks)
+        return x.narrow(dim, 2 * size, size)
 
     def by_projection(self, outputs: list[torch.Tensor]) -> torch.Tensor:
-        """Outputs of the last layers, those of the projections, a view [m, N, c, Dv] or [N, c, m, Dv]."""
+        """Outputs of the last layers, those of the projections, a view [m, N, c, Dv]."""
         wide = outputs[0]
-        if self.axis:
-            return wide[..., : 3 * self.width].unflatten(-1, (3, self.width))
+        if self.linear and self.self_made:
+            return wide[..., : 3 * self.width].unflatten(-1, (3, self.width)).movedim(-2, 0)
         return wide.view(self.projections, self.banks, *wide.shape[1:])
 
     def gates(self, outputs: list[torch.Tensor]) -> torch.Tensor | None:
@@ -207,24 +182,42 @@ class Layout:
             return None
         return outputs[0][..., 3 * self.width :] if self.linear else outputs[1]
 
-    def met(self, read: bool | torch.Tensor, others: bool | torch.Tensor, device: torch.device) -> list[Met]:
+    def met(self, read: Met, others: Met, device: torch.device) -> list[Met]:
         """By layer, where a boundary is met that two clocks meet as given ([N] or a bool)."""
         if isinstance(read, bool) and isinstance(others, bool):
-            if read is others:
-                return [read] * self.layers
-            met = ReadMet(read, 1, self.width) if self.linear else ReadMet(read, 0, self.banks)
-            return [met] if self.linear else [met, met, others]
+            some = ReadMet(read, 1, self.width) if self.linear else ReadMet(read, 0, self.banks)
+            return [read] * self.layers if read is others else [some, some, others][: self.layers]
         if not self.self_made:
             return [read[:, None, None]] * self.layers
         read, others = (
             torch.as_tensor(met, device=device).reshape(-1, 1, 1).expand(self.banks, 1, 1)
             for met in (read, others)
         )
-        if self.linear:
-            outputs = torch.arange(3 * self.width + 2, device=device)[None, :, None]
-            return [torch.where(outputs < self.width, read, others)]
-        met = torch.cat([read, *[others] * 4])
-        return [met, *self.split(met)]
+        if not self.linear:
+            met = torch.cat([others, others, read, others, others])
+            return [met, *self.split(met)]
+        memory = torch.arange(3 * self.width + 2, device=device).div(self.width, rounding_mode="floor")
+        return [torch.where((memory == 2)[:, None], read, others)]
+
+
+class Call(NamedTuple):
+    """A call of an op.
+
+    Attributes:
+        gates: largest rate and both biases [H]; empty where rates are given.
+        running, snapshot, anchor, velocity: blocks of :meth:`Layout.blocks_of`; ``None`` without an anchor,
+            or without momentum.
+        position: [B], tokens since each sequence's last boundary.
+    """
+
+    layout: Layout
+    tokens: Sequences
+    gates: tuple[torch.Tensor, ...]
+    running: Layers
+    snapshot: Layers
+    anchor: Layers | None
+    velocity: Layers | None
+    position: torch.Tensor
 
 
 def take_snapshot(
@@ -238,8 +231,10 @@ def take_snapshot(
     if isinstance(met, bool):
         return after if met else old
     if isinstance(met, ReadMet):
-        parts = (met.split(after)[0], met.split(old)[1])
-        return torch.cat(parts if met.read else parts[::-1], met.dim)
+        old = old.clone()
+        for part, taken in zip(met.parts(old), met.parts(after)):
+            part.copy_(taken)
+        return old
     return torch.where(met, after, old)
 
 
@@ -256,9 +251,9 @@ def snapshot_adjoint(
         return d_snapshot if d_after is None else d_after.add_(d_snapshot), None
     if isinstance(met, ReadMet):
         d_after = torch.zeros_like(d_snapshot) if d_after is None else d_after
-        taken = met.split(d_snapshot)[0]
-        met.split(d_after)[0].add_(taken)
-        taken.zero_()
+        for part, taken in zip(met.parts(d_after), met.parts(d_snapshot)):
+            part.add_(taken)
+            taken.zero_()
         return d_after, d_snapshot
     taken = d_snapshot.where(met, 0)
     return taken if d_after is None else d_after.add_(taken), d_snapshot.masked_fill_(met, 0)

@@ -7,6 +7,7 @@ as in :mod:`nl_kernels.memory.bank`; N = sequences × heads, c tokens in a chunk
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,15 @@ class Tokens(NamedTuple):
     scale: torch.Tensor | None = None
 
 
+def counted(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """η, log α and μ; in places that hold no token 0, 0 and 1."""
+    rate, log_decay, momentum, applied = tokens[3:7]
+    if applied is not None:
+        rate, log_decay = rate * applied, log_decay.masked_fill(applied == 0, 0)
+        momentum = None if momentum is None else momentum.where(applied != 0, 1)
+    return rate, log_decay, momentum
+
+
 class Prepared(NamedTuple):
     """What depends on no state: [N, c, ·], or [N, n, c, ·] of n chunks.
 
@@ -64,11 +74,8 @@ class Prepared(NamedTuple):
 
 def prepare(rule: MemoryRule, tokens: Tokens) -> Prepared:
     """What depends on tokens alone, of one chunk or of several."""
-    _, k, _, rate, log_decay, momentum, applied, _ = tokens
-    if applied is not None:
-        rate, log_decay = rate * applied, log_decay.masked_fill(applied == 0, 0)
-        momentum = None if momentum is None else momentum.where(applied != 0, 1)
-    flat = (None if x is None else x[..., 0] for x in (log_decay, momentum, applied))
+    k, (rate, log_decay, momentum) = tokens.k, counted(tokens)
+    flat = (None if x is None else x[..., 0] for x in (log_decay, momentum, tokens.applied))
     coefficients = chunk_coefficients(*flat)
     first_rate, gram, erase = rate, None, None
     if rule.erases(True):
@@ -80,29 +87,39 @@ def prepare(rule: MemoryRule, tokens: Tokens) -> Prepared:
     return Prepared(coefficients, rate, first_rate, gram, erase, rule.share(momentum))
 
 
-class Learned(NamedTuple):
-    """What :func:`learn` computed and its adjoint needs.
+class Errors(NamedTuple):
+    """What :func:`errors_of` made, and its adjoint needs.
 
     Attributes:
         x: what the first layers are applied to (:meth:`BankRule.inputs`); of linear ones that make their
             targets at the same weights the difference of keys and values.
-        hidden: the hidden layers there.
+        hidden, keys: the hidden layers there, and at the keys alone.
         features: what the last layers made the errors, and reads at the snapshot, of [.., c or 2c, in].
         errors: by last layer; ``factor`` scaled them to their bound, then the tokens' scale multiplied those
             of the memory that is read, which were ``unscaled``.
         signal: of the hidden layers.
-        layers, writes: by layer, what it took in and wrote.
-        probe: the hidden layer of the read.
-        reads: by layer, of running reads.
     """
 
     x: torch.Tensor
     hidden: Activated | None
+    keys: Activated | None
     features: torch.Tensor
     errors: list[torch.Tensor]
     unscaled: torch.Tensor | None
     factor: torch.Tensor | None
     signal: Signal | None
+
+
+class Learned(NamedTuple):
+    """What :func:`learn` computed and its adjoint needs.
+
+    Attributes:
+        layers, writes: by layer, what it took in and wrote.
+        probe: the hidden layer of the read.
+        reads: by layer, of running reads.
+    """
+
+    made: Errors
     layers: list[LayerInput]
     writes: tuple[Write, ...]
     probe: Activated | None
@@ -118,10 +135,9 @@ class BankRule:
     layout: Layout
 
     @property
-    def residuals(self) -> tuple[int, int] | None:
-        """The first and the number of the projections that add their input."""
-        start, count = 0 if self.rule.residual else 1, self.layout.projections
-        return (start, count - start) if start < count else None
+    def residuals(self) -> int:
+        """The number of the projections that add their input; they come first."""
+        return self.layout.projections - (not self.rule.residual)
 
     @property
     def reads_inputs(self) -> bool:
@@ -134,10 +150,6 @@ class BankRule:
             return self.layout.each(torch.cat([tokens.k, tokens.v], 1))
         return torch.cat([tokens.k, tokens.query], 1) if self.reads_inputs else tokens.k
 
-    def curved(self, size: int) -> bool | slice:
-        """Of which of these the adjoint needs the hidden layer's curvature."""
-        return self.layout.self_made or slice(None, size)
-
     @property
     def subtracts_first(self) -> bool:
         """Whether errors are made of the difference of keys and values: f(k) − f(v) at the same weights."""
@@ -149,80 +161,102 @@ class BankRule:
         return self.rule.errs_at_anchor(self.layout.linear)
 
 
-def learn(
-    bank: BankRule,
-    tokens: Tokens,
-    prepared: Prepared,
-    base: Layers,
-    running: Layers,
-    velocity: Layers,
-    anchor: Layers,
-    keep: bool,
-) -> tuple[torch.Tensor, Layers, Layers, Learned | None]:
-    """One chunk: reads [N, c, Dv], weights and velocities after it, and with ``keep`` what the adjoint needs.
+class Weights(NamedTuple):
+    """What a chunk meets.
 
-    Args:
+    Attributes:
         base: the snapshot's weights, with the anchor.
         running, velocity: before the chunk; ``velocity`` is absent without momentum.
         anchor: absent for a rule that is not anchored.
     """
-    rule, layout = bank.rule, bank.layout
-    k, v, size = tokens.k, tokens.v, tokens.k.shape[1]
-    # Errors at the snapshot, and what of them reaches the hidden layers.
-    hidden = signal = None
-    if layout.linear and bank.subtracts_first:
-        x = features = k - v
-    else:
-        x = features = bank.inputs(tokens)
-    if not layout.linear:
-        hidden = activated(torch.bmm(x, base[0].mT), rule, curved=keep and bank.curved(size))
-        features = hidden.value
-        if bank.subtracts_first:
-            features = features[:, :size] - features[:, size:]
-    lasts = layout.lasts(base)
-    if bank.errs_at_anchor:
-        errors = [torch.bmm(k, anchor[0].mT)]
-        others = [torch.bmm(features[:, size:], base[0].mT)]
-        if layout.self_made:
-            errors[0] -= others[0]
-    else:
-        outputs = [torch.bmm(part, w.mT) for part, w in zip(layout.split(features), lasts)]
-        errors, others = ([y[:, rows] for y in outputs] for rows in (slice(size), slice(size, None)))
-    factor, unscaled = _finish_errors(bank, errors, k, v), None
-    if tokens.scale is not None:
-        scaled = layout.read_outputs(errors[0])
-        unscaled = scaled.clone() if keep else None
-        scaled *= tokens.scale
-    keys = None if hidden is None else hidden.rows(slice(None, size))
-    if hidden is not None:
-        signal = error_signal(back(errors, lasts), keys, rule)
 
-    layers = _layer_inputs(bank, tokens, prepared, k if layout.linear else x[:, :size], keys, errors, signal)
+    base: Layers
+    running: Layers
+    velocity: Layers
+    anchor: Layers
+
+
+def learn(
+    bank: BankRule, tokens: Tokens, prepared: Prepared, weights: Weights, keep: bool
+) -> tuple[torch.Tensor, Layers, Layers, Learned | None]:
+    """Reads [N, c, Dv], weights and velocities after a chunk, and with ``keep`` what the adjoint needs."""
+    rule, layout = bank.rule, bank.layout
+    base, running, velocity, anchor = weights
+    made, others = errors_of(bank, tokens, base, anchor, keep)
+    layers = _layer_inputs(bank, tokens, prepared, made)
     velocities = velocity or (None,) * len(layers)
     after, velocity_after, writes = zip(*map(write, running, velocities, layers))
     if bank.reads_inputs:
         o, probe, reads = others[0], None, []
     elif bank.read == "running":
-        parts = read_layers(bank, running, velocity, anchor, layers, writes)
+        parts = read_layers(bank, weights, layers, writes)
         o, probe, reads = _running_read(bank, tokens.query, parts, prepared.coefficients, keep)
     else:
-        o, probe = _snapshot_read(bank, tokens.query, base, keep)
+        o, probe = apply(rule, tokens.query, map(layout.read_weights, base[: layout.read_layers]), keep)
         reads = []
     if rule.residual:
         o = o + tokens.query
-    learned = None
-    if keep:
-        learned = Learned(x, hidden, features, errors, unscaled, factor, signal, layers, writes, probe, reads)
+    learned = Learned(made, layers, writes, probe, reads) if keep else None
     return o, after, velocity_after if velocity else (), learned
+
+
+def errors_of(
+    bank: BankRule,
+    tokens: Tokens,
+    base: Layers,
+    anchor: Layers,
+    keep: bool,
+    recalled: torch.Tensor | None = None,
+) -> tuple[Errors, list[torch.Tensor]]:
+    """Errors at the snapshot and what of them reaches the hidden layers; outputs at values or queries.
+
+    Errors at an anchor are those there, or at ``base`` without what the changes have ``recalled`` of the keys
+    [N, c, out], for who has no anchor apart.
+    """
+    rule, layout = bank.rule, bank.layout
+    k, v, size = tokens.k, tokens.v, tokens.k.shape[1]
+    hidden = signal = None
+    at_anchor = bank.errs_at_anchor and recalled is None
+    subtracts_first = layout.self_made and not at_anchor
+    if layout.linear and subtracts_first:
+        x = features = k - v
+    else:
+        x = features = bank.inputs(tokens)
+    if not layout.linear:
+        curved = keep and (layout.self_made or slice(size))  # where the adjoint needs the curvature
+        hidden = activated(torch.bmm(x, base[0].mT), rule, curved=curved)
+        features = hidden.value
+        if subtracts_first:
+            features = features[:, :size] - features[:, size:]
+    lasts = layout.lasts(base)
+    if at_anchor:
+        errors = [torch.bmm(k, anchor[0].mT)]
+        others = [torch.bmm(features[:, size:], base[0].mT)]
+        if layout.self_made:
+            errors[0] -= others[0]
+    else:
+        errors, others = [torch.bmm(part, w.mT) for part, w in zip(layout.split(features), lasts)], []
+        if features.shape[1] > size:
+            errors, others = ([y[:, rows] for y in errors] for rows in (slice(size), slice(size, None)))
+        if recalled is not None:
+            errors[0] -= recalled
+    factor, unscaled = _finish_errors(bank, errors, k, v), None
+    if tokens.scale is not None:
+        scaled = layout.read_outputs(errors[0])
+        unscaled = scaled.clone() if keep else None
+        scaled *= tokens.scale
+    keys = None if hidden is None else hidden.rows(slice(size))
+    if hidden is not None:
+        signal = error_signal(back(errors, lasts), keys, rule)
+    return Errors(x, hidden, keys, features, errors, unscaled, factor, signal), others
 
 
 def _finish_errors(bank: BankRule, errors: list[torch.Tensor], k, v) -> torch.Tensor | None:
     """Targets, residuals and bound, in place; what scaled the errors of projections."""
     by_projection, gates = bank.layout.by_projection(errors), bank.layout.gates(errors)
-    axis = bank.layout.axis
-    by_projection -= v.unsqueeze(axis)  # given targets, or of self-made ones v in v + f(v)
-    if bank.residuals is not None:
-        by_projection.narrow(axis, *bank.residuals).add_(k.unsqueeze(axis))
+    by_projection -= v  # given targets, or of self-made ones v in v + f(v)
+    if bank.residuals:
+        by_projection[: bank.residuals].add_(k)
     bound = bank.rule.error_bound
     factor = length_factor(by_projection, bound)
     if factor is not None:
@@ -238,26 +272,14 @@ def back(errors: list[torch.Tensor], lasts: Layers) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _layer_inputs(
-    bank: BankRule,
-    tokens: Tokens,
-    prepared: Prepared,
-    x: torch.Tensor,
-    keys: Activated | None,
-    errors: list[torch.Tensor],
-    signal: Signal | None,
-) -> list[LayerInput]:
-    """What each layer of the bank takes in, for :func:`~nl_kernels.memory.layer.write`.
-
-    Args:
-        x: the keys, of every memory along the batch.
-        keys: the hidden layers [M · N, c, h] there. errors, signal: of the last layers, of the hidden ones.
-    """
+def _layer_inputs(bank: BankRule, tokens: Tokens, prepared: Prepared, made: Errors) -> list[LayerInput]:
+    """What each layer of the bank takes in, for :func:`~nl_kernels.memory.layer.write`."""
     rule, layout = bank.rule, bank.layout
     if layout.linear:
         coefficients, rate, share = prepared.coefficients, prepared.first_rate, prepared.share
-        return [LayerInput(x, errors[0], rate, coefficients, prepared.erase, prepared.gram, share)]
-    each = layout.each
+        erase = prepared.erase
+        return [LayerInput(tokens.k, made.errors[0], rate, coefficients, erase, prepared.gram, share)]
+    each, keys = layout.each, made.keys.value
     coefficients = prepared.coefficients
     if layout.memories > 1:
         coefficients = _each_coefficients(layout, coefficients)
@@ -266,17 +288,18 @@ def _layer_inputs(
     erase = None if prepared.erase is None else Erase(*map(each, prepared.erase))
     rate = each(prepared.rate)
     first_rate = rate if prepared.first_rate is prepared.rate else each(prepared.first_rate)
-    first = LayerInput(x, signal.value, first_rate, coefficients, erase, gram, share)
+    x = made.x[:, : keys.shape[1]]
+    first = LayerInput(x, made.signal.value, first_rate, coefficients, erase, gram, share)
 
     gram = erase = None
     if rule.erases(False):
-        rate = proximal_rate(rate, keys.value) if rule.proximal else rate
-        gram = torch.bmm(keys.value, keys.value.mT)
+        rate = proximal_rate(rate, keys) if rule.proximal else rate
+        gram = torch.bmm(keys, keys.mT)
         erased = gram if tokens.momentum is None else gram.clone()
         erase = erase_matrices(erased, rate, each(prepared.coefficients.decay.strict))
         gram = None if tokens.momentum is None else gram
-    whole = LayerInput(keys.value, None, rate, coefficients, erase, gram, share)
-    return [first, *(part._replace(signal=e) for part, e in zip(_by_last_layer(whole, layout), errors))]
+    whole = LayerInput(keys, None, rate, coefficients, erase, gram, share)
+    return [first, *(part._replace(signal=e) for part, e in zip(_by_last_layer(whole, layout), made.errors))]
 
 
 def _each_coefficients(layout: Layout, coefficients: Coefficients) -> Coefficients:
@@ -297,16 +320,13 @@ def _by_last_layer(value, layout: Layout) -> list:
     return [type(value)(*parts) for parts in zip(*(_by_last_layer(part, layout) for part in value))]
 
 
-def read_layers(
-    bank: BankRule, running: Layers, velocity: Layers, anchor: Layers, layers, writes
-) -> list[tuple]:
+def read_layers(bank: BankRule, weights: Weights, layers, writes) -> list[tuple]:
     """By layer of the memory that is read: weights, velocity, anchor, x, and what was written."""
     layout = bank.layout
     found = []
     for i in range(layout.read_layers):
-        weights = (layout.read_weights(each[i]) if each else None for each in (running, velocity, anchor))
-        written = map(layout.read_outputs, writes[i][:2])
-        found.append((*weights, layout.read_inputs(layers[i].x), *written))
+        read = (layout.read_weights(each[i]) if each else None for each in weights[1:])
+        found.append((*read, layout.read_inputs(layers[i].x), *map(layout.read_outputs, writes[i][:2])))
     return found
 
 
@@ -322,12 +342,12 @@ def _running_read(bank: BankRule, query, parts: list[tuple], coefficients: Coeff
     return y, probe, reads
 
 
-def _snapshot_read(bank: BankRule, query, base: Layers, keep: bool):
-    """Reads at the snapshot."""
-    y, probe = query, None
-    for i in range(bank.layout.read_layers):
+def apply(rule: MemoryRule, x: torch.Tensor, layers: Iterable[torch.Tensor], keep: bool = False):
+    """f(x) of a memory of such layers, and the hidden layer."""
+    probe = None
+    for i, weights in enumerate(layers):
         if i == 1:
-            probe = activated(y, bank.rule, sloped=keep, curved=False)
-            y = probe.value
-        y = torch.bmm(y, bank.layout.read_weights(base[i]).mT)
-    return y, probe
+            probe = activated(x, rule, sloped=keep, curved=False)
+            x = probe.value
+        x = torch.bmm(x, weights.mT)
+    return x, probe

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from nl_kernels.memory.bank import Layers, Layout
-from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, back, read_layers
-from nl_kernels.memory.decays import Coefficients, Parts, coefficient_adjoint
+from nl_kernels.memory.chunk import BankRule, Errors, Learned, Prepared, Tokens, Weights, back, read_layers
+from nl_kernels.memory.decays import Parts, coefficient_adjoint
 from nl_kernels.memory.hidden import bound_adjoint, hidden_adjoint, row_dot, signal_adjoint
 from nl_kernels.memory.layer import (
     ReadAdjoint,
@@ -100,34 +100,25 @@ def learn_adjoint(
     bank: BankRule,
     tokens: Tokens,
     prepared: Prepared,
-    base: Layers,
-    running: Layers,
-    velocity: Layers,
-    anchor: Layers,
+    weights: Weights,
     learned: Learned,
     d_o: torch.Tensor | None,
     d_after: Layers,
     d_velocity: Layers,
 ) -> ChunkAdjoint:
     """Adjoints of a chunk's arguments from those of its reads and of weights and velocities after it."""
-    rule, layout = bank.rule, bank.layout
-    count = len(learned.layers)
+    rule, layout, count = bank.rule, bank.layout, len(learned.layers)
+    base, running, velocity, anchor = weights
     reads: list[ReadAdjoint] = []
     if d_o is not None and bank.read == "running":
-        parts = read_layers(bank, running, velocity, anchor, learned.layers, learned.writes)
-        reads = _running_read_adjoint(bank, parts, prepared.coefficients, learned, d_o)
-    writes = [
-        write_adjoint(*x)
-        for x in zip(
-            d_after,
-            d_velocity or [None] * count,
-            [functools.partial(_add_reads, layout, x) for x in (*reads, *[None] * (count - len(reads)))],
-            running,
-            velocity or [None] * count,
-            learned.layers,
-            learned.writes,
-        )
-    ]
+        d_y, parts = d_o, read_layers(bank, weights, learned.layers, learned.writes)
+        for i in reversed(range(len(parts))):
+            reads.insert(0, read_adjoint(d_y, *parts[i], prepared.coefficients, learned.reads[i]))
+            d_y = hidden_adjoint(reads[0].queries, learned.probe) if i == 1 else None
+    none = [None] * count
+    by_reads = [*((part.decaying, part.written) for part in reads), *none][:count]
+    parts = (d_after, d_velocity or none, by_reads, running, velocity or none, learned.layers, learned.writes)
+    writes = [write_adjoint(*x, layout.read_outputs) for x in zip(*parts)]
     for part, found in zip(reads, writes):
         layout.read_inputs(found.x).add_(part.x)
         layout.read_weights(found.state).add_(part.state)
@@ -139,11 +130,13 @@ def learn_adjoint(
     )
     d_scale = None
     if tokens.scale is not None:
-        errors, d_errors = (layout.read_outputs(x) for x in (learned.errors[0], writes[0].signal))
-        d_scale = row_dot(d_errors, learned.unscaled)
+        errors, d_errors = (layout.read_outputs(x) for x in (learned.made.errors[0], writes[0].signal))
+        d_scale = row_dot(d_errors, learned.made.unscaled)
         d_errors *= tokens.scale
-        errors.copy_(learned.unscaled)
-    d_k, d_v, d_query, d_base, d_anchor = _errors_adjoint(bank, base, anchor, learned, writes, d_keys, d_o)
+        errors.copy_(learned.made.unscaled)
+    d_k, d_v, d_query, d_base, d_anchor = _errors_adjoint(
+        bank, base, anchor, learned.made, writes, d_keys, d_o
+    )
     if reads:
         d_query = reads[0].queries
     elif d_o is not None and not bank.reads_inputs:
@@ -151,16 +144,15 @@ def learn_adjoint(
     if rule.residual and d_o is not None:
         d_query = d_query + d_o
     first = writes[0]
-    momenta = [part.momentum for part in writes if part.momentum is not None]
     adjoints = TokenAdjoints(
         d_query,
         d_k,
         d_v,
         d_rate,
         layout.total(first.rate),
-        _sum([layout.total(part) for part in momenta]),
-        None if first.gram is None else layout.total(first.gram),
-        None if first.mixed_gram is None else layout.total(first.mixed_gram),
+        _sum([layout.total(part.momentum) for part in writes]),
+        layout.total(first.gram),
+        layout.total(first.mixed_gram),
         _sum_parts(layout, [part.decay for part in (*writes, *reads)]),
         _sum_parts(layout, [part.mixed for part in (*writes, *reads)]),
         _sum_parts(layout, [part.carried for part in writes]),
@@ -174,28 +166,6 @@ def learn_adjoint(
         [part.anchor for part in reads if part.anchor is not None],
         d_anchor,
     )
-
-
-def _running_read_adjoint(
-    bank: BankRule, parts: list[tuple], coefficients: Coefficients, learned: Learned, d_y: torch.Tensor
-) -> list[ReadAdjoint]:
-    """By layer, from the adjoint of the running reads."""
-    found = []
-    for i in reversed(range(len(parts))):
-        found.append(read_adjoint(d_y, *parts[i], coefficients, learned.reads[i]))
-        if i == 1:
-            d_y = hidden_adjoint(found[-1].queries, learned.probe)
-    return found[::-1]
-
-
-def _add_reads(
-    layout: Layout, part: ReadAdjoint | None, decaying: torch.Tensor | None, written: torch.Tensor | None
-) -> None:
-    """Add what running reads have of the adjoints of a layer's writes."""
-    if part is not None:
-        for whole, d in ((decaying, part.decaying), (written, part.written)):
-            if d is not None:
-                layout.read_outputs(whole).add_(d)
 
 
 def _snapshot_read_adjoint(bank: BankRule, query, base: Layers, learned: Learned, d_y, d_base: Layers):
@@ -236,26 +206,25 @@ def _for_layers(layout: Layout, strict: torch.Tensor, like: torch.Tensor) -> tor
 
 
 def _errors_adjoint(
-    bank: BankRule, base: Layers, anchor: Layers, learned: Learned, writes: list[WriteAdjoint], d_keys, d_o
+    bank: BankRule, base: Layers, anchor: Layers, made: Errors, writes: list[WriteAdjoint], d_keys, d_o
 ):
     """Adjoints of k, v, of queries that went with the keys, of the snapshot, and of the anchor from errors.
 
     ``d_keys``: of the keys' hidden layers from the writes.
     """
-    rule, layout, hidden = bank.rule, bank.layout, learned.hidden
+    rule, layout, hidden = bank.rule, bank.layout, made.hidden
     size = writes[0].x.shape[1]
     d_errors = [part.signal for part in (writes if layout.linear else writes[1:])]
     lasts, d_lasts, radial, d_slope = layout.lasts(base), [], None, None
     if hidden is not None:
-        keys = hidden.rows(slice(None, size))
-        d_back, d_value, d_slope, radial = signal_adjoint(writes[0].signal, learned.signal, keys, rule)
+        d_back, d_value, d_slope, radial = signal_adjoint(writes[0].signal, made.signal, made.keys, rule)
         if d_value is not None:
             d_keys += d_value
-        for part, d_error, error, w in zip(layout.split(d_back), d_errors, learned.errors, lasts):
+        for part, d_error, error, w in zip(layout.split(d_back), d_errors, made.errors, lasts):
             d_error.baddbmm_(part, w.mT)
             d_lasts.append(torch.bmm(error.mT, part))
-    _unbound_errors(bank, d_errors, learned)
-    features, d_outputs, d_anchor = layout.split(learned.features), d_errors, None
+    _unbound_errors(bank, d_errors, made)
+    features, d_outputs, d_anchor = layout.split(made.features), d_errors, None
     d_reads = torch.zeros_like(d_errors[0]) if d_o is None and bank.reads_inputs else d_o
     if bank.errs_at_anchor:
         (d_error,), (x,) = d_errors, features
@@ -280,38 +249,36 @@ def _errors_adjoint(
         d_hidden[:, :size] += d_keys
         d_z = hidden_adjoint(d_hidden, hidden, radial)
         d_z[:, :size] += d_slope
-        d_first = (torch.bmm(d_z.mT, learned.x),)
+        d_first = (torch.bmm(d_z.mT, made.x),)
         d_x = torch.bmm(d_z, base[0])
         d_more = layout.total(d_x[:, size:])
     d_k = layout.total(writes[0].x.add_(d_x[:, :size]))
     d_v, d_query = (d_more, None) if layout.self_made else (None, d_more)
 
-    by_projection, axis = layout.by_projection(d_errors), layout.axis
-    if bank.residuals is not None:
-        d_k += by_projection.narrow(axis, *bank.residuals).sum(axis)
-    total = by_projection[0] if layout.projections == 1 else by_projection.sum(axis)
+    by_projection = layout.by_projection(d_errors)
+    if bank.residuals:
+        d_k += by_projection[: bank.residuals].sum(0)
+    total = by_projection[0] if layout.projections == 1 else by_projection.sum(0)
     d_v = total.neg() if d_v is None else d_v.sub_(total)
     return d_k, d_v, d_query if bank.reads_inputs else None, (*d_first, *d_lasts), d_anchor
 
 
-def _unbound_errors(bank: BankRule, d_errors: list[torch.Tensor], learned: Learned) -> None:
+def _unbound_errors(bank: BankRule, d_errors: list[torch.Tensor], made: Errors) -> None:
     """Adjoints of the errors before their bound, in place."""
-    if learned.factor is None:
+    if made.factor is None:
         return
     bound = bank.rule.error_bound
-    d_projection, projection = map(bank.layout.by_projection, (d_errors, learned.errors))
-    d_projection.copy_(bound_adjoint(d_projection, projection, learned.factor, bound))
-    gates = bank.layout.gates(learned.errors)
+    d_projection, projection = map(bank.layout.by_projection, (d_errors, made.errors))
+    d_projection.copy_(bound_adjoint(d_projection, projection, made.factor, bound))
+    gates = bank.layout.gates(made.errors)
     if gates is not None:
         d_gates = bank.layout.gates(d_errors)
         d_gates.copy_(torch.ops.aten.hardtanh_backward(d_gates, gates, -bound, bound))
 
 
-def _sum(parts: list[torch.Tensor]) -> torch.Tensor | None:
-    total = None
-    for part in parts:
-        total = part if total is None else total + part
-    return total
+def _sum(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [part for part in parts if part is not None]
+    return functools.reduce(torch.add, present) if present else None
 
 
 def _sum_parts(layout: Layout, layers: list[Parts]) -> Parts:

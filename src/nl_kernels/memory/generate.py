@@ -7,17 +7,28 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nl_kernels.memory.bank import Layers, Layout
+from nl_kernels.memory.bank import Layers, Layout, Sequences
 from nl_kernels.memory.chunk import Tokens
 from nl_kernels.memory.hidden import Activated, activated, hidden_adjoint, row_dot
 from nl_kernels.memory.segments import State
-from nl_kernels.memory_rule import MemoryRule, inverse_norm
+from nl_kernels.memory_rule import MemoryRule, inverse_norm, l2_normalize
+
+
+def source_of(
+    rule: MemoryRule, layout: Layout, tokens: Sequences, applied: torch.Tensor | None, block: int = 1
+) -> tuple[GivenTokens | GeneratedTokens, State]:
+    """Where tokens [N, T, ·] come from, with the sequences that it takes; ``block`` as in both."""
+    query, key, value, gate, rate, log_decay, momentum = tokens
+    if gate is None:
+        return GivenTokens(block), (query, key, value, rate, log_decay, momentum, applied)
+    sequences = (key, value, l2_normalize(query), gate, momentum, rate, applied)
+    return GeneratedTokens(rule, layout, block), sequences
 
 
 class _Made(NamedTuple):
     """What the adjoint needs; ``inputs`` and ``hidden`` are those of two-layer memories."""
 
-    inputs: torch.Tensor | None
+    inputs: tuple[torch.Tensor, ...] | None
     hidden: Activated | None
     key_scale: torch.Tensor
     k: torch.Tensor
@@ -52,8 +63,8 @@ class GeneratedTokens:
     """As :class:`GivenTokens`, of tokens that the memories make.
 
     Sequences are inputs of key, value, query and gates [N, T, D], the momentum, the scale of writes and
-    ``applied`` [N, T, 1] or ``None``; constants are the largest rate [N, 1, 1] and the biases of rate and
-    retention [N, 1, 2].
+    ``applied`` [N, T, 1] or ``None``; constants are the largest rate and the biases of rate and retention,
+    [N, 1, 1] or, where no adjoint is asked for, numbers.
 
     Attributes:
         block: chunks between the boundaries of the memories that make tokens, or between those and cuts of
@@ -66,25 +77,26 @@ class GeneratedTokens:
 
     def tokens(self, base: Layers, constants: State, sequences: State, keep: bool) -> tuple[Tokens, _Made]:
         key_in, value_in, query, gate_in, momentum, scale, applied = sequences
-        rate_max, bias = constants
+        rate_max, rate_bias, retention_bias = constants
         inputs = hidden = None
         if self.layout.linear:
             key, value, gate = self._linear(base)
             k, v = torch.baddbmm(key_in, key_in, key.mT), torch.baddbmm(value_in, value_in, value.mT)
-            gates = torch.baddbmm(bias, gate_in, gate.mT)
+            gates = torch.bmm(gate_in, gate.mT)
         else:
             rows = len(query)
-            inputs = torch.cat([key_in, value_in, gate_in, gate_in])
-            hidden = activated(torch.bmm(inputs, base[0][rows:].mT), self.rule, sloped=keep, curved=False)
-            last = base[1][rows:].mT
-            k, v = torch.baddbmm(inputs[: 2 * rows], hidden.value[: 2 * rows], last).split(rows)
-            gates = torch.cat(torch.bmm(hidden.value[2 * rows :], base[2].mT).split(rows), -1).add_(bias)
+            inputs = torch.cat([key_in, value_in]), torch.cat([gate_in, gate_in])
+            z = [torch.bmm(x, w.mT) for x, w in zip(inputs, self._firsts(base))]
+            hidden = activated(torch.cat(z), self.rule, sloped=keep, curved=False)
+            made, gates = hidden.value.split_with_sizes((2 * rows, 2 * rows))
+            k, v = torch.baddbmm(inputs[0], made, base[1][: 2 * rows].mT).chunk(2)
+            gates = torch.cat(torch.bmm(gates, base[2].mT).chunk(2), -1)
         key_scale = inverse_norm(k)
         k = k.mul_(key_scale)
-        rate, retention = gates.split(1, -1)
-        rate = torch.sigmoid(rate)
+        rate, retention = gates.split_with_sizes((1, 1), -1)
+        rate, retention = torch.sigmoid(rate + rate_bias), retention + retention_bias
         log_decay = torch.nn.functional.logsigmoid(retention)
-        limit = torch.minimum(log_decay.exp().add_(1), rate_max)
+        limit = log_decay.exp().add_(1).clamp_(max=rate_max)
         made = _Made(inputs, hidden, key_scale, k, rate, retention, limit)
         return Tokens(query, k, v, rate * limit, log_decay, momentum, applied, scale), made
 
@@ -95,22 +107,24 @@ class GeneratedTokens:
         # The limit is the largest rate, or 1 + α, whose derivative by log α is α.
         d_limit = d_rate * made.rate
         by_decay = d_limit.masked_fill(made.limit == constants[0], 0)
-        d_gates = torch.cat(
-            [
-                torch.ops.aten.sigmoid_backward(d_rate * made.limit, made.rate),
-                torch.addcmul(d_decay, by_decay, made.limit - 1) * torch.sigmoid(-made.retention),
-            ],
-            -1,
-        )
+        d_rate = torch.ops.aten.sigmoid_backward(d_rate * made.limit, made.rate)
+        d_retention = torch.addcmul(d_decay, by_decay, made.limit - 1) * torch.sigmoid(-made.retention)
+        d_gates = torch.cat([d_rate, d_retention], -1)
         d_k = torch.addcmul(d_k, made.k, row_dot(made.k, d_k), value=-1).mul_(made.key_scale)
         adjoint = self._linear_adjoint if self.layout.linear else self._two_layer_adjoint
         d_key, d_value, d_gate = adjoint(base, sequences, made, d_k, d_v, d_gates, d_base)
-        return (d_key, d_value, d_query, d_gate, d_momentum, d_scale, None), (d_limit - by_decay, d_gates)
+        d_constants = (d_limit - by_decay, d_rate, d_retention)
+        return (d_key, d_value, d_query, d_gate, d_momentum, d_scale, None), d_constants
 
     def _linear(self, base: Layers) -> tuple[torch.Tensor, ...]:
         """The outputs that make keys, values and gates, of a layer of linear memories."""
         width = self.layout.width
-        return base[0].split_with_sizes((width, width, width, 2), 1)[1:]
+        key, value, _, gate = base[0].split_with_sizes((width, width, width, 2), 1)
+        return key, value, gate
+
+    def _firsts(self, base: Layers) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first layers of those that make keys and values, and of those that make gates."""
+        return base[0][: 2 * self.layout.banks], base[0][3 * self.layout.banks :]
 
     def _linear_adjoint(self, base, sequences, made, d_k, d_v, d_gates, d_base):
         """Of the inputs of keys, values and gates; adds to ``d_base``."""
@@ -121,14 +135,14 @@ class GeneratedTokens:
         return torch.baddbmm(d_k, d_k, key), torch.baddbmm(d_v, d_v, value), torch.bmm(d_gates, gate)
 
     def _two_layer_adjoint(self, base, sequences, made, d_k, d_v, d_gates, d_base):
-        rows, hidden = len(d_k), made.hidden
-        first, last, gate = base
-        d_first, d_last, d_gate = d_base
+        rows, (_, last, gate), (_, d_last, d_gate) = 2 * len(d_k), base, d_base
         d_made, d_gates = torch.cat([d_k, d_v]), torch.cat(d_gates.split(1, -1))
-        d_last[rows:].baddbmm_(d_made.mT, hidden.value[: 2 * rows])
-        d_gate.baddbmm_(d_gates.mT, hidden.value[2 * rows :])
-        d_hidden = torch.cat([torch.bmm(d_made, last[rows:]), d_gates * gate])
-        d_z = hidden_adjoint(d_hidden, hidden)
-        d_first[rows:].baddbmm_(d_z.mT, made.inputs)
-        d_key, d_value, d_rate, d_retention = torch.bmm(d_z, first[rows:]).split(rows)
+        d_last[:rows].baddbmm_(d_made.mT, made.hidden.value[:rows])
+        d_gate.baddbmm_(d_gates.mT, made.hidden.value[rows:])
+        d_hidden = torch.cat([torch.bmm(d_made, last[:rows]), d_gates * gate])
+        d_z = hidden_adjoint(d_hidden, made.hidden).chunk(2)
+        for d, d_first, x in zip(d_z, self._firsts(d_base), made.inputs):
+            d_first.baddbmm_(d.mT, x)
+        d_inputs = (torch.bmm(d, first).chunk(2) for d, first in zip(d_z, self._firsts(base)))
+        (d_key, d_value), (d_rate, d_retention) = d_inputs
         return d_key.add_(d_k), d_value.add_(d_v), d_rate.add_(d_retention)

@@ -125,7 +125,8 @@ def length_factor(x: torch.Tensor, bound: float | None) -> torch.Tensor | None:
     if bound is None:
         return None
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return length.reciprocal_().mul_(bound).clamp_(max=1)  # exactly 1 where x is not too long
+    factor = length.reciprocal_() if bound == 1 else length.reciprocal_().mul_(bound)
+    return factor.clamp_(max=1)  # exactly 1 where x is not too long
 
 
 def bound_adjoint(grad, bounded, factor, bound: float | None) -> torch.Tensor:

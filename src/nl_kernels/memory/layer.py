@@ -88,35 +88,33 @@ def write(
     state: torch.Tensor, velocity: torch.Tensor | None, layer: LayerInput
 ) -> tuple[torch.Tensor, torch.Tensor | None, Write]:
     """S and U [P, out, in] after the chunk (U ``None`` without momentum), and what was written."""
+    x, signal, rate, (decay, momentum, mixed), erase, gram, share = layer
+    decaying = written = recalled = recalled_velocity = mixed_gram = velocity_after = None
+    surprise = signal if velocity is None else None
+    after = state * decay.final
     if velocity is not None:
-        return _write_with_momentum(state, velocity, layer)
-    x, signal, rate, (decay, _, _), erase, _, _ = layer
-    recalled = None
+        written = signal * (-rate if share is None else -rate * share)
+        velocity_after = (velocity * momentum.final).baddbmm_((written * momentum.to_end).mT, x)
+        after.addcmul_(velocity, mixed.final)
     if erase is not None:
         recalled = torch.bmm(x, state.mT)
-        signal = torch.bmm(erase.inverse, torch.addcmul(signal, recalled, decay.before))
-    written = signal * -rate
-    after = (state * decay.final).baddbmm_(written.mT, x * decay.to_end)
-    return after, None, Write(written, None, signal, recalled, None, None)
-
-
-def _write_with_momentum(state, velocity, layer: LayerInput):
-    x, signal, rate, (decay, momentum, mixed), erase, gram, share = layer
-    written = signal * (-rate if share is None else -rate * share)
-    velocity_after = (velocity * momentum.final).baddbmm_((written * momentum.to_end).mT, x)
-    done = Write(None, written, None, None, None, None)
-    if erase is not None:
-        recalled, recalled_velocity = torch.bmm(x, state.mT), torch.bmm(x, velocity.mT)
-        mixed_gram = mixed.strict * gram
-        surprise = (recalled * decay.before).addcmul_(recalled_velocity, mixed.before)
-        surprise = torch.bmm(erase.inverse, surprise.baddbmm_(mixed_gram, written))
-        done = Write(surprise * -rate, written, surprise, recalled, recalled_velocity, mixed_gram)
-    after = torch.addcmul(state * decay.final, velocity, mixed.final)
+        if velocity is None:
+            surprise = torch.addcmul(signal, recalled, decay.before)
+        else:
+            recalled_velocity, mixed_gram = torch.bmm(x, velocity.mT), mixed.strict * gram
+            surprise = (recalled * decay.before).addcmul_(recalled_velocity, mixed.before)
+            surprise.baddbmm_(mixed_gram, written)
+        surprise = torch.bmm(erase.inverse, surprise)
+    if surprise is not None:
+        decaying = surprise * -rate
+    done = Write(decaying, written, surprise, recalled, recalled_velocity, mixed_gram)
     return after.baddbmm_(_at_end(done, layer.coefficients).mT, x), velocity_after, done
 
 
 def _at_end(done: Write, coefficients: Coefficients) -> torch.Tensor:
-    """What of a chunk's writes with momentum, and of what it erased, is in S at its end, by token."""
+    """What of a chunk's writes, and of what it erased, is in S at its end, by token."""
+    if done.written is None:
+        return done.decaying * coefficients.decay.to_end
     arrived = done.written * coefficients.mixed.to_end
     return arrived if done.decaying is None else arrived.addcmul_(done.decaying, coefficients.decay.to_end)
 
@@ -149,89 +147,61 @@ class WriteAdjoint(NamedTuple):
 def write_adjoint(
     d_after: torch.Tensor,
     d_velocity: torch.Tensor | None,
-    add_reads: Callable[[torch.Tensor | None, torch.Tensor | None], None],
+    by_reads: tuple[torch.Tensor | None, torch.Tensor | None] | None,
     state: torch.Tensor,
     velocity: torch.Tensor | None,
     layer: LayerInput,
     done: Write,
+    part_read: Callable,
 ) -> WriteAdjoint:
     """Adjoints from those of S and U after the chunk.
 
-    ``add_reads(d_decaying, d_written)`` adds to the adjoints of what was written those that running reads
-    have.
+    ``by_reads``: what running reads add to the adjoints of ``done.decaying`` and ``written``, of the part of
+    them that is ``part_read``.
     """
-    if velocity is not None:
-        return _momentum_adjoint(d_after, d_velocity, add_reads, state, velocity, layer, done)
-    x, _, rate, (decay, _, _), erase, _, _ = layer
-    d_x = torch.bmm(done.decaying, d_after).mul_(decay.to_end)
-    parts = {"to_end": row_dot(d_x, x)}
-    d_written = torch.bmm(x * decay.to_end, d_after.mT)
-    add_reads(d_written, None)
-    d_rate = row_dot(d_written, done.surprise).neg_()
-    d_surprise = d_written.mul_(-rate)
-    d_state = d_after * decay.final
-    parts["final"] = _inner(d_state, state)
-    if erase is None:
-        return WriteAdjoint(d_state, None, d_x, d_surprise, d_rate, None, None, None, parts, {}, {})
-    d_signal = torch.bmm(erase.inverse.mT, d_surprise)
-    d_recalled = d_signal * decay.before
-    parts["before"] = row_dot(d_recalled, done.recalled)
-    d_x = d_x.baddbmm_(d_recalled, state)
-    d_state = d_state.baddbmm_(d_recalled.mT, x)
-    d_gram = _erase_adjoint(d_signal, done.surprise, rate, erase, d_rate, parts)
-    return WriteAdjoint(d_state, None, d_x, d_signal, d_rate, None, d_gram, None, parts, {}, {})
-
-
-def _erase_adjoint(d_sum, surprise, rate, erase: Erase, d_rate, parts: Parts) -> torch.Tensor:
-    """The adjoint of K from that of what the inverse is applied to; adds to the rate's and to ``parts``."""
-    gram = torch.bmm(d_sum, surprise.mT)
-    strict = gram * erase.gram
-    d_rate.sub_(strict.sum(1, keepdim=True).mT)
-    columns = -rate.mT
-    parts["strict"] = strict.mul_(columns)
-    return gram.mul_(columns)
-
-
-def _momentum_adjoint(d_after, d_velocity, add_reads, state, velocity, layer: LayerInput, done: Write):
     x, signal, rate, (decay, momentum, mixed), erase, gram, share = layer
-    d_end, d_velocity_end = torch.bmm(x, d_after.mT), torch.bmm(x, d_velocity.mT)
+    d_end = torch.bmm(x, d_after.mT)
     d_x = torch.bmm(_at_end(done, layer.coefficients), d_after)
-    d_x.baddbmm_(done.written * momentum.to_end, d_velocity)
-    mixed_parts = {
-        "to_end": row_dot(d_end, done.written),
-        "final": _inner(d_after, velocity),
-    }
-    carried_parts = {
-        "to_end": row_dot(d_velocity_end, done.written),
-        "final": _inner(d_velocity, velocity),
-    }
-    d_written = (d_end * mixed.to_end).addcmul_(d_velocity_end, momentum.to_end)
     d_state = d_after * decay.final
-    parts = {"final": _inner(d_state, state)}
-    d_momentum_state = torch.addcmul(d_velocity * momentum.final, d_after, mixed.final)
-    d_gram = d_mixed_gram = d_erased = None
+    parts, mixed_parts, carried_parts = {"final": _inner(d_state, state)}, {}, {}
+    d_momentum_state = d_momentum = d_written = d_decaying = d_gram = d_mixed_gram = None
+    if velocity is not None:
+        d_velocity_end = torch.bmm(x, d_velocity.mT)
+        d_x.baddbmm_(done.written * momentum.to_end, d_velocity)
+        for found, d, d_final in ((mixed_parts, d_end, d_after), (carried_parts, d_velocity_end, d_velocity)):
+            found |= {"to_end": row_dot(d, done.written), "final": _inner(d_final, velocity)}
+        d_written = (d_end * mixed.to_end).addcmul_(d_velocity_end, momentum.to_end)
+        d_momentum_state = torch.addcmul(d_velocity * momentum.final, d_after, mixed.final)
+    if done.decaying is not None:
+        d_decaying = d_end.mul_(decay.to_end)
+        parts["to_end"] = row_dot(d_decaying, done.decaying)
+    for whole, d in zip((d_decaying, d_written), by_reads or ()):
+        if d is not None:
+            part_read(whole).add_(d)
     d_rate = torch.zeros_like(rate)
+    if done.decaying is not None:
+        d_rate = row_dot(d_decaying, done.surprise).neg_()
+        d_signal = d_decaying.mul_(-rate)
     if erase is not None:
-        d_erased = d_end.mul_(decay.to_end)
-        parts["to_end"] = row_dot(d_erased, done.decaying)
-    add_reads(d_erased, d_written)
-    if erase is not None:
-        d_rate -= row_dot(d_erased, done.surprise)
-        d_sum = torch.bmm(erase.inverse.mT, d_erased.mul_(-rate))
-        d_recalled, d_recalled_velocity = d_sum * decay.before, d_sum * mixed.before
+        d_signal = torch.bmm(erase.inverse.mT, d_signal)
+        d_recalled = d_signal * decay.before
         parts["before"] = row_dot(d_recalled, done.recalled)
-        mixed_parts["before"] = row_dot(d_sum, done.recalled_velocity)
-        d_x.baddbmm_(d_recalled, state).baddbmm_(d_recalled_velocity, velocity)
+        d_x.baddbmm_(d_recalled, state)
         d_state.baddbmm_(d_recalled.mT, x)
-        d_momentum_state.baddbmm_(d_recalled_velocity.mT, x)
-        d_written.baddbmm_(done.mixed_gram.mT, d_sum)
-        d_mixed_gram = torch.bmm(d_sum, done.written.mT)
-        mixed_parts["strict"] = d_mixed_gram * gram
-        d_gram = _erase_adjoint(d_sum, done.surprise, rate, erase, d_rate, parts)
-    d_scale = row_dot(d_written, signal)  # of −w/δ
-    d_rate -= d_scale if share is None else d_scale * share
-    d_momentum = None if share is None else d_scale * rate  # s = 1 − μ
-    d_signal = d_written.mul_(-rate if share is None else -rate * share)
+        if velocity is not None:
+            d_recalled = d_signal * mixed.before
+            mixed_parts["before"] = row_dot(d_signal, done.recalled_velocity)
+            d_x.baddbmm_(d_recalled, velocity)
+            d_momentum_state.baddbmm_(d_recalled.mT, x)
+            d_written.baddbmm_(done.mixed_gram.mT, d_signal)
+            d_mixed_gram = torch.bmm(d_signal, done.written.mT)
+            mixed_parts["strict"] = d_mixed_gram * gram
+        d_gram = _erase_adjoint(d_signal, done.surprise, rate, erase, d_rate, parts)
+    if velocity is not None:
+        d_scale = row_dot(d_written, signal)  # of −w/δ
+        d_rate -= d_scale if share is None else d_scale * share
+        d_momentum = None if share is None else d_scale * rate  # s = 1 − μ
+        d_signal = d_written.mul_(-rate if share is None else -rate * share)
     return WriteAdjoint(
         d_state,
         d_momentum_state,
@@ -245,6 +215,16 @@ def _momentum_adjoint(d_after, d_velocity, add_reads, state, velocity, layer: La
         mixed_parts,
         carried_parts,
     )
+
+
+def _erase_adjoint(d_sum, surprise, rate, erase: Erase, d_rate, parts: Parts) -> torch.Tensor:
+    """The adjoint of K from that of what the inverse is applied to; adds to the rate's and to ``parts``."""
+    gram = torch.bmm(d_sum, surprise.mT)
+    strict = gram * erase.gram
+    d_rate.sub_(strict.sum(1, keepdim=True).mT)
+    columns = -rate.mT
+    parts["strict"] = strict.mul_(columns)
+    return gram.mul_(columns)
 
 
 class Read(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from nl_kernels.chunk_alignment import ChunkGrid
 from nl_kernels.dispatch import products_for, without_autocast
 from nl_kernels.memory.bank import Layers, snapshot_adjoint, take_snapshot
-from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, learn, prepare
+from nl_kernels.memory.chunk import BankRule, Learned, Prepared, Tokens, Weights, learn, prepare
 from nl_kernels.memory.chunk_adjoint import ChunkAdjoint, TokenAdjoints, learn_adjoint, prepare_adjoint
 from nl_kernels.memory.generate import GeneratedTokens, GivenTokens
 from nl_kernels.memory.segments import Segment, State, by_chunk, joined, shaped
@@ -76,9 +76,8 @@ class Loop:
             for i, (part, here) in enumerate(zip(by_chunk(tokens, count), by_chunk(prepared, count))):
                 if i:
                     base = _base(running, snapshot, anchor, scratch)
-                o, after, velocity_after, learned = learn(
-                    self.bank, part, here, base, running, velocity, anchor, keep
-                )
+                met = Weights(base, running, velocity, anchor)
+                o, after, velocity_after, learned = learn(self.bank, part, here, met, keep)
                 outputs.append(o)
                 if keep:
                     chunks.append(_Chunk(running, velocity, snapshot, learned))
@@ -118,19 +117,9 @@ class Loop:
                 chunk = block.chunks.pop()
                 d_running, d_velocity, d_snapshot = self._through_boundary(segment, start + i, carried, chunk)
                 base = _base(chunk.running, chunk.snapshot, anchor, scratch)
-                found_here = learn_adjoint(
-                    self.bank,
-                    parts[i],
-                    shared[i],
-                    base,
-                    chunk.running,
-                    chunk.velocity,
-                    anchor,
-                    chunk.learned,
-                    d_outputs[i][0],
-                    d_running,
-                    d_velocity,
-                )
+                met = Weights(base, chunk.running, chunk.velocity, anchor)
+                d_after = (d_outputs[i][0], d_running, d_velocity)
+                found_here = learn_adjoint(self.bank, parts[i], shared[i], met, chunk.learned, *d_after)
                 found.append(found_here.tokens)
                 if i == 0:
                     d_tokens = prepare_adjoint(
@@ -238,32 +227,34 @@ def run_segments(
         layout = (len(state), len(constants))
         output, *state = _WithAdjoint.apply(loop, tuple(segments), layout, *tensors)
         return output, tuple(state)
-    outputs = []
+    output, state, _, _ = _through(loop, segments, state, constants, sequences, False)
+    return output, state
+
+
+def _through(
+    loop: Loop, segments: Sequence[Segment], state: State, constants: State, sequences: State, keep: bool
+) -> tuple[torch.Tensor, State, list[State], list[list[_Block] | None]]:
+    """Reads and the last state; the state before each segment, and with ``keep`` what the last one made."""
+    outputs, starts, made = [], [], []
     with products_for(loop.operands, sequences[0].device.type):
         for segment in segments:
-            state, parts, _ = loop.forward(segment, state, constants, _of_segment(sequences, segment), False)
+            starts.append(state)
+            keeps = keep and (segment.kept or len(segments) == 1)
+            given = _of_segment(sequences, segment)
+            state, parts, blocks = loop.forward(segment, state, constants, given, keeps)
             outputs += parts
-    return _joined(outputs), state
+            made.append(blocks if keeps else None)
+    return _joined(outputs), state, starts, made
 
 
 class _WithAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loop, segments, layout, *tensors):
-        states, constants = layout
-        state, shared, sequences = _split(tensors, states, constants)
-        outputs, starts, made = [], [], []
-        with products_for(loop.operands, sequences[0].device.type):
-            for segment in segments:
-                starts += state if made else ()
-                keep = segment.kept or len(segments) == 1
-                given = _of_segment(sequences, segment)
-                state, parts, blocks = loop.forward(segment, state, shared, given, keep)
-                outputs += parts
-                made.append(blocks if keep else None)
-        ctx.loop, ctx.segments, ctx.layout, ctx.made = loop, segments, layout, made
-        ctx.save_for_backward(*tensors, *starts)
+        output, state, starts, ctx.made = _through(loop, segments, *_split(tensors, *layout), True)
+        ctx.loop, ctx.segments, ctx.layout = loop, segments, layout
+        ctx.save_for_backward(*tensors, *(x for start in starts[1:] for x in start))
         ctx.set_materialize_grads(False)
-        return (_joined(outputs), *_unaliased(state, tensors))
+        return (output, *_unaliased(state, tensors))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -279,24 +270,17 @@ class _WithAdjoint(torch.autograd.Function):
         d_state = tuple(None if d is None else d.clone() for d in d_state)
         device = sequences[0].device.type
         with products_for(ctx.loop.operands, device), without_autocast(device):
-            d_state = _segments_backward(ctx, starts, shared, sequences, d_state, d_output, totals, joined)
+            for i in reversed(range(len(ctx.segments))):
+                segment, blocks = ctx.segments[i], ctx.made[i]
+                given, places, (d_reads,) = (
+                    _of_segment(x, segment) for x in (sequences, joined, (d_output,))
+                )
+                ctx.made[i] = None  # frees it; a second backward pass recomputes
+                if blocks is None:
+                    blocks = ctx.loop.forward(segment, starts[i], shared, given, True)[2]
+                d_state = ctx.loop.backward(segment, blocks, shared, given, d_state, d_reads, totals, places)
         d_state = (d if need else None for d, need in zip(d_state, needs))
         return (None, None, None, *d_state, *totals, *joined)
-
-
-def _segments_backward(
-    ctx, starts, constants, sequences, d_state, d_output, d_constants, d_sequences
-) -> State:
-    """The adjoint of the first state, from that of the last one and of the reads; fills the last two."""
-    for i in reversed(range(len(ctx.segments))):
-        segment, blocks = ctx.segments[i], ctx.made[i]
-        given, places = _of_segment(sequences, segment), _of_segment(d_sequences, segment)
-        ctx.made[i] = None  # frees it; a second backward pass recomputes
-        if blocks is None:
-            blocks = ctx.loop.forward(segment, starts[i], constants, given, True)[2]
-        (d_reads,) = _of_segment((d_output,), segment)
-        d_state = ctx.loop.backward(segment, blocks, constants, given, d_state, d_reads, d_constants, places)
-    return d_state
 
 
 def _fill(places: State, totals: State, blocks: list[tuple[State, State]]) -> None:

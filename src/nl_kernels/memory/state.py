@@ -14,9 +14,9 @@ State = TypeVar("State", bound=tuple)
 
 def map_tensors(function: Callable, state: State, *others: State) -> State:
     """``function`` of the tensors in the same place of each named tuple; what is absent stays absent."""
-    if state is None or isinstance(state, torch.Tensor):
-        return state if state is None else function(state, *others)
-    return type(state)(*(map_tensors(function, *parts) for parts in zip(state, *others, strict=True)))
+    if isinstance(state, tuple):
+        return type(state)(*(map_tensors(function, *parts) for parts in zip(state, *others, strict=True)))
+    return None if state is None else function(state, *others)
 
 
 def named_tensors(name: str, state: tuple | torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -31,9 +31,9 @@ def named_tensors(name: str, state: tuple | torch.Tensor | None) -> dict[str, to
 
 def tensors_in(state: tuple | torch.Tensor | None) -> list[torch.Tensor]:
     """All tensors of nested tuples."""
-    if state is None or isinstance(state, torch.Tensor):
-        return [] if state is None else [state]
-    return [x for part in state for x in tensors_in(part)]
+    if isinstance(state, tuple):  # a step's time shows it: an instance of a tensor takes longer to tell
+        return [x for part in state if part is not None for x in tensors_in(part)]
+    return [] if state is None else [state]
 
 
 def weights_in(state: tuple | None) -> list[torch.Tensor]:

@@ -1,60 +1,140 @@
-"""One layer of a memory over one token, without gradients: what the one-token steps on the CPU are built on.
+"""One token of a chunked memory for decoding on the CPU: no chunk, no gradient, few operations.
 
-At one token the arithmetic is small, so each function takes as few operations as it can. Tokens are rows
-[.., 1, width]: a product of a row with ``W.mT`` is several times as fast as that of ``W`` with a column. Any
-leading dimensions do, as long as they broadcast.
+At one token the arithmetic is small, so what a chunk prepares for many tokens is left out. Tokens are rows
+[.., 1, width]: a product of a row with ``W.mT`` is several times as fast as that of ``W`` with a column.
+Weights are blocks [N, m, out, in] of a state (:meth:`nl_kernels.memory.bank.Layout.blocks_of`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 
+from nl_kernels.memory.bank import Layers, Layout, Met, Sequences
+from nl_kernels.memory.chunk import BankRule, Errors, apply, counted, errors_of
+from nl_kernels.memory.generate import source_of
 from nl_kernels.memory.hidden import row_dot
+from nl_kernels.memory.state import map_tensors
+from nl_kernels.memory_checks import per_sequence, zero_padding
 from nl_kernels.memory_rule import MemoryRule
 
 Weights = TypeVar("Weights", bound=tuple)
-Met = bool | torch.Tensor
-"""Whether a boundary is met: by all sequences, by none, or by those of a bool tensor [B]."""
 
 
-class Gates(NamedTuple):
-    """What scales one token's write, each [.., 1, 1].
+def step_token(
+    tokens: Sequences,
+    gates: tuple[torch.Tensor | float, ...],
+    weights: tuple,
+    state: tuple,
+    *,
+    rule: MemoryRule,
+    read: str,
+    clocks: tuple[int, int],
+    mask: torch.Tensor | None,
+    inplace: bool,
+) -> tuple[torch.Tensor, tuple]:
+    """Reads [B, H, Dv] of one token in the dtype of ``state``, and the state after it.
 
-    Attributes:
-        rate: η; 0 where there is no token.
-        decay: α; 1 where there is no token.
-        momentum: μ, 1 where there is no token; ``None`` without momentum.
-        applied: 0 where there is no token, else 1; ``None`` when every sequence has one.
+    Args:
+        tokens: [B, H, ..]. gates: largest rate and biases, numbers or [H]. mask: [B].
+        weights: the anchor, shared or by sequence; unused by a rule that is not anchored.
+        clocks: tokens between boundaries of the memory that is read, and of the others.
+        inplace: write into the tensors of ``state``, which are contiguous and share no memory; otherwise they
+            stay as they are, and the new state may share those that did not change.
     """
+    snapshot, running, position, velocity = state
+    batch, heads, _ = tokens.query.shape
+    count, dtype = batch * heads, next(x for x in running if x is not None).dtype
+    if mask is not None:
+        tokens = map_tensors(lambda x: zero_padding(x, mask), tokens)
+    tokens = Sequences(*(None if x is None else x.to(dtype).reshape(count, 1, -1) for x in tokens))
+    applied = None if mask is None else mask.repeat_interleave(heads).to(dtype)[:, None, None]
+    self_made, linear = tokens.gate is not None, running[0] is None or running[-1] is None
+    layout = Layout(count, tokens.value.shape[-1], self_made, linear)
+    bank = BankRule(rule, read, layout)
 
-    rate: torch.Tensor
-    decay: torch.Tensor
-    momentum: torch.Tensor | None
-    applied: torch.Tensor | None
+    base = _base(layout, weights if rule.anchored else None, snapshot)
+    source, sequences = source_of(rule, layout, tokens, applied)
+    gates = [x.to(dtype).repeat(batch).view(-1, 1, 1) if isinstance(x, torch.Tensor) else x for x in gates]
+    token, _ = source.tokens(base, gates, sequences, False)
+    recalled = None
+    if rule.errs_at_anchor(linear):
+        recalled = [torch.bmm(token.k, x.flatten(0, 1).flatten(1, -2).mT) for x in snapshot if x is not None]
+        recalled = torch.cat(recalled, -1) if self_made else recalled[0]
+    made, others = errors_of(bank, token, base, (), False, recalled)
 
-    @classmethod
-    def of(
-        cls,
-        rate: torch.Tensor,
-        decay: torch.Tensor,
-        momentum: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> Gates:
-        """From η, α and μ [B, H] and the mask [B] of a token, for B · H layers."""
-        applied = None
-        if mask is not None:
-            padding = ~mask[:, None]
-            rate, decay = rate.masked_fill(padding, 0), decay.masked_fill(padding, 1)
-            momentum = None if momentum is None else momentum.masked_fill(padding, 1)
-            applied = mask[:, None].expand(rate.shape).to(rate.dtype)
-        parts = (rate, decay, momentum, applied)
-        return cls(*(None if x is None else x.reshape(-1, 1, 1) for x in parts))
+    rate, log_decay, momentum = counted(token)
+    scales = (rate, log_decay.exp(), momentum, applied)
+    pairs = iter(_pairs(layout, token.k, made))
+    after = []
+    for part, moving in zip(running, velocity or (None,) * len(running)):
+        if part is not None:
+            first, options = not after or linear, {"rule": rule, "inplace": inplace}
+            part, moving = write_token(part, moving, *next(pairs), scales, first_layer=first, **options)
+        after.append((part, moving))
+    running, moving = (type(running)(*x) for x in zip(*after))
+    velocity = None if velocity is None else moving
 
-    def broadcast(self) -> Gates:
-        """The same for layers with one more leading dimension, behind the first."""
-        return Gates(*(None if x is None else x.unsqueeze(1) for x in self))
+    if bank.reads_inputs:
+        o = others[0]
+    elif read == "snapshot":
+        o, _ = apply(rule, token.query, map(layout.read_weights, base[: layout.read_layers]))
+    else:
+        memory = weights.memory if self_made else weights
+        layers = [x for x in running if x is not None][: layout.read_layers]
+        layers = [x[:, :, 2] for x in layers] if self_made else layers
+        if rule.anchored:
+            layers = [x + w for x, w in zip(layers, memory)]
+        o, _ = apply(rule, token.query, [x.flatten(0, 1) for x in layers])
+    if rule.residual:
+        o = o + token.query
+
+    place, met = advance(position, mask, max(clocks), clocks)
+    snapshot = _refreshed(*met, running, snapshot, layout, inplace)
+    position = position.copy_(place) if inplace else place
+    return o.view(batch, heads, -1), type(state)(snapshot, running, position, velocity)
+
+
+def _base(layout: Layout, anchor: tuple | None, snapshot: tuple) -> Layers:
+    """The weights at the snapshot as the engine has them; new pages of memory cost most."""
+    if anchor is None:
+        return layout.layers_of(layout.blocks_of(snapshot))
+    if not layout.self_made:
+        return tuple((w + x).flatten(0, 1) for w, x in zip(anchor, snapshot) if x is not None)
+    batch, dtype = snapshot.last.shape[0], snapshot.last.dtype
+    if len({memory.inner.ndim for memory in anchor}) > 1:  # some are by sequence, some shared
+        anchor = map_tensors(lambda w: per_sequence(w, batch, dtype), anchor)
+    firsts, lasts = zip(*anchor)
+
+    def own(fresh: torch.Tensor, axis: int) -> torch.Tensor:
+        """What was put together, for each sequence along ``axis``."""
+        fresh = fresh.to(dtype) if firsts[0].ndim == 4 else fresh.to(dtype).unsqueeze(axis)
+        return fresh if fresh.shape[axis] == batch else fresh.repeat_interleave(batch, axis)
+
+    if layout.linear:
+        rows = own(torch.cat(firsts, -2), 0)
+        last, gate = rows.split_with_sizes((3 * layout.width, 2), -2)
+        last.add_(snapshot.last.flatten(2, 3))
+        gate.add_(snapshot.gate)
+        return (rows.flatten(0, 1),)
+    changes = (snapshot.first, snapshot.last, snapshot.gate.unsqueeze(3))
+    parts = zip((firsts, lasts[:3], lasts[3:]), changes)
+    return tuple(own(torch.stack(w), 1).add_(x.movedim(2, 0)).flatten(0, 2) for w, x in parts)
+
+
+def _pairs(layout: Layout, k: torch.Tensor, made: Errors) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """What each layer takes in, and its error signal: tokens [N, 1, ·], or [N, m, 1, ·] of memories apart."""
+    if layout.linear:
+        sizes = (3 * layout.width, 2) if layout.self_made else (layout.width,)
+        return [(k, signal) for signal in made.errors[0].split_with_sizes(sizes, -1)]
+    inputs, signals = (made.keys.value,), (made.signal.value, *made.errors)
+    if layout.self_made:
+        inputs = layout.as_blocks(layout.split(*inputs))
+        first, *lasts = layout.as_blocks(signals)
+        signals = (first.reshape(len(k), 1, -1), *lasts)
+    return zip((k, *inputs), signals)
 
 
 def write_token(
@@ -62,9 +142,9 @@ def write_token(
     velocity: torch.Tensor | None,
     x: torch.Tensor,
     signal: torch.Tensor,
-    gates: Gates,
-    rule: MemoryRule,
+    scales: tuple[torch.Tensor | None, ...],
     *,
+    rule: MemoryRule,
     first_layer: bool,
     inplace: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -73,17 +153,22 @@ def write_token(
     The share s of a write is 1 − μ where the rule averages writes, else 1.
 
     Args:
-        state, velocity: S and U [.., out, in]; U ``None`` without momentum.
-        x: the layer's input [.., 1, in].
-        signal: δ [.., 1, out].
+        state, velocity: S and U [B, H, .., out, in]; U ``None`` without momentum.
+        x, signal: of :func:`_pairs`.
+        scales: η, α, μ and whether there is a token, 1 or 0, each [N, 1, 1] or ``None``.
         first_layer: whether the layer is its memory's first, for ``rule.erase``.
         inplace: write into ``state`` and ``velocity``; otherwise they stay and the results are new.
     """
-    rate, decay, momentum, applied = gates
+    shape, block = state.shape, (*x.shape[:-2], -1, x.shape[-1])
+    state, velocity = (w if w is None else w.reshape(block) for w in (state, velocity))
+    if x.ndim > 3:
+        scales = (w if w is None else w.unsqueeze(1) for w in scales)
+    rate, decay, momentum, applied = scales
     erases = rule.erases(first_layer)
     if erases and rule.proximal:
         rate = rate / (1 + rate * row_dot(x, x))
-    recalled = torch.matmul(x, state.mT) if erases else None
+    product = torch.bmm if x.ndim == 3 else torch.matmul  # which takes three times as many calls
+    recalled = product(x, state.mT) if erases else None
     after = state.mul_(decay) if inplace else state * decay
     if velocity is None:
         # Without momentum what is erased and what is written are one product.
@@ -101,7 +186,7 @@ def write_token(
         after.add_(velocity)
     elif velocity is not None:
         after.addcmul_(velocity, applied)  # an empty place must not add U again
-    return after, velocity
+    return after.view(shape), None if velocity is None else velocity.view(shape)
 
 
 def advance(
@@ -114,28 +199,31 @@ def advance(
     after = position + 1 if mask is None else position + mask
     if mask is None and position.device.type == "cpu" and not torch.compiler.is_compiling():
         seen = after.tolist()
-        met = [[place % clock == 0 for place in seen] for clock in clocks]
-        decided = [True if all(m) else torch.tensor(m) if any(m) else False for m in met]
-        return (after if max(seen) < period else after % period), decided
+        met = {clock: [place % clock == 0 for place in seen] for clock in clocks}
+        met = {clock: True if all(m) else torch.tensor(m) if any(m) else False for clock, m in met.items()}
+        return (after if max(seen) < period else after % period), [met[clock] for clock in clocks]
     met = [after % clock == 0 for clock in clocks]
     return after % period, met if mask is None else [m & mask for m in met]
 
 
-def refreshed(met: Met | tuple, running: Weights, snapshot: Weights, inplace: bool) -> Weights:
-    """The snapshot after a token, of ``running`` where a boundary is met; written into it if ``inplace``.
+def _refreshed(
+    read: Met, others: Met, running: Weights, snapshot: Weights, layout: Layout, inplace: bool
+) -> Weights:
+    """The snapshot after a token, with the boundaries met by both clocks; written into it if ``inplace``."""
+    if isinstance(read, bool) and read is others:
+        if not (read and inplace):
+            return running if read else snapshot
+        return map_tensors(torch.Tensor.copy_, snapshot, running)
+    like = next(x for x in snapshot if x is not None)
+    read, others = (torch.as_tensor(x, device=like.device).expand(len(like)) for x in (read, others))
+    # By memory, for what a layer has of: all, projections, gates.
+    met = torch.stack([others, others, read, others, others] if layout.self_made else [read], 1)[:, None]
+    parts = (met, met[..., :3], met[..., 3:]) if layout.self_made else (met, met)
 
-    Args:
-        met: for all layers, or a tuple with that of each, which broadcasts from the left.
-    """
-    if met is False:
-        return snapshot
-    if met is True and not inplace:
-        return running
-
-    def layer(new: torch.Tensor, old: torch.Tensor, met: Met) -> torch.Tensor:
-        if met is not True:
-            new = torch.where(met.view(met.shape + (1,) * (new.ndim - met.ndim)), new, old)
+    def layer(met: torch.Tensor, new: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor | None:
+        if new is None:
+            return None
+        new = torch.where(met.view(met.shape + (1,) * (new.ndim - 3)), new, old)
         return old.copy_(new) if inplace else new
 
-    parts = zip(running, snapshot, met if isinstance(met, tuple) else (met,) * len(snapshot))
-    return type(snapshot)(*(None if new is None else layer(new, old, where) for new, old, where in parts))
+    return type(snapshot)(*map(layer, parts, running, snapshot))

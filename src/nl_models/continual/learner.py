@@ -25,7 +25,7 @@ from nl_models.layers.state import row_indices
 from nl_models.module_views import device_of, dtype_of, in_evaluation, weights_digest
 from nl_models.surgery import FastWeights
 from nl_models.surgery.modules import ContinuumCausalLM
-from nl_models.training.console import ReadingDisplay
+from nl_models.training.console import Display
 
 Text = str | torch.Tensor
 """A text, for a learner with a tokenizer, or tokens ``[T]`` or ``[B, T]`` (int64)."""
@@ -180,7 +180,7 @@ class ContinuumLearner:
         saved = self.state.read
         self._before = self.state
         total = sum(tokens.shape[1] for tokens in documents) - skip if isinstance(documents, list) else 0
-        with ReadingDisplay(Console() if progress else None, total=total, label="learning") as display:
+        with Display(Console() if progress else None, total=total, label="learning") as display:
             for tokens in documents:
                 if not tokens.shape[1]:
                     report.empty_documents += 1

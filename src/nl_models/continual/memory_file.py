@@ -164,7 +164,7 @@ def unpack(
         if foreign and not allow_other_model:
             raise MemoryFileError(
                 f"{source}: was learned with another model, or other values of its weights; "
-                "allow_other_model=True uses it with this one all the same"
+                "allow_other_model=True (--allow-other-model) uses it with this one all the same"
             )
         groups: dict[str, dict[str, torch.Tensor]] = {
             name: {} for name in (*GROUPS, "context", "left", "right", CONVERSATION)

@@ -95,20 +95,23 @@ def stream_dataset(path: str, column: str) -> Iterator[Document]:
     Raises:
         CorpusError: ``datasets`` is not installed or cannot read it, or there is no such column of text.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise CorpusError("text_column: needs the package datasets; pip install datasets") from error
-    try:
-        rows = datasets.load_dataset(path, split="train", streaming=True)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise CorpusError(f"corpus: datasets cannot read {path} ({error})") from error
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_rows(path)):
         text = row.get(column)
         if not isinstance(text, str | None) or column not in row:
             raise CorpusError(f"text_column: {path} has no text in a column {column!r}; it has {sorted(row)}")
         if text:
             yield Document(f"row {number}", text)
+
+
+def _rows(path: str) -> Iterator[dict[str, object]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise CorpusError("text_column: needs the package datasets; pip install datasets") from error
+    try:  # what is wrong with a file shows when its rows are read
+        yield from datasets.load_dataset(path, split="train", streaming=True)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise CorpusError(f"corpus: datasets cannot read {path} ({error})") from error
 
 
 def check_fraction(validation_fraction: float) -> None:

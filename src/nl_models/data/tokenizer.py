@@ -11,13 +11,13 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 TOKENIZERS = ("bytes", "bpe")
 SMALLEST_BPE = 257  # every byte and the separator
 _SEPARATOR = "<|document|>"
 _FILE = "tokenizer.json"
-_BYTES_FORMAT = "nl-models-bytes"
+_BYTES_FORMAT = "nl-models-bytes"  # of files before 0.3
 
 
 class Tokenizer(Protocol):
@@ -38,32 +38,11 @@ class Tokenizer(Protocol):
     def token_bytes(self) -> np.ndarray:
         """``[vocab_size]`` int64: how many bytes of text each id stands for (the separator: 0)."""
 
-    def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json`` into ``folder``; :func:`load_tokenizer` reads it."""
-
-
-class ByteTokenizer:
-    """Ids 0–255 are the bytes of the UTF-8 text, 256 is the separator."""
-
-    vocab_size = 257
-    separator_id = 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(token for token in ids if token != self.separator_id).decode(errors="replace")
-
-    def token_bytes(self) -> np.ndarray:
-        lengths = np.ones(self.vocab_size, dtype=np.int64)
-        lengths[self.separator_id] = 0
-        return lengths
+    def for_transformers(self) -> PreTrainedTokenizerBase:
+        """The same as one of transformers, whose end-of-text token is the separator."""
 
     def save(self, folder: Path) -> None:
-        Path(folder, _FILE).write_text(json.dumps({"format": _BYTES_FORMAT}) + "\n")
+        """Write it into ``folder``; :func:`load_tokenizer` and ``AutoTokenizer`` read it."""
 
 
 class BytePairTokenizer:
@@ -91,8 +70,27 @@ class BytePairTokenizer:
         lengths[self.separator_id] = 0
         return np.array(lengths, dtype=np.int64)
 
+    def for_transformers(self) -> PreTrainedTokenizerFast:
+        inner = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=_SEPARATOR, pad_token=_SEPARATOR)
+
     def save(self, folder: Path) -> None:
-        self._inner.save(str(Path(folder, _FILE)))
+        self.for_transformers().save_pretrained(folder)
+
+
+class ByteTokenizer(BytePairTokenizer):
+    """No pairs: ids 0–255 are the bytes of the UTF-8 text, 256 is the separator."""
+
+    def __init__(self) -> None:
+        signs = {ord(sign) for sign in pre_tokenizers.ByteLevel.alphabet()}
+        # Byte-level BPE writes a byte as the character of its number, blank ones by one from 256 on.
+        unseen = iter(sorted(signs - set(range(256))))
+        vocabulary = {chr(byte if byte in signs else next(unseen)): byte for byte in range(256)}
+        inner = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        inner.decoder = decoders.ByteLevel()
+        inner.add_special_tokens([_SEPARATOR])
+        super().__init__(inner)
 
 
 class ReadyTokenizer:
@@ -130,6 +128,9 @@ class ReadyTokenizer:
             else:
                 lengths[i] = len((token.replace("▁", " ") if "▁" in token else text).encode())
         return lengths
+
+    def for_transformers(self) -> PreTrainedTokenizerBase:
+        return self._inner
 
     def save(self, folder: Path) -> None:
         self._inner.save_pretrained(folder)
@@ -171,7 +172,7 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
             raise ValueError(f"tokenizer: {folder} has no usable one ({ours}; {error})") from error
 
 
-def load_tokenizer(folder: str | Path) -> ByteTokenizer | BytePairTokenizer:
+def load_tokenizer(folder: str | Path) -> BytePairTokenizer:
     """Load what :meth:`Tokenizer.save` wrote into ``folder``.
 
     Raises:

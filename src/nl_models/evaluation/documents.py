@@ -34,7 +34,7 @@ def document_losses(
     """
     found = []
     for name, text in documents.items():
-        nats, tokens = plain.loss(text)
+        nats, tokens = plain.loss(text) if text else (0.0, 0)
         if tokens:
             with_memory = None if remembering is None else remembering.loss(text)[0]
             found.append(DocumentLoss(name, tokens, len(text.encode()), nats, with_memory))

@@ -18,7 +18,7 @@ from nl_models.evaluation.position import bucket_edges, standard_error
 from nl_models.evaluation.token_losses import check_model, check_tokens, token_losses
 from nl_models.hope import HopeCache, HopeForCausalLM
 from nl_models.module_views import in_evaluation, input_device
-from nl_models.training.console import ReadingDisplay
+from nl_models.training.console import Display
 
 _N = 4  # of the n-grams
 
@@ -161,7 +161,7 @@ def generation_by_position(
         check_positive_int(name, value)
     check_sampling(samples, temperature)
     model = in_evaluation(model)
-    with torch.no_grad(), ReadingDisplay(console, total=2 * samples * tokens, label=label) as display:
+    with torch.no_grad(), Display(console, total=2 * samples * tokens, label=label) as display:
         writer = _Writer(model, prompt[:1].expand(samples, 1), temperature, seed)
         for piece in prompt[1:].split(window):
             writer.read(piece)
@@ -220,7 +220,7 @@ def conversation_by_turn(
     }
     total = samples * (sum(map(len, turns)) + reply_tokens * len(turns))
     model = in_evaluation(model)
-    with torch.no_grad(), ReadingDisplay(console, total=total, label=label) as display:
+    with torch.no_grad(), Display(console, total=total, label=label) as display:
         first, turns[0] = turns[0][:1], turns[0][1:]
         text = first.expand(samples, 1)
         writer = _Writer(model, text, temperature, seed)
@@ -252,7 +252,7 @@ class _Writer:
         self._last = rows[:, -1:]
         return token_losses(self._model, rows, self._cache)
 
-    def write(self, tokens: int, display: ReadingDisplay) -> torch.Tensor:
+    def write(self, tokens: int, display: Display) -> torch.Tensor:
         """``[N, tokens]`` on the CPU, drawn one after another."""
         drawn = []
         for _ in range(tokens):

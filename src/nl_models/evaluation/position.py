@@ -15,7 +15,7 @@ from nl_models.evaluation.token_losses import check_model, check_tokens, token_l
 from nl_models.evaluation.writes_off import without_writes
 from nl_models.hope import HopeCache, HopeForCausalLM
 from nl_models.module_views import in_evaluation
-from nl_models.training.console import ReadingDisplay
+from nl_models.training.console import Display
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def loss_by_position(
     rows = max(1, streams * piece // window)
     total = streams * far + (1 if silent is None else 2) * length
     model = in_evaluation(model)
-    with torch.no_grad(), ReadingDisplay(console, total=total, label=label) as display:
+    with torch.no_grad(), Display(console, total=total, label=label) as display:
         fresh = _fresh_losses(model, ring, window, rows, display)
         off = None if silent is None else _fresh_losses(silent, ring, window, rows, display)
         carried = _carried_losses(model, ring, starts, far, piece, display)
@@ -180,7 +180,7 @@ def loss_by_position(
 
 
 def _fresh_losses(
-    model: HopeForCausalLM, ring: torch.Tensor, window: int, rows: int, display: ReadingDisplay
+    model: HopeForCausalLM, ring: torch.Tensor, window: int, rows: int, display: Display
 ) -> torch.Tensor:
     """``[L]``: every window of the ring by itself, ``rows`` of them at once."""
     places = torch.arange(window + 1)
@@ -197,7 +197,7 @@ def _carried_losses(
     starts: torch.Tensor,
     length: int,
     piece: int,
-    display: ReadingDisplay,
+    display: Display,
 ) -> torch.Tensor:
     """``[N, length]``: all streams side by side, a piece at a time."""
     cache = HopeCache(model.config)

@@ -25,6 +25,6 @@ class GatedOutput(nn.Module):
 
     def forward(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``o [.., H, D]`` of the mixer and its input ``x [.., d]`` to ``[.., d]`` in x's dtype."""
-        if self.norm is None:
+        if self.norm is None or self.g_proj is None:
             return self.o_proj(o.flatten(-2).to(x.dtype))
         return self.o_proj(self.norm(o.to(x.dtype)).flatten(-2) * F.silu(self.g_proj(x)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ class StateCacheLayer(CacheLayerMixin):
         self.seen += tokens
         self.is_initialized = True
 
-    def map(self, function) -> None:
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply ``function`` to every tensor of the state."""
         held = (self.state, self.padding, self.tokens, self.unread)
         self.state, self.padding, self.tokens, self.unread = map_state(function, held)
@@ -149,7 +149,9 @@ class StateCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise TypeError("this layer commits its whole state; it has no keys and values to initialize")
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> NoReturn:
         raise TypeError("this layer commits its whole state with `commit`, not keys and values")
 
     def crop(self, tokens_to_remove: int) -> None:

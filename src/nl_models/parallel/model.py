@@ -55,6 +55,7 @@ class SequenceParallel:
         labels: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: HopeCache | None = None,
+        num_items_in_batch: float | None = None,
     ) -> CausalOutput:
         """Logits of this rank's tokens, and its share of the loss.
 
@@ -64,6 +65,7 @@ class SequenceParallel:
             attention_mask: ``[B, T]`` likewise, 0 at padding.
             cache: on the first rank alone: the state before these tokens, which is replaced by that after the
                 last rank's, without its graph. An empty one (``HopeCache(config)``) is filled.
+            num_items_in_batch: what the sum of the losses is divided by; by default the number of targets.
 
         Returns:
             logits ``[B, T, vocab_size]`` and a loss, which sums over ranks to the mean over all targets.
@@ -87,7 +89,7 @@ class SequenceParallel:
             parts.append(hidden)
             states.append(after)
         logits = self.model.lm_head(backbone.norm(torch.cat(parts)))
-        loss = None if labels is None else self._loss(logits, labels, agreement)
+        loss = None if labels is None else self._loss(logits, labels, agreement, num_items_in_batch)
         if agreement.others[0]["cache"]:
             self._return_states([join_states(each) for each in zip(*states)], input_ids, mask, cache)
         self.ranks.finish()
@@ -163,10 +165,13 @@ class SequenceParallel:
             raise ValueError("micro_batches: expected 1 for padded sequences with a cache")
         return agreement
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, agreement: Agreement) -> torch.Tensor:
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, agreement: Agreement, count: float | None
+    ) -> torch.Tensor:
         """The targets of this rank's tokens end with the first label of the next rank."""
         first = torch.tensor([said["first"] for said in agreement.others])
-        count = sum(said["targets"] for said in agreement.others) + int((first[1:] != -100).sum())
+        if count is None:
+            count = sum(said["targets"] for said in agreement.others) + int((first[1:] != -100).sum())
         after = F.pad(first, (0, 0, 0, 1), value=-100)[self.ranks.rank + 1, :, None]
         targets = torch.cat([labels[:, 1:], after.to(labels.device)], 1)
         return self.model.loss_function(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,43 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nl_models.data.tokenizer import ByteTokenizer, open_tokenizer
 from nl_models.hope import HopeConfig, HopeForCausalLM
+from nl_models.parallel.mesh import Mesh, parts_in_turn
 from nl_models.parallel.plan import idle_share, layers_of, sent_bytes
 from nl_models.profiling.flops import count_flops
 from nl_models.profiling.plan import Plan, of_depth, plan_training_step
 from nl_models.training.baseline import parameter_count
 from nl_models.training.config import TrainConfig
+from nl_models.training.distributed import check_shares
 from nl_models.training.model import hope_config
 from nl_models.training.optimizer import build_optimizer
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """How ranks share the work: ``data`` of them the windows of a batch, ``sequence`` each window.
-
-    Raises:
-        ValueError: a dimension below 1.
-    """
-
-    data: int = 1
-    sequence: int = 1
-
-    def __post_init__(self) -> None:
-        if min(self.data, self.sequence) < 1:
-            raise ValueError(f"mesh: expected numbers of ranks from 1, got {self}")
-
-    @classmethod
-    def parse(cls, text: str) -> Mesh:
-        """``"data=8,sequence=4"``, either of which may be absent."""
-        if not re.fullmatch(r"(data|sequence)=\d+(,(data|sequence)=\d+)*", text):
-            raise ValueError(f"mesh: expected such as data=8,sequence=4, got {text!r}")
-        return cls(**{name: int(size) for name, size in (part.split("=") for part in text.split(","))})
-
-    @property
-    def ranks(self) -> int:
-        return self.data * self.sequence
-
-    def __str__(self) -> str:
-        return f"data={self.data},sequence={self.sequence}"
 
 
 @dataclass(frozen=True)
@@ -81,16 +52,11 @@ def plan_run(config: TrainConfig, mesh: Mesh, flops: float | None = None) -> Run
     work as :class:`nl_models.parallel.SequenceParallel` does. ``flops``: of a token, if they are known.
 
     Raises:
-        ValueError: windows or tokens do not share out equally, or sharded weights with shared windows.
+        ValueError: a mesh that this run cannot have, or one that shares heads.
     """
-    if config.batch_size % mesh.data:
-        raise ValueError(f"batch_size: expected a multiple of data={mesh.data}, got {config.batch_size}")
-    if config.sequence_length % mesh.sequence:
-        raise ValueError(
-            f"sequence_length: expected a multiple of sequence={mesh.sequence}, got {config.sequence_length}"
-        )
-    if config.fsdp and mesh.sequence > 1:
-        raise ValueError("fsdp: ranks that share a sequence need whole weights; leave it or sequence out")
+    check_shares(config, mesh)
+    if mesh.heads > 1:
+        raise ValueError("mesh: ranks that share heads are not planned; plan data and sequence")
     model = hope_config(config, vocabulary(config), 0)
     batch, length = config.batch_size // mesh.data, config.sequence_length // mesh.sequence
     low = config.precision == "bf16" or (config.precision == "auto" and config.device != "cpu")
@@ -110,7 +76,9 @@ def plan_run(config: TrainConfig, mesh: Mesh, flops: float | None = None) -> Run
     if mesh.sequence > 1:
         with torch.device("meta"):
             whole = HopeForCausalLM(model)
-        idle = idle_share(whole, mesh.sequence)
+        parts = parts_in_turn(batch, mesh.sequence)
+        idle = idle_share(whole, mesh.sequence, parts)
+        plan = replace(plan, calls=plan.calls * parts)
         plan = _with_messages(plan, whole, mesh, batch, length, config.gradient_accumulation, 2 if low else 4)
     if flops is None:
         flops = count_token_flops(model, config.sequence_length, config.gradient_checkpointing)

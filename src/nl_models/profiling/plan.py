@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from nl_kernels.checks import check_choice, check_positive_int
 from nl_kernels.dispatch import kernels_planned
 from nl_models.hope import HopeConfig, HopeForCausalLM
-from nl_models.training.distributed import shard_blocks
+from nl_models.parallel.mesh import shard_blocks
 
 PRECISIONS = ("fp32", "bf16")
 # What a rank sends of each tensor in a ring, for each of its bytes and of the other ranks' share of them.

@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from nl_models.profiling.dry_run import Mesh, RunPlan, plan_run
+from nl_models.parallel.mesh import Mesh
+from nl_models.profiling.dry_run import RunPlan, plan_run
 from nl_models.training.command_line import explained_errors
 from nl_models.training.config import TrainConfig, load_config
 

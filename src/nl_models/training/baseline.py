@@ -32,16 +32,17 @@ def mixer_baseline(
         ValueError: no width gives as many parameters, as the Hope model is too small.
     """
     wanted = parameter_count(config)
+    values = {
+        name: getattr(config, name)
+        for name in HopeConfig.__annotations__.keys() & config.to_dict().keys()
+        if not name.startswith(("memory_", "continuum_"))
+    }
+    values["layer_types"] = mixer
+    if not same_blocks:
+        values |= {"use_short_convolution": False, "attention_output_gate": False}
 
     def with_width(width: int) -> HopeConfig:
-        values = {name: getattr(config, name) for name in HopeConfig.__dataclass_fields__ if name in _SHARED}
-        if not same_blocks:
-            values |= {"use_short_convolution": False, "attention_output_gate": False}
-        return HopeConfig(
-            **values,
-            layer_types=mixer,
-            continuum_levels=[{"hidden_size": width, "chunk_size": None}],
-        )
+        return HopeConfig(**values, continuum_levels=[{"hidden_size": width, "chunk_size": None}])
 
     narrow = parameter_count(with_width(8))
     per_column = (parameter_count(with_width(16)) - narrow) / 8
@@ -53,22 +54,3 @@ def mixer_baseline(
             f"no {mixer} baseline of {wanted:,} parameters: the nearest has {count:,}, more than 1 % away"
         )
     return baseline
-
-
-_SHARED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "use_short_convolution",
-    "convolution_window",
-    "rope_theta",
-    "attention_output_gate",
-    "attention_impl",
-    "rms_norm_eps",
-    "initializer_range",
-    "tie_word_embeddings",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)

@@ -21,24 +21,21 @@ import re
 import shutil
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from nl_models.files import new_directory, remove_incomplete, write_json
 from nl_models.training.carried import CarriedStates
 from nl_models.training.distributed import grouped, on_first
 
 _FORMAT = "nl-models-checkpoint-2"
-_FORMAT_0_1 = "nl-models-checkpoint-1"  # model.safetensors and optimizer.safetensors, by one process
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -47,26 +44,20 @@ class CheckpointError(ValueError):
     """A checkpoint is truncated, damaged, foreign, or of another model."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: completed steps, and the validation loss if this very step was evaluated."""
-
-    step: int
-    validation_loss: float | None = None
-
-
 def save_checkpoint(
     folder: Path,
-    progress: Progress,
+    step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     carried: CarriedStates | None = None,
+    *,
+    validation_loss: float | None = None,
 ) -> Path:
     """Write ``folder/step-<step>``, all processes together; it appears when every file in it is on the disk.
 
     A checkpoint of the same step is left as it is: training is deterministic, so it holds the same.
     """
-    path = Path(folder) / f"step-{progress.step:08d}"
+    path = Path(folder) / f"step-{step:08d}"
     if path.exists():
         return path
     tensors = {f"model/{name}": value for name, value in _model_tensors(model).items()}
@@ -88,8 +79,8 @@ def save_checkpoint(
         def end() -> None:
             state = {
                 "format": _FORMAT,
-                "step": progress.step,
-                "validation_loss": progress.validation_loss,
+                "step": step,
+                "validation_loss": validation_loss,
                 "carried": structure,
                 "files": {file.name: _fingerprint(file) for file in sorted(places[0].iterdir())},
             }
@@ -109,8 +100,8 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     carried: CarriedStates | None = None,
-) -> Progress:
-    """Restore model, optimiser and carried states, in place, after checking everything.
+) -> int:
+    """Restore model, optimiser and carried states, in place, after checking everything; returns the step.
 
     Raises:
         CheckpointError: not a checkpoint of this package, a file is missing, truncated or altered, or the
@@ -118,7 +109,7 @@ def load_checkpoint(
     """
     path = Path(path)
     on_first(lambda: _check_files(path))
-    structure, saved = _read_state(path).get("carried"), _saved_tensors(path)
+    state, saved = _read_state(path), _saved_tensors(path)
     targets = _checked_targets(path, model, saved)
     parameters = dict(model.named_parameters())
     moments: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
@@ -135,17 +126,18 @@ def load_checkpoint(
         place = torch.empty_like(parameter.detach(), **options) if sharded else torch.empty(size, **options)
         targets[key] = moments.setdefault(parameter, {})[kind] = place
     if carried is not None:
-        if structure is None:
+        if state.get("carried") is None:
             raise CheckpointError(f"checkpoint {path}: holds no carried states")
         own = {
             key: torch.empty(size, dtype=dtype) for key, (size, dtype) in saved.items() if carried.owns(key)
         }
         targets |= own
-    _load_tensors(targets, path)
+    with torch.no_grad():
+        _run_dcp(dcp.load, targets, path)
     optimizer.state.update(moments)
     if carried is not None:
-        carried.restore(structure, own)
-    return Progress(_read_state(path)["step"], validation_loss(path))
+        carried.restore(state["carried"], own)
+    return state["step"]
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -156,7 +148,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """
     path = Path(path)
     _check_files(path)
-    _load_tensors(_checked_targets(path, model, _saved_tensors(path)), path, no_dist=True)
+    with torch.no_grad():
+        _run_dcp(dcp.load, _checked_targets(path, model, _saved_tensors(path)), path, no_dist=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -203,8 +196,11 @@ def _run_dcp(function: Any, tensors: dict[str, torch.Tensor], path: Path, no_dis
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / _STATE).read_text())
-        if state["format"] not in (_FORMAT, _FORMAT_0_1):
-            raise CheckpointError(f"checkpoint {path}: format {state['format']!r}, expected {_FORMAT!r}")
+        if state["format"] != _FORMAT:
+            older = "; finish the run with version 0.1" if state["format"] == "nl-models-checkpoint-1" else ""
+            raise CheckpointError(
+                f"checkpoint {path}: format {state['format']!r}, expected {_FORMAT!r}{older}"
+            )
         if not isinstance(state["step"], int) or not all(
             isinstance(about["bytes"], int) and about["sha256"] for about in state["files"].values()
         ):
@@ -235,31 +231,8 @@ def _check_files(path: Path) -> None:
 
 def _saved_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """The shape and dtype of every tensor in a checkpoint."""
-    if _read_state(path)["format"] == _FORMAT_0_1:
-        return {key: (value.shape, value.dtype) for key, value in _tensors_0_1(path).items()}
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     return {key: (about.size, about.properties.dtype) for key, about in saved.items()}
-
-
-def _load_tensors(targets: dict[str, torch.Tensor], path: Path, no_dist: bool = False) -> None:
-    """Fill the tensors, which may be sharded, in place."""
-    with torch.no_grad():
-        if _read_state(path)["format"] == _FORMAT:
-            _run_dcp(dcp.load, targets, path, no_dist)
-            return
-        found = _tensors_0_1(path)
-        for key, target in targets.items():
-            value = found[key].to(target.device)
-            if isinstance(target, DTensor):
-                value = distribute_tensor(value, target.device_mesh, target.placements)
-            target.copy_(value)
-
-
-def _tensors_0_1(path: Path) -> dict[str, torch.Tensor]:
-    kinds = ("model", "optimizer")
-    return {
-        f"{kind}/{name}": x for kind in kinds for name, x in load_file(path / f"{kind}.safetensors").items()
-    }
 
 
 def _fingerprint(path: Path) -> dict[str, object]:

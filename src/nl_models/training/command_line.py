@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import typer
 from rich.console import Console
 
-from nl_models.training.config import TrainConfig
+from nl_models.training.config import PANELS, TrainConfig
 
 _MAPPING = "model_options"
 
@@ -28,7 +28,10 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
     own = [parameter for name, parameter in signature.parameters.items() if name != "overrides"]
     fields = dataclasses.fields(TrainConfig)
     hints = typing.get_type_hints(TrainConfig)
-    generated = [_parameter(field, hints[field.name]) for field in fields]
+    generated, panel = [], ""
+    for field in fields:
+        panel = PANELS.get(field.name, panel)
+        generated.append(_parameter(field, hints[field.name], panel))
 
     def wrapped(**values: typing.Any) -> None:
         overrides = {field.name: values.pop(field.name) for field in fields}
@@ -63,13 +66,13 @@ def _told(error: OSError) -> str:
     reason = error.strerror or str(error)
     where = f"{error.filename}: " if error.filename else ""
     remedies = {
-        errno.ENOSPC: "free some space, or choose an --output on another disk",
-        errno.EDQUOT: "free some space, or choose an --output on another disk",
-        errno.EFBIG: "choose an --output on a disk that takes larger files",
-        errno.ENOTDIR: "choose another --output",
-        errno.EACCES: "choose an --output that you may write to",
-        errno.EPERM: "choose an --output that you may write to",
-        errno.EROFS: "choose an --output that you may write to",
+        errno.ENOSPC: "free some space, or choose a place on another disk",
+        errno.EDQUOT: "free some space, or choose a place on another disk",
+        errno.EFBIG: "choose a place on a disk that takes larger files",
+        errno.ENOTDIR: "choose another place",
+        errno.EACCES: "choose a place that you may write to",
+        errno.EPERM: "choose a place that you may write to",
+        errno.EROFS: "choose a place that you may write to",
     }
     remedy = f"; {remedies[error.errno]}" if error.errno in remedies else ""
     return f"{where}{reason}{remedy}"
@@ -98,14 +101,16 @@ def _escaped(message: object) -> str:
     return str(message).replace("[", r"\[")
 
 
-def _parameter(field: dataclasses.Field, hint: typing.Any) -> inspect.Parameter:
-    name = "model-option" if field.name == _MAPPING else field.name.replace("_", "-")
+def _parameter(field: dataclasses.Field, hint: typing.Any, panel: str) -> inspect.Parameter:
+    name = f"--{'model-option' if field.name == _MAPPING else field.name.replace('_', '-')}"
+    if hint is bool and panel == "Execution":
+        name += f"/--no-{field.name}"  # another machine may have to take back what the run was begun with
     text = field.metadata["help"]
     default = None if field.default is dataclasses.MISSING else field.default
     option = typer.Option(
-        f"--{name}",
+        name,
         help=text if default in (None, False) else f"{text} Default: {default}.",
-        rich_help_panel=field.metadata["panel"],
+        rich_help_panel=panel,
         # The real default is the config's; None here means "not given".
         show_default=False,
     )

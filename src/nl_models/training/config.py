@@ -17,15 +17,18 @@ from nl_models.data.prepare import DataOptions
 OPTIMIZERS = ("adamw", "muon", "m3", "delta_momentum", "deep_momentum")
 MODELS = ("hope", "titans", "gated_delta_net", "attention")
 
-_DATA = "Data"
-_MODEL = "Model"
-_OPTIMISATION = "Optimisation"
-_EVALUATION = "Evaluation and checkpoints"
-_EXECUTION = "Execution"
+PANELS = {
+    "corpus": "Data",
+    "model": "Model",
+    "steps": "Optimisation",
+    "evaluate_every": "Evaluation and checkpoints",
+    "device": "Execution",
+}
+"""What the command line shows together: the options from each of these on."""
 
 
-def _option(default: object, panel: str, text: str) -> typing.Any:
-    return field(default=default, metadata={"panel": panel, "help": text})
+def _option(default: object, text: str) -> typing.Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -33,98 +36,88 @@ class TrainConfig:
     """A training run. Field metadata holds the help text of the command line."""
 
     corpus: str | None = _option(
-        None, _DATA, "Folder of UTF-8 text files. Without it: Python's own library and documentation topics."
+        None, "Folder of UTF-8 text files. Without it: Python's own library and documentation topics."
     )
     text_column: str | None = _option(
         None,
-        _DATA,
         "Column with the text where the corpus is a dataset that Hugging Face datasets reads, as a stream: a "
         "folder of parquet, JSON-lines or CSV files, or a name on the Hub.",
     )
     tokenizer: str = _option(
-        "bpe", _DATA, "'bytes', 'bpe' trained on the training files, or the folder of a ready one."
+        "bpe", "'bytes', 'bpe' trained on the training files, or the folder of a ready one."
     )
-    vocab_size: int = _option(4096, _DATA, "Ids of a BPE to train.")
-    validation_fraction: float = _option(0.05, _DATA, "Share of the files held out for validation.")
+    vocab_size: int = _option(4096, "Ids of a BPE to train.")
+    validation_fraction: float = _option(0.05, "Share of the files held out for validation.")
 
-    model: str = _option("hope", _MODEL, f"One of {', '.join(MODELS)}.")
-    hidden_size: int = _option(256, _MODEL, "Width of the residual stream.")
-    layers: int = _option(4, _MODEL, "Blocks.")
-    heads: int = _option(4, _MODEL, "Heads of the memory or attention.")
+    model: str = _option("hope", f"One of {', '.join(MODELS)}.")
+    hidden_size: int = _option(256, "Width of the residual stream.")
+    layers: int = _option(4, "Blocks.")
+    heads: int = _option(4, "Heads of the memory or attention.")
     model_options: dict[str, typing.Any] = field(
         default_factory=dict,
-        metadata={
-            "panel": _MODEL,
-            "help": "Any other field of HopeConfig as NAME=VALUE (JSON value). Repeatable.",
-        },
+        metadata={"help": "Any other field of HopeConfig as NAME=VALUE (JSON value). Repeatable."},
     )
 
     init_from: str | None = _option(
-        None, _MODEL, "Folder of a run, a checkpoint or a saved model whose weights to begin with."
+        None, "Folder of a run, a checkpoint or a saved model whose weights to begin with."
     )
 
-    steps: int = _option(1000, _OPTIMISATION, "Optimiser steps; a continued run may be given more.")
-    batch_size: int = _option(8, _OPTIMISATION, "Windows in one forward pass, of all processes together.")
-    sequence_length: int = _option(512, _OPTIMISATION, "Tokens in a window.")
-    gradient_accumulation: int = _option(1, _OPTIMISATION, "Forward passes in one optimiser step.")
+    steps: int = _option(1000, "Optimiser steps; a continued run may be given more.")
+    batch_size: int = _option(8, "Windows in one forward pass, of all processes together.")
+    sequence_length: int = _option(512, "Tokens in a window.")
+    gradient_accumulation: int = _option(1, "Forward passes in one optimiser step.")
     carry_state: bool = _option(
         False,
-        _OPTIMISATION,
         "Read documents in order, a window a step, and carry the state from each window to the next "
         "(truncated backpropagation through time); every row of a batch is a stream of its own.",
     )
     optimizer: str = _option(
         "adamw",
-        _OPTIMISATION,
         f"One of {', '.join(OPTIMIZERS)}; all but 'adamw' are for hidden matrices, AdamW has the rest.",
     )
-    learning_rate: float = _option(2e-3, _OPTIMISATION, "Peak learning rate.")
-    final_learning_rate: float = _option(0.1, _OPTIMISATION, "Last learning rate, as a share of the peak.")
+    learning_rate: float = _option(2e-3, "Peak learning rate.")
+    final_learning_rate: float = _option(0.1, "Last learning rate, as a share of the peak.")
     warmup_steps: int = _option(
-        100,
-        _OPTIMISATION,
-        "Steps of linear warm-up, on the command line at most a tenth of all; a cosine follows.",
+        100, "Steps of linear warm-up, on the command line at most a tenth of all; a cosine follows."
     )
     decay_steps: int | None = _option(
-        None, _OPTIMISATION, "Step at which the cosine ends; the last rate stays. Default: the last step."
+        None, "Step at which the cosine ends; the last rate stays. Default: the last step."
     )
     weight_decay: float = _option(
-        0.1, _OPTIMISATION, "Decoupled decay of matrices (never of norms, biases, gates, embeddings)."
+        0.1, "Decoupled decay of matrices (never of norms, biases, gates, embeddings)."
     )
-    beta1: float = _option(0.9, _OPTIMISATION, "AdamW's decay of the first moment.")
-    beta2: float = _option(0.95, _OPTIMISATION, "AdamW's decay of the second moment.")
-    clip_norm: float = _option(1.0, _OPTIMISATION, "Gradients are scaled down to this global norm.")
+    beta1: float = _option(0.9, "AdamW's decay of the first moment.")
+    beta2: float = _option(0.95, "AdamW's decay of the second moment.")
+    clip_norm: float = _option(1.0, "Gradients are scaled down to this global norm.")
     gradient_checkpointing: bool = _option(
-        False, _OPTIMISATION, "Recompute each block in the backward pass: less memory, more time."
+        False, "Recompute each block in the backward pass: less memory, more time."
     )
-    seed: int = _option(0, _OPTIMISATION, "Of the initial weights and of the order of the data.")
+    seed: int = _option(0, "Of the initial weights and of the order of the data.")
 
-    evaluate_every: int = _option(100, _EVALUATION, "Steps between evaluations (also after the last step).")
-    validation_windows: int = _option(64, _EVALUATION, "Windows of the fixed validation set.")
+    evaluate_every: int = _option(100, "Steps between evaluations (also after the last step).")
+    validation_windows: int = _option(64, "Windows of the fixed validation set.")
     position_length: int | None = _option(
         None,
-        _EVALUATION,
         "Tokens of held-out text by whose position the loss is measured after the last step; 0: none. "
         "Default: 16 windows.",
     )
-    checkpoint_every: int = _option(100, _EVALUATION, "Steps between checkpoints (also after the last step).")
-    keep_checkpoints: int = _option(2, _EVALUATION, "Newest checkpoints to keep, besides the best.")
+    checkpoint_every: int = _option(100, "Steps between checkpoints (also after the last step).")
+    keep_checkpoints: int = _option(2, "Newest checkpoints to keep, besides the best.")
 
     track: str | None = _option(
-        None,
-        _EVALUATION,
-        "Tracker beside metrics.jsonl, of those that accelerate knows: 'tensorboard', 'wandb', ….",
+        None, "Tracker beside metrics.jsonl, of those that accelerate knows: 'tensorboard', 'wandb', …."
     )
 
-    device: str = _option("auto", _EXECUTION, "'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")
-    precision: str = _option(
-        "auto", _EXECUTION, "'fp32' or 'bf16' (autocast); 'auto': bf16 on CUDA, fp32 elsewhere."
+    device: str = _option("auto", "'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")
+    precision: str = _option("auto", "'fp32' or 'bf16' (autocast); 'auto': bf16 on CUDA, fp32 elsewhere.")
+    compile: bool = _option(False, "Run the model under torch.compile.")
+    fsdp: bool = _option(False, "Shard weights and optimiser over the processes (FSDP2); DDP without it.")
+    mesh: str | None = _option(
+        None,
+        "How processes share the work, such as data=2,sequence=2: 'data' of them the windows of a batch, "
+        "'sequence' each window, 'heads' the heads of each layer. Default: all of them the windows.",
     )
-    compile: bool = _option(False, _EXECUTION, "Run the model under torch.compile.")
-    fsdp: bool = _option(
-        False, _EXECUTION, "Shard weights and optimiser over the processes (FSDP2); DDP without it."
-    )
-    threads: int | None = _option(None, _EXECUTION, "CPU threads; PyTorch's choice if not given.")
+    threads: int | None = _option(None, "CPU threads; PyTorch's choice if not given.")
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "layers", "heads", "steps", "batch_size", "gradient_accumulation"):
@@ -185,7 +178,7 @@ class TrainConfig:
 
 # What may differ between a run and its continuation, as it does not define the result.
 FREE_ON_RESUME = frozenset(
-    {"device", "threads", "fsdp", "compile", "gradient_checkpointing", "track", "checkpoint_every"}
+    {"device", "threads", "fsdp", "mesh", "compile", "gradient_checkpointing", "track", "checkpoint_every"}
     | {"keep_checkpoints", "position_length"}
 )
 

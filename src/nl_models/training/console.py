@@ -14,12 +14,12 @@ from transformers.utils import logging as transformers_logging
 _LINE_EVERY_SECONDS = 10.0
 
 
-class _Display:
-    """Shows how much is done, and the time left.
+class Display:
+    """Shows how much is done, at which rate, and the time left.
 
     Args:
         console: where to; on a terminal a live bar, else one line per ten seconds; ``None``: nothing.
-        total: what is to be done.
+        total: steps to be done; in reading a step is a token.
         label: in front of the bar or of each line.
         start: what was done before.
         bars: of several runs that are shown together (:func:`training_bars`); its own if not given.
@@ -38,12 +38,13 @@ class _Display:
     ) -> None:
         self._console, self._total, self._label, self._clock = console, total, label, clock
         self._first = self._done = start
+        self._tokens = 0
         self._began = self._last_line = clock()
         given = bars is not None or console is None
         self._own = contextlib.nullcontext(bars) if given else training_bars(console)
         self._bars: Progress | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> Display:
         self._bars = self._own.__enter__()
         if self._bars:
             self._task = self._bars.add_task(self._label, total=self._total, completed=self._first, status="")
@@ -52,54 +53,34 @@ class _Display:
     def __exit__(self, *error: object) -> None:
         self._own.__exit__(*error)
 
-    def _update(self, done: int, count: str, status: Callable[[float], str], *, line: bool = False) -> None:
-        """``status`` of what is done in a second; ``line``: one now, however short ago the last was."""
-        self._done, now = done, self._clock()
-        rate = (done - self._first) / max(now - self._began, 1e-9)
-        text = f"{status(rate)}  {duration(max(self._total - done, 0) / rate)} left".strip()
+    def advance(self, steps: int, status: str = "", *, tokens: int | None = None, line: bool = False) -> None:
+        """Report that as many more steps are done.
+
+        Args:
+            tokens: of these steps; by default one each.
+            line: print one now, however short ago the last was.
+        """
+        self._done += steps
+        self._tokens += steps if tokens is None else tokens
+        now = self._clock()
+        seconds = max(now - self._began, 1e-9)
+        left = duration(max(self._total - self._done, 0) * seconds / (self._done - self._first))
+        status = f"{status}  {self._tokens / seconds:,.0f} tokens/s  {left} left".strip()
         if self._bars:
-            self._bars.update(self._task, completed=done, status=text)
-        elif self._console is not None and (line or now - self._last_line >= _LINE_EVERY_SECONDS):
+            self._bars.update(self._task, completed=self._done, status=status)
+        elif line or now - self._last_line >= _LINE_EVERY_SECONDS:
             self._last_line = now
-            self._console.print(f"{self._label}  {count}  {text}", highlight=False, soft_wrap=True)
+            self.note(status)
 
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        if self._console is not None:
+            done = f"{self._label}  {self._done}/{self._total}  {text}"
+            self._console.print(done, highlight=False, soft_wrap=True)
 
-class TrainingDisplay(_Display):
-    """Shows loss, tokens/s and the time left of a run of ``total`` steps."""
-
-    def step(self, step: int, *, loss: float, tokens_per_step: int) -> None:
-        """Report a completed step."""
-
-        def status(rate: float) -> str:
-            return f"loss {loss:.3f}  {rate * tokens_per_step:,.0f} tokens/s"  # a line has 80 columns
-
-        self._update(step, f"{step}/{self._total}", status, line=step == self._total)
-
-    def validation(self, *, loss: float, bits_per_byte: float, perplexity: float) -> None:
-        """Report an evaluation."""
-        self._console.print(
-            f"{self._label}  {self._done}/{self._total}  validation {loss:.4f}  "
-            f"{bits_per_byte:.3f} bits/byte  ppl {perplexity:.4g}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-class ReadingDisplay(_Display):
-    """Shows how much of ``total`` tokens has been read."""
-
-    def advance(self, tokens: int, *, status: str = "") -> None:
-        """Report that ``tokens`` more have been read."""
-        done = self._done + tokens
-        self._update(
-            done,
-            f"{done:,}/{self._total:,} tokens",
-            lambda rate: f"{status}  {rate:,.0f} tokens/s".strip(),
-        )
-
-    def expect(self, tokens: int) -> None:
-        """Report that ``tokens`` more are to be read."""
-        self._total += tokens
+    def expect(self, steps: int) -> None:
+        """Report that as many more are to be done."""
+        self._total += steps
         if self._bars:
             self._bars.update(self._task, total=self._total)
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
+import re
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.nn.parallel import DistributedDataParallel
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from nl_models.parallel.mesh import Mesh
+from nl_models.training.config import TrainConfig
 
 
 def choose_device(name: str) -> torch.device:
@@ -23,17 +22,13 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if name != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device: {name!r} asked for, but PyTorch finds no CUDA device here; use 'cpu'")
-    if device.type == "cuda" and launched():
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
+    if name != "cpu" and launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return torch.device(name)
 
 
 def launched() -> bool:
@@ -104,34 +99,43 @@ def summed(*values: float) -> list[float]:
     return totals.tolist()
 
 
-def parallel_model(model: nn.Module, device: torch.device, *, fsdp: bool) -> nn.Module:
-    """What to call in training: the model itself, DDP around it, or the model sharded in place (FSDP2).
+def run_mesh(config: TrainConfig) -> Mesh:
+    """How the processes that train share this run's work: as ``config.mesh`` says, else its windows.
 
     Raises:
-        ValueError: ``fsdp`` where no launcher has started the processes.
+        ValueError: another number of processes, or shares that this run cannot have.
     """
-    if fsdp:
-        if not grouped():
+    mesh = Mesh(data=world_size()) if config.mesh is None else Mesh.parse(config.mesh)
+    if mesh.ranks != world_size():
+        raise ValueError(
+            f"mesh: {mesh} has {mesh.ranks} ranks, but the number of processes is {world_size()}; start as "
+            f"many (torchrun --nproc-per-node {mesh.ranks} -m nl_models.train …), or give another mesh"
+        )
+    if config.fsdp and not grouped():
+        raise ValueError(
+            "fsdp: needs processes to shard over; start them with "
+            "torchrun --nproc-per-node N -m nl_models.train, or say --no-fsdp"
+        )
+    check_shares(config, mesh)
+    return mesh
+
+
+def check_shares(config: TrainConfig, mesh: Mesh) -> None:
+    """Raise ``ValueError`` where the ranks of a mesh cannot share out a run's work."""
+    for name, of, ranks in (
+        ("batch_size", "data", mesh.data),
+        ("sequence_length", "sequence", mesh.sequence),
+        ("heads", "heads", mesh.heads),
+    ):
+        if getattr(config, name) % ranks:
             raise ValueError(
-                "fsdp: needs processes to shard over; start them with "
-                "torchrun --nproc-per-node N -m nl_models.train"
+                f"{name}: expected a multiple of the ranks that share it ({of}={ranks}), "
+                f"got {getattr(config, name)}"
             )
-        return shard_blocks(model, init_device_mesh(device.type, (world_size(),)))
-    if world_size() == 1:
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
-def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Shard the model in place (FSDP2) and return it.
-
-    A block is gathered at a time: what ``gradient_checkpointing_enable`` takes for one.
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    # Nothing here works in place on what a block returns.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh)
-    return model
+    if mesh.sequence > 1 and mesh.heads > 1:
+        raise ValueError(f"mesh: sequence and heads do not go together; leave one of them out of {mesh}")
+    for name in ("fsdp", "carry_state", "compile"):
+        if mesh.sequence * mesh.heads > 1 and getattr(config, name):
+            raise ValueError(
+                f"{name}: goes with data ranks alone; leave it out, or sequence and heads: {mesh}"
+            )

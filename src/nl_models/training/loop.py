@@ -22,17 +22,15 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
@@ -41,9 +39,10 @@ from nl_models.data.prepare import PreparedData
 from nl_models.files import new_directory, remove_incomplete, write_json
 from nl_models.hope import HopeCache
 from nl_models.hope.configuration_hope import current_names, name_rule
+from nl_models.parallel.mesh import ParallelModel
 from nl_models.training.carried import CarriedStates
 from nl_models.training.checkpoint import (
-    Progress,
+    best_checkpoint,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
@@ -51,9 +50,9 @@ from nl_models.training.checkpoint import (
     validation_loss,
 )
 from nl_models.training.config import FREE_ON_RESUME, TrainConfig, load_config
-from nl_models.training.console import TrainingDisplay, without_progress_bars
-from nl_models.training.distributed import choose_device, on_first, parallel_model, rank, summed, world_size
-from nl_models.training.metrics import MetricsLog, Tracker, read_metrics
+from nl_models.training.console import Display, without_progress_bars
+from nl_models.training.distributed import choose_device, on_first, rank, run_mesh, summed
+from nl_models.training.metrics import metrics_log, read_metrics, tracker
 from nl_models.training.optimizer import build_optimizer, learning_rate_at
 from nl_models.training.plots import plot_losses
 
@@ -66,23 +65,6 @@ class RunError(ValueError):
 
 class DivergedError(RuntimeError):
     """The loss or a gradient is no longer a finite number."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss on the validation windows: nats per token, bits per byte of text, ``exp(loss)``."""
-
-    loss: float
-    bits_per_byte: float
-    perplexity: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a call of :meth:`Trainer.run` ended: all steps done, or stopped by a signal after ``step``."""
-
-    step: int
-    finished: bool
 
 
 class StopSignal:
@@ -177,15 +159,6 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
 
 
-def check_processes(config: TrainConfig) -> None:
-    """Raise ``ValueError`` where the processes that train cannot share out a batch equally."""
-    if config.batch_size % world_size():
-        raise ValueError(
-            f"batch_size: expected a multiple of the {world_size()} processes, which share its windows out, "
-            f"got {config.batch_size}"
-        )
-
-
 class Trainer:
     """Trains a causal language model in a run's folder.
 
@@ -201,8 +174,9 @@ class Trainer:
     """
 
     def __init__(self, folder: Path, config: TrainConfig, model: PreTrainedModel, data: PreparedData) -> None:
-        check_processes(config)
+        self._mesh = run_mesh(config)
         self.folder = Path(folder)
+        self.checkpoints, self.metrics = self.folder / "checkpoints", self.folder / "metrics.jsonl"
         self.config = config
         self.device = choose_device(config.device)
         self.model = model.to(self.device)
@@ -210,11 +184,11 @@ class Trainer:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.compile:
             self.model.compile()
-        self._parallel = parallel_model(self.model, self.device, fsdp=config.fsdp)
+        self._parallel = ParallelModel(self.model, self.device, self._mesh, fsdp=config.fsdp)
         self.tokenizer = data.tokenizer
         length, batch_size, parts = config.sequence_length, config.batch_size, config.gradient_accumulation
-        share = batch_size // world_size()
-        self._rows = slice(rank() * share, (rank() + 1) * share)
+        share, place = batch_size // self._mesh.data, self._mesh.place(rank())
+        self._rows = slice(place * share, (place + 1) * share)
         self._carried = None
         if config.carry_state:
             self._batches = DocumentStreams(
@@ -234,14 +208,6 @@ class Trainer:
         self._lowest = math.inf  # of the validation losses
         self.step = 0
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
     def resume(self) -> int:
         """Continue from the newest checkpoint, or from the start if none was written yet; returns the step.
 
@@ -251,14 +217,16 @@ class Trainer:
         on_first(lambda: [remove_incomplete(folder) for folder in (self.folder, self.checkpoints)])
         checkpoints = list_checkpoints(self.checkpoints)
         if checkpoints:
-            progress = load_checkpoint(checkpoints[-1], self.model, self._optimizer, self._carried)
-            self.step = progress.step
-            losses = map(validation_loss, checkpoints)
-            self._lowest = min((loss for loss in losses if loss is not None), default=math.inf)
+            self.step = load_checkpoint(checkpoints[-1], self.model, self._optimizer, self._carried)
+            best = best_checkpoint(self.checkpoints)
+            self._lowest = math.inf if best is None else validation_loss(best)
         return self.step
 
-    def run(self, display: TrainingDisplay, stop: StopSignal | None = None) -> Outcome:
+    def run(self, display: Display, stop: StopSignal | None = None) -> int:
         """Train until the last step, or until ``stop`` has received a signal; a checkpoint is saved then.
+
+        Returns:
+            The step after which it ended.
 
         Raises:
             DivergedError: a loss or gradient norm that is not finite; checkpoints stay as they were.
@@ -269,54 +237,57 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             logs = []
             if rank() == 0:
-                logs.append(stack.enter_context(MetricsLog(self.metrics, last_step=self.step)))
+                logs.append(stack.enter_context(metrics_log(self.metrics, last_step=self.step)))
                 if config.track is not None:
-                    logs.append(stack.enter_context(Tracker(config.track, self.folder)))
-            stack.enter_context(display)
+                    logs.append(stack.enter_context(tracker(config.track, self.folder)))
             while self.step < config.steps and not stopped:
                 record = self._train_step()
-                for log in logs:
-                    log.write(record)
-                display.step(self.step, loss=record["loss"], tokens_per_step=config.tokens_per_step)
-                stopped = any(summed(stop is not None and stop.received is not None))
                 last = self.step == config.steps
-                progress, improved = Progress(self.step), False
+                for log in logs:
+                    log(record)
+                display.advance(1, f"loss {record['loss']:.3f}", tokens=config.tokens_per_step, line=last)
+                stopped = any(summed(stop is not None and stop.received is not None))
+                loss, improved = None, False
                 if last or self.step % config.evaluate_every == 0:
-                    result = self.evaluate()
-                    progress, improved = Progress(self.step, result.loss), result.loss < self._lowest
-                    self._lowest = min(self._lowest, result.loss)
+                    record = self.evaluate()
+                    loss = record["loss"]
+                    improved, self._lowest = loss < self._lowest, min(loss, self._lowest)
                     for log in logs:
-                        log.write({"kind": "validation", **self._position(), **vars(result)})
-                    display.validation(**vars(result))
+                        log(record)
+                    display.note(
+                        f"validation {loss:.4f}  {record['bits_per_byte']:.3f} bits/byte  "
+                        f"ppl {record['perplexity']:.4g}"
+                    )
                 if last or stopped or improved or self.step % config.checkpoint_every == 0:
-                    save_checkpoint(self.checkpoints, progress, self.model, self._optimizer, self._carried)
-                    on_first(lambda: prune_checkpoints(self.checkpoints, keep=config.keep_checkpoints))
+                    self._save(loss)
                 if last or stopped or time.monotonic() - plotted > _PLOT_EVERY_SECONDS:
                     if rank() == 0:
                         self._plot()
                     plotted = time.monotonic()
-        finished = self.step >= config.steps
-        if finished:
+        if self.step >= config.steps:
             self._export()
-        return Outcome(self.step, finished)
+        return self.step
 
-    def evaluate(self) -> Evaluation:
-        """Loss on the fixed validation windows, with a fresh state for each window."""
+    def evaluate(self) -> dict[str, Any]:
+        """The record of the fixed validation windows, with a fresh state for each: nats per token, bits per
+        byte of text, ``exp(loss)``.
+        """
         self.model.eval()
         total = 0.0
         with torch.no_grad():
             for rows in self._validation.split(self.config.batch_size):
-                share = -(-len(rows) // world_size())
-                own = rows[rank() * share : (rank() + 1) * share]
-                # Sharded processes run the model equally often; one without a window of its own counts none.
+                share, place = -(-len(rows) // self._mesh.data), self._mesh.place(rank())
+                own = rows[place * share : (place + 1) * share]
+                # All processes run the model equally often; one without a window of its own counts none.
                 with autocast(self.config.precision, self.device):
-                    loss = self._loss(self.model, own if len(own) else rows[:1], 1).item()
+                    loss = self._loss(own if len(own) else rows[:1], 1).item()
                 total += loss if len(own) else 0.0
         self.model.train()
-        (total,) = summed(total)
+        total = summed(total)[0] / self._mesh.heads
         loss = total / self._validation[:, 1:].numel()
         bits = total / math.log(2) / max(1, self._validation_bytes)
-        return Evaluation(loss, bits, math.exp(min(loss, 700.0)))
+        figures = {"loss": loss, "bits_per_byte": bits, "perplexity": math.exp(min(loss, 700.0))}
+        return {"kind": "validation", **self._position(), **figures}
 
     def _train_step(self) -> dict:
         config = self.config
@@ -326,21 +297,23 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get("rate_share", 1.0)
         # Random numbers, too, are a function of the step.
-        seed = np.random.SeedSequence([config.seed, self.step, rank()]).generate_state(1)
+        place = rank() // self._mesh.heads  # ranks with other heads of the same tokens draw the same
+        seed = np.random.SeedSequence([config.seed, self.step, place]).generate_state(1)
         torch.manual_seed(int(seed[0]))
         self._optimizer.zero_grad(set_to_none=True)
         parts = range(config.gradient_accumulation)
         batches = [self._batches.batch(self.step * len(parts) + part) for part in parts]
-        # Gradients are averaged over processes, so that each divides by its share of the targets.
+        # Gradients are averaged over data ranks, so that each divides by its share of the targets.
         if self._carried is None:
             targets = sum(rows[:, 1:].numel() for rows in batches)
         else:
             targets = sum(int((batch.lengths - 1).sum()) for batch in batches)
-        share = targets / world_size()
+        share = targets / self._mesh.data
         loss = sum(self._backward(part, batch, share) for part, batch in enumerate(batches))
+        self._parallel.exchange_gradients()
         norm = clip_grad_norm_(self.model.parameters(), config.clip_norm)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        measured = summed(loss.item())[0] / world_size()
+        measured = summed(loss.item())[0] / (self._mesh.data * self._mesh.heads)
         if not (math.isfinite(measured) and math.isfinite(norm)):
             raise DivergedError(
                 f"step {self.step + 1}: loss {measured}, gradient norm {norm}. Lower the learning rate or "
@@ -366,22 +339,21 @@ class Trainer:
         waits = part < self.config.gradient_accumulation - 1
         with contextlib.ExitStack() as stack:
             stack.enter_context(autocast(self.config.precision, self.device))
-            if waits and isinstance(self._parallel, DistributedDataParallel):
-                stack.enter_context(self._parallel.no_sync())
+            if waits:
+                stack.enter_context(self._parallel.without_exchange())
             if self._carried is None:
-                loss = self._loss(self._parallel, batch[self._rows], targets)
+                loss = self._loss(batch[self._rows], targets)
             else:
                 own = StreamBatch(*(x[self._rows] for x in batch))
                 mixed = bool(batch.begins.any()) and not bool(batch.begins.all())
                 cache = self._carried.before(part, own.begins.to(self.device), mixed=mixed)
-                loss = self._loss(self._parallel, own.tokens, targets, lengths=own.lengths, cache=cache)
+                loss = self._loss(own.tokens, targets, lengths=own.lengths, cache=cache)
                 self._carried.after(part, cache)
             loss.backward()
         return loss.detach()
 
     def _loss(
         self,
-        model: nn.Module,
         tokens: torch.Tensor,
         targets: float,
         *,
@@ -389,14 +361,20 @@ class Trainer:
         cache: HopeCache | None = None,
     ) -> torch.Tensor:
         """The summed loss of ``tokens [B, T]``, padding from ``lengths [B]`` on, divided by ``targets``."""
-        inputs = {"input_ids": tokens.to(self.device), "labels": tokens, "use_cache": cache is not None}
+        inputs = {"input_ids": tokens.to(self.device), "labels": tokens}
         if lengths is not None and bool((lengths < tokens.shape[1]).any()):
             real = torch.arange(tokens.shape[1]) < lengths[:, None]
             inputs |= {"attention_mask": real.to(self.device), "labels": tokens.masked_fill(~real, -100)}
         if cache is not None:
             inputs["cache"] = cache
         inputs["labels"] = inputs["labels"].to(self.device)
-        return model(**inputs, num_items_in_batch=targets).loss
+        return self._parallel(**inputs, num_items_in_batch=targets)
+
+    def _save(self, loss: float | None) -> None:
+        save_checkpoint(
+            self.checkpoints, self.step, self.model, self._optimizer, self._carried, validation_loss=loss
+        )
+        on_first(lambda: prune_checkpoints(self.checkpoints, keep=self.config.keep_checkpoints))
 
     def _plot(self) -> None:
         plot_losses(

@@ -2,63 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from nl_models.files import write_bytes
 
+Write = Callable[[dict[str, Any]], None]
+"""Takes one record."""
 
-class MetricsLog:
-    """Append-only log at ``path``; opening it drops every record after ``last_step``.
 
-    A killed run may have logged steps past its last checkpoint, and half a line; the resumed run logs these
-    steps again. The old records vanish in one atomic replacement.
+@contextlib.contextmanager
+def metrics_log(path: Path, *, last_step: int) -> Iterator[Write]:
+    """What appends a record to the log at ``path`` and hands it to the operating system at once.
+
+    To begin with, every record after ``last_step`` goes: a killed run may have logged steps past its last
+    checkpoint, and half a line, and logs these steps again. They vanish in one atomic replacement.
     """
-
-    def __init__(self, path: Path, *, last_step: int) -> None:
-        kept = [record for record in read_metrics(path) if record["step"] <= last_step]
-        write_bytes(path, "".join(_line(record) for record in kept).encode())
-        self._file: TextIO = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
-
-    def write(self, record: dict[str, object]) -> None:
-        """Append one record and hand it to the operating system at once."""
-        self._file.write(_line(record))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
+    write_bytes(path, "".join(_line(record) for record in kept).encode())
+    with Path(path).open("a", encoding="utf-8", buffering=1) as file:
+        yield lambda record: file.write(_line(record))
 
 
-class Tracker:
-    """One of accelerate's trackers, given the same records; its files, if any, are in the run's folder.
+@contextlib.contextmanager
+def tracker(name: str, folder: Path) -> Iterator[Write]:
+    """What logs a record's figures as ``train/loss``, ``validation/loss``, … in one of accelerate's trackers.
 
     Args:
         name: as accelerate has it: ``"tensorboard"``, ``"wandb"``, ….
-        folder: of the run, after which the tracker's project is named.
+        folder: of the run, after which the tracker's project is named, and which has its files, if any.
     """
+    kind = tracker_class(name)
+    made = kind("tracker", folder) if kind.requires_logging_directory else kind(folder.name)
+    made.start()
 
-    def __init__(self, name: str, folder: Path) -> None:
-        kind = tracker_class(name)
-        self._tracker = kind("tracker", folder) if kind.requires_logging_directory else kind(folder.name)
-        self._tracker.start()
-
-    def write(self, record: dict[str, object]) -> None:
-        """Log a record's figures as ``train/loss``, ``validation/loss``, …."""
+    def write(record: dict[str, Any]) -> None:
         figures = {f"{record['kind']}/{name}": value for name, value in record.items() if name != "kind"}
-        self._tracker.log(figures, step=record["step"])
+        made.log(figures, step=record["step"])
 
-    def __enter__(self) -> Tracker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._tracker.finish()
+    try:
+        yield write
+    finally:
+        made.finish()
 
 
 def tracker_class(name: str) -> type:

@@ -17,20 +17,37 @@ _LAYER_TYPES = {
 }
 
 
+# A first run, of a minute or two on one core: a BPE, and the rate and initial weights of the demo's Hope.
+_FIRST_RUN = {
+    "vocab_size": 1024,
+    "model_options": {"initializer_range": 0.02},
+    "steps": 100,
+    "batch_size": 4,
+    "sequence_length": 256,
+    "learning_rate": 8e-3,
+    "evaluate_every": 50,
+    "position_length": 0,
+    "threads": 1,
+}
+
+
 def preset_options(name: str) -> dict[str, object]:
     """The options of a run that train a Hope of the size :meth:`HopeConfig.preset` gives that name.
+
+    Of "tiny" those of a whole first run.
 
     Raises:
         ValueError: another name.
     """
     preset = HopeConfig.preset(name)
-    return {
+    options: dict[str, object] = {
         "vocab_size": preset.vocab_size,
         "hidden_size": preset.hidden_size,
         "layers": preset.num_hidden_layers,
         "heads": preset.num_attention_heads,
         "model_options": {"continuum_levels": preset.continuum_levels},
     }
+    return options if name != "tiny" else {**options, **_FIRST_RUN}
 
 
 def hope_config(config: TrainConfig, vocab_size: int, separator_id: int) -> HopeConfig:

@@ -25,8 +25,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     head of its own, which are left to AdamW with the rest. Delta momentum is preconditioned as AdamW is, and
     as a momentum adds up about 1 / (1 − α) gradients, its groups have that ``"rate_share"`` of the rate.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    # Not by ``module.weight``, which of a DTensor may be this rank's part.
+    embeddings = {
+        id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
+    }
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = () if head is None else {id(parameter) for parameter in head.parameters()}
     matrices, decayed, free = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -34,7 +38,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         if not decays(name, parameter) or id(parameter) in embeddings:
             free.append((name, parameter))
         else:
-            is_head = head is not None and parameter is head.weight
+            is_head = id(parameter) in heads
             is_matrix = parameter.ndim <= 3 and _CONVOLUTION not in name.split(".") and not is_head
             (matrices if is_matrix else decayed).append((name, parameter))
     betas = (config.beta1, config.beta2)

@@ -17,7 +17,7 @@ from rich.console import Console
 from nl_models.data.prepare import prepare_data
 from nl_models.processes import fork_server
 from nl_models.training.config import TrainConfig
-from nl_models.training.console import TrainingDisplay, training_bars
+from nl_models.training.console import Display, training_bars
 from nl_models.training.loop import StopSignal, Trainer, create_run
 from nl_models.training.model import build_model
 
@@ -59,15 +59,13 @@ def train_several(jobs: Sequence[Job], *, at_once: int, console: Console) -> dic
             while running or (waiting and stop.received is None):
                 while waiting and len(running) < at_once and stop.received is None:
                     job = waiting.pop(0)
-                    display = TrainingDisplay(
-                        console, total=job.config.steps, start=0, label=job.name, bars=bars
-                    )
+                    display = Display(console, total=job.config.steps, label=job.name, bars=bars)
                     running[pool.submit(_train, job)] = (job.name, display.__enter__())
                 done = wait(running, _LOOK_EVERY_SECONDS, FIRST_COMPLETED).done
                 displays = dict(running.values())
                 while not news.empty():
-                    name, kind, figures = news.get()
-                    getattr(displays[name], kind)(**figures)
+                    name, kind, figures, more = news.get()
+                    getattr(displays[name], kind)(*figures, **more)
                 for future in done:
                     name, display = running.pop(future)
                     display.__exit__(None, None, None)
@@ -96,7 +94,7 @@ def _begin(news: Any, stopping: Any) -> None:
 
 
 class _Elsewhere:
-    """A :class:`TrainingDisplay` and a :class:`StopSignal` that are in the process that asked."""
+    """A :class:`Display` and a :class:`StopSignal` that are in the process that asked."""
 
     news: Any
     stopping: Any
@@ -104,21 +102,15 @@ class _Elsewhere:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __enter__(self) -> _Elsewhere:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
     @property
     def received(self) -> bool | None:
         return self.stopping.is_set() or None
 
-    def step(self, step: int, **figures: float) -> None:
-        self.news.put((self._name, "step", {"step": step, **figures}))
+    def advance(self, *figures: object, **more: object) -> None:
+        self.news.put((self._name, "advance", figures, more))
 
-    def validation(self, **figures: float) -> None:
-        self.news.put((self._name, "validation", figures))
+    def note(self, text: str) -> None:
+        self.news.put((self._name, "note", (text,), {}))
 
 
 def _train(job: Job) -> float:

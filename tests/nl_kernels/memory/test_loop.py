@@ -7,7 +7,7 @@ from nl_kernels import MemoryRule
 from nl_kernels.dispatch import products_for
 from nl_kernels.doctor import relative_error, tensors_of
 from nl_kernels.memory.bank import Layout
-from nl_kernels.memory.chunk import BankRule, Tokens, learn, prepare
+from nl_kernels.memory.chunk import BankRule, Tokens, Weights, learn, prepare
 from nl_kernels.memory.chunk_adjoint import learn_adjoint
 
 
@@ -46,8 +46,9 @@ def test_a_chunk_and_its_adjoint_compile_without_a_graph_break(momentum, linear)
 
     def chunk(*banks):
         prepared = prepare(bank.rule, tokens)
-        o, after, velocity_after, learned = learn(bank, tokens, prepared, *banks, anchor, True)
-        given = (tokens, prepared, *banks, anchor, learned, torch.ones_like(o))
+        weights = Weights(*banks, anchor)
+        o, after, velocity_after, learned = learn(bank, tokens, prepared, weights, True)
+        given = (tokens, prepared, weights, learned, torch.ones_like(o))
         d = (tuple(map(torch.ones_like, after)), tuple(map(torch.ones_like, velocity_after)))
         return o, after, learn_adjoint(bank, *given, *d).base
 

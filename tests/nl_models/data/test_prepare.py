@@ -104,7 +104,10 @@ def test_a_dataset_is_streamed(tmp_path):
     assert not list((tmp_path / "data").glob("*.raw"))
     trained = prepare_data(replace(options, tokenizer="bpe", vocab_size=300), tmp_path / "bpe")
     assert len(trained.train) < len(data.train)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "0.jsonl").write_text('{"body": "text"}\n{"body": ')
     for changed, message in (
+        ({"corpus": str(tmp_path / "broken")}, "datasets cannot read .*broken"),
         ({"text_column": "text"}, r"no text in a column 'text'; it has \['body', 'id'\]"),
         ({"text_column": "id"}, "no text in a column 'id'"),
         ({"corpus": str(tmp_path / "nowhere")}, "datasets cannot read"),

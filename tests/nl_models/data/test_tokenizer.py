@@ -5,7 +5,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nl_models.data.tokenizer import ByteTokenizer, ReadyTokenizer, load_tokenizer, open_tokenizer, train_bpe
 
@@ -71,9 +71,29 @@ def test_bpe_training_is_reproducible_and_the_saved_tokenizer_is_the_same(tmp_pa
     assert load_tokenizer(tmp_path / "one").encode(TEXTS[1]) == BPE.encode(TEXTS[1])
 
 
-def test_bytes_are_recognised_when_loaded(tmp_path):
+def test_bytes_are_bytes_in_old_files_too(tmp_path):
+    text = "".join(map(chr, range(0x250))) + "数🎉"
     ByteTokenizer().save(tmp_path)
-    assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/tokenizer.json").write_text('{"format": "nl-models-bytes"}\n')
+    for folder in (tmp_path, tmp_path / "old"):
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.encode(text) == list(text.encode())
+        assert tokenizer.separator_id == 256
+        assert tokenizer.decode([*"é".encode(), 256, 0xC3]) == "é\ufffd"
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
+def test_transformers_opens_a_saved_tokenizer_that_ends_and_pads(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    ready = AutoTokenizer.from_pretrained(tmp_path)
+    assert ready.eos_token_id == ready.pad_token_id == tokenizer.separator_id
+    batch = ready(TEXTS, padding=True)
+    assert batch["input_ids"][0] == tokenizer.encode(TEXTS[0])
+    short = tokenizer.encode(TEXTS[1])
+    assert batch["input_ids"][1][: len(short)] == short
+    assert sum(batch["attention_mask"][1]) == len(short)
+    assert ready.decode(short) == TEXTS[1]
 
 
 def test_a_foreign_or_missing_tokenizer_file_and_a_tiny_vocabulary_are_refused(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from nl_models import HopeCache
+from nl_models import HopeCache, HopeConfig, HopeForCausalLM
+from nl_models.data.tokenizer import ByteTokenizer
 from nl_models.hope.configuration_hope import LAYER_TYPES
 
 
@@ -193,3 +194,30 @@ def test_what_is_unread_follows_its_row(make_model, tokens):
     cache.batch_select_indices(torch.tensor([2, 0]))
     history = torch.cat([first[[2, 0]], turn], 1)
     assert torch.equal(greedy(model, turn, 4, cache=cache), unmasked(model, history, 4)[:, 10:])
+
+
+def test_a_chat_template_goes_on_from_the_cache():
+    """The whole conversation is rendered anew each turn; of it only what is new is read."""
+    tokenizer = ByteTokenizer().for_transformers()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = HopeForCausalLM(HopeConfig(vocab_size=257, **sizes)).double().eval()
+    letters = {"prefix_allowed_tokens_fn": lambda row, ids: range(ord("a"), ord("z") + 1)}
+    cache, messages, seen = HopeCache(model.config), [], 0
+    for said in ("hello", "and who are you?", "so"):
+        messages.append({"role": "user", "content": said})
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        found = greedy(model, ids, 12, cache=cache, **letters)
+        assert torch.equal(found, greedy(model, ids, 12, use_cache=False, **letters))
+        assert cache.get_seq_length() == ids.shape[1] + 11 > seen
+        seen = cache.get_seq_length()
+        messages.append({"role": "assistant", "content": tokenizer.decode(found[0, ids.shape[1] :])})
+    ids = found.clone()
+    ids[0, 3] += 1  # other words than those that the cache has read
+    with pytest.raises(ValueError, match="pass new_tokens_only=True"):
+        greedy(model, ids, 2, cache=cache)

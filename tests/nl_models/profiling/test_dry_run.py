@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from nl_models.cli import app
 from nl_models.data.prepare import prepare_data
 from nl_models.parallel import SequenceParallel
+from nl_models.parallel.mesh import Mesh
 from nl_models.processes import fork_server
-from nl_models.profiling.dry_run import Mesh, count_token_flops, plan_run
+from nl_models.profiling.dry_run import count_token_flops, plan_run
 from nl_models.profiling.flops import count_flops
 from nl_models.training.config import TrainConfig
 from nl_models.training.loop import Trainer, create_run
@@ -149,7 +150,7 @@ def test_the_command_plans_a_preset_for_a_mesh(tmp_path):
     planned = CliRunner().invoke(app, [*call, *output, "--mesh", "data=4", "--fsdp"])
     assert planned.exit_code == 0, planned.output
     for said in (
-        "518,356 parameters",
+        "616,660 parameters",
         "4 ranks (data=4,sequence=1), weights sharded",
         "GFLOP a token",
         "a rank sends",
@@ -157,16 +158,24 @@ def test_the_command_plans_a_preset_for_a_mesh(tmp_path):
         assert said in planned.output
     assert not (tmp_path / "run").exists()
     shared = CliRunner().invoke(app, [*call, "--mesh", "data=2,sequence=4"])
-    assert "and waits 60% of a step" in shared.output
+    assert f"and waits {3 / (2 * 4 + 3):.0%} of a step" in shared.output  # four windows a rank, in four parts
     for options, error in (
-        (["--mesh", "data=3"], "batch_size: expected a multiple of data=3"),
-        (["--mesh", "sequence=3"], "sequence_length: expected a multiple of sequence=3"),
-        (["--mesh", "sequence=2", "--fsdp"], "fsdp: ranks that share a sequence need whole weights"),
+        (["--mesh", "data=3"], "batch_size: expected a multiple of the ranks that share it (data=3)"),
+        (
+            ["--mesh", "sequence=3"],
+            "sequence_length: expected a multiple of the ranks",
+        ),
+        (["--mesh", "sequence=2", "--fsdp"], "fsdp: goes with data ranks alone"),
         (["--mesh", "pipeline=2"], "mesh: expected such as data=8,sequence=4"),
         (["--mesh", "data=0"], "mesh: expected numbers of ranks from 1"),
+        (["--mesh", "data=2,data=2"], "mesh: expected such as data=8,sequence=4"),
+        (["--mesh", "sequence=2,heads=2"], "mesh: sequence and heads do not go together"),
+        (["--mesh", "heads=3"], "heads: expected a multiple of the ranks that share it (heads=3)"),
+        (["--mesh", "heads=2"], "mesh: ranks that share heads are not planned"),
     ):
         refused = CliRunner().invoke(app, [*call, *options])
         assert refused.exit_code == 2
         assert error in " ".join(refused.stderr.split())
-    refused = CliRunner().invoke(app, ["train", "--mesh", "data=2"])
-    assert "mesh: is of --dry-run" in refused.stderr
+    refused = CliRunner().invoke(app, ["train", *output, "--mesh", "data=2"])
+    assert "has 2 ranks, but the number of processes is 1" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "run").exists()

@@ -7,7 +7,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from nl_models.profiling.dry_run import Mesh, RunPlan
+from nl_models.parallel.mesh import Mesh
+from nl_models.profiling.dry_run import RunPlan
 from nl_models.profiling.plan import Plan
 from nl_models.profiling.scale import Machine, bounds, main, spread
 from nl_models.training.config import TrainConfig, load_config

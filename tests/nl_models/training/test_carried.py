@@ -13,7 +13,7 @@ from nl_models.data.batches import DocumentStreams
 from nl_models.data.corpus import CorpusError
 from nl_models.data.prepare import prepare_data
 from nl_models.training.config import TrainConfig
-from nl_models.training.console import TrainingDisplay
+from nl_models.training.console import Display
 from nl_models.training.loop import Trainer, create_run
 from nl_models.training.metrics import read_metrics
 from nl_models.training.model import build_model
@@ -51,7 +51,7 @@ def make(folder, config):
 
 def run(trainer, stop=None):
     console = Console(file=io.StringIO())
-    trainer.run(TrainingDisplay(console, total=trainer.config.steps, start=trainer.step, label="x"), stop)
+    trainer.run(Display(console, total=trainer.config.steps, start=trainer.step, label="x"), stop)
 
 
 def losses(folder, kind="train"):

@@ -6,17 +6,17 @@ import re
 import pytest
 from rich.console import Console
 
-from nl_models.training.console import TrainingDisplay, duration
+from nl_models.training.console import Display, duration
 
 
 def test_plain_output_has_a_line_per_interval_and_one_at_the_end():
     out = io.StringIO()
     seconds = iter([0.0, 1.0, 12.0, 14.0])
     console = Console(file=out, force_terminal=False, width=40)
-    with TrainingDisplay(console, total=6, start=3, label="hope", clock=lambda: next(seconds)) as display:
+    with Display(console, total=6, start=3, label="hope", clock=lambda: next(seconds)) as display:
         for step, loss in ((4, 3.0), (5, 2.5), (6, 2.0)):
-            display.step(step, loss=loss, tokens_per_step=60)
-        display.validation(loss=2.25, bits_per_byte=1.5, perplexity=9.49)
+            display.advance(1, f"loss {loss:.3f}", tokens=60, line=step == 6)
+        display.note("validation 2.2500  1.500 bits/byte  ppl 9.49")
     assert out.getvalue().splitlines() == [
         "hope  5/6  loss 2.500  10 tokens/s  0:06 left",
         "hope  6/6  loss 2.000  13 tokens/s  0:00 left",
@@ -34,11 +34,11 @@ def test_everything_fits_80_columns(terminal):
     out = io.StringIO()
     seconds = iter([0.0, 100.0])
     console = Console(file=out, force_terminal=terminal, width=80, color_system=None)
-    with TrainingDisplay(
+    with Display(
         console, total=100000, start=99998, label="hope-attention", clock=lambda: next(seconds)
     ) as display:
-        display.step(99999, loss=11.25, tokens_per_step=12345600)
-        display.validation(loss=1.25, bits_per_byte=10.5, perplexity=1.2e300)
+        display.advance(1, "loss 11.250", tokens=12345600)
+        display.note("validation 1.2500  10.500 bits/byte  ppl 1.2e+300")
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "\n")
     assert max(map(len, text.splitlines())) <= 80
     assert "ppl 1.2e+300" in text

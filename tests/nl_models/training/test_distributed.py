@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,13 +17,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from safetensors.torch import load_file
 
 from nl_models.data.prepare import prepare_data
+from nl_models.parallel.mesh import Mesh
 from nl_models.processes import fork_server
 from nl_models.training.config import TrainConfig
-from nl_models.training.console import TrainingDisplay
-from nl_models.training.distributed import on_first, rank
-from nl_models.training.loop import Trainer, check_processes, create_run
+from nl_models.training.console import Display
+from nl_models.training.distributed import on_first, rank, run_mesh
+from nl_models.training.loop import Trainer, create_run
 from nl_models.training.metrics import read_metrics
 from nl_models.training.model import build_model
 
@@ -67,7 +70,7 @@ def train(folder, config, stop_at=None, number=signal.SIGTERM):
     trainer = Trainer(folder, config, build_model(config, 257, 256), data)
     if resumed:
         trainer.resume()
-    display = TrainingDisplay(Console(file=io.StringIO()), total=config.steps, start=trainer.step, label="x")
+    display = Display(Console(file=io.StringIO()), total=config.steps, start=trainer.step, label="x")
     return trainer.run(display, StopAt(stop_at, trainer, number))
 
 
@@ -118,6 +121,50 @@ def test_one_two_and_four_processes_continue_each_others_runs(sharing, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["hope", "attention"])
+def test_ranks_that_share_windows_or_heads_train_as_one_process(model, sharing, tmp_path):
+    """Started on two ranks, continued on four; then what four of another form began, by one."""
+    config = dataclasses.replace(sharing, model=model, carry_state=False)
+    train(tmp_path / "one", config)
+    whole = losses(tmp_path / "one")
+    weights = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    meshes = {"sequence": ("sequence=2", "data=2,sequence=2"), "heads": ("heads=2", "data=2,heads=2")}
+    two, four = (
+        {kind: dataclasses.replace(config, mesh=pair[i]) for kind, pair in meshes.items()} for i in (0, 1)
+    )
+    on(2, tmp_path, *((tmp_path / kind, mesh, 3) for kind, mesh in two.items()))
+    on(4, tmp_path, *((tmp_path / kind, mesh) for kind, mesh in four.items()))
+    on(4, tmp_path, *((tmp_path / f"{kind} first", mesh, 3) for kind, mesh in four.items()))
+    for kind in meshes:
+        train(tmp_path / f"{kind} first", config)
+        for run in (kind, f"{kind} first"):
+            assert losses(tmp_path / run) == pytest.approx(whole, rel=1e-6)
+            found = load_file(tmp_path / run / "model" / "model.safetensors")
+            torch.testing.assert_close(found, weights, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_options_that_go_with_several_processes(fsdp, sharing, tmp_path):
+    config = dataclasses.replace(
+        sharing, fsdp=fsdp, precision="bf16", gradient_checkpointing=True, compile=True, optimizer="muon"
+    )
+    alone = dataclasses.replace(config, fsdp=False)
+    start(compiled_by_aot, 1, tempfile.mktemp(dir=tmp_path), 1, ((tmp_path / "one", alone),))
+    start(compiled_by_aot, 2, tempfile.mktemp(dir=tmp_path), 2, ((tmp_path / "two", config),))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-2)
+    weights = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def compiled_by_aot(number, file, processes, calls):
+    """``torch.compile`` traces and splits graphs as ever, and writes no machine code, which takes minutes."""
+    compiled = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda module: compiled(module, backend="aot_eager")
+    work(number, processes, file, calls)
+
+
+@pytest.mark.slow
 def test_a_killed_process_of_two_loses_nothing_behind_the_checkpoint(sharing, tmp_path):
     train(tmp_path / "one", sharing)
     ends = (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)
@@ -140,9 +187,12 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def launch(*arguments, restarts=0):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", str(restarts), "-m", "nl_models.train", *OPTIONS, *map(str, arguments)]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def launch(*arguments, launcher=TORCHRUN, fresh=True):
+    command = [sys.executable, "-m", *launcher, "-m", "nl_models.train"]
+    command += [*(OPTIONS if fresh else ()), *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
 
@@ -155,17 +205,44 @@ def test_the_command_under_torchrun(corpus, tmp_path):
     assert done.returncode == 0, error
     assert output.count("3/3  validation") == 1  # one of them speaks
     assert (tmp_path / "run" / "position.json").is_file()
+    for mesh in ("sequence=2", "heads=2"):
+        more = ["--output", tmp_path / "run", "--resume", "--no-fsdp", "--mesh", mesh]
+        done = launch(*more, "--steps", {"sequence=2": 4, "heads=2": 5}[mesh], fresh=False)
+        error = done.communicate()[1]
+        assert done.returncode == 0, error
+    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 3, 4, 4, 5, 5]
     refused = launch(*options, "--output", tmp_path / "odd", "--batch-size", 3)
     error = " ".join(refused.communicate()[1].split())
     assert refused.returncode != 0
-    assert "batch_size: expected a multiple of the 2 processes" in error
+    assert "batch_size: expected a multiple of the ranks" in error
     assert not (tmp_path / "odd").exists()
+
+
+@pytest.mark.slow
+def test_accelerate_and_several_nodes_start_the_same_run(corpus, tmp_path):
+    pytest.importorskip("accelerate")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    node = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *address, "--node-rank"]
+    launchers = {
+        "torchrun": [TORCHRUN],
+        "accelerate": [["accelerate.commands.launch", "--cpu", "--num_processes", "2"]],
+        "nodes": [[*node, "0"], [*node, "1"]],
+    }
+    for name, launched in launchers.items():
+        options = ["--corpus", corpus, "--steps", 3, "--batch-size", 2, "--output", tmp_path / name]
+        for process in [launch(*options, launcher=launcher) for launcher in launched]:
+            error = process.communicate()[1]
+            assert process.returncode == 0, error
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "torchrun"), rel=1e-6)
 
 
 @pytest.mark.slow
 def test_torchrun_starts_anew_what_was_killed_and_nothing_behind_the_checkpoint_is_lost(corpus, tmp_path):
     options = ["--corpus", corpus, "--steps", 40, "--batch-size", 2, "--checkpoint-every", 4]
-    killed = launch(*options, "--output", tmp_path / "killed", restarts=1)
+    elastic = [*TORCHRUN, "--max-restarts", "1"]
+    killed = launch(*options, "--output", tmp_path / "killed", launcher=elastic)
     folder = tmp_path / "killed" / "checkpoints"
     while not (newest := sorted(folder.glob("step-*"))):
         assert killed.poll() is None, killed.communicate()[1]
@@ -197,6 +274,16 @@ def fail(number, file):
     with pytest.raises(FileNotFoundError, match="/nowhere"):
         on_first(refuse)
     assert called == [0] * (number == 0)
-    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 2 processes"):
-        check_processes(TrainConfig(batch_size=3))
+    for options, message in (
+        ({"batch_size": 3}, r"batch_size: expected a multiple of the ranks that share it \(data=2\), got 3"),
+        ({"mesh": "sequence=4"}, "mesh: data=1,sequence=4 has 4 ranks, but the number of processes is 2"),
+        ({"mesh": "sequence=2", "sequence_length": 9}, "sequence_length: expected a multiple"),
+        ({"mesh": "heads=2", "hidden_size": 12, "heads": 3}, "heads: expected a multiple"),
+        ({"mesh": "sequence=2", "fsdp": True}, "fsdp: goes with data ranks alone"),
+        ({"mesh": "heads=2", "carry_state": True}, "carry_state: goes with data ranks alone"),
+        ({"mesh": "sequence=2", "compile": True}, "compile: goes with data ranks alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_mesh(TrainConfig(**options))
+    assert run_mesh(TrainConfig()) == Mesh(data=2)
     dist.destroy_process_group()

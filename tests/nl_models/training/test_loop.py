@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 
 from nl_models.training import loop
 from nl_models.training.checkpoint import CheckpointError, list_checkpoints
-from nl_models.training.console import TrainingDisplay
+from nl_models.training.console import Display
 from nl_models.training.distributed import choose_device
 from nl_models.training.loop import (
     DivergedError,
-    Outcome,
     RunError,
     StopSignal,
     continued_config,
@@ -31,7 +30,7 @@ TIMING = "tokens_per_second"
 
 def run(trainer, stop=None):
     console = Console(file=io.StringIO())
-    return trainer.run(TrainingDisplay(console, total=12, start=trainer.step, label="x"), stop)
+    return trainer.run(Display(console, total=12, start=trainer.step, label="x"), stop)
 
 
 def curve(folder):
@@ -57,7 +56,7 @@ class StopAt:
 
 @pytest.fixture
 def uninterrupted(tmp_path, config, make_trainer):
-    assert run(make_trainer(tmp_path / "whole", config)) == Outcome(12, True)
+    assert run(make_trainer(tmp_path / "whole", config)) == 12
     return curve(tmp_path / "whole")
 
 
@@ -81,7 +80,7 @@ def test_a_killed_run_continues_to_the_same_curve(step, uninterrupted, tmp_path,
         run(trainer, StopAt(step, trainer, as_kill=True))
     trainer = make_trainer(folder, config)
     assert trainer.resume() == {1: 0, 5: 4, 7: 5, 11: 10}[step]
-    assert run(trainer) == Outcome(12, True)
+    assert run(trainer) == 12
     assert curve(folder) == uninterrupted
 
 
@@ -104,7 +103,7 @@ def test_a_run_with_another_optimizer_continues_to_the_same_curve(optimizer, tmp
 def test_a_stopped_run_saves_its_last_step(uninterrupted, tmp_path, config, make_trainer):
     folder = tmp_path / "stopped"
     trainer = make_trainer(folder, config)
-    assert run(trainer, StopAt(7, trainer)) == Outcome(7, False)
+    assert run(trainer, StopAt(7, trainer)) == 7
     assert list_checkpoints(folder / "checkpoints")[-1].name == "step-00000007"
     trainer = make_trainer(folder, config)
     assert trainer.resume() == 7

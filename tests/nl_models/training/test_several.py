@@ -61,7 +61,7 @@ def test_every_run_is_what_it_is_alone(jobs, tmp_path, at_once):
         model = build_model(job.config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
 
         class Silent:
-            __enter__ = __exit__ = step = validation = lambda *_, **__: None
+            advance = note = lambda *_, **__: None
 
         Trainer(alone, job.config, model, data).run(Silent())
         assert losses(job.folder) == losses(alone)

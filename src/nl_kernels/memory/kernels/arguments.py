@@ -32,6 +32,17 @@ class Tokens(NamedTuple):
     spans: Any
 
 
+class Bank(NamedTuple):
+    """Weights of all memories of N = B · H heads: first layers [N, M · h, D], last layers [N, rows, in].
+
+    The rows of last layers lie one memory below the other, those of gates last. Linear memories have last
+    layers alone; where there are no weights both are absent.
+    """
+
+    first: Any
+    last: Any
+
+
 class Shape(NamedTuple):
     """Sizes that a kernel is compiled for.
 

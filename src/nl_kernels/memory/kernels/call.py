@@ -7,8 +7,8 @@ import torch
 from nl_kernels.checks import state_dtype
 from nl_kernels.chunk_alignment import ChunkGrid
 from nl_kernels.dispatch import choose_implementation
-from nl_kernels.memory.bank import Bank, Call
-from nl_kernels.memory.kernels.arguments import Tokens
+from nl_kernels.memory.bank import Call, Layers, Layout
+from nl_kernels.memory.kernels.arguments import Bank, Tokens
 from nl_kernels.memory.kernels.launch import Inputs, Options, checkpoint_interval, limits_of, precision_of
 from nl_kernels.memory.kernels.operator import Learn
 from nl_kernels.memory.state import tensors_in, weights_in
@@ -98,6 +98,21 @@ def choose(
     return choose_implementation(op, impl, device, unsupported=refused)
 
 
+def bank_of(blocks: Layers | None, layout: Layout) -> Bank:
+    """Blocks of :class:`~nl_kernels.memory.bank.Layout` as the kernels have them."""
+    if blocks is None:
+        return Bank(None, None)
+    rows = [x.flatten(1, 2) for x in blocks]
+    first = None if layout.linear else rows.pop(0)
+    return Bank(first, torch.cat(rows, 1) if layout.self_made else rows[0])
+
+
+def blocks_of(bank: Bank, layout: Layout) -> Layers:
+    """The inverse of :func:`bank_of`, views."""
+    first = () if layout.linear else (bank.first.unflatten(1, (layout.memories, -1)),)
+    return (*first, *layout.rows_by_memory(bank.last))
+
+
 def learn_on_grid(
     call: Call,
     grid: ChunkGrid,
@@ -109,7 +124,7 @@ def learn_on_grid(
     truncate_every: int | None,
     checkpoint_every: int | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, Bank, Bank, None]:
+) -> tuple[torch.Tensor, Layers, Layers, None]:
     """As :func:`nl_kernels.memory.call.learn_on_grid`, by the kernels; they have no velocity."""
     period, chunk = max(chunk_size, generator_chunk_size), min(chunk_size, generator_chunk_size)
     length = call.tokens.query.shape[1]
@@ -119,7 +134,9 @@ def learn_on_grid(
     elif grid.alignment is not None:
         spans = torch.stack([torch.zeros_like(grid.begin), grid.begin, grid.stop], 1)
         offset, slots = 0, length
-    inputs = Inputs(Tokens(*call.tokens[:6], *call.gates, spans), call.running, call.snapshot, call.anchor)
+    gates = call.gates or (None,) * 3
+    banks = (bank_of(x, call.layout) for x in (call.running, call.snapshot, call.anchor))
+    inputs = Inputs(Tokens(*call.tokens[:6], *gates, spans), *banks)
     architecture = architecture_of(call.tokens.query.device)
     options = Options.of(
         rule,
@@ -134,14 +151,10 @@ def learn_on_grid(
         architecture=architecture,
     )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.tensors):
-        numbers = sum(x.numel() for x in call.running if x is not None)
+        numbers = sum(x.numel() for x in call.running)
         options = options._replace(checkpoint_every=checkpoint_interval(options, checkpoint_every, numbers))
-        found = Learn.apply(*inputs.tensors, *options)
+        o, *weights = Learn.apply(*inputs.tensors, *options)
     else:
-        found = torch.ops.nl_kernels.memory_forward(*inputs.tensors, *options)
-    o, *weights = found
-    running, snapshot = (
-        Bank(None if call.running.first is None else first, last)
-        for first, last in (weights[:2], weights[2:4])
-    )
-    return o, running, snapshot, None
+        o, *weights = torch.ops.nl_kernels.memory_forward(*inputs.tensors, *options)
+    banks = (Bank(*weights[i : i + 2]) for i in (0, 2))
+    return o, *(blocks_of(x, call.layout) for x in banks), None

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nl_kernels.memory.bank import Bank
-from nl_kernels.memory.kernels.arguments import Shape, Tokens, compiled_of
+from nl_kernels.memory.kernels.arguments import Bank, Shape, Tokens, compiled_of
 from nl_kernels.memory.state import map_tensors
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support import targets
@@ -208,30 +207,19 @@ class Plan:
         every, chunks = self.options.checkpoint_every, self.options.chunks
         return [(first, min(first + every, chunks)) for first in range(0, chunks, every)]
 
-    def own_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which rows of both layers are of the memory that is read, [rows, 1] bool."""
-        shape, last = self.shape, self.inputs.running.last
-        found = []
-        for width, count in (
-            (shape.HIDDEN, shape.MEMORIES * shape.HIDDEN),
-            (shape.VALUE_DIM, last.shape[1]),
-        ):
-            row = torch.arange(count, device=last.device)[:, None]
-            found.append((row >= shape.OWN * width) & (row < (shape.OWN + 1) * width))
-        return found[0], found[1]
-
-    def first_slots(self) -> torch.Tensor | None:
-        """The slot of each head's first token [N, 1, 1], or ``None`` where all have the same."""
-        spans = self.inputs.tokens.spans
+    def bounds(self) -> tuple[torch.Tensor | None, torch.Tensor | int]:
+        """Slots of a head's first token and after its last one [N, 1, 1]; ``None`` and a number for all."""
+        query, *_, spans = self.inputs.tokens
         if spans is None:
-            return None
-        return spans[:, 1].repeat_interleave(self.inputs.tokens.query.shape[2])[:, None, None]
+            return None, self.options.offset + query.shape[1]
+        begin, stop = (spans[:, i].repeat_interleave(query.shape[2])[:, None, None] for i in (1, 2))
+        return begin, stop
 
-    def at_segment(self, kept: Bank, index: int, start: int, begin: torch.Tensor | None) -> tuple[Bank, Bank]:
+    def at_segment(self, kept: Bank, index: int, start: int) -> tuple[Bank, Bank]:
         """Running weights and snapshot before the chunk at slot ``start``, in memory of their own."""
         if index == 0:
             return copies(self.inputs.running), copies(self.inputs.snapshot)
-        pairs = []
+        pairs, (begin, _) = [], self.bounds()
         for states, running, snapshot in zip(kept, self.inputs.running, self.inputs.snapshot, strict=True):
             if states is None:
                 pairs.append((None, None))

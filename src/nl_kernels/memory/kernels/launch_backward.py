@@ -6,28 +6,26 @@ from collections.abc import Iterator
 
 import torch
 
-from nl_kernels.memory.bank import Bank
+from nl_kernels.memory.kernels.arguments import Bank
 from nl_kernels.memory.kernels.launch import Inputs, Options, Plan, copies, kept_states
 from nl_kernels.memory.state import map_tensors
 from nl_kernels.triton_support.kernel_call import KernelCall
 
 
-def final_gradients(d_running: Bank, d_snapshot: Bank, inputs: Inputs, options: Options) -> tuple[Bank, Bank]:
+def _final_gradients(plan: Plan, d_running: Bank, d_snapshot: Bank) -> tuple[Bank, Bank]:
     """Gradients of weights and snapshot after the call, in memory of their own, from those of the results.
 
     A memory that ends at a boundary has taken its snapshot from the weights after the last token.
     """
-    plan = Plan.of(inputs, options)
     d_running, d_snapshot = copies(d_running), copies(d_snapshot)
-    shape, (query, *_, spans) = plan.shape, inputs.tokens
-    stop = options.offset + query.shape[1]
-    has_tokens: torch.Tensor | bool = True
-    if spans is not None:
-        begin, stop = (spans[:, i].repeat_interleave(query.shape[2])[:, None, None] for i in (1, 2))
-        has_tokens = stop > begin
-    for at_running, at_snapshot, own in zip(d_running, d_snapshot, plan.own_rows(), strict=True):
+    shape, (begin, stop) = plan.shape, plan.bounds()
+    has_tokens = True if begin is None else stop > begin
+    widths = (shape.HIDDEN, shape.VALUE_DIM)
+    for at_running, at_snapshot, width in zip(d_running, d_snapshot, widths, strict=True):
         if at_running is None:
             continue
+        row = torch.arange(at_running.shape[1], device=at_running.device)[:, None]
+        own = row.div(width, rounding_mode="floor") == shape.OWN
         for clock, rows in ((shape.MEMORY_CLOCK, own), (shape.OTHERS_CLOCK, ~own)):
             met = torch.as_tensor((stop % clock == 0) & has_tokens, device=rows.device) & rows
             at_running += at_snapshot.masked_fill(~met, 0)
@@ -42,9 +40,10 @@ def plan_backward(
 
     The forward pass has ``kept`` the running weights before every n-th chunk. Segment by segment, the last
     one first, the forward kernel keeps those before each of its chunks; then the backward kernel walks over
-    them. ``d_running`` and ``d_snapshot``, gradients of the weights after the call, are updated in place.
+    them. ``d_running`` and ``d_snapshot`` are gradients of the weights after the call.
     """
     plan = Plan.of(inputs, options)
+    d_running, d_snapshot = _final_gradients(plan, d_running, d_snapshot)
     every, segments = options.checkpoint_every, plan.segments()
     tokens = inputs.tokens
     like = torch.empty_like if tokens.spans is None else torch.zeros_like
@@ -52,7 +51,6 @@ def plan_backward(
     d_tokens = map_tensors(like, tokens._replace(**dict.fromkeys((*gates, "spans"))))
     d_gates = None if tokens.gate is None else inputs.running.last.new_zeros(plan.heads, 3)
     d_anchor = map_tensors(torch.zeros_like, inputs.anchor)
-    begin = plan.first_slots()
     states, slots = kept, options.chunks
     if every == 1:  # nothing to run again: one launch for all chunks
         segments = [(0, options.chunks)]
@@ -61,7 +59,7 @@ def plan_backward(
     for index, (first, stop) in reversed(list(enumerate(segments))):
         span = {"first_chunk": first, "stop_chunk": stop, "kept_first": first, "kept_slots": slots}
         if every > 1:
-            running, snapshot = plan.at_segment(kept, index, first * options.chunk, begin)
+            running, snapshot = plan.at_segment(kept, index, first * options.chunk)
             yield plan.learn(running, snapshot, states, None, **span, kept_every=1)
         arguments = {
             "kept": states,

@@ -12,10 +12,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nl_kernels.dispatch import without_autocast
-from nl_kernels.memory.bank import Bank
-from nl_kernels.memory.kernels import launch, launch_backward
-from nl_kernels.memory.kernels.arguments import Tokens
-from nl_kernels.memory.kernels.launch import Inputs, Options
+from nl_kernels.memory.kernels.arguments import Bank, Tokens
+from nl_kernels.memory.kernels.launch import Inputs, Options, plan_forward
+from nl_kernels.memory.kernels.launch_backward import plan_backward
 from nl_kernels.memory.state import map_tensors
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
 
@@ -87,7 +86,7 @@ def _forward(*args):
     inputs, options = _split(args)
     device = inputs.tokens.query.device
     with without_autocast(device.type):
-        calls, results = launch.plan_forward(inputs, Options(*options))
+        calls, results = plan_forward(inputs, Options(*options))
         run_calls(calls, device)
     return _present(results, inputs.running.last)
 
@@ -98,13 +97,7 @@ def _backward(d_o, *args):
     kept = Bank(None if inputs.running.first is None else kept_first, kept_last)
     final = (map_tensors(_gradient_of, inputs.running, Bank(*args[i : i + 2])) for i in (0, 2))
     with without_autocast(d_o.device.type):
-        for item in launch_backward.plan_backward(
-            d_o.contiguous(),
-            *launch_backward.final_gradients(*final, inputs, Options(*options)),
-            inputs,
-            kept,
-            Options(*options),
-        ):
+        for item in plan_backward(d_o.contiguous(), *final, inputs, kept, Options(*options)):
             if isinstance(item, KernelCall):
                 run_calls([item], d_o.device)
             else:
@@ -120,7 +113,7 @@ def _gradient_of(x: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
 @torch.library.register_fake(_FORWARD)
 def _(*args):
     inputs, options = _split(args)
-    return _present(launch.plan_forward(inputs, Options(*options))[1], inputs.running.last)
+    return _present(plan_forward(inputs, Options(*options))[1], inputs.running.last)
 
 
 @torch.library.register_fake(_BACKWARD)

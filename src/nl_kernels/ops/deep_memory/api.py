@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -20,16 +19,14 @@ from nl_kernels.memory.state import check_state
 from nl_kernels.memory_checks import (
     check_error_at,
     check_memory,
-    check_own_memory,
     check_rule,
 )
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
-from nl_kernels.ops.deep_memory import eager_step
 from nl_kernels.ops.deep_memory.reference import deep_memory_reference
-from nl_kernels.ops.deep_memory.state import DeepMemoryState, bank_of, weights_of
+from nl_kernels.ops.deep_memory.state import DeepMemoryState
 
 _DEFAULT_RULE = MemoryRule()
-_OP = Op(DeepMemoryState, lambda weights: weights, bank_of, weights_of, (0, 1, 2, 4, 5))
+_OP = Op(DeepMemoryState, lambda weights: weights, ("query", "key", "value", "rate", "log_decay", "momentum"))
 
 
 def deep_memory(
@@ -90,29 +87,12 @@ def deep_memory(
         NotImplementedError: ``impl="triton"`` for a call that the kernels do not serve.
         RuntimeError: ``impl="triton"`` where it cannot run.
     """
-    rule = _DEFAULT_RULE if rule is None else rule
-    tokens = (q, k, v, rate, log_decay, momentum)
-    _check(tokens, weights, rule, read, chunk_size, "initial_state", initial_state, mask, cu_seqlens)
     if checkpoint_every is not None:
         check_positive_int("checkpoint_every", checkpoint_every)
-    o, final = run(
-        _OP,
-        choose("deep_memory", impl, "q, k, v", tokens, weights, initial_state, rule, chunk_size),
-        [q, k, v, None, rate, log_decay],
-        momentum,
-        {},
-        weights,
-        initial_state,
-        reference=functools.partial(deep_memory_reference, rule=rule, read=read, chunk_size=chunk_size),
-        rule=rule,
-        read=read,
-        chunk_size=chunk_size,
-        generator_chunk_size=chunk_size,
-        truncate_every=None,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        checkpoint_every=checkpoint_every,
-    )
+    tokens = (q, k, v, rate, log_decay, momentum)
+    state = ("initial_state", initial_state)
+    call = _checked("deep_memory", impl, tokens, weights, state, chunk_size, rule, read, mask, cu_seqlens)
+    o, final = run(_OP, **call, cu_seqlens=cu_seqlens, checkpoint_every=checkpoint_every)
     return o, final if output_final_state else None
 
 
@@ -152,28 +132,19 @@ def deep_memory_step(
         TypeError, ValueError, RuntimeError: as :func:`deep_memory`; ``inplace`` where gradients are needed.
         NotImplementedError: ``impl="triton"`` for a call that the kernels do not serve.
     """
+    tokens = (q, k, v, rate, log_decay, momentum)
+    call = _checked("deep_memory_step", impl, tokens, weights, ("state", state), chunk_size, rule, read, mask)
+    return run_step(_OP, **call, inplace=inplace)
+
+
+def _checked(op, impl, tokens, weights, state, chunk_size, rule, read, mask, cu_seqlens=None) -> dict:
+    """What :func:`~nl_kernels.memory.call.run` takes of a call on tokens [B, T, ..], or on one token [B, ..].
+
+    ``state``: its name in messages, and itself.
+    """
     rule = _DEFAULT_RULE if rule is None else rule
-    tensors = (q, k, v, rate, log_decay, momentum)
-    _check(tensors, weights, rule, read, chunk_size, "state", state, mask)
-    if inplace:
-        check_own_memory(state, weights)
-    options = {"weights": weights, "rule": rule, "read": read, "chunk_size": chunk_size}
-    return run_step(
-        choose("deep_memory_step", impl, "q, k, v", tensors, weights, state, rule, chunk_size),
-        tensors,
-        (weights, state),
-        state,
-        mask=mask,
-        inplace=inplace,
-        op=functools.partial(deep_memory, impl=impl, **options),
-        eager_step=functools.partial(eager_step.deep_memory_step, **options),
-    )
-
-
-def _check(tokens, weights, rule, read, chunk_size, state_name, state, mask, cu_seqlens=None) -> None:
-    """Check a call on tokens [B, T, ..], or on one token [B, ..]."""
     q, k, v, rate, log_decay, momentum = tokens
-    one = state_name == "state"
+    one = state[0] == "state"
     check_tokens("q", q, "[B, H, D]" if one else "[B, T, H, D]")
     *lead, width = q.shape
     check_tensor("k", k, q.shape, like=q)
@@ -193,6 +164,18 @@ def _check(tokens, weights, rule, read, chunk_size, state_name, state, mask, cu_
     heads = lead[-1]
     check_memory("weights", weights, batch, heads, width, out, q)
     check_error_at(rule, weights)
-    if one or state is not None:
+    if one or state[1] is not None:
         shapes = DeepMemoryWeights(*(None if w is None else (batch, heads, *w.shape[-2:]) for w in weights))
-        check_state(state_name, state, DeepMemoryState, shapes, momentum is not None, chunk_size, q)
+        check_state(*state, DeepMemoryState, shapes, momentum is not None, chunk_size, q)
+    return {
+        "implementation": choose(op, impl, "q, k, v", tokens, weights, state[1], rule, chunk_size),
+        "tensors": tokens,
+        "gates": {},
+        "weights": weights,
+        "state": state[1],
+        "reference": deep_memory_reference,
+        "rule": rule,
+        "read": read,
+        "chunk_size": chunk_size,
+        "mask": mask,
+    }

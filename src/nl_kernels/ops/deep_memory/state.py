@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.memory.bank import Bank
 from nl_kernels.memory.state import own_memory
 from nl_kernels.memory_rule import DeepMemoryWeights
 
@@ -32,15 +31,3 @@ class DeepMemoryState(NamedTuple):
     def clone(self) -> DeepMemoryState:
         """A copy whose tensors are contiguous and share no memory, as steps in place need it."""
         return own_memory(self)
-
-
-def bank_of(weights: DeepMemoryWeights) -> Bank:
-    """Weights [B, H, ..] as a bank of one memory; the one layer of a linear memory is its last."""
-    inner, outer = (None if w is None else w.flatten(0, 1) for w in weights)
-    return Bank(None, inner) if outer is None else Bank(inner, outer)
-
-
-def weights_of(bank: Bank, batch: int) -> DeepMemoryWeights:
-    """The inverse of :func:`bank_of`."""
-    first, last = (None if x is None else x.unflatten(0, (batch, -1)) for x in bank)
-    return DeepMemoryWeights(last, None) if first is None else DeepMemoryWeights(first, last)

@@ -6,32 +6,22 @@ import functools
 
 import torch
 
-from nl_kernels.checks import check_positive_int, check_range, check_sequences
+from nl_kernels.checks import check_positive_int, check_range
 from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.call import Op, run, run_step
 from nl_kernels.memory.kernels.call import choose
-from nl_kernels.memory_checks import check_error_at, check_own_memory, check_rule
+from nl_kernels.memory_checks import head_parameter
 from nl_kernels.memory_rule import MemoryRule
-from nl_kernels.ops.self_modifying import eager_step
-from nl_kernels.ops.self_modifying.checks import (
-    check_clocks,
-    check_head_parameter,
-    check_inputs,
-    check_state,
-    check_weights,
-    head_parameter,
-)
+from nl_kernels.ops.self_modifying.checks import check_call
 from nl_kernels.ops.self_modifying.reference import self_modifying_memory_reference
 from nl_kernels.ops.self_modifying.state import (
     SelfModifyingState,
     SelfModifyingWeights,
-    bank_of,
     stack_memories,
-    stack_of,
 )
 
 _DEFAULT_RULE = MemoryRule()
-_OP = Op(SelfModifyingState, stack_memories, bank_of, stack_of, (0, 1, 2, 3, 4))
+_OP = Op(SelfModifyingState, stack_memories, ("query", "key", "value", "gate", "rate", "momentum"))
 
 
 def self_modifying_memory(
@@ -114,40 +104,26 @@ def self_modifying_memory(
         NotImplementedError: ``impl="triton"`` for a call that the kernels do not cover.
         RuntimeError: ``impl="triton"`` where it cannot run.
     """
-    rule = _DEFAULT_RULE if rule is None else rule
-    generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
     for name, value in (("truncate_every", truncate_every), ("checkpoint_every", checkpoint_every)):
         if value is not None:
             check_positive_int(name, value)
-    tokens = (query, key_input, value_input, gate_input, write_scale, momentum)
-    clocks = (chunk_size, generator_chunk_size)
-    parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
-    _check(tokens, weights, rule, read, clocks, parameters, "initial_state", initial_state, mask, cu_seqlens)
-    parameters = {name: head_parameter(value, query) for name, value in parameters.items()}
-    check_range("rate_max", parameters["rate_max"], 0.0, 2.0)
-    options = {
-        "rule": rule,
-        "read": read,
-        "chunk_size": chunk_size,
-        "generator_chunk_size": generator_chunk_size,
-        "truncate_every": truncate_every,
-    }
-    o, final = run(
-        _OP,
-        _choose("self_modifying_memory", impl, tokens, weights, initial_state, rule, clocks, detach_targets),
-        [query, key_input, value_input, gate_input, write_scale, None],
-        momentum,
-        parameters,
+    call = _checked(
+        "self_modifying_memory",
+        impl,
+        (query, key_input, value_input, gate_input, write_scale, momentum),
         weights,
-        initial_state,
-        reference=functools.partial(
-            self_modifying_memory_reference, detach_targets=detach_targets, **options
-        ),
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        checkpoint_every=checkpoint_every,
-        **options,
+        ("initial_state", initial_state),
+        (chunk_size, generator_chunk_size),
+        {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias},
+        rule,
+        read,
+        detach_targets,
+        truncate_every,
+        mask,
+        cu_seqlens,
     )
+    check_range("rate_max", head_parameter(rate_max, query), 0.0, 2.0)
+    o, final = run(_OP, **call, cu_seqlens=cu_seqlens, checkpoint_every=checkpoint_every)
     return o, final if output_final_state else None
 
 
@@ -181,9 +157,7 @@ def self_modifying_memory_step(
     Args:
         query, key_input, value_input, gate_input: [B, H, D]. write_scale, momentum: [B, H]. mask: [B] bool.
         state: the state before the token, fp32 (fp64 for fp64 inputs).
-        inplace: write into the state's tensors and return them, so that memory stays where it is; they must
-            be contiguous and share no memory, as in :meth:`SelfModifyingState.clone`. Otherwise the state
-            stays as it is, and the new one may share tensors that did not change.
+        inplace: as in :func:`nl_kernels.deep_memory_step`.
 
     Returns:
         o [B, H, D] in the dtype of query, and the state after the token.
@@ -193,64 +167,49 @@ def self_modifying_memory_step(
             needed.
         NotImplementedError: ``impl="triton"`` for a call that the kernels do not cover.
     """
+    call = _checked(
+        "self_modifying_memory_step",
+        impl,
+        (query, key_input, value_input, gate_input, write_scale, momentum),
+        weights,
+        ("state", state),
+        (chunk_size, generator_chunk_size),
+        {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias},
+        rule,
+        read,
+        detach_targets,
+        None,
+        mask,
+    )
+    return run_step(_OP, **call, inplace=inplace)
+
+
+def _checked(
+    op, impl, tokens, weights, state, clocks, gates, rule, read, detach, truncate, mask, cu_seqlens=None
+) -> dict:
+    """What :func:`~nl_kernels.memory.call.run` takes of a call, or of one token; ``state`` is named."""
     rule = _DEFAULT_RULE if rule is None else rule
-    generator_chunk_size = chunk_size if generator_chunk_size is None else generator_chunk_size
-    inputs = (query, key_input, value_input, gate_input, write_scale, momentum)
-    clocks = (chunk_size, generator_chunk_size)
-    parameters = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
-    _check(inputs, weights, rule, read, clocks, parameters, "state", state, mask)
-    if inplace:
-        check_own_memory(state, weights)
-    options = {
+    clocks = (clocks[0], clocks[0] if clocks[1] is None else clocks[1])
+    check_call(tokens, weights, rule, read, clocks, gates, state, mask, cu_seqlens)
+    if detach:
+        implementation = choose(op, impl, "query", tokens, weights, state[1], rule, min(clocks))
+    elif impl in ("triton", "eager"):
+        raise NotImplementedError(
+            "detach_targets: the reference alone has targets that learn; use impl='reference' or None"
+        )
+    else:
+        implementation = choose_implementation(op, impl, tokens[0].device, ("reference",))
+    return {
+        "implementation": implementation,
+        "tensors": tokens,
+        "gates": gates,
         "weights": weights,
+        "state": state[1],
+        "reference": functools.partial(self_modifying_memory_reference, detach_targets=detach),
         "rule": rule,
         "read": read,
-        "chunk_size": chunk_size,
-        "generator_chunk_size": generator_chunk_size,
-        **parameters,
+        "chunk_size": clocks[0],
+        "generator_chunk_size": clocks[1],
+        "truncate_every": truncate,
+        "mask": mask,
     }
-
-    def op(query, key_input, value_input, gate_input, write_scale, **others):
-        call = {"write_scale": write_scale, "detach_targets": detach_targets, "impl": impl, **options}
-        return self_modifying_memory(query, key_input, value_input, gate_input, **call, **others)
-
-    return run_step(
-        _choose("self_modifying_memory_step", impl, inputs, weights, state, rule, clocks, detach_targets),
-        inputs,
-        (weights, state, tuple(x for x in parameters.values() if isinstance(x, torch.Tensor))),
-        state,
-        mask=mask,
-        inplace=inplace,
-        op=op,
-        eager_step=functools.partial(eager_step.self_modifying_memory_step, **options),
-    )
-
-
-def _check(tokens, weights, rule, read, clocks, parameters, state_name, state, mask, cu_seqlens=None) -> None:
-    """Check a call on tokens [B, T, ..], or on one token [B, ..]."""
-    check_rule(rule, read)
-    check_clocks(*clocks)
-    query, one = tokens[0], state_name == "state"
-    check_inputs(tokens, one)
-    batch = check_sequences(mask, cu_seqlens, query, one=one)
-    heads, width = query.shape[-2:]
-    check_weights(weights, batch, heads, width, query)
-    check_error_at(rule, weights.key)
-    if tokens[4] is not None and weights.key.outer is not None:
-        raise ValueError("write_scale: of linear memories alone, got memories of two layers")
-    if one or state is not None:
-        momentum = tokens[-1] is not None
-        check_state(state_name, state, weights, batch, (heads, width), momentum, max(clocks), query)
-    for name, value in parameters.items():
-        check_head_parameter(name, value, heads, query)
-
-
-def _choose(op, impl, tokens, weights, state, rule, clocks, detach_targets) -> str:
-    """The implementation of a call."""
-    if not detach_targets:
-        if impl in ("triton", "eager"):
-            raise NotImplementedError(
-                "detach_targets: the reference alone has targets that learn; use impl='reference' or None"
-            )
-        return choose_implementation(op, impl, tokens[0].device, ("reference",))
-    return choose(op, impl, "query", tokens, weights, state, rule, min(clocks))

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.memory.bank import Bank
 from nl_kernels.memory.state import own_memory
 from nl_kernels.memory_rule import DeepMemoryWeights
 
@@ -76,17 +75,3 @@ def unstack_memories(stack: MemoryStack) -> SelfModifyingWeights:
     if stack.first is None:
         return SelfModifyingWeights(*(DeepMemoryWeights(last, None) for last in lasts))
     return SelfModifyingWeights(*map(DeepMemoryWeights, stack.first.unbind(-3), lasts))
-
-
-def bank_of(stack: MemoryStack) -> Bank:
-    """[B, H, m, out, in] as a bank of five memories, one memory below the other and the gates last."""
-    first = None if stack.first is None else stack.first.flatten(2, 3).flatten(0, 1)
-    return Bank(first, torch.cat([stack.last.flatten(2, 3), stack.gate], 2).flatten(0, 1))
-
-
-def stack_of(bank: Bank, batch: int) -> MemoryStack:
-    """The inverse of :func:`bank_of`, in memory of its own."""
-    width = (bank.last.shape[1] - 2) // 3
-    first = None if bank.first is None else bank.first.unflatten(0, (batch, -1)).unflatten(2, (5, -1))
-    last, gate = bank.last.unflatten(0, (batch, -1)).split([3 * width, 2], 2)
-    return MemoryStack(first, last.contiguous().unflatten(2, (3, width)), gate.contiguous())
