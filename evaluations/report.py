@@ -20,8 +20,8 @@ OURS = tuple(model for model in TITLES if model.startswith("hope"))
 # With a continuum a model's line is dashed, without writes dotted.
 DASHES = {"_continuum": "--", "_writes_nothing": ":"}
 NONE = "–"
-# No baselines: one has all parts at once, one has Hope's continuum beside another memory.
-CONTROLS = ("joint", "gated_delta_net_continuum")
+# Neither ours nor baselines: all parts at once, Hope's continuum beside another memory, another base.
+CONTROLS = ("joint", "gated_delta_net_continuum", "hope_reads", "hope_reads_anew")
 
 
 def chosen(rows: list[dict], study: Study, task: str, model: str) -> list[dict]:
