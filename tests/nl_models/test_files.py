@@ -173,7 +173,6 @@ def test_a_full_disk_is_the_same_error_whoever_writes(tmp_path):
 
 # What writes within `new_directory`, which flushes it and gives it its rights; the kernel's own files.
 OTHERS = {
-    ("data/tokenizer.py", "write_text"),
     ("data/prepare.py", "write_text"),
     ("profiling/memory.py", "write_text"),
     ("measure.py", "write_text"),
