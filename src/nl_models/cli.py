@@ -15,12 +15,14 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nl_kernels import doctor as doctor_command
 from nl_models import demo, position, profile, train
 from nl_models.continual.memory_file import DTYPES, FileOptions
 from nl_models.conversation import Conversation, Sampling, begin_conversation, other_text
 from nl_models.data.corpus import read_documents
+from nl_models.data.tokenizer import Tokenizer
 from nl_models.files import new_directory, only_writer
 from nl_models.open_model import open_model
 from nl_models.surgery import convert_attention, convert_mlp_to_continuum
@@ -239,11 +241,28 @@ def convert(
         converted = convert_mlp_to_continuum(opened.model, levels)
         if attention:
             converted = convert_attention(converted, attention, kind)
-        with new_directory(output) as folder:
-            converted.save_pretrained(folder)
-            save = getattr(opened.tokenizer, "save_pretrained", None) or opened.tokenizer.save
-            save(folder)
+        _save(output, converted, opened.tokenizer)
     typer.echo(f"{output}: {len(levels)} levels; teach it with: nl learn {output} FILES --memory FILE")
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="New folder for the model.")],
+    memory: Annotated[Path | None, typer.Option(help="What was learned goes into the weights.")] = None,
+    allow_other_model: OtherModel = False,
+) -> None:
+    """Write a model folder that transformers opens: of a checkpoint, or with what a memory has learned."""
+    with explained_errors(TypeError):
+        if output.exists():
+            raise ValueError(f"output: {output} exists; choose another folder")
+        if memory is not None and not memory.exists():
+            raise ValueError(f"memory: no such file: {memory}")
+        opened = open_model(model)
+        if memory is not None:
+            begin_conversation(opened, memory, allow_other_model=allow_other_model).end()
+        _save(output, opened.model, opened.tokenizer)
+    typer.echo(f"{output}: opens with AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)")
 
 
 @app.command()
@@ -259,6 +278,13 @@ def doctor(
 def _writing(memory: Path | None) -> contextlib.AbstractContextManager[None]:
     """What is done with a memory that is kept up to date, which no other process may do meanwhile."""
     return contextlib.nullcontext() if memory is None else only_writer(memory)
+
+
+def _save(output: Path, model: PreTrainedModel, tokenizer: Tokenizer | PreTrainedTokenizerBase) -> None:
+    with new_directory(output) as folder:
+        model.save_pretrained(folder)
+        ready = isinstance(tokenizer, PreTrainedTokenizerBase)
+        (tokenizer.save_pretrained if ready else tokenizer.save)(folder)
 
 
 def _show(text: str) -> None:

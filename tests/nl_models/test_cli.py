@@ -9,7 +9,13 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from nl_models import HopeCache, HopeConfig, HopeForCausalLM
@@ -325,6 +331,23 @@ def test_runs_and_checkpoints_are_opened(run):
         assert open_model(run).source.parent == run / "checkpoints"
     finally:
         (run / "elsewhere").rename(run / "model")
+
+
+def test_a_checkpoint_and_what_was_learned_become_a_folder_of_transformers(run, hope, corpus, tmp_path):
+    checkpoint = list_checkpoints(run / "checkpoints")[-1]
+    call("export", checkpoint, tmp_path / "plain")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", trust_remote_code=True)
+    for a, b in zip(found.parameters(), open_model(checkpoint).model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == found.generation_config.eos_token_id == 256
+    memory, text = tmp_path / "memory.safetensors", (corpus / "1.txt").read_text()
+    call("learn", hope, corpus / "0.txt", "--memory", memory)
+    call("export", hope, tmp_path / "taught", "--memory", memory)
+    models = (open_model(folder) for folder in (hope, tmp_path / "taught"))
+    plain, taught = (begin_conversation(model, None).loss(text)[0] for model in models)
+    assert taught < 0.95 * plain
+    assert "exists; choose another folder" in call("export", hope, tmp_path / "taught", code=2)
 
 
 def test_a_converted_model_learns_what_it_is_told(llama, tmp_path):
