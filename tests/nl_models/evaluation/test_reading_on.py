@@ -77,6 +77,7 @@ def test_reading_on_does_not_make_a_model_worse(name):
     assert falls_behind(train(MODELS[name])) <= MARGIN
 
 
+@pytest.mark.slow
 def test_a_level_that_retains_everything_falls_behind():
     """What the retention is for, and that the measurement above can fail."""
     levels = [{**LEARNING, "initial_retention": 1.0}]
