@@ -94,7 +94,7 @@ def differences(chosen: Chosen, study: Study, path: Path) -> Path:
         panel.barh(TITLES[model], mean, xerr=[[mean - values.min()], [values.max() - mean]], color="#009E73")
     panel.axvline(0, color="#444444", linewidth=0.8)
     panel.invert_yaxis()
-    panel.set_xlabel(f"{study.unit} more than {TITLES[first]}")
+    panel.set_xlabel(f"{study.unit} more than the whole")
     return save_figure(figure, path)
 
 
