@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import functools
 import itertools
 import tempfile
 import time
@@ -14,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evaluations.models import LEARNING, parameters
+from evaluations.models import make, parameters
 from evaluations.task import IGNORED
-from nl_models import HopeConfig, HopeForCausalLM
+from nl_models import HopeForCausalLM
 from nl_models.continual import ContinuumLearner, StepRule
 from nl_models.evaluation.token_losses import token_losses
 from nl_models.hope import HopeCache
@@ -53,23 +54,12 @@ def make_base(vocabulary: int, width: int, context: int) -> LlamaForCausalLM:
 
 def make_hope_base(vocabulary: int, width: int, context: int) -> HopeForCausalLM:
     """A Hope of two layers with as many parameters, its continuum as by default."""
-
-    def make(inner: int) -> HopeForCausalLM:
-        levels = [{"hidden_size": inner, **LEARNING}]
-        return HopeForCausalLM(
-            HopeConfig(
-                vocab_size=vocabulary,
-                hidden_size=width,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                continuum_levels=levels,
-            )
-        )
-
+    sizes = ("hope_continuum", vocabulary, vocabulary)
+    made = functools.partial(make, *sizes, width=width, layers=2, heads=2, head="tied")
     with torch.device("meta"):
         wanted = parameters(make_base(vocabulary, width, context))
-        least, more = parameters(make(8)), parameters(make(16))
-    return make(8 + 8 * round((wanted - least) / (more - least)))
+        least, more = (parameters(made(inner=inner)) for inner in (8, 16))
+    return made(inner=8 + 8 * round((wanted - least) / (more - least))).hope
 
 
 class Learner(abc.ABC):

@@ -150,7 +150,6 @@ def _rates(levels: int, *rates: list[float], **options: object) -> list[dict[str
 
 
 NOTHING: list[dict[str, object]] = [{}]
-READING = {"hope_reads": NOTHING, "hope_reads_anew": [{"starts_over": True}]}
 FINE_TUNING = [{"rate": rate} for rate in (1e-3, 3e-3)]
 CLASSES = StreamStudy(
     name="class_incremental",
@@ -198,7 +197,8 @@ PERSONALISATION = StreamStudy(
         ),
         "starts_over": _rates(2, [1e-2, 6e-4], [1e-2, 2e-3], **DAILY, starts_over=True),
         "other_project": _rates(2, [1e-2, 6e-4], [1e-2, 2e-3], **DAILY, elsewhere=True),
-        **READING,
+        "hope_reads": NOTHING,
+        "hope_reads_anew": [{"starts_over": True}],
     },
     unit="nats",
 )

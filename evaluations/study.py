@@ -63,11 +63,15 @@ class Study:
         unknown = self.settings.keys() - self.known.keys()
         if unknown:
             raise ValueError(f"settings: expected models of {', '.join(self.known)}, got {sorted(unknown)}")
-        # What learns nothing has nothing to search.
-        searched = {model: settings for model, settings in self.settings.items() if "rate" in str(settings)}
-        counts = {model: len(settings) for model, settings in searched.items()}
+        counts = {model: len(self.settings[model]) for model in self.searched}
         if len(set(counts.values())) > 1:
             raise ValueError(f"settings: every model is searched with as many, got {counts}")
+
+    @property
+    def searched(self) -> list[str]:
+        """The models with a rate: what has none, as it learns nothing by steps, has nothing to search."""
+        rates = {"learning_rate", "rate", "rates"}
+        return [model for model, settings in self.settings.items() if any(map(rates.intersection, settings))]
 
     def require(self, task: str) -> None:
         """Raise ``DataNotInstalledError`` where a task's data are not there."""
