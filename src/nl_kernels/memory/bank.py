@@ -72,6 +72,12 @@ class Layout:
     self_made: bool
     linear: bool
 
+    @classmethod
+    def of(cls, banks: int, tokens: Sequences, weights: tuple) -> Layout:
+        """That of a call on ``tokens`` with a state's ``weights``, which are absent where a layer is."""
+        linear = any(x is None for x in weights)
+        return cls(banks, tokens.value.shape[-1], tokens.gate is not None, linear)
+
     @property
     def projections(self) -> int:
         return 3 if self.self_made else 1

@@ -99,9 +99,7 @@ def run(
             o, final = reference(*inputs, anchor, state, rule=rule, mask=mask, **gates, **options)
         else:
             tokens = op.sequences(inputs)
-            heads, self_made = tokens.value.shape[2], tokens.gate is not None
-            linear = len(tensors_in(initial)) == 1 + self_made
-            layout = Layout(batch * heads, tokens.value.shape[-1], self_made, linear)
+            layout = Layout.of(batch * tokens.value.shape[2], tokens, initial)
             banks = (state.running, state.snapshot, anchor if rule.anchored else None, state.momentum)
             banks = (None if x is None else layout.blocks_of(x) for x in banks)
             call = Call(layout, tokens, tuple(gates.values()), *banks, state.position)

@@ -51,8 +51,7 @@ def step_token(
         tokens = map_tensors(lambda x: zero_padding(x, mask), tokens)
     tokens = Sequences(*(None if x is None else x.to(dtype).reshape(count, 1, -1) for x in tokens))
     applied = None if mask is None else mask.repeat_interleave(heads).to(dtype)[:, None, None]
-    self_made, linear = tokens.gate is not None, running[0] is None or running[-1] is None
-    layout = Layout(count, tokens.value.shape[-1], self_made, linear)
+    layout = Layout.of(count, tokens, running)
     bank = BankRule(rule, read, layout)
 
     base = _base(layout, weights if rule.anchored else None, snapshot)
@@ -60,9 +59,9 @@ def step_token(
     gates = [x.to(dtype).repeat(batch).view(-1, 1, 1) if isinstance(x, torch.Tensor) else x for x in gates]
     token, _ = source.tokens(base, gates, sequences, False)
     recalled = None
-    if rule.errs_at_anchor(linear):
+    if rule.errs_at_anchor(layout.linear):
         recalled = [torch.bmm(token.k, x.flatten(0, 1).flatten(1, -2).mT) for x in snapshot if x is not None]
-        recalled = torch.cat(recalled, -1) if self_made else recalled[0]
+        recalled = torch.cat(recalled, -1) if layout.self_made else recalled[0]
     made, others = errors_of(bank, token, base, (), False, recalled)
 
     rate, log_decay, momentum = counted(token)
@@ -71,7 +70,7 @@ def step_token(
     after = []
     for part, moving in zip(running, velocity or (None,) * len(running)):
         if part is not None:
-            first, options = not after or linear, {"rule": rule, "inplace": inplace}
+            first, options = not after or layout.linear, {"rule": rule, "inplace": inplace}
             part, moving = write_token(part, moving, *next(pairs), scales, first_layer=first, **options)
         after.append((part, moving))
     running, moving = (type(running)(*x) for x in zip(*after))
@@ -82,9 +81,9 @@ def step_token(
     elif read == "snapshot":
         o, _ = apply(rule, token.query, map(layout.read_weights, base[: layout.read_layers]))
     else:
-        memory = weights.memory if self_made else weights
+        memory = weights.memory if layout.self_made else weights
         layers = [x for x in running if x is not None][: layout.read_layers]
-        layers = [x[:, :, 2] for x in layers] if self_made else layers
+        layers = [x[:, :, 2] for x in layers] if layout.self_made else layers
         if rule.anchored:
             layers = [x + w for x, w in zip(layers, memory)]
         o, _ = apply(rule, token.query, [x.flatten(0, 1) for x in layers])
