@@ -22,11 +22,11 @@ from nl_models import demo, position, profile, train
 from nl_models.continual.memory_file import DTYPES, FileOptions
 from nl_models.conversation import Conversation, Sampling, begin_conversation, other_text
 from nl_models.data.corpus import read_documents
-from nl_models.data.tokenizer import Tokenizer
+from nl_models.data.tokenizer import Tokenizer, for_transformers
 from nl_models.files import new_directory, only_writer
 from nl_models.open_model import open_model
 from nl_models.surgery import convert_attention, convert_mlp_to_continuum
-from nl_models.training.command_line import explained_errors, fail
+from nl_models.training.command_line import OtherModel, explained_errors, fail
 from nl_models.training.distributed import choose_device
 
 app = typer.Typer(
@@ -63,10 +63,6 @@ Rates = Annotated[
         help="Of the levels that learn, fast to slow, one option each. Default: 0.001 for a Hope (0: it "
         "only reads), 0.01, 0.0006 … for a converted model.",
     ),
-]
-OtherModel = Annotated[
-    bool,
-    typer.Option("--allow-other-model", help="Use a memory that was made with other weights of the model."),
 ]
 _SMALLER = {"rich_help_panel": "A smaller file, without chunks that no level has stepped on yet"}
 
@@ -283,8 +279,7 @@ def _writing(memory: Path | None) -> contextlib.AbstractContextManager[None]:
 def _save(output: Path, model: PreTrainedModel, tokenizer: Tokenizer | PreTrainedTokenizerBase) -> None:
     with new_directory(output) as folder:
         model.save_pretrained(folder)
-        ready = isinstance(tokenizer, PreTrainedTokenizerBase)
-        (tokenizer.save_pretrained if ready else tokenizer.save)(folder)
+        for_transformers(tokenizer).save_pretrained(folder)
 
 
 def _show(text: str) -> None:

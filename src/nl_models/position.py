@@ -33,7 +33,7 @@ from nl_models.files import make_folder
 from nl_models.hope import HopeForCausalLM
 from nl_models.open_model import open_model
 from nl_models.profiling.report import describe_machine
-from nl_models.training.command_line import explained_errors, token_count
+from nl_models.training.command_line import OtherModel, explained_errors, token_count
 from nl_models.training.config import TrainConfig, load_config
 from nl_models.training.console import without_progress_bars
 from nl_models.training.distributed import choose_device
@@ -71,9 +71,7 @@ def main(
     memory: Annotated[
         Path | None, typer.Option(help="File of what the model remembers: the documents with it and without.")
     ] = None,
-    allow_other_model: Annotated[
-        bool, typer.Option("--allow-other-model", help="Also a memory that was made with other weights.")
-    ] = False,
+    allow_other_model: OtherModel = False,
     task: Annotated[
         list[str] | None,
         typer.Option(help="Task, group or tag of lm-eval, which is to be installed; repeatable.", **_TASKS),

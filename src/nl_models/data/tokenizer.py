@@ -17,7 +17,7 @@ TOKENIZERS = ("bytes", "bpe")
 SMALLEST_BPE = 257  # every byte and the separator
 _SEPARATOR = "<|document|>"
 _FILE = "tokenizer.json"
-_BYTES_FORMAT = "nl-models-bytes"  # of files before 0.3
+_BYTES_FORMAT = "nl-models-bytes"  # of older files
 
 
 class Tokenizer(Protocol):
@@ -134,6 +134,12 @@ class ReadyTokenizer:
 
     def save(self, folder: Path) -> None:
         self._inner.save_pretrained(folder)
+
+
+def for_transformers(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer of ours as one of transformers, and one of these as it is."""
+    ready = isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer if ready else tokenizer.for_transformers()
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> BytePairTokenizer:

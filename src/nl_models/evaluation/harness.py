@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from nl_models.conversation import Conversation
+from nl_models.data.tokenizer import for_transformers
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -76,7 +77,7 @@ def _language_model(conversation: Conversation, batch_size: int) -> LM:
     from lm_eval.models.huggingface import HFLM
 
     model, start = conversation.end()
-    tokenizer = getattr(conversation.tokenizer, "for_transformers", lambda: conversation.tokenizer)()
+    tokenizer = for_transformers(conversation.tokenizer)
 
     class Remembering(HFLM):
         def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:

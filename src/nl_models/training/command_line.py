@@ -16,6 +16,11 @@ from rich.console import Console
 
 from nl_models.training.config import PANELS, TrainConfig
 
+OtherModel = typing.Annotated[
+    bool,
+    typer.Option("--allow-other-model", help="Use a memory that was made with other weights of the model."),
+]
+
 _MAPPING = "model_options"
 
 
