@@ -132,7 +132,15 @@ def test_every_page_with_code_is_run():
     assert {page for page, text in TEXTS.items() if blocks(text)} == {*tested_elsewhere, *ASSUMED}
 
 
+@pytest.fixture
+def default_device():
+    """What a page sets for its process ends with the page: no graph is compiled whole under a default device."""
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.mark.parametrize("page", ASSUMED)
+@pytest.mark.usefixtures("default_device")
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page != "docs/conversation.md":  # whose model is a saved one
