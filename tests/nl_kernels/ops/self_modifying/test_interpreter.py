@@ -121,7 +121,7 @@ def test_rules(hidden, name, read):
     assert_kernels_within_budget(inputs, rule=rule, read=read, chunk_size=4)
 
 
-@pytest.mark.parametrize("read", ["running", "snapshot"])
+@pytest.mark.parametrize("read", [pytest.param("running", marks=SLOW), "snapshot"])
 def test_a_scale_of_writes(read):
     inputs = make(11, None, batch=2, heads=2)
     scale = inputs["query"].detach()[..., 0].abs().contiguous()
@@ -140,7 +140,12 @@ MASK = torch.tensor([[1] * 9, [0, 0, 1, 1, 0, 1, 1, 1, 0]], dtype=torch.bool)
 
 @pytest.mark.parametrize(
     ("hidden", "clocks"),
-    [pytest.param(None, (4, 4), marks=SLOW), (None, (2, 4)), (None, (4, 2)), (5, (2, 4))],
+    [
+        pytest.param(None, (4, 4), marks=SLOW),
+        (None, (2, 4)),
+        (None, (4, 2)),
+        pytest.param(5, (2, 4), marks=SLOW),
+    ],
 )
 def test_padding_resumed_apart(hidden, clocks):
     """Sequences at different positions of both clocks, gradients into every part of the initial state."""
