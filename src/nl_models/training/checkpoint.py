@@ -60,7 +60,7 @@ def save_checkpoint(
     path = Path(folder) / f"step-{step:08d}"
     if path.exists():
         return path
-    tensors = {f"model/{name}": value for name, value in _model_tensors(model).items()}
+    tensors = {f"model/{name}": value for name, value in model_tensors(model).items()}
     tensors |= {
         f"optimizer/{name}/{kind}": value.detach()
         for name, parameter in model.named_parameters()
@@ -125,18 +125,18 @@ def load_checkpoint(
         sharded = isinstance(parameter, DTensor) and size == parameter.shape
         place = torch.empty_like(parameter.detach(), **options) if sharded else torch.empty(size, **options)
         targets[key] = moments.setdefault(parameter, {})[kind] = place
+    states = {}
     if carried is not None:
         if state.get("carried") is None:
             raise CheckpointError(f"checkpoint {path}: holds no carried states")
-        own = {
+        states = {
             key: torch.empty(size, dtype=dtype) for key, (size, dtype) in saved.items() if carried.owns(key)
         }
-        targets |= own
     with torch.no_grad():
-        _run_dcp(dcp.load, targets, path)
+        _run_dcp(dcp.load, targets | states, path)
     optimizer.state.update(moments)
     if carried is not None:
-        carried.restore(state["carried"], own)
+        carried.restore(state["carried"], states)
     return state["step"]
 
 
@@ -196,22 +196,16 @@ def _run_dcp(function: Any, tensors: dict[str, torch.Tensor], path: Path, no_dis
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / _STATE).read_text())
-        if state["format"] != _FORMAT:
-            older = "; finish the run with version 0.1" if state["format"] == "nl-models-checkpoint-1" else ""
-            raise CheckpointError(
-                f"checkpoint {path}: format {state['format']!r}, expected {_FORMAT!r}{older}"
-            )
-        if not isinstance(state["step"], int) or not all(
-            isinstance(about["bytes"], int) and about["sha256"] for about in state["files"].values()
-        ):
-            raise KeyError("step, files")
-        _ = state["validation_loss"]
+        if state["format"] == _FORMAT:
+            _ = state["validation_loss"], state["step"] + 0
+            _ = [(about["bytes"] + 0, about["sha256"]) for about in state["files"].values()]
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: no {_STATE}; not a checkpoint of nl_models") from error
-    except CheckpointError:
-        raise
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path}: {_STATE} is damaged or foreign ({error})") from error
+    if state["format"] != _FORMAT:
+        older = "; finish the run with version 0.1" if state["format"] == "nl-models-checkpoint-1" else ""
+        raise CheckpointError(f"checkpoint {path}: format {state['format']!r}, expected {_FORMAT!r}{older}")
     return state
 
 
@@ -243,7 +237,7 @@ def _fingerprint(path: Path) -> dict[str, object]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters (tied ones under their first name) and persistent buffers."""
     state = model.state_dict()  # first: it makes FSDP2 put away what an evaluation has gathered
     tensors = dict(model.named_parameters())
@@ -256,7 +250,7 @@ def _checked_targets(
     path: Path, model: nn.Module, saved: dict[str, tuple[torch.Size, torch.dtype]]
 ) -> dict[str, torch.Tensor]:
     """The tensors of ``model`` by their names in a checkpoint, which has all of them and no others."""
-    targets = {f"model/{name}": target for name, target in _model_tensors(model).items()}
+    targets = {f"model/{name}": target for name, target in model_tensors(model).items()}
     found = {key for key in saved if key.startswith("model/")}
     missing, unknown = sorted(targets.keys() - found), sorted(found - targets.keys())
     if missing or unknown:

@@ -76,16 +76,16 @@ def world_size() -> int:
 
 def on_first(function: Callable[[], object]) -> None:
     """Call ``function`` in process 0 alone, while the others wait; all raise what it raises."""
-    raised: list[BaseException | None] = [None]
+    if not grouped():
+        function()
+        return
+    raised: list[Exception | None] = [None]
     if rank() == 0:
         try:
             function()
         except Exception as error:
-            if not grouped():
-                raise
             raised = [error]
-    if grouped():
-        dist.broadcast_object_list(raised)
+    dist.broadcast_object_list(raised)
     if raised[0] is not None:
         raise raised[0]
 

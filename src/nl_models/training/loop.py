@@ -45,6 +45,7 @@ from nl_models.training.checkpoint import (
     best_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    model_tensors,
     prune_checkpoints,
     save_checkpoint,
     validation_loss,
@@ -159,6 +160,12 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
 
 
+def whole_windows(tokens: torch.Tensor) -> StreamBatch:
+    """Windows ``[B, T]`` without padding, each of which begins anew."""
+    rows, length = tokens.shape
+    return StreamBatch(tokens, torch.full((rows,), length), torch.ones(rows, dtype=torch.bool))
+
+
 class Trainer:
     """Trains a causal language model in a run's folder.
 
@@ -262,7 +269,8 @@ class Trainer:
                     self._save(loss)
                 if last or stopped or time.monotonic() - plotted > _PLOT_EVERY_SECONDS:
                     if rank() == 0:
-                        self._plot()
+                        shown = {config.model: read_metrics(self.metrics)}
+                        plot_losses(shown, self.folder / "loss.png", title="Loss of the run")
                     plotted = time.monotonic()
         if self.step >= config.steps:
             self._export()
@@ -280,7 +288,7 @@ class Trainer:
                 own = rows[place * share : (place + 1) * share]
                 # All processes run the model equally often; one without a window of its own counts none.
                 with autocast(self.config.precision, self.device):
-                    loss = self._loss(own if len(own) else rows[:1], 1).item()
+                    loss = self._loss(whole_windows(own if len(own) else rows[:1]), 1).item()
                 total += loss if len(own) else 0.0
         self.model.train()
         total = summed(total)[0] / self._mesh.heads
@@ -302,13 +310,9 @@ class Trainer:
         torch.manual_seed(int(seed[0]))
         self._optimizer.zero_grad(set_to_none=True)
         parts = range(config.gradient_accumulation)
-        batches = [self._batches.batch(self.step * len(parts) + part) for part in parts]
+        batches = [self._batch(self.step * len(parts) + part) for part in parts]
         # Gradients are averaged over data ranks, so that each divides by its share of the targets.
-        if self._carried is None:
-            targets = sum(rows[:, 1:].numel() for rows in batches)
-        else:
-            targets = sum(int((batch.lengths - 1).sum()) for batch in batches)
-        share = targets / self._mesh.data
+        share = sum(int((batch.lengths - 1).sum()) for batch in batches) / self._mesh.data
         loss = sum(self._backward(part, batch, share) for part, batch in enumerate(batches))
         self._parallel.exchange_gradients()
         norm = clip_grad_norm_(self.model.parameters(), config.clip_norm)
@@ -334,40 +338,39 @@ class Trainer:
     def _position(self) -> dict[str, int]:
         return {"step": self.step, "tokens": self.step * self.config.tokens_per_step}
 
-    def _backward(self, part: int, batch: torch.Tensor | StreamBatch, targets: float) -> torch.Tensor:
+    def _batch(self, index: int) -> StreamBatch:
+        """The windows of all processes."""
+        batch = self._batches.batch(index)
+        return whole_windows(batch) if self._carried is None else batch
+
+    def _backward(self, part: int, batch: StreamBatch, targets: float) -> torch.Tensor:
         """Add a pass's gradients; returns its share of the loss."""
         waits = part < self.config.gradient_accumulation - 1
+        own = StreamBatch(*(x[self._rows] for x in batch))
         with contextlib.ExitStack() as stack:
             stack.enter_context(autocast(self.config.precision, self.device))
             if waits:
                 stack.enter_context(self._parallel.without_exchange())
-            if self._carried is None:
-                loss = self._loss(batch[self._rows], targets)
-            else:
-                own = StreamBatch(*(x[self._rows] for x in batch))
+            cache = None
+            if self._carried is not None:
                 mixed = bool(batch.begins.any()) and not bool(batch.begins.all())
                 cache = self._carried.before(part, own.begins.to(self.device), mixed=mixed)
-                loss = self._loss(own.tokens, targets, lengths=own.lengths, cache=cache)
+            loss = self._loss(own, targets, cache)
+            if self._carried is not None:
                 self._carried.after(part, cache)
             loss.backward()
         return loss.detach()
 
-    def _loss(
-        self,
-        tokens: torch.Tensor,
-        targets: float,
-        *,
-        lengths: torch.Tensor | None = None,
-        cache: HopeCache | None = None,
-    ) -> torch.Tensor:
-        """The summed loss of ``tokens [B, T]``, padding from ``lengths [B]`` on, divided by ``targets``."""
-        inputs = {"input_ids": tokens.to(self.device), "labels": tokens}
-        if lengths is not None and bool((lengths < tokens.shape[1]).any()):
-            real = torch.arange(tokens.shape[1]) < lengths[:, None]
-            inputs |= {"attention_mask": real.to(self.device), "labels": tokens.masked_fill(~real, -100)}
+    def _loss(self, batch: StreamBatch, targets: float, cache: HopeCache | None = None) -> torch.Tensor:
+        """The summed loss of what is real in a batch, divided by ``targets``."""
+        tokens, lengths, _ = batch
+        inputs = {"input_ids": tokens, "labels": tokens}
+        real = torch.arange(tokens.shape[1]) < lengths[:, None]
+        if not bool(real.all()):
+            inputs |= {"attention_mask": real, "labels": tokens.masked_fill(~real, -100)}
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         if cache is not None:
             inputs["cache"] = cache
-        inputs["labels"] = inputs["labels"].to(self.device)
         return self._parallel(**inputs, num_items_in_batch=targets)
 
     def _save(self, loss: float | None) -> None:
@@ -376,24 +379,18 @@ class Trainer:
         )
         on_first(lambda: prune_checkpoints(self.checkpoints, keep=self.config.keep_checkpoints))
 
-    def _plot(self) -> None:
-        plot_losses(
-            {self.config.model: read_metrics(self.metrics)}, self.folder / "loss.png", title="Loss of the run"
-        )
-
     def _export(self) -> None:
         """Write the model; what an earlier end of a run that was extended has left goes away."""
         target = self.folder / "model"
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=whole)  # by all processes together
-        every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        tied = every - {name for name, _ in self.model.named_parameters()}
+        names = model_tensors(self.model).keys()  # of tied ones the first alone
 
         def write() -> None:
             shutil.rmtree(target, ignore_errors=True)
             with new_directory(target) as temporary:
                 with without_progress_bars():
-                    once = {name: value for name, value in weights.items() if name not in tied}
+                    once = {name: value for name, value in weights.items() if name in names}
                     self.model.save_pretrained(temporary, state_dict=once)
                 self.tokenizer.save(temporary)
 
