@@ -31,6 +31,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def computes_in_bf16(precision: str, device: str) -> bool:
+    """Whether a run computes under bf16 autocast on a type of device; ``"auto"`` does on CUDA alone."""
+    return precision == "bf16" or (precision == "auto" and device == "cuda")
+
+
 def launched() -> bool:
     """Whether a launcher started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()

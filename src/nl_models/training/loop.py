@@ -52,7 +52,7 @@ from nl_models.training.checkpoint import (
 )
 from nl_models.training.config import FREE_ON_RESUME, TrainConfig, load_config
 from nl_models.training.console import Display, without_progress_bars
-from nl_models.training.distributed import choose_device, on_first, rank, run_mesh, summed
+from nl_models.training.distributed import choose_device, computes_in_bf16, on_first, rank, run_mesh, summed
 from nl_models.training.metrics import metrics_log, read_metrics, tracker
 from nl_models.training.optimizer import build_optimizer, learning_rate_at
 from nl_models.training.plots import plot_losses
@@ -155,9 +155,8 @@ def only_process(folder: Path) -> Iterator[None]:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """What a run computes in: bf16 where ``precision`` says so, or is ``"auto"`` on CUDA."""
-    low = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
+    """What a run computes in."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_in_bf16(precision, device.type))
 
 
 def whole_windows(tokens: torch.Tensor) -> StreamBatch:
@@ -181,7 +180,7 @@ class Trainer:
     """
 
     def __init__(self, folder: Path, config: TrainConfig, model: PreTrainedModel, data: PreparedData) -> None:
-        self._mesh = run_mesh(config)
+        self.mesh = run_mesh(config)
         self.folder = Path(folder)
         self.checkpoints, self.metrics = self.folder / "checkpoints", self.folder / "metrics.jsonl"
         self.config = config
@@ -191,10 +190,10 @@ class Trainer:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.compile:
             self.model.compile()
-        self._parallel = ParallelModel(self.model, self.device, self._mesh, fsdp=config.fsdp)
+        self._parallel = ParallelModel(self.model, self.device, self.mesh, fsdp=config.fsdp)
         self.tokenizer = data.tokenizer
         length, batch_size, parts = config.sequence_length, config.batch_size, config.gradient_accumulation
-        share, place = batch_size // self._mesh.data, self._mesh.place(rank())
+        share, place = batch_size // self.mesh.data, self.mesh.place(rank())
         self._rows = slice(place * share, (place + 1) * share)
         self._carried = None
         if config.carry_state:
@@ -266,7 +265,9 @@ class Trainer:
                         f"ppl {record['perplexity']:.4g}"
                     )
                 if last or stopped or improved or self.step % config.checkpoint_every == 0:
-                    self._save(loss)
+                    run = (self.checkpoints, self.step, self.model, self._optimizer, self._carried)
+                    save_checkpoint(*run, validation_loss=loss)
+                    on_first(lambda: prune_checkpoints(self.checkpoints, keep=config.keep_checkpoints))
                 if last or stopped or time.monotonic() - plotted > _PLOT_EVERY_SECONDS:
                     if rank() == 0:
                         shown = {config.model: read_metrics(self.metrics)}
@@ -284,14 +285,14 @@ class Trainer:
         total = 0.0
         with torch.no_grad():
             for rows in self._validation.split(self.config.batch_size):
-                share, place = -(-len(rows) // self._mesh.data), self._mesh.place(rank())
+                share, place = -(-len(rows) // self.mesh.data), self.mesh.place(rank())
                 own = rows[place * share : (place + 1) * share]
                 # All processes run the model equally often; one without a window of its own counts none.
                 with autocast(self.config.precision, self.device):
                     loss = self._loss(whole_windows(own if len(own) else rows[:1]), 1).item()
                 total += loss if len(own) else 0.0
         self.model.train()
-        total = summed(total)[0] / self._mesh.heads
+        total = summed(total)[0] / self.mesh.heads
         loss = total / self._validation[:, 1:].numel()
         bits = total / math.log(2) / max(1, self._validation_bytes)
         figures = {"loss": loss, "bits_per_byte": bits, "perplexity": math.exp(min(loss, 700.0))}
@@ -299,25 +300,27 @@ class Trainer:
 
     def _train_step(self) -> dict:
         config = self.config
-        began = time.perf_counter()
+        began, before = time.perf_counter(), self._parallel.exchanged()
         self.model.train()
         rate = learning_rate_at(self.step, config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get("rate_share", 1.0)
         # Random numbers, too, are a function of the step.
-        place = rank() // self._mesh.heads  # ranks with other heads of the same tokens draw the same
+        place = rank() // self.mesh.heads  # ranks with other heads of the same tokens draw the same
         seed = np.random.SeedSequence([config.seed, self.step, place]).generate_state(1)
         torch.manual_seed(int(seed[0]))
         self._optimizer.zero_grad(set_to_none=True)
         parts = range(config.gradient_accumulation)
         batches = [self._batch(self.step * len(parts) + part) for part in parts]
         # Gradients are averaged over data ranks, so that each divides by its share of the targets.
-        share = sum(int((batch.lengths - 1).sum()) for batch in batches) / self._mesh.data
+        share = sum(int((batch.lengths - 1).sum()) for batch in batches) / self.mesh.data
         loss = sum(self._backward(part, batch, share) for part, batch in enumerate(batches))
         self._parallel.exchange_gradients()
         norm = clip_grad_norm_(self.model.parameters(), config.clip_norm)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        measured = summed(loss.item())[0] / (self._mesh.data * self._mesh.heads)
+        sent, waited = (now - then for now, then in zip(self._parallel.exchanged(), before))
+        measured, sent, waited = summed(loss.item(), sent, waited)
+        measured /= self.mesh.data * self.mesh.heads
         if not (math.isfinite(measured) and math.isfinite(norm)):
             raise DivergedError(
                 f"step {self.step + 1}: loss {measured}, gradient norm {norm}. Lower the learning rate or "
@@ -326,7 +329,7 @@ class Trainer:
         self._optimizer.step()
         self.step += 1
         seconds = time.perf_counter() - began
-        return {
+        record = {
             "kind": "train",
             **self._position(),
             "loss": measured,
@@ -334,6 +337,9 @@ class Trainer:
             "gradient_norm": norm,
             "tokens_per_second": round(config.tokens_per_step / seconds, 1),
         }
+        if self.mesh.sequence > 1:
+            record |= {"sent_bytes": int(sent), "waiting": round(waited / seconds / self.mesh.ranks, 3)}
+        return record
 
     def _position(self) -> dict[str, int]:
         return {"step": self.step, "tokens": self.step * self.config.tokens_per_step}
@@ -372,12 +378,6 @@ class Trainer:
         if cache is not None:
             inputs["cache"] = cache
         return self._parallel(**inputs, num_items_in_batch=targets)
-
-    def _save(self, loss: float | None) -> None:
-        save_checkpoint(
-            self.checkpoints, self.step, self.model, self._optimizer, self._carried, validation_loss=loss
-        )
-        on_first(lambda: prune_checkpoints(self.checkpoints, keep=self.config.keep_checkpoints))
 
     def _export(self) -> None:
         """Write the model; what an earlier end of a run that was extended has left goes away."""
