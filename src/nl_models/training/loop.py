@@ -8,7 +8,7 @@ A run's folder holds::
     config.json     the options
     data/           tokenizer and token arrays, made once (so a continued run sees the same tokens)
     metrics.jsonl   one record per step and per evaluation
-    checkpoints/    step-00000100/ …
+    checkpoints/    step-00000100/ … which ``from_pretrained`` opens, too
     loss.png        written every minute and at the end
     model/          at the end: weights, config and tokenizer, for ``HopeForCausalLM.from_pretrained``
     position.json   by the command, after the end: loss by position, with its plot
@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
@@ -47,10 +46,12 @@ from nl_models.training.checkpoint import (
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
+    save_model,
     validation_loss,
+    whole_weights,
 )
 from nl_models.training.config import FREE_ON_RESUME, TrainConfig, load_config
-from nl_models.training.console import Display, without_progress_bars
+from nl_models.training.console import Display
 from nl_models.training.distributed import choose_device, on_first, rank, run_mesh, summed
 from nl_models.training.metrics import metrics_log, read_metrics, tracker
 from nl_models.training.optimizer import build_optimizer, learning_rate_at
@@ -372,8 +373,9 @@ class Trainer:
 
     def _save(self, loss: float | None) -> None:
         save_checkpoint(
-            self.checkpoints, self.step, self.model, self._optimizer, self._carried, validation_loss=loss
-        )
+            self.checkpoints, self.step, self.model, self.tokenizer, self._optimizer, self._carried,
+            validation_loss=loss,
+        )  # fmt: skip
         on_first(lambda: prune_checkpoints(self.checkpoints, keep=self.config.keep_checkpoints))
 
     def _plot(self) -> None:
@@ -384,17 +386,11 @@ class Trainer:
     def _export(self) -> None:
         """Write the model; what an earlier end of a run that was extended has left goes away."""
         target = self.folder / "model"
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=whole)  # by all processes together
-        every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        tied = every - {name for name, _ in self.model.named_parameters()}
+        weights = whole_weights(self.model)
 
         def write() -> None:
             shutil.rmtree(target, ignore_errors=True)
             with new_directory(target) as temporary:
-                with without_progress_bars():
-                    once = {name: value for name, value in weights.items() if name not in tied}
-                    self.model.save_pretrained(temporary, state_dict=once)
-                self.tokenizer.save(temporary)
+                save_model(temporary, self.model, self.tokenizer, weights)
 
         on_first(write)
