@@ -40,8 +40,7 @@ class Display:
         self._first = self._done = start
         self._tokens = 0
         self._began = self._last_line = clock()
-        given = bars is not None or console is None
-        self._own = contextlib.nullcontext(bars) if given else training_bars(console)
+        self._own = training_bars(console) if bars is None else contextlib.nullcontext(bars)
         self._bars: Progress | None = None
 
     def __enter__(self) -> Display:
@@ -86,9 +85,9 @@ class Display:
 
 
 @contextlib.contextmanager
-def training_bars(console: Console) -> Iterator[Progress | None]:
+def training_bars(console: Console | None) -> Iterator[Progress | None]:
     """Live bars on a terminal, for as long as the block lasts; elsewhere ``None``."""
-    if not console.is_terminal:
+    if console is None or not console.is_terminal:
         yield None
         return
     whole = Column(no_wrap=True)  # the bar is what gives way in a narrow terminal

@@ -8,7 +8,7 @@ A run's folder holds::
     config.json     the options
     data/           tokenizer and token arrays, made once (so a continued run sees the same tokens)
     metrics.jsonl   one record per step and per evaluation
-    checkpoints/    step-00000100/ …
+    checkpoints/    step-00000100/ … which ``from_pretrained`` opens, too
     loss.png        written every minute and at the end
     model/          at the end: weights, config and tokenizer, for ``HopeForCausalLM.from_pretrained``
     position.json   by the command, after the end: loss by position, with its plot
@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
@@ -43,15 +42,15 @@ from nl_models.parallel.mesh import ParallelModel
 from nl_models.training.carried import CarriedStates
 from nl_models.training.checkpoint import (
     best_checkpoint,
+    export_model,
     list_checkpoints,
     load_checkpoint,
-    model_tensors,
     prune_checkpoints,
     save_checkpoint,
     validation_loss,
 )
 from nl_models.training.config import FREE_ON_RESUME, TrainConfig, load_config
-from nl_models.training.console import Display, without_progress_bars
+from nl_models.training.console import Display
 from nl_models.training.distributed import choose_device, computes_in_bf16, on_first, rank, run_mesh, summed
 from nl_models.training.metrics import metrics_log, read_metrics, tracker
 from nl_models.training.optimizer import build_optimizer, learning_rate_at
@@ -265,8 +264,8 @@ class Trainer:
                         f"ppl {record['perplexity']:.4g}"
                     )
                 if last or stopped or improved or self.step % config.checkpoint_every == 0:
-                    run = (self.checkpoints, self.step, self.model, self._optimizer, self._carried)
-                    save_checkpoint(*run, validation_loss=loss)
+                    saved = (self.model, self.tokenizer, self._optimizer, self._carried)
+                    save_checkpoint(self.checkpoints, self.step, *saved, validation_loss=loss)
                     on_first(lambda: prune_checkpoints(self.checkpoints, keep=config.keep_checkpoints))
                 if last or stopped or time.monotonic() - plotted > _PLOT_EVERY_SECONDS:
                     if rank() == 0:
@@ -274,7 +273,7 @@ class Trainer:
                         plot_losses(shown, self.folder / "loss.png", title="Loss of the run")
                     plotted = time.monotonic()
         if self.step >= config.steps:
-            self._export()
+            on_first(self._export)
         return self.step
 
     def evaluate(self) -> dict[str, Any]:
@@ -381,17 +380,5 @@ class Trainer:
 
     def _export(self) -> None:
         """Write the model; what an earlier end of a run that was extended has left goes away."""
-        target = self.folder / "model"
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=whole)  # by all processes together
-        names = model_tensors(self.model).keys()  # of tied ones the first alone
-
-        def write() -> None:
-            shutil.rmtree(target, ignore_errors=True)
-            with new_directory(target) as temporary:
-                with without_progress_bars():
-                    once = {name: value for name, value in weights.items() if name in names}
-                    self.model.save_pretrained(temporary, state_dict=once)
-                self.tokenizer.save(temporary)
-
-        on_first(write)
+        shutil.rmtree(self.folder / "model", ignore_errors=True)
+        export_model(list_checkpoints(self.checkpoints)[-1], self.folder / "model")
