@@ -59,14 +59,3 @@ def test_a_tracker_is_given_the_figures_of_every_record(has_files, tmp_path, mon
         raise KeyboardInterrupt  # it is finished all the same
     where = ("tracker", tmp_path) if has_files else (tmp_path.name,)
     assert calls == [where, "start", ({"train/step": 3, "train/loss": 0.5}, 3), "finish"]
-
-
-def test_tensorboard_reads_what_it_was_given(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with tracker("tensorboard", tmp_path) as write:
-        write({"kind": "train", "step": 3, "loss": 0.5})
-        write({"kind": "validation", "step": 3, "loss": 0.25})
-        write({"kind": "train", "step": 4, "loss": 0.125})
-    events = accumulator.EventAccumulator(str(tmp_path / "tracker")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 0.5), (4, 0.125)]
-    assert [event.value for event in events.Scalars("validation/loss")] == [0.25]
