@@ -36,6 +36,9 @@ def tracker(name: str, folder: Path) -> Iterator[Write]:
         folder: of the run, after which the tracker's project is named, and which has its files, if any.
     """
     kind = tracker_class(name)
+    from accelerate import PartialState
+
+    PartialState()  # without it accelerate's own logging, which trackers call, is an error
     made = kind("tracker", folder) if kind.requires_logging_directory else kind(folder.name)
     made.start()
 
