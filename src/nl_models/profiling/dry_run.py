@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nl_models.data.tokenizer import ByteTokenizer, open_tokenizer
 from nl_models.hope import HopeConfig, HopeForCausalLM
+from nl_models.hope.baseline import parameter_count
 from nl_models.parallel.mesh import Mesh, parts_in_turn
 from nl_models.parallel.plan import idle_share, messages
 from nl_models.profiling.flops import count_flops
 from nl_models.profiling.plan import Plan, of_depth, plan_training_step
-from nl_models.training.baseline import parameter_count
 from nl_models.training.config import TrainConfig
 from nl_models.training.distributed import check_shares, computes_in_bf16
 from nl_models.training.model import hope_config

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from nl_kernels.version import __version__
 from nl_models.files import write_json
+from nl_models.plots import compact_number, context_label, model_looks, new_figure, save_figure
 from nl_models.profiling.measure import Measurement
 from nl_models.profiling.process import OVER_TIME
-from nl_models.training.plots import compact_number, context_label, model_looks, new_figure, save_figure
 
 FORMAT = "nl-models-profile-1"
 _TITLES = {"prefill": "Prefill", "training": "Training step", "decode": "Decode", "learning": "Learning"}

@@ -39,6 +39,7 @@ from nl_models.files import new_directory, remove_incomplete, write_json
 from nl_models.hope import HopeCache
 from nl_models.hope.configuration_hope import current_names, name_rule
 from nl_models.parallel.mesh import ParallelModel
+from nl_models.plots import plot_losses
 from nl_models.training.carried import CarriedStates
 from nl_models.training.checkpoint import (
     best_checkpoint,
@@ -54,7 +55,6 @@ from nl_models.training.console import Display
 from nl_models.training.distributed import choose_device, computes_in_bf16, on_first, rank, run_mesh, summed
 from nl_models.training.metrics import metrics_log, read_metrics, tracker
 from nl_models.training.optimizer import build_optimizer, learning_rate_at
-from nl_models.training.plots import plot_losses
 
 _PLOT_EVERY_SECONDS = 60.0
 

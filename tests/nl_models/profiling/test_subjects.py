@@ -13,6 +13,7 @@ from nl_kernels import delta_memory, newton_schulz
 from nl_models import HopeConfig
 from nl_models.data.tokenizer import ByteTokenizer
 from nl_models.layers import ContinuumMemory, LevelConfig, SelfModifyingTitans, Titans
+from nl_models.plots import model_looks
 from nl_models.profile import main
 from nl_models.profiling.choose import Sizes, choose_sources
 from nl_models.profiling.flops import count_flops, matmul_ceiling
@@ -21,7 +22,6 @@ from nl_models.profiling.report import find_crossings
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.profiling.subjects import LAYERS, ConfiguredModel, LayerAlone, SavedModel, count_parameters
 from nl_models.surgery import convert_mlp_to_continuum
-from nl_models.training.plots import model_looks
 from tools.op_inputs import delta_memory_inputs
 
 CPU = torch.device("cpu")
