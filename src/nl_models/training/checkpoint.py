@@ -210,8 +210,8 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / _STATE).read_text())
         if state["format"] == _FORMAT:
-            _ = state["validation_loss"], state["step"] + 0
-            _ = [(about["bytes"] + 0, about["sha256"]) for about in state["files"].values()]
+            _ = state["validation_loss"], int(state["step"])
+            _ = [(int(about["bytes"]), about["sha256"]) for about in state["files"].values()]
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: no {_STATE}; not a checkpoint of nl_models") from error
     except (AttributeError, ValueError, KeyError, TypeError) as error:
