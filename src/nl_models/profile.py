@@ -14,7 +14,7 @@ from nl_models.files import make_folder
 from nl_models.hope import HopeConfig
 from nl_models.hope.configuration_hope import PRESETS
 from nl_models.profiling.choose import MODELS, Sizes, choose_sources
-from nl_models.profiling.flops import matmul_ceiling
+from nl_models.profiling.flops import copy_ceiling, matmul_ceiling
 from nl_models.profiling.measure import MODES, Measurement
 from nl_models.profiling.plan import plan_table, plan_training_step
 from nl_models.profiling.report import (
@@ -163,7 +163,8 @@ def main(
         console.print(
             ", ".join(f"{name}: {count:,} parameters" for name, count in counts.items()), highlight=False
         )
-        ceiling = matmul_ceiling(settings.device, precision, threads)
+        flops = matmul_ceiling(settings.device, precision, threads)
+        bytes_ = copy_ceiling(settings.device, threads)
         results = profile_models(sources, settings, report=progress_printer(console))
     described = {
         **dataclasses.asdict(settings),
@@ -171,14 +172,17 @@ def main(
         "parameters": counts,
         "baseline": against,
     }
-    machine = {**describe_machine(settings.device), "matmul_flops_per_second": ceiling}
+    machine = describe_machine(settings.device)
+    machine |= {"matmul_flops_per_second": flops, "copy_bytes_per_second": bytes_}
     with explained_errors():
         save_profile(target, results, settings=described, machine=machine)
         if all(result.status != "ok" for result in results):
             raise ValueError(f"nothing could be measured; the first: {results[0].status}")
-    console.print(profile_table(results, ceiling))
+    console.print(profile_table(results, flops, bytes_))
     console.print(
-        f"share: of the {ceiling / 1e12:.3g} TFLOP/s of a large matrix product here", highlight=False
+        f"%: of the {flops / 1e12:.3g} TFLOP/s of a large matrix product here, and of the {bytes_ / 1e9:.3g} "
+        "GB/s of a large copy; calls: of operators (CUDA: kernels launched), when decoding for a token",
+        highlight=False,
     )
     if against is not None:
         for crossing in find_crossings(results, against):
