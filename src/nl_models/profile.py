@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -197,9 +198,11 @@ def main(
 def _planned(preset: str, batch: int, length: int, precision: str) -> Table:
     """What a training step takes without and with activation checkpointing of every block."""
     config = HopeConfig.preset(preset)
-    sizes = {"batch": batch, "length": length, "precision": _precision(precision)}
+    _precision(precision)
     plans = {
-        name: plan_training_step(config, **sizes, block_checkpoints=checkpoints)
+        name: plan_training_step(
+            config, batch=batch, length=length, precision=precision, block_checkpoints=checkpoints
+        )
         for name, checkpoints in (("all activations kept", False), ("a checkpoint a block", True))
     }
     return plan_table(
@@ -207,7 +210,7 @@ def _planned(preset: str, batch: int, length: int, precision: str) -> Table:
     )
 
 
-def progress_printer(console: Console):
+def progress_printer(console: Console) -> Callable[[int, int, Measurement], None]:
     """A ``report`` for :func:`profile_models`: one line per measurement, or a status line on a terminal."""
 
     def report(done: int, total: int, result: Measurement) -> None:
@@ -215,7 +218,7 @@ def progress_printer(console: Console):
         what = f"[{done}/{total}] {result.model} {result.mode} {size}"
         figure = (
             f"{result.tokens_per_second:,.0f} tokens/s, {result.peak_bytes / 2**20:,.1f} MiB"
-            if result.status == "ok"
+            if result.peak_bytes is not None
             else result.status
         )
         console.print(f"{what}: {figure}", highlight=False, markup=False)

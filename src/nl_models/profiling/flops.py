@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
@@ -15,11 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop, sdpa_backwar
 from nl_kernels.dispatch import plain_pytorch
 
 _aten = torch.ops.aten
+
+
+def _formula(function: Any) -> Any:
+    """Of an operator's shapes, where PyTorch's counter has it of its tensors."""
+    return function.__wrapped__
+
+
 # Operators that PyTorch's counter does not know, by the formulas of those that it does.
 _MORE = {
-    _aten.baddbmm_: baddbmm_flop.__wrapped__,
-    _aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop.__wrapped__,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop.__wrapped__,
+    _aten.baddbmm_: _formula(baddbmm_flop),
+    _aten._scaled_dot_product_flash_attention_for_cpu: _formula(sdpa_flop),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _formula(sdpa_backward_flop),
 }
 
 
@@ -82,7 +88,7 @@ def count_moves(action: Callable[[], object], device: torch.device) -> Moves:
     with torch.profiler.profile() as profiler, _InsideOperators(opened=False) as inside:
         action()
         torch.cuda.synchronize(device)
-    kernels = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    kernels = [e for e in profiler.events() if e.device_type.name == "CUDA"]
     return Moves(inside.bytes, sum(not e.name.startswith(("Memcpy", "Memset")) for e in kernels))
 
 
