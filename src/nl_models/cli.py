@@ -15,14 +15,14 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from nl_kernels import doctor as doctor_command
 from nl_models import demo, position, profile, train
 from nl_models.continual.memory_file import DTYPES, FileOptions
 from nl_models.conversation import begin_conversation, other_text
 from nl_models.data.corpus import read_documents
-from nl_models.data.tokenizer import Tokenizer, for_transformers
+from nl_models.data.tokenizer import AnyTokenizer, for_transformers
 from nl_models.files import new_directory, only_writer
 from nl_models.open_model import OpenedModel, open_model
 from nl_models.replies import Sampling, has_chat_template
@@ -289,7 +289,7 @@ def _writing(memory: Path | None) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if memory is None else only_writer(memory)
 
 
-def _save(output: Path, model: PreTrainedModel, tokenizer: Tokenizer | PreTrainedTokenizerBase) -> None:
+def _save(output: Path, model: PreTrainedModel, tokenizer: AnyTokenizer) -> None:
     with new_directory(output) as folder:
         model.save_pretrained(folder)
         for_transformers(tokenizer).save_pretrained(folder)
@@ -311,7 +311,7 @@ def _mib(count: int) -> str:
 def _smaller(dtype: str | None, rank: int | None) -> FileOptions:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    keep = FileOptions(DTYPES.get(dtype), rank, momenta=False, chunks=False)
+    keep = FileOptions(None if dtype is None else DTYPES[dtype], rank, momenta=False, chunks=False)
     keep.check()
     return keep
 

@@ -20,12 +20,12 @@ from nl_models.continual.memory_file import FileOptions
 from nl_models.continual.stream import token_losses as losses_of_logits
 from nl_models.data.corpus import read_topics
 from nl_models.data.prepare import data_folder
-from nl_models.data.tokenizer import ReadyTokenizer
+from nl_models.data.tokenizer import AnyTokenizer, ReadyTokenizer
 from nl_models.evaluation.token_losses import token_losses
 from nl_models.hope import HopeCache, HopeForCausalLM
 from nl_models.module_views import weights_digest
 from nl_models.open_model import OpenedModel
-from nl_models.replies import Sampling, Tokenizers, message_ids, text_ids, written_after
+from nl_models.replies import Sampling, message_ids, text_ids, written_after
 from nl_models.surgery.modules import ContinuumCausalLM
 from nl_models.training.console import Display
 
@@ -54,7 +54,8 @@ class Learned(NamedTuple):
 class Conversation(Protocol):
     """A model, what it remembers, and the file that keeps it."""
 
-    tokenizer: Tokenizers
+    tokenizer: AnyTokenizer
+    keep: FileOptions
 
     def learn(self, documents: Sequence[str], console: Console) -> Learned:
         """Read documents and remember them."""
@@ -388,6 +389,7 @@ class PlainConversation:
 
     def __init__(self, opened: OpenedModel):
         self.model, self.tokenizer, _ = opened
+        self.keep = FileOptions()
         self.said: list[int] = []
 
     def learn(self, documents: Sequence[str], console: Console) -> Learned:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import nl_models
-from nl_models.continual.learner import Tokenizer
 from nl_models.data.prepare import PreparedData
-from nl_models.data.tokenizer import ReadyTokenizer, load_tokenizer
+from nl_models.data.tokenizer import AnyTokenizer, ReadyTokenizer, load_tokenizer
 from nl_models.training.checkpoint import best_checkpoint, check_files, list_checkpoints
 from nl_models.training.console import without_progress_bars
 
@@ -22,7 +21,7 @@ class OpenedModel(NamedTuple):
     """A language model in evaluation mode, its tokenizer, and the folder they came from."""
 
     model: PreTrainedModel
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     source: Path
 
 
@@ -54,7 +53,8 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedMo
         )
     nl_models.register()
     with without_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(path)
+        model.to(device).eval()
     return OpenedModel(model, _tokenizer_of(path), path)
 
 
@@ -90,7 +90,7 @@ def copy_weights(path: str | Path, model: PreTrainedModel, data: PreparedData) -
     model.load_state_dict(found)
 
 
-def _tokenizer_of(folder: Path) -> Tokenizer:
+def _tokenizer_of(folder: Path) -> AnyTokenizer:
     try:
         return load_tokenizer(folder)
     except ValueError as ours:

@@ -9,9 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from nl_kernels.checks import check_positive_int
-from nl_models.data.tokenizer import ReadyTokenizer, Tokenizer
-
-Tokenizers = Tokenizer | PreTrainedTokenizerBase
+from nl_models.data.tokenizer import AnyTokenizer, ReadyTokenizer
 
 
 class Sampling(NamedTuple):
@@ -34,41 +32,45 @@ class Sampling(NamedTuple):
 _REPLY = "<the reply>"
 
 
-def has_chat_template(tokenizer: Tokenizers) -> bool:
+def has_chat_template(tokenizer: AnyTokenizer) -> bool:
     """Whether messages have a form of their own, in which a reply says itself where it ends."""
-    return bool(getattr(_of_transformers(tokenizer), "chat_template", None))
+    return _chatting(tokenizer) is not None
 
 
-def message_ids(tokenizer: Tokenizers, message: str, *, begun: bool) -> list[int]:
+def message_ids(tokenizer: AnyTokenizer, message: str, *, begun: bool) -> list[int]:
     """What a model reads of a message before it replies: by the tokenizer's chat template, else as a line.
 
     Args:
         begun: whether it follows a reply of the model's, with whose end it then begins.
     """
-    if not has_chat_template(tokenizer):
+    chat = _chatting(tokenizer)
+    if chat is None:
         return text_ids(tokenizer, f"{message}\n", begun=begun)
-    chat = _of_transformers(tokenizer)
     said = [{"role": "user", "content": message}]
     if begun:  # a template knows only whole conversations
         said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _REPLY}, *said]
-    text = chat.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    text = str(chat.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
     return chat.encode(text.partition(_REPLY)[2] if begun else text, add_special_tokens=False)
 
 
-def text_ids(tokenizer: Tokenizers, text: str, *, begun: bool) -> list[int]:
+def text_ids(tokenizer: AnyTokenizer, text: str, *, begun: bool) -> list[int]:
     """A text as it is; what a tokenizer of transformers puts before one comes at the beginning alone."""
-    options = {"add_special_tokens": not begun} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
-    return tokenizer.encode(text, **options)
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer.encode(text, add_special_tokens=not begun)
+    return tokenizer.encode(text)
 
 
-def _of_transformers(tokenizer: Tokenizers) -> Tokenizers:
-    return tokenizer.for_transformers() if isinstance(tokenizer, ReadyTokenizer) else tokenizer
+def _chatting(tokenizer: AnyTokenizer) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of transformers, if it has a chat template."""
+    inner = tokenizer.for_transformers() if isinstance(tokenizer, ReadyTokenizer) else tokenizer
+    return inner if isinstance(inner, PreTrainedTokenizerBase) and inner.chat_template else None
 
 
-def _text(tokenizer: Tokenizers, ids: list[int]) -> str:
+def _text(tokenizer: AnyTokenizer, ids: list[int]) -> str:
     """Without special tokens, such as that which ends a reply."""
-    options = {"skip_special_tokens": True} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
-    return tokenizer.decode(ids, **options)  # ours leave them out by themselves
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    return tokenizer.decode(ids)  # ours leave them out by themselves
 
 
 _EMPTY_STOPS = 2  # so many ends of nothing may come before a reply
@@ -77,11 +79,12 @@ _EMPTY_STOPS = 2  # so many ends of nothing may come before a reply
 class _Written(StoppingCriteria):
     """Hands on what is written, and stops behind ``stop``."""
 
-    def __init__(self, tokenizer: Tokenizers, stop: str | None, write: Callable[[str], None]):
+    def __init__(self, tokenizer: AnyTokenizer, stop: str | None, write: Callable[[str], None]):
         self.tokenizer, self.stop, self.write = tokenizer, stop, write
-        self.prompt, self.shown = None, ""
+        self.prompt: int | None = None
+        self.shown = ""
 
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         if self.prompt is None:  # the first call comes behind the first token written
             self.prompt = input_ids.shape[1] - 1
         whole = _text(self.tokenizer, input_ids[0, self.prompt :].tolist())
@@ -96,7 +99,7 @@ class _Written(StoppingCriteria):
 def written_after(
     model: Any,
     ids: list[int],
-    tokenizer: Tokenizers,
+    tokenizer: AnyTokenizer,
     sampling: Sampling,
     write: Callable[[str], None],
     **options: Any,
@@ -109,7 +112,7 @@ def written_after(
     if hasattr(model, "device"):
         prompt = prompt.to(model.device)
     written = _Written(tokenizer, sampling.stop, write)
-    chosen = {"do_sample": False}
+    chosen: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     found = model.generate(

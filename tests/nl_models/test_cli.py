@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -28,6 +30,8 @@ from nl_models.open_model import open_model
 from nl_models.replies import Sampling, until
 from nl_models.training.checkpoint import list_checkpoints
 from tests.nl_models.full_disk import small_files
+
+ROOT = Path(__file__).parents[2]
 
 
 def call(*arguments, text=None, code=0):
@@ -298,6 +302,24 @@ def test_documents_are_evaluated_with_a_memory_and_without(hope, llama, run, cor
         assert float(remembering) - float(plain) == pytest.approx(float(difference), abs=2e-3)
     assert "documents: give some" in call("evaluate", hope, "--memory", memory, code=2)
     assert "no such file or folder: x" in call("evaluate", hope, "x", code=2)
+
+
+def test_a_study_is_handed_over_to_a_checkout_and_refused_without_one(tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, cwd):
+        ran.append((command[1:], cwd))
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr("nl_models.position.subprocess.run", run)
+    call("evaluate", "--study", "mad", "--quick", code=7)
+    assert ran == [(["-m", "evaluations", "mad", "--quick"], ROOT)]
+    assert "leave MODEL out" in call("evaluate", tmp_path, "--study", "mad", code=2)
+    monkeypatch.setattr("nl_models.position._CHECKOUT", tmp_path)
+    said = " ".join(call("evaluate", "--study", "mad", code=2).replace("│", " ").split())
+    assert "in a checkout of the project, not in its wheel; clone it" in said
+    assert "give a model, or a --study" in call("evaluate", code=2)
+    assert len(ran) == 1
 
 
 def test_learning_reads_as_the_model_does(hope, corpus, tmp_path):

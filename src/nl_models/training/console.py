@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -40,7 +41,9 @@ class Display:
         self._first = self._done = start
         self._tokens = 0
         self._began = self._last_line = clock()
-        self._own = training_bars(console) if bars is None else contextlib.nullcontext(bars)
+        self._own: contextlib.AbstractContextManager[Progress | None] = (
+            training_bars(console) if bars is None else contextlib.nullcontext(bars)
+        )
         self._bars: Progress | None = None
 
     def __enter__(self) -> Display:
@@ -49,7 +52,7 @@ class Display:
             self._task = self._bars.add_task(self._label, total=self._total, completed=self._first, status="")
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._own.__exit__(*error)
 
     def advance(self, steps: int, status: str = "", *, tokens: int | None = None, line: bool = False) -> None:

@@ -88,5 +88,5 @@ def levels_hardly_trained(model_config: HopeConfig, sequence_length: int) -> lis
     return [
         level.chunk_size
         for level in model_config.make_continuum_levels()
-        if level.steps and 3 * level.chunk_size > sequence_length
+        if level.chunk_size is not None and level.steps and 3 * level.chunk_size > sequence_length
     ]
