@@ -47,6 +47,7 @@ setup(
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "accelerate>=1.1,<2",
+            "tensorboard>=2.15,<3",
             "ruff>=0.9,<1",
             "mypy>=1.18,<3",
             "ninja>=1.11,<2",

@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from nl_models.optim import DeltaMomentum
-from nl_models.training.plots import save_figure
+from nl_models.plots import save_figure
 
 console = Console(width=max(120, Console().width))
 DEFAULT_OUTPUT = Path("benchmarks/results/curvature.jsonl")

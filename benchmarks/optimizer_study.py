@@ -28,7 +28,7 @@ from rich.table import Table
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.optimizer_tasks import TASKS, Task
-from nl_models.training.plots import save_figure
+from nl_models.plots import save_figure
 
 console = Console(width=max(120, Console().width))
 DEFAULT_OUTPUT = Path("benchmarks/results/optimizer_study.jsonl")

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from nl_models import HopeConfig, HopeForCausalLM
 from nl_models.data.associative_recall import AssociativeRecall, recall_accuracy
-from nl_models.training.plots import model_looks, new_figure, save_figure
+from nl_models.plots import model_looks, new_figure, save_figure
 
 console = Console()
 DEFAULT_OUTPUT = Path("benchmarks/results/recall.jsonl")

@@ -20,7 +20,7 @@ from benchmarks.harness import SCHEMA, headline
 from benchmarks.report import Row, markdown_cases, markdown_headlines, shape_text, times
 from benchmarks.run import load_cases, op_names
 from nl_models.files import write_bytes
-from nl_models.training.plots import save_figure
+from nl_models.plots import save_figure
 
 MARKER = re.compile(
     r"(<!-- benchmarks:(?P<kind>headlines|cases) ?(?P<op>\w*) -->\n).*?(<!-- benchmarks:end -->)", re.DOTALL

@@ -15,7 +15,7 @@ import numpy as np
 from evaluations.learners import METHODS
 from evaluations.models import TITLES
 from evaluations.study import Study
-from nl_models.training.plots import new_figure, save_figure
+from nl_models.plots import new_figure, save_figure
 
 Chosen = Callable[[str, str], list[dict]]
 CONTROLS = ("frozen", "joint", "starts_over", "other_project")  # dotted

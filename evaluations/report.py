@@ -13,7 +13,7 @@ from evaluations.pictures import PICTURES
 from evaluations.studies import CLAIMS, PUBLISHED, QUICK, STUDIES, Claim
 from evaluations.study import ROOT, Run, Study, best_setting, find, read_rows, tried
 from nl_models.files import make_folder
-from nl_models.training.plots import model_looks, new_figure, save_figure
+from nl_models.plots import model_looks, new_figure, save_figure
 
 PAGE = ROOT / "docs/evidence.md"
 OURS = tuple(model for model in TITLES if model.startswith("hope"))

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nl_models.training.plots import COLOURS, MARKERS, compact_number, new_figure, save_figure
+from nl_models.plots import COLOURS, MARKERS, compact_number, new_figure, save_figure
 
 STAYS = 0.03
 """How much the old may rise, in nats, for a setting to be one in which it stays."""

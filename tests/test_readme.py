@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from nl_kernels import __version__
 from nl_models import HopeConfig, HopeForCausalLM, cli
 from nl_models.data.tokenizer import ByteTokenizer
+from nl_models.hope.baseline import parameter_count
 from nl_models.hope.configuration_hope import PRESETS, RENAMED
 from nl_models.surgery import convert_mlp_to_continuum
-from nl_models.training.baseline import parameter_count
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -15,16 +15,17 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from nl_kernels import doctor as doctor_command
 from nl_models import demo, position, profile, train
 from nl_models.continual.memory_file import DTYPES, FileOptions
-from nl_models.conversation import Conversation, Sampling, begin_conversation, other_text
+from nl_models.conversation import begin_conversation, other_text
 from nl_models.data.corpus import read_documents
-from nl_models.data.tokenizer import Tokenizer, for_transformers
+from nl_models.data.tokenizer import AnyTokenizer, for_transformers
 from nl_models.files import new_directory, only_writer
-from nl_models.open_model import open_model
+from nl_models.open_model import OpenedModel, open_model
+from nl_models.replies import Sampling, has_chat_template
 from nl_models.surgery import convert_attention, convert_mlp_to_continuum
 from nl_models.training.command_line import OtherModel, explained_errors, fail
 from nl_models.training.distributed import choose_device
@@ -67,17 +68,9 @@ Rates = Annotated[
 _SMALLER = {"rich_help_panel": "A smaller file, without chunks that no level has stepped on yet"}
 
 
-def _open(
-    model: Path,
-    memory: Path | None,
-    device: str,
-    threads: int,
-    allow_other_model: bool,
-    rates: list[float] | None = None,
-) -> Conversation:
+def _open(model: Path, device: str, threads: int) -> OpenedModel:
     torch.set_num_threads(threads)
-    opened = open_model(model, choose_device(device))
-    return begin_conversation(opened, memory, rates or (), allow_other_model=allow_other_model)
+    return open_model(model, choose_device(device))
 
 
 @app.command()
@@ -100,7 +93,8 @@ def generate(
         text = sys.stdin.read() if prompt is None else prompt
         if memory is not None and not memory.exists():
             raise ValueError(f"memory: no such file: {memory}")
-        conversation = _open(model, memory, device, threads, allow_other_model)
+        opened = _open(model, device, threads)
+        conversation = begin_conversation(opened, memory, allow_other_model=allow_other_model)
         _seed(seed)
         typer.echo(text, nl=False)
         conversation.reply(text, sampling, _show)
@@ -115,8 +109,12 @@ def chat(
     temperature: Temperature = 0.8,
     top_p: TopP = 0.95,
     stop: Annotated[
-        str, typer.Option(help=r"Text that ends a reply; '\n' is a line's end, '' for none.")
-    ] = r"\n",
+        str | None,
+        typer.Option(
+            help=r"Text that ends a reply, '' for none. Default: '\n', a line's end; for a model with a chat "
+            "template none, for it ends its replies itself."
+        ),
+    ] = None,
     seed: Seed = None,
     rate: Rates = None,
     allow_other_model: OtherModel = False,
@@ -125,23 +123,39 @@ def chat(
 ) -> None:
     """Talk line by line; with --memory it knows tomorrow what it was told today.
 
-    An empty line or the end of input ends it. The file is kept up to date after every reply.
+    An empty line or the end of input ends it. The file is kept up to date
+    after every reply, behind which stands (on standard error) what the memory
+    is worth: the nats per token of your line with it, and with none.
     """
-    console = Console()
+    console, aside = Console(), Console(stderr=True)
     with explained_errors(NotImplementedError), _writing(memory):
-        sampling = Sampling(max_new_tokens, temperature, top_p, stop.replace(r"\n", "\n") or None)
+        sampling = Sampling(max_new_tokens, temperature, top_p)
         sampling.check()
         remembered = memory is not None and memory.exists()
-        conversation = _open(model, memory, device, threads, allow_other_model, rate)
+        opened = _open(model, device, threads)
+        conversation = begin_conversation(opened, memory, rate or (), allow_other_model=allow_other_model)
+        without = begin_conversation(opened, None)
+        if stop is None:
+            stop = "" if has_chat_template(opened.tokenizer) else "\n"
+        sampling = sampling._replace(stop=stop.replace(r"\n", "\n") or None)
         _seed(seed)
         if sys.stdin.isatty():
             kept = "" if memory is None else f"; {memory} {'goes on' if remembered else 'begins'}"
             console.print(f"[dim]an empty line ends it{kept}[/]", highlight=False, soft_wrap=True)
         with contextlib.suppress(KeyboardInterrupt):  # what was said up to the last reply is kept
             for line in _lines():
-                conversation.reply(f"{line}\n", sampling, _show)
+                losses = (
+                    [] if memory is None else [each.loss(f"{line}\n") for each in (conversation, without)]
+                )
+                conversation.reply(line, sampling, _show, message=True)
                 typer.echo()
                 conversation.save()
+                if losses:
+                    here, there = (f"{nats / max(count, 1):.2f}" for nats, count in losses)
+                    aside.print(
+                        f"[dim]  your line: {here} nats a token with the memory, {there} without[/]",
+                        highlight=False,
+                    )
 
 
 @app.command()
@@ -172,8 +186,7 @@ def learn(
         texts = [document.text for path in documents for document in read_documents(path) if document.text]
         if not texts:
             raise ValueError("documents: all of them are empty; give some text")
-        torch.set_num_threads(threads)
-        opened = open_model(model, choose_device(device))
+        opened = _open(model, device, threads)
         conversation = begin_conversation(opened, memory, rate or (), allow_other_model=allow_other_model)
         smaller = {"--dtype bf16": _smaller("bf16", None), "--rank 8": _smaller(None, 8)}
         if dtype is not None or rank is not None:
@@ -248,7 +261,7 @@ def export(
     memory: Annotated[Path | None, typer.Option(help="What was learned goes into the weights.")] = None,
     allow_other_model: OtherModel = False,
 ) -> None:
-    """Write a model folder that transformers opens: of a checkpoint, or with what a memory has learned."""
+    """Write a model folder that transformers opens, with what a memory has learned in its weights."""
     with explained_errors(TypeError):
         if output.exists():
             raise ValueError(f"output: {output} exists; choose another folder")
@@ -276,7 +289,7 @@ def _writing(memory: Path | None) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if memory is None else only_writer(memory)
 
 
-def _save(output: Path, model: PreTrainedModel, tokenizer: Tokenizer | PreTrainedTokenizerBase) -> None:
+def _save(output: Path, model: PreTrainedModel, tokenizer: AnyTokenizer) -> None:
     with new_directory(output) as folder:
         model.save_pretrained(folder)
         for_transformers(tokenizer).save_pretrained(folder)
@@ -298,7 +311,7 @@ def _mib(count: int) -> str:
 def _smaller(dtype: str | None, rank: int | None) -> FileOptions:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    keep = FileOptions(DTYPES.get(dtype), rank, momenta=False, chunks=False)
+    keep = FileOptions(None if dtype is None else DTYPES[dtype], rank, momenta=False, chunks=False)
     keep.check()
     return keep
 

@@ -13,40 +13,23 @@ import safetensors
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nl_kernels.checks import check_positive_int
 from nl_models.continual import ContinuumLearner, StepRule, memory_file
 from nl_models.continual.memory_file import FileOptions
 from nl_models.continual.stream import token_losses as losses_of_logits
 from nl_models.data.corpus import read_topics
 from nl_models.data.prepare import data_folder
-from nl_models.data.tokenizer import Tokenizer
+from nl_models.data.tokenizer import AnyTokenizer, ReadyTokenizer
 from nl_models.evaluation.token_losses import token_losses
 from nl_models.hope import HopeCache, HopeForCausalLM
 from nl_models.module_views import weights_digest
 from nl_models.open_model import OpenedModel
+from nl_models.replies import Sampling, message_ids, text_ids, written_after
 from nl_models.surgery.modules import ContinuumCausalLM
 from nl_models.training.console import Display
 
 _PIECE = 512  # tokens that are read at once
-
-
-class Sampling(NamedTuple):
-    """How a reply is written: ``temperature`` 0 is greedy; ``stop`` ends it where it has been written."""
-
-    max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_p: float = 0.95
-    stop: str | None = None
-
-    def check(self) -> None:
-        """Raise ``ValueError`` for what cannot be."""
-        check_positive_int("max_new_tokens", self.max_new_tokens)
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
 
 
 class Learned(NamedTuple):
@@ -71,7 +54,8 @@ class Learned(NamedTuple):
 class Conversation(Protocol):
     """A model, what it remembers, and the file that keeps it."""
 
-    tokenizer: Tokenizer | PreTrainedTokenizerBase
+    tokenizer: AnyTokenizer
+    keep: FileOptions
 
     def learn(self, documents: Sequence[str], console: Console) -> Learned:
         """Read documents and remember them."""
@@ -79,8 +63,13 @@ class Conversation(Protocol):
     def loss(self, text: str) -> tuple[float, int]:
         """Nats of a new text, summed, and of how many tokens; nothing is remembered of it."""
 
-    def reply(self, text: str, sampling: Sampling, write: Callable[[str], None]) -> str:
-        """What the model says to a text; ``write`` gets each piece as it comes."""
+    def reply(
+        self, text: str, sampling: Sampling, write: Callable[[str], None], *, message: bool = False
+    ) -> str:
+        """What the model says to a text; ``write`` gets each piece as it comes.
+
+        ``message``: the text is what a person says, read as :func:`nl_models.replies.message_ids` has it.
+        """
 
     def num_bytes(self, keep: FileOptions | None = None) -> int:
         """What the file will take, but for names, and for what grows with the text: its context.
@@ -170,6 +159,8 @@ class HopeConversation:
         allow_other_model: bool,
     ):
         self.model, self.tokenizer, _ = opened
+        if isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            self.tokenizer = ReadyTokenizer(self.tokenizer)  # texts begin and end with its end-of-text token
         self.memory, self.keep = memory, keep or FileOptions()
         self.weights = None if memory is None else weights_digest(self.model)
         self.cache = HopeCache(self.model.config)
@@ -248,10 +239,16 @@ class HopeConversation:
             return layer.unread[0][0].tolist()
         return [] if layer.seen else [self.tokenizer.separator_id]
 
-    def reply(self, text: str, sampling: Sampling, write: Callable[[str], None]) -> str:
-        begun = self.cache.get_seq_length() > 0
-        ids = [*([] if begun else self._unread(self.cache)), *self.tokenizer.encode(text)]
-        return _generate(
+    def reply(
+        self, text: str, sampling: Sampling, write: Callable[[str], None], *, message: bool = False
+    ) -> str:
+        begun, unread = self.cache.get_seq_length() > 0, self._unread(self.cache)
+        ids = (message_ids if message else text_ids)(self.tokenizer, text, begun=begun)
+        if not begun:
+            ids = [*unread, *ids]
+        elif ids[:1] == unread and message:  # the end of a reply, which the model has written itself
+            ids = ids[1:]
+        return written_after(
             self._reader(),
             ids,
             self.tokenizer,
@@ -355,16 +352,18 @@ class LearnerConversation:
         count = len(self.tokenizer.encode(text)) - 1
         return (float(self.learner.loss(text)) * count, count) if count > 0 else (0.0, 0)
 
-    def reply(self, text: str, sampling: Sampling, write: Callable[[str], None]) -> str:
-        told = self.tokenizer.encode(text)
+    def reply(
+        self, text: str, sampling: Sampling, write: Callable[[str], None], *, message: bool = False
+    ) -> str:
+        told = (message_ids if message else text_ids)(self.tokenizer, text, begun=bool(self.said))
         self.said += told
         limit = self.learner.context_length
         if limit is not None:
             self.said = self.said[-max(1, limit - sampling.max_new_tokens) :]
-        reply = _generate(self.learner, self.said, self.tokenizer, sampling, write)
-        self.said += self.tokenizer.encode(reply)
+        reply = written_after(self.learner, self.said, self.tokenizer, sampling, write)
+        self.said += text_ids(self.tokenizer, reply, begun=True)
         if self.memory is not None:
-            self.learner.learn(text)
+            self.learner.learn(torch.tensor([told]))
         return reply
 
     def num_bytes(self, keep: FileOptions | None = None) -> int:
@@ -390,15 +389,18 @@ class PlainConversation:
 
     def __init__(self, opened: OpenedModel):
         self.model, self.tokenizer, _ = opened
+        self.keep = FileOptions()
         self.said: list[int] = []
 
     def learn(self, documents: Sequence[str], console: Console) -> Learned:
         raise ValueError("memory: this model cannot learn; convert it first: nl convert FOLDER NEW_FOLDER")
 
-    def reply(self, text: str, sampling: Sampling, write: Callable[[str], None]) -> str:
-        self.said += self.tokenizer.encode(text)
-        reply = _generate(self.model, self.said, self.tokenizer, sampling, write)
-        self.said += self.tokenizer.encode(reply)
+    def reply(
+        self, text: str, sampling: Sampling, write: Callable[[str], None], *, message: bool = False
+    ) -> str:
+        self.said += (message_ids if message else text_ids)(self.tokenizer, text, begun=bool(self.said))
+        reply = written_after(self.model, self.said, self.tokenizer, sampling, write)
+        self.said += text_ids(self.tokenizer, reply, begun=True)
         return reply
 
     @torch.no_grad()
@@ -417,60 +419,3 @@ class PlainConversation:
 
     def end(self) -> tuple[PreTrainedModel, HopeCache | None]:
         return self.model, None
-
-
-_EMPTY_STOPS = 2  # so many ends of nothing may come before a reply
-
-
-class _Written(StoppingCriteria):
-    """Hands on what is written, and stops behind ``stop``."""
-
-    def __init__(self, tokenizer, stop: str | None, write: Callable[[str], None]):
-        self.tokenizer, self.stop, self.write = tokenizer, stop, write
-        self.prompt, self.shown = None, ""
-
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        if self.prompt is None:  # the first call comes behind the first token written
-            self.prompt = input_ids.shape[1] - 1
-        whole = self.tokenizer.decode(input_ids[0, self.prompt :].tolist())
-        text = _until(whole, self.stop)
-        done = text != whole
-        if not text.endswith("\ufffd"):  # a character of which only some bytes are there
-            self.write(text[len(self.shown) :])
-            self.shown = text
-        return torch.full((len(input_ids),), done, device=input_ids.device)
-
-
-def _generate(model, ids: list[int], tokenizer, sampling: Sampling, write, **options) -> str:
-    """What ``model`` writes after ``ids``."""
-    sampling.check()
-    if not ids:
-        raise ValueError("text: expected at least one character")
-    prompt = torch.tensor([ids])
-    if hasattr(model, "device"):
-        prompt = prompt.to(model.device)
-    written = _Written(tokenizer, sampling.stop, write)
-    chosen = {"do_sample": False}
-    if sampling.temperature > 0:
-        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-    found = model.generate(
-        prompt,
-        max_new_tokens=sampling.max_new_tokens,
-        stopping_criteria=StoppingCriteriaList([written]),
-        **chosen,
-        **options,
-    )
-    text = _until(tokenizer.decode(found[0, len(ids) :].tolist()), sampling.stop)
-    write(text[len(written.shown) :])  # bytes that nothing completes any more
-    return text
-
-
-def _until(text: str, stop: str | None) -> str:
-    """What comes before ``stop``; a reply may begin with white space, but not be nothing else for long."""
-    if stop is None:
-        return text
-    start = len(text) - len(text.lstrip())
-    if start == len(text):
-        return "" if text.count(stop) > _EMPTY_STOPS else text
-    place = text.find(stop, start)
-    return text if place < 0 else text[:place]

@@ -19,13 +19,14 @@ from nl_models.demo_report import DemoResult, ModelResult, Sample, write_reports
 from nl_models.evaluation.held_out import measure_held_out
 from nl_models.files import write_json
 from nl_models.hope import HopeConfig, HopeForCausalLM
+from nl_models.hope.baseline import mixer_baseline, parameter_count
+from nl_models.plots import plot_losses
 from nl_models.processes import available_cores
 from nl_models.profile import progress_printer
 from nl_models.profiling.choose import config_arguments
 from nl_models.profiling.report import describe_machine, plot_profile, profile_table, save_profile
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.profiling.subjects import ConfiguredModel
-from nl_models.training.baseline import mixer_baseline, parameter_count
 from nl_models.training.command_line import explained_errors, fail
 from nl_models.training.config import TrainConfig
 from nl_models.training.console import duration, without_progress_bars
@@ -33,7 +34,6 @@ from nl_models.training.distributed import choose_device
 from nl_models.training.loop import DivergedError
 from nl_models.training.metrics import read_metrics
 from nl_models.training.model import hope_config
-from nl_models.training.plots import plot_losses
 from nl_models.training.several import Job, train_several
 
 PROMPT = 'def read(self, size=-1):\n    """'

@@ -57,7 +57,7 @@ def either_cache_name(function: Callable, name: str = "cache") -> Callable:
     """
 
     @functools.wraps(function)
-    def renaming(*args, **kwargs):
+    def renaming(*args: Any, **kwargs: Any) -> Any:
         return _with_both_names(function(*args, **name_cache(kwargs, name)))
 
     return renaming

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import nl_models
-from nl_models.continual.learner import Tokenizer
-from nl_models.data.prepare import PreparedData, data_folder
-from nl_models.data.tokenizer import ReadyTokenizer, load_tokenizer, open_tokenizer
-from nl_models.training.checkpoint import best_checkpoint, list_checkpoints, load_weights
-from nl_models.training.config import load_config
+from nl_models.data.prepare import PreparedData
+from nl_models.data.tokenizer import AnyTokenizer, ReadyTokenizer, load_tokenizer
+from nl_models.training.checkpoint import best_checkpoint, check_files, list_checkpoints
 from nl_models.training.console import without_progress_bars
-from nl_models.training.model import build_model
 
 _COMPARED_TOKENS = 1000
 
@@ -24,7 +21,7 @@ class OpenedModel(NamedTuple):
     """A language model in evaluation mode, its tokenizer, and the folder they came from."""
 
     model: PreTrainedModel
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     source: Path
 
 
@@ -43,20 +40,21 @@ def open_model(path: str | Path, device: torch.device | str = "cpu") -> OpenedMo
         raise ValueError(f"model: no folder {path}")
     if (path / "model" / "config.json").is_file():
         path = path / "model"
-    elif (path / "state.json").is_file():
-        return _from_checkpoint(path.parent.parent, path, device)
     elif (path / "checkpoints").is_dir():
         found = list_checkpoints(path / "checkpoints")
         if not found:
             raise ValueError(f"model: the run {path} has no checkpoint yet")
-        return _from_checkpoint(path, best_checkpoint(path / "checkpoints") or found[-1], device)
+        path = best_checkpoint(path / "checkpoints") or found[-1]
+    if (path / "state.json").is_file():
+        check_files(path)
     if not (path / "config.json").is_file():
         raise ValueError(
             f"model: {path} is no training run, no checkpoint and no saved model (it has no config.json)"
         )
     nl_models.register()
     with without_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(path)
+        model.to(device).eval()
     return OpenedModel(model, _tokenizer_of(path), path)
 
 
@@ -92,20 +90,7 @@ def copy_weights(path: str | Path, model: PreTrainedModel, data: PreparedData) -
     model.load_state_dict(found)
 
 
-def _from_checkpoint(run: Path, checkpoint: Path, device: torch.device | str) -> OpenedModel:
-    if not (run / "config.json").is_file():
-        raise ValueError(f"model: the checkpoint {checkpoint} is not in the folder of a training run")
-    config = load_config(run / "config.json")
-    data = data_folder(run)
-    if data is None:
-        raise ValueError(f"model: {run} has no data folder, which holds the tokenizer")
-    tokenizer = open_tokenizer(data)
-    model = build_model(config, tokenizer.vocab_size, tokenizer.separator_id)
-    load_weights(checkpoint, model)
-    return OpenedModel(model.to(device).eval(), tokenizer, checkpoint)
-
-
-def _tokenizer_of(folder: Path) -> Tokenizer:
+def _tokenizer_of(folder: Path) -> AnyTokenizer:
     try:
         return load_tokenizer(folder)
     except ValueError as ours:

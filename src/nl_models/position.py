@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import nl_models
 from nl_kernels.checks import check_positive_int
 from nl_models.conversation import Conversation, begin_conversation
 from nl_models.data.corpus import read_documents, read_folder
@@ -42,6 +45,8 @@ from nl_models.training.loop import autocast
 _WINDOWS = 64  # of the text, unless told otherwise
 _TURN_TOKENS = 32
 _REPLY_TOKENS = 64
+_STUDIES = {"rich_help_panel": "A study of small models trained anew instead, in a checkout"}
+_CHECKOUT = Path(nl_models.__file__).parents[2]
 _TASKS = {"rich_help_panel": "Tasks of lm-eval instead"}
 
 
@@ -57,13 +62,13 @@ class _Run:
 
 def main(
     run: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            metavar="MODEL",
+            metavar="[MODEL]",
             help="Folder of a finished training run; with documents also a checkpoint, or a saved or "
             "converted model.",
         ),
-    ],
+    ] = None,
     documents: Annotated[
         list[Path] | None,
         typer.Argument(help="Text files or folders: the loss of each, instead of the loss by position."),
@@ -81,6 +86,10 @@ def main(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Requests of each task.", **_TASKS)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Requests at a time.", **_TASKS)] = 8,
+    study: Annotated[str | None, typer.Option(help="Its name, 'all', or 'report'.", **_STUDIES)] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: minutes, and less is true.", **_STUDIES)
+    ] = False,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -120,7 +129,8 @@ def main(
 
     With documents: nats per token, bits per byte and perplexity of each, or
     the loss with --memory and without; nothing is learned from them. With
-    --task: scores of tasks of lm-eval, with --memory and without.
+    --task: scores of tasks of lm-eval, with --memory and without. With
+    --study: python -m evaluations, of which docs/evidence.md tells.
 
     Without: three losses, by position: one state carried from the first
     token on; a fresh state every window; the same without writes. Reading on
@@ -128,6 +138,11 @@ def main(
     plots.
     """
     console = Console()
+    if study is not None:
+        with explained_errors():
+            raise typer.Exit(_study(study, quick, given=run is not None))
+    if run is None:
+        raise typer.BadParameter("give a model, or a --study", param_hint="MODEL")
     if documents or memory is not None or task:
         with explained_errors(NotImplementedError):
             if not documents and not task:
@@ -199,6 +214,19 @@ def main(
             about |= {"temperature": temperature, "seed": seed}
         save_position(target, about=about, **measured)
     console.print("\n".join(map(str, files)), highlight=False, soft_wrap=True)
+
+
+def _study(name: str, quick: bool, *, given: bool) -> int:
+    """Hand over to the studies of a checkout; returns their exit status."""
+    if given:
+        raise ValueError("study: trains small models of its own; leave MODEL out, or --study")
+    if not (_CHECKOUT / "evaluations" / "__main__.py").is_file():
+        raise ValueError(
+            "study: the studies are in a checkout of the project, not in its wheel; clone it, install it "
+            "with pip install -e, and run this again"
+        )
+    command = [sys.executable, "-m", "evaluations", name, *(["--quick"] if quick else [])]
+    return subprocess.run(command, cwd=_CHECKOUT).returncode
 
 
 def _opened(model: Path, memory: Path | None, device: str, allow_other_model: bool) -> list[Conversation]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from nl_models.files import make_folder
 from nl_models.hope import HopeConfig
 from nl_models.hope.configuration_hope import PRESETS
 from nl_models.profiling.choose import MODELS, Sizes, choose_sources
-from nl_models.profiling.flops import matmul_ceiling
+from nl_models.profiling.flops import copy_ceiling, matmul_ceiling
 from nl_models.profiling.measure import MODES, Measurement
 from nl_models.profiling.plan import plan_table, plan_training_step
 from nl_models.profiling.report import (
@@ -163,7 +164,8 @@ def main(
         console.print(
             ", ".join(f"{name}: {count:,} parameters" for name, count in counts.items()), highlight=False
         )
-        ceiling = matmul_ceiling(settings.device, precision, threads)
+        flops = matmul_ceiling(settings.device, precision, threads)
+        bytes_ = copy_ceiling(settings.device, threads)
         results = profile_models(sources, settings, report=progress_printer(console))
     described = {
         **dataclasses.asdict(settings),
@@ -171,14 +173,17 @@ def main(
         "parameters": counts,
         "baseline": against,
     }
-    machine = {**describe_machine(settings.device), "matmul_flops_per_second": ceiling}
+    machine = describe_machine(settings.device)
+    machine |= {"matmul_flops_per_second": flops, "copy_bytes_per_second": bytes_}
     with explained_errors():
         save_profile(target, results, settings=described, machine=machine)
         if all(result.status != "ok" for result in results):
             raise ValueError(f"nothing could be measured; the first: {results[0].status}")
-    console.print(profile_table(results, ceiling))
+    console.print(profile_table(results, flops, bytes_))
     console.print(
-        f"share: of the {ceiling / 1e12:.3g} TFLOP/s of a large matrix product here", highlight=False
+        f"%: of the {flops / 1e12:.3g} TFLOP/s of a large matrix product here, and of the {bytes_ / 1e9:.3g} "
+        "GB/s of a large copy; calls: of operators (CUDA: kernels launched), when decoding for a token",
+        highlight=False,
     )
     if against is not None:
         for crossing in find_crossings(results, against):
@@ -193,9 +198,11 @@ def main(
 def _planned(preset: str, batch: int, length: int, precision: str) -> Table:
     """What a training step takes without and with activation checkpointing of every block."""
     config = HopeConfig.preset(preset)
-    sizes = {"batch": batch, "length": length, "precision": _precision(precision)}
+    _precision(precision)
     plans = {
-        name: plan_training_step(config, **sizes, block_checkpoints=checkpoints)
+        name: plan_training_step(
+            config, batch=batch, length=length, precision=precision, block_checkpoints=checkpoints
+        )
         for name, checkpoints in (("all activations kept", False), ("a checkpoint a block", True))
     }
     return plan_table(
@@ -203,7 +210,7 @@ def _planned(preset: str, batch: int, length: int, precision: str) -> Table:
     )
 
 
-def progress_printer(console: Console):
+def progress_printer(console: Console) -> Callable[[int, int, Measurement], None]:
     """A ``report`` for :func:`profile_models`: one line per measurement, or a status line on a terminal."""
 
     def report(done: int, total: int, result: Measurement) -> None:
@@ -211,7 +218,7 @@ def progress_printer(console: Console):
         what = f"[{done}/{total}] {result.model} {result.mode} {size}"
         figure = (
             f"{result.tokens_per_second:,.0f} tokens/s, {result.peak_bytes / 2**20:,.1f} MiB"
-            if result.status == "ok"
+            if result.peak_bytes is not None
             else result.status
         )
         console.print(f"{what}: {figure}", highlight=False, markup=False)

@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 
 from nl_models.data.corpus import check_folder
 from nl_models.data.prepare import PreparedData, check_tokenizer, prepare_data
@@ -18,7 +19,8 @@ from nl_models.evaluation.held_out import measure_held_out
 from nl_models.files import write_json
 from nl_models.hope.configuration_hope import PRESETS
 from nl_models.open_model import copy_weights, open_model
-from nl_models.parallel.mesh import Mesh
+from nl_models.parallel.mesh import Mesh, parts_in_turn
+from nl_models.parallel.plan import idle_share, messages
 from nl_models.profiling.dry_run import described, plan_run
 from nl_models.training.checkpoint import best_checkpoint, list_checkpoints
 from nl_models.training.command_line import explained_errors, with_config_options
@@ -32,6 +34,7 @@ from nl_models.training.config import (
 from nl_models.training.console import Display
 from nl_models.training.distributed import (
     choose_device,
+    computes_in_bf16,
     joined_processes,
     on_first,
     rank,
@@ -105,6 +108,7 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
                 StopSignal() as stop,
             ):
                 ended = trainer.run(display, stop)
+        _print_exchange(console, trainer)
         if ended >= config.steps and rank() == 0:
             _measure_position(folder, config, data, console, trainer.device)
         return ended
@@ -215,6 +219,21 @@ def _print_summary(console: Console, folder: Path, trainer: Trainer, description
             "windows (--sequence-length) or a smaller chunk_size (--model-option continuum_levels=...)",
             highlight=False,
         )
+
+
+def _print_exchange(console: Console, trainer: Trainer) -> None:
+    """What ranks that share windows sent and waited in the last step, beside what the formulas say."""
+    config, mesh = trainer.config, trainer.mesh
+    steps = [record for record in read_metrics(trainer.metrics) if "sent_bytes" in record]
+    if mesh.sequence == 1 or not steps:
+        return
+    windows, length = config.batch_size // mesh.data, config.sequence_length // mesh.sequence
+    element = 2 if computes_in_bf16(config.precision, trainer.device.type) else 4
+    sent = sum(messages(trainer.model, windows, [length] * mesh.sequence, element))
+    sent *= mesh.data * config.gradient_accumulation
+    idle = idle_share(trainer.model, mesh.sequence, parts_in_turn(windows, mesh.sequence))
+    found = f"{decimal(steps[-1]['sent_bytes'])} a step (formula: {decimal(sent)})"
+    _print_pairs(console, states=f"{found}, waiting {steps[-1]['waiting']:.0%} of it (formula: {idle:.0%})")
 
 
 def _print_results(console: Console, folder: Path) -> None:

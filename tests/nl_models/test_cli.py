@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -21,19 +23,22 @@ from typer.testing import CliRunner
 from nl_models import HopeCache, HopeConfig, HopeForCausalLM
 from nl_models.cli import app
 from nl_models.continual import ContinuumLearner, StepRule
-from nl_models.conversation import _until, begin_conversation
+from nl_models.conversation import begin_conversation
 from nl_models.data.tokenizer import ByteTokenizer
 from nl_models.files import only_writer
 from nl_models.open_model import open_model
+from nl_models.replies import Sampling, until
 from nl_models.training.checkpoint import list_checkpoints
 from tests.nl_models.full_disk import small_files
+
+ROOT = Path(__file__).parents[2]
 
 
 def call(*arguments, text=None, code=0):
     result = CliRunner().invoke(app, [str(x) for x in arguments], input=text)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == code, result.output
-    return result.output
+    return result.output if code else result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +304,24 @@ def test_documents_are_evaluated_with_a_memory_and_without(hope, llama, run, cor
     assert "no such file or folder: x" in call("evaluate", hope, "x", code=2)
 
 
+def test_a_study_is_handed_over_to_a_checkout_and_refused_without_one(tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, cwd):
+        ran.append((command[1:], cwd))
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr("nl_models.position.subprocess.run", run)
+    call("evaluate", "--study", "mad", "--quick", code=7)
+    assert ran == [(["-m", "evaluations", "mad", "--quick"], ROOT)]
+    assert "leave MODEL out" in call("evaluate", tmp_path, "--study", "mad", code=2)
+    monkeypatch.setattr("nl_models.position._CHECKOUT", tmp_path)
+    said = " ".join(call("evaluate", "--study", "mad", code=2).replace("│", " ").split())
+    assert "in a checkout of the project, not in its wheel; clone it" in said
+    assert "give a model, or a --study" in call("evaluate", code=2)
+    assert len(ran) == 1
+
+
 def test_learning_reads_as_the_model_does(hope, corpus, tmp_path):
     """Cut into pieces and documents, the state is that of one forward pass, and the loss its loss."""
     memory, tokenizer = tmp_path / "memory.safetensors", ByteTokenizer()
@@ -326,6 +349,12 @@ def test_runs_and_checkpoints_are_opened(run):
     for a, b in zip(final.model.parameters(), newest.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert newest.tokenizer.decode(newest.tokenizer.encode("ab")) == "ab"
+    for folder in (run / "model", *list_checkpoints(run / "checkpoints")):  # by any tool of transformers
+        found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.eos_token_id == tokenizer.pad_token_id == found.generation_config.eos_token_id == 256
+    for a, b in zip(final.model.parameters(), found.parameters(), strict=True):
+        assert torch.equal(a, b)
     (run / "model").rename(run / "elsewhere")
     try:
         assert open_model(run).source.parent == run / "checkpoints"
@@ -375,6 +404,92 @@ def test_a_converted_model_learns_what_it_is_told(llama, tmp_path):
     assert call("generate", converted, "abc", "--memory", memory, *GREEDY).startswith("abc")
 
 
+def test_a_chat_says_what_its_memory_is_worth(hope, corpus, tmp_path):
+    """Of each line, as the losses of a conversation with the file and without have it."""
+    memory, line = tmp_path / "memory.safetensors", "the quick brown fox"
+    call("learn", hope, corpus / "0.txt", "--memory", memory)
+    opened = open_model(hope)
+    losses = [begin_conversation(opened, path).loss(f"{line}\n") for path in (memory, None)]
+    remembering, fresh = (nats / count for nats, count in losses)
+    assert remembering < fresh - 0.1
+    arguments = ["chat", str(hope), *map(str, GREEDY)]
+    result = CliRunner().invoke(app, [*arguments, "--memory", str(memory)], input=line)
+    said = f"your line: {remembering:.2f} nats a token with the memory, {fresh:.2f} without"
+    assert result.stderr.split() == said.split()
+    assert not CliRunner().invoke(app, arguments, input=line).stderr
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def _talker(source, folder):
+    """A model whose tokenizer has a chat template, and ends a reply with a token of its own."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(_byte_characters(), []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", chat_template=CHAT)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.resize_token_embeddings(len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["plain", "converted", "hope"])
+def test_a_chat_template_has_the_words(kind, llama, hope, tmp_path, monkeypatch):
+    """What is read of two turns is what the template makes of the whole, with the model's reply in it."""
+    folder, read = tmp_path / "talker", []
+    tokenizer = _talker(hope if kind == "hope" else llama, folder)
+    if kind == "converted":
+        call("convert", folder, tmp_path / "converted", "--level", "0.5:8")
+        folder = tmp_path / "converted"
+    end = tokenizer.eos_token_id
+
+    def reply(model, ids, *arguments, **options):
+        read.append(list(ids))
+        if kind == "hope":  # as if it had written "so", and the end
+            cache = options["cache"]
+            with torch.no_grad():
+                model(torch.tensor([ids]), cache=cache)
+            written = torch.tensor([[*tokenizer.encode("so"), end]])
+            with torch.no_grad():
+                model(written[:, :-1], cache=cache)
+            cache.layers[0].unread = (written[:, -1:], torch.ones_like(written[:, -1:]))
+        return "so"
+
+    monkeypatch.setattr("nl_models.conversation.written_after", reply)
+    conversation = begin_conversation(open_model(folder), None)
+    for message in ("who?", "why?"):
+        conversation.reply(message, Sampling(), lambda text: None, message=True)
+    turns = [("user", "who?"), ("assistant", "so"), ("user", "why?")]
+    whole = tokenizer.apply_chat_template(
+        [{"role": role, "content": text} for role, text in turns], add_generation_prompt=True
+    )["input_ids"]
+    if kind == "hope":  # reads what is new, behind what it has written
+        assert read[0][0] == end  # which a text begins with
+        assert [*read[0][1:], *tokenizer.encode("so"), end, *read[1]] == whole
+    else:
+        assert read[1] == whole
+
+
+def test_a_reply_by_a_chat_template_has_no_special_tokens_and_several_lines(llama, tmp_path, monkeypatch):
+    tokenizer = _talker(llama, tmp_path / "talker")
+    written = [*tokenizer.encode("one\ntwo"), tokenizer.eos_token_id]
+
+    def generate(model, ids, stopping_criteria, **options):
+        for i in range(len(written)):
+            out = torch.cat([ids, torch.tensor([written[: i + 1]])], dim=1)
+            assert not bool(stopping_criteria(out, None).any())
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    assert call("chat", tmp_path / "talker", text="go") == "one\ntwo\n"
+
+
 def test_a_plain_transformer_talks_without_a_memory(llama, tmp_path):
     assert call("chat", llama, *GREEDY, text="abc")
     said = call("chat", llama, "--memory", tmp_path / "m.safetensors", text="abc", code=2)
@@ -392,8 +507,8 @@ def test_a_plain_transformer_talks_without_a_memory(llama, tmp_path):
     ],
 )
 def test_a_reply_may_begin_with_white_space_but_is_no_page_of_it(text, reply):
-    assert _until(text, "\n") == reply
-    assert _until(text, None) == text
+    assert until(text, "\n") == reply
+    assert until(text, None) == text
 
 
 def test_a_reply_ends_where_it_is_told_to(hope):

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from nl_models.demo import fresh_folder, main
 from nl_models.hope import HopeConfig
-from nl_models.training.baseline import mixer_baseline, parameter_count
+from nl_models.hope.baseline import mixer_baseline, parameter_count
 
 APP = typer.Typer()
 APP.command()(main)

@@ -192,4 +192,4 @@ def test_nothing_writes_in_a_way_of_its_own():
                 called = ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else None
                 if called in writers:
                     found.add((path.relative_to(ROOT / folder).as_posix(), called))
-    assert found == OTHERS | {("files.py", "mkstemp"), ("training/plots.py", "savefig")}
+    assert found == OTHERS | {("files.py", "mkstemp"), ("plots.py", "savefig")}

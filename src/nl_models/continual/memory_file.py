@@ -53,7 +53,7 @@ class FileOptions(NamedTuple):
 
     def description(self) -> dict[str, Any]:
         """These options as JSON; :meth:`of_file` reads them."""
-        names = {dtype: name for name, dtype in DTYPES.items()}
+        names: dict[torch.dtype | None, str] = {dtype: name for name, dtype in DTYPES.items()}
         return {**self._asdict(), "dtype": names.get(self.dtype)}
 
     @classmethod
@@ -85,8 +85,8 @@ class FileOptions(NamedTuple):
         numbers, grams = 0, {}
         for parameter in model.parameters:
             shape, rule = changes[parameter.name].shape, rules[parameter.level]
-            low = self.low_rank(shape)
-            numbers += shape[0] * self.rank * (shape[1] + shape[2]) if low else shape.numel()
+            low = self.rank if self.low_rank(shape) else None
+            numbers += shape.numel() if low is None else shape[0] * low * (shape[1] + shape[2])
             numbers += shape.numel() * ((self.momenta and rule.has_momentum) + self.chunks) * rule.steps
             if self.chunks and rule.rule == "dgd":
                 grams[gram_name(parameter)] = shape[0] * shape[2] ** 2
@@ -113,17 +113,18 @@ def pack(
         tensors |= {f"context/{name}": tensor for name, tensor in context.items()}
     if keep.chunks and state.waiting is not None:
         tensors["waiting"] = state.waiting
+    counters = {name: getattr(state, name) for name in _COUNTERS}
+    if not keep.chunks:
+        counters["context_tokens"] = 0
     header = {
         "format": FORMAT,
         "config": fingerprint,
         "tokens_per_level": [state.learned // size * size for size in model.chunk_sizes],
         "options": dict(options),
-        "counters": {name: getattr(state, name) for name in _COUNTERS},
+        "counters": counters,
         "context": description,
         "kept": keep.description(),
     }
-    if not keep.chunks:
-        header["counters"]["context_tokens"] = 0
     # Copies: safetensors writes no views, and no two names for the same memory.
     return {
         "header": header,
@@ -166,9 +167,7 @@ def unpack(
                 f"{source}: was learned with another model, or other values of its weights; "
                 "allow_other_model=True (--allow-other-model) uses it with this one all the same"
             )
-        groups: dict[str, dict[str, torch.Tensor]] = {
-            name: {} for name in (*GROUPS, "context", "left", "right", CONVERSATION)
-        }
+        groups: dict[str, Any] = {name: {} for name in (*GROUPS, "context", "left", "right", CONVERSATION)}
         waiting = tensors.pop("waiting", None)
         for name, tensor in tensors.items():
             group, rest = name.split("/", 1)
@@ -177,7 +176,7 @@ def unpack(
         for name, factor in left.items():
             groups["changes"][name] = factor.to(model.dtype) @ right[name].to(model.dtype)
         context, described = groups.pop("context"), header["context"]
-        counters = {name: int(header["counters"][name]) for name in _COUNTERS}
+        counters: dict[str, Any] = {name: int(header["counters"][name]) for name in _COUNTERS}
         if foreign:  # what another model made of the text says nothing to this one
             groups["gradients"], groups["grams"], described, waiting = {}, {}, None, None
             counters["context_tokens"] = 0

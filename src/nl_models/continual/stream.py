@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,9 @@ class StreamState:
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> StreamState:
         """``function`` of every tensor that is learned; the context stays."""
-        groups = {name: {n: function(t) for n, t in getattr(self, name).items()} for name in GROUPS}
+        groups: dict[str, Any] = {
+            name: {n: function(t) for n, t in getattr(self, name).items()} for name in GROUPS
+        }
         return replace(self, **groups)
 
     def select(self, rows: torch.Tensor) -> StreamState:

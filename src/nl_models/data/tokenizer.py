@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
@@ -45,6 +45,9 @@ class Tokenizer(Protocol):
         """Write it into ``folder``; :func:`load_tokenizer` and ``AutoTokenizer`` read it."""
 
 
+AnyTokenizer = Tokenizer | PreTrainedTokenizerBase
+
+
 class BytePairTokenizer:
     """Byte-level byte-pair encoding (GPT-2's pre-tokenisation), by the ``tokenizers`` library."""
 
@@ -53,7 +56,7 @@ class BytePairTokenizer:
         inner.encode_special_tokens = True
         self._inner = inner
         self.vocab_size = inner.get_vocab_size()
-        self.separator_id = inner.token_to_id(_SEPARATOR)
+        self.separator_id: Any = inner.token_to_id(_SEPARATOR)  # an int: whoever makes one has put it in
 
     def encode(self, text: str) -> list[int]:
         return self._inner.encode(text).ids
@@ -66,7 +69,7 @@ class BytePairTokenizer:
 
     def token_bytes(self) -> np.ndarray:
         # In byte-level BPE a token is written with one character per byte.
-        lengths = [len(self._inner.id_to_token(token)) for token in range(self.vocab_size)]
+        lengths = [len(self._inner.id_to_token(token) or "") for token in range(self.vocab_size)]
         lengths[self.separator_id] = 0
         return np.array(lengths, dtype=np.int64)
 
@@ -115,12 +118,12 @@ class ReadyTokenizer:
         return self._inner(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._inner.decode(list(ids), skip_special_tokens=True)
+        return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
     def token_bytes(self) -> np.ndarray:
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for i, token in enumerate(self._inner.convert_ids_to_tokens(range(self.vocab_size))):
-            text = self._inner.decode([i])
+        for i, token in enumerate(self._inner.convert_ids_to_tokens(list(range(self.vocab_size)))):
+            text = str(self._inner.decode([i]))
             if i in self._inner.all_special_ids or token is None:
                 continue
             if "\ufffd" in text:  # part of a character: a byte by itself, or written with one sign per byte
@@ -136,10 +139,9 @@ class ReadyTokenizer:
         self._inner.save_pretrained(folder)
 
 
-def for_transformers(tokenizer: Tokenizer | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def for_transformers(tokenizer: AnyTokenizer) -> PreTrainedTokenizerBase:
     """A tokenizer of ours as one of transformers, and one of these as it is."""
-    ready = isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer if ready else tokenizer.for_transformers()
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer.for_transformers()
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> BytePairTokenizer:

@@ -12,7 +12,7 @@ from rich.table import Table
 from nl_models.evaluation.generation import ConversationLosses, GenerationLosses
 from nl_models.evaluation.position import PositionBucket, PositionLosses, standard_error
 from nl_models.files import write_json
-from nl_models.training.plots import COLOURS, MARKERS, context_label, new_figure, save_figure
+from nl_models.plots import COLOURS, MARKERS, context_label, new_figure, save_figure
 
 FORMAT = "nl-models-position-1"
 POSITION_HEADER = ("position", "carried", "fresh", "writes off", "carried − fresh")

@@ -225,19 +225,19 @@ class ContinuumBlock(nn.Module):
         for weight in (self.up, self.gate, self.down):
             if weight is not None:
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-        if self.config.steps:
-            if self.key is not None:
-                nn.init.eye_(self.key)
+        if self.key is not None:
+            nn.init.eye_(self.key)
+        if self.value is not None and self.rate_logit is not None:  # of a level that steps
             nn.init.kaiming_uniform_(self.value, a=math.sqrt(5))
             nn.init.constant_(self.rate_logit, _logit(self.config.initial_rate / self.config.max_rate))
-            if self.retention_logit is not None:
-                share = self.config.initial_retention / self.config.max_retention
-                nn.init.constant_(self.retention_logit, _logit(share))
+        if self.retention_logit is not None:
+            share = self.config.initial_retention / self.config.max_retention
+            nn.init.constant_(self.retention_logit, _logit(share))
 
     def rate(self) -> torch.Tensor | float:
         """η of every token: a scalar of at least fp32, or the number 0 for a level that never steps."""
         config = self.config
-        if not config.steps:
+        if config.chunk_size is None or self.rate_logit is None:
             return 0.0
         scale = config.max_rate / (self.up.shape[1] * config.chunk_size)
         if config.rule in RULES_WITH_MOMENTUM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,16 +87,17 @@ class GatedDeltaNet(nn.Module):
         if decoding:
             x, mask = x[:, 0], None if mask is None else mask[:, 0]
         tokens = self.memory_inputs(x, mask)
-        if decoding:
-            o, state = delta_memory_step(*tokens, state=state, impl=self.impl)
+        new: Any  # a tensor, for there is no momentum
+        if decoding and state is not None:
+            o, new = delta_memory_step(*tokens, state=state, impl=self.impl)
         else:
-            o, state = delta_memory(
+            o, new = delta_memory(
                 *tokens, initial_state=state, output_final_state=output_state, impl=self.impl
             )
         if mask is not None:
             o = o * mask[..., None, None]
         y = self.output(o, x)
-        return (y[:, None], state if output_state else None) if decoding else (y, state)
+        return (y[:, None], new if output_state else None) if decoding else (y, new)
 
     def memory_inputs(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """q, k, v, log_decay, erase of :func:`nl_kernels.delta_memory` for ``x [.., d]``, ``mask [..]``."""

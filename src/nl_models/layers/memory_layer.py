@@ -30,6 +30,9 @@ class MemoryLayer(nn.Module):
     """
 
     implementation = RenamedAttribute("impl")
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
 
     def __init__(
         self,

@@ -29,11 +29,13 @@ class Packing:
         check_cu_seqlens(cu_seqlens, packed.shape[1], packed)
         bounds, readable = cu_seqlens.long(), has_readable_data(cu_seqlens)
         starts, lengths = bounds[:-1, None], bounds.diff()[:, None]
-        if not readable and longest is None:
+        if readable:
+            longest = int(lengths.max())
+        elif longest is None:
             raise ValueError(
                 "max_length_q: expected an int while a CUDA graph is captured, when cu_seqlens cannot be read"
             )
-        columns = torch.arange(int(lengths.max()) if readable else longest, device=packed.device)
+        columns = torch.arange(longest, device=packed.device)
         real = columns < lengths
         token = torch.arange(packed.shape[1], device=packed.device)
         row = torch.searchsorted(bounds, token, right=True) - 1
@@ -72,7 +74,7 @@ def current_mask(
     if not has_readable_data(mask):
         return mask[:, mask.shape[1] - T :]
     padded = not bool(mask.all())
-    if seen and mask.shape[1] > T and (padded or past.padding is not None):
+    if past is not None and seen and mask.shape[1] > T and (padded or past.padding is not None):
         contradicted = padding_digest(mask[:, :seen])
         if past.padding is not None:
             contradicted = contradicted - past.padding
@@ -116,8 +118,9 @@ def packed_bounds(
         ValueError: they contradict each other, have another number of dimensions, or positions begin anew in
             a batch of several rows.
     """
-    found = {"cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
-    given = next((bounds for bounds in found.values() if bounds is not None), None)
+    bounds = {"cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+    found = {name: each for name, each in bounds.items() if each is not None}
+    given = next(iter(found.values()), None)
     if given is not None and not has_readable_data(given):
         return given
     for name, ids in (("seq_idx", seq_idx), ("position_ids", position_ids)):
@@ -132,24 +135,23 @@ def packed_bounds(
             anew = anew & real[:, 1:] & real[:, :-1]
         if bool(anew.any()):
             found["position_ids"] = _bounds_at_changes("position_ids", position_ids, anew)
-    found = {name: bounds for name, bounds in found.items() if bounds is not None}
-    longest = {"max_length_q": max_length_q, "max_length_k": max_length_k}
-    longest = {name: int(length) for name, length in longest.items() if length is not None}
+    said = {"max_length_q": max_length_q, "max_length_k": max_length_k}
+    longest = {name: int(length) for name, length in said.items() if length is not None}
     if not found:
         if longest:
             raise ValueError(f"{next(iter(longest))}: comes with bounds only; pass cu_seqlens, too")
         return None
-    name, bounds = next(iter(found.items()))
+    name, first = next(iter(found.items()))
     for other, others in found.items():
-        if others is not bounds and not torch.equal(others.long(), bounds.long().to(others.device)):
+        if others is not first and not torch.equal(others.long(), first.long().to(others.device)):
             raise ValueError(
                 f"{other}: bounds of packed sequences other than those of {name}: "
-                f"{others.tolist()} and {bounds.tolist()}"
+                f"{others.tolist()} and {first.tolist()}"
             )
     for other, length in longest.items():
-        if length < int(bounds.diff().max()):
+        if length < int(first.diff().max()):
             raise ValueError(f"{other}: {length}, but the bounds of {name} have a longer sequence")
-    return bounds
+    return first
 
 
 def _bounds_at_changes(name: str, of: torch.Tensor, changes: torch.Tensor) -> torch.Tensor:

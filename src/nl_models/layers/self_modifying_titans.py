@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -67,6 +69,8 @@ class SelfModifyingTitans(MemoryLayer):
         impl: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
     """
 
+    r_proj: nn.Linear
+
     @renamed_arguments(implementation="impl")
     def __init__(
         self,
@@ -107,7 +111,7 @@ class SelfModifyingTitans(MemoryLayer):
         self.truncate_every = truncate_every
         wide = (self.head_dim, initializer_range)
         gate = (1, GATE_INITIALIZER_RANGE)
-        kinds = SelfModifyingWeights(wide, wide, wide, gate, gate)._asdict()
+        kinds = dict(zip(SelfModifyingWeights._fields, (wide, wide, wide, gate, gate)))
         self.memories = nn.ModuleDict(
             {
                 name: InitialMemory(num_heads, self.head_dim, out, memory_hidden_size, spread)
@@ -147,9 +151,9 @@ class SelfModifyingTitans(MemoryLayer):
         if self.values == "scaled":
             query, key, value = F.silu(query), F.silu(key), F.silu(value)
             scale = torch.linalg.vector_norm(value, dim=-1, dtype=exact).clamp(max=VALUE_LENGTH)
-        inputs = l2_normalize(torch.stack([key, value, gate]).to(exact)).to(query.dtype).unbind()
+        key, value, gate = l2_normalize(torch.stack([key, value, gate]).to(exact)).to(query.dtype).unbind()
         weights = SelfModifyingWeights(**{name: memory() for name, memory in self.memories.items()})
-        options = {
+        options: dict[str, Any] = {
             "chunk_size": self.chunk_size,
             "generator_chunk_size": self.generator_chunk_size,
             "write_scale": scale,
@@ -162,12 +166,14 @@ class SelfModifyingTitans(MemoryLayer):
             "mask": mask,
             "impl": self.impl,
         }
-        if decoding:
-            o, state = self_modifying_memory_step(query, *inputs, weights, state=state, **options)
+        if decoding and state is not None:
+            o, state = self_modifying_memory_step(query, key, value, gate, weights, state=state, **options)
             return self.output(o, x).unsqueeze(1), state if output_state else None
         o, state = self_modifying_memory(
             query,
-            *inputs,
+            key,
+            value,
+            gate,
             weights,
             truncate_every=self.truncate_every,
             initial_state=state,

@@ -49,7 +49,7 @@ class StateCacheLayer(CacheLayerMixin):
             they hold as long as no other columns are seen.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.state: State = None
         self.seen = 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from nl_kernels import DeepMemoryState, MemoryRule, deep_memory, deep_memory_step
 from nl_kernels.memory_rule import l2_normalize
@@ -31,6 +34,9 @@ class Titans(MemoryLayer):
         eps: of the output norm.
         impl: of the op, "triton", "eager" or "reference"; ``None`` picks by device.
     """
+
+    rate_proj: nn.Linear
+    retention_proj: nn.Linear
 
     @renamed_arguments(implementation="impl")
     def __init__(
@@ -97,7 +103,7 @@ class Titans(MemoryLayer):
         limit = (1 + log_decay.exp()).clamp(max=self.rate_max)
         rate = limit * torch.sigmoid(self.rate_proj(x).to(exact) + self.rate_bias)
         tokens = (l2_normalize(q.to(exact)), l2_normalize(k.to(exact)), v, rate, log_decay)
-        options = {
+        options: dict[str, Any] = {
             "chunk_size": self.chunk_size,
             "momentum": self.momentum(x),
             "rule": self.rule,
@@ -105,7 +111,7 @@ class Titans(MemoryLayer):
             "mask": mask,
             "impl": self.impl,
         }
-        if decoding:
+        if decoding and state is not None:
             o, state = deep_memory_step(*tokens, self.memory(), state=state, **options)
             return self.output(o, x).unsqueeze(1), state if output_state else None
         o, state = deep_memory(

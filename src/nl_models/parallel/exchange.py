@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +49,8 @@ class SequenceRanks:
     Attributes:
         rank, size: this rank's place, and how many there are.
         sent: bytes of tensors that this rank has sent, by layer and pass, ``("Titans", "backward")``.
-        waited: seconds for which this process has stood still to receive tensors. Of NCCL only the wait for
-            what precedes them is seen, since its streams wait by themselves.
+        waited: seconds for which this process has stood still to receive tensors, sums of gradients included.
+            Of NCCL only the wait for what precedes them is seen, since its streams wait by themselves.
 
     Raises:
         ValueError: a mesh of several dimensions, or a group without a backend for CPU tensors.
@@ -155,11 +156,17 @@ class SequenceRanks:
         # Copies, as a view of another dtype must begin at a multiple of its size.
         return [part.clone().view(t.dtype).view(t.shape) for part, t in zip(packed.split(sizes), like)]
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within the block this process waits for others."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
     def _hear(self, size: int, source: int, device: torch.device | str = "cpu") -> torch.Tensor:
         message = torch.empty(size, dtype=torch.uint8, device=device)
-        start = time.perf_counter()
-        dist.recv(message, group=self.group, group_src=source)
-        self.waited += time.perf_counter() - start
+        with self.waiting():
+            dist.recv(message, group=self.group, group_src=source)
         return message
 
     def _isend(self, tensor: torch.Tensor, to: int) -> None:

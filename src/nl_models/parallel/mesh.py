@@ -107,6 +107,12 @@ class ParallelModel:
             options["use_cache"] = "cache" in options
         return self._called(input_ids=input_ids, labels=labels, **options).loss
 
+    def exchanged(self) -> tuple[int, float]:
+        """Bytes of states that this rank has sent to others of its windows, and seconds waited for them."""
+        if not isinstance(self._called, SequenceParallel):
+            return 0, 0.0
+        return self._called.ranks.sent.total(), self._called.ranks.waited
+
     def without_exchange(self) -> contextlib.AbstractContextManager:
         """For all but the last pass of a step: DDP keeps the gradients of a pass here."""
         is_ddp = isinstance(self._called, DistributedDataParallel)

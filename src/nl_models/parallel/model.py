@@ -107,8 +107,9 @@ class SequenceParallel:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 works.append(dist.all_reduce(parameter.grad, group=self.ranks.group, async_op=True))
-        for work in works:
-            work.wait()
+        with self.ranks.waiting():
+            for work in works:
+                work.wait()
 
     def _block(
         self,

@@ -70,6 +70,15 @@ def sent_bytes(
     return forward if rank < last else 0, state_bytes(layer, batch, before, element)[0] if rank else 0
 
 
+def messages(model: HopeForCausalLM, batch: int, lengths: Sequence[int], element: int = 4) -> list[int]:
+    """Bytes of states and of their gradients that each rank sends in a pass of a whole model."""
+    layers = [layer for block in model.model.layers for layer in layers_of(block)]
+    return [
+        sum(sum(sent_bytes(layer, batch, lengths, rank, element)) for layer in layers)
+        for rank in range(len(lengths))
+    ]
+
+
 def idle_share(model: nn.Module, ranks: int, micro_batches: int = 1) -> float:
     """The part of a step for which a rank waits, were all blocks equally long and messages instantaneous.
 

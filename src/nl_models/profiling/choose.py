@@ -7,9 +7,9 @@ from pathlib import Path
 
 from nl_kernels.checks import check_choice
 from nl_models.hope import HopeConfig
+from nl_models.hope.baseline import mixer_baseline
 from nl_models.open_model import open_model
 from nl_models.profiling.subjects import LAYERS, ConfiguredModel, LayerAlone, SavedModel, Source
-from nl_models.training.baseline import mixer_baseline
 from nl_models.training.config import TrainConfig
 from nl_models.training.model import hope_config
 

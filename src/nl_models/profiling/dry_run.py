@@ -13,13 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nl_models.data.tokenizer import ByteTokenizer, open_tokenizer
 from nl_models.hope import HopeConfig, HopeForCausalLM
+from nl_models.hope.baseline import parameter_count
 from nl_models.parallel.mesh import Mesh, parts_in_turn
-from nl_models.parallel.plan import idle_share, layers_of, sent_bytes
+from nl_models.parallel.plan import idle_share, messages
 from nl_models.profiling.flops import count_flops
 from nl_models.profiling.plan import Plan, of_depth, plan_training_step
-from nl_models.training.baseline import parameter_count
 from nl_models.training.config import TrainConfig
-from nl_models.training.distributed import check_shares
+from nl_models.training.distributed import check_shares, computes_in_bf16
 from nl_models.training.model import hope_config
 from nl_models.training.optimizer import build_optimizer
 
@@ -52,14 +52,12 @@ def plan_run(config: TrainConfig, mesh: Mesh, flops: float | None = None) -> Run
     work as :class:`nl_models.parallel.SequenceParallel` does. ``flops``: of a token, if they are known.
 
     Raises:
-        ValueError: a mesh that this run cannot have, or one that shares heads.
+        ValueError: a mesh that this run cannot have.
     """
     check_shares(config, mesh)
-    if mesh.heads > 1:
-        raise ValueError("mesh: ranks that share heads are not planned; plan data and sequence")
     model = hope_config(config, vocabulary(config), 0)
     batch, length = config.batch_size // mesh.data, config.sequence_length // mesh.sequence
-    low = config.precision == "bf16" or (config.precision == "auto" and config.device != "cpu")
+    low = computes_in_bf16(config.precision, "cpu" if config.device == "cpu" else "cuda")
     plan = plan_training_step(
         model,
         batch=batch,
@@ -69,6 +67,7 @@ def plan_run(config: TrainConfig, mesh: Mesh, flops: float | None = None) -> Run
         passes=config.gradient_accumulation,
         ranks=mesh.data if mesh.sequence == 1 else 1,
         fsdp=config.fsdp and mesh.data > 1,
+        heads=mesh.heads,
         optimizer=partial(build_optimizer, config=config),
         kernels=config.device != "cpu",
     )
@@ -89,14 +88,8 @@ def _with_messages(
     plan: Plan, model: HopeForCausalLM, mesh: Mesh, batch: int, length: int, passes: int, element: int
 ) -> Plan:
     """What ranks that share a window send and hold besides: states, both ways; gradients in a ring."""
-    layers = [layer for block in model.model.layers for layer in layers_of(block)]
-    lengths = [length] * mesh.sequence
-    each = [
-        [sum(way) for way in zip(*(sent_bytes(layer, batch, lengths, rank, element) for layer in layers))]
-        for rank in range(mesh.sequence)
-    ]
     # What goes out is packed and kept until it is received; what came in is as much as goes back.
-    kept = max(forward + backward for forward, backward in each)
+    kept = max(messages(model, batch, [length] * mesh.sequence, element))
     gradients = 2 * plan.gradients * (mesh.ranks - 1) // mesh.ranks
     return replace(plan, peak=plan.peak + kept, sent=gradients + passes * kept)
 
@@ -151,7 +144,8 @@ def described(found: RunPlan) -> dict[str, str]:
     tokens = config.batch_size // mesh.data * config.sequence_length // mesh.sequence
     kind = "one process"
     if mesh.ranks > 1:
-        kind = f"{mesh.ranks} ranks ({mesh}), weights {'sharded' if config.fsdp else 'whole on each'}"
+        weights = "sharded" if config.fsdp else "whole on each"
+        kind = f"{mesh.ranks} ranks ({mesh}), weights {weights if mesh.heads == 1 else 'shared out by head'}"
     passes = f"{config.gradient_accumulation} x " if config.gradient_accumulation > 1 else ""
     recomputed = ", a checkpoint a block" if config.gradient_checkpointing else ""
     waits = f", and waits {found.idle:.0%} of a step" if mesh.sequence > 1 else ""

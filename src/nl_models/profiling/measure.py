@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from nl_models.continual import ContinuumLearner, StepRule
-from nl_models.profiling.flops import count_flops
+from nl_models.profiling.flops import Moves, count_flops, count_moves
 from nl_models.profiling.memory import PeakMemory
 from nl_models.profiling.subjects import Source, Subject
 
@@ -81,6 +81,8 @@ class Measurement:
             (of prefill and decode).
         flops: operations in ``seconds``, see :func:`nl_models.profiling.flops.count_flops`; ``None`` where
             they were not counted.
+        moved: bytes that its operators read and write in ``seconds``, and how many are called, see
+            :func:`nl_models.profiling.flops.count_moves`.
         repeats: how often it was timed.
     """
 
@@ -96,10 +98,15 @@ class Measurement:
     batch: int = 1
     quartiles: tuple[float, float] | None = None
     flops: int | None = None
+    moved: Moves | None = None
 
     @property
     def flops_per_second(self) -> float | None:
         return None if self.flops is None or self.seconds is None else self.flops / self.seconds
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        return None if self.moved is None or self.seconds is None else self.moved.bytes / self.seconds
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -120,10 +127,11 @@ def measure(work: Work) -> Measurement:
     peak = PeakMemory(device)
     times = _repeat(once, device, work.enough_seconds)
     peak_bytes = peak.bytes()
-    counted = None
+    counted = moved = None
     if statistics.median(times) < _COUNTED_SECONDS.get(device.type, 30.0):
         with contextlib.suppress(torch.OutOfMemoryError):  # plain PyTorch may need more than kernels
             counted = count_flops(part)
+        moved = count_moves(part, device)
     if work.trace is not None:
         _write_trace(work.trace, once)
     tokens = work.decode_tokens if work.mode == "decode" else work.context
@@ -141,6 +149,7 @@ def measure(work: Work) -> Measurement:
         peak_bytes=peak_bytes,
         state_bytes=state_bytes(),
         flops=counted,
+        moved=moved,
         repeats=len(times),
     )
 

@@ -27,11 +27,12 @@ from torch.utils._pytree import tree_leaves
 from nl_kernels.checks import check_choice, check_positive_int
 from nl_kernels.dispatch import kernels_planned
 from nl_models.hope import HopeConfig, HopeForCausalLM
+from nl_models.parallel.heads import parallelize_heads
 from nl_models.parallel.mesh import shard_blocks
 
 PRECISIONS = ("fp32", "bf16")
 # What a rank sends of each tensor in a ring, for each of its bytes and of the other ranks' share of them.
-_SENT = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 2}
+_SENT = {"_allgather_base_": 1, "_reduce_scatter_base_": 1, "allreduce_": 2, "all_reduce": 2}
 
 
 class Allocations(TorchDispatchMode):
@@ -60,7 +61,7 @@ class Allocations(TorchDispatchMode):
         returns = func._schema.returns
         views = returns and returns[0].alias_info is not None and not returns[0].alias_info.is_write
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        if func.namespace == "c10d":
+        if func.namespace in ("c10d", "_c10d_functional"):
             largest = max(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
             self.gathered += _SENT.get(func._schema.name.split("::")[1], 0) * largest
         elif not views and func.namespace != "prim":  # which ask for a device
@@ -149,6 +150,7 @@ def plan_training_step(
     passes: int = 1,
     ranks: int = 1,
     fsdp: bool = False,
+    heads: int = 1,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     kernels: bool = True,
 ) -> Plan:
@@ -164,23 +166,25 @@ def plan_training_step(
         passes: forward and backward passes in a step, which add up their gradients.
         ranks: that have a batch each, of which this is one.
         fsdp: whether they share weights and optimiser (FSDP2), or all have them (DDP).
+        heads: that share the heads of each batch; not together with ``fsdp``.
         optimizer: makes the optimiser; AdamW by default.
         kernels: as on CUDA; False: as on the CPU.
 
     Raises:
         ValueError: a size below 1, another precision, or ranks in a process that is in a group already.
     """
-    for name, value in (("batch", batch), ("length", length), ("passes", passes), ("ranks", ranks)):
+    sizes = {"batch": batch, "length": length, "passes": passes, "ranks": ranks, "heads": heads}
+    for name, value in sizes.items():
         check_positive_int(name, value)
     check_choice("precision", precision, PRECISIONS)
     depth = config.num_hidden_layers
     with contextlib.ExitStack() as stack:
-        mesh = stack.enter_context(pretended_ranks(ranks))
+        mesh = stack.enter_context(pretended_ranks(heads if heads > 1 else ranks))
         stack.enter_context(FakeTensorMode())
         if kernels:
             stack.enter_context(kernels_planned())
-        shards = mesh if fsdp else None
-        step = (batch, length, precision, block_checkpoints, passes, ranks, shards, optimizer)
+        shared = mesh if fsdp or heads > 1 else None
+        step = (batch, length, precision, block_checkpoints, passes, ranks, fsdp, shared, optimizer)
         if depth <= 4 or len(set(config.layer_types)) > 1:
             return follow_training_step(config, *step)
         two, four = (astuple(follow_training_step(of_depth(config, n), *step)) for n in (2, 4))
@@ -213,18 +217,19 @@ def follow_training_step(
     block_checkpoints: bool,
     passes: int = 1,
     ranks: int = 1,
+    fsdp: bool = False,
     mesh: DeviceMesh | None = None,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
 ) -> Plan:
     """The plan of a step that runs on the tensors made here, which have data unless a mode says otherwise.
 
-    The model is sharded over ``mesh``, if given.
+    The model is sharded over ``mesh`` with ``fsdp``, else its heads are shared out over it, if it is given.
     """
     model = HopeForCausalLM(config).train()
     if block_checkpoints:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if mesh is not None:
-        shard_blocks(model, mesh)
+        (shard_blocks if fsdp else parallelize_heads)(model, mesh)
     ids = torch.zeros(batch, length, dtype=torch.int64)
     made = torch.optim.AdamW(model.parameters(), foreach=False) if optimizer is None else optimizer(model)
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
@@ -238,6 +243,7 @@ def follow_training_step(
         made.step()
         moments = allocations.live - parameters - gradients
         whole = ranks > 1 and mesh is None
+        averaged = ranks > 1 and not fsdp
         # DDP's buckets stay and take up gradients. Of several passes only the last one syncs, and fills them.
         buckets = [torch.zeros_like(p) for p in model.parameters()] if whole and passes > 1 else []
         made.zero_grad(set_to_none=passes == 1 and not whole)
@@ -251,7 +257,8 @@ def follow_training_step(
         made.step()
         del buckets
         calls, moved, gathered = (int(n) for n in passes * (once - before) + allocations.counts() - once)
-        sent = (gathered + 2 * gradients * whole) * (ranks - 1) // ranks
+        among = ranks if mesh is None else mesh.size()
+        sent = gathered * (among - 1) // among + 2 * gradients * averaged * (ranks - 1) // ranks
         return Plan(parameters, gradients, moments, allocations.peak, calls, moved, sent)
 
 

@@ -17,9 +17,10 @@ from rich.table import Table
 
 from nl_kernels.version import __version__
 from nl_models.files import write_json
+from nl_models.plots import compact_number, context_label, model_looks, new_figure, save_figure
+from nl_models.profiling.flops import Moves
 from nl_models.profiling.measure import Measurement
 from nl_models.profiling.process import OVER_TIME
-from nl_models.training.plots import compact_number, context_label, model_looks, new_figure, save_figure
 
 FORMAT = "nl-models-profile-1"
 _TITLES = {"prefill": "Prefill", "training": "Training step", "decode": "Decode", "learning": "Learning"}
@@ -79,35 +80,44 @@ def load_profile(path: Path) -> tuple[list[Measurement], dict]:
 
 
 def _measurement(values: Mapping[str, object]) -> Measurement:
-    quartiles = values.get("quartiles")  # which files of earlier versions do not have
-    return Measurement(**{**values, "quartiles": None if quartiles is None else tuple(quartiles)})
+    quartiles, moved = values.get("quartiles"), values.get("moved")  # which older files do not have
+    return Measurement(
+        **{
+            **values,
+            "quartiles": None if quartiles is None else tuple(quartiles),
+            "moved": None if moved is None else Moves(*moved),
+        }
+    )
 
 
-def profile_table(measurements: Sequence[Measurement], ceiling: float | None = None) -> Table:
+def profile_table(
+    measurements: Sequence[Measurement],
+    flops_ceiling: float | None = None,
+    bytes_ceiling: float | None = None,
+) -> Table:
     """A row per measurement, the models below one another, so that any number has room; memory in MiB.
 
     Args:
         measurements: of any modes, which are headings.
-        ceiling: FLOP/s of the machine, for the share of them that was reached.
+        flops_ceiling, bytes_ceiling: FLOP/s and bytes/s of the machine, for the share that was reached.
     """
     table = Table(
         box=None,
-        title="Speed and memory against context length",
+        title="Speed and memory (MiB) against context length",
         title_justify="left",
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     several = any(m.batch > 1 for m in measurements)
     table.add_column("batch × context" if several else "context", justify="right", no_wrap=True)
-    table.add_column("model", no_wrap=True)
-    for what in ("tokens/s", "±%", "peak MiB", "state MiB", "TFLOP/s", "share"):
+    table.add_column("model", overflow="fold")
+    for what in ("tokens/s", "±%", "peak", "state", "TFLOP/s", "%", "GB/s", "%", "calls"):
         table.add_column(what, justify="right", no_wrap=True)
     for mode in _in_order(m.mode for m in measurements):
         table.add_row(f"[bold]{mode}[/]")
         shown = None
         for m in sorted((m for m in measurements if m.mode == mode), key=lambda m: (m.batch, m.context)):
-            place = f"{m.batch} × {m.context:,}" if several else f"{m.context:,}"
-            rate = m.flops_per_second
+            place = f"{m.batch} × {context_label(m.context)}" if several else context_label(m.context)
             table.add_row(
                 "" if shown == place else place,
                 m.model,
@@ -115,8 +125,9 @@ def profile_table(measurements: Sequence[Measurement], ceiling: float | None = N
                 _spread(m),
                 _size(m.peak_bytes),
                 _size(m.state_bytes),
-                "–" if rate is None else f"{rate / 1e12:.3g}",
-                "–" if rate is None or ceiling is None else f"{rate / ceiling:.0%}",
+                *_reached(m.flops_per_second, 1e12, flops_ceiling),
+                *_reached(m.bytes_per_second, 1e9, bytes_ceiling),
+                "–" if m.moved is None else compact_number(m.moved.calls),
             )
             shown = place
     return table
@@ -259,6 +270,13 @@ def _spread(measurement: Measurement) -> str:
         return "–"
     low, high = measurement.quartiles
     return f"{50 * (high - low) / measurement.seconds:.0f}"
+
+
+def _reached(rate: float | None, unit: float, ceiling: float | None) -> tuple[str, str]:
+    """A rate in units of it, and in percent of what the machine does at best."""
+    if rate is None:
+        return "–", "–"
+    return f"{rate / unit:.3g}", "–" if ceiling is None else f"{100 * rate / ceiling:.0f}"
 
 
 def _size(count: int | None) -> str:

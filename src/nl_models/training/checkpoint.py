@@ -1,9 +1,8 @@
 """Checkpoints that are written whole or not at all and prove what they are before they are believed.
 
-A checkpoint is a folder ``step-00000100`` of ``torch.distributed.checkpoint``: each process writes its own
-part of
+A checkpoint is a folder ``step-00000100`` that ``from_pretrained`` opens: the model's weights, config and
+tokenizer. Beside them lies one of ``torch.distributed.checkpoint``: each process writes its own part of
 
-* ``model/<name>``: parameters and persistent buffers, tied weights once;
 * ``optimizer/<parameter>/<kind>``: the optimiser's moments and step counts;
 * ``carried/<stream>.…``: the state that each stream carries to its next window, where a run carries it;
 
@@ -27,15 +26,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
+from nl_models.data.tokenizer import Tokenizer
 from nl_models.files import new_directory, remove_incomplete, write_json
 from nl_models.training.carried import CarriedStates
+from nl_models.training.console import without_progress_bars
 from nl_models.training.distributed import grouped, on_first
 
-_FORMAT = "nl-models-checkpoint-2"
+_FORMAT = "nl-models-checkpoint-3"
+_OLDER = ("nl-models-checkpoint-1", "nl-models-checkpoint-2")
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -47,7 +52,8 @@ class CheckpointError(ValueError):
 def save_checkpoint(
     folder: Path,
     step: int,
-    model: nn.Module,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
     optimizer: torch.optim.Optimizer,
     carried: CarriedStates | None = None,
     *,
@@ -60,8 +66,10 @@ def save_checkpoint(
     path = Path(folder) / f"step-{step:08d}"
     if path.exists():
         return path
-    tensors = {f"model/{name}": value for name, value in _model_tensors(model).items()}
-    tensors |= {
+    on_host = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gathered = get_model_state_dict(model, options=on_host)  # by all processes together, for the first
+    once = _own_tensors(model).keys()
+    tensors = {
         f"optimizer/{name}/{kind}": value.detach()
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
@@ -75,6 +83,10 @@ def save_checkpoint(
 
         def begin() -> None:
             places[0] = whole.enter_context(new_directory(path))
+            with without_progress_bars():
+                weights = {name: value for name, value in gathered.items() if name in once}
+                model.save_pretrained(places[0], state_dict=weights)
+            tokenizer.save(places[0])
 
         def end() -> None:
             state = {
@@ -97,7 +109,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     path: Path,
-    model: nn.Module,
+    model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     carried: CarriedStates | None = None,
 ) -> int:
@@ -108,10 +120,11 @@ def load_checkpoint(
             tensors are those of another model.
     """
     path = Path(path)
-    on_first(lambda: _check_files(path))
+    on_first(lambda: check_files(path))
     state, saved = _read_state(path), _saved_tensors(path)
-    targets = _checked_targets(path, model, saved)
+    weights = _checked_weights(path, model)
     parameters = dict(model.named_parameters())
+    targets: dict[str, torch.Tensor] = {}
     moments: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
     for key, (size, dtype) in saved.items():
         if not key.startswith("optimizer/"):
@@ -125,31 +138,31 @@ def load_checkpoint(
         sharded = isinstance(parameter, DTensor) and size == parameter.shape
         place = torch.empty_like(parameter.detach(), **options) if sharded else torch.empty(size, **options)
         targets[key] = moments.setdefault(parameter, {})[kind] = place
+    states = {}
     if carried is not None:
         if state.get("carried") is None:
             raise CheckpointError(f"checkpoint {path}: holds no carried states")
-        own = {
+        states = {
             key: torch.empty(size, dtype=dtype) for key, (size, dtype) in saved.items() if carried.owns(key)
         }
-        targets |= own
     with torch.no_grad():
-        _run_dcp(dcp.load, targets, path)
+        _run_dcp(dcp.load, targets | states, path)
+        for target, value in weights:
+            if isinstance(target, DTensor):  # each process takes its part of what it has read
+                value = value.to(target.device)
+                value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+            target.copy_(value)
     optimizer.state.update(moments)
     if carried is not None:
-        carried.restore(state["carried"], own)
+        carried.restore(state["carried"], states)
     return state["step"]
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Put the weights of a checkpoint into ``model``, after checking them, by this process alone.
-
-    Raises:
-        CheckpointError: as :func:`load_checkpoint`.
-    """
-    path = Path(path)
-    _check_files(path)
-    with torch.no_grad():
-        _run_dcp(dcp.load, _checked_targets(path, model, _saved_tensors(path)), path, no_dist=True)
+def export_model(path: Path, target: Path) -> None:
+    """Copy what ``from_pretrained`` opens from a checkpoint to the new folder ``target``."""
+    training = shutil.ignore_patterns("*.distcp", ".metadata", _STATE)
+    with new_directory(target) as temporary:
+        shutil.copytree(path, temporary, ignore=training, dirs_exist_ok=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -183,12 +196,12 @@ def prune_checkpoints(folder: Path, *, keep: int) -> None:
             shutil.rmtree(doomed)
 
 
-def _run_dcp(function: Any, tensors: dict[str, torch.Tensor], path: Path, no_dist: bool = False) -> None:
+def _run_dcp(function: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Save or load; what the disk refuses is the ``OSError`` that it was."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            function(tensors, checkpoint_id=path, no_dist=no_dist or not grouped())
+            function(tensors, checkpoint_id=path, no_dist=not grouped())
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error
 
@@ -196,26 +209,21 @@ def _run_dcp(function: Any, tensors: dict[str, torch.Tensor], path: Path, no_dis
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / _STATE).read_text())
-        if state["format"] != _FORMAT:
-            older = "; finish the run with version 0.1" if state["format"] == "nl-models-checkpoint-1" else ""
-            raise CheckpointError(
-                f"checkpoint {path}: format {state['format']!r}, expected {_FORMAT!r}{older}"
-            )
-        if not isinstance(state["step"], int) or not all(
-            isinstance(about["bytes"], int) and about["sha256"] for about in state["files"].values()
-        ):
-            raise KeyError("step, files")
-        _ = state["validation_loss"]
+        if state["format"] == _FORMAT:
+            _ = state["validation_loss"], int(state["step"])
+            _ = [(int(about["bytes"]), about["sha256"]) for about in state["files"].values()]
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: no {_STATE}; not a checkpoint of nl_models") from error
-    except CheckpointError:
-        raise
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path}: {_STATE} is damaged or foreign ({error})") from error
+    if state["format"] != _FORMAT:
+        older = "; finish the run with the version that began it" if state["format"] in _OLDER else ""
+        raise CheckpointError(f"checkpoint {path}: format {state['format']!r}, expected {_FORMAT!r}{older}")
     return state
 
 
-def _check_files(path: Path) -> None:
+def check_files(path: Path) -> None:
+    """Raise :class:`CheckpointError` unless every file of a checkpoint is there as it was written."""
     for name, expected in _read_state(path)["files"].items():
         if not (path / name).is_file():
             raise CheckpointError(f"checkpoint {path}: {name} is missing")
@@ -243,7 +251,7 @@ def _fingerprint(path: Path) -> dict[str, object]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters (tied ones under their first name) and persistent buffers."""
     state = model.state_dict()  # first: it makes FSDP2 put away what an evaluation has gathered
     tensors = dict(model.named_parameters())
@@ -252,23 +260,21 @@ def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in tensors.items()}
 
 
-def _checked_targets(
-    path: Path, model: nn.Module, saved: dict[str, tuple[torch.Size, torch.dtype]]
-) -> dict[str, torch.Tensor]:
-    """The tensors of ``model`` by their names in a checkpoint, which has all of them and no others."""
-    targets = {f"model/{name}": target for name, target in _model_tensors(model).items()}
-    found = {key for key in saved if key.startswith("model/")}
-    missing, unknown = sorted(targets.keys() - found), sorted(found - targets.keys())
+def _checked_weights(path: Path, model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each tensor of ``model`` and what a checkpoint has for it, which has all of them and no others."""
+    targets = _own_tensors(model)
+    found = {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
+    missing, unknown = sorted(targets.keys() - found.keys()), sorted(found.keys() - targets.keys())
     if missing or unknown:
         raise CheckpointError(
             f"checkpoint {path}: of another model (lacks {missing[:3] or 'nothing'}, "
             f"has besides {unknown[:3] or 'nothing'})"
         )
-    for key, target in targets.items():
-        size, dtype = saved[key]
-        if size != target.shape or dtype != target.dtype:
+    for name, target in targets.items():
+        value = found[name]
+        if value.shape != target.shape or value.dtype != target.dtype:
             raise CheckpointError(
-                f"checkpoint {path}: {key} is {dtype} {tuple(size)}, "
+                f"checkpoint {path}: {name} is {value.dtype} {tuple(value.shape)}, "
                 f"the model has {target.dtype} {tuple(target.shape)}"
             )
-    return targets
+    return [(target, found[name]) for name, target in targets.items()]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from nl_models.training.config import PANELS, TrainConfig
 
@@ -66,26 +67,24 @@ def explained_errors(*kinds: type[Exception]) -> Iterator[None]:
         fail(_told(error))
 
 
+_REMEDIES = {
+    (errno.ENOSPC, errno.EDQUOT): "free some space, or choose a place on another disk",
+    (errno.EFBIG,): "choose a place on a disk that takes larger files",
+    (errno.ENOTDIR,): "choose another place",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "choose a place that you may write to",
+}
+
+
 def _told(error: OSError) -> str:
     """What the system said of which file, and what to do about it."""
-    reason = error.strerror or str(error)
     where = f"{error.filename}: " if error.filename else ""
-    remedies = {
-        errno.ENOSPC: "free some space, or choose a place on another disk",
-        errno.EDQUOT: "free some space, or choose a place on another disk",
-        errno.EFBIG: "choose a place on a disk that takes larger files",
-        errno.ENOTDIR: "choose another place",
-        errno.EACCES: "choose a place that you may write to",
-        errno.EPERM: "choose a place that you may write to",
-        errno.EROFS: "choose a place that you may write to",
-    }
-    remedy = f"; {remedies[error.errno]}" if error.errno in remedies else ""
-    return f"{where}{reason}{remedy}"
+    remedies = (f"; {remedy}" for numbers, remedy in _REMEDIES.items() if error.errno in numbers)
+    return f"{where}{error.strerror or error}{next(remedies, '')}"
 
 
 def fail(message: object) -> typing.NoReturn:
     """Print an error for the user and leave with status 2, without a traceback."""
-    Console(stderr=True).print(f"[bold red]error:[/] {_escaped(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
     sys.exit(2)
 
 
@@ -100,10 +99,6 @@ def token_count(name: str, text: str) -> int:
     if not digits.isdigit() or int(digits) < 1:
         raise ValueError(f"{name}: expected numbers such as 512 or 16K, got {text!r}")
     return int(digits) * factor
-
-
-def _escaped(message: object) -> str:
-    return str(message).replace("[", r"\[")
 
 
 def _parameter(field: dataclasses.Field, hint: typing.Any, panel: str) -> inspect.Parameter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -40,8 +41,9 @@ class Display:
         self._first = self._done = start
         self._tokens = 0
         self._began = self._last_line = clock()
-        given = bars is not None or console is None
-        self._own = contextlib.nullcontext(bars) if given else training_bars(console)
+        self._own: contextlib.AbstractContextManager[Progress | None] = (
+            training_bars(console) if bars is None else contextlib.nullcontext(bars)
+        )
         self._bars: Progress | None = None
 
     def __enter__(self) -> Display:
@@ -50,7 +52,7 @@ class Display:
             self._task = self._bars.add_task(self._label, total=self._total, completed=self._first, status="")
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._own.__exit__(*error)
 
     def advance(self, steps: int, status: str = "", *, tokens: int | None = None, line: bool = False) -> None:
@@ -86,9 +88,9 @@ class Display:
 
 
 @contextlib.contextmanager
-def training_bars(console: Console) -> Iterator[Progress | None]:
+def training_bars(console: Console | None) -> Iterator[Progress | None]:
     """Live bars on a terminal, for as long as the block lasts; elsewhere ``None``."""
-    if not console.is_terminal:
+    if console is None or not console.is_terminal:
         yield None
         return
     whole = Column(no_wrap=True)  # the bar is what gives way in a narrow terminal

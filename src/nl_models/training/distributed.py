@@ -31,6 +31,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def computes_in_bf16(precision: str, device: str) -> bool:
+    """Whether a run computes under bf16 autocast on a type of device; ``"auto"`` does on CUDA alone."""
+    return precision == "bf16" or (precision == "auto" and device == "cuda")
+
+
 def launched() -> bool:
     """Whether a launcher started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
@@ -76,16 +81,16 @@ def world_size() -> int:
 
 def on_first(function: Callable[[], object]) -> None:
     """Call ``function`` in process 0 alone, while the others wait; all raise what it raises."""
-    raised: list[BaseException | None] = [None]
+    if not grouped():
+        function()
+        return
+    raised: list[Exception | None] = [None]
     if rank() == 0:
         try:
             function()
         except Exception as error:
-            if not grouped():
-                raise
             raised = [error]
-    if grouped():
-        dist.broadcast_object_list(raised)
+    dist.broadcast_object_list(raised)
     if raised[0] is not None:
         raise raised[0]
 

@@ -8,7 +8,7 @@ A run's folder holds::
     config.json     the options
     data/           tokenizer and token arrays, made once (so a continued run sees the same tokens)
     metrics.jsonl   one record per step and per evaluation
-    checkpoints/    step-00000100/ …
+    checkpoints/    step-00000100/ … which ``from_pretrained`` opens, too
     loss.png        written every minute and at the end
     model/          at the end: weights, config and tokenizer, for ``HopeForCausalLM.from_pretrained``
     position.json   by the command, after the end: loss by position, with its plot
@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
@@ -40,9 +39,11 @@ from nl_models.files import new_directory, remove_incomplete, write_json
 from nl_models.hope import HopeCache
 from nl_models.hope.configuration_hope import current_names, name_rule
 from nl_models.parallel.mesh import ParallelModel
+from nl_models.plots import plot_losses
 from nl_models.training.carried import CarriedStates
 from nl_models.training.checkpoint import (
     best_checkpoint,
+    export_model,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
@@ -50,11 +51,10 @@ from nl_models.training.checkpoint import (
     validation_loss,
 )
 from nl_models.training.config import FREE_ON_RESUME, TrainConfig, load_config
-from nl_models.training.console import Display, without_progress_bars
-from nl_models.training.distributed import choose_device, on_first, rank, run_mesh, summed
+from nl_models.training.console import Display
+from nl_models.training.distributed import choose_device, computes_in_bf16, on_first, rank, run_mesh, summed
 from nl_models.training.metrics import metrics_log, read_metrics, tracker
 from nl_models.training.optimizer import build_optimizer, learning_rate_at
-from nl_models.training.plots import plot_losses
 
 _PLOT_EVERY_SECONDS = 60.0
 
@@ -154,9 +154,14 @@ def only_process(folder: Path) -> Iterator[None]:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """What a run computes in: bf16 where ``precision`` says so, or is ``"auto"`` on CUDA."""
-    low = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
+    """What a run computes in."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_in_bf16(precision, device.type))
+
+
+def whole_windows(tokens: torch.Tensor) -> StreamBatch:
+    """Windows ``[B, T]`` without padding, each of which begins anew."""
+    rows, length = tokens.shape
+    return StreamBatch(tokens, torch.full((rows,), length), torch.ones(rows, dtype=torch.bool))
 
 
 class Trainer:
@@ -174,7 +179,7 @@ class Trainer:
     """
 
     def __init__(self, folder: Path, config: TrainConfig, model: PreTrainedModel, data: PreparedData) -> None:
-        self._mesh = run_mesh(config)
+        self.mesh = run_mesh(config)
         self.folder = Path(folder)
         self.checkpoints, self.metrics = self.folder / "checkpoints", self.folder / "metrics.jsonl"
         self.config = config
@@ -184,10 +189,10 @@ class Trainer:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.compile:
             self.model.compile()
-        self._parallel = ParallelModel(self.model, self.device, self._mesh, fsdp=config.fsdp)
+        self._parallel = ParallelModel(self.model, self.device, self.mesh, fsdp=config.fsdp)
         self.tokenizer = data.tokenizer
         length, batch_size, parts = config.sequence_length, config.batch_size, config.gradient_accumulation
-        share, place = batch_size // self._mesh.data, self._mesh.place(rank())
+        share, place = batch_size // self.mesh.data, self.mesh.place(rank())
         self._rows = slice(place * share, (place + 1) * share)
         self._carried = None
         if config.carry_state:
@@ -259,13 +264,16 @@ class Trainer:
                         f"ppl {record['perplexity']:.4g}"
                     )
                 if last or stopped or improved or self.step % config.checkpoint_every == 0:
-                    self._save(loss)
+                    saved = (self.model, self.tokenizer, self._optimizer, self._carried)
+                    save_checkpoint(self.checkpoints, self.step, *saved, validation_loss=loss)
+                    on_first(lambda: prune_checkpoints(self.checkpoints, keep=config.keep_checkpoints))
                 if last or stopped or time.monotonic() - plotted > _PLOT_EVERY_SECONDS:
                     if rank() == 0:
-                        self._plot()
+                        shown = {config.model: read_metrics(self.metrics)}
+                        plot_losses(shown, self.folder / "loss.png", title="Loss of the run")
                     plotted = time.monotonic()
         if self.step >= config.steps:
-            self._export()
+            on_first(self._export)
         return self.step
 
     def evaluate(self) -> dict[str, Any]:
@@ -276,14 +284,14 @@ class Trainer:
         total = 0.0
         with torch.no_grad():
             for rows in self._validation.split(self.config.batch_size):
-                share, place = -(-len(rows) // self._mesh.data), self._mesh.place(rank())
+                share, place = -(-len(rows) // self.mesh.data), self.mesh.place(rank())
                 own = rows[place * share : (place + 1) * share]
                 # All processes run the model equally often; one without a window of its own counts none.
                 with autocast(self.config.precision, self.device):
-                    loss = self._loss(own if len(own) else rows[:1], 1).item()
+                    loss = self._loss(whole_windows(own if len(own) else rows[:1]), 1).item()
                 total += loss if len(own) else 0.0
         self.model.train()
-        total = summed(total)[0] / self._mesh.heads
+        total = summed(total)[0] / self.mesh.heads
         loss = total / self._validation[:, 1:].numel()
         bits = total / math.log(2) / max(1, self._validation_bytes)
         figures = {"loss": loss, "bits_per_byte": bits, "perplexity": math.exp(min(loss, 700.0))}
@@ -291,29 +299,27 @@ class Trainer:
 
     def _train_step(self) -> dict:
         config = self.config
-        began = time.perf_counter()
+        began, before = time.perf_counter(), self._parallel.exchanged()
         self.model.train()
         rate = learning_rate_at(self.step, config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get("rate_share", 1.0)
         # Random numbers, too, are a function of the step.
-        place = rank() // self._mesh.heads  # ranks with other heads of the same tokens draw the same
+        place = rank() // self.mesh.heads  # ranks with other heads of the same tokens draw the same
         seed = np.random.SeedSequence([config.seed, self.step, place]).generate_state(1)
         torch.manual_seed(int(seed[0]))
         self._optimizer.zero_grad(set_to_none=True)
         parts = range(config.gradient_accumulation)
-        batches = [self._batches.batch(self.step * len(parts) + part) for part in parts]
+        batches = [self._batch(self.step * len(parts) + part) for part in parts]
         # Gradients are averaged over data ranks, so that each divides by its share of the targets.
-        if self._carried is None:
-            targets = sum(rows[:, 1:].numel() for rows in batches)
-        else:
-            targets = sum(int((batch.lengths - 1).sum()) for batch in batches)
-        share = targets / self._mesh.data
+        share = sum(int((batch.lengths - 1).sum()) for batch in batches) / self.mesh.data
         loss = sum(self._backward(part, batch, share) for part, batch in enumerate(batches))
         self._parallel.exchange_gradients()
         norm = clip_grad_norm_(self.model.parameters(), config.clip_norm)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        measured = summed(loss.item())[0] / (self._mesh.data * self._mesh.heads)
+        sent, waited = (now - then for now, then in zip(self._parallel.exchanged(), before))
+        measured, sent, waited = summed(loss.item(), sent, waited)
+        measured /= self.mesh.data * self.mesh.heads
         if not (math.isfinite(measured) and math.isfinite(norm)):
             raise DivergedError(
                 f"step {self.step + 1}: loss {measured}, gradient norm {norm}. Lower the learning rate or "
@@ -322,7 +328,7 @@ class Trainer:
         self._optimizer.step()
         self.step += 1
         seconds = time.perf_counter() - began
-        return {
+        record = {
             "kind": "train",
             **self._position(),
             "loss": measured,
@@ -330,71 +336,49 @@ class Trainer:
             "gradient_norm": norm,
             "tokens_per_second": round(config.tokens_per_step / seconds, 1),
         }
+        if self.mesh.sequence > 1:
+            record |= {"sent_bytes": int(sent), "waiting": round(waited / seconds / self.mesh.ranks, 3)}
+        return record
 
     def _position(self) -> dict[str, int]:
         return {"step": self.step, "tokens": self.step * self.config.tokens_per_step}
 
-    def _backward(self, part: int, batch: torch.Tensor | StreamBatch, targets: float) -> torch.Tensor:
+    def _batch(self, index: int) -> StreamBatch:
+        """The windows of all processes."""
+        batch = self._batches.batch(index)
+        return whole_windows(batch) if self._carried is None else batch
+
+    def _backward(self, part: int, batch: StreamBatch, targets: float) -> torch.Tensor:
         """Add a pass's gradients; returns its share of the loss."""
         waits = part < self.config.gradient_accumulation - 1
+        own = StreamBatch(*(x[self._rows] for x in batch))
         with contextlib.ExitStack() as stack:
             stack.enter_context(autocast(self.config.precision, self.device))
             if waits:
                 stack.enter_context(self._parallel.without_exchange())
-            if self._carried is None:
-                loss = self._loss(batch[self._rows], targets)
-            else:
-                own = StreamBatch(*(x[self._rows] for x in batch))
+            cache = None
+            if self._carried is not None:
                 mixed = bool(batch.begins.any()) and not bool(batch.begins.all())
                 cache = self._carried.before(part, own.begins.to(self.device), mixed=mixed)
-                loss = self._loss(own.tokens, targets, lengths=own.lengths, cache=cache)
+            loss = self._loss(own, targets, cache)
+            if self._carried is not None:
                 self._carried.after(part, cache)
             loss.backward()
         return loss.detach()
 
-    def _loss(
-        self,
-        tokens: torch.Tensor,
-        targets: float,
-        *,
-        lengths: torch.Tensor | None = None,
-        cache: HopeCache | None = None,
-    ) -> torch.Tensor:
-        """The summed loss of ``tokens [B, T]``, padding from ``lengths [B]`` on, divided by ``targets``."""
-        inputs = {"input_ids": tokens.to(self.device), "labels": tokens}
-        if lengths is not None and bool((lengths < tokens.shape[1]).any()):
-            real = torch.arange(tokens.shape[1]) < lengths[:, None]
-            inputs |= {"attention_mask": real.to(self.device), "labels": tokens.masked_fill(~real, -100)}
+    def _loss(self, batch: StreamBatch, targets: float, cache: HopeCache | None = None) -> torch.Tensor:
+        """The summed loss of what is real in a batch, divided by ``targets``."""
+        tokens, lengths, _ = batch
+        inputs = {"input_ids": tokens, "labels": tokens}
+        real = torch.arange(tokens.shape[1]) < lengths[:, None]
+        if not bool(real.all()):
+            inputs |= {"attention_mask": real, "labels": tokens.masked_fill(~real, -100)}
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         if cache is not None:
             inputs["cache"] = cache
-        inputs["labels"] = inputs["labels"].to(self.device)
         return self._parallel(**inputs, num_items_in_batch=targets)
-
-    def _save(self, loss: float | None) -> None:
-        save_checkpoint(
-            self.checkpoints, self.step, self.model, self._optimizer, self._carried, validation_loss=loss
-        )
-        on_first(lambda: prune_checkpoints(self.checkpoints, keep=self.config.keep_checkpoints))
-
-    def _plot(self) -> None:
-        plot_losses(
-            {self.config.model: read_metrics(self.metrics)}, self.folder / "loss.png", title="Loss of the run"
-        )
 
     def _export(self) -> None:
         """Write the model; what an earlier end of a run that was extended has left goes away."""
-        target = self.folder / "model"
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=whole)  # by all processes together
-        every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        tied = every - {name for name, _ in self.model.named_parameters()}
-
-        def write() -> None:
-            shutil.rmtree(target, ignore_errors=True)
-            with new_directory(target) as temporary:
-                with without_progress_bars():
-                    once = {name: value for name, value in weights.items() if name not in tied}
-                    self.model.save_pretrained(temporary, state_dict=once)
-                self.tokenizer.save(temporary)
-
-        on_first(write)
+        shutil.rmtree(self.folder / "model", ignore_errors=True)
+        export_model(list_checkpoints(self.checkpoints)[-1], self.folder / "model")

@@ -24,7 +24,11 @@ def metrics_log(path: Path, *, last_step: int) -> Iterator[Write]:
     kept = [record for record in read_metrics(path) if record["step"] <= last_step]
     write_bytes(path, "".join(_line(record) for record in kept).encode())
     with Path(path).open("a", encoding="utf-8", buffering=1) as file:
-        yield lambda record: file.write(_line(record))
+
+        def write(record: dict[str, Any]) -> None:
+            file.write(_line(record))
+
+        yield write
 
 
 @contextlib.contextmanager
@@ -36,6 +40,9 @@ def tracker(name: str, folder: Path) -> Iterator[Write]:
         folder: of the run, after which the tracker's project is named, and which has its files, if any.
     """
     kind = tracker_class(name)
+    from accelerate import PartialState
+
+    PartialState()  # without it accelerate's own logging, which trackers call, is an error
     made = kind("tracker", folder) if kind.requires_logging_directory else kind(folder.name)
     made.start()
 
@@ -49,7 +56,7 @@ def tracker(name: str, folder: Path) -> Iterator[Write]:
         made.finish()
 
 
-def tracker_class(name: str) -> type:
+def tracker_class(name: str) -> Any:
     """The class of one of accelerate's trackers.
 
     Raises:

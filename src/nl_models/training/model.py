@@ -7,15 +7,7 @@ from transformers import PreTrainedModel
 
 from nl_models.hope import HopeConfig, HopeForCausalLM
 from nl_models.hope.configuration_hope import RENAMED
-from nl_models.training.config import TrainConfig
-
-_LAYER_TYPES = {
-    "hope": "self_modifying_titans",
-    "titans": "titans",
-    "gated_delta_net": "gated_delta_net",
-    "attention": "full_attention",
-}
-
+from nl_models.training.config import MODELS, TrainConfig
 
 # A first run, of a minute or two on one core: a BPE, and the rate and initial weights of the demo's Hope.
 _FIRST_RUN = {
@@ -62,7 +54,7 @@ def hope_config(config: TrainConfig, vocab_size: int, separator_id: int) -> Hope
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
-        "layer_types": _LAYER_TYPES[config.model],
+        "layer_types": MODELS[config.model],
         # Documents end, and therefore begin, with the separator.
         "bos_token_id": separator_id,
         "eos_token_id": separator_id,
@@ -96,5 +88,5 @@ def levels_hardly_trained(model_config: HopeConfig, sequence_length: int) -> lis
     return [
         level.chunk_size
         for level in model_config.make_continuum_levels()
-        if level.steps and 3 * level.chunk_size > sequence_length
+        if level.chunk_size is not None and level.steps and 3 * level.chunk_size > sequence_length
     ]

@@ -41,19 +41,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
             is_head = id(parameter) in heads
             is_matrix = parameter.ndim <= 3 and _CONVOLUTION not in name.split(".") and not is_head
             (matrices if is_matrix else decayed).append((name, parameter))
-    betas = (config.beta1, config.beta2)
-    if config.optimizer == "adamw":
-        groups = [
-            {"params": matrices + decayed, "weight_decay": config.weight_decay},
-            {"params": free, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(_filled(groups), lr=config.learning_rate, betas=betas, fused=True)
     groups = [
         {"params": matrices, "rule": "matrix", "weight_decay": config.weight_decay},
         {"params": decayed, "rule": "adamw", "weight_decay": config.weight_decay},
         {"params": free, "rule": "adamw", "weight_decay": 0.0},
     ]
-    groups = _filled(groups)
+    groups = [group for group in groups if group["params"]]
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
     if config.optimizer == "delta_momentum":
         for group in groups:
             group["rate_share"] = 1 - config.beta1 if group["rule"] == "matrix" else 1.0
@@ -68,10 +64,6 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         )
     kind = {"muon": Muon, "m3": M3, "deep_momentum": DeepMomentum}[config.optimizer]
     return kind(groups, lr=config.learning_rate, adamw_betas=betas)
-
-
-def _filled(groups: list[dict[str, object]]) -> list[dict[str, object]]:
-    return [group for group in groups if group["params"]]
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,11 @@ def train_several(jobs: Sequence[Job], *, at_once: int, console: Console) -> dic
                 for future in done:
                     name, display = running.pop(future)
                     display.__exit__(None, None, None)
-                    seconds[name] = _result(name, future)
+                    try:
+                        seconds[name] = future.result()
+                    except BrokenProcessPool as error:
+                        early = f"{name}: its process, or one beside it, ended before its time"
+                        raise RuntimeError(early) from error
                 if stop.received is not None:
                     stopping.set()
         finally:
@@ -78,13 +82,6 @@ def train_several(jobs: Sequence[Job], *, at_once: int, console: Console) -> dic
     if stop.received is not None:
         raise KeyboardInterrupt
     return seconds
-
-
-def _result(name: str, future: Future) -> float:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(f"{name}: its process, or one beside it, ended before its time") from error
 
 
 def _begin(news: Any, stopping: Any) -> None:

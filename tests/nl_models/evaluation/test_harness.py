@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from nl_models import HopeConfig, HopeForCausalLM
-from nl_models.conversation import Sampling, begin_conversation
+from nl_models.conversation import begin_conversation
 from nl_models.data.tokenizer import ByteTokenizer
 from nl_models.evaluation.harness import run_tasks, tasks_table
 from nl_models.open_model import OpenedModel
+from nl_models.replies import Sampling
 
 ROWS = [
     {"question": "the quick brown", "choices": [" fox", " cat", " dog jumps"], "answer": 0},

@@ -9,8 +9,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import nl_models
 from nl_models import HopeCache, HopeConfig, HopeForCausalLM
+from nl_models.hope.baseline import parameter_count
 from nl_models.hope.configuration_hope import LAYER_TYPES
-from nl_models.training.baseline import parameter_count
 
 
 @pytest.mark.parametrize(

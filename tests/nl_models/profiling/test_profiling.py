@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from nl_models.profile import main, progress_printer
+from nl_models.profiling.flops import Moves
 from nl_models.profiling.measure import Measurement, Work, measure
 from nl_models.profiling.memory import PeakMemory
 from nl_models.profiling.process import OVER_TIME, measure_alone
@@ -61,6 +62,8 @@ def test_every_mode_gives_consistent_figures(mode, config):
     low, high = result.quartiles
     assert 0 < low <= result.seconds <= high
     assert result.flops_per_second == result.flops / result.seconds
+    assert result.bytes_per_second == result.moved.bytes / result.seconds
+    assert result.moved.calls > 10
 
 
 def test_the_state_of_attention_grows_and_the_recurrent_one_does_not():
@@ -132,7 +135,10 @@ def test_the_command_writes_table_plot_and_json(tmp_path):
     content = json.loads((tmp_path / "profile.json").read_text())
     assert set(content) == {"format", "machine", "settings", "measurements"}
     described = {"device", "platform", "python", "torch", "transformers", "nl_kernels"}
-    assert {*described, "matmul_flops_per_second"} == set(content["machine"])
+    ceilings = {"matmul_flops_per_second", "copy_bytes_per_second"}
+    assert described | ceilings == set(content["machine"])
+    for name in ("TFLOP/s", "GB/s", "calls", "large copy"):
+        assert name in result.output
     assert len(content["measurements"]) == 2 * (2 + 2 + 2)
     measurements, settings = load_profile(tmp_path / "profile.json")
     assert all(m.status == "ok" and math.isfinite(m.tokens_per_second) for m in measurements)
@@ -147,7 +153,19 @@ def test_lines_and_the_table_have_80_columns():
     """Of the demo's longest name, a million tokens and terabytes."""
     points = [
         Measurement(
-            "hope-attention", "training", 2**20, "ok", 1.0, 1234567.0, 2**37, 2**36, 5, 1, (0.9, 1.1), 10**15
+            "hope-attention",
+            "training",
+            2**20,
+            "ok",
+            1.0,
+            1234567.0,
+            2**37,
+            2**36,
+            5,
+            1,
+            (0.9, 1.1),
+            10**15,
+            Moves(10**12, 123456),
         ),
         Measurement("hope-attention", "training", 2**21, OVER_TIME),
         Measurement("hope-attention", "training", 2**22, "left out: a shorter context failed"),
@@ -157,7 +175,7 @@ def test_lines_and_the_table_have_80_columns():
     console = Console(file=out, width=80)
     for number, point in enumerate(points):
         progress_printer(console)(number, 100, point)
-    console.print(profile_table(points, 2e15))
+    console.print(profile_table(points, 2e15, 4e12))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert "[0/100] hope-attention training 1,048,576: 1,234,567 tokens/s, 131,072.0 MiB" in lines

@@ -13,15 +13,15 @@ from nl_kernels import delta_memory, newton_schulz
 from nl_models import HopeConfig
 from nl_models.data.tokenizer import ByteTokenizer
 from nl_models.layers import ContinuumMemory, LevelConfig, SelfModifyingTitans, Titans
+from nl_models.plots import model_looks
 from nl_models.profile import main
 from nl_models.profiling.choose import Sizes, choose_sources
-from nl_models.profiling.flops import count_flops, matmul_ceiling
+from nl_models.profiling.flops import copy_ceiling, count_flops, count_moves, matmul_ceiling
 from nl_models.profiling.measure import Measurement, Work, measure
 from nl_models.profiling.report import find_crossings
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.profiling.subjects import LAYERS, ConfiguredModel, LayerAlone, SavedModel, count_parameters
 from nl_models.surgery import convert_mlp_to_continuum
-from nl_models.training.plots import model_looks
 from tools.op_inputs import delta_memory_inputs
 
 CPU = torch.device("cpu")
@@ -237,3 +237,30 @@ def test_a_model_looks_the_same_in_every_picture():
 
 def test_the_ceiling_is_that_of_this_machine():
     assert 1e8 < matmul_ceiling("cpu", "fp32", 1) < 1e15
+    assert 1e8 < copy_ceiling("cpu", 1) < 1e13
+
+
+def test_bytes_moved_are_what_operators_read_and_write():
+    a, b, table = torch.randn(8, 16), torch.randn(16, 4), torch.randn(1000, 16)
+
+    def moved(action):
+        return count_moves(action, torch.device("cpu"))
+
+    assert moved(lambda: a @ b) == (4 * (8 * 16 + 16 * 4 + 8 * 4), 1)
+    assert moved(lambda: a.t().reshape(-1)[2:]) == (2 * 4 * 8 * 16, 1)  # the copy alone
+    assert moved(lambda: a.t()[0].view(8)) == (0, 0)
+    assert moved(lambda: a.add_(a)) == (3 * 4 * 8 * 16, 1)
+    assert moved(lambda: torch.empty(100)) == (0, 0)
+    assert moved(lambda: a[:1].expand(8, 16) + a) == (3 * 4 * 8 * 16, 1)  # bounded by what there is
+    picked = moved(lambda: torch.nn.functional.embedding(torch.tensor([3]), table))
+    assert picked.bytes < 8 * 4 * 16  # not the table
+
+
+def test_bytes_and_calls_are_those_inside_of_this_packages_operators():
+    """The chunks of a memory are products of PyTorch: more of them move more."""
+    subject = LayerAlone("titans", hidden_size=16, heads=2).build(torch.device("cpu"), torch.float32)
+    short, long = (
+        count_moves(lambda n=n: subject.loss(subject.inputs(1, n)), torch.device("cpu")) for n in (64, 256)
+    )
+    assert long.bytes > 3 * short.bytes
+    assert long.calls > short.calls

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from nl_models.data.prepare import prepare_data
 from nl_models.parallel.mesh import Mesh
+from nl_models.parallel.plan import messages
 from nl_models.processes import fork_server
 from nl_models.training.config import TrainConfig
 from nl_models.training.console import Display
@@ -135,6 +136,11 @@ def test_ranks_that_share_windows_or_heads_train_as_one_process(model, sharing, 
     on(2, tmp_path, *((tmp_path / kind, mesh, 3) for kind, mesh in two.items()))
     on(4, tmp_path, *((tmp_path / kind, mesh) for kind, mesh in four.items()))
     on(4, tmp_path, *((tmp_path / f"{kind} first", mesh, 3) for kind, mesh in four.items()))
+    model = build_model(config, 257, 256)
+    for run, data in (("sequence", 2), ("sequence first", 2)):
+        last = [r for r in read_metrics(tmp_path / run / "metrics.jsonl") if r["kind"] == "train"][-1]
+        assert last["sent_bytes"] == 2 * data * sum(messages(model, 4 // data, [8, 8]))  # of two passes
+        assert 0 < last["waiting"] < 1
     for kind in meshes:
         train(tmp_path / f"{kind} first", config)
         for run in (kind, f"{kind} first"):
@@ -208,8 +214,10 @@ def test_the_command_under_torchrun(corpus, tmp_path):
     for mesh in ("sequence=2", "heads=2"):
         more = ["--output", tmp_path / "run", "--resume", "--no-fsdp", "--mesh", mesh]
         done = launch(*more, "--steps", {"sequence=2": 4, "heads=2": 5}[mesh], fresh=False)
-        error = done.communicate()[1]
+        output, error = done.communicate()
         assert done.returncode == 0, error
+        states = re.search(r"states +(.+) a step \(formula: (.+?)\), waiting \d+% of it", output)
+        assert states is None if mesh == "heads=2" else states[1] == states[2]
     assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 3, 4, 4, 5, 5]
     refused = launch(*options, "--output", tmp_path / "odd", "--batch-size", 3)
     error = " ".join(refused.communicate()[1].split())

@@ -111,6 +111,22 @@ def test_a_stopped_run_saves_its_last_step(uninterrupted, tmp_path, config, make
     assert curve(folder) == uninterrupted
 
 
+def test_tensorboard_has_every_figure_that_the_log_has(tmp_path, config, make_trainer):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = dataclasses.replace(config, track="tensorboard", steps=4)
+    trainer = make_trainer(tmp_path / "run", config)
+    run(trainer, StopAt(3, trainer))
+    trainer = make_trainer(tmp_path / "run", config)
+    trainer.resume()
+    run(trainer)
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tracker")).Reload()
+    for record in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        for name, value in record.items():
+            if name != "kind":
+                found = {event.step: event.value for event in events.Scalars(f"{record['kind']}/{name}")}
+                assert found[record["step"]] == pytest.approx(value, rel=1e-6), name
+
+
 def test_gradient_accumulation_equals_a_larger_batch(tmp_path, config, make_trainer, monkeypatch):
     config = dataclasses.replace(config, steps=3)
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, **_: x)

@@ -34,10 +34,12 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("has_files", [True, False])
 def test_a_tracker_is_given_the_figures_of_every_record(has_files, tmp_path, monkeypatch):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.PartialState._reset_state()  # as in a process that has only begun
     calls = []
 
     class Recorder:
-        """As accelerate's trackers are."""
+        """As accelerate's trackers are, most of which say in its log what they do."""
 
         requires_logging_directory = has_files
 
@@ -46,6 +48,7 @@ def test_a_tracker_is_given_the_figures_of_every_record(has_files, tmp_path, mon
 
         def start(self):
             calls.append("start")
+            accelerate.logging.get_logger(__name__).debug("started")
 
         def log(self, values, step):
             calls.append((values, step))

@@ -31,13 +31,7 @@ _LOOKS = {
 # Of what has no name here: Tol's muted palette, none of which looks like one of these.
 _OTHERS = [
     {"color": color, "marker": marker}
-    for color, marker in (
-        ("#882255", "x"),
-        ("#332288", "*"),
-        ("#999933", "<"),
-        ("#AA4499", ">"),
-        ("#888888", "+"),
-    )
+    for color, marker in zip(("#882255", "#332288", "#999933", "#AA4499", "#888888"), "x*<>+")
 ]
 _LAYERS = {"self-modifying-titans": "hope", "attention": "hope-attention", "mlp": "transformer"}
 
@@ -81,39 +75,31 @@ def plot_losses(runs: Mapping[str, Sequence[Mapping]], path: Path, *, title: str
         title: above the plot.
     """
     figure, (axis,) = new_figure()
-    validation_losses = []
-    smoothed_losses = []
+    shown: list[float] = []
     for (name, look), records in zip(model_looks(runs).items(), runs.values(), strict=True):
-        train = [record for record in records if record["kind"] == "train"]
-        validation = [record for record in records if record["kind"] == "validation"]
-        if train:
-            tokens = np.array([record["tokens"] for record in train], dtype=float)
-            losses = np.array([record["loss"] for record in train])
-            smooth = _moving_average(losses, max(1, len(losses) // 40))
-            smoothed_losses += list(smooth)
-            label = None if validation else name
-            axis.plot(tokens, smooth, color=look["color"], linewidth=1.0, alpha=0.5, label=label)
-        if validation:
-            tokens = np.array([record["tokens"] for record in validation], dtype=float)
-            losses = np.array([record["loss"] for record in validation])
-            validation_losses += list(losses)
-            axis.plot(
-                tokens, losses, **look, markersize=4.5, linewidth=1.6,
-                label=f"{name} ({losses[-1]:.3f})",
-            )  # fmt: skip
+        seen = {}
+        for kind in ("train", "validation"):
+            chosen = [record for record in records if record["kind"] == kind]
+            seen[kind] = [np.array([r[key] for r in chosen], dtype=float) for key in ("tokens", "loss")]
+        (tokens, losses), (evaluated, validation) = seen["train"], seen["validation"]
+        smooth = _moving_average(losses, max(1, len(losses) // 40))
+        shown += [*smooth, *validation]
+        label = None if len(validation) else name
+        axis.plot(tokens, smooth, color=look["color"], linewidth=1.0, alpha=0.5, label=label)
+        if len(validation):
+            label = f"{name} ({validation[-1]:.3f})"
+            axis.plot(evaluated, validation, **look, markersize=4.5, linewidth=1.6, label=label)
     axis.set_title(title, loc="left", fontsize=11)
     axis.set_xlabel("training tokens")
     axis.set_ylabel("loss (nats per token)")
     axis.xaxis.set_major_formatter(compact_number)
-    everything = validation_losses + smoothed_losses
-    if everything:
+    if shown:
         # The first steps fall from ln(vocabulary) at once; they would flatten the rest.
-        low, high = min(everything), float(np.quantile(everything, 0.95))
+        low, high = min(shown), float(np.quantile(shown, 0.95))
         margin = 0.06 * max(high - low, 1e-3)
         axis.set_ylim(low - margin, high + margin)
-        axis.legend(
-            title="validation: markers (last); training: thin", title_fontsize=8, fontsize=9, frameon=False
-        )
+        legend = "validation: markers (last); training: thin"
+        axis.legend(title=legend, title_fontsize=8, fontsize=9, frameon=False)
     return save_figure(figure, path)
 
 
@@ -136,7 +122,6 @@ def context_label(value: float, _position: object = None) -> str:
 
 def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
     """Mean over the last ``width`` values (fewer at the start)."""
-    total = np.cumsum(np.concatenate([[0.0], values]))
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(0, end - width)
-    return (total[end] - total[start]) / (end - start)
+    total = np.cumsum(np.concatenate([np.zeros(width), values]))
+    counts = np.minimum(np.arange(len(values)) + 1, width)
+    return (total[width:] - total[: len(values)]) / counts
