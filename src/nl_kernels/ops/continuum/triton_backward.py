@@ -100,7 +100,10 @@ def token_sum_kernel(
         acc += tl.load(out + at, mask=inside, other=0.0)
     for start in range(0, rows, BLOCK_K):
         token = start + tl.arange(0, BLOCK_K).to(tl.int64)
+        # The left operand is read as it lies. Weighted it would be one in registers, and compilers for Hopper
+        # write those of a loop's next round while the products of this one run.
         left = load_operand(signal, row, token, OUT, rows, OUT, True)
+        right = load_operand(inputs, token, column, rows, IN, IN, False)
         if rates is not None:
             weight = tl.load(rates + batch * rows + token, mask=token < rows, other=0.0).to(tl.float32)
             if squares is not None:
@@ -109,8 +112,7 @@ def token_sum_kernel(
                 there = (tile < TILES)[:, None] & (token < rows)[None, :]
                 length = tl.sqrt(tl.sum(tl.load(squares + part, mask=there, other=0.0), 0))
                 weight *= longest / tl.maximum(length, longest)
-            left = left.to(tl.float32) * weight[None, :]
-        right = load_operand(inputs, token, column, rows, IN, IN, False)
+            right = right.to(tl.float32) * weight[:, None]
         acc = add_product(acc, left, right, PRECISION)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
