@@ -171,10 +171,11 @@ def add_sum_calls(
         (batches, rows, into), out = inputs.shape, signal.shape[2]
         # AMD spills turned tiles of 128 × 128
         tiles = plan.tiles(out, into, rows, held=2 if plan.architecture.startswith("gfx") else 1)
-        # What weighs the tokens is in the pipeline too: with three steps 113 KiB.
-        if TARGETS[plan.architecture].shared_memory < 128 * 1024:
-            tiles = tiles._replace(stages=2)
         constants = {"OUT": out, "IN": into, **square_tiles(squares, "TILES"), "ADDS": adds}
+        # What weighs the tokens is in the pipeline too: three steps take 113 KiB of hidden layers of 8,192,
+        # and of 16,384 more than sm_80 has.
+        if TARGETS[plan.architecture].shared_memory < 128 * 1024 or constants["BLOCK_TILES"] > 64:
+            tiles = tiles._replace(stages=2)
         arguments = {"signal": signal, "inputs": inputs, "rates": rates, "squares": squares, "out": total}
         longest = (error_bound or 0.0) * out**0.5
         shape = batches, out, into
