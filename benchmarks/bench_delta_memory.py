@@ -29,13 +29,14 @@ COMPILED_LIMIT = 2048  # every chunk is unrolled: compiling takes minutes on a C
 
 
 def inputs_of(case: Case, device: torch.device) -> dict[str, Tensor]:
-    """Inputs as a trained layer would produce them, without states."""
+    """Inputs as a trained layer would produce them, without states. ``Hk``: heads of queries and keys."""
     sizes = case.shape
     return delta_memory_inputs(
         sizes["B"],
         sizes["T"],
         sizes["H"],
         sizes["D"],
+        key_heads=sizes.get("Hk"),
         momentum=bool(sizes.get("momentum")),
         dtype=case.dtype,
         device=device,
@@ -46,13 +47,16 @@ def inputs_of(case: Case, device: torch.device) -> dict[str, Tensor]:
 def training_providers(case: Case, device: torch.device) -> Factories:
     """Forward and backward of the op itself, no projections on either side."""
 
-    def ours(impl: str | None, role: str) -> Provider:
+    def ours(impl: str | None, role: str, copies: int = 1) -> Provider:
         inputs = {name: x for name, x in inputs_of(case, device).items() if x is not None}
         cotangent = random_tensors(1, {"o": tuple(inputs["v"].shape)}, device, case.dtype)["o"]
-        run = forward_backward(
-            lambda: delta_memory(**inputs, chunk_size=CHUNK, impl=impl)[0], list(inputs.values()), cotangent
-        )
-        return Provider(run, role=role, comparable=True)
+
+        def forward() -> Tensor:
+            copied = {name: inputs[name].repeat_interleave(copies, 2) for name in ("q", "k") if copies > 1}
+            return delta_memory(**inputs | copied, chunk_size=CHUNK, impl=impl)[0]
+
+        run = forward_backward(forward, list(inputs.values()), cotangent)
+        return Provider(run, role=role, comparable=True, headline=copies == 1)
 
     def fla() -> Provider:
         inputs = inputs_of(case, device)
@@ -88,6 +92,9 @@ def training_providers(case: Case, device: torch.device) -> Factories:
         factories["flash-linear-attention"] = fla
     elif case.shape["T"] <= REFERENCE_LIMIT:
         factories["nl_kernels reference"] = lambda: ours("reference", "variant")
+    if "Hk" in case.shape:
+        group = case.shape["H"] // case.shape["Hk"]
+        factories["nl_kernels, keys copied"] = lambda: ours(None, "variant", group)
     factories["attention"] = lambda: causal_attention(case, device)
     return factories
 
@@ -103,7 +110,7 @@ def training_work(sizes: dict[str, int], element_size: int) -> Work:
     """The products of the chunk form (forward; twice as many backward), and every input and gradient once."""
     tokens, width = sizes["B"] * sizes["T"] * sizes["H"], sizes["D"]
     forward = 2 * CHUNK * 3.5 * width + 6 * width * width
-    elements = 4 * width + 2
+    elements = 2 * width * (1 + sizes.get("Hk", sizes["H"]) / sizes["H"]) + 2
     return Work(3 * tokens * forward, tokens * element_size * 3 * elements)
 
 
@@ -152,6 +159,7 @@ CASES = [
         for tokens in (512, 1024, 2048, 4096)
     ),
     training_case(torch.float32, "cpu", B=1, T=2048, H=4, D=64, momentum=1),
+    training_case(torch.float32, "cpu", B=1, T=2048, H=4, D=64, Hk=2),
     *(
         training_case(
             torch.bfloat16, "cuda", quick=tokens == 2048, B=32768 // tokens, T=tokens, H=16, D=width
@@ -159,6 +167,7 @@ CASES = [
         for width in (64, 128)
         for tokens in (2048, 8192, 32768)
     ),
+    training_case(torch.bfloat16, "cuda", B=4, T=8192, H=32, D=128, Hk=16),
     Case(
         op="delta_memory",
         name="decode",

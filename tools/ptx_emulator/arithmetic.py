@@ -108,14 +108,15 @@ def extract(a, position, length):
 
 def permute(a, b, selectors):
     """Bytes of the eight of ``a`` and ``b`` by four selectors; by a selector's top bit, the byte's sign."""
-    a, b, selectors = np.broadcast_arrays(a, b, selectors)
-    eight = np.stack([part(x, i, 1) for x in (a, b) for i in range(4)], axis=-1)
-    chosen = []
+    eight = np.asarray(a).astype(np.uint64) | np.asarray(b).astype(np.uint64) << np.uint64(32)
+    chosen = np.uint64(0)
     for i in range(4):
-        selector = ((selectors >> np.uint32(4 * i)) & np.uint32(15)).astype(np.int64)
-        byte = np.take_along_axis(eight, (selector & 7)[:, None], axis=-1)[:, 0]
-        chosen.append(np.where(selector & 8, np.where(byte & 128, 255, 0), byte).astype(np.uint8))
-    return join(chosen)
+        selector = np.asarray(selectors).astype(np.uint64) >> np.uint64(4 * i) & np.uint64(15)
+        byte = eight >> np.uint64(8) * (selector & np.uint64(7)) & np.uint64(255)
+        if np.any(selector & np.uint64(8)):
+            byte = np.where(selector & np.uint64(8), (byte >> np.uint64(7)) * np.uint64(255), byte)
+        chosen = chosen | byte << np.uint64(8 * i)
+    return chosen.astype(np.uint32)
 
 
 def to_integer(x, dtype, mode):

@@ -56,11 +56,8 @@ class Listing:
             places.append(self.targets[at])
         return [place for place in places if place < len(self.lines)]
 
-    def walk(self, start, step, loops=True):
-        """``step(line, state)`` along every path, each (place, state) once; it returns the state after.
-
-        Without ``loops`` paths only go forward.
-        """
+    def walk(self, start, step):
+        """``step(line, state)`` along every path, each (place, state) once; it returns the state after."""
         todo, seen = [(0, start)], set()
         while todo:
             at, state = todo.pop()
@@ -68,7 +65,7 @@ class Listing:
                 continue
             seen.add((at, state))
             after = step(self.lines[at], state)
-            todo += [(place, after) for place in self.following(at) if loops or place > at]
+            todo += [(place, after) for place in self.following(at)]
 
 
 def opcode_of(line):
@@ -101,7 +98,7 @@ def written(line):
     return {int(first[1]) + i for i in range(count)}
 
 
-def operands_overwritten(text, loops=True):
+def operands_overwritten(text):
     """Instructions that write an operand of a product before it is waited for."""
     found = set()
 
@@ -122,7 +119,7 @@ def operands_overwritten(text, loops=True):
                 pending = frozenset((register, min(age + 1, MOST_GROUPS)) for register, age in pending)
         return pending
 
-    Listing(text).walk(frozenset(), step, loops)
+    Listing(text).walk(frozenset(), step)
     return sorted(found)
 
 

@@ -203,3 +203,19 @@ def test_rounding_of_bf16_is_that_of_pytorch():
     found = torch.from_numpy(from_bf16(to_bf16(x.numpy())))
     assert torch.equal(found, x.bfloat16().float())
     assert np.isnan(from_bf16(to_bf16(np.float32("nan"))))
+
+
+@pytest.mark.parametrize("selectors", [0x5410, 0x7632, 0x0123, 0xC8F4])
+def test_bytes_of_two_registers(selectors):
+    from tools.ptx_emulator.arithmetic import permute
+
+    a, b = np.random.default_rng(0).integers(0, 2**32, (2, 32), dtype=np.uint32)
+    eight = np.stack([a, b], 1).view(np.uint8).reshape(32, 8)
+    signed = [np.where(eight[:, s & 7] > 127, 255, 0) if s & 8 else eight[:, s] for s in nibbles(selectors)]
+    expected = np.stack(signed, 1).astype(np.uint8).view(np.uint32)[:, 0]
+    assert np.array_equal(permute(a, b, np.uint32(selectors)), expected)
+    assert np.array_equal(permute(a, b, np.full(32, selectors, np.uint32)), expected)
+
+
+def nibbles(number):
+    return [number >> 4 * i & 15 for i in range(4)]

@@ -85,7 +85,8 @@ class Shape(NamedTuple):
     LAST_KEPT: int
 
 
-def compiled_of(shape: Shape, rule: dict[str, Any], *, backward: bool) -> tuple:
+@functools.lru_cache(maxsize=512)
+def compiled_of(shape: Shape, rule: tuple[tuple[str, Any], ...], *, backward: bool) -> tuple:
     """All that a kernel is compiled for, its ``BANK``: sizes, rule, and where its scratch memory has what.
 
     ``rule`` is what of a :class:`~nl_kernels.memory_rule.MemoryRule` and of a call the kernels depend on.
@@ -95,6 +96,7 @@ def compiled_of(shape: Shape, rule: dict[str, Any], *, backward: bool) -> tuple:
     all are of the backward pass: ω, gradients, matrices of pairs of tokens, shares of the blocks.
     There is room for numbers of fp32. ``SIZE``: of all.
     """
+    rule = dict(rule)
     memories, copies, chunk = shape.BLOCKS // shape.PER, 9 if backward else 6, shape.BLOCK_C
     outputs = 2 * memories * shape.BLOCK_V * chunk
     hidden = 2 * memories * shape.BLOCK_H * chunk if shape.HIDDEN else 0

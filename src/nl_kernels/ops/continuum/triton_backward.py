@@ -100,7 +100,10 @@ def token_sum_kernel(
         acc += tl.load(out + at, mask=inside, other=0.0)
     for start in range(0, rows, BLOCK_K):
         token = start + tl.arange(0, BLOCK_K).to(tl.int64)
+        # The left operand is read as it lies. Weighted it would be one in registers, and compilers for Hopper
+        # write those of a loop's next round while the products of this one run.
         left = load_operand(signal, row, token, OUT, rows, OUT, True)
+        right = load_operand(inputs, token, column, rows, IN, IN, False)
         if rates is not None:
             weight = tl.load(rates + batch * rows + token, mask=token < rows, other=0.0).to(tl.float32)
             if squares is not None:
@@ -109,8 +112,7 @@ def token_sum_kernel(
                 there = (tile < TILES)[:, None] & (token < rows)[None, :]
                 length = tl.sqrt(tl.sum(tl.load(squares + part, mask=there, other=0.0), 0))
                 weight *= longest / tl.maximum(length, longest)
-            left = left.to(tl.float32) * weight[None, :]
-        right = load_operand(inputs, token, column, rows, IN, IN, False)
+            right = right.to(tl.float32) * weight[:, None]
         acc = add_product(acc, left, right, PRECISION)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
@@ -169,10 +171,11 @@ def add_sum_calls(
         (batches, rows, into), out = inputs.shape, signal.shape[2]
         # AMD spills turned tiles of 128 × 128
         tiles = plan.tiles(out, into, rows, held=2 if plan.architecture.startswith("gfx") else 1)
-        # What weighs the tokens is in the pipeline too: with three steps 113 KiB.
-        if TARGETS[plan.architecture].shared_memory < 128 * 1024:
-            tiles = tiles._replace(stages=2)
         constants = {"OUT": out, "IN": into, **square_tiles(squares, "TILES"), "ADDS": adds}
+        # What weighs the tokens is in the pipeline too: three steps take 113 KiB of hidden layers of 8,192,
+        # and of 16,384 more than sm_80 has.
+        if TARGETS[plan.architecture].shared_memory < 128 * 1024 or constants["BLOCK_TILES"] > 64:
+            tiles = tiles._replace(stages=2)
         arguments = {"signal": signal, "inputs": inputs, "rates": rates, "squares": squares, "out": total}
         longest = (error_bound or 0.0) * out**0.5
         shape = batches, out, into

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ class ChunkPlan:
     sequences: int
     segments: int
 
-    @property
+    @functools.cached_property
     def precision(self) -> Precision:
         return precision_of(self.dtype, self.architecture)
 
@@ -178,8 +179,8 @@ class ChunkPlan:
         self, kernel: Any, arguments: dict[str, torch.Tensor | float | None], **options: Any
     ) -> KernelCall:
         """The call of ``kernel``: what it takes of ``arguments``; for the options see :func:`_launch`."""
-        names, *launch = _launch(self, kernel, **options)
-        return KernelCall(kernel, launch[0], {name: arguments[name] for name in names}, *launch[1:])
+        names, grid, *launch = _launch(self, kernel, **options)
+        return KernelCall(kernel, grid, dict(zip(names, itemgetter(*names)(arguments))), *launch)
 
 
 @functools.lru_cache(maxsize=4096)

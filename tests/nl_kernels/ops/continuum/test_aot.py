@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from nl_kernels.ops.continuum import launch
+from nl_kernels.ops.continuum.triton_chunk import plan_chunk
 from nl_kernels.triton_support.targets import TARGETS
 from tools.ahead_of_time import compile_call
 from tools.catalogue.continuum import catalogue
+from tools.catalogue.entry import unallocated
 from tools.kernel_resources import resources_of
 
 pytestmark = pytest.mark.aot
@@ -66,6 +68,19 @@ def test_a_chunk_that_is_read_and_learned(architecture, part):
     found = resources_of(compile_call(entry.call, architecture))
     assert found.spill_bytes == 0
     assert set(found.tensor_core) == {KINDS[architecture]}
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_what_weighs_tokens_of_the_widest_hidden_layer_fits(architecture):
+    width, hidden, bf16 = 4096, launch.MAX_WIDTH, torch.bfloat16
+    x, value = (unallocated(*shape, dtype=bf16) for shape in ((8, 64, width), (width, width)))
+    up, down = (unallocated(8, *shape, dtype=bf16) for shape in ((hidden, width), (width, hidden)))
+    rates = unallocated(8, 64)
+    calls, _ = plan_chunk(x, x, value, up, down, None, rates, 1.0, True, architecture=architecture)
+    for call in calls[3:]:
+        found = resources_of(compile_call(call, architecture))
+        assert found.shared_bytes <= TARGETS[architecture].shared_memory
+        assert found.spill_bytes == 0
 
 
 @pytest.mark.slow
