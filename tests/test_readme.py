@@ -134,7 +134,7 @@ def test_every_page_with_code_is_run():
 
 @pytest.fixture
 def default_device():
-    """What a page sets for its process ends with the page: no graph is compiled whole under a default device."""
+    """What a page sets for its process ends with it: under a default device no graph is compiled whole."""
     yield
     torch.set_default_device(None)
 
