@@ -86,17 +86,15 @@ class Shape(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def compiled_of(shape: Shape, rule: tuple[tuple[str, Any], ...], *, backward: bool) -> tuple:
+def compiled_of(shape: Shape, *, backward: bool, **rule: Any) -> tuple:
     """All that a kernel is compiled for, its ``BANK``: sizes, rule, and where its scratch memory has what.
 
     ``rule`` is what of a :class:`~nl_kernels.memory_rule.MemoryRule` and of a call the kernels depend on.
     ``FIRST`` and ``LAST`` are copies of the layers' weights (:mod:`.learn`). Tokens lie in both forms of
     :func:`~.fragments.put_rows`, one matrix, or one for each memory: of ``INPUTS`` three, and ``KEY`` has all
     that memories make, ``VALUE`` its second matrix; ``EXACT`` has the same before rounding. From ``OMEGA`` on
-    all are of the backward pass: ω, gradients, matrices of pairs of tokens, shares of the blocks.
-    There is room for numbers of fp32. ``SIZE``: of all.
+    all are of the backward pass: ω, gradients, pairs of tokens, blocks' shares. ``SIZE``: of all, in fp32.
     """
-    rule = dict(rule)
     memories, copies, chunk = shape.BLOCKS // shape.PER, 9 if backward else 6, shape.BLOCK_C
     outputs = 2 * memories * shape.BLOCK_V * chunk
     hidden = 2 * memories * shape.BLOCK_H * chunk if shape.HIDDEN else 0

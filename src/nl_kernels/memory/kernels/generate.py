@@ -106,8 +106,7 @@ def given_tokens(tokens, place, scratch, BANK: tl.constexpr):
 
 @triton.jit
 def serve(scratch, first_base, last_base, BANK: tl.constexpr):
-    """f(x) [B, rows, C] of the memories that make keys, values and gates, and their hidden layer or
-    ``()``."""
+    """f(x) [B, rows, C] of the memories that make keys, values and gates, and their hidden layer or ()."""
     inputs = operands_at(scratch + BANK.INPUTS, BANK)
     ROWS: tl.constexpr = BANK.BLOCK_V // BANK.PER
     made = zeros_of(ROWS, BANK)
@@ -144,7 +143,8 @@ def take_inputs(tokens, place, scratch, BANK: tl.constexpr):
     x = load_tokens(tokens.gate, place, BANK.KEY_DIM, BANK.BLOCK_K)
     put_tokens(inputs + 2 * SIZE, rounded(x, BANK), BANK.BLOCK_K, BANK)
     x = load_tokens(tokens.query, place, BANK.KEY_DIM, BANK.BLOCK_K)
-    scale = tl.rsqrt(tl.sum(x * x, 1) + _NORM_EPS)
+    # The condition keeps squares out of fused additions, which would make lanes differ in a last bit.
+    scale = tl.rsqrt(tl.sum(tl.where(x != 0, x * x, 0.0), 1) + _NORM_EPS)
     x = rounded(x * scale[:, None], BANK)
     put_tokens(operands_at(scratch + BANK.QUERY, BANK), x, BANK.BLOCK_K, BANK)
     tl.store(vectors_at(scratch, QUERY_SCALE, BANK), scale)

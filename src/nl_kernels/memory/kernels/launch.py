@@ -248,7 +248,7 @@ class Plan:
     def call(self, kernel: Any, shape: Shape, arguments: dict[str, Any], *, backward: bool) -> KernelCall:
         """The call of ``kernel``, one program a head."""
         tokens, options = self.inputs.tokens, self.options
-        compiled = compiled_of(shape, tuple(self.rule.items()), backward=backward)
+        compiled = compiled_of(shape, backward=backward, **self.rule)
         scratch = self.inputs.running.last.new_empty(self.heads, compiled.SIZE)
         return KernelCall(
             kernel=kernel,
