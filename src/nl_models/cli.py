@@ -134,7 +134,7 @@ def chat(
         remembered = memory is not None and memory.exists()
         opened = _open(model, device, threads)
         conversation = begin_conversation(opened, memory, rate or (), allow_other_model=allow_other_model)
-        without = begin_conversation(opened, None)
+        compared = [] if memory is None else [conversation, begin_conversation(opened, None)]
         if stop is None:
             stop = "" if has_chat_template(opened.tokenizer) else "\n"
         sampling = sampling._replace(stop=stop.replace(r"\n", "\n") or None)
@@ -144,9 +144,7 @@ def chat(
             console.print(f"[dim]an empty line ends it{kept}[/]", highlight=False, soft_wrap=True)
         with contextlib.suppress(KeyboardInterrupt):  # what was said up to the last reply is kept
             for line in _lines():
-                losses = (
-                    [] if memory is None else [each.loss(f"{line}\n") for each in (conversation, without)]
-                )
+                losses = [each.loss(f"{line}\n") for each in compared]
                 conversation.reply(line, sampling, _show, message=True)
                 typer.echo()
                 conversation.save()

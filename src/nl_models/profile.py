@@ -198,7 +198,6 @@ def main(
 def _planned(preset: str, batch: int, length: int, precision: str) -> Table:
     """What a training step takes without and with activation checkpointing of every block."""
     config = HopeConfig.preset(preset)
-    _precision(precision)
     plans = {
         name: plan_training_step(
             config, batch=batch, length=length, precision=precision, block_checkpoints=checkpoints
