@@ -213,3 +213,7 @@ def test_links_and_paths_lead_somewhere(page):
     named = re.findall(r"`((?:src|tests|benchmarks|docs|examples|nl_kernels|nl_models)/[\w./-]+)`", text)
     paths = [path for path in named if "OP" not in path]
     assert not [path for path in paths if not ((ROOT / path).exists() or (ROOT / "src" / path).exists())]
+
+
+def test_the_readme_is_short():
+    assert README.read_text(encoding="utf-8").count("\n") <= 110
