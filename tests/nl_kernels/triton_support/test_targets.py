@@ -38,7 +38,7 @@ def test_a_gpu_without_the_products_is_refused(monkeypatch):
 # Those with the largest tiles.
 CALLS = {
     "newton_schulz": (planned.newton_schulz_calls, (24, 1024, 4096), slice(1, 3)),
-    "continuum": (planned.continuum_calls, (8, 64, 1024, 4096), slice(10, 11)),
+    "continuum": (planned.continuum_calls, (8, 64, 1024, 16_384), slice(10, 11)),
 }
 
 
