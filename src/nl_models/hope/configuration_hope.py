@@ -333,8 +333,15 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         check_chunk_sizes([level.chunk_size for level in levels], "continuum_levels")
 
 
-_OLDER_LEVELS = {"max_rate": 1.0, "initial_rate": 0.5, "initial_retention": 1.0, "predict_next": False}
-"""What was so, and not in files, before levels had a retention, and before they predicted what comes next."""
+_OLDER_LEVELS = {
+    "max_rate": 1.0,
+    "initial_rate": 0.5,
+    "initial_retention": 1.0,
+    "max_retention": 0.9,
+    "error_bound": 1.0,
+    "predict_next": False,
+}
+"""What was so, and not in files, before levels had a retention, predicted what comes next, remembered longer."""
 
 
 def _filled_in(levels: list[dict], options: dict) -> list[dict]:

@@ -31,7 +31,8 @@ class LevelConfig:
         rule: ``"sgd"``, ``"dgd"``, ``"momentum"`` or ``"muon"``; see :func:`nl_kernels.continuum_update`.
         max_rate: the largest *relative* rate r. The level learns one r in (0, max_rate), and every token's
             rate is ``η = r / (D · chunk_size)``. Keys have unit root mean square, so r is the gain of the
-            first layer's step on a chunk of one repeated token, whatever the chunk size. With momentum
+            first layer's step on a chunk of one repeated token, whatever the chunk size: up to 2 the steps on
+            such a chunk bring its error down. With momentum
             ``η = r (1 − momentum_decay) / (D · chunk_size)``, so that it is that of all steps that follow.
             0: the level never changes. In the nested variant its chunk size still says when the next faster
             level starts anew.
@@ -41,8 +42,8 @@ class LevelConfig:
             they remember about 1 / (1 − α) chunks. 1: α is 1 and is not learned, so that nothing is
             forgotten; beyond the length of the training windows such a level gets worse with every chunk
             (docs/defaults.md). ``max_rate`` should then be 1.
-        max_retention: the largest α, at most 1. Training windows should hold at least 1 / (1 − max_retention)
-            chunks: what a level would remember of more than they show it has not been trained for.
+        max_retention: the largest α, at most 1. Training windows should hold several chunks, three at least:
+            a level that saw fewer has not been trained for what it goes on to remember.
         error_bound, momentum_decay, restore_norms: see :class:`nl_kernels.ContinuumLevel`.
         key_projection: keys are learned projections of what the block reads; False: they are what it reads,
             which costs the least.
@@ -55,10 +56,10 @@ class LevelConfig:
     gated: bool = False
     rule: str = "sgd"
     max_rate: float = 2.0
-    initial_rate: float = 0.5
-    initial_retention: float = 0.7
-    max_retention: float = 0.9
-    error_bound: float | None = 1.0
+    initial_rate: float = 1.0
+    initial_retention: float = 0.9
+    max_retention: float = 0.99
+    error_bound: float | None = 3.0
     momentum_decay: float = 0.9
     restore_norms: bool = False
     key_projection: bool = True

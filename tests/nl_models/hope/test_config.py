@@ -112,6 +112,17 @@ def test_the_fingerprint_follows_what_shapes_the_state(make_config):
     assert make_config(continuum_variant="nested").fingerprint() != base.fingerprint()
 
 
+OLDER_LEVEL = {
+    "initial_rate": 0.5,
+    "initial_retention": 1.0,
+    "max_rate": 1.0,
+    "max_retention": 0.9,
+    "error_bound": 1.0,
+    "predict_next": False,
+}
+"""What a level was when files did not say it."""
+
+
 def test_conversations_saved_before_an_option_existed_still_fit():
     config = HopeConfig(
         vocab_size=37,
@@ -119,13 +130,7 @@ def test_conversations_saved_before_an_option_existed_still_fit():
         num_hidden_layers=2,
         num_attention_heads=2,
         continuum_levels=[
-            {
-                "hidden_size": 12,
-                "chunk_size": 3,
-                "initial_retention": 1.0,
-                "max_rate": 1.0,
-                "predict_next": False,
-            },
+            {"hidden_size": 12, "chunk_size": 3, **OLDER_LEVEL},
             {"hidden_size": 14},
         ],
         memory_rule={"error_at": "snapshot"},
@@ -137,20 +142,30 @@ def test_conversations_saved_before_an_option_existed_still_fit():
 def test_models_saved_before_retention_keep_everything(make_config, tmp_path):
     levels = [{"hidden_size": 12, "chunk_size": 3}, {"hidden_size": 14}]
     config = make_config(continuum_levels=levels)
-    assert [level.get("initial_retention") for level in config.continuum_levels] == [0.7, None]
+    assert [level.get("initial_retention") for level in config.continuum_levels] == [0.9, None]
     assert [level.get("max_rate") for level in config.continuum_levels] == [2.0, None]
     config.save_pretrained(tmp_path)
     assert HopeConfig.from_pretrained(tmp_path).continuum_levels == config.continuum_levels
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "continuum_levels": levels}))
     old = HopeConfig.from_pretrained(tmp_path)
-    assert [level.get("initial_retention") for level in old.continuum_levels] == [1.0, None]
-    assert [level.get("max_rate") for level in old.continuum_levels] == [1.0, None]
+    assert old.continuum_levels == [{**levels[0], **OLDER_LEVEL}, levels[1]]
     assert old.fingerprint() != config.fingerprint()
     assert make_config(continuum_levels=old.continuum_levels).fingerprint() == old.fingerprint()
 
 
 SMALL = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def test_models_saved_before_levels_remembered_longer_stay_what_they_were(make_config, tmp_path):
+    said = {"max_rate": 2.0, "initial_rate": 0.5, "initial_retention": 0.7, "predict_next": True}
+    levels = [{"hidden_size": 12, "chunk_size": 3, **said}]
+    make_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "continuum_levels": levels}))
+    level = HopeConfig.from_pretrained(tmp_path).make_continuum_levels()[0]
+    assert (level.max_retention, level.error_bound) == (0.9, 1.0)
+    assert (level.initial_retention, level.initial_rate) == (0.7, 0.5)
 
 
 @pytest.mark.parametrize("momentum", ["average", "sum"])
@@ -166,13 +181,7 @@ def test_a_saved_config_names_the_form_of_momentum(tmp_path, momentum):
 
 
 def test_momentum_saved_before_the_average_existed_is_the_sum(tmp_path):
-    learning = {
-        "hidden_size": 16,
-        "chunk_size": 64,
-        "initial_retention": 1.0,
-        "max_rate": 1.0,
-        "predict_next": False,
-    }
+    learning = {"hidden_size": 16, "chunk_size": 64, **OLDER_LEVEL}
     levels = [learning, {"hidden_size": 32}]
     rule = {"error_at": "snapshot"}
     unit = {"memory_rule": rule, "memory_values": "unit"}
@@ -283,13 +292,7 @@ OF_VERSION_0_1 = {
 
 @pytest.mark.parametrize("choices", [("auto", "auto", "auto"), ("eager", "reference", "sdpa")])
 def test_a_model_of_version_0_1_still_loads(tmp_path, tokens, choices):
-    level = {
-        "hidden_size": 16,
-        "chunk_size": 64,
-        "initial_retention": 1.0,
-        "max_rate": 1.0,
-        "predict_next": False,
-    }
+    level = {"hidden_size": 16, "chunk_size": 64, **OLDER_LEVEL}
     kinds = ["self_modifying_titans", "full_attention"]
     model = HopeForCausalLM(
         HopeConfig(

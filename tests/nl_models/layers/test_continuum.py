@@ -176,7 +176,7 @@ def test_bf16_layers_have_fp32_states_and_finite_gradients(variant, rule, detach
 
 
 def test_retention_starts_where_it_should_and_can_be_left_out():
-    first, second = build(initial_retention=0.8).levels
+    first, second = build(initial_retention=0.8, max_retention=0.9).levels
     torch.testing.assert_close(first.retention(), torch.tensor(0.8))
     assert not first().retains_all
     assert second.retention_logit.shape == (1,)
@@ -187,8 +187,8 @@ def test_retention_starts_where_it_should_and_can_be_left_out():
         first.retention_logit.fill_(100.0)
     torch.testing.assert_close(first.retention(), torch.tensor(0.9))
     for value in (0.0, 0.9, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="expected between 0 and max_retention=0"):
-            LevelConfig(hidden_size=8, initial_retention=value)
+        with pytest.raises(ValueError, match="expected between 0 and max_retention=0.9"):
+            LevelConfig(hidden_size=8, initial_retention=value, max_retention=0.9)
     with pytest.raises(ValueError, match="max_retention: expected more than 0 and at most 1"):
         LevelConfig(hidden_size=8, max_retention=1.5)
 
