@@ -60,7 +60,16 @@ RECALL = Study(
     shape={"width": 64, "layers": 2, "heads": 2},
     training={"steps": 4000, "batch_size": 32, "weight_decay": 0.01, "every": 100},
     settings=dict.fromkeys(
-        ("hope", "titans", "gated_delta_net", "attention", "hope_two_layer", "hope_attention"), ONE_RATE
+        (
+            "hope",
+            "hope_continuum",
+            "titans",
+            "gated_delta_net",
+            "attention",
+            "hope_two_layer",
+            "hope_attention",
+        ),
+        ONE_RATE,
     ),
 )
 
