@@ -187,7 +187,7 @@ def test_retention_starts_where_it_should_and_can_be_left_out():
         first.retention_logit.fill_(100.0)
     torch.testing.assert_close(first.retention(), torch.tensor(0.9))
     for value in (0.0, 0.9, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="expected between 0 and max_retention=0.9"):
+        with pytest.raises(ValueError, match=r"expected between 0 and max_retention=0\.9"):
             LevelConfig(hidden_size=8, initial_retention=value, max_retention=0.9)
     with pytest.raises(ValueError, match="max_retention: expected more than 0 and at most 1"):
         LevelConfig(hidden_size=8, max_retention=1.5)
