@@ -341,7 +341,7 @@ _OLDER_LEVELS = {
     "error_bound": 1.0,
     "predict_next": False,
 }
-"""What was so, and not in files, before levels had a retention, predicted what comes next, remembered longer."""
+"""What was so, and not in files, before levels forgot, predicted what comes next or remembered longer."""
 
 
 def _filled_in(levels: list[dict], options: dict) -> list[dict]:
