@@ -125,7 +125,7 @@ LONGER_TRAINING = dataclasses.replace(
     tasks=STANDARD_LIBRARY,
     training={**LANGUAGE_MODELLING.training, "steps": 1500},
     settings={
-        "hope_continuum": FAST[1:],
+        "hope_continuum": FAST[:1],
         "gated_delta_net_continuum": FAST[1:],
         "gated_delta_net": FAST[:1],
         "attention": SLOW[:1],

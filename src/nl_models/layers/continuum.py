@@ -43,7 +43,8 @@ class LevelConfig:
             forgotten; beyond the length of the training windows such a level gets worse with every chunk
             (docs/defaults.md). ``max_rate`` should then be 1.
         max_retention: the largest α, at most 1. Training windows should hold several chunks, three at least:
-            a level that saw fewer has not been trained for what it goes on to remember.
+            a level that saw fewer has not been trained for what it goes on to remember. With chunks of
+            fewer than four tokens 0.9, and an ``error_bound`` of 1, keep the weights near the initial ones.
         error_bound, momentum_decay, restore_norms: see :class:`nl_kernels.ContinuumLevel`.
         key_projection: keys are learned projections of what the block reads; False: they are what it reads,
             which costs the least.

@@ -303,15 +303,25 @@ def test_rounding_stays_within_its_budget(rule, dtype):
 @pytest.mark.parametrize("kind", ["random", "few", "one"])
 @pytest.mark.parametrize("chunk_size", [1, 16])
 @pytest.mark.parametrize(
-    ("rule", "retention"),
-    [("sgd", 1.0), ("dgd", 1.0), ("momentum", 1.0), ("muon", 1.0), ("sgd", 0.9)],
+    ("rule", "options"),
+    [
+        ("sgd", {}),
+        ("dgd", {}),
+        ("momentum", {}),
+        ("muon", {}),
+        ("sgd", {"retention": 0.9}),
+        ("sgd", {"retention": 0.99, "error_bound": 3.0, "predict_next": True}),
+    ],
 )
-def test_weights_stay_bounded_on_a_long_stream(rule, retention, chunk_size, kind, gated):
+def test_weights_stay_bounded_on_a_long_stream(rule, options, chunk_size, kind, gated):
     """At large rates: a gain of 1 for a whole chunk (of momentum in all steps), of dgd for every token.
 
-    With the largest retention that :class:`nl_models.layers.LevelConfig` has by default, its largest gain, 2.
+    With retention, a gain of 2, the largest of :class:`nl_models.layers.LevelConfig`, whose other limits by
+    default are those of the last.
     """
     width, hidden, length = 16, 32, {1: 200 if rule == "muon" else 768, 16: 4096}[chunk_size]
+    if "predict_next" in options:
+        chunk_size = max(chunk_size, 4)
     generator = torch.Generator().manual_seed(0)
     distinct = {"random": length, "few": 8, "one": 1}[kind]
     table = torch.randn(distinct, width, generator=generator)
@@ -328,11 +338,11 @@ def test_weights_stay_bounded_on_a_long_stream(rule, retention, chunk_size, kind
         key=torch.eye(width),
         value=normal(width, width),
         chunk_size=chunk_size,
-        rate=(2 if retention < 1 else 1)
+        rate=(2 if "retention" in options else 1)
         * {"sgd": 1.0 / chunk_size, "dgd": 1.0}.get(rule, 0.1 / chunk_size)
         / width,
         rule=rule,
-        retention=retention,
+        **options,
     )
     y, (state,) = continuum_memory(x, [level], output_final_state=True)
     assert y.isfinite().all()
