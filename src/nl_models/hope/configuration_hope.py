@@ -56,7 +56,8 @@ class HopeConfig(RemoteCodeConfig, PreTrainedConfig):
         convolution_window: tokens that it sees.
         rope_theta: base of the rotary frequencies (attention layers).
         attention_output_gate: whether attention has the norm and gate that the memories have.
-        attention_impl: ``"sdpa"``, ``"flash"`` or ``None``: flash-attn where installed and able, else SDPA.
+        attention_impl: ``"sdpa"`` (``None``), ``"flash_attention_2"``, ``"flash_attention_3"`` or
+            ``"flex_attention"``; see :class:`nl_models.layers.Attention`.
         memory_hidden_size: hidden width of each memory (Titans layers): the two-layer memories of the paper.
             ``None`` (default) makes them linear, which learns faster at small sizes (docs/defaults.md).
         memory_chunk_size: tokens between the states at which the memory that is read takes its gradients.
@@ -351,9 +352,11 @@ def _filled_in(levels: list[dict], options: dict) -> list[dict]:
 
 
 def current_names(options: dict) -> dict:
-    """Fields of a config with names of before version 0.2, which had "auto" for ``None``, as they are now."""
+    """Fields of a config with names and choices of before version 0.2, as they are now."""
     fields = {RENAMED.get(name, name): value for name, value in options.items()}
     automatic = {name: None for name in RENAMED.values() if fields.get(name) == "auto"}
+    if fields.get("attention_impl") == "flash":
+        automatic["attention_impl"] = "flash_attention_2"
     return {**fields, **automatic}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from nl_kernels.renamed import RenamedAttribute, renamed_arguments
 from nl_models.layers.gated_output import GatedOutput
 from nl_models.layers.state import AttentionState
 
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash")
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Names of transformers' attention interface."""
 
 
 class Attention(nn.Module):
@@ -24,8 +25,8 @@ class Attention(nn.Module):
         num_heads: heads; divides ``d`` into heads of an even width.
         rope_theta: base of the rotary frequencies.
         gated: whether norm and gate precede the output projection.
-        impl: ``"sdpa"``, ``"flash"`` (flash-attn; an error where it cannot serve a call), or ``None``:
-            flash-attn where it is installed and can serve the call, else SDPA.
+        impl: one of :data:`ATTENTION_IMPLEMENTATIONS`; all but ``"sdpa"`` are an error where transformers
+            cannot serve a call by it; ``None`` is ``"sdpa"``, PyTorch's own choice of a kernel.
         eps: of the output norm.
     """
 
@@ -114,26 +115,34 @@ class Attention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """``q [B, H, T, D]`` are the last T of the S tokens of ``k, v [B, H, S, D]``."""
-        obstacle = None
-        if self.impl != "sdpa":
-            obstacle = flash_obstacle(q, key_mask)
-            if obstacle is None:
-                from flash_attn import flash_attn_func
-
-                q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-                return flash_attn_func(q, k, v, causal=True).transpose(1, 2)
-        if self.impl == "flash":
-            raise ValueError(f"impl='flash' cannot serve this call: {obstacle}; use 'sdpa'")
-        T, S = q.shape[2], k.shape[2]
-        if key_mask is None and (T == S or T == 1):
+        T, S, impl = q.shape[2], k.shape[2], self.impl or "sdpa"
+        if impl == "sdpa" and key_mask is None and T in (1, S):
             return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-        # Query i is token S - T + i. It always sees itself, so that the softmax is never empty.
-        query = torch.arange(S - T, S, device=q.device)[:, None]
-        key = torch.arange(S, device=q.device)
-        allowed = key <= query
-        if key_mask is not None:
-            allowed = (allowed & key_mask[:, None, None, :]) | (key == query)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        # Late: it takes a second, which a layer without padding does not need.
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import causal_mask_function
+
+        mask = AttentionMaskInterface()[impl](
+            batch_size=q.shape[0],
+            q_length=T,
+            kv_length=S,
+            q_offset=S - T,
+            mask_function=causal_mask_function,
+            attention_mask=key_mask,
+            allow_is_causal_skip=False,  # it would ask the device whether there is any padding
+            device=q.device,
+        )
+        try:
+            return AttentionInterface()[impl](self, q, k, v, mask)[0].transpose(1, 2)
+        except ImportError as error:
+            raise ImportError(f"impl={impl!r} cannot serve this call: {error}; use 'sdpa'") from error
+
+    is_causal = True
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """What transformers' attention functions ask a module."""
+        return SimpleNamespace(_attn_implementation=self.impl or "sdpa")
 
 
 def rotary_embedding(
@@ -149,21 +158,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Rotate the pairs (i, i + D/2) of ``x [B, H, T, D]``."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
-def flash_obstacle(q: torch.Tensor, key_mask: torch.Tensor | None) -> str | None:
-    """Why flash-attn cannot serve a call with queries ``q``, or ``None`` if it can."""
-    if q.device.type != "cuda":
-        return f"the tensors are on {q.device.type!r}, not on a CUDA device"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"the dtype is {q.dtype}, not float16 or bfloat16"
-    if key_mask is not None:
-        return "the batch is padded"
-    if q.shape[-1] > 256:
-        return f"the heads are {q.shape[-1]} wide, more than 256"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed"
-    return None
 
 
 def _join_masks(

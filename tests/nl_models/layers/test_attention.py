@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
-from nl_models.layers.attention import Attention, flash_obstacle
+from nl_models.layers.attention import Attention
 
 
 def written_out(layer, x, positions):
@@ -57,15 +59,49 @@ def test_given_positions_continue_in_the_next_piece(layer):
     assert state.position.tolist() == [7]
 
 
+def test_other_implementations_are_those_of_transformers(layer, monkeypatch):
+    """Padded and in pieces: the mask is made for each of them."""
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, :2] = False
+    expected = layer(x, mask=mask)[0]
+    seen = []
+
+    def plain(module, q, k, v, allowed, **_):
+        seen.append(allowed.shape)
+        weights = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~allowed, -math.inf).softmax(-1)
+        return (weights.nan_to_num() @ v).transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", plain)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "flex_attention", sdpa_mask)
+    layer.impl = "flex_attention"
+    first, state = layer(x[:, :3], mask=mask[:, :3], output_state=True)
+    rest, _ = layer(x[:, 3:], state, mask[:, 3:])
+    torch.testing.assert_close(torch.cat([first, rest], 1), expected)
+    assert seen == [(2, 1, 3, 3), (2, 1, 4, 7)]
+
+
 def test_flash_is_an_error_where_it_cannot_run(layer):
-    layer.impl = "flash"
-    with pytest.raises(ValueError, match="'cpu', not on a CUDA device; use 'sdpa'"):
+    layer.impl = "flash_attention_2"
+    with pytest.raises(ImportError, match=r"impl=.flash_attention_2. cannot serve this call: .*; use .sdpa."):
         layer(torch.randn(1, 3, 12, dtype=torch.float64))
-    assert "CUDA" in flash_obstacle(torch.zeros(1, 1, 1, 8), None)
+
+
+@pytest.mark.slow
+def test_flex_attention_runs(layer):
+    """Compiled by inductor, which on a CPU has no backward pass of it."""
+    layer = Attention(32, 2).eval()
+    x = torch.randn(2, 32, 32)
+    mask = torch.ones(2, 32, dtype=torch.bool)
+    mask[1, :5] = False
+    with torch.no_grad():
+        expected = layer(x, mask=mask)[0]
+        layer.impl = "flex_attention"
+        torch.testing.assert_close(layer(x, mask=mask)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_sizes_are_checked():
     with pytest.raises(ValueError, match="even width"):
         Attention(9, 3)
-    with pytest.raises(ValueError, match=r"impl: expected one of \('sdpa', 'flash', None\)"):
+    with pytest.raises(ValueError, match=r"impl: expected one of \('sdpa', 'flash_attention_2'"):
         Attention(8, 2, impl="math")
