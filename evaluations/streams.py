@@ -74,7 +74,10 @@ class Course(abc.ABC):
         """The transformer that every method starts from, or the Hope that reads on; trained on first use, and
         kept."""
         what = [self.name, seed, self.vocabulary, self.width, self.context, self.base_steps]
-        what = json.dumps([*what, "hope"] if hope else what)
+        if hope:  # another config, as by other defaults, is another base
+            with torch.device("meta"):
+                what.append(make_hope_base(self.vocabulary, self.width, self.context).config.fingerprint())
+        what = json.dumps(what)
         folder = BASES / hashlib.sha256(what.encode()).hexdigest()[:12]
         if not (folder / "config.json").is_file():
             self._train(seed, hope).save_pretrained(folder)
