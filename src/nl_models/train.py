@@ -24,13 +24,7 @@ from nl_models.parallel.plan import idle_share, messages
 from nl_models.profiling.dry_run import described, plan_run
 from nl_models.training.checkpoint import best_checkpoint, list_checkpoints
 from nl_models.training.command_line import explained_errors, with_config_options
-from nl_models.training.config import (
-    TrainConfig,
-    config_from_dict,
-    merged_options,
-    read_options,
-    typed_options,
-)
+from nl_models.training.config import TrainConfig, merged_options, read_options
 from nl_models.training.console import Display
 from nl_models.training.distributed import (
     choose_device,
@@ -170,18 +164,13 @@ def main(
     A killed run continues with --resume to the same loss curve. Ctrl-C saves a checkpoint first.
     """
     with explained_errors(DivergedError):
-        file = typed_options(read_options(config), source=str(config)) if config else {}
+        file = read_options(config) if config else {}
         options = merged_options(preset_options(preset) if preset else {}, file, overrides)
-        source = str(config) if config else "options"
         # All look before they join, so that none sees what another has just begun.
         resume |= restartable() and (output / "config.json").is_file()
-        steps = options.get("steps")
-        if not resume and isinstance(steps, int) and "warmup_steps" not in options:
-            options["warmup_steps"] = min(TrainConfig.warmup_steps, steps // 10)
-        if resume:
-            checked = continued_config(output, typed_options(options, source=source))
-        else:
-            checked = config_from_dict(options, source=source)
+        if not resume and "steps" in options and "warmup_steps" not in options:
+            options["warmup_steps"] = min(TrainConfig.warmup_steps, options["steps"] // 10)
+        checked = continued_config(output, options) if resume else TrainConfig(**options)
         if dry_run:
             _print_pairs(Console(), **described(plan_run(checked, Mesh.parse(checked.mesh or "data=1"))))
             return

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,26 +29,27 @@ _FORMAT = "nl-models-data-1"
 _AT_ONCE = 64  # documents to encode
 
 
+def _option(default: object, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class DataOptions:
-    """What determines the token arrays.
+    """What determines the token arrays. Field metadata holds the help text of the command line."""
 
-    Attributes:
-        corpus: folder of text files; ``None``: the running interpreter's standard library and topics. With
-            ``text_column`` what Hugging Face ``datasets`` reads: a folder of parquet, JSON-lines or CSV
-            files, or a name on the Hub.
-        text_column: the column of such a dataset that has the text.
-        tokenizer: ``"bytes"``, ``"bpe"`` (trained on the training documents only), or the folder of a ready
-            one, of this package or of transformers.
-        vocab_size: ids of a BPE to train (ignored otherwise).
-        validation_fraction: share of the files held out, in (0, 1).
-    """
-
-    corpus: str | None = None
-    text_column: str | None = None
-    tokenizer: str = "bpe"
-    vocab_size: int = 4096
-    validation_fraction: float = 0.05
+    corpus: str | None = _option(
+        None, "Folder of UTF-8 text files. Without it: Python's own library and documentation topics."
+    )
+    text_column: str | None = _option(
+        None,
+        "Column with the text where the corpus is a dataset that Hugging Face datasets reads, as a stream: a "
+        "folder of parquet, JSON-lines or CSV files, or a name on the Hub.",
+    )
+    tokenizer: str = _option(
+        "bpe", "'bytes', 'bpe' trained on the training files, or the folder of a ready one."
+    )
+    vocab_size: int = _option(4096, "Ids of a BPE to train.")
+    validation_fraction: float = _option(0.05, "Share of the files held out for validation.")
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ OtherModel = typing.Annotated[
     typer.Option("--allow-other-model", help="Use a memory that was made with other weights of the model."),
 ]
 
-_MAPPING = "model_options"
-
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace the parameter ``overrides`` of a typer command by one option per field of the config.
@@ -32,17 +30,29 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
     """
     signature = inspect.signature(command, eval_str=True)
     own = [parameter for name, parameter in signature.parameters.items() if name != "overrides"]
-    fields = dataclasses.fields(TrainConfig)
-    hints = typing.get_type_hints(TrainConfig)
-    generated, panel = [], ""
-    for field in fields:
+    hints, panel, generated = typing.get_type_hints(TrainConfig), "", []
+    for field in dataclasses.fields(TrainConfig):
         panel = PANELS.get(field.name, panel)
-        generated.append(_parameter(field, hints[field.name], panel))
+        name, kind, text = f"--{field.name.replace('_', '-')}", hints[field.name], field.metadata["help"]
+        if kind is dict:
+            name, kind = name.removesuffix("s"), list[str]
+        elif kind is bool and panel == "Execution":
+            name += f"/--no-{field.name}"  # another machine may have to take back what the run was begun with
+        elif field.default not in (None, False):
+            text += f" Default: {field.default}."
+        # The real default is the config's; None here means "not given".
+        option = typer.Option(name, help=text, rich_help_panel=panel, show_default=False)
+        annotation = typing.Annotated[kind | None, option]
+        generated.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
 
     def wrapped(**values: typing.Any) -> None:
-        overrides = {field.name: values.pop(field.name) for field in fields}
-        overrides[_MAPPING] = _pairs(overrides[_MAPPING]) or None
-        given = {name: value for name, value in overrides.items() if value is not None}
+        given = {parameter.name: values.pop(parameter.name) for parameter in generated}
+        # What may be given several times is an empty list where it is not.
+        given = {name: value for name, value in given.items() if value not in (None, [])}
+        if "model_options" in given:
+            given["model_options"] = dict(map(_pair, given["model_options"]))
         command(**values, overrides=given)
 
     wrapped.__name__ = command.__name__
@@ -50,6 +60,17 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = signature.replace(parameters=own + generated)
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in own + generated}
     return wrapped
+
+
+def _pair(text: str) -> tuple[str, object]:
+    """``"a=1"`` as ``("a", 1)``; a value that is no JSON is text."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        fail(f"--model-option: expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 @contextlib.contextmanager
@@ -99,39 +120,3 @@ def token_count(name: str, text: str) -> int:
     if not digits.isdigit() or int(digits) < 1:
         raise ValueError(f"{name}: expected numbers such as 512 or 16K, got {text!r}")
     return int(digits) * factor
-
-
-def _parameter(field: dataclasses.Field, hint: typing.Any, panel: str) -> inspect.Parameter:
-    name = f"--{'model-option' if field.name == _MAPPING else field.name.replace('_', '-')}"
-    if hint is bool and panel == "Execution":
-        name += f"/--no-{field.name}"  # another machine may have to take back what the run was begun with
-    text = field.metadata["help"]
-    default = None if field.default is dataclasses.MISSING else field.default
-    option = typer.Option(
-        name,
-        help=text if default in (None, False) else f"{text} Default: {default}.",
-        rich_help_panel=panel,
-        # The real default is the config's; None here means "not given".
-        show_default=False,
-    )
-    kind = list[str] | None if field.name == _MAPPING else hint | None
-    return inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=typing.Annotated[kind, option],
-    )
-
-
-def _pairs(given: list[str] | None) -> dict[str, object]:
-    """``["a=1", "b=text"]`` → ``{"a": 1, "b": "text"}``."""
-    options: dict[str, object] = {}
-    for pair in given or []:
-        name, equals, text = pair.partition("=")
-        if not (name and equals):
-            fail(f"--model-option: expected NAME=VALUE, got {pair!r}")
-        try:
-            options[name] = json.loads(text)
-        except ValueError:
-            options[name] = text
-    return options

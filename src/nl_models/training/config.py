@@ -6,9 +6,8 @@ import dataclasses
 import difflib
 import json
 import math
-import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,28 +52,18 @@ def _option(default: object, text: str, expected: Expected | None = None) -> typ
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A training run. Field metadata holds the help text of the command line."""
+class TrainConfig(DataOptions):
+    """A training run. Field metadata holds the help text of the command line, and what a value may be.
 
-    corpus: str | None = _option(
-        None, "Folder of UTF-8 text files. Without it: Python's own library and documentation topics."
-    )
-    text_column: str | None = _option(
-        None,
-        "Column with the text where the corpus is a dataset that Hugging Face datasets reads, as a stream: a "
-        "folder of parquet, JSON-lines or CSV files, or a name on the Hub.",
-    )
-    tokenizer: str = _option(
-        "bpe", "'bytes', 'bpe' trained on the training files, or the folder of a ready one."
-    )
-    vocab_size: int = _option(4096, "Ids of a BPE to train.")
-    validation_fraction: float = _option(0.05, "Share of the files held out for validation.")
+    Raises:
+        ValueError: another type, or a value that the option cannot have, alone or with the others.
+    """
 
     model: str = _option("hope", f"One of {', '.join(MODELS)}.", one_of(*MODELS))
     hidden_size: int = _option(256, "Width of the residual stream.", COUNT)
     layers: int = _option(4, "Blocks.", COUNT)
     heads: int = _option(4, "Heads of the memory or attention.", COUNT)
-    model_options: dict[str, typing.Any] = field(
+    model_options: dict = field(
         default_factory=dict,
         metadata={"help": "Any other field of HopeConfig as NAME=VALUE (JSON value). Repeatable."},
     )
@@ -148,10 +137,7 @@ class TrainConfig:
     threads: int | None = _option(None, "CPU threads; PyTorch's choice if not given.", COUNT)
 
     def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            value, expected = getattr(self, option.name), option.metadata.get("expected")
-            if expected is not None and value is not None and not expected[1](value):
-                raise ValueError(f"{option.name}: expected {expected[0]}, got {value!r}")
+        check_options(vars(self))
         if self.position_length is not None and 0 != self.position_length < self.sequence_length:
             raise ValueError(
                 "position_length: expected 0 (none) or at least "
@@ -173,9 +159,6 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation * self.sequence_length
 
-    def to_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
-
 
 # What may differ between a run and its continuation, as it does not define the result.
 FREE_ON_RESUME = frozenset(
@@ -184,65 +167,55 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-def config_from_dict(values: object, *, source: str) -> TrainConfig:
-    """Build a config from JSON values, with ``source`` named in errors.
-
-    Raises:
-        ValueError: not an object, unknown name (the closest known one is suggested), or a bad value.
-    """
-    checked = typed_options(values, source=source)
-    try:
-        return TrainConfig(**checked)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-
-
-def typed_options(values: object, *, source: str) -> dict[str, typing.Any]:
-    """Some options from JSON values: names and types are checked, and not yet whether they go together.
-
-    Raises:
-        ValueError: not an object, unknown name (the closest known one is suggested), or another type.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(f"{source}: expected a JSON object of options, got {type(values).__name__}")
-    hints = typing.get_type_hints(TrainConfig)
+def check_options(values: Mapping[str, typing.Any], source: str = "") -> None:
+    """Raise ``ValueError`` at an unknown name (the closest is suggested), another type or a bad value."""
     known = {option.name: option for option in dataclasses.fields(TrainConfig)}
-    checked = {}
+    hints = typing.get_type_hints(TrainConfig)
     for name, value in values.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
-            raise ValueError(f"{source}: unknown option {name!r}{hint}")
-        kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
-        kinds = [typing.get_origin(kind) or kind for kind in kinds]
-        if type(value) is int and float in kinds:
-            value = float(value)
-        # Exactly of the type, as a bool is an int, too.
-        if type(value) not in kinds:
-            raise ValueError(f"{source}: {name}: expected {known[name].type}, got {value!r}")
-        checked[name] = value
-    return checked
+            raise ValueError(f"{source}unknown option {name!r}{hint}")
+        kinds = typing.get_args(hints[name]) or (hints[name],)
+        # Exactly of the type, as a bool is an int, too; a whole number may stand for any number.
+        if type(value) not in (*kinds, *((int,) if float in kinds else ())):
+            raise ValueError(f"{source}{name}: expected {known[name].type}, got {value!r}")
+        expected = known[name].metadata.get("expected")
+        if expected is not None and value is not None and not expected[1](value):
+            raise ValueError(f"{source}{name}: expected {expected[0]}, got {value!r}")
 
 
 def load_config(path: str | Path) -> TrainConfig:
-    """Read a config from a JSON file.
+    """Read a config from a file.
 
     Raises:
-        ValueError: the file cannot be read, is not JSON, or holds unknown or bad options.
+        ValueError: as :func:`read_options`, or options that do not go together.
     """
-    return config_from_dict(read_options(path), source=str(path))
+    values = read_options(path)
+    try:
+        return TrainConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_options(path: str | Path) -> dict[str, typing.Any]:
-    """The options in a file, JSON or, by its name, YAML; unchecked."""
+    """The options in a file, JSON or, by its name, YAML.
+
+    Raises:
+        ValueError: it cannot be read, is neither, or holds unknown or bad options.
+    """
     is_yaml = Path(path).suffix in (".yaml", ".yml")
     try:
         text = Path(path).read_text()
-        return yaml.safe_load(text) if is_yaml else json.loads(text)
+        values = yaml.safe_load(text) if is_yaml else json.loads(text)
     except OSError as error:
         raise ValueError(f"config: cannot read {path} ({error.strerror})") from error
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"config: {path} is not {'YAML' if is_yaml else 'JSON'} ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object of options, got {type(values).__name__}")
+    check_options(values, source=f"{path}: ")
+    return values
 
 
 def merged_options(*sources: dict[str, typing.Any]) -> dict[str, typing.Any]:

@@ -17,6 +17,7 @@ A run's folder holds::
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import signal
@@ -104,7 +105,7 @@ def create_run(folder: Path, config: TrainConfig) -> None:
             raise RunError(f"{folder} exists; continue it with --resume, or choose another --output")
         folder.rmdir()
     with new_directory(folder) as temporary:
-        options = config.to_dict()
+        options = dataclasses.asdict(config)
         options["model_options"] = name_rule(options["model_options"])
         write_json(temporary / "config.json", options)
 
@@ -118,7 +119,7 @@ def continued_config(folder: Path, overrides: dict[str, object]) -> TrainConfig:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder} is not a training run (it has no config.json); start one without --resume")
-    saved = load_config(folder / "config.json").to_dict()
+    saved = dataclasses.asdict(load_config(folder / "config.json"))
     saved["model_options"] = name_rule(current_names(saved["model_options"]), older=True)
     if "model_options" in overrides:
         overrides = {**overrides, "model_options": name_rule(overrides["model_options"])}

@@ -120,7 +120,9 @@ def test_the_plan_is_the_peak_of_two_ranks_that_share_a_sequence(options, tmp_pa
 
 def test_what_a_rank_sends():
     config = TrainConfig(**{**COMMON, **WIDE})
-    whole, sharded = (plan_run(TrainConfig(**{**COMMON, **WIDE, "fsdp": x}), Mesh(data=4)) for x in (0, 1))
+    whole, sharded = (
+        plan_run(TrainConfig(**{**COMMON, **WIDE, "fsdp": x}), Mesh(data=4)) for x in (False, True)
+    )
     weights = 4 * whole.parameters
     assert whole.rank.sent == 2 * weights * 3 // 4  # an all-reduce
     # Gathered forward and backward, but for the root, which stays; gradients are scattered.
