@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from nl_models.data.corpus import check_folder
 from nl_models.data.prepare import PreparedData, check_tokenizer, prepare_data
 from nl_models.evaluation.held_out import measure_held_out
-from nl_models.files import write_json
+from nl_models.files import locked, write_json
 from nl_models.hope.configuration_hope import PRESETS
 from nl_models.open_model import copy_weights, open_model
 from nl_models.parallel.mesh import Mesh, parts_in_turn
@@ -37,12 +37,11 @@ from nl_models.training.distributed import (
 )
 from nl_models.training.loop import (
     DivergedError,
-    StopSignal,
     Trainer,
     autocast,
     continued_config,
     create_run,
-    only_process,
+    stop_signal,
 )
 from nl_models.training.metrics import read_metrics, tracker_class
 from nl_models.training.model import build_model, hope_config, levels_hardly_trained, preset_options
@@ -75,7 +74,8 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
             check_folder(config.corpus)
         on_first(lambda: create_run(folder, config))
     with contextlib.ExitStack() as lock:
-        on_first(lambda: lock.enter_context(only_process(folder)))
+        other = f"{folder}: another process is training in this folder"
+        on_first(lambda: lock.enter_context(locked(folder / ".lock", other)))
         try:
             on_first(lambda: prepare_data(config.data_options, folder / "data"))
             data = prepare_data(config.data_options, folder / "data")
@@ -99,9 +99,9 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
             on_first(lambda: _save_steps(folder, config))
             with (
                 Display(console, total=config.steps, start=start, label=config.model) as display,
-                StopSignal() as stop,
+                stop_signal() as stop,
             ):
-                ended = trainer.run(display, stop)
+                ended = trainer.run(display, stop.is_set)
         _print_exchange(console, trainer)
         if ended >= config.steps and rank() == 0:
             _measure_position(folder, config, data, console, trainer.device)

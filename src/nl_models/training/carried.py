@@ -32,20 +32,20 @@ class CarriedStates:
         self._streams = streams
         self._states: list[list[State] | None] = [None] * len(streams)  # of each pass, for each block
 
-    def before(self, part: int, begins: torch.Tensor, *, mixed: bool) -> HopeCache:
+    def before(self, part: int, begins: torch.Tensor, *, anew: bool) -> HopeCache:
         """The cache for a pass's next windows.
 
         Args:
             part: which of the step's passes.
             begins: ``[B]`` bool, the streams that begin anew: at the model's own initial state, through which
                 gradients flow to what it is made of.
-            mixed: whether some of all processes' streams begin anew and others go on.
+            anew: whether some of all processes' streams do.
         """
         cache = HopeCache(self._model.config)
         states = self._states[part]
-        if states is None or (not mixed and bool(begins.any())):
+        if states is None:
             return cache
-        if mixed:
+        if anew:
             # A column of padding writes nothing: the state after it is the initial one. All processes run
             # the model equally often, as sharding needs it.
             fresh = HopeCache(self._model.config)

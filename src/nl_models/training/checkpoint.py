@@ -159,7 +159,8 @@ def load_checkpoint(
 
 
 def export_model(path: Path, target: Path) -> None:
-    """Copy what ``from_pretrained`` opens from a checkpoint to the new folder ``target``."""
+    """Put what ``from_pretrained`` opens of a checkpoint at ``target``, in place of what was there."""
+    shutil.rmtree(target, ignore_errors=True)
     training = shutil.ignore_patterns("*.distcp", ".metadata", _STATE)
     with new_directory(target) as temporary:
         shutil.copytree(path, temporary, ignore=training, dirs_exist_ok=True)

@@ -41,19 +41,16 @@ class Display:
         self._first = self._done = start
         self._tokens = 0
         self._began = self._last_line = clock()
-        self._own: contextlib.AbstractContextManager[Progress | None] = (
-            training_bars(console) if bars is None else contextlib.nullcontext(bars)
-        )
-        self._bars: Progress | None = None
+        self._bars = training_bars(console) if bars is None else bars
+        self._task = self._bars.add_task(label, total=total, completed=start, status="")
+        self._shown = contextlib.nullcontext() if bars else self._bars
 
     def __enter__(self) -> Display:
-        self._bars = self._own.__enter__()
-        if self._bars:
-            self._task = self._bars.add_task(self._label, total=self._total, completed=self._first, status="")
+        self._shown.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._own.__exit__(*error)
+        self._shown.__exit__(*error)
 
     def advance(self, steps: int, status: str = "", *, tokens: int | None = None, line: bool = False) -> None:
         """Report that as many more steps are done.
@@ -68,9 +65,8 @@ class Display:
         seconds = max(now - self._began, 1e-9)
         left = duration(max(self._total - self._done, 0) * seconds / (self._done - self._first))
         status = f"{status}  {self._tokens / seconds:,.0f} tokens/s  {left} left".strip()
-        if self._bars:
-            self._bars.update(self._task, completed=self._done, status=status)
-        elif line or now - self._last_line >= _LINE_EVERY_SECONDS:
+        self._bars.update(self._task, completed=self._done, status=status)
+        if self._bars.disable and (line or now - self._last_line >= _LINE_EVERY_SECONDS):
             self._last_line = now
             self.note(status)
 
@@ -83,26 +79,21 @@ class Display:
     def expect(self, steps: int) -> None:
         """Report that as many more are to be done."""
         self._total += steps
-        if self._bars:
-            self._bars.update(self._task, total=self._total)
+        self._bars.update(self._task, total=self._total)
 
 
-@contextlib.contextmanager
-def training_bars(console: Console | None) -> Iterator[Progress | None]:
-    """Live bars on a terminal, for as long as the block lasts; elsewhere ``None``."""
-    if console is None or not console.is_terminal:
-        yield None
-        return
+def training_bars(console: Console | None) -> Progress:
+    """Bars that live within a block; disabled where there is no terminal."""
     whole = Column(no_wrap=True)  # the bar is what gives way in a narrow terminal
-    with Progress(
+    return Progress(
         TextColumn("[bold]{task.description}", table_column=whole),
         BarColumn(bar_width=None),
         TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=whole),
         TextColumn("{task.fields[status]}", table_column=whole),
         console=console,
         expand=True,
-    ) as bars:
-        yield bars
+        disable=console is None or console.quiet or not console.is_terminal,
+    )
 
 
 def duration(seconds: float) -> str:

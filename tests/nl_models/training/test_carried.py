@@ -49,7 +49,7 @@ def make(folder, config):
     return Trainer(folder, config, build_model(config, 257, 256), data)
 
 
-def run(trainer, stop=None):
+def run(trainer, stop=lambda: False):
     console = Console(file=io.StringIO())
     trainer.run(Display(console, total=trainer.config.steps, start=trainer.step, label="x"), stop)
 
@@ -62,10 +62,10 @@ class KillAt:
     def __init__(self, step, trainer):
         self.step, self.trainer = step, trainer
 
-    @property
-    def received(self):
+    def __call__(self):
         if self.trainer.step == self.step:
             raise SystemExit("killed")
+        return False
 
 
 def test_streams_read_whole_documents_in_order():

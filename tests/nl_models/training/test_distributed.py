@@ -52,14 +52,12 @@ class StopAt:
     def __init__(self, step, trainer, number):
         self.step, self.trainer, self.number = step, trainer, number
 
-    @property
-    def received(self):
+    def __call__(self):
         last = dist.get_world_size() - 1 if dist.is_initialized() else 0
-        if self.trainer.step != self.step or rank() != last:
-            return None
-        if self.number == signal.SIGKILL:
+        received = self.trainer.step == self.step and rank() == last
+        if received and self.number == signal.SIGKILL:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.number
+        return received
 
 
 def train(folder, config, stop_at=None, number=signal.SIGTERM):
