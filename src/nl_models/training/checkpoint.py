@@ -29,8 +29,12 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nl_models.data.tokenizer import Tokenizer
@@ -43,6 +47,7 @@ _FORMAT = "nl-models-checkpoint-3"
 _OLDER = ("nl-models-checkpoint-1", "nl-models-checkpoint-2")
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
 class CheckpointError(ValueError):
@@ -66,26 +71,20 @@ def save_checkpoint(
     path = Path(folder) / f"step-{step:08d}"
     if path.exists():
         return path
-    on_host = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    gathered = get_model_state_dict(model, options=on_host)  # by all processes together, for the first
-    once = _own_tensors(model).keys()
+    gathered = get_model_state_dict(model, options=_WHOLE)  # by all processes together, for the first
     tensors = {
         f"optimizer/{name}/{kind}": value.detach()
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
-    structure = None
-    if carried is not None:
-        structure, states = carried.describe()
-        tensors |= states
+    structure, states = (None, {}) if carried is None else carried.describe()
     with ExitStack() as whole:
         places: list[Path | None] = [None]
 
         def begin() -> None:
             places[0] = whole.enter_context(new_directory(path))
             with without_progress_bars():
-                weights = {name: value for name, value in gathered.items() if name in once}
-                model.save_pretrained(places[0], state_dict=weights)
+                model.save_pretrained(places[0], state_dict=_once(gathered, model))
             tokenizer.save(places[0])
 
         def end() -> None:
@@ -102,7 +101,7 @@ def save_checkpoint(
         on_first(begin)
         if grouped():
             dist.broadcast_object_list(places)
-        _run_dcp(dcp.save, tensors, places[0])
+        _run_dcp(dcp.save, tensors | states, places[0])
         on_first(end)
     return path
 
@@ -121,40 +120,31 @@ def load_checkpoint(
     """
     path = Path(path)
     on_first(lambda: check_files(path))
-    state, saved = _read_state(path), _saved_tensors(path)
-    weights = _checked_weights(path, model)
+    state, weights = _read_state(path), _checked_weights(path, model)
+    if carried is not None and state.get("carried") is None:
+        raise CheckpointError(f"checkpoint {path}: holds no carried states")
     parameters = dict(model.named_parameters())
     targets: dict[str, torch.Tensor] = {}
     moments: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
-    for key, (size, dtype) in saved.items():
-        if not key.startswith("optimizer/"):
-            continue
-        name, kind = key.removeprefix("optimizer/").rsplit("/", 1)
-        if name not in parameters:
-            raise CheckpointError(f"checkpoint {path}: optimiser state of the unknown parameter {name}")
-        parameter = parameters[name]
-        # Fused AdamW keeps its step counts on the device of the parameter; M3 takes its own back to the host.
-        options = {"dtype": dtype, "device": parameter.device}
-        sharded = isinstance(parameter, DTensor) and size == parameter.shape
-        place = torch.empty_like(parameter.detach(), **options) if sharded else torch.empty(size, **options)
-        targets[key] = moments.setdefault(parameter, {})[kind] = place
-    states = {}
-    if carried is not None:
-        if state.get("carried") is None:
-            raise CheckpointError(f"checkpoint {path}: holds no carried states")
-        states = {
-            key: torch.empty(size, dtype=dtype) for key, (size, dtype) in saved.items() if carried.owns(key)
-        }
-    with torch.no_grad():
-        _run_dcp(dcp.load, targets | states, path)
-        for target, value in weights:
-            if isinstance(target, DTensor):  # each process takes its part of what it has read
-                value = value.to(target.device)
-                value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-            target.copy_(value)
+    for key, about in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items():
+        size, options = about.size, {"dtype": about.properties.dtype}
+        if carried is not None and carried.owns(key):
+            targets[key] = torch.empty(size, **options)
+        elif key.startswith("optimizer/"):
+            name, kind = key.removeprefix("optimizer/").rsplit("/", 1)
+            parameter = parameters[name]
+            # Fused AdamW keeps its step counts on the parameter's device; M3 takes its own back to the host.
+            options["device"] = parameter.device
+            sharded = isinstance(parameter, DTensor) and size == parameter.shape
+            place = (
+                torch.empty_like(parameter.detach(), **options) if sharded else torch.empty(size, **options)
+            )
+            targets[key] = moments.setdefault(parameter, {})[kind] = place
+    _run_dcp(dcp.load, targets, path)
+    set_model_state_dict(model, weights, options=_WHOLE)
     optimizer.state.update(moments)
     if carried is not None:
-        carried.restore(state["carried"], states)
+        carried.restore(state["carried"], targets)
     return state["step"]
 
 
@@ -175,8 +165,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def best_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the lowest validation loss (the oldest of equals), if any was evaluated."""
     losses = {path: validation_loss(path) for path in list_checkpoints(folder)}
-    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
-    return min(evaluated, key=evaluated.__getitem__) if evaluated else None
+    evaluated = [path for path, loss in losses.items() if loss is not None]
+    return min(evaluated, key=losses.__getitem__, default=None)
 
 
 def validation_loss(path: Path) -> float | None:
@@ -238,12 +228,6 @@ def check_files(path: Path) -> None:
             raise CheckpointError(f"checkpoint {path}: the content of {name} was altered (SHA-256 differs)")
 
 
-def _saved_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """The shape and dtype of every tensor in a checkpoint."""
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return {key: (about.size, about.properties.dtype) for key, about in saved.items()}
-
-
 def _fingerprint(path: Path) -> dict[str, object]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -252,30 +236,22 @@ def _fingerprint(path: Path) -> dict[str, object]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters (tied ones under their first name) and persistent buffers."""
-    state = model.state_dict()  # first: it makes FSDP2 put away what an evaluation has gathered
-    tensors = dict(model.named_parameters())
-    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tensors |= {name: value for name, value in state.items() if name not in every}
-    return {name: value.detach() for name, value in tensors.items()}
+def _once(state: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A model's tensors, tied ones under their first name alone."""
+    return {name: value for name, value in state.items() if name not in model.all_tied_weights_keys}
 
 
-def _checked_weights(path: Path, model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each tensor of ``model`` and what a checkpoint has for it, which has all of them and no others."""
-    targets = _own_tensors(model)
+def _checked_weights(path: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a checkpoint has for the tensors of ``model``: all of them, and no others."""
+    own = _once(model.state_dict(), model)
     found = {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
-    missing, unknown = sorted(targets.keys() - found.keys()), sorted(found.keys() - targets.keys())
-    if missing or unknown:
-        raise CheckpointError(
-            f"checkpoint {path}: of another model (lacks {missing[:3] or 'nothing'}, "
-            f"has besides {unknown[:3] or 'nothing'})"
-        )
-    for name, target in targets.items():
+    if differing := sorted(own.keys() ^ found.keys()):
+        raise CheckpointError(f"checkpoint {path}: of another model (only one of them has {differing[:3]})")
+    for name, target in own.items():
         value = found[name]
         if value.shape != target.shape or value.dtype != target.dtype:
             raise CheckpointError(
                 f"checkpoint {path}: {name} is {value.dtype} {tuple(value.shape)}, "
                 f"the model has {target.dtype} {tuple(target.shape)}"
             )
-    return [(target, found[name]) for name, target in targets.items()]
+    return found

@@ -74,23 +74,16 @@ def rank() -> int:
     return dist.get_rank() if grouped() else 0
 
 
-def world_size() -> int:
-    """How many processes the group has."""
-    return dist.get_world_size() if grouped() else 1
-
-
 def on_first(function: Callable[[], object]) -> None:
     """Call ``function`` in process 0 alone, while the others wait; all raise what it raises."""
-    if not grouped():
-        function()
-        return
     raised: list[Exception | None] = [None]
     if rank() == 0:
         try:
             function()
         except Exception as error:
             raised = [error]
-    dist.broadcast_object_list(raised)
+    if grouped():
+        dist.broadcast_object_list(raised)
     if raised[0] is not None:
         raise raised[0]
 
@@ -110,10 +103,11 @@ def run_mesh(config: TrainConfig) -> Mesh:
     Raises:
         ValueError: another number of processes, or shares that this run cannot have.
     """
-    mesh = Mesh(data=world_size()) if config.mesh is None else Mesh.parse(config.mesh)
-    if mesh.ranks != world_size():
+    processes = dist.get_world_size() if grouped() else 1
+    mesh = Mesh(data=processes) if config.mesh is None else Mesh.parse(config.mesh)
+    if mesh.ranks != processes:
         raise ValueError(
-            f"mesh: {mesh} has {mesh.ranks} ranks, but the number of processes is {world_size()}; start as "
+            f"mesh: {mesh} has {mesh.ranks} ranks, but the number of processes is {processes}; start as "
             f"many (torchrun --nproc-per-node {mesh.ranks} -m nl_models.train …), or give another mesh"
         )
     if config.fsdp and not grouped():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,10 +38,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
             continue
         if not decays(name, parameter) or id(parameter) in embeddings:
             free.append((name, parameter))
+        elif parameter.ndim > 3 or _CONVOLUTION in name.split(".") or id(parameter) in heads:
+            decayed.append((name, parameter))
         else:
-            is_head = id(parameter) in heads
-            is_matrix = parameter.ndim <= 3 and _CONVOLUTION not in name.split(".") and not is_head
-            (matrices if is_matrix else decayed).append((name, parameter))
+            matrices.append((name, parameter))
     groups = [
         {"params": matrices, "rule": "matrix", "weight_decay": config.weight_decay},
         {"params": decayed, "rule": "adamw", "weight_decay": config.weight_decay},
@@ -50,20 +51,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    options: dict[str, Any] = {"lr": config.learning_rate, "adamw_betas": betas}
     if config.optimizer == "delta_momentum":
+        options |= {"momentum": config.beta1, "beta2": config.beta2, "preconditioner": "rms"}
         for group in groups:
             group["rate_share"] = 1 - config.beta1 if group["rule"] == "matrix" else 1.0
             group["lr"] = config.learning_rate * group["rate_share"]
-        return DeltaMomentum(
-            groups,
-            lr=config.learning_rate,
-            momentum=config.beta1,
-            beta2=config.beta2,
-            preconditioner="rms",
-            adamw_betas=betas,
-        )
-    kind = {"muon": Muon, "m3": M3, "deep_momentum": DeepMomentum}[config.optimizer]
-    return kind(groups, lr=config.learning_rate, adamw_betas=betas)
+    kinds = {"muon": Muon, "m3": M3, "delta_momentum": DeltaMomentum, "deep_momentum": DeepMomentum}
+    return kinds[config.optimizer](groups, **options)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
