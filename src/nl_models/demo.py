@@ -27,9 +27,8 @@ from nl_models.profiling.choose import config_arguments
 from nl_models.profiling.report import describe_machine, plot_profile, profile_table, save_profile
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.profiling.subjects import ConfiguredModel
-from nl_models.training.command_line import explained_errors, fail
 from nl_models.training.config import TrainConfig
-from nl_models.training.console import duration, without_progress_bars
+from nl_models.training.console import duration, explained_errors, fail, without_progress_bars
 from nl_models.training.distributed import choose_device
 from nl_models.training.loop import DivergedError
 from nl_models.training.metrics import read_metrics

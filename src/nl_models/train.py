@@ -23,9 +23,8 @@ from nl_models.parallel.mesh import Mesh, parts_in_turn
 from nl_models.parallel.plan import idle_share, messages
 from nl_models.profiling.dry_run import described, plan_run
 from nl_models.training.checkpoint import best_checkpoint, list_checkpoints
-from nl_models.training.command_line import explained_errors, with_config_options
-from nl_models.training.config import TrainConfig, merged_options, read_options
-from nl_models.training.console import Display
+from nl_models.training.config import TrainConfig, merged_options, read_options, with_config_options
+from nl_models.training.console import Display, explained_errors
 from nl_models.training.distributed import (
     choose_device,
     computes_in_bf16,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import typing
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import typer
 import yaml
 
 from nl_models.data.prepare import DataOptions
@@ -225,3 +227,54 @@ def merged_options(*sources: dict[str, typing.Any]) -> dict[str, typing.Any]:
         both = {**merged.get("model_options", {}), **options.get("model_options", {})}
         merged |= {**options, **({"model_options": both} if both else {})}
     return merged
+
+
+def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter ``overrides`` of a typer command by one option per field of the config.
+
+    Options not given on the command line are absent from ``overrides``, so that they can come from a file.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    parameters = {name: value for name, value in signature.parameters.items() if name != "overrides"}
+    hints, panel = typing.get_type_hints(TrainConfig), ""
+    for each in dataclasses.fields(TrainConfig):
+        panel = PANELS.get(each.name, panel)
+        name, kind, text = f"--{each.name.replace('_', '-')}", hints[each.name], each.metadata["help"]
+        if kind is dict:
+            name, kind = name.removesuffix("s"), list[str]
+        elif kind is bool and panel == "Execution":
+            name += f"/--no-{each.name}"  # another machine may have to take back what the run was begun with
+        elif each.default not in (None, False):
+            text += f" Default: {each.default}."
+        # The real default is the config's; None here means "not given".
+        option = typer.Option(name, help=text, rich_help_panel=panel, show_default=False)
+        parameters[each.name] = inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=typing.Annotated[kind | None, option],
+        )
+
+    def wrapped(**values: typing.Any) -> None:
+        given = {each.name: values.pop(each.name) for each in dataclasses.fields(TrainConfig)}
+        # What may be given several times is an empty list where it is not.
+        given = {name: value for name, value in given.items() if value not in (None, [])}
+        if "model_options" in given:
+            given["model_options"] = dict(map(_pair, given["model_options"]))
+        command(**values, overrides=given)
+
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    wrapped.__signature__ = signature.replace(parameters=list(parameters.values()))
+    wrapped.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    return wrapped
+
+
+def _pair(text: str) -> tuple[str, object]:
+    """``"a=1"`` as ``("a", 1)``; a value that is no JSON is text."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise typer.BadParameter(f"expected NAME=VALUE, got {text!r}", param_hint="--model-option")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

@@ -53,7 +53,7 @@ from nl_models.training.config import FREE_ON_RESUME, TrainConfig, load_config
 from nl_models.training.console import Display
 from nl_models.training.distributed import choose_device, computes_in_bf16, on_first, rank, run_mesh, summed
 from nl_models.training.metrics import metrics_log, read_metrics
-from nl_models.training.optimizer import build_optimizer, learning_rate_at
+from nl_models.training.model import build_optimizer, learning_rate_at
 
 _PLOT_EVERY_SECONDS = 60.0
 

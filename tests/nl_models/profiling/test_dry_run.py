@@ -20,8 +20,7 @@ from nl_models.profiling.dry_run import count_token_flops, plan_run
 from nl_models.profiling.flops import count_flops
 from nl_models.training.config import TrainConfig
 from nl_models.training.loop import Trainer, create_run
-from nl_models.training.model import build_model, hope_config
-from nl_models.training.optimizer import build_optimizer
+from nl_models.training.model import build_model, build_optimizer, hope_config
 from tests.nl_models.profiling.test_plan import allocated_peak
 
 COMMON = {

@@ -16,8 +16,7 @@ from nl_models.training.config import TrainConfig
 from nl_models.training.console import Display
 from nl_models.training.loop import Trainer, create_run
 from nl_models.training.metrics import read_metrics
-from nl_models.training.model import build_model
-from nl_models.training.optimizer import build_optimizer, learning_rate_at
+from nl_models.training.model import build_model, build_optimizer, learning_rate_at
 
 END = 99
 
