@@ -29,27 +29,28 @@ _FORMAT = "nl-models-data-1"
 _AT_ONCE = 64  # documents to encode
 
 
-def _option(default: object, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def option(default: object, text: str, expected: object = None) -> Any:
+    """A field that is an option of the command line, with its help text and what its value may be."""
+    return field(default=default, metadata={"help": text, "expected": expected})
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """What determines the token arrays. Field metadata holds the help text of the command line."""
 
-    corpus: str | None = _option(
+    corpus: str | None = option(
         None, "Folder of UTF-8 text files. Without it: Python's own library and documentation topics."
     )
-    text_column: str | None = _option(
+    text_column: str | None = option(
         None,
         "Column with the text where the corpus is a dataset that Hugging Face datasets reads, as a stream: a "
         "folder of parquet, JSON-lines or CSV files, or a name on the Hub.",
     )
-    tokenizer: str = _option(
+    tokenizer: str = option(
         "bpe", "'bytes', 'bpe' trained on the training files, or the folder of a ready one."
     )
-    vocab_size: int = _option(4096, "Ids of a BPE to train.")
-    validation_fraction: float = _option(0.05, "Share of the files held out for validation.")
+    vocab_size: int = option(4096, "Ids of a BPE to train.")
+    validation_fraction: float = option(0.05, "Share of the files held out for validation.")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import warnings
 from contextlib import ExitStack
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
@@ -44,9 +42,7 @@ from nl_models.training.console import without_progress_bars
 from nl_models.training.distributed import grouped, on_first
 
 _FORMAT = "nl-models-checkpoint-3"
-_OLDER = ("nl-models-checkpoint-1", "nl-models-checkpoint-2")
 _STATE = "state.json"
-_NAME = re.compile(r"step-(\d{8,})")
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
@@ -79,13 +75,13 @@ def save_checkpoint(
     }
     structure, states = (None, {}) if carried is None else carried.describe()
     with ExitStack() as whole:
-        places: list[Path | None] = [None]
 
-        def begin() -> None:
-            places[0] = whole.enter_context(new_directory(path))
+        def begin() -> Path:
+            place = whole.enter_context(new_directory(path))
             with without_progress_bars():
-                model.save_pretrained(places[0], state_dict=_once(gathered, model))
-            tokenizer.save(places[0])
+                model.save_pretrained(place, state_dict=_once(gathered, model))
+            tokenizer.save(place)
+            return place
 
         def end() -> None:
             state = {
@@ -93,15 +89,13 @@ def save_checkpoint(
                 "step": step,
                 "validation_loss": validation_loss,
                 "carried": structure,
-                "files": {file.name: _fingerprint(file) for file in sorted(places[0].iterdir())},
+                "files": {file.name: _fingerprint(file) for file in sorted(place.iterdir())},
             }
-            write_json(places[0] / _STATE, state)
+            write_json(place / _STATE, state)
             whole.close()
 
-        on_first(begin)
-        if grouped():
-            dist.broadcast_object_list(places)
-        _run_dcp(dcp.save, tensors | states, places[0])
+        place = on_first(begin)
+        _run_dcp(dcp.save, tensors | states, place)
         on_first(end)
     return path
 
@@ -158,8 +152,7 @@ def export_model(path: Path, target: Path) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, oldest first."""
-    found = [path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(Path(folder).glob("step-[0-9]*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -208,7 +201,9 @@ def _read_state(path: Path) -> dict[str, Any]:
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path}: {_STATE} is damaged or foreign ({error})") from error
     if state["format"] != _FORMAT:
-        older = "; finish the run with the version that began it" if state["format"] in _OLDER else ""
+        older = (
+            "; finish the run with the version that began it" if "nl-models" in str(state["format"]) else ""
+        )
         raise CheckpointError(f"checkpoint {path}: format {state['format']!r}, expected {_FORMAT!r}{older}")
     return state
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import typer
 import yaml
 
-from nl_models.data.prepare import DataOptions
+from nl_models.data.prepare import DataOptions, option
 
 OPTIMIZERS = ("adamw", "muon", "m3", "delta_momentum", "deep_momentum")
 MODELS = {
@@ -49,10 +49,6 @@ def one_of(*choices: str) -> Expected:
     return f"one of {choices}", choices.__contains__
 
 
-def _option(default: object, text: str, expected: Expected | None = None) -> typing.Any:
-    return field(default=default, metadata={"help": text, "expected": expected})
-
-
 @dataclass(frozen=True)
 class TrainConfig(DataOptions):
     """A training run. Field metadata holds the help text of the command line, and what a value may be.
@@ -61,82 +57,82 @@ class TrainConfig(DataOptions):
         ValueError: another type, or a value that the option cannot have, alone or with the others.
     """
 
-    model: str = _option("hope", f"One of {', '.join(MODELS)}.", one_of(*MODELS))
-    hidden_size: int = _option(256, "Width of the residual stream.", COUNT)
-    layers: int = _option(4, "Blocks.", COUNT)
-    heads: int = _option(4, "Heads of the memory or attention.", COUNT)
+    model: str = option("hope", f"One of {', '.join(MODELS)}.", one_of(*MODELS))
+    hidden_size: int = option(256, "Width of the residual stream.", COUNT)
+    layers: int = option(4, "Blocks.", COUNT)
+    heads: int = option(4, "Heads of the memory or attention.", COUNT)
     model_options: dict = field(
         default_factory=dict,
         metadata={"help": "Any other field of HopeConfig as NAME=VALUE (JSON value). Repeatable."},
     )
 
-    init_from: str | None = _option(
+    init_from: str | None = option(
         None, "Folder of a run, a checkpoint or a saved model whose weights to begin with."
     )
 
-    steps: int = _option(1000, "Optimiser steps; a continued run may be given more.", COUNT)
-    batch_size: int = _option(8, "Windows in one forward pass, of all processes together.", COUNT)
-    sequence_length: int = _option(512, "Tokens in a window.", ("at least 2", lambda value: value >= 2))
-    gradient_accumulation: int = _option(1, "Forward passes in one optimiser step.", COUNT)
-    carry_state: bool = _option(
+    steps: int = option(1000, "Optimiser steps; a continued run may be given more.", COUNT)
+    batch_size: int = option(8, "Windows in one forward pass, of all processes together.", COUNT)
+    sequence_length: int = option(512, "Tokens in a window.", ("at least 2", lambda value: value >= 2))
+    gradient_accumulation: int = option(1, "Forward passes in one optimiser step.", COUNT)
+    carry_state: bool = option(
         False,
         "Read documents in order, a window a step, and carry the state from each window to the next "
         "(truncated backpropagation through time); every row of a batch is a stream of its own.",
     )
-    optimizer: str = _option(
+    optimizer: str = option(
         "adamw",
         f"One of {', '.join(OPTIMIZERS)}; all but 'adamw' are for hidden matrices, AdamW has the rest.",
         one_of(*OPTIMIZERS),
     )
-    learning_rate: float = _option(2e-3, "Peak learning rate.", POSITIVE)
-    final_learning_rate: float = _option(0.1, "Last learning rate, as a share of the peak.", SHARE)
-    warmup_steps: int = _option(
+    learning_rate: float = option(2e-3, "Peak learning rate.", POSITIVE)
+    final_learning_rate: float = option(0.1, "Last learning rate, as a share of the peak.", SHARE)
+    warmup_steps: int = option(
         100,
         "Steps of linear warm-up, on the command line at most a tenth of all; a cosine follows.",
         NOT_NEGATIVE,
     )
-    decay_steps: int | None = _option(
+    decay_steps: int | None = option(
         None, "Step at which the cosine ends; the last rate stays. Default: the last step.", COUNT
     )
-    weight_decay: float = _option(
+    weight_decay: float = option(
         0.1, "Decoupled decay of matrices (never of norms, biases, gates, embeddings).", NOT_NEGATIVE
     )
-    beta1: float = _option(0.9, "AdamW's decay of the first moment.", MEAN_DECAY)
-    beta2: float = _option(0.95, "AdamW's decay of the second moment.", MEAN_DECAY)
-    clip_norm: float = _option(1.0, "Gradients are scaled down to this global norm.", POSITIVE)
-    gradient_checkpointing: bool = _option(
+    beta1: float = option(0.9, "AdamW's decay of the first moment.", MEAN_DECAY)
+    beta2: float = option(0.95, "AdamW's decay of the second moment.", MEAN_DECAY)
+    clip_norm: float = option(1.0, "Gradients are scaled down to this global norm.", POSITIVE)
+    gradient_checkpointing: bool = option(
         False, "Recompute each block in the backward pass: less memory, more time."
     )
-    seed: int = _option(0, "Of the initial weights and of the order of the data.", NOT_NEGATIVE)
+    seed: int = option(0, "Of the initial weights and of the order of the data.", NOT_NEGATIVE)
 
-    evaluate_every: int = _option(100, "Steps between evaluations (also after the last step).", COUNT)
-    validation_windows: int = _option(64, "Windows of the fixed validation set.", COUNT)
-    position_length: int | None = _option(
+    evaluate_every: int = option(100, "Steps between evaluations (also after the last step).", COUNT)
+    validation_windows: int = option(64, "Windows of the fixed validation set.", COUNT)
+    position_length: int | None = option(
         None,
         "Tokens of held-out text by whose position the loss is measured after the last step; 0: none. "
         "Default: 16 windows.",
     )
-    checkpoint_every: int = _option(100, "Steps between checkpoints (also after the last step).", COUNT)
-    keep_checkpoints: int = _option(2, "Newest checkpoints to keep, besides the best.", COUNT)
+    checkpoint_every: int = option(100, "Steps between checkpoints (also after the last step).", COUNT)
+    keep_checkpoints: int = option(2, "Newest checkpoints to keep, besides the best.", COUNT)
 
-    track: str | None = _option(
+    track: str | None = option(
         None, "Tracker beside metrics.jsonl, of those that accelerate knows: 'tensorboard', 'wandb', …."
     )
 
-    device: str = _option("auto", "'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")
-    precision: str = _option(
+    device: str = option("auto", "'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")
+    precision: str = option(
         "auto",
         "'fp32' or 'bf16' (autocast); 'auto': bf16 on CUDA, fp32 elsewhere.",
         one_of("auto", "fp32", "bf16"),
     )
-    compile: bool = _option(False, "Run the model under torch.compile.")
-    fsdp: bool = _option(False, "Shard weights and optimiser over the processes (FSDP2); DDP without it.")
-    mesh: str | None = _option(
+    compile: bool = option(False, "Run the model under torch.compile.")
+    fsdp: bool = option(False, "Shard weights and optimiser over the processes (FSDP2); DDP without it.")
+    mesh: str | None = option(
         None,
         "How processes share the work, such as data=2,sequence=2: 'data' of them the windows of a batch, "
         "'sequence' each window, 'heads' the heads of each layer. Default: all of them the windows.",
     )
-    threads: int | None = _option(None, "CPU threads; PyTorch's choice if not given.", COUNT)
+    threads: int | None = option(None, "CPU threads; PyTorch's choice if not given.", COUNT)
 
     def __post_init__(self) -> None:
         check_options(vars(self))
@@ -154,7 +150,7 @@ class TrainConfig(DataOptions):
 
     @property
     def data_options(self) -> DataOptions:
-        names = (option.name for option in dataclasses.fields(DataOptions))
+        names = (each.name for each in dataclasses.fields(DataOptions))
         return DataOptions(**{name: getattr(self, name) for name in names})
 
     @property
@@ -171,7 +167,7 @@ FREE_ON_RESUME = frozenset(
 
 def check_options(values: Mapping[str, typing.Any], source: str = "") -> None:
     """Raise ``ValueError`` at an unknown name (the closest is suggested), another type or a bad value."""
-    known = {option.name: option for option in dataclasses.fields(TrainConfig)}
+    known = {each.name: each for each in dataclasses.fields(TrainConfig)}
     hints = typing.get_type_hints(TrainConfig)
     for name, value in values.items():
         if name not in known:
@@ -247,12 +243,12 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
         elif each.default not in (None, False):
             text += f" Default: {each.default}."
         # The real default is the config's; None here means "not given".
-        option = typer.Option(name, help=text, rich_help_panel=panel, show_default=False)
+        shown = typer.Option(name, help=text, rich_help_panel=panel, show_default=False)
         parameters[each.name] = inspect.Parameter(
             each.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=typing.Annotated[kind | None, option],
+            annotation=typing.Annotated[kind | None, shown],
         )
 
     def wrapped(**values: typing.Any) -> None:

@@ -6,12 +6,15 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from nl_models.parallel.mesh import Mesh
 from nl_models.training.config import TrainConfig
+
+_Result = TypeVar("_Result")
 
 
 def choose_device(name: str) -> torch.device:
@@ -26,9 +29,7 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
     if name != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device: {name!r} asked for, but PyTorch finds no CUDA device here; use 'cpu'")
-    if name != "cpu" and launched():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    return torch.device(name)
+    return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name != "cpu" and launched() else name)
 
 
 def computes_in_bf16(precision: str, device: str) -> bool:
@@ -74,18 +75,19 @@ def rank() -> int:
     return dist.get_rank() if grouped() else 0
 
 
-def on_first(function: Callable[[], object]) -> None:
-    """Call ``function`` in process 0 alone, while the others wait; all raise what it raises."""
-    raised: list[Exception | None] = [None]
+def on_first(function: Callable[[], _Result]) -> _Result:
+    """Call ``function`` in process 0 alone, while the others wait; all return or raise what it does."""
+    ended: list[Any] = [None, None]
     if rank() == 0:
         try:
-            function()
+            ended[0] = function()
         except Exception as error:
-            raised = [error]
+            ended[1] = error
     if grouped():
-        dist.broadcast_object_list(raised)
-    if raised[0] is not None:
-        raise raised[0]
+        dist.broadcast_object_list(ended)
+    if ended[1] is not None:
+        raise ended[1]
+    return ended[0]
 
 
 def summed(*values: float) -> list[float]:

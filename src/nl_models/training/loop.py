@@ -140,12 +140,6 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_in_bf16(precision, device.type))
 
 
-def whole_windows(tokens: torch.Tensor) -> StreamBatch:
-    """Windows ``[B, T]`` without padding, each of which begins anew."""
-    rows, length = tokens.shape
-    return StreamBatch(tokens, torch.full((rows,), length), torch.ones(rows, dtype=torch.bool))
-
-
 class Trainer:
     """Trains a causal language model in a run's folder.
 
@@ -201,11 +195,10 @@ class Trainer:
             CheckpointError: the newest checkpoint is damaged or foreign; nothing has changed then.
         """
         on_first(lambda: [remove_incomplete(folder) for folder in (self.folder, self.checkpoints)])
-        checkpoints = list_checkpoints(self.checkpoints)
-        if checkpoints:
+        if checkpoints := list_checkpoints(self.checkpoints):
             self.step = load_checkpoint(checkpoints[-1], self.model, self._optimizer, self._carried)
-            best = best_checkpoint(self.checkpoints)
-            self._lowest = math.inf if best is None else validation_loss(best)
+        if best := best_checkpoint(self.checkpoints):
+            self._lowest = validation_loss(best)
         return self.step
 
     def run(self, display: Display, stop: Callable[[], bool] = lambda: False) -> int:
@@ -259,7 +252,7 @@ class Trainer:
             for rows in self._validation.split(self.config.batch_size):
                 own = rows[self._own]
                 # All processes run the model equally often; one without a window of its own counts none.
-                loss = self._loss(whole_windows(own if len(own) else rows[:1]), 1).item()
+                loss = self._loss(StreamBatch.whole(own if len(own) else rows[:1]), 1).item()
                 total += loss if len(own) else 0.0
         self.model.train()
         total = summed(total)[0] / self.mesh.heads
@@ -284,7 +277,7 @@ class Trainer:
         first = self.step * config.gradient_accumulation
         batches = [self._batches.batch(first + part) for part in range(config.gradient_accumulation)]
         if self._carried is None:
-            batches = [whole_windows(batch) for batch in batches]
+            batches = [StreamBatch.whole(batch) for batch in batches]
         # Gradients are averaged over data ranks, so that each divides by its share of the targets.
         share = sum(int((batch.lengths - 1).sum()) for batch in batches) / self.mesh.data
         loss = sum(self._backward(part, batch, share) for part, batch in enumerate(batches))

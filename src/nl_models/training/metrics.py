@@ -23,13 +23,17 @@ def metrics_log(path: Path, *, last_step: int, track: str | None = None) -> Iter
     To begin with, every record after ``last_step`` goes: a killed run may have logged steps past its last
     checkpoint, and half a line, and logs these steps again. They vanish in one atomic replacement.
     """
-    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
-    write_bytes(path, "".join(_line(record) for record in kept).encode())
+
+    def line(record: dict[str, Any]) -> str:
+        return json.dumps(record, separators=(",", ":")) + "\n"
+
+    kept = [line(record) for record in read_metrics(path) if record["step"] <= last_step]
+    write_bytes(path, "".join(kept).encode())
     send = contextlib.nullcontext(lambda _: None) if track is None else tracker(track, path.parent)
     with Path(path).open("a", encoding="utf-8", buffering=1) as file, send as also:
 
         def write(record: dict[str, Any]) -> None:
-            file.write(_line(record))
+            file.write(line(record))
             also(record)
 
         yield write
@@ -95,7 +99,3 @@ def read_metrics(path: Path) -> list[dict]:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: line {number} is not a metrics record ({error})") from error
     return records
-
-
-def _line(record: dict[str, object]) -> str:
-    return json.dumps(record, separators=(",", ":")) + "\n"
