@@ -66,25 +66,21 @@ class DivergedError(RuntimeError):
 def stop_signal() -> Iterator[threading.Event]:
     """Within the block the first Ctrl-C (SIGINT) or SIGTERM sets the event, a request to stop after the step.
 
-    The second one does what it did before, and ends the process.
+    The second one interrupts at once. The handlers of before return when the block ends.
     """
     stop = threading.Event()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
     def receive(*_: object) -> None:
-        restore()
+        if stop.is_set():
+            raise KeyboardInterrupt
         stop.set()
 
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for number in previous:
-            signal.signal(number, receive)
         yield stop
     finally:
-        restore()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def create_run(folder: Path, config: TrainConfig) -> None:
