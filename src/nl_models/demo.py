@@ -136,7 +136,7 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
     torch.set_num_threads(settings.threads)
     hope_run = settings.train_config("hope")
     console.rule("[bold]1/5 text", align="left")
-    data = prepare_data(hope_run.data_options, output / "data")
+    data = prepare_data(hope_run, output / "data")
     for side in ("train", "validation"):
         about = data.description[side]
         console.print(f"{side}: {about['tokens']:,} tokens of {about['files']:,} files", highlight=False)

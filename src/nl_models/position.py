@@ -278,7 +278,7 @@ def _held_out(run: _Run) -> np.ndarray:
     folder = data_folder(run.folder)
     if folder is None:
         raise ValueError(f"text: {run.folder} has no data folder; give a folder of text files with --text")
-    return prepare_data(run.config.data_options, folder).validation
+    return prepare_data(run.config, folder).validation
 
 
 def _turns(tokens: np.ndarray, turns: int, window: int) -> list[np.ndarray]:

@@ -76,8 +76,8 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
         other = f"{folder}: another process is training in this folder"
         on_first(lambda: lock.enter_context(locked(folder / ".lock", other)))
         try:
-            on_first(lambda: bool(prepare_data(config.data_options, folder / "data")))
-            data = prepare_data(config.data_options, folder / "data")
+            on_first(lambda: bool(prepare_data(config, folder / "data")))
+            data = prepare_data(config, folder / "data")
             model = build_model(config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
             if config.init_from is not None and not list_checkpoints(folder / "checkpoints"):
                 copy_weights(config.init_from, model, data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,11 @@ class DataOptions:
     )
     vocab_size: int = option(4096, "Ids of a BPE to train.")
     validation_fraction: float = option(0.05, "Share of the files held out for validation.")
+
+
+def _described(options: DataOptions) -> dict[str, object]:
+    """What determines the arrays, of options that may be those of a whole training."""
+    return {each.name: getattr(options, each.name) for each in fields(DataOptions)}
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def _build(options: DataOptions, folder: Path) -> None:
     remove_incomplete(folder.parent)
     with new_directory(folder) as temporary:
         tokenizer.save(temporary)
-        description: dict[str, object] = {"format": _FORMAT, "options": asdict(options)}
+        description: dict[str, object] = {"format": _FORMAT, "options": _described(options)}
         description["vocab_size"] = tokenizer.vocab_size
         for side, documents in sides.items():
             about = description[side] = {"files": 0, "bytes": 0, "tokens": 0, "names": []}
@@ -174,6 +179,6 @@ def _load(options: DataOptions, folder: Path) -> PreparedData:
                 raise ValueError(f"{side}.npy has shape {array.shape}")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: not a folder of prepared data ({error})") from error
-    if made_with != asdict(options):
-        raise ValueError(f"{folder}: was prepared with {made_with}, but {asdict(options)} is asked for")
+    if made_with != _described(options):
+        raise ValueError(f"{folder}: was prepared with {made_with}, but {_described(options)} is asked for")
     return PreparedData(arrays["train"], arrays["validation"], open_tokenizer(folder), description)

@@ -46,10 +46,6 @@ _STATE = "state.json"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint is truncated, damaged, foreign, or of another model."""
-
-
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -109,14 +105,14 @@ def load_checkpoint(
     """Restore model, optimiser and carried states, in place, after checking everything; returns the step.
 
     Raises:
-        CheckpointError: not a checkpoint of this package, a file is missing, truncated or altered, or the
+        ValueError: not a checkpoint of this package, a file is missing, truncated or altered, or the
             tensors are those of another model.
     """
     path = Path(path)
     on_first(lambda: check_files(path))
     state, weights = _read_state(path), _checked_weights(path, model)
     if carried is not None and state.get("carried") is None:
-        raise CheckpointError(f"checkpoint {path}: holds no carried states")
+        raise ValueError(f"checkpoint {path}: holds no carried states")
     parameters = dict(model.named_parameters())
     targets: dict[str, torch.Tensor] = {}
     moments: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
@@ -157,14 +153,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def best_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the lowest validation loss (the oldest of equals), if any was evaluated."""
-    losses = {path: validation_loss(path) for path in list_checkpoints(folder)}
-    evaluated = [path for path, loss in losses.items() if loss is not None]
-    return min(evaluated, key=losses.__getitem__, default=None)
+    losses = validation_losses(folder)
+    return min(losses, key=losses.__getitem__, default=None)
 
 
-def validation_loss(path: Path) -> float | None:
-    """The loss that was measured at a checkpoint, if it was."""
-    return _read_state(path)["validation_loss"]
+def validation_losses(folder: Path) -> dict[Path, float]:
+    """The losses that were measured at the checkpoints in ``folder``, oldest first."""
+    losses = {path: _read_state(path)["validation_loss"] for path in list_checkpoints(folder)}
+    return {path: loss for path, loss in losses.items() if loss is not None}
 
 
 def prune_checkpoints(folder: Path, *, keep: int) -> None:
@@ -197,30 +193,30 @@ def _read_state(path: Path) -> dict[str, Any]:
             _ = state["validation_loss"], int(state["step"])
             _ = [(int(about["bytes"]), about["sha256"]) for about in state["files"].values()]
     except OSError as error:
-        raise CheckpointError(f"checkpoint {path}: no {_STATE}; not a checkpoint of nl_models") from error
+        raise ValueError(f"checkpoint {path}: no {_STATE}; not a checkpoint of nl_models") from error
     except (AttributeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path}: {_STATE} is damaged or foreign ({error})") from error
+        raise ValueError(f"checkpoint {path}: {_STATE} is damaged or foreign ({error})") from error
     if state["format"] != _FORMAT:
         older = (
             "; finish the run with the version that began it" if "nl-models" in str(state["format"]) else ""
         )
-        raise CheckpointError(f"checkpoint {path}: format {state['format']!r}, expected {_FORMAT!r}{older}")
+        raise ValueError(f"checkpoint {path}: format {state['format']!r}, expected {_FORMAT!r}{older}")
     return state
 
 
 def check_files(path: Path) -> None:
-    """Raise :class:`CheckpointError` unless every file of a checkpoint is there as it was written."""
+    """Raise ``ValueError`` unless every file of a checkpoint is there as it was written."""
     for name, expected in _read_state(path)["files"].items():
         if not (path / name).is_file():
-            raise CheckpointError(f"checkpoint {path}: {name} is missing")
+            raise ValueError(f"checkpoint {path}: {name} is missing")
         found = _fingerprint(path / name)
         if found["bytes"] != expected["bytes"]:
-            raise CheckpointError(
+            raise ValueError(
                 f"checkpoint {path}: {name} has {found['bytes']:,} bytes, "
                 f"expected {expected['bytes']:,} (truncated?)"
             )
         if found != expected:
-            raise CheckpointError(f"checkpoint {path}: the content of {name} was altered (SHA-256 differs)")
+            raise ValueError(f"checkpoint {path}: the content of {name} was altered (SHA-256 differs)")
 
 
 def _fingerprint(path: Path) -> dict[str, object]:
@@ -241,11 +237,11 @@ def _checked_weights(path: Path, model: PreTrainedModel) -> dict[str, torch.Tens
     own = _once(model.state_dict(), model)
     found = {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
     if differing := sorted(own.keys() ^ found.keys()):
-        raise CheckpointError(f"checkpoint {path}: of another model (only one of them has {differing[:3]})")
+        raise ValueError(f"checkpoint {path}: of another model (only one of them has {differing[:3]})")
     for name, target in own.items():
         value = found[name]
         if value.shape != target.shape or value.dtype != target.dtype:
-            raise CheckpointError(
+            raise ValueError(
                 f"checkpoint {path}: {name} is {value.dtype} {tuple(value.shape)}, "
                 f"the model has {target.dtype} {tuple(target.shape)}"
             )

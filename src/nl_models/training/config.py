@@ -149,11 +149,6 @@ class TrainConfig(DataOptions):
             raise ValueError("text_column: expected together with corpus, the dataset that has the column")
 
     @property
-    def data_options(self) -> DataOptions:
-        names = (each.name for each in dataclasses.fields(DataOptions))
-        return DataOptions(**{name: getattr(self, name) for name in names})
-
-    @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation * self.sequence_length
 

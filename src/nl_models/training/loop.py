@@ -41,13 +41,12 @@ from nl_models.parallel.mesh import ParallelModel
 from nl_models.plots import plot_losses
 from nl_models.training.carried import CarriedStates
 from nl_models.training.checkpoint import (
-    best_checkpoint,
     export_model,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
-    validation_loss,
+    validation_losses,
 )
 from nl_models.training.config import FREE_ON_RESUME, TrainConfig, load_config
 from nl_models.training.console import Display
@@ -188,13 +187,12 @@ class Trainer:
         """Continue from the newest checkpoint, or from the start if none was written yet; returns the step.
 
         Raises:
-            CheckpointError: the newest checkpoint is damaged or foreign; nothing has changed then.
+            ValueError: the newest checkpoint is damaged or foreign; nothing has changed then.
         """
         on_first(lambda: [remove_incomplete(folder) for folder in (self.folder, self.checkpoints)])
         if checkpoints := list_checkpoints(self.checkpoints):
             self.step = load_checkpoint(checkpoints[-1], self.model, self._optimizer, self._carried)
-        if best := best_checkpoint(self.checkpoints):
-            self._lowest = validation_loss(best)
+            self._lowest = min(validation_losses(self.checkpoints).values(), default=math.inf)
         return self.step
 
     def run(self, display: Display, stop: Callable[[], bool] = lambda: False) -> int:

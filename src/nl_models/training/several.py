@@ -107,7 +107,7 @@ def _train(job: Job) -> float:
         display.expect(0)  # it shows from now on
         if job.config.threads is not None:
             torch.set_num_threads(job.config.threads)
-        data = prepare_data(job.config.data_options, job.data)
+        data = prepare_data(job.config, job.data)
         create_run(job.folder, job.config)
         model = build_model(job.config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
         Trainer(job.folder, job.config, model, data).run(display, stopping.is_set)

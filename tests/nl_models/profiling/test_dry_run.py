@@ -53,7 +53,7 @@ def measure(rank, file, configs, target):
     for number, config in enumerate(configs):
         folder = Path(f"{target}-{number}-{rank}")
         create_run(folder, config)
-        data = prepare_data(config.data_options, folder / "data")
+        data = prepare_data(config, folder / "data")
 
         def steps(config=config, folder=folder, data=data):
             trainer = Trainer(folder, config, build_model(config, 257, 256), data)

@@ -44,7 +44,7 @@ def carrying(request, config, short_documents):
 def make(folder, config):
     if not folder.exists():
         create_run(folder, config)
-    data = prepare_data(config.data_options, folder / "data")
+    data = prepare_data(config, folder / "data")
     return Trainer(folder, config, build_model(config, 257, 256), data)
 
 

@@ -64,8 +64,8 @@ def train(folder, config, stop_at=None, number=signal.SIGTERM):
     resumed = folder.exists()
     on_first(lambda: None)  # all have looked
     on_first(lambda: resumed or create_run(folder, config))
-    on_first(lambda: bool(prepare_data(config.data_options, folder / "data")))
-    data = prepare_data(config.data_options, folder / "data")
+    on_first(lambda: bool(prepare_data(config, folder / "data")))
+    data = prepare_data(config, folder / "data")
     trainer = Trainer(folder, config, build_model(config, 257, 256), data)
     if resumed:
         trainer.resume()
