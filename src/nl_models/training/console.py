@@ -127,12 +127,11 @@ def explained_errors(*kinds: type[Exception]) -> Iterator[None]:
     Args:
         kinds: further exceptions whose text says all.
     """
+    told: tuple[type[Exception], ...] = (ValueError, OSError, *kinds)
     try:
         yield
-    except (ValueError, *kinds) as error:
-        fail(error)
-    except OSError as error:
-        fail(_told(error))
+    except told as error:
+        fail(_told(error) if isinstance(error, OSError) else error)
 
 
 _REMEDIES = {

@@ -114,7 +114,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     embeddings = {
         id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     heads = () if head is None else {id(parameter) for parameter in head.parameters()}
     matrices, decayed, free = [], [], []
     for name, parameter in model.named_parameters():
@@ -126,7 +126,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
             decayed.append((name, parameter))
         else:
             matrices.append((name, parameter))
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": matrices, "rule": "matrix", "weight_decay": config.weight_decay},
         {"params": decayed, "rule": "adamw", "weight_decay": config.weight_decay},
         {"params": free, "rule": "adamw", "weight_decay": 0.0},
