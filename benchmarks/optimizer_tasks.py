@@ -18,8 +18,7 @@ from nl_models.data.batches import TrainingBatches, validation_windows
 from nl_models.data.prepare import DataOptions, PreparedData, prepare_data
 from nl_models.optim import M3, DeepMomentum, DeltaGradientDescent, DeltaMomentum, Muon, split_parameters
 from nl_models.training.config import TrainConfig
-from nl_models.training.model import build_model
-from nl_models.training.optimizer import build_optimizer
+from nl_models.training.model import build_model, build_optimizer
 
 WEIGHT_DECAY = 0.1
 

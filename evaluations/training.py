@@ -9,7 +9,7 @@ import torch
 
 from evaluations.task import Task
 from nl_models.training.config import TrainConfig
-from nl_models.training.optimizer import build_optimizer, learning_rate_at
+from nl_models.training.model import build_optimizer, learning_rate_at
 
 LEARNED = 1e-6  # at 1e-4 the answers on longer words still change
 

@@ -31,7 +31,7 @@ from examples.prose_and_code import SMALL, Data, Sizes, prepare, train_on_prose
 from nl_models.continual import ContinuumLearner, StepRule
 from nl_models.files import make_folder, write_bytes
 from nl_models.surgery import convert_mlp_to_continuum
-from nl_models.training.command_line import explained_errors
+from nl_models.training.console import explained_errors
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from nl_models.files import new_directory, only_writer
 from nl_models.open_model import OpenedModel, open_model
 from nl_models.replies import Sampling, has_chat_template
 from nl_models.surgery import convert_attention, convert_mlp_to_continuum
-from nl_models.training.command_line import OtherModel, explained_errors, fail
+from nl_models.training.console import OtherModel, explained_errors, fail
 from nl_models.training.distributed import choose_device
 
 app = typer.Typer(

@@ -27,9 +27,8 @@ from nl_models.profiling.choose import config_arguments
 from nl_models.profiling.report import describe_machine, plot_profile, profile_table, save_profile
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.profiling.subjects import ConfiguredModel
-from nl_models.training.command_line import explained_errors, fail
 from nl_models.training.config import TrainConfig
-from nl_models.training.console import duration, without_progress_bars
+from nl_models.training.console import duration, explained_errors, fail, without_progress_bars
 from nl_models.training.distributed import choose_device
 from nl_models.training.loop import DivergedError
 from nl_models.training.metrics import read_metrics
@@ -137,7 +136,7 @@ def run_demo(output: Path, settings: DemoSettings, *, console: Console, command:
     torch.set_num_threads(settings.threads)
     hope_run = settings.train_config("hope")
     console.rule("[bold]1/5 text", align="left")
-    data = prepare_data(hope_run.data_options, output / "data")
+    data = prepare_data(hope_run, output / "data")
     for side in ("train", "validation"):
         about = data.description[side]
         console.print(f"{side}: {about['tokens']:,} tokens of {about['files']:,} files", highlight=False)

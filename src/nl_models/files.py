@@ -22,10 +22,25 @@ _TEMPORARY_PREFIX = ".incomplete-"
 
 
 @contextlib.contextmanager
+def locked(place: Path, refusal: str) -> Iterator[None]:
+    """Within the block no other process enters one of the same place, a file that is made for it.
+
+    The lock goes with the process, however that ends.
+
+    Raises:
+        ValueError: another process is within such a block; it says ``refusal``.
+    """
+    try:
+        lock = FileLock(place).acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(refusal) from error
+    with lock:
+        yield
+
+
+@contextlib.contextmanager
 def only_writer(path: Path) -> Iterator[None]:
     """Within the block no other process enters one of the same memory. A hidden file beside it is locked.
-
-    It goes with the process, however that ends.
 
     Raises:
         FileNotFoundError: there is no folder for it.
@@ -38,15 +53,12 @@ def only_writer(path: Path) -> Iterator[None]:
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     place = path.with_name(f".{path.name}.lock")
-    try:
-        lock = FileLock(place).acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"memory: {named} is kept up to date by another process; end that one, or go on with a copy"
-        ) from error
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error
-    with lock:
+    other = f"memory: {named} is kept up to date by another process; end that one, or go on with a copy"
+    with contextlib.ExitStack() as lock:
+        try:
+            lock.enter_context(locked(place, other))
+        except OSError as error:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         try:
             yield
         finally:

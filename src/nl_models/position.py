@@ -36,9 +36,8 @@ from nl_models.files import make_folder
 from nl_models.hope import HopeForCausalLM
 from nl_models.open_model import open_model
 from nl_models.profiling.report import describe_machine
-from nl_models.training.command_line import OtherModel, explained_errors, token_count
 from nl_models.training.config import TrainConfig, load_config
-from nl_models.training.console import without_progress_bars
+from nl_models.training.console import OtherModel, explained_errors, token_count, without_progress_bars
 from nl_models.training.distributed import choose_device
 from nl_models.training.loop import autocast
 
@@ -279,7 +278,7 @@ def _held_out(run: _Run) -> np.ndarray:
     folder = data_folder(run.folder)
     if folder is None:
         raise ValueError(f"text: {run.folder} has no data folder; give a folder of text files with --text")
-    return prepare_data(run.config.data_options, folder).validation
+    return prepare_data(run.config, folder).validation
 
 
 def _turns(tokens: np.ndarray, turns: int, window: int) -> list[np.ndarray]:

@@ -27,7 +27,7 @@ from nl_models.profiling.report import (
 )
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.profiling.subjects import LAYERS, count_parameters
-from nl_models.training.command_line import explained_errors, token_count
+from nl_models.training.console import explained_errors, token_count
 from nl_models.training.distributed import choose_device
 
 _DEFAULT = ProfileSettings()

@@ -157,7 +157,7 @@ class StatefulCache:
         cache, ids = cls(model.config), torch.zeros(batch_size, 1, dtype=torch.int64)
         ids = ids.to(input_device(model))
         model(input_ids=ids, attention_mask=ids, cache=cache, use_cache=True)  # padding writes nothing
-        cache._forget_columns()
+        cache.forget_columns()
         return cache
 
     @classmethod
@@ -289,8 +289,8 @@ class StatefulCache:
         """Bytes that everything occupies that was read."""
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer_tensors(layer))
 
-    def _forget_columns(self) -> None:
-        """Rows that have read nothing but padding have read nothing."""
+    def forget_columns(self) -> None:
+        """What was read counts as not read: no mask has to speak of it."""
         for layer in self.layers:
             if isinstance(layer, StateCacheLayer):
                 layer.forget_columns()

@@ -16,22 +16,15 @@ from rich.filesize import decimal
 from nl_models.data.corpus import check_folder
 from nl_models.data.prepare import PreparedData, check_tokenizer, prepare_data
 from nl_models.evaluation.held_out import measure_held_out
-from nl_models.files import write_json
+from nl_models.files import locked, write_json
 from nl_models.hope.configuration_hope import PRESETS
 from nl_models.open_model import copy_weights, open_model
 from nl_models.parallel.mesh import Mesh, parts_in_turn
 from nl_models.parallel.plan import idle_share, messages
 from nl_models.profiling.dry_run import described, plan_run
 from nl_models.training.checkpoint import best_checkpoint, list_checkpoints
-from nl_models.training.command_line import explained_errors, with_config_options
-from nl_models.training.config import (
-    TrainConfig,
-    config_from_dict,
-    merged_options,
-    read_options,
-    typed_options,
-)
-from nl_models.training.console import Display
+from nl_models.training.config import TrainConfig, merged_options, read_options, with_config_options
+from nl_models.training.console import Display, explained_errors
 from nl_models.training.distributed import (
     choose_device,
     computes_in_bf16,
@@ -43,12 +36,11 @@ from nl_models.training.distributed import (
 )
 from nl_models.training.loop import (
     DivergedError,
-    StopSignal,
     Trainer,
     autocast,
     continued_config,
     create_run,
-    only_process,
+    stop_signal,
 )
 from nl_models.training.metrics import read_metrics, tracker_class
 from nl_models.training.model import build_model, hope_config, levels_hardly_trained, preset_options
@@ -81,10 +73,11 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
             check_folder(config.corpus)
         on_first(lambda: create_run(folder, config))
     with contextlib.ExitStack() as lock:
-        on_first(lambda: lock.enter_context(only_process(folder)))
+        other = f"{folder}: another process is training in this folder"
+        on_first(lambda: lock.enter_context(locked(folder / ".lock", other)))
         try:
-            on_first(lambda: prepare_data(config.data_options, folder / "data"))
-            data = prepare_data(config.data_options, folder / "data")
+            on_first(lambda: bool(prepare_data(config, folder / "data")))
+            data = prepare_data(config, folder / "data")
             model = build_model(config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
             if config.init_from is not None and not list_checkpoints(folder / "checkpoints"):
                 copy_weights(config.init_from, model, data)
@@ -105,9 +98,9 @@ def train(folder: Path, config: TrainConfig, *, resume: bool, console: Console) 
             on_first(lambda: _save_steps(folder, config))
             with (
                 Display(console, total=config.steps, start=start, label=config.model) as display,
-                StopSignal() as stop,
+                stop_signal() as stop,
             ):
-                ended = trainer.run(display, stop)
+                ended = trainer.run(display, stop.is_set)
         _print_exchange(console, trainer)
         if ended >= config.steps and rank() == 0:
             _measure_position(folder, config, data, console, trainer.device)
@@ -170,18 +163,13 @@ def main(
     A killed run continues with --resume to the same loss curve. Ctrl-C saves a checkpoint first.
     """
     with explained_errors(DivergedError):
-        file = typed_options(read_options(config), source=str(config)) if config else {}
+        file = read_options(config) if config else {}
         options = merged_options(preset_options(preset) if preset else {}, file, overrides)
-        source = str(config) if config else "options"
         # All look before they join, so that none sees what another has just begun.
         resume |= restartable() and (output / "config.json").is_file()
-        steps = options.get("steps")
-        if not resume and isinstance(steps, int) and "warmup_steps" not in options:
-            options["warmup_steps"] = min(TrainConfig.warmup_steps, steps // 10)
-        if resume:
-            checked = continued_config(output, typed_options(options, source=source))
-        else:
-            checked = config_from_dict(options, source=source)
+        if not resume and "steps" in options and "warmup_steps" not in options:
+            options["warmup_steps"] = min(TrainConfig.warmup_steps, options["steps"] // 10)
+        checked = continued_config(output, options) if resume else TrainConfig(**options)
         if dry_run:
             _print_pairs(Console(), **described(plan_run(checked, Mesh.parse(checked.mesh or "data=1"))))
             return

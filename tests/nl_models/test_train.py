@@ -13,6 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from nl_models.files import locked
 from nl_models.train import main
 from nl_models.training.metrics import read_metrics
 from tests.nl_models.full_disk import small_files
@@ -224,6 +225,16 @@ def test_an_existing_run_is_neither_overwritten_nor_changed(corpus, tmp_path):
     assert changed.exit_code == 2
     assert "learning_rate (0.002 → 0.5)" in " ".join(changed.output.split())
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_two_processes_cannot_train_in_one_folder(corpus, tmp_path):
+    run = tmp_path / "run"
+    assert call("--output", run, "--corpus", corpus, *TINY, "--steps", "4").exit_code == 0
+    with locked(run / ".lock", "as another process does"):
+        refused = call("--output", run, "--resume", "--steps", "5")
+    assert refused.exit_code == 2
+    assert "another process is training in this folder" in " ".join(refused.output.split())
+    assert call("--output", run, "--resume", "--steps", "5").exit_code == 0
 
 
 def test_one_process_goes_on_with_a_run_that_was_begun_sharded(corpus, tmp_path):

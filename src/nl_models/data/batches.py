@@ -82,6 +82,12 @@ class StreamBatch(NamedTuple):
     lengths: torch.Tensor
     begins: torch.Tensor
 
+    @classmethod
+    def whole(cls, tokens: torch.Tensor) -> StreamBatch:
+        """Windows ``[B, T]`` without padding, each of which begins anew."""
+        rows, length = tokens.shape
+        return cls(tokens, torch.full((rows,), length), torch.ones(rows, dtype=torch.bool))
+
 
 @dataclass(frozen=True)
 class DocumentStreams:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,26 +29,33 @@ _FORMAT = "nl-models-data-1"
 _AT_ONCE = 64  # documents to encode
 
 
+def option(default: object, text: str, expected: object = None) -> Any:
+    """A field that is an option of the command line, with its help text and what its value may be."""
+    return field(default=default, metadata={"help": text, "expected": expected})
+
+
 @dataclass(frozen=True)
 class DataOptions:
-    """What determines the token arrays.
+    """What determines the token arrays. Field metadata holds the help text of the command line."""
 
-    Attributes:
-        corpus: folder of text files; ``None``: the running interpreter's standard library and topics. With
-            ``text_column`` what Hugging Face ``datasets`` reads: a folder of parquet, JSON-lines or CSV
-            files, or a name on the Hub.
-        text_column: the column of such a dataset that has the text.
-        tokenizer: ``"bytes"``, ``"bpe"`` (trained on the training documents only), or the folder of a ready
-            one, of this package or of transformers.
-        vocab_size: ids of a BPE to train (ignored otherwise).
-        validation_fraction: share of the files held out, in (0, 1).
-    """
+    corpus: str | None = option(
+        None, "Folder of UTF-8 text files. Without it: Python's own library and documentation topics."
+    )
+    text_column: str | None = option(
+        None,
+        "Column with the text where the corpus is a dataset that Hugging Face datasets reads, as a stream: a "
+        "folder of parquet, JSON-lines or CSV files, or a name on the Hub.",
+    )
+    tokenizer: str = option(
+        "bpe", "'bytes', 'bpe' trained on the training files, or the folder of a ready one."
+    )
+    vocab_size: int = option(4096, "Ids of a BPE to train.")
+    validation_fraction: float = option(0.05, "Share of the files held out for validation.")
 
-    corpus: str | None = None
-    text_column: str | None = None
-    tokenizer: str = "bpe"
-    vocab_size: int = 4096
-    validation_fraction: float = 0.05
+
+def _described(options: DataOptions) -> dict[str, object]:
+    """What determines the arrays, of options that may be those of a whole training."""
+    return {each.name: getattr(options, each.name) for each in fields(DataOptions)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ def _build(options: DataOptions, folder: Path) -> None:
     remove_incomplete(folder.parent)
     with new_directory(folder) as temporary:
         tokenizer.save(temporary)
-        description: dict[str, object] = {"format": _FORMAT, "options": asdict(options)}
+        description: dict[str, object] = {"format": _FORMAT, "options": _described(options)}
         description["vocab_size"] = tokenizer.vocab_size
         for side, documents in sides.items():
             about = description[side] = {"files": 0, "bytes": 0, "tokens": 0, "names": []}
@@ -171,6 +179,6 @@ def _load(options: DataOptions, folder: Path) -> PreparedData:
                 raise ValueError(f"{side}.npy has shape {array.shape}")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: not a folder of prepared data ({error})") from error
-    if made_with != asdict(options):
-        raise ValueError(f"{folder}: was prepared with {made_with}, but {asdict(options)} is asked for")
+    if made_with != _described(options):
+        raise ValueError(f"{folder}: was prepared with {made_with}, but {_described(options)} is asked for")
     return PreparedData(arrays["train"], arrays["validation"], open_tokenizer(folder), description)

@@ -20,7 +20,7 @@ from nl_models.layers import Attention, ContinuumMemory, GatedDeltaNet, ShortCon
 from nl_models.layers.initial_memory import InitialMemory
 from nl_models.parallel.exchange import Agreement
 from nl_models.parallel.layers import form_of, gathered, relayed, stateless
-from nl_models.training.command_line import explained_errors, token_count
+from nl_models.training.console import explained_errors, token_count
 
 
 def state_bytes(layer: nn.Module, batch: int, past: int, element: int = 4) -> tuple[int, int]:

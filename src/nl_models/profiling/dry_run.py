@@ -20,8 +20,7 @@ from nl_models.profiling.flops import count_flops
 from nl_models.profiling.plan import Plan, of_depth, plan_training_step
 from nl_models.training.config import TrainConfig
 from nl_models.training.distributed import check_shares, computes_in_bf16
-from nl_models.training.model import hope_config
-from nl_models.training.optimizer import build_optimizer
+from nl_models.training.model import build_optimizer, hope_config
 
 
 @dataclass(frozen=True)

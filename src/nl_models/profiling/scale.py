@@ -14,8 +14,8 @@ import typer
 
 from nl_models.parallel.mesh import Mesh
 from nl_models.profiling.dry_run import RunPlan, plan_run
-from nl_models.training.command_line import explained_errors
 from nl_models.training.config import TrainConfig, load_config
+from nl_models.training.console import explained_errors
 
 
 @dataclass(frozen=True)

@@ -193,9 +193,9 @@ class ContinuumCache(StatefulCache, DynamicCache):
         if whole:
             self.mask, self.is_ragged = None, False
 
-    def _forget_columns(self) -> None:
+    def forget_columns(self) -> None:
         self.mask = None
-        super()._forget_columns()
+        super().forget_columns()
         for layer in self.layers:
             if not isinstance(layer, StateCacheLayer):
                 layer.keys, layer.values = layer.keys[..., :0, :], layer.values[..., :0, :]

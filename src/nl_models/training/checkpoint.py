@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import warnings
 from contextlib import ExitStack
@@ -24,13 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nl_models.data.tokenizer import Tokenizer
@@ -40,13 +42,8 @@ from nl_models.training.console import without_progress_bars
 from nl_models.training.distributed import grouped, on_first
 
 _FORMAT = "nl-models-checkpoint-3"
-_OLDER = ("nl-models-checkpoint-1", "nl-models-checkpoint-2")
 _STATE = "state.json"
-_NAME = re.compile(r"step-(\d{8,})")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is truncated, damaged, foreign, or of another model."""
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
 def save_checkpoint(
@@ -66,27 +63,21 @@ def save_checkpoint(
     path = Path(folder) / f"step-{step:08d}"
     if path.exists():
         return path
-    on_host = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    gathered = get_model_state_dict(model, options=on_host)  # by all processes together, for the first
-    once = _own_tensors(model).keys()
+    gathered = get_model_state_dict(model, options=_WHOLE)  # by all processes together, for the first
     tensors = {
         f"optimizer/{name}/{kind}": value.detach()
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
-    structure = None
-    if carried is not None:
-        structure, states = carried.describe()
-        tensors |= states
+    structure, states = (None, {}) if carried is None else carried.describe()
     with ExitStack() as whole:
-        places: list[Path | None] = [None]
 
-        def begin() -> None:
-            places[0] = whole.enter_context(new_directory(path))
+        def begin() -> Path:
+            place = whole.enter_context(new_directory(path))
             with without_progress_bars():
-                weights = {name: value for name, value in gathered.items() if name in once}
-                model.save_pretrained(places[0], state_dict=weights)
-            tokenizer.save(places[0])
+                model.save_pretrained(place, state_dict=_once(gathered, model))
+            tokenizer.save(place)
+            return place
 
         def end() -> None:
             state = {
@@ -94,15 +85,13 @@ def save_checkpoint(
                 "step": step,
                 "validation_loss": validation_loss,
                 "carried": structure,
-                "files": {file.name: _fingerprint(file) for file in sorted(places[0].iterdir())},
+                "files": {file.name: _fingerprint(file) for file in sorted(place.iterdir())},
             }
-            write_json(places[0] / _STATE, state)
+            write_json(place / _STATE, state)
             whole.close()
 
-        on_first(begin)
-        if grouped():
-            dist.broadcast_object_list(places)
-        _run_dcp(dcp.save, tensors, places[0])
+        place = on_first(begin)
+        _run_dcp(dcp.save, tensors | states, place)
         on_first(end)
     return path
 
@@ -116,50 +105,42 @@ def load_checkpoint(
     """Restore model, optimiser and carried states, in place, after checking everything; returns the step.
 
     Raises:
-        CheckpointError: not a checkpoint of this package, a file is missing, truncated or altered, or the
+        ValueError: not a checkpoint of this package, a file is missing, truncated or altered, or the
             tensors are those of another model.
     """
     path = Path(path)
     on_first(lambda: check_files(path))
-    state, saved = _read_state(path), _saved_tensors(path)
-    weights = _checked_weights(path, model)
+    state, weights = _read_state(path), _checked_weights(path, model)
+    if carried is not None and state.get("carried") is None:
+        raise ValueError(f"checkpoint {path}: holds no carried states")
     parameters = dict(model.named_parameters())
     targets: dict[str, torch.Tensor] = {}
     moments: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
-    for key, (size, dtype) in saved.items():
-        if not key.startswith("optimizer/"):
-            continue
-        name, kind = key.removeprefix("optimizer/").rsplit("/", 1)
-        if name not in parameters:
-            raise CheckpointError(f"checkpoint {path}: optimiser state of the unknown parameter {name}")
-        parameter = parameters[name]
-        # Fused AdamW keeps its step counts on the device of the parameter; M3 takes its own back to the host.
-        options = {"dtype": dtype, "device": parameter.device}
-        sharded = isinstance(parameter, DTensor) and size == parameter.shape
-        place = torch.empty_like(parameter.detach(), **options) if sharded else torch.empty(size, **options)
-        targets[key] = moments.setdefault(parameter, {})[kind] = place
-    states = {}
-    if carried is not None:
-        if state.get("carried") is None:
-            raise CheckpointError(f"checkpoint {path}: holds no carried states")
-        states = {
-            key: torch.empty(size, dtype=dtype) for key, (size, dtype) in saved.items() if carried.owns(key)
-        }
-    with torch.no_grad():
-        _run_dcp(dcp.load, targets | states, path)
-        for target, value in weights:
-            if isinstance(target, DTensor):  # each process takes its part of what it has read
-                value = value.to(target.device)
-                value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-            target.copy_(value)
+    for key, about in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items():
+        size, options = about.size, {"dtype": about.properties.dtype}
+        if carried is not None and carried.owns(key):
+            targets[key] = torch.empty(size, **options)
+        elif key.startswith("optimizer/"):
+            name, kind = key.removeprefix("optimizer/").rsplit("/", 1)
+            parameter = parameters[name]
+            # Fused AdamW keeps its step counts on the parameter's device; M3 takes its own back to the host.
+            options["device"] = parameter.device
+            sharded = isinstance(parameter, DTensor) and size == parameter.shape
+            place = (
+                torch.empty_like(parameter.detach(), **options) if sharded else torch.empty(size, **options)
+            )
+            targets[key] = moments.setdefault(parameter, {})[kind] = place
+    _run_dcp(dcp.load, targets, path)
+    set_model_state_dict(model, weights, options=_WHOLE)
     optimizer.state.update(moments)
     if carried is not None:
-        carried.restore(state["carried"], states)
+        carried.restore(state["carried"], targets)
     return state["step"]
 
 
 def export_model(path: Path, target: Path) -> None:
-    """Copy what ``from_pretrained`` opens from a checkpoint to the new folder ``target``."""
+    """Put what ``from_pretrained`` opens of a checkpoint at ``target``, in place of what was there."""
+    shutil.rmtree(target, ignore_errors=True)
     training = shutil.ignore_patterns("*.distcp", ".metadata", _STATE)
     with new_directory(target) as temporary:
         shutil.copytree(path, temporary, ignore=training, dirs_exist_ok=True)
@@ -167,20 +148,19 @@ def export_model(path: Path, target: Path) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, oldest first."""
-    found = [path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(Path(folder).glob("step-[0-9]*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def best_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the lowest validation loss (the oldest of equals), if any was evaluated."""
-    losses = {path: validation_loss(path) for path in list_checkpoints(folder)}
-    evaluated = {path: loss for path, loss in losses.items() if loss is not None}
-    return min(evaluated, key=evaluated.__getitem__) if evaluated else None
+    losses = validation_losses(folder)
+    return min(losses, key=losses.__getitem__, default=None)
 
 
-def validation_loss(path: Path) -> float | None:
-    """The loss that was measured at a checkpoint, if it was."""
-    return _read_state(path)["validation_loss"]
+def validation_losses(folder: Path) -> dict[Path, float]:
+    """The losses that were measured at the checkpoints in ``folder``, oldest first."""
+    losses = {path: _read_state(path)["validation_loss"] for path in list_checkpoints(folder)}
+    return {path: loss for path, loss in losses.items() if loss is not None}
 
 
 def prune_checkpoints(folder: Path, *, keep: int) -> None:
@@ -213,34 +193,30 @@ def _read_state(path: Path) -> dict[str, Any]:
             _ = state["validation_loss"], int(state["step"])
             _ = [(int(about["bytes"]), about["sha256"]) for about in state["files"].values()]
     except OSError as error:
-        raise CheckpointError(f"checkpoint {path}: no {_STATE}; not a checkpoint of nl_models") from error
+        raise ValueError(f"checkpoint {path}: no {_STATE}; not a checkpoint of nl_models") from error
     except (AttributeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path}: {_STATE} is damaged or foreign ({error})") from error
+        raise ValueError(f"checkpoint {path}: {_STATE} is damaged or foreign ({error})") from error
     if state["format"] != _FORMAT:
-        older = "; finish the run with the version that began it" if state["format"] in _OLDER else ""
-        raise CheckpointError(f"checkpoint {path}: format {state['format']!r}, expected {_FORMAT!r}{older}")
+        older = (
+            "; finish the run with the version that began it" if "nl-models" in str(state["format"]) else ""
+        )
+        raise ValueError(f"checkpoint {path}: format {state['format']!r}, expected {_FORMAT!r}{older}")
     return state
 
 
 def check_files(path: Path) -> None:
-    """Raise :class:`CheckpointError` unless every file of a checkpoint is there as it was written."""
+    """Raise ``ValueError`` unless every file of a checkpoint is there as it was written."""
     for name, expected in _read_state(path)["files"].items():
         if not (path / name).is_file():
-            raise CheckpointError(f"checkpoint {path}: {name} is missing")
+            raise ValueError(f"checkpoint {path}: {name} is missing")
         found = _fingerprint(path / name)
         if found["bytes"] != expected["bytes"]:
-            raise CheckpointError(
+            raise ValueError(
                 f"checkpoint {path}: {name} has {found['bytes']:,} bytes, "
                 f"expected {expected['bytes']:,} (truncated?)"
             )
         if found != expected:
-            raise CheckpointError(f"checkpoint {path}: the content of {name} was altered (SHA-256 differs)")
-
-
-def _saved_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """The shape and dtype of every tensor in a checkpoint."""
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return {key: (about.size, about.properties.dtype) for key, about in saved.items()}
+            raise ValueError(f"checkpoint {path}: the content of {name} was altered (SHA-256 differs)")
 
 
 def _fingerprint(path: Path) -> dict[str, object]:
@@ -251,30 +227,22 @@ def _fingerprint(path: Path) -> dict[str, object]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters (tied ones under their first name) and persistent buffers."""
-    state = model.state_dict()  # first: it makes FSDP2 put away what an evaluation has gathered
-    tensors = dict(model.named_parameters())
-    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tensors |= {name: value for name, value in state.items() if name not in every}
-    return {name: value.detach() for name, value in tensors.items()}
+def _once(state: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A model's tensors, tied ones under their first name alone."""
+    return {name: value for name, value in state.items() if name not in model.all_tied_weights_keys}
 
 
-def _checked_weights(path: Path, model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each tensor of ``model`` and what a checkpoint has for it, which has all of them and no others."""
-    targets = _own_tensors(model)
+def _checked_weights(path: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a checkpoint has for the tensors of ``model``: all of them, and no others."""
+    own = _once(model.state_dict(), model)
     found = {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
-    missing, unknown = sorted(targets.keys() - found.keys()), sorted(found.keys() - targets.keys())
-    if missing or unknown:
-        raise CheckpointError(
-            f"checkpoint {path}: of another model (lacks {missing[:3] or 'nothing'}, "
-            f"has besides {unknown[:3] or 'nothing'})"
-        )
-    for name, target in targets.items():
+    if differing := sorted(own.keys() ^ found.keys()):
+        raise ValueError(f"checkpoint {path}: of another model (only one of them has {differing[:3]})")
+    for name, target in own.items():
         value = found[name]
         if value.shape != target.shape or value.dtype != target.dtype:
-            raise CheckpointError(
+            raise ValueError(
                 f"checkpoint {path}: {name} is {value.dtype} {tuple(value.shape)}, "
                 f"the model has {target.dtype} {tuple(target.shape)}"
             )
-    return [(target, found[name]) for name, target in targets.items()]
+    return found

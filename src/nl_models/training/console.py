@@ -1,18 +1,27 @@
-"""What a run shows: a progress bar on a terminal, plain lines in a log file."""
+"""What a command shows: progress on a terminal or in a log file, and errors that name the remedy."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+import typing
+from collections.abc import Iterator
 
+import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from transformers.utils import logging as transformers_logging
 
 _LINE_EVERY_SECONDS = 10.0
+
+OtherModel = typing.Annotated[
+    bool,
+    typer.Option("--allow-other-model", help="Use a memory that was made with other weights of the model."),
+]
 
 
 class Display:
@@ -24,7 +33,6 @@ class Display:
         label: in front of the bar or of each line.
         start: what was done before.
         bars: of several runs that are shown together (:func:`training_bars`); its own if not given.
-        clock: seconds; replaced in tests.
     """
 
     def __init__(
@@ -35,25 +43,20 @@ class Display:
         label: str,
         start: int = 0,
         bars: Progress | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._console, self._total, self._label, self._clock = console, total, label, clock
-        self._first = self._done = start
-        self._tokens = 0
-        self._began = self._last_line = clock()
-        self._own: contextlib.AbstractContextManager[Progress | None] = (
-            training_bars(console) if bars is None else contextlib.nullcontext(bars)
-        )
-        self._bars: Progress | None = None
+        self._console, self._label, self._start, self._tokens = console, label, start, 0
+        self._began = self._last_line = time.monotonic()
+        self._bars = training_bars(console) if bars is None else bars
+        self._shown = self._bars if bars is None else contextlib.nullcontext()
+        self._bars.add_task(label, total=total, completed=start, status="")
+        self._task = self._bars.tasks[-1]
 
     def __enter__(self) -> Display:
-        self._bars = self._own.__enter__()
-        if self._bars:
-            self._task = self._bars.add_task(self._label, total=self._total, completed=self._first, status="")
+        self._shown.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._own.__exit__(*error)
+    def __exit__(self, *error: typing.Any) -> None:
+        self._shown.__exit__(*error)
 
     def advance(self, steps: int, status: str = "", *, tokens: int | None = None, line: bool = False) -> None:
         """Report that as many more steps are done.
@@ -62,47 +65,40 @@ class Display:
             tokens: of these steps; by default one each.
             line: print one now, however short ago the last was.
         """
-        self._done += steps
+        now, task = time.monotonic(), self._task
+        done = int(task.completed) + steps
         self._tokens += steps if tokens is None else tokens
-        now = self._clock()
         seconds = max(now - self._began, 1e-9)
-        left = duration(max(self._total - self._done, 0) * seconds / (self._done - self._first))
+        left = duration(max(int(task.total or 0) - done, 0) * seconds / (done - self._start))
         status = f"{status}  {self._tokens / seconds:,.0f} tokens/s  {left} left".strip()
-        if self._bars:
-            self._bars.update(self._task, completed=self._done, status=status)
-        elif line or now - self._last_line >= _LINE_EVERY_SECONDS:
+        self._bars.update(task.id, completed=done, status=status)
+        if self._bars.disable and (line or now - self._last_line >= _LINE_EVERY_SECONDS):
             self._last_line = now
             self.note(status)
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
         if self._console is not None:
-            done = f"{self._label}  {self._done}/{self._total}  {text}"
+            done = f"{self._label}  {self._task.completed}/{self._task.total}  {text}"
             self._console.print(done, highlight=False, soft_wrap=True)
 
     def expect(self, steps: int) -> None:
         """Report that as many more are to be done."""
-        self._total += steps
-        if self._bars:
-            self._bars.update(self._task, total=self._total)
+        self._bars.update(self._task.id, total=(self._task.total or 0) + steps)
 
 
-@contextlib.contextmanager
-def training_bars(console: Console | None) -> Iterator[Progress | None]:
-    """Live bars on a terminal, for as long as the block lasts; elsewhere ``None``."""
-    if console is None or not console.is_terminal:
-        yield None
-        return
+def training_bars(console: Console | None) -> Progress:
+    """Bars that live within a block; disabled where there is no terminal."""
     whole = Column(no_wrap=True)  # the bar is what gives way in a narrow terminal
-    with Progress(
+    return Progress(
         TextColumn("[bold]{task.description}", table_column=whole),
         BarColumn(bar_width=None),
         TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=whole),
         TextColumn("{task.fields[status]}", table_column=whole),
         console=console,
         expand=True,
-    ) as bars:
-        yield bars
+        disable=console is None or console.quiet or not console.is_terminal,
+    )
 
 
 def duration(seconds: float) -> str:
@@ -122,3 +118,51 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def explained_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Within the block, or in the command so decorated, bad input and what the disk refuses are one line.
+
+    Args:
+        kinds: further exceptions whose text says all.
+    """
+    told: tuple[type[Exception], ...] = (ValueError, OSError, *kinds)
+    try:
+        yield
+    except told as error:
+        fail(_told(error) if isinstance(error, OSError) else error)
+
+
+_REMEDIES = {
+    (errno.ENOSPC, errno.EDQUOT): "free some space, or choose a place on another disk",
+    (errno.EFBIG,): "choose a place on a disk that takes larger files",
+    (errno.ENOTDIR,): "choose another place",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "choose a place that you may write to",
+}
+
+
+def _told(error: OSError) -> str:
+    """What the system said of which file, and what to do about it."""
+    where = f"{error.filename}: " if error.filename else ""
+    remedies = (f"; {remedy}" for numbers, remedy in _REMEDIES.items() if error.errno in numbers)
+    return f"{where}{error.strerror or error}{next(remedies, '')}"
+
+
+def fail(message: object) -> typing.NoReturn:
+    """Print an error for the user and leave with status 2, without a traceback."""
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def token_count(name: str, text: str) -> int:
+    """``512`` or ``16K`` as a number of tokens; K and M are 1024 and 1024².
+
+    Raises:
+        ValueError: something else; ``name`` is the option's.
+    """
+    factor = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
+    digits = text[:-1] if factor > 1 else text
+    if not digits.isdigit() or int(digits) < 1:
+        raise ValueError(f"{name}: expected numbers such as 512 or 16K, got {text!r}")
+    return int(digits) * factor

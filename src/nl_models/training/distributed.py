@@ -6,12 +6,15 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from nl_models.parallel.mesh import Mesh
 from nl_models.training.config import TrainConfig
+
+_Result = TypeVar("_Result")
 
 
 def choose_device(name: str) -> torch.device:
@@ -26,9 +29,7 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
     if name != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device: {name!r} asked for, but PyTorch finds no CUDA device here; use 'cpu'")
-    if name != "cpu" and launched():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    return torch.device(name)
+    return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name != "cpu" and launched() else name)
 
 
 def computes_in_bf16(precision: str, device: str) -> bool:
@@ -74,25 +75,19 @@ def rank() -> int:
     return dist.get_rank() if grouped() else 0
 
 
-def world_size() -> int:
-    """How many processes the group has."""
-    return dist.get_world_size() if grouped() else 1
-
-
-def on_first(function: Callable[[], object]) -> None:
-    """Call ``function`` in process 0 alone, while the others wait; all raise what it raises."""
-    if not grouped():
-        function()
-        return
-    raised: list[Exception | None] = [None]
+def on_first(function: Callable[[], _Result]) -> _Result:
+    """Call ``function`` in process 0 alone, while the others wait; all return or raise what it does."""
+    ended: list[Any] = [None, None]
     if rank() == 0:
         try:
-            function()
+            ended[0] = function()
         except Exception as error:
-            raised = [error]
-    dist.broadcast_object_list(raised)
-    if raised[0] is not None:
-        raise raised[0]
+            ended[1] = error
+    if grouped():
+        dist.broadcast_object_list(ended)
+    if ended[1] is not None:
+        raise ended[1]
+    return ended[0]
 
 
 def summed(*values: float) -> list[float]:
@@ -110,10 +105,11 @@ def run_mesh(config: TrainConfig) -> Mesh:
     Raises:
         ValueError: another number of processes, or shares that this run cannot have.
     """
-    mesh = Mesh(data=world_size()) if config.mesh is None else Mesh.parse(config.mesh)
-    if mesh.ranks != world_size():
+    processes = dist.get_world_size() if grouped() else 1
+    mesh = Mesh(data=processes) if config.mesh is None else Mesh.parse(config.mesh)
+    if mesh.ranks != processes:
         raise ValueError(
-            f"mesh: {mesh} has {mesh.ranks} ranks, but the number of processes is {world_size()}; start as "
+            f"mesh: {mesh} has {mesh.ranks} ranks, but the number of processes is {processes}; start as "
             f"many (torchrun --nproc-per-node {mesh.ranks} -m nl_models.train …), or give another mesh"
         )
     if config.fsdp and not grouped():

@@ -17,18 +17,17 @@ A run's folder holds::
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-import shutil
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
@@ -42,69 +41,60 @@ from nl_models.parallel.mesh import ParallelModel
 from nl_models.plots import plot_losses
 from nl_models.training.carried import CarriedStates
 from nl_models.training.checkpoint import (
-    best_checkpoint,
     export_model,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
-    validation_loss,
+    validation_losses,
 )
 from nl_models.training.config import FREE_ON_RESUME, TrainConfig, load_config
 from nl_models.training.console import Display
 from nl_models.training.distributed import choose_device, computes_in_bf16, on_first, rank, run_mesh, summed
-from nl_models.training.metrics import metrics_log, read_metrics, tracker
-from nl_models.training.optimizer import build_optimizer, learning_rate_at
+from nl_models.training.metrics import metrics_log, read_metrics
+from nl_models.training.model import build_optimizer, learning_rate_at
 
 _PLOT_EVERY_SECONDS = 60.0
-
-
-class RunError(ValueError):
-    """A run's folder cannot be created, continued or used."""
 
 
 class DivergedError(RuntimeError):
     """The loss or a gradient is no longer a finite number."""
 
 
-class StopSignal:
-    """Turns the first Ctrl-C (SIGINT) or SIGTERM into a request to stop after the current step.
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """Within the block the first Ctrl-C (SIGINT) or SIGTERM sets the event, a request to stop after the step.
 
-    The second one interrupts at once. The previous handlers return when the block ends.
+    The second one interrupts at once. The handlers of before return when the block ends.
     """
+    stop = threading.Event()
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> StopSignal:
-        self._previous = {
-            number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
+    def receive(*_: object) -> None:
+        if stop.is_set():
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        stop.set()
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def create_run(folder: Path, config: TrainConfig) -> None:
     """Make the folder of a new run, with its config in it from the first moment.
 
     Raises:
-        RunError: the folder exists and is not empty.
+        ValueError: the folder exists and is not empty.
     """
     folder = Path(folder)
     if folder.exists():
         if not folder.is_dir() or any(folder.iterdir()):
-            raise RunError(f"{folder} exists; continue it with --resume, or choose another --output")
+            raise ValueError(f"{folder} exists; continue it with --resume, or choose another --output")
         folder.rmdir()
     with new_directory(folder) as temporary:
-        options = config.to_dict()
+        options = dataclasses.asdict(config)
         options["model_options"] = name_rule(options["model_options"])
         write_json(temporary / "config.json", options)
 
@@ -113,12 +103,14 @@ def continued_config(folder: Path, overrides: dict[str, object]) -> TrainConfig:
     """The config of an existing run, with the overrides that may change in a continuation.
 
     Raises:
-        RunError: ``folder`` is not a run, or an override would change what the run computes.
+        ValueError: ``folder`` is not a run, or an override would change what the run computes.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise RunError(f"{folder} is not a training run (it has no config.json); start one without --resume")
-    saved = load_config(folder / "config.json").to_dict()
+        raise ValueError(
+            f"{folder} is not a training run (it has no config.json); start one without --resume"
+        )
+    saved = dataclasses.asdict(load_config(folder / "config.json"))
     saved["model_options"] = name_rule(current_names(saved["model_options"]), older=True)
     if "model_options" in overrides:
         overrides = {**overrides, "model_options": name_rule(overrides["model_options"])}
@@ -131,37 +123,16 @@ def continued_config(folder: Path, overrides: dict[str, object]) -> TrainConfig:
     )
     if changed:
         listed = ", ".join(f"{name} ({saved[name]!r} → {overrides[name]!r})" for name in changed)
-        raise RunError(
+        raise ValueError(
             f"{folder}: a continued run keeps its options, but these differ: {listed}. "
             f"Only {', '.join(sorted(FREE_ON_RESUME))} may change, and steps may become more"
         )
     return TrainConfig(**{**saved, **overrides})
 
 
-@contextlib.contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Hold the run's lock; it goes with the process, however that ends.
-
-    Raises:
-        RunError: another process trains in this folder.
-    """
-    try:
-        lock = FileLock(Path(folder) / ".lock").acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(f"{folder}: another process is training in this folder") from error
-    with lock:
-        yield
-
-
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """What a run computes in."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_in_bf16(precision, device.type))
-
-
-def whole_windows(tokens: torch.Tensor) -> StreamBatch:
-    """Windows ``[B, T]`` without padding, each of which begins anew."""
-    rows, length = tokens.shape
-    return StreamBatch(tokens, torch.full((rows,), length), torch.ones(rows, dtype=torch.bool))
 
 
 class Trainer:
@@ -192,16 +163,15 @@ class Trainer:
         self._parallel = ParallelModel(self.model, self.device, self.mesh, fsdp=config.fsdp)
         self.tokenizer = data.tokenizer
         length, batch_size, parts = config.sequence_length, config.batch_size, config.gradient_accumulation
-        share, place = batch_size // self.mesh.data, self.mesh.place(rank())
-        self._rows = slice(place * share, (place + 1) * share)
+        # Which of a batch's windows are this process's.
+        self._own = slice(self.mesh.place(rank()), None, self.mesh.data)
         self._carried = None
         if config.carry_state:
             self._batches = DocumentStreams(
                 data.train, data.tokenizer.separator_id, length, batch_size, parts, config.seed
             )
-            streams = range(batch_size * parts)
-            own = [streams[part * batch_size :][self._rows] for part in range(parts)]
-            self._carried = CarriedStates(self.model, own)
+            streams = [range(part * batch_size, (part + 1) * batch_size) for part in range(parts)]
+            self._carried = CarriedStates(self.model, [each[self._own] for each in streams])
         else:
             self._batches = TrainingBatches(data.train, length, batch_size, config.seed)
         self._validation = validation_windows(
@@ -217,18 +187,16 @@ class Trainer:
         """Continue from the newest checkpoint, or from the start if none was written yet; returns the step.
 
         Raises:
-            CheckpointError: the newest checkpoint is damaged or foreign; nothing has changed then.
+            ValueError: the newest checkpoint is damaged or foreign; nothing has changed then.
         """
         on_first(lambda: [remove_incomplete(folder) for folder in (self.folder, self.checkpoints)])
-        checkpoints = list_checkpoints(self.checkpoints)
-        if checkpoints:
+        if checkpoints := list_checkpoints(self.checkpoints):
             self.step = load_checkpoint(checkpoints[-1], self.model, self._optimizer, self._carried)
-            best = best_checkpoint(self.checkpoints)
-            self._lowest = math.inf if best is None else validation_loss(best)
+            self._lowest = min(validation_losses(self.checkpoints).values(), default=math.inf)
         return self.step
 
-    def run(self, display: Display, stop: StopSignal | None = None) -> int:
-        """Train until the last step, or until ``stop`` has received a signal; a checkpoint is saved then.
+    def run(self, display: Display, stop: Callable[[], bool] = lambda: False) -> int:
+        """Train until the last step, or until ``stop()`` in some process; a checkpoint is saved then.
 
         Returns:
             The step after which it ended.
@@ -236,29 +204,22 @@ class Trainer:
         Raises:
             DivergedError: a loss or gradient norm that is not finite; checkpoints stay as they were.
         """
-        config = self.config
-        stopped = False
-        plotted = time.monotonic()
-        with contextlib.ExitStack() as stack:
-            logs = []
-            if rank() == 0:
-                logs.append(stack.enter_context(metrics_log(self.metrics, last_step=self.step)))
-                if config.track is not None:
-                    logs.append(stack.enter_context(tracker(config.track, self.folder)))
+        config, stopped, plotted = self.config, False, time.monotonic()
+        first = rank() == 0
+        records = metrics_log(self.metrics, last_step=self.step, track=config.track)
+        with records if first else contextlib.nullcontext(lambda _: None) as log:
             while self.step < config.steps and not stopped:
                 record = self._train_step()
+                log(record)
                 last = self.step == config.steps
-                for log in logs:
-                    log(record)
                 display.advance(1, f"loss {record['loss']:.3f}", tokens=config.tokens_per_step, line=last)
-                stopped = any(summed(stop is not None and stop.received is not None))
+                stopped = any(summed(stop()))
                 loss, improved = None, False
                 if last or self.step % config.evaluate_every == 0:
                     record = self.evaluate()
+                    log(record)
                     loss = record["loss"]
                     improved, self._lowest = loss < self._lowest, min(loss, self._lowest)
-                    for log in logs:
-                        log(record)
                     display.note(
                         f"validation {loss:.4f}  {record['bits_per_byte']:.3f} bits/byte  "
                         f"ppl {record['perplexity']:.4g}"
@@ -267,13 +228,12 @@ class Trainer:
                     saved = (self.model, self.tokenizer, self._optimizer, self._carried)
                     save_checkpoint(self.checkpoints, self.step, *saved, validation_loss=loss)
                     on_first(lambda: prune_checkpoints(self.checkpoints, keep=config.keep_checkpoints))
-                if last or stopped or time.monotonic() - plotted > _PLOT_EVERY_SECONDS:
-                    if rank() == 0:
-                        shown = {config.model: read_metrics(self.metrics)}
-                        plot_losses(shown, self.folder / "loss.png", title="Loss of the run")
+                if first and (last or stopped or time.monotonic() - plotted > _PLOT_EVERY_SECONDS):
+                    shown = {config.model: read_metrics(self.metrics)}
+                    plot_losses(shown, self.folder / "loss.png", title="Loss of the run")
                     plotted = time.monotonic()
         if self.step >= config.steps:
-            on_first(self._export)
+            on_first(lambda: export_model(list_checkpoints(self.checkpoints)[-1], self.folder / "model"))
         return self.step
 
     def evaluate(self) -> dict[str, Any]:
@@ -282,20 +242,19 @@ class Trainer:
         """
         self.model.eval()
         total = 0.0
-        with torch.no_grad():
+        with torch.no_grad(), autocast(self.config.precision, self.device):
             for rows in self._validation.split(self.config.batch_size):
-                share, place = -(-len(rows) // self.mesh.data), self.mesh.place(rank())
-                own = rows[place * share : (place + 1) * share]
+                own = rows[self._own]
                 # All processes run the model equally often; one without a window of its own counts none.
-                with autocast(self.config.precision, self.device):
-                    loss = self._loss(whole_windows(own if len(own) else rows[:1]), 1).item()
+                loss = self._loss(StreamBatch.whole(own if len(own) else rows[:1]), 1).item()
                 total += loss if len(own) else 0.0
         self.model.train()
         total = summed(total)[0] / self.mesh.heads
         loss = total / self._validation[:, 1:].numel()
         bits = total / math.log(2) / max(1, self._validation_bytes)
-        figures = {"loss": loss, "bits_per_byte": bits, "perplexity": math.exp(min(loss, 700.0))}
-        return {"kind": "validation", **self._position(), **figures}
+        return self._record(
+            "validation", loss=loss, bits_per_byte=bits, perplexity=math.exp(min(loss, 700.0))
+        )
 
     def _train_step(self) -> dict:
         config = self.config
@@ -309,8 +268,10 @@ class Trainer:
         seed = np.random.SeedSequence([config.seed, self.step, place]).generate_state(1)
         torch.manual_seed(int(seed[0]))
         self._optimizer.zero_grad(set_to_none=True)
-        parts = range(config.gradient_accumulation)
-        batches = [self._batch(self.step * len(parts) + part) for part in parts]
+        first = self.step * config.gradient_accumulation
+        batches = [self._batches.batch(first + part) for part in range(config.gradient_accumulation)]
+        if self._carried is None:
+            batches = [StreamBatch.whole(batch) for batch in batches]
         # Gradients are averaged over data ranks, so that each divides by its share of the targets.
         share = sum(int((batch.lengths - 1).sum()) for batch in batches) / self.mesh.data
         loss = sum(self._backward(part, batch, share) for part, batch in enumerate(batches))
@@ -328,41 +289,27 @@ class Trainer:
         self._optimizer.step()
         self.step += 1
         seconds = time.perf_counter() - began
-        record = {
-            "kind": "train",
-            **self._position(),
-            "loss": measured,
-            "learning_rate": rate,
-            "gradient_norm": norm,
-            "tokens_per_second": round(config.tokens_per_step / seconds, 1),
-        }
+        rounded = round(config.tokens_per_step / seconds, 1)
+        figures = {"learning_rate": rate, "gradient_norm": norm, "tokens_per_second": rounded}
         if self.mesh.sequence > 1:
-            record |= {"sent_bytes": int(sent), "waiting": round(waited / seconds / self.mesh.ranks, 3)}
-        return record
+            figures |= {"sent_bytes": int(sent), "waiting": round(waited / seconds / self.mesh.ranks, 3)}
+        return self._record("train", loss=measured, **figures)
 
-    def _position(self) -> dict[str, int]:
-        return {"step": self.step, "tokens": self.step * self.config.tokens_per_step}
-
-    def _batch(self, index: int) -> StreamBatch:
-        """The windows of all processes."""
-        batch = self._batches.batch(index)
-        return whole_windows(batch) if self._carried is None else batch
+    def _record(self, kind: str, **figures: float) -> dict[str, Any]:
+        tokens = self.step * self.config.tokens_per_step
+        return {"kind": kind, "step": self.step, "tokens": tokens, **figures}
 
     def _backward(self, part: int, batch: StreamBatch, targets: float) -> torch.Tensor:
-        """Add a pass's gradients; returns its share of the loss."""
-        waits = part < self.config.gradient_accumulation - 1
-        own = StreamBatch(*(x[self._rows] for x in batch))
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(autocast(self.config.precision, self.device))
-            if waits:
-                stack.enter_context(self._parallel.without_exchange())
-            cache = None
+        """Add a pass's gradients, given the windows of all processes; returns its share of the loss."""
+        own, cache = StreamBatch(*(x[self._own] for x in batch)), None
+        last = part == self.config.gradient_accumulation - 1
+        exchange = contextlib.nullcontext() if last else self._parallel.without_exchange()
+        with autocast(self.config.precision, self.device), exchange:
             if self._carried is not None:
-                mixed = bool(batch.begins.any()) and not bool(batch.begins.all())
-                cache = self._carried.before(part, own.begins.to(self.device), mixed=mixed)
+                cache = self._carried.before(part, own.begins, anew=bool(batch.begins.any()))
             loss = self._loss(own, targets, cache)
             if self._carried is not None:
-                self._carried.after(part, cache)
+                self._carried.after(part)
             loss.backward()
         return loss.detach()
 
@@ -377,8 +324,3 @@ class Trainer:
         if cache is not None:
             inputs["cache"] = cache
         return self._parallel(**inputs, num_items_in_batch=targets)
-
-    def _export(self) -> None:
-        """Write the model; what an earlier end of a run that was extended has left goes away."""
-        shutil.rmtree(self.folder / "model", ignore_errors=True)
-        export_model(list_checkpoints(self.checkpoints)[-1], self.folder / "model")

@@ -15,18 +15,26 @@ Write = Callable[[dict[str, Any]], None]
 
 
 @contextlib.contextmanager
-def metrics_log(path: Path, *, last_step: int) -> Iterator[Write]:
+def metrics_log(path: Path, *, last_step: int, track: str | None = None) -> Iterator[Write]:
     """What appends a record to the log at ``path`` and hands it to the operating system at once.
+
+    ``track`` names a tracker that is given it, too (:func:`tracker`).
 
     To begin with, every record after ``last_step`` goes: a killed run may have logged steps past its last
     checkpoint, and half a line, and logs these steps again. They vanish in one atomic replacement.
     """
-    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
-    write_bytes(path, "".join(_line(record) for record in kept).encode())
-    with Path(path).open("a", encoding="utf-8", buffering=1) as file:
+
+    def line(record: dict[str, Any]) -> str:
+        return json.dumps(record, separators=(",", ":")) + "\n"
+
+    kept = [line(record) for record in read_metrics(path) if record["step"] <= last_step]
+    write_bytes(path, "".join(kept).encode())
+    send = contextlib.nullcontext(lambda _: None) if track is None else tracker(track, path.parent)
+    with Path(path).open("a", encoding="utf-8", buffering=1) as file, send as also:
 
         def write(record: dict[str, Any]) -> None:
-            file.write(_line(record))
+            file.write(line(record))
+            also(record)
 
         yield write
 
@@ -77,25 +85,17 @@ def read_metrics(path: Path) -> list[dict]:
     """All records of a log; a last line cut short by a kill is ignored, a missing file is empty.
 
     Raises:
-        ValueError: a line other than the last is not a record.
+        ValueError: a line is not a record.
     """
-    path = Path(path)
-    if not path.exists():
-        return []
-    records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
+    path, records = Path(path), []
+    # Only what ends with a newline was written whole.
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+    for number, line in enumerate(whole.splitlines(), start=1):
         try:
             record = json.loads(line)
             if not isinstance(record["step"], int):
                 raise TypeError("step is not an integer")
             records.append(record)
         except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
-                break
             raise ValueError(f"{path}: line {number} is not a metrics record ({error})") from error
     return records
-
-
-def _line(record: dict[str, object]) -> str:
-    return json.dumps(record, separators=(",", ":")) + "\n"

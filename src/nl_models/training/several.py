@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from nl_models.data.prepare import prepare_data
 from nl_models.processes import fork_server
 from nl_models.training.config import TrainConfig
 from nl_models.training.console import Display, training_bars
-from nl_models.training.loop import StopSignal, Trainer, create_run
+from nl_models.training.loop import Trainer, create_run, stop_signal
 from nl_models.training.model import build_model
 
 _LOOK_EVERY_SECONDS = 0.2  # for a signal and for news
@@ -52,36 +52,45 @@ def train_several(jobs: Sequence[Job], *, at_once: int, console: Console) -> dic
     """
     context = fork_server(__name__)
     news, stopping = context.SimpleQueue(), context.Event()
-    pool = ProcessPoolExecutor(at_once, context, initializer=_begin, initargs=(news, stopping))
-    waiting, running, seconds = list(jobs), {}, {}
-    with StopSignal() as stop, training_bars(console) as bars:
+    total = {job.name: job.config.steps for job in jobs}
+    displays: dict[str, Display] = {}
+    with stop_signal() as stop, training_bars(console) as bars:
+        pool = ProcessPoolExecutor(at_once, context, initializer=_begin, initargs=(news, stopping))
         try:
-            while running or (waiting and stop.received is None):
-                while waiting and len(running) < at_once and stop.received is None:
-                    job = waiting.pop(0)
-                    display = Display(console, total=job.config.steps, label=job.name, bars=bars)
-                    running[pool.submit(_train, job)] = (job.name, display.__enter__())
-                done = wait(running, _LOOK_EVERY_SECONDS, FIRST_COMPLETED).done
-                displays = dict(running.values())
+            futures = {job.name: pool.submit(_train, job) for job in jobs}
+            running: Any = True
+            while running:
+                running = wait(futures.values(), _LOOK_EVERY_SECONDS).not_done
                 while not news.empty():
                     name, kind, figures, more = news.get()
+                    if name not in displays:
+                        displays[name] = Display(console, total=total[name], label=name, bars=bars)
                     getattr(displays[name], kind)(*figures, **more)
-                for future in done:
-                    name, display = running.pop(future)
-                    display.__exit__(None, None, None)
-                    try:
-                        seconds[name] = future.result()
-                    except BrokenProcessPool as error:
-                        early = f"{name}: its process, or one beside it, ended before its time"
-                        raise RuntimeError(early) from error
-                if stop.received is not None:
+                if stop.is_set():
                     stopping.set()
         finally:
             stopping.set()
             pool.shutdown()
-    if stop.received is not None:
+    for name, future in futures.items():
+        if isinstance(future.exception(), BrokenProcessPool):
+            raise RuntimeError(f"{name}: its process, or one beside it, ended before its time")
+    seconds = {name: future.result() for name, future in futures.items()}
+    if stop.is_set():
         raise KeyboardInterrupt
     return seconds
+
+
+class _Elsewhere:
+    """A :class:`Display` in the process that asked."""
+
+    news: Any
+    stopping: Any
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, kind: str) -> Callable[..., None]:
+        return lambda *figures, **more: self.news.put((self._name, kind, figures, more))
 
 
 def _begin(news: Any, stopping: Any) -> None:
@@ -90,33 +99,19 @@ def _begin(news: Any, stopping: Any) -> None:
     _Elsewhere.news, _Elsewhere.stopping = news, stopping
 
 
-class _Elsewhere:
-    """A :class:`Display` and a :class:`StopSignal` that are in the process that asked."""
-
-    news: Any
-    stopping: Any
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    @property
-    def received(self) -> bool | None:
-        return self.stopping.is_set() or None
-
-    def advance(self, *figures: object, **more: object) -> None:
-        self.news.put((self._name, "advance", figures, more))
-
-    def note(self, text: str) -> None:
-        self.news.put((self._name, "note", (text,), {}))
-
-
 def _train(job: Job) -> float:
-    began = time.monotonic()
-    if job.config.threads is not None:
-        torch.set_num_threads(job.config.threads)
-    data = prepare_data(job.config.data_options, job.data)
-    create_run(job.folder, job.config)
-    model = build_model(job.config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
-    elsewhere = _Elsewhere(job.name)
-    Trainer(job.folder, job.config, model, data).run(elsewhere, elsewhere)
+    began, display, stopping = time.monotonic(), _Elsewhere(job.name), _Elsewhere.stopping
+    if stopping.is_set():  # before its turn came
+        return 0.0
+    try:
+        display.expect(0)  # it shows from now on
+        if job.config.threads is not None:
+            torch.set_num_threads(job.config.threads)
+        data = prepare_data(job.config, job.data)
+        create_run(job.folder, job.config)
+        model = build_model(job.config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
+        Trainer(job.folder, job.config, model, data).run(display, stopping.is_set)
+    except BaseException:
+        stopping.set()  # before this process takes the next
+        raise
     return time.monotonic() - began

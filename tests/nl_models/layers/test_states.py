@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nl_models.layers import (
     Attention,
@@ -18,6 +19,7 @@ from nl_models.layers import (
     select_state,
 )
 from nl_models.layers.state import state_tensors
+from tests.nl_models.parallel.processes import on_ranks
 
 LAYERS = {
     "attention": lambda: Attention(16, 2),
@@ -55,6 +57,34 @@ def test_a_saved_state_goes_on(read, tmp_path):
     loaded = load_state(tmp_path / "state.safetensors")
     assert type(loaded) is type(state)
     assert torch.equal(layer(x, loaded)[0], layer(x, state)[0])
+
+
+def save_and_go_on(mesh, folder):
+    """What each layer says from its saved state, and from that in memory; each rank has a text of its own."""
+    rank, found = mesh.get_rank(), {}
+    for kind, make in LAYERS.items():
+        torch.manual_seed(0)
+        layer = make()  # the same on all ranks
+        torch.manual_seed(1 + rank)
+        x = torch.randn(1 + rank, 14, 16)  # of other sizes, too
+        _, state = layer(x[:, :10], output_state=True)
+        for _ in range(3):  # both at the same time, in one folder
+            save_state(folder / f"{kind}-{rank}.safetensors", state)
+        dist.barrier()
+        loaded = load_state(folder / f"{kind}-{rank}.safetensors")
+        found[kind] = layer(x[:, 10:], loaded)[0].detach(), layer(x[:, 10:], state)[0].detach()
+    return found
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+def test_what_each_rank_has_saved_goes_on_there(tmp_path):
+    (tmp_path / "states").mkdir()
+    for rank, found in enumerate(on_ranks(2, tmp_path, save_and_go_on, tmp_path / "states")):
+        for kind, (loaded, whole) in found.items():
+            assert loaded.shape == (1 + rank, 4, 16), kind
+            assert torch.equal(loaded, whole), kind
+    names = sorted(f"{kind}-{rank}.safetensors" for kind in LAYERS for rank in (0, 1))
+    assert sorted(path.name for path in (tmp_path / "states").iterdir()) == names
 
 
 def test_a_state_in_a_checkpoint_is_loaded_as_data(read, tmp_path):

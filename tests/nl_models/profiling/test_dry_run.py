@@ -20,8 +20,7 @@ from nl_models.profiling.dry_run import count_token_flops, plan_run
 from nl_models.profiling.flops import count_flops
 from nl_models.training.config import TrainConfig
 from nl_models.training.loop import Trainer, create_run
-from nl_models.training.model import build_model, hope_config
-from nl_models.training.optimizer import build_optimizer
+from nl_models.training.model import build_model, build_optimizer, hope_config
 from tests.nl_models.profiling.test_plan import allocated_peak
 
 COMMON = {
@@ -54,7 +53,7 @@ def measure(rank, file, configs, target):
     for number, config in enumerate(configs):
         folder = Path(f"{target}-{number}-{rank}")
         create_run(folder, config)
-        data = prepare_data(config.data_options, folder / "data")
+        data = prepare_data(config, folder / "data")
 
         def steps(config=config, folder=folder, data=data):
             trainer = Trainer(folder, config, build_model(config, 257, 256), data)
@@ -120,7 +119,9 @@ def test_the_plan_is_the_peak_of_two_ranks_that_share_a_sequence(options, tmp_pa
 
 def test_what_a_rank_sends():
     config = TrainConfig(**{**COMMON, **WIDE})
-    whole, sharded = (plan_run(TrainConfig(**{**COMMON, **WIDE, "fsdp": x}), Mesh(data=4)) for x in (0, 1))
+    whole, sharded = (
+        plan_run(TrainConfig(**{**COMMON, **WIDE, "fsdp": x}), Mesh(data=4)) for x in (False, True)
+    )
     weights = 4 * whole.parameters
     assert whole.rank.sent == 2 * weights * 3 // 4  # an all-reduce
     # Gathered forward and backward, but for the root, which stays; gradients are scattered.

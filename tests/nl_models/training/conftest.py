@@ -46,7 +46,7 @@ def make_trainer():
     def make(folder, config):
         if not folder.exists():
             create_run(folder, config)
-        data = prepare_data(config.data_options, folder / "data")
+        data = prepare_data(config, folder / "data")
         return Trainer(folder, config, tiny_model(config), data)
 
     return make

@@ -16,8 +16,7 @@ from nl_models.training.config import TrainConfig
 from nl_models.training.console import Display
 from nl_models.training.loop import Trainer, create_run
 from nl_models.training.metrics import read_metrics
-from nl_models.training.model import build_model
-from nl_models.training.optimizer import build_optimizer, learning_rate_at
+from nl_models.training.model import build_model, build_optimizer, learning_rate_at
 
 END = 99
 
@@ -45,11 +44,11 @@ def carrying(request, config, short_documents):
 def make(folder, config):
     if not folder.exists():
         create_run(folder, config)
-    data = prepare_data(config.data_options, folder / "data")
+    data = prepare_data(config, folder / "data")
     return Trainer(folder, config, build_model(config, 257, 256), data)
 
 
-def run(trainer, stop=None):
+def run(trainer, stop=lambda: False):
     console = Console(file=io.StringIO())
     trainer.run(Display(console, total=trainer.config.steps, start=trainer.step, label="x"), stop)
 
@@ -62,10 +61,10 @@ class KillAt:
     def __init__(self, step, trainer):
         self.step, self.trainer = step, trainer
 
-    @property
-    def received(self):
+    def __call__(self):
         if self.trainer.step == self.step:
             raise SystemExit("killed")
+        return False
 
 
 def test_streams_read_whole_documents_in_order():

@@ -6,14 +6,20 @@ import re
 import pytest
 from rich.console import Console
 
+from nl_models.training import console
 from nl_models.training.console import Display, duration
 
 
-def test_plain_output_has_a_line_per_interval_and_one_at_the_end():
+class Clock:
+    def __init__(self, *seconds):
+        self.monotonic = iter(seconds).__next__
+
+
+def test_plain_output_has_a_line_per_interval_and_one_at_the_end(monkeypatch):
     out = io.StringIO()
-    seconds = iter([0.0, 1.0, 12.0, 14.0])
-    console = Console(file=out, force_terminal=False, width=40)
-    with Display(console, total=6, start=3, label="hope", clock=lambda: next(seconds)) as display:
+    monkeypatch.setattr(console, "time", Clock(0.0, 1.0, 12.0, 14.0))
+    shown = Console(file=out, force_terminal=False, width=40)
+    with Display(shown, total=6, start=3, label="hope") as display:
         for step, loss in ((4, 3.0), (5, 2.5), (6, 2.0)):
             display.advance(1, f"loss {loss:.3f}", tokens=60, line=step == 6)
         display.note("validation 2.2500  1.500 bits/byte  ppl 9.49")
@@ -29,14 +35,12 @@ def test_durations():
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_everything_fits_80_columns(terminal):
+def test_everything_fits_80_columns(terminal, monkeypatch):
     """The demo's longest name, a long run and a start at random weights."""
     out = io.StringIO()
-    seconds = iter([0.0, 100.0])
-    console = Console(file=out, force_terminal=terminal, width=80, color_system=None)
-    with Display(
-        console, total=100000, start=99998, label="hope-attention", clock=lambda: next(seconds)
-    ) as display:
+    monkeypatch.setattr(console, "time", Clock(0.0, 100.0))
+    shown = Console(file=out, force_terminal=terminal, width=80, color_system=None)
+    with Display(shown, total=100000, start=99998, label="hope-attention") as display:
         display.advance(1, "loss 11.250", tokens=12345600)
         display.note("validation 1.2500  10.500 bits/byte  ppl 1.2e+300")
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "\n")

@@ -52,22 +52,20 @@ class StopAt:
     def __init__(self, step, trainer, number):
         self.step, self.trainer, self.number = step, trainer, number
 
-    @property
-    def received(self):
+    def __call__(self):
         last = dist.get_world_size() - 1 if dist.is_initialized() else 0
-        if self.trainer.step != self.step or rank() != last:
-            return None
-        if self.number == signal.SIGKILL:
+        received = self.trainer.step == self.step and rank() == last
+        if received and self.number == signal.SIGKILL:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.number
+        return received
 
 
 def train(folder, config, stop_at=None, number=signal.SIGTERM):
     resumed = folder.exists()
     on_first(lambda: None)  # all have looked
     on_first(lambda: resumed or create_run(folder, config))
-    on_first(lambda: prepare_data(config.data_options, folder / "data"))
-    data = prepare_data(config.data_options, folder / "data")
+    on_first(lambda: bool(prepare_data(config, folder / "data")))
+    data = prepare_data(config, folder / "data")
     trainer = Trainer(folder, config, build_model(config, 257, 256), data)
     if resumed:
         trainer.resume()

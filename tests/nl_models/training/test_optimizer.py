@@ -6,8 +6,7 @@ from torch import nn
 
 from nl_models.optim import M3, DeepMomentum, DeltaMomentum, Muon
 from nl_models.training.config import TrainConfig
-from nl_models.training.model import build_model
-from nl_models.training.optimizer import build_optimizer, learning_rate_at
+from nl_models.training.model import build_model, build_optimizer, learning_rate_at
 
 
 def test_norms_biases_embeddings_and_gates_are_not_decayed():

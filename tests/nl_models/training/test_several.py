@@ -27,7 +27,7 @@ def jobs(tmp_path, config):
     config = dataclasses.replace(
         config, model="attention", hidden_size=16, layers=1, heads=2, gradient_accumulation=1, steps=6
     )
-    prepare_data(config.data_options, tmp_path / "data")
+    prepare_data(config, tmp_path / "data")
     return [
         Job(
             f"seed {seed}",
@@ -57,7 +57,7 @@ def test_every_run_is_what_it_is_alone(jobs, tmp_path, at_once):
     for job in jobs:
         alone = tmp_path / "alone" / job.name
         create_run(alone, job.config)
-        data = prepare_data(job.config.data_options, job.data)
+        data = prepare_data(job.config, job.data)
         model = build_model(job.config, data.tokenizer.vocab_size, data.tokenizer.separator_id)
 
         class Silent:
