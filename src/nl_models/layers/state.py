@@ -63,13 +63,16 @@ LAYER_STATES = {
 torch.serialization.add_safe_globals([*LAYER_STATES.values()])
 
 
-def map_state(function: Callable[[torch.Tensor], torch.Tensor], state: State) -> State:
-    """Apply ``function`` to every tensor of ``state``; the structure, and every ``None`` in it, stays."""
+def map_state(function: Callable[..., torch.Tensor], state: State, *others: State) -> State:
+    """Apply ``function`` to every tensor of ``state``, and to those of ``others`` at its place.
+
+    The structure, and every ``None`` in it, stays.
+    """
     if state is None:
         return None
     if isinstance(state, torch.Tensor):
-        return function(state)
-    mapped = [map_state(function, part) for part in state]
+        return function(state, *others)
+    mapped = [map_state(function, *parts) for parts in zip(state, *others)]
     return type(state)(*mapped) if hasattr(state, "_fields") else tuple(mapped)
 
 

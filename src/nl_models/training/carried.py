@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from nl_models.hope import HopeCache, HopeForCausalLM
+from nl_models.layers.state import map_state
 
 
 class CarriedStates:
     """Truncated backpropagation through time: states go on from window to window, gradients do not.
+
+    What goes on is what was *learned*, the distance from the initial state, which every window adds to the
+    initial state of its moment. Levels of the continuum begin at parameters. A state that kept their weights
+    would keep those of parameters that the optimiser has moved since, and would hide the parameters from the
+    loss: hardly a gradient would reach them (docs/training.md).
 
     Args:
         model: a Hope without attention layers.
@@ -20,32 +26,31 @@ class CarriedStates:
 
     def __init__(self, model: HopeForCausalLM, streams: Sequence[range]) -> None:
         self._model, self._streams = model, streams
-        self._caches = [HopeCache(model.config) for _ in streams]  # of each pass
+        self._distances: list[HopeCache | None] = [None] * len(streams)  # of each pass
 
-    def before(self, part: int, begins: torch.Tensor, *, anew: bool) -> HopeCache:
-        """The cache for a pass's next windows.
+    def before(self, part: int, begins: torch.Tensor) -> HopeCache:
+        """The cache for a pass's next windows; gradients flow to what its initial state is made of.
 
         Args:
             part: which of the step's passes.
-            begins: ``[B]`` bool, the streams that begin anew: at the model's own initial state, through which
-                gradients flow to what it is made of.
-            anew: whether some of all processes' streams do.
+            begins: ``[B]`` bool, the streams that begin anew: at the initial state.
         """
-        cache, count = self._caches[part], len(begins)
-        if anew and cache.batch_size > 0:
-            # All processes run the model equally often, as sharding needs it.
-            both = HopeCache.join([cache, HopeCache.initial(self._model, count)])
-            cache = self._caches[part] = both.select(torch.arange(count) + count * begins)
-        return cache
+        self._initial, count = HopeCache.initial(self._model, len(begins)), len(begins)
+        distances = self._distances[part]
+        if distances is None:
+            return self._initial.copy()
+        moved = _combined(torch.add, distances, self._initial)
+        return HopeCache.join([moved, self._initial]).select(torch.arange(count) + count * begins)
 
-    def after(self, part: int) -> None:
-        """Cut what the cache holds now from its graph."""
-        self._caches[part].detach().forget_columns()
+    def after(self, part: int, cache: HopeCache) -> None:
+        """Keep what a pass's windows have left in the cache of :meth:`before`, cut from its graph."""
+        cache.detach().forget_columns()
+        self._distances[part] = _combined(torch.sub, cache, self._initial.detach())
 
     def describe(self) -> tuple[Any, dict[str, torch.Tensor]]:
         """The structure of a stream's state as JSON, and the tensors of this process's streams by name."""
         structure, tensors = None, {}
-        for streams, cache in zip(self._streams, self._caches):
+        for streams, cache in zip(self._streams, self._distances):
             for row, stream in enumerate(streams):
                 own: dict[str, torch.Tensor] = {}
                 structure = cache.select([row]).describe(own)["structure"]
@@ -65,4 +70,16 @@ class CarriedStates:
                 # Versions before began the names in the structure with the point.
                 get_tensor = lambda name, s=stream: tensors[f"carried/{s}.{name.lstrip('.')}"]  # noqa: E731
                 cache.rebuild({"seen": [0] * len(structure), "structure": structure}, get_tensor)
-            self._caches[part] = HopeCache.join(rows).to(self._model.device)
+            self._distances[part] = HopeCache.join(rows).to(self._model.device)
+
+
+def _combined(function: Callable[..., torch.Tensor], cache: HopeCache, initial: HopeCache) -> HopeCache:
+    """Of all that a state and the initial one both have; counters, and what waits for a step, stay."""
+
+    def each(x: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
+        return function(x, begun) if x.is_floating_point() and x.shape == begun.shape else x
+
+    combined = cache.copy()
+    for layer, begun in zip(combined.layers, initial.layers):
+        layer.state = map_state(each, layer.state, begun.state)
+    return combined

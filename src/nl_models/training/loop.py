@@ -306,10 +306,10 @@ class Trainer:
         exchange = contextlib.nullcontext() if last else self._parallel.without_exchange()
         with autocast(self.config.precision, self.device), exchange:
             if self._carried is not None:
-                cache = self._carried.before(part, own.begins, anew=bool(batch.begins.any()))
+                cache = self._carried.before(part, own.begins)
             loss = self._loss(own, targets, cache)
             if self._carried is not None:
-                self._carried.after(part)
+                self._carried.after(part, cache)
             loss.backward()
         return loss.detach()
 

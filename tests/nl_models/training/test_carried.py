@@ -98,13 +98,23 @@ def test_a_single_token_at_a_documents_end_makes_no_window():
         DocumentStreams(np.array([1, 2, 3, 4, END]), END, 4, batch_size=1, batches=2, seed=0)
 
 
+def moved(state, level, starts):
+    """With the level's weights as far from its parameters of now as they were from ``starts``."""
+    fast = state.continuum[0]
+    up, down = (
+        w + (now - start) for w, now, start in zip((fast.up, fast.down), (level.up, level.down), starts)
+    )
+    return state._replace(continuum=(fast._replace(up=up, down=down),))
+
+
 def test_states_are_carried_without_gradients_and_reset_at_documents(carrying, tmp_path):
     """The run is this loop, which reads every stream by itself and keeps its state as any user would."""
     torch.manual_seed(0)
     trainer = make(tmp_path / "run", carrying)
     model = build_model(carrying, 257, 256)
     optimizer = build_optimizer(model, carrying)
-    caches: dict[int, HopeCache] = {}
+    caches: dict[tuple[int, int], HopeCache] = {}
+    starts: dict[tuple[int, int], list[torch.Tensor]] = {}
     begun, found = 0, []
     for step in range(carrying.steps):
         batches = [trainer._batches.batch(2 * step + part) for part in (0, 1)]
@@ -118,6 +128,10 @@ def test_states_are_carried_without_gradients_and_reset_at_documents(carrying, t
                     caches[part, row] = HopeCache(model.config)
                 ids = batch.tokens[row : row + 1, : batch.lengths[row]]
                 cache = caches[part, row]
+                level = model.model.layers[0].continuum.levels[0]
+                if not batch.begins[row]:
+                    cache.layers[0].state = moved(cache.layers[0].state, level, starts[part, row])
+                starts[part, row] = [w.detach().clone() for w in (level.up, level.down)]
                 loss = model(ids, labels=ids, cache=cache, use_cache=True, num_items_in_batch=targets).loss
                 loss.backward()
                 cache.detach()
