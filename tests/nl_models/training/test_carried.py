@@ -12,6 +12,7 @@ from nl_models import HopeCache
 from nl_models.data.batches import DocumentStreams
 from nl_models.data.corpus import CorpusError
 from nl_models.data.prepare import prepare_data
+from nl_models.evaluation.position import loss_by_position
 from nl_models.training.config import TrainConfig
 from nl_models.training.console import Display
 from nl_models.training.loop import Trainer, create_run
@@ -169,6 +170,26 @@ def test_recomputed_blocks_carry_the_same(carrying, tmp_path):
     run(make(tmp_path / "plain", carrying))
     run(make(tmp_path / "recomputed", dataclasses.replace(carrying, gradient_checkpointing=True)))
     assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_training_on_long_memory_pays_beyond_the_window(tmp_path):
+    """The first two runs of docs/training.md's table."""
+    config = TrainConfig(
+        tokenizer="bytes", hidden_size=64, layers=2, heads=2, steps=200, warmup_steps=20, batch_size=32,
+        sequence_length=64, learning_rate=6e-3, evaluate_every=200, device="cpu", threads=1,
+        model_options={
+            "initializer_range": 0.02, "continuum_levels": [{"hidden_size": 224, "chunk_size": 16}],
+        },
+    )  # fmt: skip
+    found = {}
+    for carry in (True, False):
+        trainer = make(tmp_path / str(carry), dataclasses.replace(config, carry_state=carry))
+        run(trainer)
+        text = prepare_data(config, tmp_path / str(carry) / "data").validation[:2048]
+        found[carry] = loss_by_position(trainer.model, text, window=64, streams=8).between(512, 2048).carried
+    print(found)
+    assert found[True] < found[False] - 0.03
 
 
 def test_attention_has_no_state_to_carry():
