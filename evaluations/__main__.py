@@ -25,7 +25,7 @@ from evaluations.study import (
     remaining,
     total,
 )
-from nl_models.training.console import Display, duration
+from nl_models.console import Display, duration
 
 console = Console()
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

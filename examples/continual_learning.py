@@ -28,10 +28,10 @@ from transformers import LlamaForCausalLM
 
 from examples.continual_report import plot_exchange, plot_streams, report
 from examples.prose_and_code import SMALL, Data, Sizes, prepare, train_on_prose
+from nl_models.console import explained_errors
 from nl_models.continual import ContinuumLearner, StepRule
 from nl_models.files import make_folder, write_bytes
 from nl_models.surgery import convert_mlp_to_continuum
-from nl_models.training.console import explained_errors
 
 
 @dataclass(frozen=True)

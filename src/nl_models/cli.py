@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from nl_kernels import doctor as doctor_command
 from nl_models import demo, position, profile, train
+from nl_models.console import OtherModel, explained_errors, fail
 from nl_models.continual.memory_file import DTYPES, FileOptions
 from nl_models.conversation import begin_conversation, other_text
 from nl_models.data.corpus import read_documents
@@ -27,7 +28,6 @@ from nl_models.files import new_directory, only_writer
 from nl_models.open_model import OpenedModel, open_model
 from nl_models.replies import Sampling, has_chat_template
 from nl_models.surgery import convert_attention, convert_mlp_to_continuum
-from nl_models.training.console import OtherModel, explained_errors, fail
 from nl_models.training.distributed import choose_device
 
 app = typer.Typer(

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nl_models.console import Display
 from nl_models.continual import ContinuumLearner, StepRule, memory_file
 from nl_models.continual.memory_file import FileOptions
 from nl_models.continual.stream import token_losses as losses_of_logits
@@ -27,7 +28,6 @@ from nl_models.module_views import weights_digest
 from nl_models.open_model import OpenedModel
 from nl_models.replies import Sampling, message_ids, text_ids, written_after
 from nl_models.surgery.modules import ContinuumCausalLM
-from nl_models.training.console import Display
 
 _PIECE = 512  # tokens that are read at once
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from nl_models.console import duration, explained_errors, fail, without_progress_bars
 from nl_models.data.prepare import prepare_data
 from nl_models.data.tokenizer import Tokenizer
 from nl_models.demo_report import DemoResult, ModelResult, Sample, write_reports
@@ -28,7 +29,6 @@ from nl_models.profiling.report import describe_machine, plot_profile, profile_t
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.profiling.subjects import ConfiguredModel
 from nl_models.training.config import TrainConfig
-from nl_models.training.console import duration, explained_errors, fail, without_progress_bars
 from nl_models.training.distributed import choose_device
 from nl_models.training.loop import DivergedError
 from nl_models.training.metrics import read_metrics

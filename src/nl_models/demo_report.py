@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nl_models.console import duration
 from nl_models.evaluation.position import PositionBucket
 from nl_models.evaluation.report import POSITION_HEADER, position_rows
 from nl_models.files import write_bytes
 from nl_models.profiling.measure import Measurement
-from nl_models.training.console import duration
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import nl_models
+from nl_models.console import without_progress_bars
 from nl_models.data.prepare import PreparedData
 from nl_models.data.tokenizer import AnyTokenizer, ReadyTokenizer, load_tokenizer
 from nl_models.training.checkpoint import best_checkpoint, check_files, list_checkpoints
-from nl_models.training.console import without_progress_bars
 
 _COMPARED_TOKENS = 1000
 

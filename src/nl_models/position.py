@@ -16,6 +16,7 @@ from rich.table import Table
 
 import nl_models
 from nl_kernels.checks import check_positive_int
+from nl_models.console import OtherModel, explained_errors, token_count, without_progress_bars
 from nl_models.conversation import Conversation, begin_conversation
 from nl_models.data.corpus import read_documents, read_folder
 from nl_models.data.prepare import data_folder, pack, prepare_data
@@ -37,7 +38,6 @@ from nl_models.hope import HopeForCausalLM
 from nl_models.open_model import open_model
 from nl_models.profiling.report import describe_machine
 from nl_models.training.config import TrainConfig, load_config
-from nl_models.training.console import OtherModel, explained_errors, token_count, without_progress_bars
 from nl_models.training.distributed import choose_device
 from nl_models.training.loop import autocast
 

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from nl_models.console import explained_errors, token_count
 from nl_models.files import make_folder
 from nl_models.hope import HopeConfig
 from nl_models.hope.configuration_hope import PRESETS
@@ -27,7 +28,6 @@ from nl_models.profiling.report import (
 )
 from nl_models.profiling.run import ProfileSettings, profile_models
 from nl_models.profiling.subjects import LAYERS, count_parameters
-from nl_models.training.console import explained_errors, token_count
 from nl_models.training.distributed import choose_device
 
 _DEFAULT = ProfileSettings()

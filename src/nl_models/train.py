@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 
+from nl_models.console import Display, explained_errors
 from nl_models.data.corpus import check_folder
 from nl_models.data.prepare import PreparedData, check_tokenizer, prepare_data
 from nl_models.evaluation.held_out import measure_held_out
@@ -24,7 +25,6 @@ from nl_models.parallel.plan import idle_share, messages
 from nl_models.profiling.dry_run import described, plan_run
 from nl_models.training.checkpoint import best_checkpoint, list_checkpoints
 from nl_models.training.config import TrainConfig, merged_options, read_options, with_config_options
-from nl_models.training.console import Display, explained_errors
 from nl_models.training.distributed import (
     choose_device,
     computes_in_bf16,

@@ -59,7 +59,7 @@ def test_help_lists_every_option_with_its_default():
 DYING = """
 import os, signal, sys, typer
 from nl_models import files, train
-from nl_models.training.console import Display
+from nl_models.console import Display
 left = int(sys.argv.pop(1))
 def dying(function):
     def wrapped(*arguments, **options):

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from nl_models.console import Display
 from nl_models.continual import memory_file
 from nl_models.continual.converted import ConvertedParameters
 from nl_models.continual.fast_parameters import FastParameters
@@ -25,7 +26,6 @@ from nl_models.layers.state import row_indices
 from nl_models.module_views import device_of, dtype_of, in_evaluation, weights_digest
 from nl_models.surgery import FastWeights
 from nl_models.surgery.modules import ContinuumCausalLM
-from nl_models.training.console import Display
 
 Text = str | torch.Tensor
 """A text, for a learner with a tokenizer, or tokens ``[T]`` or ``[B, T]`` (int64)."""

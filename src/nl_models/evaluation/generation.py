@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 
 from nl_kernels.checks import check_positive_int
+from nl_models.console import Display
 from nl_models.evaluation.position import bucket_edges, standard_error
 from nl_models.evaluation.token_losses import check_model, check_tokens, token_losses
 from nl_models.hope import HopeCache, HopeForCausalLM
 from nl_models.module_views import in_evaluation, input_device
-from nl_models.training.console import Display
 
 _N = 4  # of the n-grams
 

@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 
 from nl_kernels.checks import check_positive_int
+from nl_models.console import Display
 from nl_models.evaluation.token_losses import check_model, check_tokens, token_losses
 from nl_models.evaluation.writes_off import without_writes
 from nl_models.hope import HopeCache, HopeForCausalLM
 from nl_models.module_views import in_evaluation
-from nl_models.training.console import Display
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from torch import nn
 
 from nl_kernels.checks import check_positive_int
 from nl_kernels.ops.continuum.state import RULES_WITH_MOMENTUM
+from nl_models.console import explained_errors, token_count
 from nl_models.hope import HopeConfig, HopeForCausalLM
 from nl_models.hope.modeling_hope import HopeBlock
 from nl_models.layers import Attention, ContinuumMemory, GatedDeltaNet, ShortConvolution
 from nl_models.layers.initial_memory import InitialMemory
 from nl_models.parallel.exchange import Agreement
 from nl_models.parallel.layers import form_of, gathered, relayed, stateless
-from nl_models.training.console import explained_errors, token_count
 
 
 def state_bytes(layer: nn.Module, batch: int, past: int, element: int = 4) -> tuple[int, int]:

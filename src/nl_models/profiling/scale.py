@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
+from nl_models.console import explained_errors
 from nl_models.parallel.mesh import Mesh
 from nl_models.profiling.dry_run import RunPlan, plan_run
 from nl_models.training.config import TrainConfig, load_config
-from nl_models.training.console import explained_errors
 
 
 @dataclass(frozen=True)

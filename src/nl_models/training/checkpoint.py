@@ -35,10 +35,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from nl_models.console import without_progress_bars
 from nl_models.data.tokenizer import Tokenizer
 from nl_models.files import new_directory, remove_incomplete, write_json
 from nl_models.training.carried import CarriedStates
-from nl_models.training.console import without_progress_bars
 from nl_models.training.distributed import grouped, on_first
 
 _FORMAT = "nl-models-checkpoint-3"

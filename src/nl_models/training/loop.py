@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
+from nl_models.console import Display
 from nl_models.data.batches import DocumentStreams, StreamBatch, TrainingBatches, validation_windows
 from nl_models.data.prepare import PreparedData
 from nl_models.files import new_directory, remove_incomplete, write_json
@@ -49,7 +50,6 @@ from nl_models.training.checkpoint import (
     validation_losses,
 )
 from nl_models.training.config import FREE_ON_RESUME, TrainConfig, load_config
-from nl_models.training.console import Display
 from nl_models.training.distributed import choose_device, computes_in_bf16, on_first, rank, run_mesh, summed
 from nl_models.training.metrics import metrics_log, read_metrics
 from nl_models.training.model import build_optimizer, learning_rate_at

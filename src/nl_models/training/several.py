@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from nl_models.console import Display, training_bars
 from nl_models.data.prepare import prepare_data
 from nl_models.processes import fork_server
 from nl_models.training.config import TrainConfig
-from nl_models.training.console import Display, training_bars
 from nl_models.training.loop import Trainer, create_run, stop_signal
 from nl_models.training.model import build_model
 

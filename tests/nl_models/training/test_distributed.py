@@ -19,12 +19,12 @@ import torch.distributed as dist
 from rich.console import Console
 from safetensors.torch import load_file
 
+from nl_models.console import Display
 from nl_models.data.prepare import prepare_data
 from nl_models.parallel.mesh import Mesh
 from nl_models.parallel.plan import messages
 from nl_models.processes import fork_server
 from nl_models.training.config import TrainConfig
-from nl_models.training.console import Display
 from nl_models.training.distributed import on_first, rank, run_mesh
 from nl_models.training.loop import Trainer, create_run
 from nl_models.training.metrics import read_metrics

@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from nl_models.console import Display
 from nl_models.training import loop
 from nl_models.training.checkpoint import list_checkpoints
-from nl_models.training.console import Display
 from nl_models.training.distributed import choose_device
 from nl_models.training.loop import (
     DivergedError,
