@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -13,7 +14,8 @@ from nl_kernels.checks import (
     check_tensor,
     check_tokens,
 )
-from nl_kernels.memory.call import Op, run, run_step
+from nl_kernels.memory.bank import Op, Request
+from nl_kernels.memory.call import run, run_step
 from nl_kernels.memory.kernels.call import choose
 from nl_kernels.memory.state import check_state
 from nl_kernels.memory_checks import (
@@ -92,7 +94,7 @@ def deep_memory(
     tokens = (q, k, v, rate, log_decay, momentum)
     state = ("initial_state", initial_state)
     call = _checked("deep_memory", impl, tokens, weights, state, chunk_size, rule, read, mask, cu_seqlens)
-    o, final = run(_OP, **call, cu_seqlens=cu_seqlens, checkpoint_every=checkpoint_every)
+    o, final = run(call, cu_seqlens, checkpoint_every)
     return o, final if output_final_state else None
 
 
@@ -134,11 +136,11 @@ def deep_memory_step(
     """
     tokens = (q, k, v, rate, log_decay, momentum)
     call = _checked("deep_memory_step", impl, tokens, weights, ("state", state), chunk_size, rule, read, mask)
-    return run_step(_OP, **call, inplace=inplace)
+    return run_step(call, inplace)
 
 
-def _checked(op, impl, tokens, weights, state, chunk_size, rule, read, mask, cu_seqlens=None) -> dict:
-    """What :func:`~nl_kernels.memory.call.run` takes of a call on tokens [B, T, ..], or on one token [B, ..].
+def _checked(op, impl, tokens, weights, state, chunk_size, rule, read, mask, cu_seqlens=None) -> Request:
+    """A call on tokens [B, T, ..], or on one token [B, ..].
 
     ``state``: its name in messages, and itself.
     """
@@ -167,15 +169,7 @@ def _checked(op, impl, tokens, weights, state, chunk_size, rule, read, mask, cu_
     if one or state[1] is not None:
         shapes = DeepMemoryWeights(*(None if w is None else (batch, heads, *w.shape[-2:]) for w in weights))
         check_state(*state, DeepMemoryState, shapes, momentum is not None, chunk_size, q)
-    return {
-        "implementation": choose(op, impl, "q, k, v", tokens, weights, state[1], rule, chunk_size),
-        "tensors": tokens,
-        "gates": {},
-        "weights": weights,
-        "state": state[1],
-        "reference": deep_memory_reference,
-        "rule": rule,
-        "read": read,
-        "chunk_size": chunk_size,
-        "mask": mask,
-    }
+    implementation = choose(op, impl, "q, k, v", tokens, weights, state[1], rule, chunk_size)
+    reference = functools.partial(deep_memory_reference, chunk_size=chunk_size)
+    given, clocks = (tokens, {}, weights, state[1], reference), (chunk_size, chunk_size)
+    return Request(_OP, implementation, *given, rule, read, mask, clocks)
