@@ -10,8 +10,8 @@ from nl_kernels.checks import state_dtype
 from nl_kernels.chunk_alignment import ChunkGrid
 from nl_kernels.dispatch import choose_implementation
 from nl_kernels.memory.bank import Call, Layers, Layout
-from nl_kernels.memory.kernels.arguments import Bank, Tokens
-from nl_kernels.memory.kernels.launch import Inputs, Options, checkpoint_interval, limits_of, precision_of
+from nl_kernels.memory.kernels.arguments import Bank, Options, Tokens
+from nl_kernels.memory.kernels.launch import Inputs, checkpoint_interval, limits_of, precision_of
 from nl_kernels.memory.kernels.operator import Learn
 from nl_kernels.memory.state import tensors_in, weights_in
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
