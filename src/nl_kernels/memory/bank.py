@@ -263,7 +263,6 @@ class Call(NamedTuple):
         running, snapshot, anchor, velocity: blocks of :meth:`Layout.blocks_of`; ``None`` without an anchor,
             or without momentum.
         position: [B], tokens since each sequence's last boundary.
-        at_boundary: every position is known to be 0 (spares reading them).
         checkpoint_every: chunks between the states kept for the backward pass.
         dtype: of the caller's tokens: it sets the precision of products.
     """
@@ -276,11 +275,7 @@ class Call(NamedTuple):
     anchor: Layers | None
     velocity: Layers | None
     position: torch.Tensor
-    at_boundary: bool
-    rule: MemoryRule
-    read: str
-    clocks: tuple[int, int]
-    truncate_every: int | None
+    request: Request
     checkpoint_every: int | None
     dtype: torch.dtype
 

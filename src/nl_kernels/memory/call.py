@@ -32,7 +32,7 @@ def run(
     request: Request, cu_seqlens: torch.Tensor | None = None, checkpoint_every: int | None = None
 ) -> tuple[torch.Tensor, tuple]:
     """Reads [B, T, H, Dv] in the dtype of the queries, and the final state."""
-    op, implementation, tensors, gates, weights, state, reference, rule, read, mask, *options = request
+    op, implementation, tensors, gates, weights, state, reference, rule, read, mask, *_ = request
     dtype, leaves = tensors[0].dtype, tensors_in(weights)
     operands = functools.reduce(torch.promote_types, (x.dtype for x in tensors[:3]))
     length, inputs = tensors[0].shape[1], list(tensors)
@@ -62,12 +62,12 @@ def run(
             layout = Layout.of(batch * tokens.value.shape[2], tokens, initial)
             banks = (state.running, state.snapshot, anchor if rule.anchored else None, state.momentum)
             banks = (None if x is None else layout.blocks_of(x) for x in banks)
-            made = (layout, tokens, tuple(gates.values()), *banks, state.position, at_boundary)
-            call = Call(*made, rule, read, *options, checkpoint_every, operands)
+            made = (layout, tokens, tuple(gates.values()), *banks, state.position)
+            call = Call(*made, request, checkpoint_every, operands)
             learn_here = learn
             if implementation == "eager" and compiler_at_work():
                 from nl_kernels.untraced import learn as learn_here
-            o, *banks, position = learn_here(call, implementation, mask)
+            o, *banks, position = learn_here(call, mask)
             banks = (None if x is None else layout.weights_of(type(initial), x, batch) for x in banks)
             running, snapshot, velocity = banks
             final = op.state(snapshot, running, position, velocity)
@@ -102,15 +102,16 @@ def run_step(request: Request, inplace: bool) -> tuple[torch.Tensor, tuple]:
 
 
 def learn(
-    call: Call, implementation: str, mask: torch.Tensor | None
+    call: Call, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, Layers, Layers, Layers | None, torch.Tensor]:
     """Reads [B, T, H, Dv], running weights, snapshot and velocities after the call, and positions."""
-    length = call.tokens.query.shape[1]
-    grid = place_on_grid(call.position, mask, length, max(call.clocks), call.at_boundary)
+    request, length = call.request, call.tokens.query.shape[1]
+    # Without a state every position is known to be 0.
+    grid = place_on_grid(call.position, mask, length, max(request.clocks), request.state is None)
     if grid.alignment is not None:
         call = call._replace(tokens=map_tensors(grid.alignment.gather, call.tokens))
         mask = grid.alignment.valid
-    if implementation == "triton":
+    if request.implementation == "triton":
         o, *banks = kernels_call.learn_on_grid(call, grid)
     else:
         o, *banks = learn_on_grid(call, grid, mask)
@@ -125,7 +126,8 @@ def learn_on_grid(
     call: Call, grid: ChunkGrid, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, Layers, Layers, Layers | None]:
     """Reads on the grid [B, S, H, Dv], and running weights, snapshot and velocities after the call."""
-    layout, clocks, truncate_every = call.layout, call.clocks, call.truncate_every
+    layout, request = call.layout, call.request
+    clocks, truncate_every = request.clocks, request.truncate_every
     batch, _, heads, width = call.tokens.key.shape
     chunk = min(clocks)
 
@@ -139,17 +141,17 @@ def learn_on_grid(
     block = math.gcd(clocks[1] // chunk, truncate_every or 0)
     block = block if layout.self_made else max(1, 512 // chunk)
     tokens = map_tensors(by_head, call.tokens)
-    source, sequences = source_of(call.rule, layout, tokens, applied, block)
+    source, sequences = source_of(request.rule, layout, tokens, applied, block)
     constants = tuple(x.repeat(batch)[:, None, None] for x in call.gates)
     loop = Loop(
-        BankRule(call.rule, call.read, layout),
+        BankRule(request.rule, request.read, layout),
         source,
         clocks,
         None if truncate_every is None else chunk * truncate_every,
         grid.for_heads(heads),
         call.dtype,
     )
-    snapshot = None if call.at_boundary else call.snapshot
+    snapshot = None if request.state is None else call.snapshot
     running, *others = map(layout.layers_of, (call.running, call.velocity, snapshot, call.anchor))
     size = footprint(layout, running, chunk, width)
     segments = plan_segments(

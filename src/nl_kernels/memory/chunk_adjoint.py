@@ -278,8 +278,9 @@ def _sum(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
 def _sum_coefficients(layout: Layout, layers: list[CoefficientAdjoints]) -> CoefficientAdjoints:
     """Sums over layers and memories, by name."""
     found = CoefficientAdjoints({}, {}, {})
-    for total, layer in ((total, part) for parts in layers for total, part in zip(found, parts)):
-        for name, part in layer.items():
-            part = layout.total(part)
-            total[name] = total[name] + part if name in total else part
+    for layer in layers:
+        for total, parts in zip(found, layer):
+            for name, part in parts.items():
+                part = layout.total(part)
+                total[name] = total[name] + part if name in total else part
     return found

@@ -85,10 +85,10 @@ def blocks_of(bank: Bank, layout: Layout) -> Layers:
 
 def learn_on_grid(call: Call, grid: ChunkGrid) -> tuple[torch.Tensor, Layers, Layers, None]:
     """As :func:`nl_kernels.memory.call.learn_on_grid`, by the kernels; they have no velocity."""
-    length = call.tokens.query.shape[1]
+    request, length = call.request, call.tokens.query.shape[1]
     spans, offset, slots = None, grid.offset, grid.offset + length
     if grid.single:
-        spans, offset, slots = torch.stack([grid.begin, grid.begin, grid.stop], 1), 0, max(call.clocks)
+        spans, offset, slots = torch.stack([grid.begin, grid.begin, grid.stop], 1), 0, max(request.clocks)
     elif grid.alignment is not None:
         spans = torch.stack([torch.zeros_like(grid.begin), grid.begin, grid.stop], 1)
         offset, slots = 0, length
@@ -97,11 +97,11 @@ def learn_on_grid(call: Call, grid: ChunkGrid) -> tuple[torch.Tensor, Layers, La
     inputs = Inputs(Tokens(*call.tokens[:6], *gates, spans), *banks)
     architecture = architecture_of(call.tokens.query.device)
     options = Options.of(
-        call.rule,
-        read=call.read,
-        chunk_size=call.clocks[0],
-        generator_chunk_size=call.clocks[1],
-        truncate=min(call.clocks) * (call.truncate_every or 0),
+        request.rule,
+        read=request.read,
+        chunk_size=request.clocks[0],
+        generator_chunk_size=request.clocks[1],
+        truncate=min(request.clocks) * (request.truncate_every or 0),
         checkpoint_every=0,
         precision=precision_of(call.dtype, architecture),
         offset=offset,

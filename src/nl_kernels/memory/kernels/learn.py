@@ -29,12 +29,12 @@ from nl_kernels.memory.kernels.layer import (
 
 
 @triton.jit
-def apply_layer(scratch, READS: tl.constexpr, LAYER: tl.constexpr, BANK: tl.constexpr):
+def apply_layer(scratch, WRITES: tl.constexpr, READS: tl.constexpr, LAYER: tl.constexpr, BANK: tl.constexpr):
     """The products of a layer with the tokens that it takes in, each [B, rows, C].
 
-    Returns S x of the running state and the keys; W̄ x and W̄ v of the weights it is applied at
-    (``AT_ANCHOR``: W_0 x); and, of queries if it ``READS``, S q and W_0 q, or W̄ q where reads are of the
-    snapshot.
+    Returns, if it ``WRITES``, S x of the running state and the keys, and W̄ x and W̄ v of the weights it is
+    applied at (``AT_ANCHOR``: W_0 x); of queries, if it ``READS``, S q and W_0 q, or W̄ q where reads are of
+    the snapshot.
     """
     ROWS: tl.constexpr = LAYER.WIDTH // BANK.PER
     BLOCK: tl.constexpr = LAYER.BLOCK
@@ -42,43 +42,22 @@ def apply_layer(scratch, READS: tl.constexpr, LAYER: tl.constexpr, BANK: tl.cons
     zeros = zeros_of(ROWS, BANK)
     recalled, at_key, at_value, read, fixed = zeros, zeros, zeros, zeros, zeros
     for start in range(0, BLOCK, BANK.SLICE):
-        applied = operand_at(scratch + LAYER.BASE_OPERAND, start, ROWS, BLOCK, BANK)
-        x = by_width(scratch + LAYER.KEY, start, UPTO, BLOCK, BANK)
-        if BANK.AT_ANCHOR:
-            at_key += product(operand_at(scratch + LAYER.ANCHOR_OPERAND, start, ROWS, BLOCK, BANK), x, BANK)
-        else:
-            at_key += product(applied, x, BANK)
-        if BANK.ERASES or (BANK.RUNNING and READS):
-            running = operand_at(scratch + LAYER.STATE_OPERAND, start, ROWS, BLOCK, BANK)
-        if BANK.ERASES:
-            recalled += product(running, x, BANK)
-        if BANK.GENERATES:
-            at_value += product(applied, by_width(scratch + LAYER.VALUE, start, UPTO, BLOCK, BANK), BANK)
+        base = operand_at(scratch + LAYER.BASE_OPERAND, start, ROWS, BLOCK, BANK)
+        state = operand_at(scratch + LAYER.STATE_OPERAND, start, ROWS, BLOCK, BANK)
+        anchor = operand_at(scratch + LAYER.ANCHOR_OPERAND, start, ROWS, BLOCK, BANK)
+        if WRITES:
+            x = by_width(scratch + LAYER.KEY, start, UPTO, BLOCK, BANK)
+            at_key += product(anchor if BANK.AT_ANCHOR else base, x, BANK)
+            if BANK.ERASES:
+                recalled += product(state, x, BANK)
+            if BANK.GENERATES:
+                at_value += product(base, by_width(scratch + LAYER.VALUE, start, UPTO, BLOCK, BANK), BANK)
         if READS:
             q = by_width(scratch + LAYER.QUERY, start, UPTO, BLOCK, BANK)
-            if BANK.RUNNING:
-                read += product(running, q, BANK)
-                if BANK.ANCHORED:
-                    anchor = operand_at(scratch + LAYER.ANCHOR_OPERAND, start, ROWS, BLOCK, BANK)
-                    fixed += product(anchor, q, BANK)
-            else:
-                read += product(applied, q, BANK)
+            read += product(state if BANK.RUNNING else base, q, BANK)
+            if BANK.RUNNING and BANK.ANCHORED:
+                fixed += product(anchor, q, BANK)
     return recalled, at_key, at_value, read, fixed
-
-
-@triton.jit
-def probe_layer(scratch, LAYER: tl.constexpr, BANK: tl.constexpr):
-    """``S q`` and ``W_0 q`` [B, rows, C] of a layer, for a running read."""
-    ROWS: tl.constexpr = LAYER.WIDTH // BANK.PER
-    read = zeros_of(ROWS, BANK)
-    fixed = read
-    for start in range(0, LAYER.BLOCK, BANK.SLICE):
-        q = by_width(scratch + LAYER.QUERY, start, LAYER.UPTO, LAYER.BLOCK, BANK)
-        read += product(operand_at(scratch + LAYER.STATE_OPERAND, start, ROWS, LAYER.BLOCK, BANK), q, BANK)
-        if BANK.ANCHORED:
-            anchor = operand_at(scratch + LAYER.ANCHOR_OPERAND, start, ROWS, LAYER.BLOCK, BANK)
-            fixed += product(anchor, q, BANK)
-    return read, fixed
 
 
 @triton.jit
@@ -170,7 +149,7 @@ def learn_chunk(scratch, READS: tl.constexpr, BANK: tl.constexpr):
 
     if BANK.HIDDEN > 0:
         first_gram, first_full = put_solution(decays, rate, scratch, READS, FIRST, BANK)
-        first_recalled, z, at_value, at_query, fixed = apply_layer(scratch, READS, FIRST, BANK)
+        first_recalled, z, at_value, at_query, fixed = apply_layer(scratch, True, READS, FIRST, BANK)
         hidden = put_hidden(z, scratch + BANK.HIDDEN_KEY, BANK)
         hidden_value, hidden_query = (), ()
         if BANK.GENERATES:
@@ -179,11 +158,11 @@ def learn_chunk(scratch, READS: tl.constexpr, BANK: tl.constexpr):
             hidden_query = put_hidden(at_query, scratch + BANK.HIDDEN_QUERY, BANK)
         tl.debug_barrier()
         recalled, error, at_value, read, fixed_read = apply_layer(
-            scratch, READS and not BANK.RUNNING, LAST, BANK
+            scratch, True, READS and not BANK.RUNNING, LAST, BANK
         )
     else:
         gram, full = put_solution(decays, rate, scratch, READS, LAST, BANK)
-        recalled, error, at_value, read, fixed_read = apply_layer(scratch, READS, LAST, BANK)
+        recalled, error, at_value, read, fixed_read = apply_layer(scratch, True, READS, LAST, BANK)
     error += residuals(scratch, BANK)
     if BANK.GENERATES:
         error -= at_value
@@ -201,7 +180,7 @@ def learn_chunk(scratch, READS: tl.constexpr, BANK: tl.constexpr):
             z = read_running(at_query, fixed, written, decays, scratch, FIRST, BANK)
             hidden_query = put_hidden(z, scratch + BANK.HIDDEN_QUERY, BANK)
             tl.debug_barrier()
-            read, fixed_read = probe_layer(scratch, LAST, BANK)
+            _, _, _, read, fixed_read = apply_layer(scratch, False, True, LAST, BANK)
         gram, full = put_solution(decays, rate, scratch, READS, LAST, BANK)
         hiddens = (hidden, hidden_value, hidden_query, back, signal)
     else:
