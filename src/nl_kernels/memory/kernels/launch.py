@@ -112,30 +112,21 @@ class Plan(NamedTuple):
         """Running weights and snapshot before the chunk at slot ``start``, in memory of their own."""
         if index == 0:
             return copies(self.inputs.running), copies(self.inputs.snapshot)
-        pairs, (begin, _) = [], self.bounds()
-        for states, running, snapshot, layer in zip(
-            kept, self.inputs.running, self.inputs.snapshot, self.layers
-        ):
-            if states is None:
-                pairs.append((None, None))
-                continue
-            state = self.rows_of(states[:, index], running, layer)
-            if begin is None:
-                pairs.append((state, state.clone()))
-            else:
-                # Heads that have not begun, or begin here, still have what the call began with.
-                pairs.append(tuple(torch.where(begin < start, state, x) for x in (running, snapshot)))
-        running, snapshot = zip(*pairs, strict=True)
-        return Bank(*running), Bank(*snapshot)
+        weights = (None if x is None else self.rows_of(x[:, index], y) for x, y in zip(kept, self.layers))
+        state, (begin, _) = Bank(*weights), self.bounds()
+        if begin is None:
+            return state, copies(state)
+        # Heads that have not begun, or begin here, still have what the call began with.
+        pick = functools.partial(torch.where, begin < start)
+        return map_tensors(pick, state, self.inputs.running), map_tensors(pick, state, self.inputs.snapshot)
 
-    def rows_of(self, kept: torch.Tensor, like: torch.Tensor, layer: Any) -> torch.Tensor:
-        """A layer's weights as rows, ``like`` the caller's, from a copy that a kernel has kept."""
-        count, width = like.shape[1:]
+    def rows_of(self, kept: torch.Tensor, layer: Any) -> torch.Tensor:
+        """A layer's weights as the caller has them, from a copy that a kernel has kept."""
         # The order of kernels/fragments.py: tiles of 16 × 16, of which a lane has two rows of two numbers.
-        tiles = kept.view(kept.shape[0], -1, padded(width) // 16, 2, 8, 4, 2, 2)
-        rows = tiles.permute(0, 1, 6, 4, 2, 3, 5, 7).reshape(kept.shape[0], -1, layer.WIDTH, padded(width))
+        tiles = kept.view(len(kept), -1, layer.BLOCK // 16, 2, 8, 4, 2, 2)
+        rows = tiles.permute(0, 1, 6, 4, 2, 3, 5, 7).reshape(len(kept), -1, layer.WIDTH, layer.BLOCK)
         outs = (layer.OUT if m < layer.WIDE else layer.NARROW for m in range(self.bank.MEMORIES))
-        return torch.cat([rows[:, m, :out] for m, out in enumerate(outs)], 1)[:, :count, :width].contiguous()
+        return torch.cat([rows[:, m, :out, : layer.IN] for m, out in enumerate(outs)], 1)
 
     def call(self, kernel: Any, arguments: dict[str, Any], bank: Any) -> KernelCall:
         """The call of ``kernel``, one program a head."""

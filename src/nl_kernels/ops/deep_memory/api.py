@@ -18,11 +18,7 @@ from nl_kernels.memory.bank import Op, Request
 from nl_kernels.memory.call import run, run_step
 from nl_kernels.memory.kernels.call import choose
 from nl_kernels.memory.state import check_state
-from nl_kernels.memory_checks import (
-    check_error_at,
-    check_memory,
-    check_rule,
-)
+from nl_kernels.memory_checks import check_memory, check_rule
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory.reference import deep_memory_reference
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
@@ -158,14 +154,13 @@ def _checked(op, impl, tokens, weights, state, chunk_size, rule, read, mask, cu_
             check_tensor(name, x, lead, like=q)
             if not one:
                 check_range(name, x, low, high, closed_high=name == "log_decay")
-    check_rule(rule, read)
-    if rule.residual and out != width:
-        raise ValueError(f"v: a rule with a residual needs width {width} as the keys, got {out}")
     check_positive_int("chunk_size", chunk_size)
     batch = check_sequences(mask, cu_seqlens, q, one=one)
     heads = lead[-1]
     check_memory("weights", weights, batch, heads, width, out, q)
-    check_error_at(rule, weights)
+    check_rule(rule, read, weights)
+    if rule.residual and out != width:
+        raise ValueError(f"v: a rule with a residual needs width {width} as the keys, got {out}")
     if one or state[1] is not None:
         shapes = DeepMemoryWeights(*(None if w is None else (batch, heads, *w.shape[-2:]) for w in weights))
         check_state(*state, DeepMemoryState, shapes, momentum is not None, chunk_size, q)
