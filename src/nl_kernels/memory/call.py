@@ -152,7 +152,8 @@ def learn_on_grid(
         call.dtype,
     )
     snapshot = None if request.state is None else call.snapshot
-    running, *others = map(layout.layers_of, (call.running, call.velocity, snapshot, call.anchor))
+    banks = (call.running, call.velocity, snapshot, call.anchor)
+    running, velocity, snapshot, anchor = map(layout.layers_of, banks)
     size = footprint(layout, running, chunk, width)
     segments = plan_segments(
         tokens.query.shape[1],
@@ -162,9 +163,8 @@ def learn_on_grid(
         size,
         block if layout.self_made else 1,
     )
-    velocity, snapshot, anchor = others
-    banks = (*running, *velocity, *snapshot)
-    o, after = run_segments(loop, segments, banks, (*anchor, *constants), sequences)
+    state, constants = (*running, *velocity, *snapshot), (*anchor, *constants)
+    o, after = run_segments(loop, segments, state, constants, sequences)
 
     o = o.unflatten(0, (batch, heads)).transpose(1, 2)
     count = layout.layers

@@ -14,7 +14,7 @@ from nl_kernels.memory.kernels.generate import (
     make_tokens,
     vectors_at,
 )
-from nl_kernels.memory.kernels.layer import give_layer, locate_rows, memory_of, take_layer
+from nl_kernels.memory.kernels.layer import locate_rows, memory_of, take_layer
 from nl_kernels.memory.kernels.layer_adjoint import vector_shares
 from nl_kernels.memory.kernels.learn import learn_chunk
 from nl_kernels.memory.kernels.learn_adjoint import deep_errors_adjoint, linear_errors_adjoint, update_layer
@@ -41,16 +41,6 @@ def take_gradients(
     if BANK.ANCHORED:
         take_layer(scratch + LAYER.ANCHOR, scratch + LAYER.ANCHOR_OPERAND, anchor, None, program, LAYER, BANK)
         take_layer(scratch + LAYER.D_ANCHOR, None, d_anchor, None, program, LAYER, BANK)
-
-
-@triton.jit
-def give_gradients(
-    scratch, d_running, d_snapshot, d_anchor, program, LAYER: tl.constexpr, BANK: tl.constexpr
-):
-    """A layer's gradients to where they came from."""
-    end_layer(scratch, d_running, d_snapshot, program, LAYER, BANK)
-    if BANK.ANCHORED:
-        give_layer(scratch + LAYER.D_ANCHOR, d_anchor, program, LAYER, BANK)
 
 
 @triton.jit
@@ -213,6 +203,6 @@ def learn_adjoint_kernel(
     if BANK.GENERATES:
         add_gates(d_gates + 3 * program, by_rate_max, by_rate, by_retention)
     tl.debug_barrier()
-    give_gradients(scratch, d_running, d_snapshot, d_anchor, program, LAST, BANK)
+    end_layer(scratch, d_running, d_snapshot, d_anchor, program, LAST, BANK)
     if BANK.HIDDEN > 0:
-        give_gradients(scratch, d_running, d_snapshot, d_anchor, program, FIRST, BANK)
+        end_layer(scratch, d_running, d_snapshot, d_anchor, program, FIRST, BANK)

@@ -193,6 +193,7 @@ def compiled_of(
         "SCALED": scaled,
         "BOUND": options.error_bound,
         "PRECISION": options.precision,
+        "BACKWARD": backward,
     }
     first_kept = padded_memories * block_h * block_k if hidden else 0
     last_kept = padded_memories * block_v * (block_h if hidden else block_k)

@@ -70,10 +70,12 @@ def begin_layer(scratch, running, snapshot, anchor, program, LAYER: tl.constexpr
 
 
 @triton.jit
-def end_layer(scratch, running, snapshot, program, LAYER: tl.constexpr, BANK: tl.constexpr):
-    """A layer's weights, or their gradients, from scratch to the caller's."""
+def end_layer(scratch, running, snapshot, d_anchor, program, LAYER: tl.constexpr, BANK: tl.constexpr):
+    """A layer's weights, or all their gradients, from scratch to the caller's."""
     give_layer(scratch + LAYER.STATE, running, program, LAYER, BANK)
     give_layer(scratch + LAYER.SNAPSHOT, snapshot, program, LAYER, BANK)
+    if BANK.ANCHORED and BANK.BACKWARD:
+        give_layer(scratch + LAYER.D_ANCHOR, d_anchor, program, LAYER, BANK)
 
 
 @triton.jit(
@@ -135,6 +137,6 @@ def learn_kernel(
         tl.debug_barrier()  # the next chunk reads what other threads of the program have stored
 
     tl.debug_barrier()
-    end_layer(scratch, running, snapshot, program, LAST, BANK)
+    end_layer(scratch, running, snapshot, None, program, LAST, BANK)
     if BANK.HIDDEN > 0:
-        end_layer(scratch, running, snapshot, program, FIRST, BANK)
+        end_layer(scratch, running, snapshot, None, program, FIRST, BANK)

@@ -192,15 +192,10 @@ def make_tokens(tokens, place, gates, scratch, BANK: tl.constexpr):
     if BANK.SCALED:
         scale = tl.load(tokens.rate + place[0], mask=exists, other=0.0).to(tl.float32)
         tl.store(vectors_at(scratch, SCALE, BANK), scale)
-    log = tl.where(exists, log_sigmoid(retention), 0.0)
+    log = tl.minimum(retention, 0.0) - tl.log(1 + tl.exp(-tl.abs(retention)))  # of the sigmoid, no overflow
+    log = tl.where(exists, log, 0.0)
     put_decays(scratch + BANK.DECAYS, scratch + BANK.VECTORS + DECAYS * C, log, C)
     return hidden
-
-
-@triton.jit
-def log_sigmoid(z):
-    """``log(sigmoid(z))`` without overflow."""
-    return tl.minimum(z, 0.0) - tl.log(1 + tl.exp(-tl.abs(z)))
 
 
 @triton.jit
