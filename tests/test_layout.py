@@ -122,7 +122,7 @@ def test_the_map_names_every_folder_and_module_of_the_packages_and_every_example
     assert tested >= {f"test_{path.name}" for path in (ROOT / "evaluations/tasks").glob("[!_]*.py")}
 
 
-LINES = {"nl_kernels": 15_500, "the two memories and their engine": 6_895}
+LINES = {"nl_kernels": 15_500, "the two memories and their engine": 6_495}
 LONGEST = {"file": 400, "function": 120, "kernel parameters": 30}
 # delta_memory's, older than the budget and good: not cut up for a number.
 EXCEPTED = {"state_gradients_kernel"}

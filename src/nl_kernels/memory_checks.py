@@ -36,17 +36,13 @@ def check_memory(
         check_tensor(f"{name}.outer", outer, (*lead, out, hidden), like=like)
 
 
-def check_rule(rule: object, read: object) -> None:
-    """Check that ``rule`` is a :class:`MemoryRule`, and when a memory is read."""
+def check_rule(rule: object, read: object, weights: DeepMemoryWeights) -> None:
+    """Check that ``rule`` is a :class:`MemoryRule` for such weights, and when a memory is read."""
     if not isinstance(rule, MemoryRule):
         raise TypeError(f"rule: expected a MemoryRule, got {type(rule).__name__}")
-    check_choice("read", read, READS)
-
-
-def check_error_at(rule: MemoryRule, weights: DeepMemoryWeights) -> None:
-    """Check that errors can be taken where ``rule`` says."""
     if rule.error_at == "anchor" and weights.outer is not None:
         raise ValueError("rule.error_at: memories of two layers have errors at the 'snapshot', got 'anchor'")
+    check_choice("read", read, READS)
 
 
 def check_step_dtype(held: list[torch.Tensor], others: Iterable[torch.Tensor | None]) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from nl_kernels.memory.kernels.arguments import Bank
-from nl_kernels.memory.kernels.launch import Inputs, Options, limits_of, plan_forward, precision_of
+from nl_kernels.memory.kernels.arguments import Bank, Options
+from nl_kernels.memory.kernels.launch import Inputs, limits_of, plan_forward, precision_of
 from nl_kernels.memory.kernels.launch_backward import plan_backward
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.triton_support.kernel_call import KernelCall

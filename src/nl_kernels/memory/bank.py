@@ -13,9 +13,12 @@ layer whose outputs are those of all memories, one below the other.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+
+from nl_kernels.memory_rule import MemoryRule
 
 Layers = tuple[torch.Tensor, ...]
 """The layers of N banks: weights, changes, velocities, or adjoints of them. Empty where there is none.
@@ -206,14 +209,62 @@ class Layout:
         return [torch.where((memory == 2)[:, None], read, others)]
 
 
+class Op(NamedTuple):
+    """What the two ops of chunked memories do in their own way.
+
+    Attributes:
+        state: the named tuple of its states.
+        weights: what a state has of initial weights [B, H, ..].
+        takes: which of :class:`Sequences` its tensors are, in order.
+    """
+
+    state: type
+    weights: Callable
+    takes: tuple[str, ...]
+
+    def sequences(self, tensors: Iterable[torch.Tensor | None]) -> Sequences:
+        return Sequences(**dict(zip(self.takes, tensors)))
+
+
+class Request(NamedTuple):
+    """A checked call of an op.
+
+    Attributes:
+        implementation: that serves it.
+        tensors: the op's, of the tokens, the last one its momentum.
+        gates: parameters [H], or numbers, of memories that make their own gates.
+        weights: the op's initial ones, shared or by sequence.
+        state: to begin with; ``None``: of the weights.
+        reference: the op's definition, of tensors, anchor and state; gates, rule, read and mask by name.
+        rule, read, mask: as the caller gave them.
+        clocks: tokens between the boundaries of the memory that is read, and of the others.
+        truncate_every: chunks of the faster clock between cuts of the gradient, or ``None``.
+    """
+
+    op: Op
+    implementation: str
+    tensors: tuple[torch.Tensor | None, ...]
+    gates: dict[str, torch.Tensor | float]
+    weights: tuple
+    state: tuple | None
+    reference: Callable
+    rule: MemoryRule
+    read: str
+    mask: torch.Tensor | None
+    clocks: tuple[int, int]
+    truncate_every: int | None = None
+
+
 class Call(NamedTuple):
-    """A call of an op.
+    """A :class:`Request` as the engine and the kernels take it.
 
     Attributes:
         gates: largest rate and both biases [H]; empty where rates are given.
         running, snapshot, anchor, velocity: blocks of :meth:`Layout.blocks_of`; ``None`` without an anchor,
             or without momentum.
         position: [B], tokens since each sequence's last boundary.
+        checkpoint_every: chunks between the states kept for the backward pass.
+        dtype: of the caller's tokens: it sets the precision of products.
     """
 
     layout: Layout
@@ -224,6 +275,9 @@ class Call(NamedTuple):
     anchor: Layers | None
     velocity: Layers | None
     position: torch.Tensor
+    request: Request
+    checkpoint_every: int | None
+    dtype: torch.dtype
 
 
 def take_snapshot(

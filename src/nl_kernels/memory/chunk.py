@@ -25,6 +25,7 @@ from nl_kernels.memory.layer import (
     read,
     write,
 )
+from nl_kernels.memory.state import map_tensors
 from nl_kernels.memory_rule import MemoryRule
 
 
@@ -305,7 +306,7 @@ def _layer_inputs(bank: BankRule, tokens: Tokens, prepared: Prepared, made: Erro
 def _each_coefficients(layout: Layout, coefficients: Coefficients) -> Coefficients:
     """For every memory; without momentum only the parts with one value a token, which alone are used."""
     if coefficients.mixed is not None:
-        return coefficients.map(layout.each)
+        return map_tensors(layout.each, coefficients)
     decay = coefficients.decay
     once = {"before": decay.before, "to_end": decay.to_end, "final": decay.final}
     return Coefficients(
@@ -321,7 +322,7 @@ def _by_last_layer(value, layout: Layout) -> list:
 
 
 def read_layers(bank: BankRule, weights: Weights, layers, writes) -> list[tuple]:
-    """By layer of the memory that is read: weights, velocity, anchor, x, and what was written."""
+    """By layer of the memory that is read, what :func:`~nl_kernels.memory.layer.read` takes of it."""
     layout = bank.layout
     found = []
     for i in range(layout.read_layers):
@@ -337,7 +338,7 @@ def _running_read(bank: BankRule, query, parts: list[tuple], coefficients: Coeff
         if i == 1:
             probe = activated(y, bank.rule, sloped=keep, curved=False)
             y = probe.value
-        y, done = read(y, *layer, coefficients)
+        y, done = read(y, layer, coefficients)
         reads.append(done)
     return y, probe, reads
 

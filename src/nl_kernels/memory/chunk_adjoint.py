@@ -12,7 +12,7 @@ import torch
 
 from nl_kernels.memory.bank import Layers, Layout
 from nl_kernels.memory.chunk import BankRule, Errors, Learned, Prepared, Tokens, Weights, back, read_layers
-from nl_kernels.memory.decays import Parts, coefficient_adjoint
+from nl_kernels.memory.decays import CoefficientAdjoints, coefficient_adjoint
 from nl_kernels.memory.hidden import bound_adjoint, hidden_adjoint, row_dot, signal_adjoint
 from nl_kernels.memory.layer import (
     ReadAdjoint,
@@ -40,9 +40,7 @@ class TokenAdjoints(NamedTuple):
     momentum: torch.Tensor | None
     gram: torch.Tensor | None
     mixed_gram: torch.Tensor | None
-    decay: Parts
-    mixed: Parts
-    carried: Parts
+    coefficients: CoefficientAdjoints
     scale: torch.Tensor | None
 
 
@@ -66,9 +64,7 @@ def prepare_adjoint(rule: MemoryRule, tokens: Tokens, prepared: Prepared, found:
         prepared.coefficients,
         None if momentum is None else momentum[..., 0],
         None if applied is None else applied[..., 0],
-        found.decay,
-        found.mixed,
-        found.carried,
+        found.coefficients,
     )
     d_decay = d_decay[..., None]
     if momentum is not None:
@@ -113,7 +109,7 @@ def learn_adjoint(
     if d_o is not None and bank.read == "running":
         d_y, parts = d_o, read_layers(bank, weights, learned.layers, learned.writes)
         for i in reversed(range(len(parts))):
-            reads.insert(0, read_adjoint(d_y, *parts[i], prepared.coefficients, learned.reads[i]))
+            reads.insert(0, read_adjoint(d_y, parts[i], prepared.coefficients, learned.reads[i]))
             d_y = hidden_adjoint(reads[0].queries, learned.probe) if i == 1 else None
     none = [None] * count
     by_reads = [*((part.decaying, part.written) for part in reads), *none][:count]
@@ -153,9 +149,7 @@ def learn_adjoint(
         _sum([layout.total(part.momentum) for part in writes]),
         layout.total(first.gram),
         layout.total(first.mixed_gram),
-        _sum_parts(layout, [part.decay for part in (*writes, *reads)]),
-        _sum_parts(layout, [part.mixed for part in (*writes, *reads)]),
-        _sum_parts(layout, [part.carried for part in writes]),
+        _sum_coefficients(layout, [part.coefficients for part in (*writes, *reads)]),
         d_scale,
     )
     return ChunkAdjoint(
@@ -281,11 +275,12 @@ def _sum(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
     return functools.reduce(torch.add, present) if present else None
 
 
-def _sum_parts(layout: Layout, layers: list[Parts]) -> Parts:
+def _sum_coefficients(layout: Layout, layers: list[CoefficientAdjoints]) -> CoefficientAdjoints:
     """Sums over layers and memories, by name."""
-    found: Parts = {}
-    for parts in layers:
-        for name, part in parts.items():
-            part = layout.total(part)
-            found[name] = found[name] + part if name in found else part
+    found = CoefficientAdjoints({}, {}, {})
+    for layer in layers:
+        for total, parts in zip(found, layer):
+            for name, part in parts.items():
+                part = layout.total(part)
+                total[name] = total[name] + part if name in total else part
     return found

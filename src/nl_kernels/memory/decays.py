@@ -44,13 +44,18 @@ class Coefficients(NamedTuple):
     momentum: Spread | None
     mixed: Spread | None
 
-    def map(self, function) -> Coefficients:
-        """The same with ``function`` of each part."""
-        return Coefficients(*(s and Spread(*map(function, s)) for s in self))
-
 
 Parts = dict[str, torch.Tensor]
 """Adjoints of a spread's parts by name."""
+
+
+class CoefficientAdjoints(NamedTuple):
+    """Adjoints of the parts of each spread, of the decay's times the parts themselves, so that exact zeros
+    stay harmless; those of the others are plain."""
+
+    decay: Parts
+    momentum: Parts
+    mixed: Parts
 
 
 def chunk_coefficients(
@@ -73,20 +78,14 @@ def coefficient_adjoint(
     coefficients: Coefficients,
     momentum: torch.Tensor | None,
     applied: torch.Tensor | None,
-    decay: Parts,
-    mixed: Parts,
-    carried: Parts,
+    found: CoefficientAdjoints,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Adjoints of log decays and momenta [.., c] from those of the parts of each spread.
-
-    Those of ``decay`` are times the parts themselves, so that exact zeros stay harmless; those of ``mixed``
-    and of ``carried`` (the momentum's) are plain.
-    """
-    d_products = _whole(decay, coefficients.decay)
+    """Adjoints of log decays and momenta [.., c] from those of the parts of each spread."""
+    d_products = _whole(found.decay, coefficients.decay)
     if momentum is None:
         return _along_logs(d_products), None
     products, momenta = (_matrix(coefficients.decay), _matrix(coefficients.momentum))
-    d_mixed, d_carried = (_whole(parts, coefficients.decay) for parts in (mixed, carried))
+    d_mixed, d_carried = (_whole(parts, coefficients.decay) for parts in (found.mixed, found.momentum))
     by_decay = torch.zeros_like(products)
     by_decay[..., 1:] = d_mixed @ _entering(momenta, applied).mT
     d_entering = products[..., 1:].mT @ d_mixed

@@ -15,7 +15,7 @@ of K is −ρ uᵀ. With momentum the write w = −s η δ and what is erased, �
 K diag(η))⁻¹ (before (x Sᵀ) + mixed.before (x Uᵀ) + (mixed.strict ∘ x xᵀ) w)``.
 
 Tensors are [P, c, width] for P layers at once; states are [P, out, in]. Adjoints of decays are kept as their
-products with the decays, summed where they meet, so that exact zeros stay harmless.
+products with the decays, summed where they meet (:class:`~nl_kernels.memory.decays.CoefficientAdjoints`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from nl_kernels.memory.decays import Coefficients, Parts
+from nl_kernels.memory.decays import CoefficientAdjoints, Coefficients, Parts
 from nl_kernels.memory.hidden import row_dot
 
 
@@ -128,7 +128,6 @@ class WriteAdjoint(NamedTuple):
         rate: [P, c, 1], and ``momentum``, that of μ through the share (or ``None``).
         gram, mixed_gram: [P, c, c], of K and of ``mixed.strict ∘ x xᵀ``; times their spreads they are that of
             x xᵀ. ``None`` without an erase, or without momentum.
-        decay: of the decay's parts, times themselves; ``mixed`` and ``carried``, of the momentum's: plain.
     """
 
     state: torch.Tensor
@@ -139,9 +138,7 @@ class WriteAdjoint(NamedTuple):
     momentum: torch.Tensor | None
     gram: torch.Tensor | None
     mixed_gram: torch.Tensor | None
-    decay: Parts
-    mixed: Parts
-    carried: Parts
+    coefficients: CoefficientAdjoints
 
 
 def write_adjoint(
@@ -202,19 +199,8 @@ def write_adjoint(
         d_rate -= d_scale if share is None else d_scale * share
         d_momentum = None if share is None else d_scale * rate  # s = 1 − μ
         d_signal = d_written.mul_(-rate if share is None else -rate * share)
-    return WriteAdjoint(
-        d_state,
-        d_momentum_state,
-        d_x,
-        d_signal,
-        d_rate,
-        d_momentum,
-        d_gram,
-        d_mixed_gram,
-        parts,
-        mixed_parts,
-        carried_parts,
-    )
+    grams, coefficients = (d_gram, d_mixed_gram), CoefficientAdjoints(parts, carried_parts, mixed_parts)
+    return WriteAdjoint(d_state, d_momentum_state, d_x, d_signal, d_rate, d_momentum, *grams, coefficients)
 
 
 def _erase_adjoint(d_sum, surprise, rate, erase: Erase, d_rate, parts: Parts) -> torch.Tensor:
@@ -243,19 +229,14 @@ class Read(NamedTuple):
 
 
 def read(
-    queries: torch.Tensor,
-    state: torch.Tensor,
-    velocity: torch.Tensor | None,
-    anchor: torch.Tensor | None,
-    x: torch.Tensor,
-    decaying: torch.Tensor | None,
-    written: torch.Tensor | None,
-    coefficients: Coefficients,
+    queries: torch.Tensor, layer: tuple[torch.Tensor | None, ...], coefficients: Coefficients
 ) -> tuple[torch.Tensor, Read]:
-    """``(S_t + anchor) q_t`` after each token [P, c, out], from S and U before the chunk and its writes.
+    """``(S_t + anchor) q_t`` after each token [P, c, out].
 
-    ``decaying``: what only decays, all of a write without momentum; ``written``: what has momentum.
+    ``layer``: S and U before the chunk, the anchor, x, and the chunk's writes: what only decays, all of a
+    write without momentum, and what has momentum.
     """
+    state, velocity, anchor, x, decaying, written = layer
     decay, _, mixed = coefficients
     recalled = torch.bmm(queries, state.mT)
     scores = torch.bmm(queries, x.mT)
@@ -276,14 +257,7 @@ def read(
 
 
 class ReadAdjoint(NamedTuple):
-    """Adjoints of the arguments of :func:`read`.
-
-    Attributes:
-        queries, x: [P, c, in]. state, velocity, anchor: [P, out, in].
-        decaying: [P, c, out], of what only decays (without momentum, of all that is written).
-        written: of what has momentum, or ``None``.
-        decay: of the decay's parts, times themselves; ``mixed``: plain.
-    """
+    """Adjoints of the arguments of :func:`read`."""
 
     queries: torch.Tensor
     state: torch.Tensor
@@ -292,23 +266,14 @@ class ReadAdjoint(NamedTuple):
     x: torch.Tensor
     decaying: torch.Tensor | None
     written: torch.Tensor | None
-    decay: Parts
-    mixed: Parts
+    coefficients: CoefficientAdjoints
 
 
 def read_adjoint(
-    d_y: torch.Tensor,
-    state: torch.Tensor,
-    velocity: torch.Tensor | None,
-    anchor: torch.Tensor | None,
-    x: torch.Tensor,
-    decaying: torch.Tensor | None,
-    written: torch.Tensor | None,
-    coefficients: Coefficients,
-    done: Read,
+    d_y: torch.Tensor, layer: tuple[torch.Tensor | None, ...], coefficients: Coefficients, done: Read
 ) -> ReadAdjoint:
     """Adjoints from that of the read."""
-    decay, _, mixed = coefficients
+    (state, velocity, anchor, x, decaying, written), (decay, _, mixed) = layer, coefficients
     queries = done.queries
     d_recalled = d_y * decay.after
     parts, mixed_parts = {"after": row_dot(d_recalled, done.recalled)}, {}
@@ -336,9 +301,8 @@ def read_adjoint(
         d_scores = d_mixed_scores if d_scores is None else d_scores.add_(d_mixed_scores)
     d_queries.baddbmm_(d_scores, x)
     d_x = torch.bmm(d_scores.mT, queries)
-    return ReadAdjoint(
-        d_queries, d_state, d_velocity, d_anchor, d_x, d_decaying, d_written, parts, mixed_parts
-    )
+    found = CoefficientAdjoints(parts, {}, mixed_parts)
+    return ReadAdjoint(d_queries, d_state, d_velocity, d_anchor, d_x, d_decaying, d_written, found)
 
 
 def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from nl_kernels.memory.bank import Layers, Layout, Met, Sequences
+from nl_kernels.memory.bank import Layers, Layout, Met, Request, Sequences
 from nl_kernels.memory.chunk import BankRule, Errors, apply, counted, errors_of
 from nl_kernels.memory.generate import source_of
 from nl_kernels.memory.hidden import row_dot
@@ -23,28 +23,23 @@ from nl_kernels.memory_rule import MemoryRule
 Weights = TypeVar("Weights", bound=tuple)
 
 
-def step_token(
-    tokens: Sequences,
-    gates: tuple[torch.Tensor | float, ...],
-    weights: tuple,
-    state: tuple,
-    *,
-    rule: MemoryRule,
-    read: str,
-    clocks: tuple[int, int],
-    mask: torch.Tensor | None,
-    inplace: bool,
-) -> tuple[torch.Tensor, tuple]:
-    """Reads [B, H, Dv] of one token in the dtype of ``state``, and the state after it.
+def step_token(request: Request, inplace: bool) -> tuple[torch.Tensor, tuple]:
+    """Reads [B, H, Dv] of one token in the dtype of the state, and the state after it.
 
     Args:
-        tokens: [B, H, ..]. gates: largest rate and biases, numbers or [H]. mask: [B].
-        weights: the anchor, shared or by sequence; unused by a rule that is not anchored.
-        clocks: tokens between boundaries of the memory that is read, and of the others.
-        inplace: write into the tensors of ``state``, which are contiguous and share no memory; otherwise they
+        request: tensors [B, H, ..], mask [B]; weights are unused by a rule that is not anchored.
+        inplace: write into the state's tensors, which are contiguous and share no memory; otherwise they
             stay as they are, and the new state may share those that did not change.
     """
-    snapshot, running, position, velocity = state
+    rule, read, mask, clocks, weights = (
+        request.rule,
+        request.read,
+        request.mask,
+        request.clocks,
+        request.weights,
+    )
+    tokens = request.op.sequences(request.tensors)
+    snapshot, running, position, velocity = state = request.state
     batch, heads, _ = tokens.query.shape
     count, dtype = batch * heads, next(x for x in running if x is not None).dtype
     if mask is not None:
@@ -56,6 +51,7 @@ def step_token(
 
     base = _base(layout, weights if rule.anchored else None, snapshot)
     source, sequences = source_of(rule, layout, tokens, applied)
+    gates = request.gates.values()
     gates = [x.to(dtype).repeat(batch).view(-1, 1, 1) if isinstance(x, torch.Tensor) else x for x in gates]
     token, _ = source.tokens(base, gates, sequences, False)
     recalled = None

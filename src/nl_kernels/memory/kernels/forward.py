@@ -7,62 +7,48 @@ from nl_kernels.memory.kernels.fragments import (
     by_token,
     operands_at,
     product,
+    put_operand,
     put_weights,
     rounded,
     rows_of,
     weights_at,
 )
 from nl_kernels.memory.kernels.generate import gates_of, given_tokens, locate_row, locate_tokens, make_tokens
-from nl_kernels.memory.kernels.layer import columns_of, first_rows, last_rows, memory_of, take_layer
-from nl_kernels.memory.kernels.learn import (
-    ANCHOR,
-    BASE_OPERAND,
-    SNAPSHOT,
-    STATE,
-    learn_chunk,
-    operands_of,
-)
+from nl_kernels.memory.kernels.layer import give_layer, locate_rows, memory_of, take_layer
+from nl_kernels.memory.kernels.learn import learn_chunk
 
 
 @triton.jit
 def carry(
-    place, kept, keep, boundary, is_last, key, written, decays, LAST: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BANK: tl.constexpr,
-):  # fmt: skip
+    scratch, kept, slot, keep, boundary, is_last, written, decays, LAYER: tl.constexpr, BANK: tl.constexpr
+):
     """A layer's running weights after the chunk, in scratch; those before to ``kept`` if ``keep``.
 
     Where its memory is at a ``boundary`` [B, 1, 1] the next chunk's layer is applied at them; if it
     ``is_last``, no other boundary comes, and they are the snapshot.
     """
     ROWS: tl.constexpr = written.shape[1]
+    BLOCK: tl.constexpr = LAYER.BLOCK
+    state, base = scratch + LAYER.STATE, operands_at(scratch + LAYER.BASE_OPERAND, BANK)
     written = rounded(written * decays[4], BANK)
-    state, base, _ = operands_of(place, SIZE, BANK)
     for start in range(0, BLOCK, BANK.SLICE):
-        weights = weights_at(place + STATE * SIZE, start, ROWS, BLOCK, BANK)
-        if kept is not None:  # noqa: SIM102 - known when compiled, the other when it runs
+        weights = weights_at(state, start, ROWS, BLOCK, BANK)
+        if kept.last is not None:  # noqa: SIM102 - known when compiled, the other when it runs
             if keep:
-                put_weights(kept, start, weights, BLOCK, BANK)
+                put_weights(kept[LAYER.INDEX] + slot * LAYER.KEPT, start, weights, BLOCK, BANK)
         weights *= decays[5]
-        weights += product(written, by_token(key, start, LAST, BLOCK, BANK), BANK)
-        put_weights(place + STATE * SIZE, start, weights, BLOCK, BANK)
-        put_weights(state, start, rounded(weights, BANK), BLOCK, BANK)
+        weights += product(written, by_token(scratch + LAYER.KEY, start, LAYER.UPTO, BLOCK, BANK), BANK)
+        put_weights(state, start, weights, BLOCK, BANK)
+        put_operand(scratch + LAYER.STATE_OPERAND, start, weights, BLOCK, BANK)
         if is_last:
-            before = weights_at(place + SNAPSHOT * SIZE, start, ROWS, BLOCK, BANK)
-            put_weights(place + SNAPSHOT * SIZE, start, tl.where(boundary, weights, before), BLOCK, BANK)
+            before = weights_at(scratch + LAYER.SNAPSHOT, start, ROWS, BLOCK, BANK)
+            put_weights(scratch + LAYER.SNAPSHOT, start, tl.where(boundary, weights, before), BLOCK, BANK)
         if BANK.ANCHORED:
-            weights += weights_at(place + ANCHOR * SIZE, start, ROWS, BLOCK, BANK)
+            weights += weights_at(scratch + LAYER.ANCHOR, start, ROWS, BLOCK, BANK)
         weights = rounded(weights, BANK)
         if BANK.MEMORY_CLOCK != BANK.CHUNK or BANK.OTHERS_CLOCK != BANK.CHUNK:
             weights = tl.where(boundary, weights, weights_at(base, start, ROWS, BLOCK, BANK))
         put_weights(base, start, weights, BLOCK, BANK)
-
-
-@triton.jit
-def at_row(bank, row, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """Both layers, of so many numbers, of a row of a bank; ``()`` where there is none."""
-    first = () if bank.first is None else bank.first + row * FIRST
-    last = () if bank.last is None else bank.last + row * LAST
-    return first, last
 
 
 @triton.jit
@@ -72,27 +58,24 @@ def own_clock(BANK: tl.constexpr):
 
 
 @triton.jit
-def begin_layer(
-    place, running, snapshot, anchor, rows, IN: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
-    BANK: tl.constexpr,
-):  # fmt: skip
+def begin_layer(scratch, running, snapshot, anchor, program, LAYER: tl.constexpr, BANK: tl.constexpr):
     """The caller's weights of a layer to scratch."""
-    state, base, anchor_operand = operands_of(place, SIZE, BANK)
-    take_layer(place + STATE * SIZE, state, running, None, rows, IN, BLOCK, BANK)
-    take_layer(place + SNAPSHOT * SIZE, None, snapshot, None, rows, IN, BLOCK, BANK)
+    take_layer(scratch + LAYER.STATE, scratch + LAYER.STATE_OPERAND, running, None, program, LAYER, BANK)
+    take_layer(scratch + LAYER.SNAPSHOT, None, snapshot, None, program, LAYER, BANK)
+    more = None
     if BANK.ANCHORED:
-        take_layer(place + ANCHOR * SIZE, anchor_operand, anchor, None, rows, IN, BLOCK, BANK)
-        take_layer(None, base, snapshot, anchor, rows, IN, BLOCK, BANK)
-    else:
-        take_layer(None, base, snapshot, None, rows, IN, BLOCK, BANK)
+        more = anchor[LAYER.INDEX]
+        take_layer(scratch + LAYER.ANCHOR, scratch + LAYER.ANCHOR_OPERAND, anchor, None, program, LAYER, BANK)
+    take_layer(None, scratch + LAYER.BASE_OPERAND, snapshot, more, program, LAYER, BANK)
 
 
 @triton.jit
-def give_layer(place, layer, rows, IN: tl.constexpr, BLOCK: tl.constexpr, BANK: tl.constexpr):
-    """The inverse of :func:`take_layer`."""
-    for start in range(0, BLOCK, BANK.SLICE):
-        offsets, exists = columns_of(rows, start, IN, BANK)
-        tl.store(layer + offsets, weights_at(place, start, rows[1].shape[1], BLOCK, BANK), mask=exists)
+def end_layer(scratch, running, snapshot, d_anchor, program, LAYER: tl.constexpr, BANK: tl.constexpr):
+    """A layer's weights, or all their gradients, from scratch to the caller's."""
+    give_layer(scratch + LAYER.STATE, running, program, LAYER, BANK)
+    give_layer(scratch + LAYER.SNAPSHOT, snapshot, program, LAYER, BANK)
+    if BANK.ANCHORED and BANK.BACKWARD:
+        give_layer(scratch + LAYER.D_ANCHOR, d_anchor, program, LAYER, BANK)
 
 
 @triton.jit(
@@ -109,25 +92,16 @@ def learn_kernel(
     ``kept`` [N, slots, ..] gets the running weights before every ``kept_every``-th chunk, the first of them
     number ``kept_first``. ``o`` or ``kept`` may be absent.
     """
+    FIRST: tl.constexpr = BANK.FIRST
+    LAST: tl.constexpr = BANK.LAST
     program = tl.program_id(0).to(tl.int64)
     sequence, head = program // H, program % H
     origin, begin, stop = locate_row(tokens.spans, sequence, offset, T)
     scratch += program * BANK.SIZE
-    first_running, last_running = at_row(running, program, BANK.FIRST_SIZE, BANK.LAST_SIZE)
-    first_snapshot, last_snapshot = at_row(snapshot, program, BANK.FIRST_SIZE, BANK.LAST_SIZE)
-    first_anchor, last_anchor = at_row(anchor, program, BANK.FIRST_SIZE, BANK.LAST_SIZE)
-    first, last = scratch + BANK.FIRST, scratch + BANK.LAST
     gates = gates_of(tokens, head, BANK)
-    rows = last_rows(BANK)
-    begin_layer(
-        last, last_running, last_snapshot, last_anchor, rows, BANK.LAST_IN, BANK.LAST_BLOCK, BANK.LAST_KEPT,
-        BANK,
-    )  # fmt: skip
+    begin_layer(scratch, running, snapshot, anchor, program, LAST, BANK)
     if BANK.HIDDEN > 0:
-        begin_layer(
-            first, first_running, first_snapshot, first_anchor, first_rows(BANK), BANK.KEY_DIM, BANK.BLOCK_K,
-            BANK.FIRST_KEPT, BANK,
-        )  # fmt: skip
+        begin_layer(scratch, running, snapshot, anchor, program, FIRST, BANK)
     begun = tl.maximum(first_chunk, begin // BANK.CHUNK)
     ended = tl.minimum(stop_chunk, (stop + BANK.CHUNK - 1) // BANK.CHUNK)
     SLOWER: tl.constexpr = max(BANK.MEMORY_CLOCK, BANK.OTHERS_CLOCK)
@@ -137,47 +111,32 @@ def learn_kernel(
         place = locate_tokens(start, (sequence, head, origin, begin, stop), T, H, BANK)
         token, exists = place
         if BANK.GENERATES:
-            first_base = operands_at(first + BASE_OPERAND * BANK.FIRST_KEPT, BANK)
-            last_base = operands_at(last + BASE_OPERAND * BANK.LAST_KEPT, BANK)
-            make_tokens(tokens, first_base, last_base, place, gates, scratch, BANK)
+            make_tokens(tokens, place, gates, scratch, BANK)
         else:
             given_tokens(tokens, place, scratch, BANK)
         tl.debug_barrier()
-        decays, first_chunk_of, last_chunk_of, _, _, y = learn_chunk(scratch, o is not None, BANK)
+        decays, first, last, _, _, y = learn_chunk(scratch, o is not None, BANK)
         if o is not None:
-            memory, number, _, exists_row = rows
+            memory, number, _, exists_row = locate_rows(LAST, BANK)
             if BANK.RESIDUAL:
-                q = operands_at(scratch + BANK.QUERY, BANK)
-                y += rows_of(q, 0, BANK.BLOCK_K, BANK).to(tl.float32)
+                y += rows_of(scratch + BANK.QUERY, 0, BANK.BLOCK_K, BANK).to(tl.float32)
             at = token[None, None, :] * BANK.VALUE_DIM + number
             reads = exists[None, None, :] & exists_row & (memory == BANK.OWN)
             tl.store(o + at, y.to(o.dtype.element_ty), mask=reads)
 
         end = start + BANK.CHUNK
-        keep, first_kept, last_kept = False, None, None
+        keep, slot = False, None
         if kept.last is not None:
             keep = chunk % kept_every == 0
             slot = program * kept_slots + (chunk // kept_every - kept_first)
-            first_kept, last_kept = at_row(kept, slot, BANK.FIRST_KEPT, BANK.LAST_KEPT)
         boundary = (end % own_clock(BANK)[:, None, None] == 0) & (end <= stop)
         is_last = end + SLOWER > tl.minimum(ended * BANK.CHUNK, stop)
-        last_key = operands_at(scratch + BANK.KEY, BANK)
         if BANK.HIDDEN > 0:
-            carry(
-                first, first_kept, keep, boundary, is_last, last_key, first_chunk_of[4], decays, 0,
-                BANK.FIRST_KEPT, BANK.BLOCK_K, BANK,
-            )  # fmt: skip
-            last_key = operands_at(scratch + BANK.HIDDEN_KEY, BANK)
-        carry(
-            last, last_kept, keep, boundary, is_last, last_key, last_chunk_of[4], decays,
-            BANK.BLOCKS if BANK.HIDDEN > 0 else 0, BANK.LAST_KEPT, BANK.LAST_BLOCK, BANK,
-        )  # fmt: skip
+            carry(scratch, kept, slot, keep, boundary, is_last, first[4], decays, FIRST, BANK)
+        carry(scratch, kept, slot, keep, boundary, is_last, last[4], decays, LAST, BANK)
         tl.debug_barrier()  # the next chunk reads what other threads of the program have stored
 
     tl.debug_barrier()
-    give_layer(last + STATE * BANK.LAST_KEPT, last_running, rows, BANK.LAST_IN, BANK.LAST_BLOCK, BANK)
-    give_layer(last + SNAPSHOT * BANK.LAST_KEPT, last_snapshot, rows, BANK.LAST_IN, BANK.LAST_BLOCK, BANK)
+    end_layer(scratch, running, snapshot, None, program, LAST, BANK)
     if BANK.HIDDEN > 0:
-        rows = first_rows(BANK)
-        give_layer(first + STATE * BANK.FIRST_KEPT, first_running, rows, BANK.KEY_DIM, BANK.BLOCK_K, BANK)
-        give_layer(first + SNAPSHOT * BANK.FIRST_KEPT, first_snapshot, rows, BANK.KEY_DIM, BANK.BLOCK_K, BANK)
+        end_layer(scratch, running, snapshot, None, program, FIRST, BANK)

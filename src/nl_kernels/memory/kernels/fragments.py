@@ -49,18 +49,18 @@ def operands_at(place, BANK: tl.constexpr):
 
 @triton.jit
 def _offsets_of(
-    TILES: tl.constexpr, ACROSS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, LAST: tl.constexpr,
+    TILES: tl.constexpr, ACROSS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, UPTO: tl.constexpr,
     BY_MEMORY: tl.constexpr, BY_PART: tl.constexpr, BANK: tl.constexpr,
 ):  # fmt: skip
     """Offsets [TILES, 8 / VECTOR, B, 32, VECTOR] of tiles, ``ACROSS`` in a row of a matrix ``WIDTH`` wide.
 
     They depend on constants alone, so that tiles at different places share them: a memory's are ``BY_MEMORY``
-    tiles behind those of the memory before, up to memory ``LAST``, and ``BY_PART`` a block of one memory.
+    tiles behind those of the memory before, up to memory ``UPTO``, and ``BY_PART`` a block of one memory.
     """
     tile = tl.arange(0, TILES)
     tile = tile // ACROSS * (WIDTH // 16) + tile % ACROSS
     block = tl.arange(0, BANK.BLOCKS)
-    base = tl.minimum(block // BANK.PER, LAST) * BY_MEMORY + block % BANK.PER * BY_PART
+    base = tl.minimum(block // BANK.PER, UPTO) * BY_MEMORY + block % BANK.PER * BY_PART
     part = tl.arange(0, 8 // VECTOR)[None, :, None, None, None] * (32 * VECTOR)
     lane = tl.arange(0, 32)[None, None, None, :, None] * VECTOR
     at = (tile[:, None] + base[None, :])[:, None, :, None, None] * 256
@@ -69,17 +69,17 @@ def _offsets_of(
 
 @triton.jit
 def load_tile(
-    place, M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr, BY_MEMORY: tl.constexpr,
+    place, M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, UPTO: tl.constexpr, BY_MEMORY: tl.constexpr,
     BY_PART: tl.constexpr, BANK: tl.constexpr,
 ):  # fmt: skip
     """[B, M, N] of matrices ``WIDTH`` wide in scratch; the strides are of :func:`_offsets_of`."""
     B: tl.constexpr = BANK.BLOCKS
     if place.dtype.element_ty.primitive_bitwidth == 16:
-        x = tl.load(place + _offsets_of(M * N // 256, N // 16, WIDTH, 8, LAST, BY_MEMORY, BY_PART, BANK))
+        x = tl.load(place + _offsets_of(M * N // 256, N // 16, WIDTH, 8, UPTO, BY_MEMORY, BY_PART, BANK))
         x = tl.reshape(x, [M // 16, N // 16, B, 8, 4, 2, 2, 2])
         x = tl.permute(x, (2, 0, 6, 3, 1, 5, 4, 7))
     else:
-        x = tl.load(place + _offsets_of(M * N // 256, N // 16, WIDTH, 4, LAST, BY_MEMORY, BY_PART, BANK))
+        x = tl.load(place + _offsets_of(M * N // 256, N // 16, WIDTH, 4, UPTO, BY_MEMORY, BY_PART, BANK))
         x = tl.reshape(x, [M // 16, N // 16, 2, B, 8, 4, 2, 2])
         x = tl.permute(x, (3, 0, 6, 4, 1, 2, 5, 7))
     return tl.reshape(x, [B, M, N])
@@ -108,6 +108,7 @@ def put_rows(place, x, WIDTH: tl.constexpr, BANK: tl.constexpr):
     [C, WIDTH] and as [WIDTH, C], one behind the other."""
     C: tl.constexpr = BANK.BLOCK_C
     ROWS: tl.constexpr = x.shape[1]
+    place, x = operands_at(place, BANK), rounded(x, BANK)
     store_tile(place, tl.trans(x, 0, 2, 1), WIDTH, 2 * WIDTH * C // 256, ROWS // 16, BANK)
     store_tile(place + WIDTH * C, x, C, 2 * WIDTH * C // 256, ROWS * C // 256, BANK)
 
@@ -136,38 +137,39 @@ def tokens_at(place, WIDTH: tl.constexpr, BANK: tl.constexpr):
 def put_tokens(place, x, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """Tokens [C, WIDTH] to scratch in both forms of :func:`put_rows`."""
     C: tl.constexpr = BANK.BLOCK_C
-    x = x.to(place.dtype.element_ty)
+    place = operands_at(place, BANK)
+    x = rounded(x, BANK).to(place.dtype.element_ty)
     tl.store(tokens_at(place, WIDTH, BANK), x)
     turned = element_at(place + WIDTH * C, tl.arange(0, WIDTH)[None, :], tl.arange(0, C)[:, None], C)
     tl.store(turned, x)
 
 
 @triton.jit
-def by_width(place, start, LAST: tl.constexpr, WIDTH: tl.constexpr, BANK: tl.constexpr):
+def by_width(place, start, UPTO: tl.constexpr, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """Columns ``start`` … of tokens in scratch, for products over the width: [B, SLICE, C].
 
-    Each block takes those of its memory, up to memory ``LAST``: 0 where all have the same.
+    Each block takes those of its memory, up to memory ``UPTO``: 0 where all have the same.
     """
     C: tl.constexpr = BANK.BLOCK_C
-    return tl.trans(
-        load_tile(place + start * 16, C, BANK.SLICE, WIDTH, LAST, 2 * WIDTH * C // 256, 0, BANK), 0, 2, 1
-    )
+    place = operands_at(place, BANK) + start * 16
+    return tl.trans(load_tile(place, C, BANK.SLICE, WIDTH, UPTO, 2 * WIDTH * C // 256, 0, BANK), 0, 2, 1)
 
 
 @triton.jit
-def by_token(place, start, LAST: tl.constexpr, WIDTH: tl.constexpr, BANK: tl.constexpr):
+def by_token(place, start, UPTO: tl.constexpr, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """The same for products over the tokens: [B, C, SLICE]."""
     C: tl.constexpr = BANK.BLOCK_C
-    place += WIDTH * C + start * C
-    return tl.trans(load_tile(place, BANK.SLICE, C, C, LAST, 2 * WIDTH * C // 256, 0, BANK), 0, 2, 1)
+    place = operands_at(place, BANK) + (WIDTH * C + start * C)
+    return tl.trans(load_tile(place, BANK.SLICE, C, C, UPTO, 2 * WIDTH * C // 256, 0, BANK), 0, 2, 1)
 
 
 @triton.jit
-def rows_of(place, LAST: tl.constexpr, WIDTH: tl.constexpr, BANK: tl.constexpr):
+def rows_of(place, UPTO: tl.constexpr, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """The block's rows of tokens in scratch, [B, rows, C]."""
     C: tl.constexpr = BANK.BLOCK_C
     ROWS: tl.constexpr = WIDTH // BANK.PER
-    return load_tile(place + WIDTH * C, ROWS, C, C, LAST, 2 * WIDTH * C // 256, ROWS * C // 256, BANK)
+    place = operands_at(place, BANK) + WIDTH * C
+    return load_tile(place, ROWS, C, C, UPTO, 2 * WIDTH * C // 256, ROWS * C // 256, BANK)
 
 
 @triton.jit
@@ -175,6 +177,7 @@ def turned_rows_of(place, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """The same of the block's memory, turned, [B, C, rows]."""
     C: tl.constexpr = BANK.BLOCK_C
     ROWS: tl.constexpr = WIDTH // BANK.PER
+    place = operands_at(place, BANK)
     return load_tile(place, C, ROWS, WIDTH, BANK.BLOCKS, 2 * WIDTH * C // 256, ROWS // 16, BANK)
 
 
@@ -190,6 +193,18 @@ def put_weights(place, start, x, BLOCK: tl.constexpr, BANK: tl.constexpr):
     """The inverse of :func:`weights_at`."""
     PART: tl.constexpr = x.shape[1] * BLOCK // 256
     store_tile(place + start * 16, x, BLOCK, BANK.PER * PART, PART, BANK)
+
+
+@triton.jit
+def put_operand(place, start, x, BLOCK: tl.constexpr, BANK: tl.constexpr):
+    """The same as operands of products."""
+    put_weights(operands_at(place, BANK), start, rounded(x, BANK), BLOCK, BANK)
+
+
+@triton.jit
+def operand_at(place, start, ROWS: tl.constexpr, BLOCK: tl.constexpr, BANK: tl.constexpr):
+    """The inverse of :func:`put_operand`."""
+    return weights_at(operands_at(place, BANK), start, ROWS, BLOCK, BANK)
 
 
 @triton.jit

@@ -6,16 +6,21 @@ import triton.language as tl
 from nl_kernels.memory.kernels.fragments import (
     by_width,
     load_tile,
+    operand_at,
     operands_at,
     product,
     put_rows,
     put_tokens,
-    rounded,
     rows_of,
     store_tile,
-    weights_at,
 )
-from nl_kernels.memory.kernels.layer import activated, last_rows, memory_sum, put_decays, zeros_of
+from nl_kernels.memory.kernels.layer import (
+    locate_rows,
+    memory_sum,
+    put_decays,
+    put_hidden,
+    zeros_of,
+)
 
 _NORM_EPS: tl.constexpr = tl.constexpr(1e-6)  # memory_rule.NORM_EPS
 
@@ -93,11 +98,11 @@ def given_tokens(tokens, place, scratch, BANK: tl.constexpr):
     token, exists = place
     C: tl.constexpr = BANK.BLOCK_C
     key = load_tokens(tokens.key, place, BANK.KEY_DIM, BANK.BLOCK_K)
-    put_tokens(operands_at(scratch + BANK.KEY, BANK), rounded(key, BANK), BANK.BLOCK_K, BANK)
+    put_tokens(scratch + BANK.KEY, key, BANK.BLOCK_K, BANK)
     value = load_tokens(tokens.value, place, BANK.VALUE_DIM, BANK.BLOCK_V)
-    put_tokens(operands_at(scratch + BANK.VALUE, BANK), rounded(value, BANK), BANK.BLOCK_V, BANK)
+    put_tokens(scratch + BANK.VALUE, value, BANK.BLOCK_V, BANK)
     query = load_tokens(tokens.query, place, BANK.KEY_DIM, BANK.BLOCK_K)
-    put_tokens(operands_at(scratch + BANK.QUERY, BANK), rounded(query, BANK), BANK.BLOCK_K, BANK)
+    put_tokens(scratch + BANK.QUERY, query, BANK.BLOCK_K, BANK)
     rate = tl.load(tokens.rate + token, mask=exists, other=0.0).to(tl.float32)
     tl.store(vectors_at(scratch, RATE, BANK), rate)
     log = tl.load(tokens.log_decay + token, mask=exists, other=0.0).to(tl.float32)
@@ -105,29 +110,29 @@ def given_tokens(tokens, place, scratch, BANK: tl.constexpr):
 
 
 @triton.jit
-def serve(scratch, first_base, last_base, BANK: tl.constexpr):
-    """f(x) [B, rows, C] of the memories that make keys, values and gates, and their hidden layer or ()."""
-    inputs = operands_at(scratch + BANK.INPUTS, BANK)
-    ROWS: tl.constexpr = BANK.BLOCK_V // BANK.PER
+def apply_base(scratch, UPTO: tl.constexpr, LAYER: tl.constexpr, BANK: tl.constexpr):
+    """``W̄ x`` [B, rows, C] of a layer and its inputs, of memories up to ``UPTO``."""
+    ROWS: tl.constexpr = LAYER.WIDTH // BANK.PER
     made = zeros_of(ROWS, BANK)
+    for start in range(0, LAYER.BLOCK, BANK.SLICE):
+        x = by_width(scratch + LAYER.INPUTS, start, UPTO, LAYER.BLOCK, BANK)
+        made += product(operand_at(scratch + LAYER.BASE_OPERAND, start, ROWS, LAYER.BLOCK, BANK), x, BANK)
+    return made
+
+
+@triton.jit
+def serve(scratch, BANK: tl.constexpr):
+    """f(x) [B, rows, C] of the memories that make keys, values and gates, and their hidden layer or ()."""
+    FIRST: tl.constexpr = BANK.FIRST
+    LAST: tl.constexpr = BANK.LAST
     if BANK.HIDDEN > 0:
-        UNITS: tl.constexpr = BANK.BLOCK_H // BANK.PER
-        z = zeros_of(UNITS, BANK)
-        for start in range(0, BANK.BLOCK_K, BANK.SLICE):
-            x = by_width(inputs, start, GATE_INPUT, BANK.BLOCK_K, BANK)
-            z += product(weights_at(first_base, start, UNITS, BANK.BLOCK_K, BANK), x, BANK)
-        hidden = activated(z, BANK, BANK.PER)
-        inputs = operands_at(scratch + BANK.HIDDEN_MADE, BANK)
-        put_rows(inputs, rounded(hidden[0], BANK), BANK.BLOCK_H, BANK)
+        z = apply_base(scratch, GATE_INPUT, FIRST, BANK)
+        hidden = put_hidden(z, scratch + BANK.HIDDEN_INPUTS, BANK)
         tl.debug_barrier()
-        for start in range(0, BANK.BLOCK_H, BANK.SLICE):
-            x = by_width(inputs, start, BANK.BLOCKS, BANK.BLOCK_H, BANK)
-            made += product(weights_at(last_base, start, ROWS, BANK.BLOCK_H, BANK), x, BANK)
+        made = apply_base(scratch, BANK.BLOCKS, LAST, BANK)
     else:
         hidden = ()
-        for start in range(0, BANK.BLOCK_K, BANK.SLICE):
-            x = by_width(inputs, start, GATE_INPUT, BANK.BLOCK_K, BANK)
-            made += product(weights_at(last_base, start, ROWS, BANK.BLOCK_K, BANK), x, BANK)
+        made = apply_base(scratch, GATE_INPUT, LAST, BANK)
     return made, hidden
 
 
@@ -137,21 +142,20 @@ def take_inputs(tokens, place, scratch, BANK: tl.constexpr):
     inputs = operands_at(scratch + BANK.INPUTS, BANK)
     SIZE: tl.constexpr = 2 * BANK.BLOCK_K * BANK.BLOCK_C
     x = load_tokens(tokens.key, place, BANK.KEY_DIM, BANK.BLOCK_K)
-    put_tokens(inputs, rounded(x, BANK), BANK.BLOCK_K, BANK)
+    put_tokens(inputs, x, BANK.BLOCK_K, BANK)
     x = load_tokens(tokens.value, place, BANK.KEY_DIM, BANK.BLOCK_K)
-    put_tokens(inputs + SIZE, rounded(x, BANK), BANK.BLOCK_K, BANK)
+    put_tokens(inputs + SIZE, x, BANK.BLOCK_K, BANK)
     x = load_tokens(tokens.gate, place, BANK.KEY_DIM, BANK.BLOCK_K)
-    put_tokens(inputs + 2 * SIZE, rounded(x, BANK), BANK.BLOCK_K, BANK)
+    put_tokens(inputs + 2 * SIZE, x, BANK.BLOCK_K, BANK)
     x = load_tokens(tokens.query, place, BANK.KEY_DIM, BANK.BLOCK_K)
     # The condition keeps squares out of fused additions, which would make lanes differ in a last bit.
     scale = tl.rsqrt(tl.sum(tl.where(x != 0, x * x, 0.0), 1) + _NORM_EPS)
-    x = rounded(x * scale[:, None], BANK)
-    put_tokens(operands_at(scratch + BANK.QUERY, BANK), x, BANK.BLOCK_K, BANK)
+    put_tokens(scratch + BANK.QUERY, x * scale[:, None], BANK.BLOCK_K, BANK)
     tl.store(vectors_at(scratch, QUERY_SCALE, BANK), scale)
 
 
 @triton.jit
-def make_tokens(tokens, first_base, last_base, place, gates, scratch, BANK: tl.constexpr):
+def make_tokens(tokens, place, gates, scratch, BANK: tl.constexpr):
     """The memories make keys, values, rates and decays, which go to scratch.
 
     ``gates`` are the largest rate and both biases.
@@ -159,17 +163,18 @@ def make_tokens(tokens, first_base, last_base, place, gates, scratch, BANK: tl.c
     Returns the hidden layer of the memories that made them, or ``()``.
     """
     C: tl.constexpr = BANK.BLOCK_C
+    LAST: tl.constexpr = BANK.LAST
     _, exists = place
-    memory, row, _, _ = last_rows(BANK)
+    memory, row, _, _ = locate_rows(LAST, BANK)
     take_inputs(tokens, place, scratch, BANK)
     tl.debug_barrier()
-    made, hidden = serve(scratch, first_base, last_base, BANK)
+    made, hidden = serve(scratch, BANK)
     # Keys and values are x + f(x), and keys have unit length.
-    x = rows_of(operands_at(scratch + BANK.INPUTS, BANK), GATE_INPUT, BANK.BLOCK_K, BANK)
+    x = rows_of(scratch + BANK.INPUTS, GATE_INPUT, BANK.BLOCK_K, BANK)
     made += tl.where(memory < 2, x.to(tl.float32), 0.0)
     scale = tl.rsqrt(memory_sum(made * made, BANK.PER) + _NORM_EPS)
     made = tl.where(memory == 0, made * scale, made)
-    put_rows(operands_at(scratch + BANK.KEY, BANK), rounded(made, BANK), BANK.BLOCK_V, BANK)
+    put_rows(scratch + BANK.KEY, made, BANK.BLOCK_V, BANK)
     PART: tl.constexpr = made.shape[1] * C // 256
     store_tile(scratch + BANK.EXACT, made, C, BANK.PER * PART, PART, BANK)
     rate_max, rate_bias, retention_bias = gates
@@ -187,15 +192,10 @@ def make_tokens(tokens, first_base, last_base, place, gates, scratch, BANK: tl.c
     if BANK.SCALED:
         scale = tl.load(tokens.rate + place[0], mask=exists, other=0.0).to(tl.float32)
         tl.store(vectors_at(scratch, SCALE, BANK), scale)
-    log = tl.where(exists, log_sigmoid(retention), 0.0)
+    log = tl.minimum(retention, 0.0) - tl.log(1 + tl.exp(-tl.abs(retention)))  # of the sigmoid, no overflow
+    log = tl.where(exists, log, 0.0)
     put_decays(scratch + BANK.DECAYS, scratch + BANK.VECTORS + DECAYS * C, log, C)
     return hidden
-
-
-@triton.jit
-def log_sigmoid(z):
-    """``log(sigmoid(z))`` without overflow."""
-    return tl.minimum(z, 0.0) - tl.log(1 + tl.exp(-tl.abs(z)))
 
 
 @triton.jit
@@ -207,7 +207,7 @@ def exact_rows(scratch, NUMBER: tl.constexpr, BANK: tl.constexpr):
         place = scratch + BANK.EXACT + NUMBER * BANK.BLOCK_V * C
         x = load_tile(place, BANK.BLOCK_V // BANK.PER, C, C, 0, 0, PART, BANK)
     elif NUMBER == 0:
-        x = rows_of(operands_at(scratch + BANK.KEY, BANK), 0, BANK.BLOCK_K, BANK)
+        x = rows_of(scratch + BANK.KEY, 0, BANK.BLOCK_K, BANK)
     else:
-        x = rows_of(operands_at(scratch + BANK.VALUE, BANK), 0, BANK.BLOCK_V, BANK)
+        x = rows_of(scratch + BANK.VALUE, 0, BANK.BLOCK_V, BANK)
     return x.to(tl.float32)

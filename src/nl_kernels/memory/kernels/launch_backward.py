@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from nl_kernels.memory.kernels.arguments import Bank
-from nl_kernels.memory.kernels.launch import Inputs, Options, Plan, copies, kept_states
+from nl_kernels.memory.kernels.arguments import Bank, Options
+from nl_kernels.memory.kernels.launch import Inputs, Plan, copies, kept_states
 from nl_kernels.memory.state import map_tensors
 from nl_kernels.triton_support.kernel_call import KernelCall
 
@@ -18,15 +18,14 @@ def _final_gradients(plan: Plan, d_running: Bank, d_snapshot: Bank) -> tuple[Ban
     A memory that ends at a boundary has taken its snapshot from the weights after the last token.
     """
     d_running, d_snapshot = copies(d_running), copies(d_snapshot)
-    shape, (begin, stop) = plan.shape, plan.bounds()
+    bank, (begin, stop) = plan.bank, plan.bounds()
     has_tokens = True if begin is None else stop > begin
-    widths = (shape.HIDDEN, shape.VALUE_DIM)
-    for at_running, at_snapshot, width in zip(d_running, d_snapshot, widths, strict=True):
+    for at_running, at_snapshot, layer in zip(d_running, d_snapshot, plan.layers):
         if at_running is None:
             continue
         row = torch.arange(at_running.shape[1], device=at_running.device)[:, None]
-        own = row.div(width, rounding_mode="floor") == shape.OWN
-        for clock, rows in ((shape.MEMORY_CLOCK, own), (shape.OTHERS_CLOCK, ~own)):
+        own = row.div(layer.OUT, rounding_mode="floor") == bank.OWN
+        for clock, rows in ((bank.MEMORY_CLOCK, own), (bank.OTHERS_CLOCK, ~own)):
             met = torch.as_tensor((stop % clock == 0) & has_tokens, device=rows.device) & rows
             at_running += at_snapshot.masked_fill(~met, 0)
             at_snapshot.masked_fill_(met, 0)

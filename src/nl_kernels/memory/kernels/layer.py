@@ -8,7 +8,15 @@ in slices of columns, which bounds what is held whatever their width.
 import triton
 import triton.language as tl
 
-from nl_kernels.memory.kernels.fragments import by_width, product, put_weights, rounded
+from nl_kernels.memory.kernels.fragments import (
+    by_width,
+    product,
+    put_operand,
+    put_rows,
+    put_weights,
+    rounded,
+    weights_at,
+)
 from nl_kernels.triton_support.language import activation
 
 _NORM_EPS: tl.constexpr = tl.constexpr(1e-6)  # memory_rule.NORM_EPS
@@ -30,52 +38,59 @@ def memory_of(BANK: tl.constexpr):
 
 
 @triton.jit
-def locate_rows(
-    OUT: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BANK: tl.constexpr
-):
-    """Of each row of the tile: its memory [B, 1, 1], its number there, its number in the layer, and whether
-    there is one."""
+def narrow_of(BANK: tl.constexpr):
+    """Which blocks are of memories whose outputs are bounded one by one [B, 1, 1], or ``None``."""
+    if BANK.NARROW > 0:
+        return memory_of(BANK)[:, None, None] >= BANK.WIDE
+
+
+@triton.jit
+def locate_rows(LAYER: tl.constexpr, BANK: tl.constexpr):
+    """Of each row of a layer's tile, an output: its memory [B, 1, 1], its number there, its number in the
+    layer, and whether there is one."""
+    ROWS: tl.constexpr = LAYER.WIDTH // BANK.PER
     block = tl.arange(0, BANK.BLOCKS)
     memory = (block // BANK.PER)[:, None, None]
     row = (block % BANK.PER)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
-    wide = memory < WIDE
-    index = tl.where(wide, memory * OUT + row, WIDE * OUT + (memory - WIDE) * NARROW + row)
-    exists = (memory < BANK.MEMORIES) & (row < tl.where(wide, OUT, NARROW))
+    wide = memory < LAYER.WIDE
+    narrow = LAYER.WIDE * LAYER.OUT + (memory - LAYER.WIDE) * LAYER.NARROW + row
+    index = tl.where(wide, memory * LAYER.OUT + row, narrow)
+    exists = (memory < BANK.MEMORIES) & (row < tl.where(wide, LAYER.OUT, LAYER.NARROW))
     return memory, row, index, exists
 
 
 @triton.jit
-def first_rows(BANK: tl.constexpr):
-    """:func:`locate_rows` of first layers: rows are units of the hidden layer."""
-    return locate_rows(BANK.HIDDEN, 0, BANK.MEMORIES, BANK.BLOCK_H // BANK.PER, BANK)
-
-
-@triton.jit
-def last_rows(BANK: tl.constexpr):
-    """:func:`locate_rows` of last layers: rows are outputs."""
-    return locate_rows(BANK.VALUE_DIM, BANK.NARROW, BANK.WIDE, BANK.BLOCK_V // BANK.PER, BANK)
-
-
-@triton.jit
-def columns_of(rows, start, IN: tl.constexpr, BANK: tl.constexpr):
+def columns_of(rows, start, LAYER: tl.constexpr, BANK: tl.constexpr):
     """Offsets [B, rows, SLICE] of columns ``start`` … of the caller's layer [.., in], and which there are."""
     _, _, index, exists = rows
     column = start + tl.arange(0, BANK.SLICE)[None, None, :]
-    return index * IN + column, exists & (column < IN)
+    return index * LAYER.IN + column, exists & (column < LAYER.IN)
 
 
 @triton.jit
-def take_layer(place, operands, layer, more, rows, IN: tl.constexpr, BLOCK: tl.constexpr, BANK: tl.constexpr):
-    """A layer of the caller's, ``more`` added, to scratch, in fp32 and as operands; zeros outside."""
-    for start in range(0, BLOCK, BANK.SLICE):
-        offsets, exists = columns_of(rows, start, IN, BANK)
-        x = tl.load(layer + offsets, mask=exists, other=0.0)
+def take_layer(place, operand, bank, more, program, LAYER: tl.constexpr, BANK: tl.constexpr):
+    """A program's layer of the caller's ``bank``, with the layer ``more`` added, to scratch, in fp32 and as
+    an operand; zeros outside."""
+    rows = locate_rows(LAYER, BANK)
+    for start in range(0, LAYER.BLOCK, BANK.SLICE):
+        offsets, exists = columns_of(rows, start, LAYER, BANK)
+        x = tl.load(bank[LAYER.INDEX] + program * LAYER.NUMBERS + offsets, mask=exists, other=0.0)
         if more is not None:
-            x += tl.load(more + offsets, mask=exists, other=0.0)
+            x += tl.load(more + program * LAYER.NUMBERS + offsets, mask=exists, other=0.0)
         if place is not None:
-            put_weights(place, start, x, BLOCK, BANK)
-        if operands is not None:
-            put_weights(operands, start, rounded(x, BANK), BLOCK, BANK)
+            put_weights(place, start, x, LAYER.BLOCK, BANK)
+        if operand is not None:
+            put_operand(operand, start, x, LAYER.BLOCK, BANK)
+
+
+@triton.jit
+def give_layer(place, bank, program, LAYER: tl.constexpr, BANK: tl.constexpr):
+    """The inverse of :func:`take_layer`."""
+    rows = locate_rows(LAYER, BANK)
+    for start in range(0, LAYER.BLOCK, BANK.SLICE):
+        offsets, exists = columns_of(rows, start, LAYER, BANK)
+        x = weights_at(place, start, LAYER.WIDTH // BANK.PER, LAYER.BLOCK, BANK)
+        tl.store(bank[LAYER.INDEX] + program * LAYER.NUMBERS + offsets, x, mask=exists)
 
 
 @triton.jit
@@ -132,12 +147,12 @@ def decays_at(place, vectors, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def pairs(a, b, LAST: tl.constexpr, WIDTH: tl.constexpr, BANK: tl.constexpr):
-    """Inner products [B, j, t] of tokens ``a`` and ``b`` in scratch, of memories up to ``LAST``."""
+def pairs(a, b, UPTO: tl.constexpr, WIDTH: tl.constexpr, BANK: tl.constexpr):
+    """Inner products [B, j, t] of tokens ``a`` and ``b`` in scratch, of memories up to ``UPTO``."""
     out = zeros_of(BANK.BLOCK_C, BANK)
     for start in range(0, WIDTH, BANK.SLICE):
-        left = tl.trans(by_width(a, start, LAST, WIDTH, BANK), 0, 2, 1)
-        out += product(left, by_width(b, start, LAST, WIDTH, BANK), BANK)
+        left = tl.trans(by_width(a, start, UPTO, WIDTH, BANK), 0, 2, 1)
+        out += product(left, by_width(b, start, UPTO, WIDTH, BANK), BANK)
     return out
 
 
@@ -184,6 +199,14 @@ def activated(z, BANK: tl.constexpr, PER: tl.constexpr):
         scale = tl.rsqrt(memory_sum(value * value, PER) + _NORM_EPS)
         value = value * scale
     return value, slope, curvature, scale
+
+
+@triton.jit
+def put_hidden(z, place, BANK: tl.constexpr):
+    """:func:`activated` hidden layers, whose values go to scratch."""
+    hidden = activated(z, BANK, BANK.PER)
+    put_rows(place, hidden[0], BANK.BLOCK_H, BANK)
+    return hidden
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from nl_kernels.memory.kernels.fragments import (
     by_width,
+    operands_at,
     pairs_at,
     product,
     rounded,
@@ -103,54 +104,56 @@ def decays_adjoint(d_strict, d_full, before, after, to_end, final, BANK: tl.cons
 
 
 @triton.jit
-def read_adjoint(grad, omega, layer, scores_at, decays, rate, WIDTH: tl.constexpr, BANK: tl.constexpr):
-    """Gradients from that of a running read's rows, the anchor's part apart; ``grad`` and ω are in scratch.
+def read_adjoint(made, decays, rate, scratch, LAYER: tl.constexpr, BANK: tl.constexpr):
+    """Gradients from that of a running read's rows, the anchor's part apart; it and ω are in scratch.
 
     Returns that of u; the share in that of ``full`` times itself, and in that of the inner products x qᵀ;
     that of ``after`` times itself.
     """
-    _, _, _, _, _, read, scores = layer
-    rows = rows_of(grad, BANK.BLOCKS, WIDTH, BANK)
-    straight = tl.trans(pairs_at(scores_at, False, BANK), 0, 2, 1)
+    _, _, _, _, _, read, scores = made
+    rows = rows_of(scratch + LAYER.D_QUERY, BANK.BLOCKS, LAYER.WIDTH, BANK)
+    straight = tl.trans(pairs_at(operands_at(scratch + LAYER.SCORES, BANK), False, BANK), 0, 2, 1)
     d_written = product(rows, straight, BANK)
-    columns = tl.trans(turned_rows_of(grad, WIDTH, BANK), 0, 2, 1)
-    shares = product(turned_rows_of(omega, WIDTH, BANK), columns, BANK) * -tl.trans(rate, 0, 2, 1)
+    columns = tl.trans(turned_rows_of(scratch + LAYER.D_QUERY, LAYER.WIDTH, BANK), 0, 2, 1)
+    omega = turned_rows_of(scratch + LAYER.OMEGA, LAYER.WIDTH, BANK)
+    shares = product(omega, columns, BANK) * -tl.trans(rate, 0, 2, 1)
     d_after = tl.sum(decays[3] * rows.to(tl.float32) * read, 1)[:, None, :]
     return d_written, shares * scores, shares * decays[1], d_after
 
 
 @triton.jit
-def carried_adjoint(
-    d_state, state, key, LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BANK: tl.constexpr
-):
+def carried_adjoint(state, scratch, LAYER: tl.constexpr, BANK: tl.constexpr):
     """The gradient of u [B, rows, C] from that of the weights after the chunk, but for the decays to the end;
-    and that of ``final`` times 1 / ``final`` [B, 1, 1]."""
+    and that of ``final`` times 1 / ``final`` [B, 1, 1]. ``state`` are the weights before the chunk."""
+    ROWS: tl.constexpr = LAYER.WIDTH // BANK.PER
     d_written = zeros_of(ROWS, BANK)
     d_final = tl.sum(d_written, 2)
-    for start in range(0, BLOCK, BANK.SLICE):
-        grad = weights_at(d_state, start, ROWS, BLOCK, BANK)
-        d_written += product(rounded(grad, BANK), by_width(key, start, LAST, BLOCK, BANK), BANK)
-        d_final += tl.sum(grad * weights_at(state, start, ROWS, BLOCK, BANK), 2)
+    for start in range(0, LAYER.BLOCK, BANK.SLICE):
+        grad = weights_at(scratch + LAYER.STATE, start, ROWS, LAYER.BLOCK, BANK)
+        x = by_width(scratch + LAYER.KEY, start, LAYER.UPTO, LAYER.BLOCK, BANK)
+        d_written += product(rounded(grad, BANK), x, BANK)
+        d_final += tl.sum(grad * weights_at(state, start, ROWS, LAYER.BLOCK, BANK), 2)
     return d_written, tl.sum(d_final, 1)[:, None, None]
 
 
 @triton.jit
-def write_adjoint(d_written, omega, layer, inverse_at, decays, rate, WIDTH: tl.constexpr, BANK: tl.constexpr):
+def write_adjoint(d_written, made, decays, rate, scratch, LAYER: tl.constexpr, BANK: tl.constexpr):
     """Gradients of a layer's write from that of u [B, rows, C]; ω is in scratch.
 
     Returns those of the signal and of the recall [B, rows, C]; shares in that of the inner products x xᵀ, and
     of ``strict`` times itself, [B, j, t]; in those of the rates, [B, 1, C] and [B, C]; and that of ``before``
     times itself.
     """
-    _, recalled, gram, surprise, _, _, _ = layer
+    _, recalled, gram, surprise, _, _, _ = made
     d_rate = -tl.sum(d_written * surprise, 1)[:, None, :]
     d_signal = d_written * -rate
     if BANK.ERASES:
-        straight = tl.trans(pairs_at(inverse_at, False, BANK), 0, 2, 1)
+        inverse = operands_at(scratch + LAYER.INVERSE, BANK)
+        straight = tl.trans(pairs_at(inverse, False, BANK), 0, 2, 1)
         d_signal = product(rounded(d_signal, BANK), straight, BANK)
         d_recalled = decays[2] * d_signal
         d_before = tl.sum(d_recalled * recalled, 1)[:, None, :]
-        turned = turned_rows_of(omega, WIDTH, BANK)
+        turned = turned_rows_of(scratch + LAYER.OMEGA, LAYER.WIDTH, BANK)
         shares = product(turned, rounded(d_signal, BANK), BANK)
         d_pair_rate = -tl.sum(shares * gram, 2)
         shares *= -tl.trans(rate, 0, 2, 1)

@@ -12,8 +12,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nl_kernels.dispatch import without_autocast
-from nl_kernels.memory.kernels.arguments import Bank, Tokens
-from nl_kernels.memory.kernels.launch import Inputs, Options, plan_forward
+from nl_kernels.memory.kernels.arguments import Bank, Options, Tokens
+from nl_kernels.memory.kernels.launch import Inputs, plan_forward
 from nl_kernels.memory.kernels.launch_backward import plan_backward
 from nl_kernels.memory.state import map_tensors
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls

@@ -5,21 +5,19 @@ import triton
 import triton.language as tl
 
 from nl_kernels.memory.kernels.fragments import (
+    operand_at,
     operands_at,
     product,
     put_rows,
     put_tokens,
-    rounded,
     rows_of,
     store_tile,
     tokens_at,
     turned_rows_of,
-    weights_at,
 )
 from nl_kernels.memory.kernels.generate import (
     D_RATE_GATE,
     D_RETENTION_GATE,
-    D_SCALE,
     KEY_SCALE,
     QUERY_SCALE,
     RATE_GATE,
@@ -27,7 +25,7 @@ from nl_kernels.memory.kernels.generate import (
     load_tokens,
     vectors_at,
 )
-from nl_kernels.memory.kernels.layer import last_rows
+from nl_kernels.memory.kernels.layer import locate_rows
 from nl_kernels.memory.kernels.layer_adjoint import hidden_adjoint
 from nl_kernels.memory.kernels.learn import send_back
 
@@ -46,7 +44,7 @@ def token_shares(place, FIRST: tl.constexpr, COUNT: tl.constexpr, BANK: tl.const
 @triton.jit
 def tokens_of(place, NUMBER: tl.constexpr, WIDTH: tl.constexpr, BANK: tl.constexpr):
     """Matrix ``NUMBER`` of tokens in scratch."""
-    place += NUMBER * 2 * WIDTH * BANK.BLOCK_C
+    place = operands_at(place, BANK) + NUMBER * 2 * WIDTH * BANK.BLOCK_C
     return tl.load(tokens_at(place, WIDTH, BANK)).to(tl.float32)
 
 
@@ -55,7 +53,7 @@ def tokens_adjoint(d_o, place, scratch, BANK: tl.constexpr):
     """Gradients of keys, values and queries as the bank took them, from the blocks' shares."""
     SHARE: tl.constexpr = BANK.BLOCKS * BANK.BLOCK_K * BANK.BLOCK_C
     shares = scratch + BANK.SHARES
-    errors = operands_at(scratch + BANK.D_ERROR, BANK)
+    errors = scratch + BANK.LAST.D_KEY
     d_key = token_shares(shares, 0, BANK.BLOCKS, BANK)
     d_query = token_shares(shares + 2 * SHARE, 0, BANK.BLOCKS, BANK)
     error = tokens_of(errors, 0, BANK.BLOCK_V, BANK)
@@ -86,19 +84,10 @@ def store_tokens(base, place, x, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def store_rates(d_rate, d_log, d_tokens, place):
-    """Gradients of rates and log decays [C] of the caller."""
+def store_numbers(base, place, x):
+    """Gradients [C] of a number a token to the caller."""
     token, exists = place
-    tl.store(d_tokens.rate + token, d_rate.to(d_tokens.rate.dtype.element_ty), mask=exists)
-    tl.store(d_tokens.log_decay + token, d_log.to(d_tokens.log_decay.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def store_scale(d_tokens, place, scratch, BANK: tl.constexpr):
-    """The gradient of the scale of what the memory that is read writes."""
-    token, exists = place
-    d_scale = tl.load(vectors_at(scratch, D_SCALE, BANK))
-    tl.store(d_tokens.rate + token, d_scale.to(d_tokens.rate.dtype.element_ty), mask=exists)
+    tl.store(base + token, x.to(base.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -128,7 +117,7 @@ def unit_adjoint(grad, x, scale):
 @triton.jit
 def query_adjoint(d_query, scratch, BANK: tl.constexpr):
     """The gradient of queries before they got unit length."""
-    query = tokens_of(operands_at(scratch + BANK.QUERY, BANK), 0, BANK.BLOCK_K, BANK)
+    query = tokens_of(scratch + BANK.QUERY, 0, BANK.BLOCK_K, BANK)
     return unit_adjoint(d_query, query, tl.load(vectors_at(scratch, QUERY_SCALE, BANK)))
 
 
@@ -139,12 +128,13 @@ def made_adjoint(d_key, d_value, scratch, BANK: tl.constexpr):
     Returns those of the inputs of keys and of values as far as they do not go through a memory.
     """
     C: tl.constexpr = BANK.BLOCK_C
-    memory, row, _, _ = last_rows(BANK)
-    made = operands_at(scratch + BANK.D_MADE, BANK)
-    key = tokens_of(operands_at(scratch + BANK.KEY, BANK), 0, BANK.BLOCK_K, BANK)
+    LAST: tl.constexpr = BANK.LAST
+    memory, row, _, _ = locate_rows(LAST, BANK)
+    made = scratch + BANK.LAST.D_MADE
+    key = tokens_of(scratch + BANK.KEY, 0, BANK.BLOCK_K, BANK)
     d_key = unit_adjoint(d_key, key, tl.load(vectors_at(scratch, KEY_SCALE, BANK)))
-    put_tokens(made, rounded(d_key, BANK), BANK.BLOCK_V, BANK)
-    put_tokens(made + 2 * BANK.BLOCK_V * C, rounded(d_value, BANK), BANK.BLOCK_V, BANK)
+    put_tokens(made, d_key, BANK.BLOCK_V, BANK)
+    put_tokens(operands_at(made, BANK) + 2 * BANK.BLOCK_V * C, d_value, BANK.BLOCK_V, BANK)
     tl.debug_barrier()
     x = rows_of(made, BANK.BLOCKS, BANK.BLOCK_V, BANK).to(tl.float32)
     x = tl.where(memory < 2, x, 0.0)
@@ -152,32 +142,28 @@ def made_adjoint(d_key, d_value, scratch, BANK: tl.constexpr):
     x += tl.where((memory == BANK.WIDE) & (row == 0), d_rate, 0.0)
     d_retention = tl.load(vectors_at(scratch, D_RETENTION_GATE, BANK)[None, None, :])
     x += tl.where((memory == BANK.MEMORIES - 1) & (row == BANK.NARROW - 1), d_retention, 0.0)
-    put_rows(made, rounded(x, BANK), BANK.BLOCK_V, BANK)
+    put_rows(made, x, BANK.BLOCK_V, BANK)
     tl.debug_barrier()
     return d_key, d_value
 
 
 @triton.jit
-def inputs_adjoint(
-    d_key, d_value, hidden, first_base, last_base, d_tokens, place, scratch, BANK: tl.constexpr
-):
+def inputs_adjoint(d_key, d_value, hidden, d_tokens, place, scratch, BANK: tl.constexpr):
     """Gradients of the inputs of the memories that made keys, values and gates."""
     C: tl.constexpr = BANK.BLOCK_C
-    made = operands_at(scratch + BANK.D_MADE, BANK)
-    base = last_base
-    WIDTH: tl.constexpr = BANK.BLOCK_H if BANK.HIDDEN > 0 else BANK.BLOCK_V
+    LAYER: tl.constexpr = BANK.FIRST if BANK.HIDDEN > 0 else BANK.LAST
     if BANK.HIDDEN > 0:
-        d_z = hidden_adjoint(send_back(last_base, made, BANK), hidden, None, BANK, BANK.PER)
-        made = operands_at(scratch + BANK.D_Z, BANK)
-        put_rows(made, rounded(d_z, BANK), WIDTH, BANK)
+        back = send_back(scratch, scratch + BANK.LAST.D_MADE, BANK)
+        put_rows(
+            scratch + LAYER.D_MADE, hidden_adjoint(back, hidden, None, BANK, BANK.PER), LAYER.WIDTH, BANK
+        )
         tl.debug_barrier()
-        base = first_base
-    grad = turned_rows_of(made, WIDTH, BANK)
+    grad = turned_rows_of(scratch + LAYER.D_MADE, LAYER.WIDTH, BANK)
     PART: tl.constexpr = C * BANK.BLOCK_K // 256
     shares = scratch + BANK.SHARES
     for start in range(0, BANK.BLOCK_K, BANK.SLICE):
-        weights = weights_at(base, start, WIDTH // BANK.PER, BANK.BLOCK_K, BANK)
-        x = product(grad, weights, BANK)
+        base = scratch + LAYER.BASE_OPERAND
+        x = product(grad, operand_at(base, start, LAYER.WIDTH // BANK.PER, BANK.BLOCK_K, BANK), BANK)
         store_tile(shares + start * 16, x, BANK.BLOCK_K, BANK.PER * PART, PART, BANK)
     tl.debug_barrier()
     store_tokens(d_tokens.key, place, d_key + token_shares(shares, 0, BANK.PER, BANK), BANK.KEY_DIM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -13,14 +14,11 @@ from nl_kernels.checks import (
     check_tensor,
     check_tokens,
 )
-from nl_kernels.memory.call import Op, run, run_step
+from nl_kernels.memory.bank import Op, Request
+from nl_kernels.memory.call import run, run_step
 from nl_kernels.memory.kernels.call import choose
 from nl_kernels.memory.state import check_state
-from nl_kernels.memory_checks import (
-    check_error_at,
-    check_memory,
-    check_rule,
-)
+from nl_kernels.memory_checks import check_memory, check_rule
 from nl_kernels.memory_rule import DeepMemoryWeights, MemoryRule
 from nl_kernels.ops.deep_memory.reference import deep_memory_reference
 from nl_kernels.ops.deep_memory.state import DeepMemoryState
@@ -92,7 +90,7 @@ def deep_memory(
     tokens = (q, k, v, rate, log_decay, momentum)
     state = ("initial_state", initial_state)
     call = _checked("deep_memory", impl, tokens, weights, state, chunk_size, rule, read, mask, cu_seqlens)
-    o, final = run(_OP, **call, cu_seqlens=cu_seqlens, checkpoint_every=checkpoint_every)
+    o, final = run(call, cu_seqlens, checkpoint_every)
     return o, final if output_final_state else None
 
 
@@ -134,11 +132,11 @@ def deep_memory_step(
     """
     tokens = (q, k, v, rate, log_decay, momentum)
     call = _checked("deep_memory_step", impl, tokens, weights, ("state", state), chunk_size, rule, read, mask)
-    return run_step(_OP, **call, inplace=inplace)
+    return run_step(call, inplace)
 
 
-def _checked(op, impl, tokens, weights, state, chunk_size, rule, read, mask, cu_seqlens=None) -> dict:
-    """What :func:`~nl_kernels.memory.call.run` takes of a call on tokens [B, T, ..], or on one token [B, ..].
+def _checked(op, impl, tokens, weights, state, chunk_size, rule, read, mask, cu_seqlens=None) -> Request:
+    """A call on tokens [B, T, ..], or on one token [B, ..].
 
     ``state``: its name in messages, and itself.
     """
@@ -156,26 +154,17 @@ def _checked(op, impl, tokens, weights, state, chunk_size, rule, read, mask, cu_
             check_tensor(name, x, lead, like=q)
             if not one:
                 check_range(name, x, low, high, closed_high=name == "log_decay")
-    check_rule(rule, read)
-    if rule.residual and out != width:
-        raise ValueError(f"v: a rule with a residual needs width {width} as the keys, got {out}")
     check_positive_int("chunk_size", chunk_size)
     batch = check_sequences(mask, cu_seqlens, q, one=one)
     heads = lead[-1]
     check_memory("weights", weights, batch, heads, width, out, q)
-    check_error_at(rule, weights)
+    check_rule(rule, read, weights)
+    if rule.residual and out != width:
+        raise ValueError(f"v: a rule with a residual needs width {width} as the keys, got {out}")
     if one or state[1] is not None:
         shapes = DeepMemoryWeights(*(None if w is None else (batch, heads, *w.shape[-2:]) for w in weights))
         check_state(*state, DeepMemoryState, shapes, momentum is not None, chunk_size, q)
-    return {
-        "implementation": choose(op, impl, "q, k, v", tokens, weights, state[1], rule, chunk_size),
-        "tensors": tokens,
-        "gates": {},
-        "weights": weights,
-        "state": state[1],
-        "reference": deep_memory_reference,
-        "rule": rule,
-        "read": read,
-        "chunk_size": chunk_size,
-        "mask": mask,
-    }
+    implementation = choose(op, impl, "q, k, v", tokens, weights, state[1], rule, chunk_size)
+    reference = functools.partial(deep_memory_reference, chunk_size=chunk_size)
+    given, clocks = (tokens, {}, weights, state[1], reference), (chunk_size, chunk_size)
+    return Request(_OP, implementation, *given, rule, read, mask, clocks)

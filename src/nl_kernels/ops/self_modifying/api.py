@@ -8,7 +8,8 @@ import torch
 
 from nl_kernels.checks import check_positive_int, check_range
 from nl_kernels.dispatch import choose_implementation
-from nl_kernels.memory.call import Op, run, run_step
+from nl_kernels.memory.bank import Op, Request
+from nl_kernels.memory.call import run, run_step
 from nl_kernels.memory.kernels.call import choose
 from nl_kernels.memory_checks import head_parameter
 from nl_kernels.memory_rule import MemoryRule
@@ -73,57 +74,36 @@ def self_modifying_memory(
         write_scale: [B, T, H], at least 0, what multiplies the bounded errors that ``weights.memory`` learns
             from: values have one length in the loop of memories, and in what is read the length that they
             are given. Of linear memories. ``None``: 1.
-        momentum: [B, T, H] in [0, 1), the decay μ of the average U of each memory's writes, or of their sum:
-            see ``rule.momentum``. ``None`` for none.
-        rule: how the memories are applied and written; default ``MemoryRule()``.
         rate_max: in [0, 2], the largest rate, 0 writes nothing; a float or [H]. Above 1 the erase can turn
             the sign of what a key holds; no rate is above 1 + α, so that its factor α − η is in (-1, 1).
         rate_bias, retention_bias: floats or [H].
-        read: "snapshot": o from the state at the chunk's start; "running": from the state after token t.
         detach_targets: the inner objective takes ``M(v)`` as a constant; otherwise its gradient also flows
             into the memory through its own target, which only the reference does. Either way the outer
             gradient is exact.
         truncate_every: the outer gradient does not cross every n-th boundary of the faster clock, counted
             from the slower clock's last boundary before this call; ``None`` for full backpropagation through
             time.
-        mask: [B, T] bool, True = real token. Padding neither writes nor counts, and its output is zero.
-        initial_state: the state to resume from.
-        output_final_state: whether to return the state after the last token.
-        cu_seqlens: [N + 1] cumulative lengths of N sequences packed into B = 1; states and own weights
-            then have N in place of B. Excludes ``mask``.
-        checkpoint_every: chunks between the states kept for the backward pass, which recomputes the rest; the
-            default balances the two. It changes memory and time, never results.
-        impl: "triton", "eager" or "reference"; ``None`` picks Triton on CUDA where the kernels cover the call
-            (the table of memory/kernels/README.md), else eager.
+        momentum, rule, read, mask, initial_state, output_final_state, cu_seqlens, checkpoint_every, impl: as
+            in :func:`nl_kernels.deep_memory`.
 
     Returns:
         o [B, T, H, D] in the dtype of query, and the final state (fp32; fp64 for fp64 inputs) or ``None``.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, shape, dtype, device or range.
-        NotImplementedError: ``impl="triton"`` for a call that the kernels do not cover.
-        RuntimeError: ``impl="triton"`` where it cannot run.
+        TypeError, ValueError, NotImplementedError, RuntimeError: as :func:`nl_kernels.deep_memory`.
     """
     for name, value in (("truncate_every", truncate_every), ("checkpoint_every", checkpoint_every)):
         if value is not None:
             check_positive_int(name, value)
+    tokens = (query, key_input, value_input, gate_input, write_scale, momentum)
+    state, clocks = ("initial_state", initial_state), (chunk_size, generator_chunk_size)
+    gates = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
+    options = (rule, read, detach_targets, truncate_every)
     call = _checked(
-        "self_modifying_memory",
-        impl,
-        (query, key_input, value_input, gate_input, write_scale, momentum),
-        weights,
-        ("initial_state", initial_state),
-        (chunk_size, generator_chunk_size),
-        {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias},
-        rule,
-        read,
-        detach_targets,
-        truncate_every,
-        mask,
-        cu_seqlens,
+        "self_modifying_memory", impl, tokens, weights, state, clocks, gates, options, mask, cu_seqlens
     )
     check_range("rate_max", head_parameter(rate_max, query), 0.0, 2.0)
-    o, final = run(_OP, **call, cu_seqlens=cu_seqlens, checkpoint_every=checkpoint_every)
+    o, final = run(call, cu_seqlens, checkpoint_every)
     return o, final if output_final_state else None
 
 
@@ -163,31 +143,19 @@ def self_modifying_memory_step(
         o [B, H, D] in the dtype of query, and the state after the token.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`self_modifying_memory`; ``inplace`` where gradients are
-            needed.
-        NotImplementedError: ``impl="triton"`` for a call that the kernels do not cover.
+        TypeError, ValueError, NotImplementedError, RuntimeError: as :func:`nl_kernels.deep_memory_step`.
     """
-    call = _checked(
-        "self_modifying_memory_step",
-        impl,
-        (query, key_input, value_input, gate_input, write_scale, momentum),
-        weights,
-        ("state", state),
-        (chunk_size, generator_chunk_size),
-        {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias},
-        rule,
-        read,
-        detach_targets,
-        None,
-        mask,
-    )
-    return run_step(_OP, **call, inplace=inplace)
+    tokens = (query, key_input, value_input, gate_input, write_scale, momentum)
+    gates = {"rate_max": rate_max, "rate_bias": rate_bias, "retention_bias": retention_bias}
+    clocks, options = (chunk_size, generator_chunk_size), (rule, read, detach_targets, None)
+    name = "self_modifying_memory_step"
+    call = _checked(name, impl, tokens, weights, ("state", state), clocks, gates, options, mask)
+    return run_step(call, inplace)
 
 
-def _checked(
-    op, impl, tokens, weights, state, clocks, gates, rule, read, detach, truncate, mask, cu_seqlens=None
-) -> dict:
-    """What :func:`~nl_kernels.memory.call.run` takes of a call, or of one token; ``state`` is named."""
+def _checked(op, impl, tokens, weights, state, clocks, gates, options, mask, cu_seqlens=None) -> Request:
+    """A call, or one token of one; ``state`` comes with its name."""
+    rule, read, detach, truncate_every = options
     rule = _DEFAULT_RULE if rule is None else rule
     clocks = (clocks[0], clocks[0] if clocks[1] is None else clocks[1])
     check_call(tokens, weights, rule, read, clocks, gates, state, mask, cu_seqlens)
@@ -199,17 +167,7 @@ def _checked(
         )
     else:
         implementation = choose_implementation(op, impl, tokens[0].device, ("reference",))
-    return {
-        "implementation": implementation,
-        "tensors": tokens,
-        "gates": gates,
-        "weights": weights,
-        "state": state[1],
-        "reference": functools.partial(self_modifying_memory_reference, detach_targets=detach),
-        "rule": rule,
-        "read": read,
-        "chunk_size": clocks[0],
-        "generator_chunk_size": clocks[1],
-        "truncate_every": truncate,
-        "mask": mask,
-    }
+    kept = {"clocks": clocks, "detach_targets": detach, "truncate_every": truncate_every}
+    reference = functools.partial(self_modifying_memory_reference, **kept)
+    given = (tokens, gates, weights, state[1], reference)
+    return Request(_OP, implementation, *given, rule, read, mask, clocks, truncate_every)

@@ -14,7 +14,7 @@ from nl_kernels.checks import (
     check_tokens,
 )
 from nl_kernels.memory.state import check_state
-from nl_kernels.memory_checks import check_error_at, check_memory, check_rule
+from nl_kernels.memory_checks import check_memory, check_rule
 from nl_kernels.memory_rule import MemoryRule
 from nl_kernels.ops.self_modifying.state import MemoryStack, SelfModifyingState, SelfModifyingWeights
 
@@ -31,7 +31,6 @@ def check_call(
     cu_seqlens: torch.Tensor | None,
 ) -> None:
     """Check a call on tokens [B, T, ..], or on one token [B, ..]; ``state`` comes with its name."""
-    check_rule(rule, read)
     for name, clock in zip(("chunk_size", "generator_chunk_size"), clocks):
         check_positive_int(name, clock)
     if max(clocks) % min(clocks):
@@ -52,7 +51,7 @@ def check_call(
     batch = check_sequences(mask, cu_seqlens, query, one=one)
     heads, width = query.shape[-2:]
     _check_weights(weights, batch, heads, width, query)
-    check_error_at(rule, weights.key)
+    check_rule(rule, read, weights.key)
     linear, hidden = weights.key.outer is None, weights.key.inner.shape[-2]
     if write_scale is not None and not linear:
         raise ValueError("write_scale: of linear memories alone, got memories of two layers")

@@ -37,8 +37,7 @@ def self_modifying_memory_reference(
     rate_bias: torch.Tensor,
     retention_bias: torch.Tensor,
     read: str,
-    chunk_size: int,
-    generator_chunk_size: int,
+    clocks: tuple[int, int],
     detach_targets: bool,
     truncate_every: int | None,
     mask: torch.Tensor | None,
@@ -47,16 +46,13 @@ def self_modifying_memory_reference(
 
     Args:
         query, key_input, value_input, gate_input, write_scale, momentum, mask: as
-            :func:`nl_kernels.self_modifying_memory`,
-            all of one dtype.
+            :func:`nl_kernels.self_modifying_memory`, all of one dtype.
         anchor: the [B, H, ..] weights that are added to the state's (zeros for a rule that is not anchored).
         state: the state before the first token.
         rate_max, rate_bias, retention_bias: [H].
+        clocks: tokens between boundaries of ``memory``, and of the others.
     """
     snapshot, running, position, velocity = state
-    clocks = SelfModifyingWeights(
-        *(chunk_size if name == "memory" else generator_chunk_size for name in SelfModifyingWeights._fields)
-    )
     anchors = unstack_memories(anchor)
     slow, fast = max(clocks), min(clocks)
     seen = position  # tokens since the slower clock's last boundary before this call
@@ -113,8 +109,8 @@ def self_modifying_memory_reference(
             )
         position = position + here
         refreshed = [
-            choose(here & (position % clock == 0), new, old)
-            for clock, new, old in zip(clocks, unstack_memories(running), unstack_memories(snapshot))
+            choose(here & (position % clocks[name != "memory"] == 0), new, old)
+            for name, new, old in zip(now, unstack_memories(running), unstack_memories(snapshot))
         ]
         snapshot = stack_memories(SelfModifyingWeights(*refreshed))
         position = position % slow

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nl_kernels import MemoryRule
-from nl_kernels.memory.kernels.call import unsupported
+from nl_kernels import DeepMemoryWeights, MemoryRule
+from nl_kernels.memory.kernels import call
 from nl_kernels.memory.kernels.launch import limits_of
 from nl_kernels.triton_support.targets import TARGETS
 from tests.nl_kernels.compiled import BEFORE_3_7, compiled, within_limits
@@ -44,7 +44,7 @@ def test_catalogue_has_every_kernel_and_every_rule_and_read():
 
 @pytest.mark.parametrize("architecture", TARGETS)
 @pytest.mark.parametrize("self_made", [False, True])
-def test_limits_are_a_table_of_powers_of_two(architecture, self_made):
+def test_limits_are_a_table_of_powers_of_two(architecture, self_made, monkeypatch):
     for linear in (True, False):
         kind = {"self_made": self_made, "linear": linear, "architecture": architecture}
         longest, none = limits_of(**kind, chunk=1000)
@@ -52,10 +52,15 @@ def test_limits_are_a_table_of_powers_of_two(architecture, self_made):
         widest = [limits_of(**kind, chunk=chunk)[1] for chunk in range(1, longest + 1)]
         assert widest == sorted(widest, reverse=True)
         assert all(width & (width - 1) == 0 for width in widest)
-        call = {"rule": MemoryRule(), "dtype": torch.float32, "hidden": None if linear else 16, "chunk": 1}
-        call |= {"momentum": False, "self_made": self_made, "architecture": architecture}
-        assert unsupported("q", **call, width=16) is None
-        assert "up to" in unsupported("q", **call, width=129)
+        monkeypatch.setattr(call, "architecture_of", lambda device: architecture)
+        for width, refused in ((16, False), (129, True)):
+            tokens = (*(torch.empty(1, 1, 1, width, device="meta") for _ in range(3)), None)
+            weights = DeepMemoryWeights(
+                torch.empty(1, 16, width), None if linear else torch.empty(1, width, 16)
+            )
+            weights = (weights,) * 5 if self_made else weights
+            why = call.unsupported("q", tokens, weights, None, MemoryRule(), 1)
+            assert "up to" in why if refused else why is None
 
 
 @pytest.mark.slow
