@@ -72,7 +72,7 @@ def plan_step(
         "step",
         key_dim=key_dim,
         value_dim=value_dim,
-        dtype=launch.operand_dtype(q, k, v),
+        dtype=launch.operand_dtype(q.dtype, k.dtype, v.dtype),
         architecture=architecture,
         has_momentum=momentum is not None,
         rows=batch * heads,
