@@ -215,7 +215,7 @@ def learn_on_grid(
     block = math.gcd(generator_chunk_size // chunk, truncate_every or 0)
     block = block if layout.self_made else max(1, 512 // chunk_size)
     tokens = map_tensors(by_head, call.tokens)
-    source, sequences = source_of(rule, layout, tokens, applied, block)
+    source, sequences = source_of(rule, layout, tokens, applied, block, False)
     constants = tuple(x.repeat(batch)[:, None, None] for x in call.gates)
     loop = Loop(
         BankRule(rule, read, layout),
