@@ -133,7 +133,7 @@ def l2_normalize(x: torch.Tensor) -> torch.Tensor:
 
 def inverse_norm(x: torch.Tensor) -> torch.Tensor:
     """1/‖x‖ along the last dimension, which is kept."""
-    return (x.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt()
+    return x.square().sum(-1, keepdim=True).add_(NORM_EPS).rsqrt_()
 
 
 def bound_length(x: torch.Tensor, bound: float | None) -> torch.Tensor:

@@ -141,7 +141,7 @@ def learn_on_grid(
     block = math.gcd(clocks[1] // chunk, truncate_every or 0)
     block = block if layout.self_made else max(1, 512 // chunk)
     tokens = map_tensors(by_head, call.tokens)
-    source, sequences = source_of(request.rule, layout, tokens, applied, block)
+    source, sequences = source_of(request.rule, layout, tokens, applied, block, False)
     constants = tuple(x.repeat(batch)[:, None, None] for x in call.gates)
     loop = Loop(
         BankRule(request.rule, request.read, layout),

@@ -50,10 +50,11 @@ def step_token(request: Request, inplace: bool) -> tuple[torch.Tensor, tuple]:
     bank = BankRule(rule, read, layout)
 
     base = _base(layout, weights if rule.anchored else None, snapshot)
-    source, sequences = source_of(rule, layout, tokens, applied)
+    reads = read == "snapshot" and layout.batched
+    source, sequences = source_of(rule, layout, tokens, applied, 1, reads)
     gates = request.gates.values()
     gates = [x.to(dtype).repeat(batch).view(-1, 1, 1) if isinstance(x, torch.Tensor) else x for x in gates]
-    token, _ = source.tokens(base, gates, sequences, False)
+    token, generated = source.tokens(base, gates, sequences, False)
     recalled = None
     if rule.errs_at_anchor(layout.linear):
         recalled = [torch.bmm(token.k, x.flatten(0, 1).flatten(1, -2).mT) for x in snapshot if x is not None]
@@ -72,8 +73,8 @@ def step_token(request: Request, inplace: bool) -> tuple[torch.Tensor, tuple]:
     running, moving = (type(running)(*x) for x in zip(*after))
     velocity = None if velocity is None else moving
 
-    if bank.reads_inputs:
-        o = others[0]
+    if reads or bank.reads_inputs:
+        o = generated.read if reads else others[0]
     elif read == "snapshot":
         o, _ = apply(rule, token.query, map(layout.read_weights, base[: layout.read_layers]))
     else:
@@ -102,21 +103,20 @@ def _base(layout: Layout, anchor: tuple | None, snapshot: tuple) -> Layers:
     if len({memory.inner.ndim for memory in anchor}) > 1:  # some are by sequence, some shared
         anchor = map_tensors(lambda w: per_sequence(w, batch, dtype), anchor)
     firsts, lasts = zip(*anchor)
-
-    def own(fresh: torch.Tensor, axis: int) -> torch.Tensor:
-        """What was put together, for each sequence along ``axis``."""
-        fresh = fresh.to(dtype) if firsts[0].ndim == 4 else fresh.to(dtype).unsqueeze(axis)
-        return fresh if fresh.shape[axis] == batch else fresh.repeat_interleave(batch, axis)
-
     if layout.linear:
-        rows = own(torch.cat(firsts, -2), 0)
+        rows = torch.cat(firsts, -2).to(dtype).expand(batch, -1, -1, -1).contiguous()
         last, gate = rows.split_with_sizes((3 * layout.width, 2), -2)
         last.add_(snapshot.last.flatten(2, 3))
         gate.add_(snapshot.gate)
         return (rows.flatten(0, 1),)
-    changes = (snapshot.first, snapshot.last, snapshot.gate.unsqueeze(3))
-    parts = zip((firsts, lasts[:3], lasts[3:]), changes)
-    return tuple(own(torch.stack(w), 1).add_(x.movedim(2, 0)).flatten(0, 2) for w, x in parts)
+    base, changes = [], (snapshot.first, snapshot.last, snapshot.gate.unsqueeze(3))
+    for weights, change in zip((firsts, lasts[:3], lasts[3:]), changes):
+        fresh, change = torch.stack(weights).to(dtype), change.transpose(1, 2).transpose(0, 1)
+        fresh = fresh if fresh.ndim == 5 else fresh.unsqueeze(1)
+        if fresh.shape[1] < batch:
+            fresh, change = change.clone(memory_format=torch.contiguous_format), fresh
+        base.append(fresh.add_(change).flatten(0, 2))
+    return tuple(base)
 
 
 def _pairs(layout: Layout, k: torch.Tensor, made: Errors) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
@@ -162,8 +162,7 @@ def write_token(
     erases = rule.erases(first_layer)
     if erases and rule.proximal:
         rate = rate / (1 + rate * row_dot(x, x))
-    product = torch.bmm if x.ndim == 3 else torch.matmul  # which takes three times as many calls
-    recalled = product(x, state.mT) if erases else None
+    recalled = torch.bmm(x.flatten(0, -3), state.flatten(0, -3).mT).view_as(signal) if erases else None
     after = state.mul_(decay) if inplace else state * decay
     if velocity is None:
         # Without momentum what is erased and what is written are one product.

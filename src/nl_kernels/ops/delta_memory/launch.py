@@ -7,9 +7,8 @@ architecture's limits), not from timings.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -124,6 +123,16 @@ def segments_of(rows: int, chunks: int, key_dim: int, value_dim: int, architectu
     return segments if segments >= 6 else 1
 
 
+_OPTIONAL = (
+    *("chunk_table", "cu_seqlens", "chunk_offsets", "segment_maps", "segment_states", "inverse"),
+    *("pairs", "momentum_key_transform", "chunk_momenta", "final_momentum"),
+)
+
+Launch = Callable[[dict[str, Any]], KernelCall]
+Buffer = tuple[str, tuple[int, ...], torch.dtype]
+"""Name, shape and dtype of what a kernel fills."""
+
+
 @dataclass(frozen=True, eq=False)
 class ChunkPlan:
     """How calls of one kind are cut into chunks, and what all of their kernels share.
@@ -151,6 +160,12 @@ class ChunkPlan:
     segments: int
 
     @functools.cached_property
+    def defaults(self) -> dict[str, int | None]:
+        """Arguments that are the same in all calls of this kind; ``None`` for tensors that it may lack."""
+        numbers = {"T": self.tokens, "H": self.heads, "segments": self.segments}
+        return dict.fromkeys(_OPTIONAL) | numbers
+
+    @functools.cached_property
     def precision(self) -> Precision:
         return precision_of(self.dtype, self.architecture)
 
@@ -175,75 +190,67 @@ class ChunkPlan:
             return -(-self.key_dim // config.block_k)
         return -(-self.value_dim // config.block_v) if width else 1
 
-    def call(
-        self, kernel: Any, arguments: dict[str, torch.Tensor | float | None], **options: Any
-    ) -> KernelCall:
-        """The call of ``kernel``: what it takes of ``arguments``; for the options see :func:`_launch`."""
-        names, grid, *launch = _launch(self, kernel, **options)
-        return KernelCall(kernel, grid, dict(zip(names, itemgetter(*names)(arguments))), *launch)
+    def launch(
+        self,
+        kernel: Any,
+        *,
+        tiles: str | None = None,
+        scan: bool = False,
+        of_keys: bool = False,
+        read: str = "after",
+        key_tiles: int = 1,
+        segments: int = 1,
+        summary: bool = False,
+    ) -> Launch:
+        """What makes the call of ``kernel`` of all arguments by name, of which it takes its own.
 
+        Args:
+            tiles: the width ("key" or "value") that the second grid axis tiles; None for no such axis.
+            scan: one program a sequence instead of one a chunk.
+            of_keys: one program a head of keys instead of one a head of values.
+            read: the op's option, for the kernels that have it.
+            key_tiles: how many tiles another kernel has cut the key width into.
+            segments: programs a sequence of a scan.
+            summary: whether a scan computes what its segments do to any state.
+        """
+        config = self.config(kernel)
+        heads = self.heads // self.group if of_keys else self.heads
+        programs = (self.sequences * segments if scan else self.chunks) * heads
+        maps = -(-self.key_dim // config.block_v) if summary else 0
+        constants = {
+            "KEY_DIM": self.key_dim,
+            "VALUE_DIM": self.value_dim,
+            "GROUP": self.group,
+            "MOMENTUM": self.has_momentum,
+            "BEFORE": read == "before",
+            "KEY_TILES": key_tiles,
+            "SUMMARY": summary,
+            "BLOCK_C": self.block_c,
+            "BLOCK_K": config.block_k,
+            "BLOCK_V": config.block_v,
+            "INPUTS": self.precision.inputs,
+            "STATE": self.precision.state,
+            "SOLVE": self.precision.solve,
+        }
+        taken = dict.fromkeys(name for name in kernel.arg_names if name not in constants)
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        grid, resources = (programs, self.tiles(kernel, tiles) + maps), (config.num_warps, config.num_stages)
 
-@functools.lru_cache(maxsize=4096)
-def _launch(
-    plan: ChunkPlan,
-    kernel: Any,
-    *,
-    tiles: str | None = None,
-    scan: bool = False,
-    of_keys: bool = False,
-    read: str = "after",
-    key_tiles: int = 1,
-    segments: int = 1,
-    summary: bool = False,
-) -> tuple[tuple[str, ...], tuple[int, int], dict[str, Any], int, int]:
-    """Names of the arguments that ``kernel`` takes at run time, its grid, constants, warps and stages.
+        def call(given: dict[str, Any]) -> KernelCall:
+            arguments = taken.copy()
+            for name in arguments:
+                arguments[name] = given[name]
+            return KernelCall(kernel, grid, arguments, constants, *resources)
 
-    Args:
-        tiles: the width ("key" or "value") that the second grid axis tiles; None for no such axis.
-        scan: one program a sequence instead of one a chunk.
-        of_keys: one program a head of keys instead of one a head of values.
-        read: the op's option, for the kernels that have it.
-        key_tiles: how many tiles another kernel has cut the key width into.
-        segments: programs a sequence of a scan.
-        summary: whether a scan computes what its segments do to any state.
-    """
-    config = plan.config(kernel)
-    heads = plan.heads // plan.group if of_keys else plan.heads
-    programs = (plan.sequences * segments if scan else plan.chunks) * heads
-    maps = -(-plan.key_dim // config.block_v) if summary else 0
-    constants = {
-        "KEY_DIM": plan.key_dim,
-        "VALUE_DIM": plan.value_dim,
-        "GROUP": plan.group,
-        "MOMENTUM": plan.has_momentum,
-        "BEFORE": read == "before",
-        "KEY_TILES": key_tiles,
-        "SUMMARY": summary,
-        "BLOCK_C": plan.block_c,
-        "BLOCK_K": config.block_k,
-        "BLOCK_V": config.block_v,
-        "INPUTS": plan.precision.inputs,
-        "STATE": plan.precision.state,
-        "SOLVE": plan.precision.solve,
-    }
-    return (
-        tuple(name for name in kernel.arg_names if name not in constants),
-        (programs, plan.tiles(kernel, tiles) + maps),
-        {name: value for name, value in constants.items() if name in kernel.arg_names},
-        config.num_warps,
-        config.num_stages,
-    )
+        return call
 
 
 def plan_chunks(
-    inputs: dict[str, torch.Tensor | None],
-    cu_seqlens: torch.Tensor | None,
-    *,
-    chunk_size: int,
-    architecture: str,
+    *tensors: torch.Tensor | None, chunk_size: int, architecture: str
 ) -> tuple[ChunkPlan, dict[str, torch.Tensor | int | None]]:
     """Cut a call into chunks: the plan of its kind, and the arguments that its kernels start from.
 
+    Takes the tensors named by :data:`INPUTS`, then ``cu_seqlens``.
     Packed sequences get index tables, made on the device without waiting for it: ``chunk_table``, first token
     and number of tokens (0: unused) of each chunk, int64 [chunks, 2]; ``cu_seqlens`` and ``chunk_offsets``,
     first token and first chunk of each sequence, int64 [N + 1].
@@ -251,17 +258,18 @@ def plan_chunks(
     Raises:
         NotImplementedError: a head wider than :data:`MAX_HEAD_DIM`, or fp64.
     """
-    q, k, v = (inputs[name] for name in ("q", "k", "v"))
+    q, k, v, _, _, momentum, _, _, cu_seqlens = tensors
     plan = _plan(
         v.shape,
         k.shape,
         None if cu_seqlens is None else cu_seqlens.numel() - 1,
-        operand_dtype(q, k, v),
+        (q.dtype, k.dtype, v.dtype),
         architecture,
-        inputs["momentum"] is not None,
+        momentum is not None,
         chunk_size,
     )
-    chunk_table = chunk_offsets = None
+    given = plan.defaults.copy()
+    given.update(zip(INPUTS, tensors))
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int64)
         per_sequence = (cu_seqlens.diff() + plan.block_c - 1) // plan.block_c
@@ -271,15 +279,9 @@ def plan_chunks(
         sequence = sequence.clamp(max=plan.sequences - 1)
         start = cu_seqlens[sequence] + (chunk - chunk_offsets[sequence]) * plan.block_c
         count = (cu_seqlens[sequence + 1] - start).clamp(0, plan.block_c)
-        chunk_table = torch.stack((start, count), dim=1)
-    return plan, inputs | {
-        "T": plan.tokens,
-        "H": plan.heads,
-        "segments": plan.segments,
-        "chunk_table": chunk_table,
-        "cu_seqlens": cu_seqlens,
-        "chunk_offsets": chunk_offsets,
-    }
+        table = torch.stack((start, count), dim=1)
+        given |= {"chunk_table": table, "cu_seqlens": cu_seqlens, "chunk_offsets": chunk_offsets}
+    return plan, given
 
 
 @functools.lru_cache(maxsize=512)
@@ -287,14 +289,14 @@ def _plan(
     values: torch.Size,
     keys: torch.Size,
     packed: int | None,
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     architecture: str,
     has_momentum: bool,
     chunk_size: int,
 ) -> ChunkPlan:
-    """The plan for v and k of these shapes, of ``packed`` sequences or of one a row."""
+    """The plan for v and k of these shapes, of ``packed`` sequences or of one a row; dtypes of q, k and v."""
     batch, tokens, heads, value_dim = values
-    key_dim = keys[-1]
+    key_dim, dtype = keys[-1], operand_dtype(*dtypes)
     check_head_dims(key_dim, value_dim)
     block_c = chunk_rows(chunk_size, dtype, has_momentum)
     if packed is None:
@@ -319,13 +321,13 @@ def _plan(
     )
 
 
-def operand_dtype(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.dtype:
-    """The dtype whose precision serves products of q, k and v.
+def operand_dtype(q: torch.dtype, k: torch.dtype, v: torch.dtype) -> torch.dtype:
+    """The dtype whose precision serves products of q, k and v of these dtypes.
 
     Raises:
         NotImplementedError: fp64.
     """
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    dtype = torch.promote_types(torch.promote_types(q, k), v)
     if dtype == torch.float64:
         raise NotImplementedError(
             "q, k, v: the Triton kernels of delta_memory take bfloat16, float16 and float32, got float64; "
@@ -346,6 +348,13 @@ def check_head_dims(key_dim: int, value_dim: int) -> None:
                 f"{name}: the Triton kernels of delta_memory take heads up to {MAX_HEAD_DIM} wide, "
                 f"got {size}; use impl='eager'"
             )
+
+
+def allocated(buffers: list[Buffer], *like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``buffers`` by name, on the device of ``like``: tensors of all their dtypes."""
+    # A dtype asked for, and sizes in a tuple, would take half as long again.
+    of = {x.dtype: x.new_empty for x in like}
+    return {name: of[dtype](*shape) for name, shape, dtype in buffers}
 
 
 INPUTS = ("q", "k", "v", "log_decay", "erase", "momentum", "initial_state", "initial_momentum")

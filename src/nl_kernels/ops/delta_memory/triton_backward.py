@@ -18,10 +18,12 @@ A gradient of a decay from token j to token t goes to every factor between them:
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from nl_kernels.ops.delta_memory import launch
-from nl_kernels.ops.delta_memory.triton_forward import plan_states
+from nl_kernels.ops.delta_memory.triton_forward import states_of
 from nl_kernels.ops.delta_memory.triton_pair_gradients import read_gradients_kernel, solve_gradients_kernel
 from nl_kernels.ops.delta_memory.triton_rate_gradients import rate_gradients_kernel
 from nl_kernels.ops.delta_memory.triton_state_gradients import scan_gradients_kernel, state_gradients_kernel
@@ -36,18 +38,11 @@ def plan_backward(
 
     Takes the gradients of ``o`` and the final states, then what :func:`plan_forward` takes.
     """
-    (do, d_final_state, d_final_momentum), cu_seqlens = tensors[:3], tensors[-1]
-    inputs = dict(zip(launch.INPUTS, tensors[3:]))
-    q, k, v, log_decay, erase, momentum, *_ = inputs.values()
-    plan, given = launch.plan_chunks(inputs, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
-    calls, tensors = plan_states(plan, given, keep_inverse=True)
-    work = plan.precision.workspace
-    has = plan.has_momentum
-    key_tiles = plan.tiles(state_gradients_kernel, "key")
-    token_terms = (key_tiles, 7 if has else 3, plan.batch * plan.tokens * plan.heads)
-    chunk_terms = (key_tiles, 3 if has else 1, plan.chunks * plan.heads)
-    pairs = (plan.chunks, plan.heads, plan.block_c, plan.block_c)
-    d_pseudo = torch.empty_like(v, dtype=work)
+    do, d_final_state, d_final_momentum, q, k, v, log_decay, erase, momentum, *_ = tensors
+    plan, given = launch.plan_chunks(*tensors[3:], chunk_size=chunk_size, architecture=architecture)
+    buffers, launches = _backward(plan, read)
+    given |= launch.allocated(buffers, k, log_decay)
+    has, d_pseudo = plan.has_momentum, torch.empty_like(given["pseudo_values"])
     gradients = {
         "dq": torch.empty_like(q),
         "dk": torch.empty_like(k),
@@ -55,33 +50,45 @@ def plan_backward(
         "d_log_decay": torch.empty_like(log_decay),
         "d_erase": torch.empty_like(erase),
         "d_momentum": torch.empty_like(momentum) if has else None,
-        "d_initial_state": torch.empty_like(tensors["final_state"]),
-        "d_initial_momentum": torch.empty_like(tensors["final_state"]) if has else None,
+        "d_initial_state": torch.empty_like(given["final_state"]),
+        "d_initial_momentum": torch.empty_like(given["final_state"]) if has else None,
     }
-    tensors |= gradients | {
+    given |= gradients | {
         "do": do,
         "d_final_state": d_final_state,
         "d_final_momentum": d_final_momentum,
         "d_pseudo": d_pseudo,
         "d_right": d_pseudo,
-        "d_value": torch.empty_like(v, dtype=work) if has else None,
-        "d_chunk_states": torch.empty_like(tensors["chunk_states"]),
-        "d_chunk_momenta": torch.empty_like(tensors["chunk_states"]) if has else None,
-        "d_key_query": k.new_empty(pairs, dtype=work),
-        "d_key_key": k.new_empty(pairs, dtype=work),
-        "token_terms": k.new_empty(token_terms, dtype=torch.float32),
-        "chunk_terms": k.new_empty(chunk_terms, dtype=torch.float32),
+        "d_value": torch.empty_like(d_pseudo) if has else None,
+        "d_chunk_states": torch.empty_like(given["chunk_states"]),
+        "d_chunk_momenta": torch.empty_like(given["chunk_states"]) if has else None,
         "scale": scale,
         "tokens": plan.batch * plan.tokens,
     }
-    calls += [
-        plan.call(read_gradients_kernel, tensors, read=read),
-        plan.call(scan_gradients_kernel, tensors, tiles="value", scan=True, read=read),
-        plan.call(solve_gradients_kernel, tensors),
-        plan.call(state_gradients_kernel, tensors, tiles="key", of_keys=True, read=read),
-        plan.call(rate_gradients_kernel, tensors, read=read, key_tiles=key_tiles),
+    return [call(given) for call in launches], tuple(gradients.values())
+
+
+@functools.lru_cache(maxsize=512)
+def _backward(plan: launch.ChunkPlan, read: str) -> tuple[list[launch.Buffer], list[launch.Launch]]:
+    """What the calls fill that is like no other tensor, and what makes them."""
+    (buffers, launches), work, has = states_of(plan), plan.precision.workspace, plan.has_momentum
+    key_tiles = plan.tiles(state_gradients_kernel, "key")
+    pairs = (plan.chunks, plan.heads, plan.block_c, plan.block_c)
+    buffers += [
+        ("inverse", pairs, work),
+        ("d_key_query", pairs, work),
+        ("d_key_key", pairs, work),
+        ("token_terms", (key_tiles, 7 if has else 3, plan.batch * plan.tokens * plan.heads), torch.float32),
+        ("chunk_terms", (key_tiles, 3 if has else 1, plan.chunks * plan.heads), torch.float32),
     ]
-    return calls, tuple(gradients.values())
+    launches += [
+        plan.launch(read_gradients_kernel, read=read),
+        plan.launch(scan_gradients_kernel, tiles="value", scan=True, read=read),
+        plan.launch(solve_gradients_kernel),
+        plan.launch(state_gradients_kernel, tiles="key", of_keys=True, read=read),
+        plan.launch(rate_gradients_kernel, read=read, key_tiles=key_tiles),
+    ]
+    return buffers, launches
 
 
 def delta_memory_backward(

@@ -12,6 +12,8 @@ and without momentum the terms in ``U`` and ``E`` vanish, with ``Z + V`` in the 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -322,51 +324,52 @@ def plan_forward(
 
     Takes the tensors named by :data:`launch.INPUTS`, then ``cu_seqlens``.
     """
-    inputs, cu_seqlens = dict(zip(launch.INPUTS, tensors)), tensors[-1]
-    plan, given = launch.plan_chunks(inputs, cu_seqlens, chunk_size=chunk_size, architecture=architecture)
-    calls, found = plan_states(plan, given, keep_inverse=False)
-    o = torch.empty_like(inputs["v"])
-    found |= {"o": o, "scale": scale}
-    calls.append(plan.call(read_chunks_kernel, found, tiles="value", read=read))
-    return calls, (o, found["final_state"], found["final_momentum"])
+    plan, given = launch.plan_chunks(*tensors, chunk_size=chunk_size, architecture=architecture)
+    buffers, launches = _forward(plan, read)
+    given |= launch.allocated(buffers, given["k"], given["log_decay"])
+    o = given["o"] = torch.empty_like(given["v"])
+    given["scale"] = scale
+    return [call(given) for call in launches], (o, given["final_state"], given["final_momentum"])
 
 
-def plan_states(
-    plan: launch.ChunkPlan, given: dict[str, torch.Tensor | int | None], *, keep_inverse: bool
-) -> tuple[list[KernelCall], dict[str, torch.Tensor | int | None]]:
-    """The calls up to the chunk states, which backward repeats; returns calls, and all tensors by name."""
-    k, work = given["k"], plan.precision.workspace
+@functools.lru_cache(maxsize=512)
+def _forward(plan: launch.ChunkPlan, read: str) -> tuple[list[launch.Buffer], list[launch.Launch]]:
+    """What the calls fill but ``o``, and what makes them."""
+    buffers, launches = states_of(plan)
+    return buffers, [*launches, plan.launch(read_chunks_kernel, tiles="value", read=read)]
+
+
+def states_of(plan: launch.ChunkPlan) -> tuple[list[launch.Buffer], list[launch.Launch]]:
+    """What the calls up to the chunk states fill, and what makes them; backward repeats them."""
+    work, fp32, chunks = plan.precision.workspace, torch.float32, (plan.chunks, plan.heads)
     per_key = (plan.batch, plan.tokens, plan.heads, plan.key_dim)
     state = (plan.sequences, plan.heads, plan.value_dim, plan.key_dim)
-    chunk_state = (plan.chunks, plan.heads, plan.key_dim, plan.value_dim)
-    inverse = (plan.chunks, plan.heads, plan.block_c, plan.block_c)
-    pairs = (plan.chunks, plan.heads, 2, plan.block_c, plan.block_c)
-    has = plan.has_momentum
-    tensors = given | {
-        "pairs": k.new_empty(pairs, dtype=torch.float32) if has else None,
-        "decays": k.new_empty((plan.chunks, plan.heads, 6 if has else 2, plan.block_c), dtype=torch.float32),
-        "key_transform": k.new_empty(per_key, dtype=work),
-        "momentum_key_transform": k.new_empty(per_key, dtype=work) if has else None,
-        "pseudo_values": torch.empty_like(given["v"], dtype=work),
-        "inverse": k.new_empty(inverse, dtype=work) if keep_inverse else None,
-        "chunk_states": k.new_empty(chunk_state, dtype=work),
-        "chunk_momenta": k.new_empty(chunk_state, dtype=work) if has else None,
-        "final_state": k.new_empty(state, dtype=torch.float32),
-        "final_momentum": k.new_empty(state, dtype=torch.float32) if has else None,
-    }
-    calls = [plan.call(solve_chunks_kernel, tensors)]
-    tensors |= {"segment_maps": None, "segment_states": None}
-    scan = {"tiles": "value", "scan": True, "segments": plan.segments}
+    chunk_state = (*chunks, plan.key_dim, plan.value_dim)
+    buffers = [
+        ("decays", (*chunks, 6 if plan.has_momentum else 2, plan.block_c), fp32),
+        ("key_transform", per_key, work),
+        ("pseudo_values", (*per_key[:3], plan.value_dim), work),
+        ("chunk_states", chunk_state, work),
+        ("final_state", state, fp32),
+    ]
+    if plan.has_momentum:
+        buffers += [
+            ("pairs", (*chunks, 2, plan.block_c, plan.block_c), fp32),
+            ("momentum_key_transform", per_key, work),
+            ("chunk_momenta", chunk_state, work),
+            ("final_momentum", state, fp32),
+        ]
+    launches, scan = [plan.launch(solve_chunks_kernel)], {"tiles": "value", "scan": True}
     if plan.segments > 1:
         tile = plan.config(scan_chunks_kernel).block_v
         rows = (plan.sequences * plan.heads * plan.segments, plan.key_dim)
         width = -(-plan.value_dim // tile) * tile + plan.key_dim
-        tensors["segment_maps"] = k.new_empty((*rows, width), dtype=torch.float32)
-        calls.append(plan.call(scan_chunks_kernel, tensors, **scan, summary=True))
-        tensors["segment_states"] = k.new_empty((*rows, plan.value_dim), dtype=torch.float32)
-        calls.append(plan.call(join_segments_kernel, tensors, tiles="value", scan=True))
-    calls.append(plan.call(scan_chunks_kernel, tensors, **scan))
-    return calls, tensors
+        buffers += [("segment_maps", (*rows, width), fp32), ("segment_states", (*rows, plan.value_dim), fp32)]
+        launches += [
+            plan.launch(scan_chunks_kernel, **scan, segments=plan.segments, summary=True),
+            plan.launch(join_segments_kernel, **scan),
+        ]
+    return buffers, [*launches, plan.launch(scan_chunks_kernel, **scan, segments=plan.segments)]
 
 
 def delta_memory_forward(

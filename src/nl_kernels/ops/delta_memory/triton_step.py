@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -63,39 +65,40 @@ def plan_step(
     *tensors: torch.Tensor | None, scale: float, read: str, architecture: str
 ) -> tuple[KernelCall, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """The call of the step and the tensors it fills; runs nothing (meta tensors will do)."""
-    inputs = dict(zip(launch.INPUTS, tensors))
     q, k, v, _, _, momentum, state, _ = tensors
-    batch, heads, value_dim = v.shape
-    key_dim = k.shape[-1]
+    dtypes = q.dtype, k.dtype, v.dtype
+    grid, *resources = _launch(v.shape, k.shape, dtypes, momentum is not None, read, architecture)
+    o, new_state = torch.empty_like(v), torch.empty_like(state, dtype=torch.float32)
+    new_momentum = None if momentum is None else torch.empty_like(new_state)
+    made = {"o": o, "new_state": new_state, "new_momentum": new_momentum, "scale": scale}
+    arguments = dict(zip(launch.INPUTS, tensors)) | made
+    return KernelCall(step_kernel, grid, arguments, *resources), (o, new_state, new_momentum)
+
+
+@functools.lru_cache(maxsize=512)
+def _launch(values, keys, dtypes, has_momentum: bool, read: str, architecture: str) -> tuple:
+    """Grid, constants, warps and stages for v and k of these shapes."""
+    (batch, heads, value_dim), key_dim = values, keys[-1]
     launch.check_head_dims(key_dim, value_dim)
     config = launch.config_of(
         "step",
         key_dim=key_dim,
         value_dim=value_dim,
-        dtype=launch.operand_dtype(q, k, v),
+        dtype=launch.operand_dtype(*dtypes),
         architecture=architecture,
-        has_momentum=momentum is not None,
+        has_momentum=has_momentum,
         rows=batch * heads,
     )
-    o = torch.empty_like(v)
-    new_state = torch.empty_like(state, dtype=torch.float32)
-    new_momentum = None if momentum is None else torch.empty_like(new_state)
-    call = KernelCall(
-        step_kernel,
-        (batch * heads, -(-value_dim // config.block_v)),
-        inputs | {"o": o, "new_state": new_state, "new_momentum": new_momentum, "scale": scale},
-        {
-            "KEY_DIM": key_dim,
-            "VALUE_DIM": value_dim,
-            "GROUP": heads // k.shape[1],
-            "READ_BEFORE": read == "before",
-            "BLOCK_K": config.block_k,
-            "BLOCK_V": config.block_v,
-        },
-        config.num_warps,
-        config.num_stages,
-    )
-    return call, (o, new_state, new_momentum)
+    constants = {
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "GROUP": heads // keys[1],
+        "READ_BEFORE": read == "before",
+        "BLOCK_K": config.block_k,
+        "BLOCK_V": config.block_v,
+    }
+    grid = (batch * heads, -(-value_dim // config.block_v))
+    return grid, constants, config.num_warps, config.num_stages
 
 
 def delta_memory_step(

@@ -7,6 +7,7 @@ stored in the dtype of the operands.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -144,9 +145,17 @@ def plan_forward(
 
 def _call(kernel: Any, x: torch.Tensor, arguments: dict[str, Argument], architecture: str) -> KernelCall:
     """The call of ``kernel`` whose products have the operand ``x`` [N, rows, columns]."""
-    count, rows, columns = x.shape
+    grid, *launch_options = _launch(kernel, *x.shape, x.dtype, architecture)
+    return KernelCall(kernel, grid, arguments, *launch_options)
+
+
+@functools.lru_cache(maxsize=512)
+def _launch(
+    kernel: Any, count: int, rows: int, columns: int, dtype: torch.dtype, architecture: str
+) -> tuple[tuple[int, int], dict[str, int | str], int, int]:
+    """Grid, constants, warps and stages."""
     name = kernel.__name__.removesuffix("_kernel")
-    config = launch.config_of(name, count, rows, columns, x.dtype, architecture)
+    config = launch.config_of(name, count, rows, columns, dtype, architecture)
     down, across = triton.cdiv(rows, config.block_m), triton.cdiv(columns, config.block_n)
     constants = {
         "ROWS": rows,
@@ -154,12 +163,10 @@ def _call(kernel: Any, x: torch.Tensor, arguments: dict[str, Argument], architec
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "PRECISION": launch.precision_of(x.dtype, architecture),
+        "PRECISION": launch.precision_of(dtype, architecture),
     }
-    return KernelCall(
-        kernel,
+    return (
         (down * (down + 1) // 2 if name == "symmetric_product" else down * across, count),
-        arguments,
         {name: value for name, value in constants.items() if name in kernel.arg_names},
         config.num_warps,
         config.num_stages,
