@@ -6,8 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from nl_models.console import Display, duration
 from nl_models import console
+from nl_models.console import Display, duration
 
 
 class Clock:
