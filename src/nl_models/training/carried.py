@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,8 @@ class CarriedStates:
         if distances is None:
             return self._initial.copy()
         moved = _combined(torch.add, distances, self._initial)
+        if not begins.any():
+            return moved
         return HopeCache.join([moved, self._initial]).select(torch.arange(count) + count * begins)
 
     def after(self, part: int, cache: HopeCache) -> None:
@@ -63,14 +66,19 @@ class CarriedStates:
         return kind == "carried" and any(int(rest.split(".")[0]) in streams for streams in self._streams)
 
     def restore(self, structure: Any, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse of :meth:`describe`."""
+        """The inverse of :meth:`describe`, for the model with the checkpoint's weights."""
+        # Versions that began the names in the structure with the point kept the states themselves.
+        whole = '".' in json.dumps(structure)
         for part, streams in enumerate(self._streams):
             rows = [HopeCache(self._model.config) for _ in streams]
             for cache, stream in zip(rows, streams):
-                # Versions before began the names in the structure with the point.
                 get_tensor = lambda name, s=stream: tensors[f"carried/{s}.{name.lstrip('.')}"]  # noqa: E731
                 cache.rebuild({"seen": [0] * len(structure), "structure": structure}, get_tensor)
-            self._distances[part] = HopeCache.join(rows).to(self._model.device)
+            joined = HopeCache.join(rows).to(self._model.device)
+            if whole:
+                initial = HopeCache.initial(self._model, len(rows)).detach()
+                joined = _combined(torch.sub, joined, initial)
+            self._distances[part] = joined
 
 
 def _combined(function: Callable[..., torch.Tensor], cache: HopeCache, initial: HopeCache) -> HopeCache:
