@@ -5,6 +5,7 @@ The numbers come from ahead-of-time compilation (registers, spills), not from ti
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ def update_tile(width: int) -> tuple[int, int, int]:
     return max(1, _TILE // block_n), block_n, max(4, min(16, block_n // 512))
 
 
+@lru_cache
 def product_precision(dtype: torch.dtype, architecture: str) -> str:
     """How products compute for callers of ``dtype``: bf16 ones round operands to bf16, fp16 ones to tf32."""
     found = "bf16" if dtype == torch.bfloat16 else precision_of(dtype, architecture)
@@ -50,6 +52,21 @@ class Tiles(NamedTuple):
     stages: int
 
 
+@lru_cache(4096)
+def product_tiles(m: int, n: int, k: int, held: int, precision: str, architecture: str) -> Tiles:
+    """Tiles of a program that holds ``held`` products [m, n], each a sum over k, at once.
+
+    They are of 128 where both extents fill several, else of 64; a step takes 128 bytes of the contracted
+    one. Products in more than 16 bits, and several at once, take more registers a number: their tiles are
+    smaller.
+    """
+    side = 128 if min(m, n) >= 256 else 64
+    widest, deepest = (128, 64) if precision == "bf16" else (64, 32)
+    m, n = min(side, padded(m), widest), min(side, padded(n), widest if held == 1 else widest // 2)
+    stages = 2 if architecture.startswith("gfx") else 3
+    return Tiles(m, n, min(deepest, padded(k)), 8 if m * n > 64 * 64 else 4, stages)
+
+
 class Plan:
     """The calls of one function in their order; runs nothing.
 
@@ -66,17 +83,8 @@ class Plan:
         return self.x.new_empty(shape, dtype=operand_dtype(self.precision) if dtype is None else dtype)
 
     def tiles(self, m: int, n: int, k: int, *, held: int = 1) -> Tiles:
-        """Tiles of a program that holds ``held`` products [m, n], each a sum over k, at once.
-
-        They are of 128 where both extents fill several, else of 64; a step takes 128 bytes of the contracted
-        one. Products in more than 16 bits, and several at once, take more registers a number: their tiles are
-        smaller.
-        """
-        side = 128 if min(m, n) >= 256 else 64
-        widest, deepest = (128, 64) if self.precision == "bf16" else (64, 32)
-        m, n = min(side, padded(m), widest), min(side, padded(n), widest if held == 1 else widest // 2)
-        stages = 2 if self.architecture.startswith("gfx") else 3
-        return Tiles(m, n, min(deepest, padded(k)), 8 if m * n > 64 * 64 else 4, stages)
+        """:func:`product_tiles` of this function's products."""
+        return product_tiles(m, n, k, held, self.precision, self.architecture)
 
     def add(
         self,

@@ -24,6 +24,7 @@ from nl_kernels.ops.continuum.triton_forward import (
 from nl_kernels.triton_support.kernel_call import KernelCall, run_calls
 from nl_kernels.triton_support.language import activation, add_product, load_operand
 from nl_kernels.triton_support.targets import TARGETS, architecture_of
+from nl_kernels.triton_support.tiles import power_of_two
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -185,7 +186,7 @@ def add_sum_calls(
 def square_tiles(squares: torch.Tensor | None, name: str) -> dict[str, int]:
     """How many parts a row's squared length has, and the block that holds them."""
     parts = 0 if squares is None else squares.shape[2]
-    return {name: parts, "BLOCK_TILES": triton.next_power_of_2(max(1, parts))}
+    return {name: parts, "BLOCK_TILES": power_of_two(max(1, parts))}
 
 
 def plan_backward(

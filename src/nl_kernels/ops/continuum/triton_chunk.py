@@ -210,7 +210,7 @@ def _add_error_call(
     (batches, rows, width), hidden_width = inputs.shape, hidden.shape[2]
     tiles = plan.tiles(rows, width, hidden_width)
     error = plan.empty(*inputs.shape)
-    squares = plan.empty(batches, rows, triton.cdiv(width, tiles.n), dtype=torch.float32) if bounded else None
+    squares = plan.empty(batches, rows, -(-width // tiles.n), dtype=torch.float32) if bounded else None
     given = {"hidden": hidden, "down": down, "inputs": inputs, "value": value, "rows": rows}
     constants = {"WIDTH": width, "HIDDEN": hidden_width}
     plan.add(error_kernel, tiles, inputs.shape, constants, **given, out=out, error=error, squares=squares)
@@ -227,7 +227,7 @@ def _add_back_call(
 ) -> Signals:
     (batches, rows, width), hidden_width = error.shape, hidden.out.shape[2]
     tiles, shape = plan.tiles(rows, hidden_width, width), (batches, rows, hidden_width)
-    parts = batches, rows, triton.cdiv(hidden_width, tiles.n)
+    parts = batches, rows, -(-hidden_width // tiles.n)
     bounded, slopes = error_bound is not None, hidden[1:]
     signals = Signals(
         hidden.out,

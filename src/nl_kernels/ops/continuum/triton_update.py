@@ -108,7 +108,7 @@ def plan_update(*parts: Sequence[torch.Tensor] | float | None) -> list[KernelCal
         blocks_m, blocks_n, warps = zip(*tiles)
         columns = tuple(w.shape[-1] for w in weights)
         constants = {"COUNT": len(weights), "COLUMNS": columns, "BLOCKS_M": blocks_m, "BLOCKS_N": blocks_n}
-        programs, warps = sum(triton.cdiv(r, m) for r, m in zip(rows, blocks_m)), max(warps)
+        programs, warps = sum(-(-r // m) for r, m in zip(rows, blocks_m)), max(warps)
         calls.append(KernelCall(update_kernel, (programs,), arguments, constants, warps, 1))
     return calls
 

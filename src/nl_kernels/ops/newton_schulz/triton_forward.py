@@ -156,7 +156,7 @@ def _launch(
     """Grid, constants, warps and stages."""
     name = kernel.__name__.removesuffix("_kernel")
     config = launch.config_of(name, count, rows, columns, dtype, architecture)
-    down, across = triton.cdiv(rows, config.block_m), triton.cdiv(columns, config.block_n)
+    down, across = -(-rows // config.block_m), -(-columns // config.block_n)
     constants = {
         "ROWS": rows,
         "COLUMNS": columns,
