@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One thread a worker: threads of several processes on the same cores slow each other down tenfold.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 --durations-min=5
 
 .PHONY: help install lock demo test compiled instructions lanes newest lint docs bench bench-peers bench-gpu gpu-check aot \
 	evidence evidence-quick clean

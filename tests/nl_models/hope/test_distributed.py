@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nl_models import HopeCache, HopeConfig, HopeForCausalLM
 from nl_models.hope.configuration_hope import LAYER_TYPES
 from nl_models.surgery import convert_attention, convert_mlp_to_continuum
+from tests.nl_models.parallel.processes import on_ranks
 
 LEVELS = [{"hidden_size": 8, "chunk_size": 64}, {"hidden_size": 8, "chunk_size": 128}]
 
@@ -79,17 +80,12 @@ def check_converted(rank):
             assert gradients(model).any()
 
 
-def work(rank, file):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    try:
-        for variant in ("sequential", "nested", "independent"):
-            check_hope(rank, variant, checkpointing=variant == "nested")
-        check_converted(rank)
-    finally:
-        dist.destroy_process_group()
+def check(mesh):
+    for variant in ("sequential", "nested", "independent"):
+        check_hope(mesh.get_rank(), variant, checkpointing=variant == "nested")
+    check_converted(mesh.get_rank())
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    torch.multiprocessing.spawn(work, args=(tmp_path / "rendezvous",), nprocs=2)
+    on_ranks(2, tmp_path, check)

@@ -1,7 +1,6 @@
 """Orthogonalisation shared out over two processes (gloo) gives the steps of one process."""
 
 import copy
-import os
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from nl_models.optim import M3, DeltaMomentum, Muon, orthogonalise, split_parameters
 from nl_models.optim.shared_work import owners, run_shared
+from tests.nl_models.parallel.processes import on_ranks
 
 KINDS = [
     (Muon, {}),
@@ -128,22 +128,16 @@ def check_placements():
         DeltaMomentum([nn.Parameter(given[0])])
 
 
-def work(rank, file):
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    try:
-        check_placements()
-        for kind, options in KINDS:
-            check_training(rank, kind, options)
-        check_a_sharded_state_is_restored()
-    finally:
-        dist.destroy_process_group()
+def check(mesh):
+    check_placements()
+    for kind, options in KINDS:
+        check_training(mesh.get_rank(), kind, options)
+    check_a_sharded_state_is_restored()
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_give_the_steps_of_one(tmp_path):
-    torch.multiprocessing.spawn(work, args=(tmp_path / "rendezvous",), nprocs=2)
+    on_ranks(2, tmp_path, check)
 
 
 def test_the_dearest_go_to_the_least_loaded():
