@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from nl_kernels.checks import check_choice, check_tensor
@@ -45,12 +43,12 @@ def check_rule(rule: object, read: object, weights: DeepMemoryWeights) -> None:
     check_choice("read", read, READS)
 
 
-def check_step_dtype(held: list[torch.Tensor], others: Iterable[torch.Tensor | None]) -> None:
+def check_step_dtype(held: list[torch.Tensor], others: list[torch.Tensor]) -> None:
     """Check that a state's tensors are fp32, or fp64 where any of the others is, as the ops return it."""
-    dtypes = {x.dtype for x in held if x.is_floating_point()}
-    wide = torch.float64 in dtypes or any(x is not None and x.dtype == torch.float64 for x in others)
+    dtypes = {x.dtype for x in held}
+    wide = torch.float64 in dtypes or torch.float64 in {x.dtype for x in others}
     expected = torch.float64 if wide else torch.float32
-    for dtype in dtypes - {expected}:
+    for dtype in dtypes - {expected, torch.int64}:  # that of positions
         raise TypeError(f"state: expected {expected} for these inputs, got {dtype}; a state is fp32 or fp64")
 
 

@@ -13,7 +13,7 @@ layer whose outputs are those of all memories, one below the other.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -74,12 +74,6 @@ class Layout:
     width: int
     self_made: bool
     linear: bool
-
-    @classmethod
-    def of(cls, banks: int, tokens: Sequences, weights: tuple) -> Layout:
-        """That of a call on ``tokens`` with a state's ``weights``, which are absent where a layer is."""
-        linear = any(x is None for x in weights)
-        return cls(banks, tokens.value.shape[-1], tokens.gate is not None, linear)
 
     @property
     def projections(self) -> int:
@@ -221,9 +215,6 @@ class Op(NamedTuple):
     state: type
     weights: Callable
     takes: tuple[str, ...]
-
-    def sequences(self, tensors: Iterable[torch.Tensor | None]) -> Sequences:
-        return Sequences(**dict(zip(self.takes, tensors)))
 
 
 class Request(NamedTuple):

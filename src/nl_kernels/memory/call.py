@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 
@@ -9,10 +10,10 @@ import torch
 
 from nl_kernels.checks import has_readable_data, state_dtype
 from nl_kernels.chunk_alignment import ChunkGrid, place_on_grid
-from nl_kernels.dispatch import compiler_at_work, needs_gradient, without_autocast
-from nl_kernels.memory.bank import Call, Layers, Layout, Request
+from nl_kernels.dispatch import below_autograd, compiler_at_work, needs_gradient, without_autocast
+from nl_kernels.memory.bank import Call, Layers, Layout, Request, Sequences
 from nl_kernels.memory.chunk import BankRule
-from nl_kernels.memory.generate import source_of
+from nl_kernels.memory.generate import GeneratedTokens, GivenTokens
 from nl_kernels.memory.kernels import call as kernels_call
 from nl_kernels.memory.loop import Loop, run_segments
 from nl_kernels.memory.segments import footprint, plan_segments
@@ -25,6 +26,7 @@ from nl_kernels.memory_checks import (
     head_parameter,
     per_sequence,
 )
+from nl_kernels.memory_rule import l2_normalize
 from nl_kernels.zero_gradients import with_zero_gradients
 
 
@@ -58,8 +60,9 @@ def run(
         if implementation == "reference":
             o, final = reference(*inputs, anchor, state, rule=rule, read=read, mask=mask, **gates)
         else:
-            tokens = op.sequences(inputs)
-            layout = Layout.of(batch * tokens.value.shape[2], tokens, initial)
+            tokens = Sequences(**dict(zip(op.takes, inputs)))
+            heads, width = tokens.value.shape[2:]
+            layout = Layout(batch * heads, width, bool(gates), any(x is None for x in initial))
             banks = (state.running, state.snapshot, anchor if rule.anchored else None, state.momentum)
             banks = (None if x is None else layout.blocks_of(x) for x in banks)
             made = (layout, tokens, tuple(gates.values()), *banks, state.position)
@@ -79,13 +82,12 @@ def run(
 def run_step(request: Request, inplace: bool) -> tuple[torch.Tensor, tuple]:
     """One token of an op, as :func:`run` without the time axis, which does it for gradients and kernels."""
     tensors, weights, state, mask = request.tensors, request.weights, request.state, request.mask
-    held, own = tensors_in(state), tensors_in(weights)
     if inplace:
-        check_own_memory(state, held, own)
-    leaves = tuple(x for x in request.gates.values() if isinstance(x, torch.Tensor))
+        check_own_memory(state, tensors_in(state), tensors_in(weights))
     differentiable = request.implementation == "reference" or needs_gradient(*tensors)
     if torch.is_grad_enabled():
-        differentiable = differentiable or needs_gradient(*own, *held, *leaves)
+        leaves = (x for x in request.gates.values() if isinstance(x, torch.Tensor))
+        differentiable = differentiable or needs_gradient(*tensors_in((weights, state)), *leaves)
     if differentiable or request.implementation == "triton":
         if inplace and differentiable:
             raise ValueError("inplace: not where gradients are needed, nor with impl='reference'")
@@ -93,10 +95,12 @@ def run_step(request: Request, inplace: bool) -> tuple[torch.Tensor, tuple]:
         mask = None if mask is None else mask[:, None]
         o, after = run(request._replace(tensors=tensors, mask=mask))
         return o.squeeze(1), map_tensors(torch.Tensor.copy_, state, after) if inplace else after
-    check_step_dtype(held, (*tensors, *own))
+    check_step_dtype(tensors_in(state), tensors_in((tensors, weights)))
     if mask is not None and mask.device.type == "cpu" and has_readable_data(mask) and bool(mask.all()):
         request = request._replace(mask=None)
-    with without_autocast(tensors[0].device.type):
+    # What is written in place counts its changes for autograd.
+    unseen = contextlib.nullcontext() if inplace else below_autograd()
+    with without_autocast(tensors[0].device.type), unseen:
         o, state = step_token(request, inplace)
     return o.to(tensors[0].dtype), state
 
@@ -141,7 +145,11 @@ def learn_on_grid(
     block = math.gcd(clocks[1] // chunk, truncate_every or 0)
     block = block if layout.self_made else max(1, 512 // chunk)
     tokens = map_tensors(by_head, call.tokens)
-    source, sequences = source_of(request.rule, layout, tokens, applied, block, False)
+    query, key, value, gate, rate, log_decay, momentum = tokens
+    source, sequences = GivenTokens(block), (query, key, value, rate, log_decay, momentum, applied)
+    if layout.self_made:
+        source = GeneratedTokens(request.rule, layout, block)
+        sequences = (key, value, l2_normalize(query), gate, momentum, rate, applied)
     constants = tuple(x.repeat(batch)[:, None, None] for x in call.gates)
     loop = Loop(
         BankRule(request.rule, request.read, layout),

@@ -7,7 +7,6 @@ as in :mod:`nl_kernels.memory.bank`; N = sequences × heads, c tokens in a chunk
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -49,15 +48,6 @@ class Tokens(NamedTuple):
     scale: torch.Tensor | None = None
 
 
-def counted(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """η, log α and μ; in places that hold no token 0, 0 and 1."""
-    rate, log_decay, momentum, applied = tokens[3:7]
-    if applied is not None:
-        rate, log_decay = rate * applied, log_decay.masked_fill(applied == 0, 0)
-        momentum = None if momentum is None else momentum.where(applied != 0, 1)
-    return rate, log_decay, momentum
-
-
 class Prepared(NamedTuple):
     """What depends on no state: [N, c, ·], or [N, n, c, ·] of n chunks.
 
@@ -75,8 +65,11 @@ class Prepared(NamedTuple):
 
 def prepare(rule: MemoryRule, tokens: Tokens) -> Prepared:
     """What depends on tokens alone, of one chunk or of several."""
-    k, (rate, log_decay, momentum) = tokens.k, counted(tokens)
-    flat = (None if x is None else x[..., 0] for x in (log_decay, momentum, tokens.applied))
+    k, (rate, log_decay, momentum, applied) = tokens.k, tokens[3:7]
+    if applied is not None:  # places that hold no token retain all
+        rate, log_decay = rate * applied, log_decay.masked_fill(applied == 0, 0)
+        momentum = None if momentum is None else momentum.where(applied != 0, 1)
+    flat = (None if x is None else x[..., 0] for x in (log_decay, momentum, applied))
     coefficients = chunk_coefficients(*flat)
     first_rate, gram, erase = rate, None, None
     if rule.erases(True):
@@ -193,8 +186,12 @@ def learn(
         parts = read_layers(bank, weights, layers, writes)
         o, probe, reads = _running_read(bank, tokens.query, parts, prepared.coefficients, keep)
     else:
-        o, probe = apply(rule, tokens.query, map(layout.read_weights, base[: layout.read_layers]), keep)
-        reads = []
+        o, probe, reads = tokens.query, None, []
+        for i, layer in enumerate(base[: layout.read_layers]):
+            if i == 1:
+                probe = activated(o, rule, sloped=keep, curved=False)
+                o = probe.value
+            o = torch.bmm(o, layout.read_weights(layer).mT)
     if rule.residual:
         o = o + tokens.query
     learned = Learned(made, layers, writes, probe, reads) if keep else None
@@ -202,24 +199,13 @@ def learn(
 
 
 def errors_of(
-    bank: BankRule,
-    tokens: Tokens,
-    base: Layers,
-    anchor: Layers,
-    keep: bool,
-    recalled: torch.Tensor | None = None,
+    bank: BankRule, tokens: Tokens, base: Layers, anchor: Layers, keep: bool
 ) -> tuple[Errors, list[torch.Tensor]]:
-    """Errors at the snapshot and what of them reaches the hidden layers; outputs at values or queries.
-
-    Errors at an anchor are those there, or at ``base`` without what the changes have ``recalled`` of the keys
-    [N, c, out], for who has no anchor apart.
-    """
+    """Errors at the snapshot and what of them reaches the hidden layers; outputs at values or queries."""
     rule, layout = bank.rule, bank.layout
     k, v, size = tokens.k, tokens.v, tokens.k.shape[1]
     hidden = signal = None
-    at_anchor = bank.errs_at_anchor and recalled is None
-    subtracts_first = layout.self_made and not at_anchor
-    if layout.linear and subtracts_first:
+    if layout.linear and bank.subtracts_first:
         x = features = k - v
     else:
         x = features = bank.inputs(tokens)
@@ -227,10 +213,10 @@ def errors_of(
         curved = keep and (layout.self_made or slice(size))  # where the adjoint needs the curvature
         hidden = activated(torch.bmm(x, base[0].mT), rule, curved=curved)
         features = hidden.value
-        if subtracts_first:
+        if bank.subtracts_first:
             features = features[:, :size] - features[:, size:]
     lasts = layout.lasts(base)
-    if at_anchor:
+    if bank.errs_at_anchor:
         errors = [torch.bmm(k, anchor[0].mT)]
         others = [torch.bmm(features[:, size:], base[0].mT)]
         if layout.self_made:
@@ -239,8 +225,6 @@ def errors_of(
         errors, others = [torch.bmm(part, w.mT) for part, w in zip(layout.split(features), lasts)], []
         if features.shape[1] > size:
             errors, others = ([y[:, rows] for y in errors] for rows in (slice(size), slice(size, None)))
-        if recalled is not None:
-            errors[0] -= recalled
     factor, unscaled = _finish_errors(bank, errors, k, v), None
     if tokens.scale is not None:
         scaled = layout.read_outputs(errors[0])
@@ -341,14 +325,3 @@ def _running_read(bank: BankRule, query, parts: list[tuple], coefficients: Coeff
         y, done = read(y, layer, coefficients)
         reads.append(done)
     return y, probe, reads
-
-
-def apply(rule: MemoryRule, x: torch.Tensor, layers: Iterable[torch.Tensor], keep: bool = False):
-    """f(x) of a memory of such layers, and the hidden layer."""
-    probe = None
-    for i, weights in enumerate(layers):
-        if i == 1:
-            probe = activated(x, rule, sloped=keep, curved=False)
-            x = probe.value
-        x = torch.bmm(x, weights.mT)
-    return x, probe

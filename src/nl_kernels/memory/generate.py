@@ -7,22 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nl_kernels.memory.bank import Layers, Layout, Sequences
+from nl_kernels.memory.bank import Layers, Layout
 from nl_kernels.memory.chunk import Tokens
 from nl_kernels.memory.hidden import Activated, activated, hidden_adjoint, row_dot
 from nl_kernels.memory.segments import State
-from nl_kernels.memory_rule import MemoryRule, inverse_norm, l2_normalize
-
-
-def source_of(
-    rule: MemoryRule, layout: Layout, tokens: Sequences, applied: torch.Tensor | None, block: int, reads: bool
-) -> tuple[GivenTokens | GeneratedTokens, State]:
-    """Where tokens [N, T, ·] come from, with the sequences that it takes; ``block``, ``reads`` as in both."""
-    query, key, value, gate, rate, log_decay, momentum = tokens
-    if gate is None:
-        return GivenTokens(block), (query, key, value, rate, log_decay, momentum, applied)
-    sequences = (key, value, l2_normalize(query), gate, momentum, rate, applied)
-    return GeneratedTokens(rule, layout, block, reads), sequences
+from nl_kernels.memory_rule import MemoryRule, inverse_norm
 
 
 class _Made(NamedTuple):
@@ -35,7 +24,6 @@ class _Made(NamedTuple):
     rate: torch.Tensor  # its sigmoid
     retention: torch.Tensor  # before its sigmoid
     limit: torch.Tensor  # of the rate: the largest, and at most 1 + α
-    read: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,41 +52,37 @@ class GeneratedTokens:
     """As :class:`GivenTokens`, of tokens that the memories make.
 
     Sequences are inputs of key, value, query and gates [N, T, D], momentum, scale of writes and ``applied``
-    [N, T, 1] or ``None``; constants are largest rate and biases, [N, 1, 1] or, without adjoints, numbers.
+    [N, T, 1] or ``None``; constants are largest rate and biases, [N, 1, 1].
 
     Attributes:
         block: chunks between boundaries of the memories that make tokens, or between those and gradient cuts.
-        reads: two-layer memories also read at the snapshot, without residual; there is no adjoint of that.
     """
 
     rule: MemoryRule
     layout: Layout
     block: int
-    reads: bool
 
     def tokens(self, base: Layers, constants: State, sequences: State, keep: bool) -> tuple[Tokens, _Made]:
         key_in, value_in, query, gate_in, momentum, scale, applied = sequences
         rate_max, rate_bias, retention_bias = constants
-        inputs, hidden, read = None, None, ()
+        inputs, hidden = None, None
         if self.layout.linear:
             key, value, gate = self._linear(base)
             k, v = torch.baddbmm(key_in, key_in, key.mT), torch.baddbmm(value_in, value_in, value.mT)
             rate, retention = torch.bmm(gate_in, gate.mT).split_with_sizes((1, 1), -1)
         else:
-            rows, wide = len(query), (key_in, value_in, query)[: 2 + self.reads]
-            inputs = torch.cat(wide), torch.cat([gate_in, gate_in])
+            rows, inputs = 2 * len(query), (torch.cat([key_in, value_in]), torch.cat([gate_in, gate_in]))
             z = [torch.bmm(x, w.mT) for x, w in zip(inputs, self._firsts(base))]
             hidden = activated(torch.cat(z), self.rule, sloped=keep, curved=False)
-            made = torch.bmm(hidden.value[: -2 * rows], base[1][: len(wide) * rows].mT)
-            made[: 2 * rows].add_(inputs[0][: 2 * rows])
-            k, v, *read = made.chunk(len(wide))
-            rate, retention = torch.bmm(hidden.value[-2 * rows :], base[2].mT).chunk(2)
+            made = torch.bmm(hidden.value[:rows], base[1][:rows].mT)
+            k, v = made.add_(inputs[0]).chunk(2)
+            rate, retention = torch.bmm(hidden.value[rows:], base[2].mT).chunk(2)
         key_scale = inverse_norm(k)
         k = k.mul_(key_scale)
         rate, retention = torch.sigmoid(rate + rate_bias), retention + retention_bias
         log_decay = torch.nn.functional.logsigmoid(retention)
         limit = log_decay.exp().add_(1).clamp_(max=rate_max)
-        made = _Made(inputs, hidden, key_scale, k, rate, retention, limit, *read)
+        made = _Made(inputs, hidden, key_scale, k, rate, retention, limit)
         return Tokens(query, k, v, rate * limit, log_decay, momentum, applied, scale), made
 
     def tokens_adjoint(
@@ -124,8 +108,8 @@ class GeneratedTokens:
         return key, value, gate
 
     def _firsts(self, base: Layers) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first layers of those that make keys and values, or read, and of those that make gates."""
-        return base[0][: (2 + self.reads) * self.layout.banks], base[0][3 * self.layout.banks :]
+        """The first layers of those that make keys and values, and of those that make gates."""
+        return base[0][: 2 * self.layout.banks], base[0][3 * self.layout.banks :]
 
     def _linear_adjoint(self, base, sequences, made, d_k, d_v, d_gates, d_base):
         """Of the inputs of keys, values and gates; adds to ``d_base``."""
