@@ -31,7 +31,11 @@ def test_there_is_one_for_each_size_of_the_paper():
     assert [recipe.stem for recipe in RECIPES] == ["1.3b", "340m", "760m"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(path, marks=() if path is RECIPES[0] else pytest.mark.slow) for path in RECIPES],
+    ids=lambda path: path.stem,
+)
 def test_a_recipe_is_planned_and_trains(recipe, corpus, tmp_path):
     config = load_config(recipe)
     sizes = preset_options(recipe.stem)

@@ -61,9 +61,9 @@ print(json.dumps([found.__module__, found.__name__, logits[0, -1].tolist(), text
 """
 
 
-# The hybrid has levels too; what the other two add is the name of a class.
+# The hybrid has levels too; what the others add is the name of a class.
 @pytest.mark.parametrize(
-    "name", ["hope", "hybrid", *(pytest.param(n, marks=pytest.mark.slow) for n in ("levels", "gpt2"))]
+    "name", ["hybrid", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hope", "levels", "gpt2"))]
 )
 def test_a_process_without_this_package_loads_it(tmp_path, name):
     torch.manual_seed(0)

@@ -47,7 +47,7 @@ def console():
     return Console(file=io.StringIO(), force_terminal=False, width=100)
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("at_once", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_run_is_what_it_is_alone(jobs, tmp_path, at_once):
     shown = console()
     seconds = train_several(jobs, at_once=at_once, console=shown)

@@ -229,7 +229,9 @@ def test_refuses_what_the_kernels_do_not_serve():
             deep_memory(**x, **{"chunk_size": 4, **options}, impl="triton")
 
 
-@pytest.mark.parametrize("hidden", [12, None], ids=["two layers", "linear"])
+@pytest.mark.parametrize(
+    "hidden", [pytest.param(12, marks=pytest.mark.slow), None], ids=["two layers", "linear"]
+)
 def test_operators_pass_opcheck(hidden):
     assert_operators_pass_opcheck(*bank_inputs(hidden))
 

@@ -143,7 +143,7 @@ MASK = torch.tensor([[1] * 9, [0, 0, 1, 1, 0, 1, 1, 1, 0]], dtype=torch.bool)
     [
         pytest.param(None, (4, 4), marks=SLOW),
         (None, (2, 4)),
-        (None, (4, 2)),
+        pytest.param(None, (4, 2), marks=SLOW),
         pytest.param(5, (2, 4), marks=SLOW),
     ],
 )
