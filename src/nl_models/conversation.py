@@ -206,8 +206,12 @@ class HopeConversation:
             with torch.no_grad():
                 parameters.move_levels(self.cache, parameters.weights(state.changes), -1)
                 parameters.move_levels(self.cache, parameters.weights(self.learner.state.changes), 1)
+        after = 0.0
         with Display(console, total=total, label="again") as display:
-            after, _ = self._read(ids, self.cache, display.advance)
+            for document in ids:  # whole or not at all, should Ctrl-C stop it
+                cache = self.cache.copy()
+                nats, _ = self._read([document], cache, display.advance)
+                after, self.cache = after + nats, cache
         steps = sum(report.steps)
         return Learned(len(documents), total, steps, before / total, float(report.loss), after / total)
 

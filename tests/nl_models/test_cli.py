@@ -26,6 +26,7 @@ from nl_models.continual import ContinuumLearner, StepRule
 from nl_models.conversation import begin_conversation
 from nl_models.data.tokenizer import ByteTokenizer
 from nl_models.files import only_writer
+from nl_models.layers.state_cache import StateCacheLayer
 from nl_models.open_model import open_model
 from nl_models.replies import Sampling, until
 from nl_models.training.checkpoint import list_checkpoints
@@ -186,6 +187,33 @@ def test_what_was_learned_before_ctrl_c_is_kept(hope, corpus, tmp_path, monkeypa
     text = (corpus / "1.txt").read_text()
     losses = [begin_conversation(open_model(hope), path).loss(text)[0] for path in (None, memory)]
     assert losses[1] < 0.95 * losses[0]
+
+
+def test_ctrl_c_while_documents_are_read_again_leaves_whole_ones(hope, corpus, tmp_path, monkeypatch):
+    memory, learn, commit = tmp_path / "memory.safetensors", ContinuumLearner.learn, StateCacheLayer.commit
+    calls = []
+
+    def learned(learner, stream, **options):
+        report = learn(learner, stream, **options)
+        calls.append(0)
+        return report
+
+    def stopped(layer, *arguments):
+        if calls:
+            calls.append(arguments[1])
+            if len(calls) == 7:  # one layer has read the beginning of the second text, the other not
+                raise KeyboardInterrupt
+        commit(layer, *arguments)
+
+    monkeypatch.setattr(ContinuumLearner, "learn", learned)
+    monkeypatch.setattr("nl_models.cli.other_text", lambda opened: ("other text", "of a few words"))
+    monkeypatch.setattr(StateCacheLayer, "commit", stopped)
+    files = [corpus / "0.txt", corpus / "1.txt"]
+    call("learn", hope, *files, "--memory", memory, code=2)
+    monkeypatch.undo()
+    cache = begin_conversation(open_model(hope), memory).cache
+    assert [layer.seen for layer in cache.layers] == [files[0].stat().st_size + 1] * 2
+    assert cache.layers[0].unread is not None
 
 
 def test_a_text_that_is_too_short_to_learn_from_is_read(hope, corpus, tmp_path):

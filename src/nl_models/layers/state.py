@@ -122,7 +122,10 @@ def row_indices(rows: torch.Tensor | Sequence[int], batch_size: int) -> torch.Te
     Raises:
         ValueError: no such rows, or none.
     """
-    found = torch.as_tensor(rows)
+    try:
+        found = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):  # no numbers, which is said below
+        found = torch.empty(0)
     if found.dtype == torch.bool and found.shape == (batch_size,):
         found = found.nonzero()[:, 0]
     integers = not (found.is_floating_point() or found.dtype == torch.bool) and found.ndim == 1
