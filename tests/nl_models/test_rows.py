@@ -207,7 +207,7 @@ def test_a_cache_of_a_call_that_ended_midway_is_refused(name, tmp_path):
         lambda: torn.select([0]),
         lambda: type(torn).join([torn, cache]),
     ):
-        with pytest.raises(ValueError, match="cache: a call of the model has ended midway, .* read 6 to 8"):
+        with pytest.raises(ValueError, match=r"cache: a call of the model has ended midway, .* read 6 to 8"):
             refused()
     assert not any(tmp_path.iterdir())
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_what_cannot_be_joined_or_selected_is_refused():
     with pytest.raises(ValueError, match="rows: none of 2 would be left"):
         cache.remove([0, 1])
     for refused in (HopeCache.select, HopeCache.remove, lambda empty, rows: empty.reset(rows, model)):
-        with pytest.raises(ValueError, match="rows: there are none yet; begin with HopeCache.initial"):
+        with pytest.raises(ValueError, match=r"rows: there are none yet; begin with HopeCache\.initial"):
             refused(HopeCache(model.config), [0])
     hybrid = convert_attention(make_model("llama"), [0], kind="delta_memory")
     memories = convert_attention(make_model("llama"), [0, 1], kind="delta_memory")
