@@ -178,7 +178,11 @@ class HopeConversation:
     def _load(self, memory: Path, keep: FileOptions | None, allow_other_model: bool) -> None:
         if not _is_learned(memory):
             weights = None if allow_other_model else self.weights
-            self.cache = HopeCache.load(memory, self.model.config, self.model.device, weights=weights)
+            try:
+                self.cache = HopeCache.load(memory, self.model.config, self.model.device, weights=weights)
+            except ValueError as error:
+                told = str(error).removeprefix("path: ")
+                raise ValueError(f"memory: {told}; name another file for a new memory") from error
             return
         packed = memory_file.read(memory)
         self.learner.load_state_dict(packed, source=str(memory), allow_other_model=allow_other_model)

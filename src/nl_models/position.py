@@ -122,7 +122,9 @@ def main(
     device: Annotated[
         str, typer.Option(help="'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")
     ] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")
+    ] = None,
 ) -> None:
     """Measure a model's loss on documents, or by the distance from the start of a text.
 
@@ -160,8 +162,6 @@ def main(
     target = output / "position.json"
     with explained_errors():
         if threads is not None:
-            if threads < 1:
-                raise ValueError(f"threads: expected at least 1, got {threads}")
             torch.set_num_threads(threads)
         for name, value in (("generate", generate), ("turns", turns)):
             if value < 0:

@@ -303,7 +303,10 @@ class StatefulCache:
                     raise ValueError(f"path: {path} was saved from a model of another config")
                 saved = metadata.pop("weights", None)
                 if weights is not None and saved not in (None, weights):
-                    raise ValueError(f"path: {path} was saved from a model with other weights")
+                    raise ValueError(
+                        f"path: {path} was saved from a model with other weights; weights=None "
+                        "(--allow-other-model) uses it with this one all the same"
+                    )
                 described = {name: json.loads(value) for name, value in metadata.items()}
                 cache.rebuild(described, file.get_tensor)
         except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
