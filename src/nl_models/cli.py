@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from nl_kernels import doctor as doctor_command
 from nl_models import demo, position, profile, train
-from nl_models.console import OtherModel, explained_errors, fail
+from nl_models.console import OtherModel, explained_errors, fail, without_progress_bars
 from nl_models.continual.memory_file import DTYPES, FileOptions
 from nl_models.conversation import begin_conversation, other_text
 from nl_models.data.corpus import read_documents
@@ -289,7 +289,7 @@ def _writing(memory: Path | None) -> contextlib.AbstractContextManager[None]:
 
 
 def _save(output: Path, model: PreTrainedModel, tokenizer: AnyTokenizer) -> None:
-    with new_directory(output) as folder:
+    with new_directory(output) as folder, without_progress_bars():
         model.save_pretrained(folder)
         for_transformers(tokenizer).save_pretrained(folder)
 

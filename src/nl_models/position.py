@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -248,6 +249,8 @@ def _of_documents(paths: list[Path], plain: Conversation, remembering: Conversat
 def _open_run(folder: Path, device: torch.device) -> _Run:
     if not (folder / "config.json").is_file():
         raise ValueError(f"run: {folder} is not a training run (it has no config.json)")
+    if "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8")):  # transformers'
+        raise ValueError(f"run: {folder} is a model and no training run; give documents to measure it with")
     config = load_config(folder / "config.json")
     if not (folder / "model").is_dir():
         raise ValueError(
