@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all."""
 
 import ast
+import contextlib
 import errno
 import os
 import time
@@ -177,18 +178,15 @@ def test_a_full_disk_is_the_same_error_whoever_writes(tmp_path):
 
 @pytest.mark.parametrize("writer", ["mkstemp", "mkdtemp"])
 def test_what_is_refused_is_told_by_its_own_name(writer, tmp_path, monkeypatch):
-    """As in a folder in which nothing may be written: not by the hidden name that it has until it is whole."""
+    """As in a folder in which nothing may be written: not by the hidden name it has until it is whole."""
 
     def refused(prefix, dir):
         raise PermissionError(errno.EACCES, "Permission denied", f"{dir}/{prefix}x")
 
     monkeypatch.setattr(f"nl_models.files.tempfile.{writer}", refused)
-    with pytest.raises(PermissionError) as caught:
-        if writer == "mkstemp":
-            write_bytes(tmp_path / "name", b"new")
-        else:
-            with new_directory(tmp_path / "name"):
-                raise AssertionError("entered the block")
+    write = {"mkstemp": lambda path: write_bytes(path, b"new"), "mkdtemp": lambda path: new_directory(path)}
+    with pytest.raises(PermissionError) as caught, contextlib.ExitStack() as stack:
+        stack.enter_context(write[writer](tmp_path / "name"))
     assert caught.value.filename == str(tmp_path / "name")
 
 

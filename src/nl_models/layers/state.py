@@ -214,7 +214,13 @@ def with_pending(state: ContinuumLevelState, tokens: int) -> ContinuumLevelState
 
 
 def save_state(path: str | os.PathLike, state: State) -> None:
-    """Write the state of a layer to a safetensors file, whole or not at all."""
+    """Write the state of a layer to a safetensors file, whole or not at all.
+
+    Raises:
+        ValueError: there is no state.
+    """
+    if state is None:
+        raise ValueError("state: expected that of a layer, got None; call the layer with output_state=True")
     tensors: dict[str, torch.Tensor] = {}
     description = describe_state(state, "state", tensors)
     metadata = {"format": STATE_FORMAT, "structure": json.dumps(description)}
