@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from nl_kernels import doctor as doctor_command
 from nl_models import demo, position, profile, train
-from nl_models.console import OtherModel, explained_errors, fail
+from nl_models.console import OtherModel, explained_errors, fail, without_progress_bars
 from nl_models.continual.memory_file import DTYPES, FileOptions
 from nl_models.conversation import begin_conversation, other_text
 from nl_models.data.corpus import read_documents
@@ -216,7 +216,8 @@ def learn(
         table.add_row(name, losses[0], "–", losses[1])
         console.print(table)
         if not found.steps:
-            _print(console, "nothing was learned: too short a text for a single step; it was only read")
+            why = "too short a text for a single step" if rate is None or any(rate) else "at a rate of 0"
+            _print(console, f"nothing was learned: {why}; it was only read")
         _print(console, f"{memory}: {_mib(memory.stat().st_size)}")
 
 
@@ -288,7 +289,7 @@ def _writing(memory: Path | None) -> contextlib.AbstractContextManager[None]:
 
 
 def _save(output: Path, model: PreTrainedModel, tokenizer: AnyTokenizer) -> None:
-    with new_directory(output) as folder:
+    with new_directory(output) as folder, without_progress_bars():
         model.save_pretrained(folder)
         for_transformers(tokenizer).save_pretrained(folder)
 
@@ -315,8 +316,11 @@ def _smaller(dtype: str | None, rank: int | None) -> FileOptions:
 
 
 def _seed(seed: int | None) -> None:
-    if seed is not None:
-        torch.manual_seed(seed)
+    if seed is None:
+        return
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
+    torch.manual_seed(seed)
 
 
 def _lines() -> Iterator[str]:

@@ -178,7 +178,11 @@ class HopeConversation:
     def _load(self, memory: Path, keep: FileOptions | None, allow_other_model: bool) -> None:
         if not _is_learned(memory):
             weights = None if allow_other_model else self.weights
-            self.cache = HopeCache.load(memory, self.model.config, self.model.device, weights=weights)
+            try:
+                self.cache = HopeCache.load(memory, self.model.config, self.model.device, weights=weights)
+            except ValueError as error:
+                told = str(error).removeprefix("path: ")
+                raise ValueError(f"memory: {told}; name another file for a new memory") from error
             return
         packed = memory_file.read(memory)
         self.learner.load_state_dict(packed, source=str(memory), allow_other_model=allow_other_model)
@@ -206,8 +210,12 @@ class HopeConversation:
             with torch.no_grad():
                 parameters.move_levels(self.cache, parameters.weights(state.changes), -1)
                 parameters.move_levels(self.cache, parameters.weights(self.learner.state.changes), 1)
+        after = 0.0
         with Display(console, total=total, label="again") as display:
-            after, _ = self._read(ids, self.cache, display.advance)
+            for document in ids:  # whole or not at all, should Ctrl-C stop it
+                cache = self.cache.copy()
+                nats, _ = self._read([document], cache, display.advance)
+                after, self.cache = after + nats, cache
         steps = sum(report.steps)
         return Learned(len(documents), total, steps, before / total, float(report.loss), after / total)
 

@@ -82,7 +82,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     if path.exists():
         raise FileExistsError(f"{path} exists already")
     make_folder(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{path.name}-", dir=path.parent))
+    with _named(path):
+        temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{path.name}-", dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
@@ -165,9 +166,10 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         kind = "a folder" if path.is_dir() else "no ordinary file (a device, a pipe)"
         raise FileExistsError(f"path: '{path}' is {kind}; name a file that can be replaced")
     _remove_left_overs(path)
-    handle, name = _temporary(path)
+    with _named(path):
+        handle, name = _temporary(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with _named(path), os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -185,6 +187,16 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 def write_json(path: Path, value: object) -> None:
     """Replace the file ``path`` by ``value`` as indented JSON in one step."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What the system refuses within the block is of ``path``, under whatever name, or none, it says so."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _umask() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -122,7 +123,9 @@ def main(
     device: Annotated[
         str, typer.Option(help="'auto' (CUDA when there), 'cpu', 'cuda' or 'cuda:N'.")
     ] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")
+    ] = None,
 ) -> None:
     """Measure a model's loss on documents, or by the distance from the start of a text.
 
@@ -160,8 +163,6 @@ def main(
     target = output / "position.json"
     with explained_errors():
         if threads is not None:
-            if threads < 1:
-                raise ValueError(f"threads: expected at least 1, got {threads}")
             torch.set_num_threads(threads)
         for name, value in (("generate", generate), ("turns", turns)):
             if value < 0:
@@ -248,6 +249,8 @@ def _of_documents(paths: list[Path], plain: Conversation, remembering: Conversat
 def _open_run(folder: Path, device: torch.device) -> _Run:
     if not (folder / "config.json").is_file():
         raise ValueError(f"run: {folder} is not a training run (it has no config.json)")
+    if "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8")):  # transformers'
+        raise ValueError(f"run: {folder} is a model and no training run; give documents to measure it with")
     config = load_config(folder / "config.json")
     if not (folder / "model").is_dir():
         raise ValueError(

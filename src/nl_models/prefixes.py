@@ -103,6 +103,11 @@ class PrefixStore:
             return self._kind.load(self._path(key), self.model.config, input_device(self.model))
         except FileNotFoundError:  # another process needed the room
             return None
+        except ValueError as error:
+            if error.__cause__ is None:  # whole, and of another model
+                raise
+            self._path(key).unlink(missing_ok=True)  # damaged: what it was of is read once more
+            return None
 
     def _keep(self, key: Key, cache: StatefulCache) -> None:
         if cache.num_bytes() > self.max_bytes:
@@ -111,10 +116,14 @@ class PrefixStore:
             self._held.pop(key, None)
             self._held[key] = cache.copy()
         else:
-            if not self._path(key).exists():
-                cache.save(self._path(key))
+            path = self._path(key)
+            if not path.exists():
+                cache.save(path)
             with contextlib.suppress(FileNotFoundError):  # another process needed the room
-                _mark_as_used(self._path(key))
+                if path.stat().st_size > self.max_bytes:  # with its header
+                    path.unlink()
+                    return
+                _mark_as_used(path)
         for oldest, size in self._sizes().items():
             if self.num_bytes() <= self.max_bytes or not size:
                 break
@@ -159,10 +168,16 @@ def _mark_as_used(path: Path) -> None:
 
 
 def _one_row(ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
-    ids = torch.as_tensor(ids)
-    if ids.is_floating_point() or ids.dtype == torch.bool or ids.squeeze(0).ndim != 1 or not ids.numel():
-        raise ValueError(f"ids: expected at least one token, [T] or [1, T], got shape {tuple(ids.shape)}")
-    return ids.reshape(-1).long()
+    try:
+        found = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"ids: expected tokens [T] or [1, T], got {type(ids).__name__}") from error
+    row = found.reshape(-1) if found.ndim == 1 or (found.ndim == 2 and len(found) == 1) else found[..., :0]
+    if found.is_floating_point() or found.dtype == torch.bool or not row.numel():
+        raise ValueError(
+            f"ids: expected at least one token, [T] or [1, T], got {found.dtype} {tuple(found.shape)}"
+        )
+    return row.long()
 
 
 def _digests(ids: torch.Tensor, lengths: Sequence[int]) -> dict[int, str]:

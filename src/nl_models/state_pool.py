@@ -64,12 +64,15 @@ class StatePool:
 
         Raises:
             ValueError: no such slots, one of them twice, another number than the cache has rows, or a cache
-                with tokens that were written or taken back and that nothing has read.
+                of another model, or with tokens that were written or taken back and that nothing has read.
         """
+        if not self._empty.is_for_same_models(cache):
+            raise ValueError("cache: expected one for the model of this pool, such as gather gives")
         slots = row_indices(slots, self.slots)
         if len(set(slots.tolist())) < len(slots) or cache.batch_size != len(slots):
             raise ValueError(
-                f"slots: expected a different one for each of {cache.batch_size} rows, got {slots.tolist()}"
+                f"slots: expected a different one for each of {max(cache.batch_size, 0)} rows, got "
+                f"{slots.tolist()}"
             )
         cache.end_recording()
         if cache.layers[0].unread is not None:

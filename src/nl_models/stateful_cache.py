@@ -105,6 +105,7 @@ class StatefulCache:
         Args:
             model: the model without its output layer.
         """
+        self._check_whole()
         if self._pending:
             pieces, self._pending, self._checkpoint = self._pending, (), None
             for piece in pieces:
@@ -112,7 +113,7 @@ class StatefulCache:
             self.activate_past_recording()
 
     def record(self, arguments: Mapping[str, Any]) -> None:
-        """Keep the arguments of a call of the model, so that a part of it can be read again."""
+        """Keep the arguments of a call of the model that is done, so that a part of it can be read again."""
         if self._checkpoint is not None:
             given = {name: value for name, value in arguments.items() if value is not None}
             self._pieces = (*self._pieces, given)
@@ -144,7 +145,28 @@ class StatefulCache:
     def _has_states(self) -> bool:
         return any(isinstance(layer, StateCacheLayer) for layer in self.layers)
 
+    def is_for_same_models(self, cache: StatefulCache) -> bool:
+        """Whether the models that can use ``cache`` can use this one, too."""
+        if type(cache) is not type(self):
+            return False
+        return cache._config is self._config or cache.fingerprint == self.fingerprint
+
+    def _check_whole(self) -> None:
+        """Raise ``ValueError`` where some layers have read more than others."""
+        lengths = {layer.get_seq_length() for layer in self.layers}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"cache: a call of the model has ended midway, its layers have read {min(lengths)} to "
+                f"{max(lengths)} columns; go on from a copy() or a file of before"
+            )
+
+    def _rows(self, rows: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        if self.batch_size < 1:
+            raise ValueError(f"rows: there are none yet; begin with {type(self).__name__}.initial(model, n)")
+        return row_indices(rows, self.batch_size)
+
     def _check_nothing_pends(self) -> None:
+        self._check_whole()
         if self._pending:
             raise ValueError(
                 f"cache: {sum(map(_columns, self._pending))} tokens wait to be read again after crop; call "
@@ -193,7 +215,7 @@ class StatefulCache:
             ValueError: no such rows, or none.
         """
         chosen = self.copy()
-        chosen.batch_select_indices(row_indices(rows, self.batch_size))
+        chosen.batch_select_indices(self._rows(rows))
         return chosen
 
     def remove(self: Self, rows: torch.Tensor | Sequence[int]) -> Self:
@@ -202,8 +224,11 @@ class StatefulCache:
         Raises:
             ValueError: no such rows, or none would be left.
         """
+        gone = self._rows(rows)
         left = torch.ones(self.batch_size, dtype=torch.bool)
-        left[row_indices(rows, self.batch_size)] = False
+        left[gone] = False
+        if not left.any():
+            raise ValueError(f"rows: none of {self.batch_size} would be left; drop the cache, or reset() it")
         return self.select(left)
 
     def reset(
@@ -224,7 +249,7 @@ class StatefulCache:
             return
         if model is None:
             raise ValueError("model: expected the model of this cache, whose parameters are where rows start")
-        rows = row_indices(rows, self.batch_size)
+        rows = self._rows(rows)
         begun = type(self).initial(model, len(rows))
         order = torch.arange(self.batch_size)
         order[rows] = self.batch_size + torch.arange(len(rows))
@@ -278,7 +303,10 @@ class StatefulCache:
                     raise ValueError(f"path: {path} was saved from a model of another config")
                 saved = metadata.pop("weights", None)
                 if weights is not None and saved not in (None, weights):
-                    raise ValueError(f"path: {path} was saved from a model with other weights")
+                    raise ValueError(
+                        f"path: {path} was saved from a model with other weights; weights=None "
+                        "(--allow-other-model) uses it with this one all the same"
+                    )
                 described = {name: json.loads(value) for name, value in metadata.items()}
                 cache.rebuild(described, file.get_tensor)
         except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:

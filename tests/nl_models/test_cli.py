@@ -26,6 +26,7 @@ from nl_models.continual import ContinuumLearner, StepRule
 from nl_models.conversation import begin_conversation
 from nl_models.data.tokenizer import ByteTokenizer
 from nl_models.files import only_writer
+from nl_models.layers.state_cache import StateCacheLayer
 from nl_models.open_model import open_model
 from nl_models.replies import Sampling, until
 from nl_models.training.checkpoint import list_checkpoints
@@ -46,6 +47,8 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(10):
         (folder / f"{i}.txt").write_text(f"file {i}: " + "the quick brown fox jumps. " * (i + 20))
+    (folder / ".bytes").write_bytes(b"text\0text")
+    (folder / ".empty").mkdir()
     return folder
 
 
@@ -106,6 +109,7 @@ def figures(said):
     return [[float(x) for x in numbers.split() if x != "–"] for _, numbers in rows]
 
 
+OTHER_TEXT = "other text", "of a few words, which takes no time to read"
 GREEDY = ("--temperature", 0, "-n", 12)
 
 
@@ -188,8 +192,36 @@ def test_what_was_learned_before_ctrl_c_is_kept(hope, corpus, tmp_path, monkeypa
     assert losses[1] < 0.95 * losses[0]
 
 
-def test_a_text_that_is_too_short_to_learn_from_is_read(hope, corpus, tmp_path):
+def test_ctrl_c_while_documents_are_read_again_leaves_whole_ones(hope, corpus, tmp_path, monkeypatch):
+    memory, learn, commit = tmp_path / "memory.safetensors", ContinuumLearner.learn, StateCacheLayer.commit
+    calls = []
+
+    def learned(learner, stream, **options):
+        report = learn(learner, stream, **options)
+        calls.append(0)
+        return report
+
+    def stopped(layer, *arguments):
+        if calls:
+            calls.append(arguments[1])
+            if len(calls) == 7:  # one layer has read the beginning of the second text, the other not
+                raise KeyboardInterrupt
+        commit(layer, *arguments)
+
+    monkeypatch.setattr(ContinuumLearner, "learn", learned)
+    monkeypatch.setattr("nl_models.cli.other_text", lambda opened: OTHER_TEXT)
+    monkeypatch.setattr(StateCacheLayer, "commit", stopped)
+    files = [corpus / "0.txt", corpus / "1.txt"]
+    call("learn", hope, *files, "--memory", memory, code=2)
+    monkeypatch.undo()
+    cache = begin_conversation(open_model(hope), memory).cache
+    assert [layer.seen for layer in cache.layers] == [files[0].stat().st_size + 1] * 2
+    assert cache.layers[0].unread is not None
+
+
+def test_a_text_that_is_too_short_to_learn_from_is_read(hope, corpus, tmp_path, monkeypatch):
     """Into a state, too: what waits for a chunk to be full is in it."""
+    monkeypatch.setattr("nl_models.cli.other_text", lambda opened: OTHER_TEXT)
     memory, short, empty = (tmp_path / name for name in ("m.safetensors", "short.txt", "empty.txt"))
     short.write_text("a")
     empty.write_text("")
@@ -198,6 +230,8 @@ def test_a_text_that_is_too_short_to_learn_from_is_read(hope, corpus, tmp_path):
     call("chat", hope, *GREEDY, "--memory", memory, text="hello")
     assert "too short a text for a single step" in call("learn", hope, short, empty, "--memory", memory)
     assert "nothing was learned" not in call("learn", hope, corpus / "0.txt", "--memory", memory)
+    told = call("learn", hope, short, "--memory", tmp_path / "other.safetensors", "--rate", 0)
+    assert "nothing was learned: at a rate of 0; it was only read" in told
     plain, taught = (begin_conversation(open_model(hope), path) for path in (None, memory))
     assert taught.loss("the quick brown")[0] < plain.loss("the quick brown")[0]
     said = call("evaluate", hope, short, empty)
@@ -222,6 +256,7 @@ def test_a_memory_that_was_made_with_other_weights_needs_consent(hope, corpus, t
             what = {"chat": (), "generate": ("hi",)}.get(command, (corpus / "1.txt",))
             said = call(command, other, *what, "--memory", memory, text=text, code=2)
             assert message in " ".join(said.split())
+            assert "--allow-other-model" in said
             assert memory.read_bytes() == before
         assert call("generate", other, "hi", *GREEDY, "--memory", memory, "--allow-other-model")
     cache = begin_conversation(open_model(other), learned, allow_other_model=True).cache
@@ -525,10 +560,17 @@ def test_a_reply_ends_where_it_is_told_to(hope):
         (("generate", "{hope}", "x", "--memory", "no.file"), "memory: no such file: no.file"),
         (("generate", "{hope}", "x", "-n", 0), "max_new_tokens: expected at least 1, got 0"),
         (("generate", "{hope}", "x", "--temperature", -1), "temperature: expected at least 0"),
+        (("generate", "{hope}", "x", "--seed", 2**70), "seed: expected an integer of 64 bits"),
+        (("evaluate", "{hope}"), "is a model and no training run; give documents"),
+        (("evaluate", "{hope}", "{corpus}", "--threads", 0), "Invalid value for '--threads'"),
         (("learn", "{hope}", "no.txt", "--memory", "m"), "documents: no such file or folder: no.txt"),
+        (("learn", "{hope}", "{hope}/model.safetensors", "--memory", "m"), "safetensors is not UTF-8 text"),
+        (("learn", "{hope}", "{corpus}/.bytes", "--memory", "m"), "documents: {corpus}/.bytes is no text"),
+        (("learn", "{hope}", "{corpus}/.empty", "--memory", "m"), "documents: no UTF-8 text file in"),
         (("learn", "{hope}", "{corpus}", "--memory", "no/m"), "memory: no/m has no folder to lie in"),
         (("learn", "{hope}", "{corpus}", "--memory", "m", "--rate", 1, "--rate", 1), "for each of 1 levels"),
-        (("learn", "{hope}", "{corpus}", "--memory", "{corpus}/0.txt"), "no saved HopeCache"),
+        (("learn", "{hope}", "{corpus}", "--memory", "{corpus}/0.txt"), "memory: {corpus}/0.txt is trunc"),
+        (("chat", "{hope}", "--memory", "{corpus}/0.txt"), "; name another file for a new memory"),
         (("learn", "{hope}", "{corpus}", "--memory", "{corpus}"), "is no file; name one"),
         (("chat", "{hope}", "--memory", "/dev/null"), "is no file; name one"),
         (("convert", "{hope}", "new"), "model: expected one of"),
@@ -540,6 +582,6 @@ def test_bad_input_is_one_line(arguments, message, hope, llama, corpus, tmp_path
     monkeypatch.chdir(tmp_path)
     places = {"hope": hope, "llama": llama, "corpus": corpus}
     said = call(*(str(x).format(**places) for x in arguments), code=2)
-    assert message in said
+    assert message.format(**places) in said
     assert "Traceback" not in said
     assert not list(tmp_path.iterdir())

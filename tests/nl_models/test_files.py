@@ -1,6 +1,8 @@
 """Files and folders appear whole or not at all."""
 
 import ast
+import contextlib
+import errno
 import os
 import time
 from pathlib import Path
@@ -168,7 +170,24 @@ def test_a_full_disk_is_the_same_error_whoever_writes(tmp_path):
     with small_files(1 << 16), pytest.raises(OSError, match="File too large") as caught:
         write()
     assert caught.value.filename == str(tmp_path / "folder")
+    with small_files(1 << 16), pytest.raises(OSError, match="File too large") as caught:
+        write_bytes(tmp_path / "file", bytes(1 << 17))
+    assert caught.value.filename == str(tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("writer", ["mkstemp", "mkdtemp"])
+def test_what_is_refused_is_told_by_its_own_name(writer, tmp_path, monkeypatch):
+    """As in a folder in which nothing may be written: not by the hidden name it has until it is whole."""
+
+    def refused(prefix, dir):
+        raise PermissionError(errno.EACCES, "Permission denied", f"{dir}/{prefix}x")
+
+    monkeypatch.setattr(f"nl_models.files.tempfile.{writer}", refused)
+    write = {"mkstemp": lambda path: write_bytes(path, b"new"), "mkdtemp": lambda path: new_directory(path)}
+    with pytest.raises(PermissionError) as caught, contextlib.ExitStack() as stack:
+        stack.enter_context(write[writer](tmp_path / "name"))
+    assert caught.value.filename == str(tmp_path / "name")
 
 
 # What writes within `new_directory`, which flushes it and gives it its rights; the kernel's own files.

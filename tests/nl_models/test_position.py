@@ -132,7 +132,7 @@ def test_without_a_text_it_reads_what_was_held_out(run, tmp_path):
         (["--turns", "1000"], "turns: the text has"),
         (["--temperature", "0", "--generate", "4"], "temperature: expected a positive number"),
         (["--device", "abacus"], "device: expected 'auto'"),
-        (["--threads", "0"], "threads: expected at least 1"),
+        (["--threads", "0"], "Invalid value for '--threads'"),
     ],
 )
 def test_bad_input_is_explained_without_a_traceback(run, options, message, tmp_path, capfd):
@@ -144,6 +144,9 @@ def test_bad_input_is_explained_without_a_traceback(run, options, message, tmp_p
 
 
 def test_a_folder_without_a_model_is_explained(run, tmp_path):
+    assert "give documents to measure it with" in " ".join(
+        call(position.main, run[0] / "model").output.split()
+    )
     assert "it has no config.json" in " ".join(call(position.main, tmp_path).output.split())
     (tmp_path / "config.json").write_bytes((run[0] / "config.json").read_bytes())
     result = call(position.main, tmp_path)

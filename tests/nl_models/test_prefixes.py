@@ -108,6 +108,37 @@ def test_bad_arguments():
     for ids in (tokens(2, 3), torch.empty(0, dtype=torch.int64), torch.ones(3)):
         with pytest.raises(ValueError, match="ids: expected at least one token"):
             PrefixStore(model, 10).find(ids)
+    with pytest.raises(TypeError, match="ids: expected tokens"):
+        PrefixStore(model, 10).find("text")
+
+
+def test_one_token_is_a_document_and_a_prompt():
+    store = PrefixStore(make("titans"), 10**9)
+    for ids in ([7], tokens(1, 1)):
+        assert store.read(ids).get_seq_length() == 1
+        assert store.find(ids).get_seq_length() == 0
+    assert store.find([7, 8]).get_seq_length() == 1
+
+
+def test_a_damaged_file_is_read_anew(tmp_path):
+    store, document = PrefixStore(make("titans"), 10**9, tmp_path), tokens(1, 9)
+    store.read(document)
+    path = next(tmp_path.glob("*.safetensors"))
+    prompt, whole = torch.cat([document, tokens(1, 2)], 1), path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert store.find(prompt).get_seq_length() == 0
+    store.read(document)
+    assert store.find(prompt).get_seq_length() == 9
+
+
+def test_a_file_that_is_too_large_with_its_header_puts_nothing_else_out(tmp_path):
+    model = make("titans")
+    store = PrefixStore(model, 10**9, tmp_path)
+    cache = store.read([1, 2])
+    assert cache.num_bytes() < store.num_bytes() - 50
+    small = PrefixStore(model, store.num_bytes() - 50, tmp_path)
+    small.read([3, 4])
+    assert store.find([1, 2, 3]).get_seq_length() == 2
 
 
 def test_a_cache_of_a_converted_model_is_a_file(tmp_path):

@@ -183,6 +183,38 @@ def test_fast_weights_join_with_their_rows():
     assert torch.equal(up[2], before[1])
 
 
+@pytest.mark.parametrize("name", ["self_modifying_titans", "hybrid-llama", "levels-llama"])
+def test_a_cache_of_a_call_that_ended_midway_is_refused(name, tmp_path):
+    """As by Ctrl-C, or where memory ran out: some layers have read what others have not."""
+    model, ids = make(name), tokens(2, 6)
+    cache, _ = read(model, ids)
+    before = cache.copy()
+    before.activate_past_recording()
+    torn = before.copy()
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList))
+    hook = layers[1].register_forward_pre_hook(stop)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        model(ids[:, :2], cache=torn)
+    hook.remove()
+    for refused in (
+        lambda: model(ids[:, :2], cache=torn),
+        lambda: model.generate(ids[:, :2], cache=torn, max_new_tokens=2),
+        lambda: torn.save(tmp_path / "c.safetensors"),
+        lambda: torn.select([0]),
+        lambda: type(torn).join([torn, cache]),
+    ):
+        with pytest.raises(ValueError, match=r"cache: a call of the model has ended midway, .* read 6 to 8"):
+            refused()
+    assert not any(tmp_path.iterdir())
+    with torch.no_grad():
+        found = model(ids[:, :2], cache=before).logits
+        torch.testing.assert_close(found, model(ids[:, :2], cache=cache).logits, rtol=0, atol=0)
+
+
 def test_what_cannot_be_joined_or_selected_is_refused():
     model, other = make("self_modifying_titans"), make("titans")
     cache, _ = read(model, tokens(2, 4))
@@ -192,11 +224,14 @@ def test_what_cannot_be_joined_or_selected_is_refused():
         HopeCache.join([cache, HopeCache(model.config)])
     with pytest.raises(TypeError, match="expected one or more of HopeCache"):
         HopeCache.join([])
-    for rows in ([2], [-1], [], [True], torch.ones(3, dtype=torch.bool), [0.0]):
+    for rows in ([2], [-1], [], [True], torch.ones(3, dtype=torch.bool), [0.0], None, "0", slice(1)):
         with pytest.raises(ValueError, match="rows: expected at least one index from 0 to 1"):
             cache.select(rows)
-    with pytest.raises(ValueError, match="rows: expected at least one index"):
+    with pytest.raises(ValueError, match="rows: none of 2 would be left"):
         cache.remove([0, 1])
+    for refused in (HopeCache.select, HopeCache.remove, lambda empty, rows: empty.reset(rows, model)):
+        with pytest.raises(ValueError, match=r"rows: there are none yet; begin with HopeCache\.initial"):
+            refused(HopeCache(model.config), [0])
     hybrid = convert_attention(make_model("llama"), [0], kind="delta_memory")
     memories = convert_attention(make_model("llama"), [0, 1], kind="delta_memory")
     with pytest.raises(ValueError, match="different kinds of layers"):

@@ -48,6 +48,15 @@ def test_what_has_no_place_in_a_pool_is_refused():
     for slots in ([0], [1, 1]):
         with pytest.raises(ValueError, match="slots: expected a different one for each of 2 rows"):
             pool.scatter(slots, cache)
+    held = [t.clone() for state in pool._held for t in state_tensors(state)]
+    for other in (make("gated_delta_net"), make("memories-llama")):
+        foreign = make_cache(other)
+        step(other, tokens(2, 3), foreign)
+        with pytest.raises(ValueError, match="cache: expected one for the model of this pool"):
+            pool.scatter([0, 1], foreign)
+    assert all(map(torch.equal, held, (t for state in pool._held for t in state_tensors(state))))
+    with pytest.raises(ValueError, match="slots: expected a different one for each of 0 rows"):
+        pool.scatter([0], make_cache(model))
     model.generate(tokens(2, 3), cache=cache, max_new_tokens=2, pad_token_id=0)
     with pytest.raises(ValueError, match="cache: its last token was written by generate"):
         pool.scatter([0, 1], cache)

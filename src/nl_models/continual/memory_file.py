@@ -266,6 +266,6 @@ def _check_changes(
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape or not tensor.is_floating_point():
             raise MemoryFileError(
-                f"{source}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected "
-                f"{expected[name].dtype} {tuple(expected[name].shape)}"
+                f"{source}: of a model of other sizes: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"expected {expected[name].dtype} {tuple(expected[name].shape)}"
             )

@@ -74,14 +74,19 @@ def read_documents(path: str | Path) -> list[Document]:
         CorpusError: there is no such file or folder, or no UTF-8 text in it.
     """
     path = Path(path)
-    if path.is_dir():
-        return read_folder(path)
     try:
-        return [Document(str(path), path.read_text(encoding="utf-8"))]
+        if path.is_dir():
+            return read_folder(path)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise CorpusError(f"documents: no such file or folder: {path}") from error
     except UnicodeDecodeError as error:
         raise CorpusError(f"documents: {path} is not UTF-8 text ({error})") from error
+    except CorpusError as error:
+        raise CorpusError(f"documents: {str(error).removeprefix('corpus: ')}") from error
+    if "\0" in text:
+        raise CorpusError(f"documents: {path} is no text, it has bytes of 0")
+    return [Document(str(path), text)]
 
 
 def stream_dataset(path: str, column: str) -> Iterator[Document]:

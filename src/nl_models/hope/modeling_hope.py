@@ -263,9 +263,6 @@ class HopeModel(HopePreTrainedModel):
             if position_ids is not None:
                 position_ids = packing.unpack(position_ids[..., None])[..., 0]
 
-        if cache is not None:
-            given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-            cache.record({**given, "attention_mask": mask, "position_ids": position_ids})
         keep_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
         all_hidden_states = []
         cache_layers = [None] * len(self.layers) if cache is None else cache.layers
@@ -276,6 +273,9 @@ class HopeModel(HopePreTrainedModel):
             hidden_states, state = block(hidden_states, carried, mask, position_ids, layer is not None)
             if layer is not None:
                 layer.commit(state, T, mask, input_ids if i == 0 else None)
+        if cache is not None:
+            given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+            cache.record({**given, "attention_mask": mask, "position_ids": position_ids})
         hidden_states = self.norm(hidden_states)
         all_hidden_states.append(hidden_states)
         if packing is not None:

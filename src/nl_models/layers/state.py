@@ -122,7 +122,10 @@ def row_indices(rows: torch.Tensor | Sequence[int], batch_size: int) -> torch.Te
     Raises:
         ValueError: no such rows, or none.
     """
-    found = torch.as_tensor(rows)
+    try:
+        found = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):  # no numbers, which is said below
+        found = torch.empty(0)
     if found.dtype == torch.bool and found.shape == (batch_size,):
         found = found.nonzero()[:, 0]
     integers = not (found.is_floating_point() or found.dtype == torch.bool) and found.ndim == 1
@@ -211,7 +214,13 @@ def with_pending(state: ContinuumLevelState, tokens: int) -> ContinuumLevelState
 
 
 def save_state(path: str | os.PathLike, state: State) -> None:
-    """Write the state of a layer to a safetensors file, whole or not at all."""
+    """Write the state of a layer to a safetensors file, whole or not at all.
+
+    Raises:
+        ValueError: there is no state.
+    """
+    if state is None:
+        raise ValueError("state: expected that of a layer, got None; call the layer with output_state=True")
     tensors: dict[str, torch.Tensor] = {}
     description = describe_state(state, "state", tensors)
     metadata = {"format": STATE_FORMAT, "structure": json.dumps(description)}

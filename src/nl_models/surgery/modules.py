@@ -197,12 +197,7 @@ class ContinuumBackbone(OwnClasses):
             wants_cache = self.config.use_cache if use_cache is None else use_cache
             if wants_cache and not checkpointing:
                 cache = ContinuumCache(self.config, fast_weights)
-        if isinstance(cache, ContinuumCache):
-            given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "fast_weights": fast_weights}
-            now = None if whole is None else whole[:, -inputs.shape[1] :]
-            cache.record({**given, "attention_mask": now, "position_ids": kwargs.get("position_ids")})
-            cache.mask = whole
-        return super().forward(
+        found = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
@@ -210,6 +205,12 @@ class ContinuumBackbone(OwnClasses):
             **{CACHE_NAME: cache},
             **kwargs,
         )
+        if isinstance(cache, ContinuumCache):
+            given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "fast_weights": fast_weights}
+            now = None if whole is None else whole[:, -inputs.shape[1] :]
+            cache.record({**given, "attention_mask": now, "position_ids": kwargs.get("position_ids")})
+            cache.mask = whole
+        return found
 
     def _memory_mask(
         self,

@@ -40,6 +40,7 @@ PANELS = {
 Expected = tuple[str, Callable[[typing.Any], bool]]
 COUNT: Expected = "at least 1", lambda value: value >= 1
 NOT_NEGATIVE: Expected = "at least 0", lambda value: value >= 0
+SEED: Expected = "an integer of at least 0 and 63 bits at most", lambda value: 0 <= value < 2**63
 POSITIVE: Expected = "a positive number", lambda value: 0 < value < math.inf
 MEAN_DECAY: Expected = "a number in [0, 1)", lambda value: 0 <= value < 1
 SHARE: Expected = "a share in [0, 1]", lambda value: 0 <= value <= 1
@@ -103,7 +104,7 @@ class TrainConfig(DataOptions):
     gradient_checkpointing: bool = option(
         False, "Recompute each block in the backward pass: less memory, more time."
     )
-    seed: int = option(0, "Of the initial weights and of the order of the data.", NOT_NEGATIVE)
+    seed: int = option(0, "Of the initial weights and of the order of the data.", SEED)
 
     evaluate_every: int = option(100, "Steps between evaluations (also after the last step).", COUNT)
     validation_windows: int = option(64, "Windows of the fixed validation set.", COUNT)

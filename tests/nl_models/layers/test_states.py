@@ -142,6 +142,9 @@ def test_files_that_are_no_states_are_refused(tmp_path):
     path = tmp_path / "state.safetensors"
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_state(path)
+    with pytest.raises(ValueError, match=r"state: expected that of a layer, got None; .* output_state=True"):
+        save_state(path, None)  # as a call gives it that was not asked for it
+    assert not path.exists()
     _, state = Titans(16, 2, chunk_size=4)(torch.randn(1, 5, 16), output_state=True)
     save_state(path, state)
     whole = path.read_bytes()

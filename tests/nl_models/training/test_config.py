@@ -59,6 +59,7 @@ def test_unknown_options_are_refused_with_a_suggestion(tmp_path):
         ("beta1", 1.0),
         ("clip_norm", 0.0),
         ("threads", 0),
+        ("seed", 2**63),
         ("keep_checkpoints", 0),
         ("model", "rnn"),
         ("precision", "fp8"),
