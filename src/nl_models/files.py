@@ -195,7 +195,8 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
+        if error.errno is not None:  # else its text is all that it says
+            error.filename = str(path)
         raise
 
 
