@@ -1,6 +1,7 @@
 """Several processes (gloo): they train as one does, and any number of them continues what others began."""
 
 import dataclasses
+import datetime
 import io
 import os
 import re
@@ -75,7 +76,8 @@ def train(folder, config, stop_at=None, number=signal.SIGTERM):
 
 def work(number, processes, file, calls):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=number, world_size=processes)
+    address = {"init_method": f"file://{file}", "rank": number, "world_size": processes}
+    dist.init_process_group("gloo", **address, timeout=datetime.timedelta(seconds=60))
     try:
         for call in calls:
             train(*call)
@@ -98,7 +100,6 @@ def losses(folder):
     return [r["loss"] for r in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.slow
 def test_one_two_and_four_processes_continue_each_others_runs(sharing, tmp_path):
     sharded = dataclasses.replace(sharing, fsdp=True)
     train(tmp_path / "one", sharing)
