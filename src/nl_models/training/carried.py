@@ -40,8 +40,8 @@ class CarriedStates:
         distances = self._distances[part]
         if distances is None:
             return self._initial.copy()
-        # Whatever begins: under FSDP each rank's graph must be the same, or they wait for one another.
         moved = _combined(torch.add, distances, self._initial)
+        # Also where none begins: under FSDP each rank's graph must be the same, or they wait for one another.
         return HopeCache.join([moved, self._initial]).select(torch.arange(count) + count * begins)
 
     def after(self, part: int, cache: HopeCache) -> None:
