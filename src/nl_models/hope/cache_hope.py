@@ -43,9 +43,13 @@ class HopeCache(StatefulCache, Cache):
 
     Args:
         config: of the model that will use it; a model refuses the cache of another config.
+
+    Attributes:
+        relative: whether the next call of the model adds the states to its initial ones, as in training.
     """
 
     file_format = "nl_models.HopeCache.1"
+    relative = False
 
     def __init__(self, config: HopeConfig):
         super().__init__(layers=[StateCacheLayer() for _ in range(config.num_hidden_layers)])

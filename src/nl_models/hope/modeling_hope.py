@@ -22,6 +22,7 @@ from nl_models.layers.initial_memory import InitialMemory
 from nl_models.layers.packing import Packing, current_mask, packed_bounds
 from nl_models.layers.self_modifying_titans import SelfModifyingTitans
 from nl_models.layers.short_convolution import ShortConvolution
+from nl_models.layers.state import combine_states
 from nl_models.layers.titans import Titans
 from nl_models.remote_code import OwnClasses
 
@@ -31,10 +32,14 @@ class CarriedState:
 
     FSDP2 casts every tensor to bf16 that it finds among a module's arguments, in tuples and dataclasses too.
     Reentrant checkpointing, which looks for tensors among the arguments itself, is refused for that reason.
+
+    Attributes:
+        relative: whether ``state`` is what is to be added to the initial one.
     """
 
-    def __init__(self, state: BlockState | None):
+    def __init__(self, state: BlockState | None, relative: bool = False):
         self.state = state
+        self.relative = relative
         self.recorded = torch.is_grad_enabled()  # when it was put in, outside of any checkpoint
 
 
@@ -85,6 +90,12 @@ class HopeBlock(GradientCheckpointingLayer):
             )
         before = None if carried is None else carried.state
         before = BlockState(None, None, None) if before is None else before
+        if carried is not None and carried.relative:
+            # Here and not in a call of its own: under FSDP two calls of a block in one backward pass meet in
+            # an order that depends on a rank's padding, and ranks wait for one another.
+            padding = torch.zeros_like(hidden_states[:, :1])
+            _, begun = self.forward(padding, mask=padding[..., 0].bool(), output_state=True)
+            before = combine_states(torch.add, before, begun)
         x = self.norm(hidden_states)
         convolution = None
         if self.convolution is not None:
@@ -269,11 +280,12 @@ class HopeModel(HopePreTrainedModel):
         for i, (block, layer) in enumerate(zip(self.layers, cache_layers)):
             if keep_hidden_states:
                 all_hidden_states.append(hidden_states)
-            carried = None if layer is None else CarriedState(layer.state)
+            carried = None if layer is None else CarriedState(layer.state, cache.relative)
             hidden_states, state = block(hidden_states, carried, mask, position_ids, layer is not None)
             if layer is not None:
                 layer.commit(state, T, mask, input_ids if i == 0 else None)
         if cache is not None:
+            cache.relative = False
             given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
             cache.record({**given, "attention_mask": mask, "position_ids": position_ids})
         hidden_states = self.norm(hidden_states)

@@ -76,6 +76,18 @@ def map_state(function: Callable[..., torch.Tensor], state: State, *others: Stat
     return type(state)(*mapped) if hasattr(state, "_fields") else tuple(mapped)
 
 
+def combine_states(function: Callable[..., torch.Tensor], state: State, initial: State) -> State:
+    """``function`` of every number that a state and the initial one both have.
+
+    Counters, and what waits for a step, stay those of ``state``.
+    """
+
+    def each(x: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
+        return function(x, begun) if x.is_floating_point() and x.shape == begun.shape else x
+
+    return map_state(each, state, initial)
+
+
 def state_tensors(state: State) -> Iterator[torch.Tensor]:
     """The tensors of ``state`` in order."""
     if isinstance(state, torch.Tensor):

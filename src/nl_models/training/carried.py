@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nl_models.hope import HopeCache, HopeForCausalLM
-from nl_models.layers.state import map_state
+from nl_models.layers.state import combine_states
 
 
 class CarriedStates:
@@ -30,24 +30,24 @@ class CarriedStates:
         self._distances: list[HopeCache | None] = [None] * len(streams)  # of each pass
 
     def before(self, part: int, begins: torch.Tensor) -> HopeCache:
-        """The cache for a pass's next windows; gradients flow to what its initial state is made of.
+        """The cache for a pass's next windows, to which the model adds its initial state.
 
         Args:
             part: which of the step's passes.
             begins: ``[B]`` bool, the streams that begin anew: at the initial state.
         """
-        self._initial, count = HopeCache.initial(self._model, len(begins)), len(begins)
-        distances = self._distances[part]
-        if distances is None:
-            return self._initial.copy()
-        moved = _combined(torch.add, distances, self._initial)
-        # Also where none begins: under FSDP each rank's graph must be the same, or they wait for one another.
-        return HopeCache.join([moved, self._initial]).select(torch.arange(count) + count * begins)
+        with torch.no_grad():
+            self._initial, count = HopeCache.initial(self._model, len(begins)), len(begins)
+        cache, distances = _combined(torch.sub, self._initial, self._initial), self._distances[part]
+        if distances is not None:
+            cache = HopeCache.join([distances, cache]).select(torch.arange(count) + count * begins)
+        cache.relative = True
+        return cache
 
     def after(self, part: int, cache: HopeCache) -> None:
         """Keep what a pass's windows have left in the cache of :meth:`before`, cut from its graph."""
         cache.detach().forget_columns()
-        self._distances[part] = _combined(torch.sub, cache, self._initial.detach())
+        self._distances[part] = _combined(torch.sub, cache, self._initial)
 
     def describe(self) -> tuple[Any, dict[str, torch.Tensor]]:
         """The structure of a stream's state as JSON, and the tensors of this process's streams by name."""
@@ -81,12 +81,8 @@ class CarriedStates:
 
 
 def _combined(function: Callable[..., torch.Tensor], cache: HopeCache, initial: HopeCache) -> HopeCache:
-    """Of all that a state and the initial one both have; counters, and what waits for a step, stay."""
-
-    def each(x: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
-        return function(x, begun) if x.is_floating_point() and x.shape == begun.shape else x
-
+    """:func:`combine_states` of all layers."""
     combined = cache.copy()
     for layer, begun in zip(combined.layers, initial.layers):
-        layer.state = map_state(each, layer.state, begun.state)
+        layer.state = combine_states(function, layer.state, begun.state)
     return combined

@@ -21,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from nl_models.console import Display
+from nl_models.data.batches import DocumentStreams
 from nl_models.data.prepare import prepare_data
 from nl_models.parallel.mesh import Mesh
 from nl_models.parallel.plan import messages
@@ -118,6 +119,19 @@ def test_one_two_and_four_processes_continue_each_others_runs(sharing, tmp_path)
     for kind in ("ddp-on-four", "fsdp-on-four"):
         assert losses(tmp_path / kind) == pytest.approx(whole, rel=1e-4)
         assert (tmp_path / kind / "model" / "model.safetensors").stat().st_size == weights
+
+
+@pytest.mark.parametrize("model", ["hope", "titans"])
+def test_ranks_of_which_one_alone_has_padding_do_not_wait_for_one_another(model, sharing, tmp_path):
+    """With two calls of a block in one backward pass they did, under FSDP."""
+    config = dataclasses.replace(sharing, model=model, sequence_length=48)
+    train(tmp_path / "one", config)
+    data = prepare_data(config, tmp_path / "one" / "data").train
+    streams = DocumentStreams(data, 256, 48, 4, 2, config.seed)
+    padded = [[bool((streams.batch(i).lengths[own::2] < 48).any()) for own in (0, 1)] for i in range(12)]
+    assert [False, True] in padded
+    on(2, tmp_path, (tmp_path / "fsdp", dataclasses.replace(config, fsdp=True)))
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 @pytest.mark.slow
