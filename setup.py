@@ -40,6 +40,7 @@ setup(
     ],
     extras_require={
         "attn": ["flash-attn>=2.7"],
+        "datasets": ["datasets>=4,<6"],
         "eval": ["lm-eval>=0.4.9"],
         "dev": [
             "pytest>=8,<10",
@@ -47,6 +48,7 @@ setup(
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "accelerate>=1.1,<2",
+            "datasets>=4,<6",
             "tensorboard>=2.15,<3",
             "ruff>=0.9,<1",
             "mypy>=1.18,<3",

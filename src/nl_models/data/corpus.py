@@ -112,7 +112,7 @@ def _rows(path: str) -> Iterator[dict[str, object]]:
     try:
         import datasets
     except ImportError as error:
-        raise CorpusError("text_column: needs the package datasets; pip install datasets") from error
+        raise CorpusError("text_column: needs datasets: pip install nl-kernels[datasets]") from error
     try:  # what is wrong with a file shows when its rows are read
         yield from datasets.load_dataset(path, split="train", streaming=True)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:

@@ -83,7 +83,6 @@ def test_no_more_documents_are_encoded_than_it_takes():
 
 def test_a_dataset_is_streamed(tmp_path):
     """Rows of JSON lines, split by their number; bytes, so that tokens are what is in the files."""
-    pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
     texts = [f"text number {i}" * (i % 3) for i in range(200)]
     (tmp_path / "rows").mkdir()
     for part in (0, 1):
