@@ -54,23 +54,24 @@ FORMAL_LANGUAGES = Study(
 )
 
 ONE_RATE = [{"learning_rate": 3e-3}]
-# All pairs are in the first chunk of 16; in chunks of 4 training shows pairs that come after a step, too.
-CHUNKS = [*ONE_RATE, {**ONE_RATE[0], "options": {"memory_chunk_size": 4}}]
 TWO_RATES = [*ONE_RATE, {"learning_rate": 6e-3}]
 RECALL = Study(
     name="recall",
     tasks=recall.TASKS,
     shape={"width": 64, "layers": 2, "heads": 2},
     training={"steps": 4000, "batch_size": 32, "weight_decay": 0.01, "every": 100},
-    settings={
-        "hope": CHUNKS,
-        "hope_continuum": CHUNKS,
-        "titans": CHUNKS,
-        "gated_delta_net": TWO_RATES,
-        "attention": TWO_RATES,
-        "hope_two_layer": CHUNKS,
-        "hope_attention": TWO_RATES,
-    },
+    settings=dict.fromkeys(
+        (
+            "hope",
+            "hope_continuum",
+            "titans",
+            "gated_delta_net",
+            "attention",
+            "hope_two_layer",
+            "hope_attention",
+        ),
+        TWO_RATES,
+    ),
 )
 
 MAD = Study(
@@ -134,7 +135,7 @@ LONGER_TRAINING = dataclasses.replace(
 )
 
 # Retentions within 10⁻⁴ of 1 at the start; Gated DeltaNet's start from 0.9 to 0.999, whatever the options.
-KEEPS = [*ONE_RATE, {**ONE_RATE[0], "options": {"memory_retention_bias": 9.0}}]
+KEEPS = [{**rate, "options": {"memory_retention_bias": 9.0}} for rate in TWO_RATES]
 LONG_CONTEXT = Study(
     name="long_context",
     tasks=long_context.TASKS,
