@@ -57,6 +57,19 @@ def test_a_key_that_comes_back_is_answered_with_its_value():
     assert share == {"anchor": [1.0] * 6, "snapshot": [1.0, 0.0] * 3}
 
 
+def test_two_steps_on_a_token_are_one_at_a_larger_rate():
+    """Of a linear memory, a unit key and no decay: ``(1 − η)² = 1 − η(2 − η)``, whatever the value."""
+    rule = MemoryRule(error_bound=None)
+    x = deep_memory_inputs(2, 7, 2, 5, None, dtype=torch.float64)
+    x["k"], x["log_decay"] = F.normalize(x["k"], dim=-1), torch.zeros_like(x["log_decay"])
+    options = {"rule": rule, "read": "running", "chunk_size": 4}
+    tokens = {name: x[name].repeat_interleave(2, 1) for name in ("q", "k", "v", "rate", "log_decay")}
+    twice = {**x, **tokens}
+    found = deep_memory(**twice, **options)[0][:, 1::2]
+    x["rate"] = x["rate"] * (2 - x["rate"])
+    torch.testing.assert_close(found, deep_memory(**x, **options)[0], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("normalize_hidden", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
