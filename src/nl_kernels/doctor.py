@@ -240,6 +240,7 @@ def about(device: torch.device) -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
+    found["torch"] = torch.__version__  # which says the build, too
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["device"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
