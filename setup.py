@@ -25,9 +25,9 @@ setup(
         "nl_models": ["py.typed"],
     },
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.11,<2.16",
         # Before 3.7.1 products of transposed accumulators are wrong on Hopper; no kernel here has one.
-        "triton>=3.6,<3.8; platform_system == 'Linux'",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
         "numpy>=1.26,<3",
         "transformers>=5.6,<6",
         "tokenizers>=0.22,<1",

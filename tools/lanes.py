@@ -21,6 +21,10 @@ from tools.environment import LOCKED, ROOT, InstallError, make
 
 FOLDER = ROOT / ".venv-lanes"
 OLDEST_TRANSFORMERS = "5.6.0"
+NEWEST_TORCH = (
+    "torch==2.15.0",
+    "triton==3.9.0",
+)  # of PyPI: a build for CUDA of gigabytes, which runs on CPUs
 MODELS = (
     *(f"tests/nl_models/{part}" for part in ("hope", "surgery", "continual", "layers", "data", "training")),
     "tests/nl_models/test_train.py",
@@ -79,15 +83,16 @@ def lanes(newest: str) -> dict[str, Lane]:
     """By name.
 
     A GPU machine has torch 2.11 with Triton 3.6.0. Of that pair only Triton is tried here, beside the locked
-    torch: torch 2.11 on a registry is a build for CUDA of gigabytes, which pins what it brings.
+    torch.
     """
-    models = ("not interpreter and not aot",)
+    models = ("not interpreter and not aot and not compiled",)
     chosen = (
         Lane("oldest-transformers", (f"transformers=={OLDEST_TRANSFORMERS}",), MODELS, models),
         Lane("newest-transformers", (f"transformers=={newest}",), MODELS, models),
         # Triton 3.6's interpreter fails with numpy 2.4.
         Lane("ecosystem", ("peft==0.21.2", "trl==1.16.0", "lm-eval==0.4.13"), ECOSYSTEM, models),
         Lane("triton-3.6", ("triton==3.6.0", "numpy<2.4"), KERNELS, ("interpreter", "aot")),
+        Lane("newest-torch", NEWEST_TORCH, MODELS + KERNELS, (*models, "interpreter", "aot")),
     )
     return {lane.name: lane for lane in chosen}
 

@@ -92,7 +92,10 @@ def test_an_unknown_lane_is_refused_with_the_known_ones(monkeypatch, capsys):
     monkeypatch.setattr(lanes, "newest_transformers", lambda: "5.99.0")
     with pytest.raises(SystemExit):
         lanes.main(["oldest"])
-    assert "oldest-transformers, newest-transformers, ecosystem, triton-3.6" in capsys.readouterr().err
+    assert (
+        "oldest-transformers, newest-transformers, ecosystem, triton-3.6, newest-torch"
+        in capsys.readouterr().err
+    )
 
 
 def test_lanes_name_tests_that_exist_and_the_lower_end_of_setup_py():

@@ -34,8 +34,9 @@ def known_hazards(triton: str, ptxas: str, capability: tuple[int, int]) -> dict[
 def hazards_here(capability: tuple[int, int]) -> dict[str, str]:
     """What is known of this process's Triton on NVIDIA GPUs of ``capability``."""
     import triton
+    from triton.backends.nvidia.compiler import get_ptxas  # from Triton 3.9 on not knobs.nvidia.ptxas
 
-    return known_hazards(triton.__version__, triton.knobs.nvidia.ptxas.version, capability)
+    return known_hazards(triton.__version__, get_ptxas(10 * capability[0]).version, capability)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -27,7 +28,11 @@ def assemble(ptx, assembler, folder):
     """The machine code of a PTX text for sm_90, as text."""
     source, target = folder / "kernel.ptx", folder / "kernel.cubin"
     source.write_text(ptx)
-    subprocess.run([TOOLS / assembler, "--gpu-name=sm_90a", source, "-o", target], check=True)
+    command = [TOOLS / assembler, "--gpu-name=sm_90a", source, "-o", target]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "Unsupported .version" in done.stderr:
+        pytest.skip(f"{assembler} is too old for this Triton, which takes another")
+    assert done.returncode == 0, done.stderr
     listing = subprocess.run([TOOLS / "nvdisasm", "-c", target], check=True, capture_output=True, text=True)
     return listing.stdout
 

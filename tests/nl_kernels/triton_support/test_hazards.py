@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
 from nl_kernels.triton_support import hazards, kernel_call
 
@@ -34,7 +35,7 @@ def test_launches_warn_once(monkeypatch):
     hazards.warn_of_hazards.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: warnings.catch_warnings())
-    installed = hazards.known_hazards(triton.__version__, triton.knobs.nvidia.ptxas.version, (9, 0))
+    installed = hazards.known_hazards(triton.__version__, get_ptxas(90).version, (9, 0))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(2):

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.aot
 
 catalogue = CATALOGUES["deep_memory"]
 
-# Bytes a thread may spill, forward and backward.
-SPILLS = {"64xlinear C16 running": (0, 0), "64x64 C16 running": (0, 1200 if BEFORE_3_7 else 800)}
+# Bytes a thread may spill, forward (8 from Triton 3.9 on) and backward.
+SPILLS = {"64xlinear C16 running": (0, 0), "64x64 C16 running": (8, 1200 if BEFORE_3_7 else 800)}
 
 
 @pytest.mark.parametrize("sizes", SPILLS)
