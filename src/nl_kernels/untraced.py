@@ -14,3 +14,4 @@ _REASON = "{} is a loop over chunks, which a trace would unroll; without fullgra
 
 learn = torch.compiler.disable(call.learn, reason=_REASON.format("the eager path of a chunked memory"))
 walk_levels = torch.compiler.disable(loop.walk_levels, reason=_REASON.format("a step of continuum_memory"))
+numbers = torch.compiler.disable(torch.Tensor.tolist, reason="the host must know the positions of a state")

@@ -56,6 +56,11 @@ class HopeCache(StatefulCache, Cache):
         self.fingerprint = config.fingerprint()
         self._config = config
 
+    def _check_nothing_pends(self) -> None:
+        super()._check_nothing_pends()
+        if self.relative:
+            raise ValueError("cache: is to be added to the initial state; the next call of the model does it")
+
     def check_config(self, config: HopeConfig) -> None:
         """Raise ``ValueError`` unless this is a cache for models of ``config``."""
         if config is self._config:

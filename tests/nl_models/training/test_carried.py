@@ -174,6 +174,33 @@ def test_recomputed_blocks_carry_the_same(carrying, tmp_path):
     assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("carrying", ["hope"], indirect=True)
+def test_a_compiled_model_carries_the_same(carrying, tmp_path, monkeypatch):
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled(module, backend="eager"))
+    run(make(tmp_path / "plain", carrying))
+    run(make(tmp_path / "compiled", dataclasses.replace(carrying, compile=True)))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+@pytest.mark.parametrize("carrying", ["hope"], indirect=True)
+def test_a_cache_that_is_to_be_added_to_the_initial_state_goes_nowhere_else(carrying, tmp_path):
+    model = build_model(carrying, 257, 256)
+    cache = CarriedStates(model, [range(2)]).before(0, torch.ones(2, dtype=torch.bool))
+    whole = HopeCache.initial(model, 1)
+    for use in (
+        lambda: cache.save(tmp_path / "x"),
+        lambda: cache.reset([0], model),
+        lambda: HopeCache.join([cache, whole]),
+        lambda: HopeCache.join([whole, cache]),
+    ):
+        with pytest.raises(ValueError, match="cache: is to be added to the initial state"):
+            use()
+    model(torch.randint(257, (2, 16)), cache=cache, use_cache=True)
+    cache.save(tmp_path / "x")
+
+
 @pytest.mark.parametrize("carrying", ["hope"], indirect=True)
 def test_whole_states_that_earlier_versions_kept_go_on(carrying):
     model = build_model(carrying, 257, 256)

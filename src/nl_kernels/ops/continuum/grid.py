@@ -55,13 +55,17 @@ class Counts(NamedTuple):
         equal = {index: all_equal_to(state[index].position) for index in there}
         positions = {index: [value] * len(state[index].position) for index, value in equal.items()}
         unknown = [index for index in there if equal[index] is None]
-        if unknown and not has_readable_data(state[unknown[0]].position):
+        compiling = torch.compiler.is_compiling()
+        if unknown and not compiling and not has_readable_data(state[unknown[0]].position):
             raise ValueError(
                 f"initial_state[{unknown[0]}].position: the host must know them, and cannot read them while "
                 "a CUDA graph is captured; expected a state of unpadded sequences, as returned"
             )
         if unknown:
-            found = torch.stack([state[index].position for index in unknown]).tolist()
+            numbers = torch.Tensor.tolist
+            if compiling:
+                from nl_kernels.untraced import numbers
+            found = numbers(torch.stack([state[index].position for index in unknown]))
             positions.update(zip(unknown, found))
         positions = [positions.get(index) for index in range(levels)]
         return cls(positions, tokens, known)

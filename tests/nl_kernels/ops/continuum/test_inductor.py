@@ -52,6 +52,19 @@ def test_levels_that_are_alike_share_what_is_compiled(monkeypatch):
     close(found[2], expected[2], 1e-10)
 
 
+def test_a_compiled_call_goes_on_from_a_state():
+    """Whose positions the host must know: a sequence of three tokens and one of five, chunks of two."""
+    x, level = random_tensor(2, LENGTH, WIDTH, seed=0), make_level(1, rule="sgd", chunk_size=2, rate=0.5)
+    mask = torch.arange(5) < torch.tensor([[3], [5]])
+    options = {"output_final_state": True, "impl": "eager"}
+    _, state = continuum_memory(x[:, :5], [level], mask=mask, **options)
+    expected, after = continuum_memory(x[:, 5:], [level], initial_state=state, **options)
+    compiled = torch.compile(continuum_memory, backend="eager")
+    found, goes_on = compiled(x[:, 5:], [level], initial_state=state, **options)
+    close(found, expected, 1e-12)
+    assert torch.equal(goes_on[0].position, after[0].position)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "gated"), [("sgd", False), ("momentum", True), ("muon", False), ("dgd", True)]
