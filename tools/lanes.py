@@ -21,10 +21,8 @@ from tools.environment import LOCKED, ROOT, InstallError, make
 
 FOLDER = ROOT / ".venv-lanes"
 OLDEST_TRANSFORMERS = "5.6.0"
-NEWEST_TORCH = (
-    "torch==2.15.0",
-    "triton==3.9.0",
-)  # of PyPI: a build for CUDA of gigabytes, which runs on CPUs
+# PyPI has builds for CUDA alone, of gigabytes; they run on CPUs.
+NEWEST_TORCH = ("torch==2.15.0", "triton==3.9.0")
 MODELS = (
     *(f"tests/nl_models/{part}" for part in ("hope", "surgery", "continual", "layers", "data", "training")),
     "tests/nl_models/test_train.py",
