@@ -133,6 +133,13 @@ LONGER_TRAINING = dataclasses.replace(
     },
     seeds=(0,),
 )
+# 10 million, 2.7 times round.
+LONGEST_TRAINING = dataclasses.replace(
+    LONGER_TRAINING,
+    name="longest_training",
+    training={**LANGUAGE_MODELLING.training, "steps": 4883},
+    settings={m: LONGER_TRAINING.settings[m] for m in ("hope_continuum", "gated_delta_net", "attention")},
+)
 
 # Retentions within 10⁻⁴ of 1 at the start; Gated DeltaNet's start from 0.9 to 0.999, whatever the options.
 KEEPS = [{**rate, "options": {"memory_retention_bias": 9.0}} for rate in TWO_RATES]
@@ -220,6 +227,7 @@ STUDIES = {
         MAD,
         LANGUAGE_MODELLING,
         LONGER_TRAINING,
+        LONGEST_TRAINING,
         LONG_CONTEXT,
         CLASSES,
         LANGUAGES,
@@ -275,6 +283,7 @@ CLAIMS = [
     *(Claim("models language", "language_modelling", t, "windows") for t in language_modelling.CORPORA),
     *(Claim("reads on", "language_modelling", t, "carried") for t in language_modelling.CORPORA),
     Claim("models language after 3M tokens", "longer_training", "standard library", "windows"),
+    Claim("models language after 10M tokens", "longest_training", "standard library", "windows"),
     *(Claim("finds far back", "long_context", t, "8K") for t in long_context.GENERATORS),
     *(Claim("learns class after class", "class_incremental", t, "average") for t in class_incremental.SIZES),
     *(
