@@ -109,7 +109,7 @@ def _there(study: Study, task: str) -> bool:
 
 def _perform(study: Study, run: Run) -> dict:
     label = f"{run.task} {run.model} seed {run.seed}"
-    steps = study.training["steps"]
+    steps = study.training_of(run.task)["steps"]
     with Display(console, total=steps, label=label) as display:
         return perform(
             study,

@@ -122,8 +122,9 @@ def draw(name: str, rows: list[dict], study: Study, path: Path) -> Path:
     tasks = [task for task in study.tasks if any(chosen(rows, study, task, m) for m in study.settings)]
     columns = min(3, len(tasks))
     figure, panels = new_figure(columns, rows=-(-len(tasks) // columns), width=3.6, height=2.7)
-    end, percent = study.training["steps"], study.unit == "%"
+    percent = study.unit == "%"
     for panel, task in zip(panels, tasks):
+        end = study.training_of(task)["steps"]
         for model in study.settings:
             curves = [_curve(row, end, study.unit) for row in chosen(rows, study, task, model)]
             if not curves:

@@ -30,8 +30,8 @@ NEARLY_FLIPS = {"memory_rate_max": 2.0, "memory_rate_bias": 6.0, "memory_retenti
 
 RATES = [{"learning_rate": rate} for rate in (5e-3, 2e-3, 1e-2)]
 MEMORIES = [  # what a state is needs no lengths
-    {"learning_rate": 5e-3, "options": {**options, "memory_values": "unit"}}
-    for options in (COUNTS, FLIPS, NEARLY_FLIPS)
+    {"learning_rate": rate, "options": {**options, "memory_values": "unit"}}
+    for rate, options in ((2e-3, COUNTS), (5e-3, FLIPS), (5e-3, NEARLY_FLIPS))
 ]
 
 FORMAL_LANGUAGES = Study(
@@ -39,6 +39,7 @@ FORMAL_LANGUAGES = Study(
     tasks=formal_languages.TASKS,
     shape={"width": 32, "layers": 1, "heads": 2},
     training={"steps": 1500, "batch_size": 32, "weight_decay": 0.0, "every": 100},
+    steps={"shuffle-2": 4000},
     settings={
         "hope": MEMORIES,
         "titans": MEMORIES,

@@ -43,6 +43,7 @@ class Study:
             ``options`` of HopeConfig; as many for each.
         seeds: the first is that of the search.
         unit: of scores: "%" of what is right, or "nats", of which fewer are better.
+        steps: of a task for which they are not those of ``training``.
     """
 
     known: ClassVar[Mapping[str, object]] = MODELS  # what may be compared
@@ -54,6 +55,11 @@ class Study:
     settings: dict[str, list[dict[str, object]]]
     seeds: tuple[int, ...] = (0, 1, 2)
     unit: str = "%"
+    steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def training_of(self, task: str) -> dict[str, object]:
+        """``training``, with a task's own steps."""
+        return {**self.training, "steps": self.steps.get(task, self.training["steps"])}
 
     def goodness(self, scores: Iterable[float]) -> float:
         """Higher is better."""
@@ -84,7 +90,8 @@ class Study:
         sizes = (task.vocabulary, task.outputs)
         model = at_equal_parameters(run.model, *sizes, options=options, head=task.head, **self.shape)
         rate = run.setting["learning_rate"]
-        outcome = train(model, task, learning_rate=rate, seed=run.seed, progress=progress, **self.training)
+        training = self.training_of(run.task)
+        outcome = train(model, task, learning_rate=rate, seed=run.seed, progress=progress, **training)
         return {"parameters": parameters(model), **outcome}
 
 
@@ -99,7 +106,7 @@ class Run:
 
     def key(self, study: Study) -> dict[str, object]:
         """What a row must say for this run to be done."""
-        same = {"study": study.name, "shape": study.shape, "training": study.training}
+        same = {"study": study.name, "shape": study.shape, "training": study.training_of(self.task)}
         return json.loads(json.dumps({**same, **dataclasses.asdict(self)}))
 
 

@@ -134,6 +134,11 @@ def test_the_search_is_on_the_first_seed_and_the_best_is_repeated():
     assert best_setting(rows, SMALL, "parity", "lstm") == first
     other = dataclasses.replace(SMALL, training={**SMALL.training, "steps": 3})
     assert find(rows, other, Run("parity", "lstm", first, 0)) is None
+    # So are a task's own steps, of that task alone.
+    for task, expected in (("parity", None), ("(aa)*", rows[-1])):
+        other = dataclasses.replace(SMALL, steps={task: 3})
+        assert find(rows, other, Run("parity", "lstm", first, 0)) is expected
+        assert other.training_of(task)["steps"] == 3 != SMALL.training["steps"]
 
 
 @pytest.fixture
