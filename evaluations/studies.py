@@ -39,7 +39,7 @@ FORMAL_LANGUAGES = Study(
     tasks=formal_languages.TASKS,
     shape={"width": 32, "layers": 1, "heads": 2},
     training={"steps": 1500, "batch_size": 32, "weight_decay": 0.0, "every": 100},
-    steps={"shuffle-2": 4000},
+    steps={"shuffle-2": 7800},
     settings={
         "hope": MEMORIES,
         "titans": MEMORIES,
