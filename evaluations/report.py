@@ -39,6 +39,7 @@ def score(rows: list[dict], name: str, unit: str) -> str:
     mean, low, high = sum(values) / len(values), min(values), max(values)
     if unit == "nats":
         return f"{mean:.3f}" + (f" ({low:.3f}–{high:.3f})" if len(values) > 1 else "")
+    mean = round(mean, 1) + 0.0  # of what is just below zero no sign is left
     return f"{mean:.1f}".removesuffix(".0") + (f" ({low:.0f}–{high:.0f})" if high - low >= 1 else "")
 
 

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from evaluations.learners import METHODS, Learner, Reading, make_base, make_hope_base, make_learner
 from evaluations.study import ROOT, DataNotInstalledError, Run, Study
 from nl_models import HopeForCausalLM
+from nl_models.console import without_progress_bars
 
 BASES = ROOT / "runs/evidence_data/bases"
 RATE, HOPE_RATE = 2e-3, 8e-3  # of the bases' training
@@ -79,9 +80,10 @@ class Course(abc.ABC):
                 what.append(make_hope_base(self.vocabulary, self.width, self.context).config.fingerprint())
         what = json.dumps(what)
         folder = BASES / hashlib.sha256(what.encode()).hexdigest()[:12]
-        if not (folder / "config.json").is_file():
-            self._train(seed, hope).save_pretrained(folder)
-        return (HopeForCausalLM if hope else LlamaForCausalLM).from_pretrained(folder).eval()
+        with without_progress_bars():
+            if not (folder / "config.json").is_file():
+                self._train(seed, hope).save_pretrained(folder)
+            return (HopeForCausalLM if hope else LlamaForCausalLM).from_pretrained(folder).eval()
 
     def _train(self, seed: int, hope: bool) -> LlamaForCausalLM | HopeForCausalLM:
         torch.manual_seed(seed)
