@@ -20,8 +20,12 @@ OURS = tuple(model for model in TITLES if model.startswith("hope"))
 # With a continuum a model's line is dashed, without writes dotted.
 DASHES = {"_continuum": "--", "_writes_nothing": ":"}
 NONE = "–"
-# Neither ours nor baselines: all parts at once, Hope's continuum beside another memory, another base.
-CONTROLS = ("joint", "gated_delta_net_continuum", "hope_reads", "hope_reads_anew")
+# Neither ours nor baselines: all parts at once, what keeps or has learned nothing of them, Hope's continuum
+# beside another memory, another base.
+CONTROLS = (
+    *("joint", "frozen", "starts_over", "other_project"),
+    *("gated_delta_net_continuum", "hope_reads", "hope_reads_anew"),
+)
 
 
 def chosen(rows: list[dict], study: Study, task: str, model: str) -> list[dict]:
@@ -40,7 +44,7 @@ def score(rows: list[dict], name: str, unit: str) -> str:
     if unit == "nats":
         return f"{mean:.3f}" + (f" ({low:.3f}–{high:.3f})" if len(values) > 1 else "")
     mean = round(mean, 1) + 0.0  # of what is just below zero no sign is left
-    return f"{mean:.1f}".removesuffix(".0") + (f" ({low:.0f}–{high:.0f})" if high - low >= 1 else "")
+    return f"{mean:.1f}".removesuffix(".0") + (f" ({round(low)}–{round(high)})" if high - low >= 1 else "")
 
 
 def table(rows: list[dict], study: Study, published: dict[str, dict]) -> str:

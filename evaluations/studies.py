@@ -128,7 +128,7 @@ LONGER_TRAINING = dataclasses.replace(
     training={**LANGUAGE_MODELLING.training, "steps": 1500},
     settings={
         "hope_continuum": FAST[:1],
-        "gated_delta_net_continuum": FAST[1:],
+        "gated_delta_net_continuum": FAST[:1],
         "gated_delta_net": FAST[:1],
         "attention": SLOW[:1],
     },
@@ -248,6 +248,7 @@ def _quick(study: Study, tasks: list[str], models: list[str], steps: int, settin
         name=f"{study.name}_quick",
         tasks={task: study.tasks[task] for task in tasks},
         training={**study.training, "steps": steps},
+        steps={},
         settings={model: [study.settings[model][setting]] for model in models},
         seeds=(0,),
     )

@@ -69,6 +69,8 @@ class Study:
         unknown = self.settings.keys() - self.known.keys()
         if unknown:
             raise ValueError(f"settings: expected models of {', '.join(self.known)}, got {sorted(unknown)}")
+        if unknown := self.steps.keys() - self.tasks.keys():
+            raise ValueError(f"steps: expected tasks of {', '.join(self.tasks)}, got {sorted(unknown)}")
         counts = {model: len(self.settings[model]) for model in self.searched}
         if len(set(counts.values())) > 1:
             raise ValueError(f"settings: every model is searched with as many, got {counts}")

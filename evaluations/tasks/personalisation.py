@@ -6,10 +6,10 @@ documents of at most 128. The base is a transformer of 0.5 million parameters th
 
 "as read": nats per token of a day, each token before anything is learned from it. "next day": nats of a day
 with what was learned by the end of the day before, and nothing of its own. Days 2 to 4 choose the setting,
-days 5 to 8 are the test. The same without memory is the method "frozen"; "starts over" forgets every night;
-"other project" has learned another project's days instead, so that what it gains is no memory of this one.
-With "small file" the memory between two days is a file of 16 bits and rank 4. What a token costs is in the
-rows (``microseconds_per_token``), as is the file's size.
+days 5 to 8 are the test. The same without memory is the method "frozen"; "starts over" forgets every
+morning, when the day was scored; "other project" has learned another project's days instead, so that what it
+gains is no memory of this one. With "small file" the memory between two days is a file of 16 bits and rank 4.
+What a token costs is in the rows (``microseconds_per_token``), as is the file's size.
 """
 
 from __future__ import annotations

@@ -67,6 +67,20 @@ def test_what_cannot_be_made_is_refused():
         dataclasses.replace(SMALL, settings={**SMALL.settings, "lstm": [{"learning_rate": 1e-2}]})
     with pytest.raises(ValueError, match=r"expected models of hope, .*, got \['gru'\]"):
         dataclasses.replace(SMALL, settings={"gru": []})
+    with pytest.raises(ValueError, match=r"steps: expected tasks of \(aa\)\*, parity, got \['paritty'\]"):
+        dataclasses.replace(SMALL, steps={"paritty": 3})
+
+
+def test_what_is_just_below_zero_has_no_sign():
+    rows = [{"scores": {"backward": x}} for x in (-0.0004, 0.0)]
+    assert report.score(rows, "backward", "%") == "0"
+    rows = [{"scores": {"backward": x}} for x in (-0.014, -0.002)]
+    assert report.score(rows, "backward", "%") == "-0.8 (-1–0)"
+
+
+def test_quick_studies_have_the_steps_that_are_asked_for():
+    quick = studies._quick(studies.FORMAL_LANGUAGES, ["shuffle-2"], ["lstm"], 300)
+    assert quick.training_of("shuffle-2")["steps"] == 300
 
 
 def test_the_studies_search_every_model_alike_and_all_their_models_can_be_made():
