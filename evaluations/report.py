@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluations.models import TITLES
-from evaluations.pictures import PICTURES
+from evaluations.pictures import CONTROLS, PICTURES
 from evaluations.studies import CLAIMS, PUBLISHED, QUICK, STUDIES, Claim
 from evaluations.study import ROOT, Run, Study, best_setting, find, read_rows, tried
 from nl_models.files import make_folder
@@ -20,12 +20,8 @@ OURS = tuple(model for model in TITLES if model.startswith("hope"))
 # With a continuum a model's line is dashed, without writes dotted.
 DASHES = {"_continuum": "--", "_writes_nothing": ":"}
 NONE = "–"
-# Neither ours nor baselines: all parts at once, what keeps or has learned nothing of them, Hope's continuum
-# beside another memory, another base.
-CONTROLS = (
-    *("joint", "frozen", "starts_over", "other_project"),
-    *("gated_delta_net_continuum", "hope_reads", "hope_reads_anew"),
-)
+# Neither ours nor baselines: controls, Hope's continuum beside another memory, another base.
+NEITHER = (*CONTROLS, "gated_delta_net_continuum", "hope_reads", "hope_reads_anew")
 
 
 def chosen(rows: list[dict], study: Study, task: str, model: str) -> list[dict]:
@@ -86,7 +82,7 @@ def claims(rows: dict[str, list[dict]]) -> str:
         study = STUDIES[claim.study]
         by_model = {model: chosen(rows[claim.study], study, claim.task, model) for model in study.settings}
         ours, others = (
-            _best(by_model, (m for m in study.settings if (m in OURS) == own and m not in CONTROLS), claim)
+            _best(by_model, (m for m in study.settings if (m in OURS) == own and m not in NEITHER), claim)
             for own in (True, False)
         )
         published = PUBLISHED.get(claim.study, {}).get("Hope", {}).get(claim.task)

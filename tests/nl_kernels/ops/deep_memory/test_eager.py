@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nl_kernels import DeepMemoryWeights, MemoryRule, deep_memory
@@ -98,10 +98,7 @@ def test_any_shape_equals_the_definition(
     # Tiny widths come near kinks and poles of the norms: what matters here is shape.
     rule = MemoryRule(error_bound=None, activation="gelu", normalize_hidden=seed % 3 == 0)
     options = {"rule": rule, "read": read, "chunk_size": chunk_size, "checkpoint_every": checkpoint_every}
-    # Without a bound on errors some grow beyond every number: no path is right or wrong there.
-    o, _ = deep_memory(**inputs, **options, impl="reference")
-    assume(o.abs().max() < 1e3)
-    compare(deep_memory, inputs, tolerance=1e-9, **options)
+    compare(deep_memory, inputs, tolerance=1e-9, largest=1e3, **options)
 
 
 def test_weights_by_sequence():
